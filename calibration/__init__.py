@@ -1,0 +1,1 @@
+"""Calibration data and what is measured on it."""

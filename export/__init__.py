@@ -1,0 +1,1 @@
+"""From a quantized checkpoint to ONNX, and from ONNX to engines."""

@@ -1,0 +1,45 @@
+"""QE-Edge: vision-language models in 4 bits on Jetson and desktop NVIDIA GPUs.
+
+The public functions are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qe_edge.checkpoint import load_quantized
+    from qe_edge.errors import QEError
+    from qe_edge.linear import QELinear
+    from qe_edge.quantizer import quantize, quantize_linear
+    from qe_edge.recipe import Recipe, make_recipe
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "QEError": "qe_edge.errors",
+    "QELinear": "qe_edge.linear",
+    "Recipe": "qe_edge.recipe",
+    "load_quantized": "qe_edge.checkpoint",
+    "make_recipe": "qe_edge.recipe",
+    "quantize": "qe_edge.quantizer",
+    "quantize_linear": "qe_edge.quantizer",
+}
+
+__all__ = [
+    "QEError",
+    "QELinear",
+    "Recipe",
+    "__version__",
+    "load_quantized",
+    "make_recipe",
+    "quantize",
+    "quantize_linear",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'qe_edge' has no attribute '{name}'")

@@ -1,0 +1,200 @@
+"""The quantized checkpoint: safetensors, config.json with a `quantization_config`, recipe, tokenizer and processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qe_edge.atomic import atomic_folder
+from qe_edge.errors import ArtifactError
+from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
+from qe_edge.linear import quantized_linears
+from qe_edge.models.loading import LoadedModel, load_config, load_family
+from qe_edge.quantizer import set_module
+from qe_edge.recipe import Recipe, make_recipe
+from qe_edge.safetensors_check import check_safetensors
+from qe_edge.schemes import Scheme
+
+QUANT_METHOD = "qe-edge"
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.json"
+
+
+def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
+    """Write a checkpoint folder; it appears only when it is complete, and replaces an older one.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    layers = quantized_linears(loaded.model)
+    tensors, shared = layer_tensors(layers)
+    prefixes = tuple(f"{name}." for name in layers)
+    plain = {
+        name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefixes)
+    }
+    tied = _tied_names(plain)
+    tensors |= {name: tensor.contiguous() for name, tensor in plain.items() if name not in tied}
+    config = json.loads(loaded.family.config.to_json_string(use_diff=True))
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": _group(recipe.get_scheme(), list(layers))},
+        "ignore": _ignored(loaded.model),
+        "layers": {name: LayerGeometry.of(layer).model_dump() for name, layer in layers.items()},
+        "shared": shared,
+        "tied": tied,
+    }
+    with atomic_folder(folder) as part:
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (part / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if getattr(loaded.model, "generation_config", None) is not None:
+            loaded.model.generation_config.save_pretrained(part)  # type: ignore[union-attr,operator]
+        loaded.family.save_processor(loaded.processor, part)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint that `save_quantized` wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    section = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+
+
+def load_quantized(folder: str | Path) -> LoadedModel:
+    """Load a quantized checkpoint; reloading is bit-identical.
+
+    Raises:
+        ArtifactError: If the folder is no checkpoint of ours, is damaged, or is of a newer version.
+    """
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        raise ArtifactError(
+            f"'{folder}' is not a quantized checkpoint.", "Give the output folder of 'qe-edge quantize'."
+        )
+    section = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    _check_section(folder, section)
+    header = check_safetensors(folder / WEIGHTS)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in header}
+    layers = assemble_layers(section["layers"], section["shared"], header, tensors)
+    family = load_family(str(folder))
+    model = _empty_model(str(folder), tensors)
+    for name, layer in layers.items():
+        try:
+            set_module(model, name, layer)
+        except AttributeError as error:
+            raise _damaged(folder, f"the model has no layer '{name}'") from error
+    prefixes = tuple(f"{name}." for name in layers)
+    plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+    for name, source in section["tied"].items():
+        if source not in plain:
+            raise _damaged(folder, f"'{name}' shares the missing tensor '{source}'")
+        plain[name] = plain[source]
+    try:
+        missing, unexpected = model.load_state_dict(plain, strict=False, assign=True)
+    except RuntimeError as error:
+        raise _damaged(folder, "a tensor does not fit the configuration") from error
+    missing = [name for name in missing if not name.startswith(prefixes)]
+    if missing or unexpected:
+        raise _damaged(folder, f"tensor '{(missing + unexpected)[0]}' is missing or unknown")
+    model.tie_weights()  # type: ignore[operator]
+    return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
+
+
+def load_checkpoint_recipe(folder: Path) -> Recipe:
+    """The resolved recipe that a checkpoint was made with.
+
+    Raises:
+        ArtifactError: If it is missing or damaged.
+    """
+    try:
+        values: dict[str, Any] = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{RECIPE} cannot be read") from error
+    return make_recipe(**values)
+
+
+def _empty_model(folder: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """The model with unset weights, in the precision that the checkpoint stores."""
+    from transformers import AutoModelForImageTextToText
+
+    config = load_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model: nn.Module = AutoModelForImageTextToText.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data = parameter.data.to(tensors[name].dtype)
+    return model
+
+
+def _check_section(folder: Path, section: dict[str, Any]) -> None:
+    if section.get("version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"'{folder}' has checkpoint version {section.get('version')!r}; this QE-Edge reads {FORMAT_VERSION}.",
+            "Quantize again, or install the version that wrote it.",
+        )
+    for key in ("layers", "shared", "tied"):
+        if not isinstance(section.get(key), dict):
+            raise _damaged(folder, f"quantization_config.{key} is missing")
+    if not all(isinstance(source, str) for key in ("shared", "tied") for source in section[key].values()):
+        raise _damaged(folder, "a shared tensor names no source")
+    if not (folder / WEIGHTS).is_file():
+        raise _damaged(folder, f"{WEIGHTS} is missing")
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """The scheme in compressed-tensors' vocabulary."""
+    weight = scheme.weight
+    activations = None
+    if scheme.activation_bits:
+        activations = {
+            "num_bits": scheme.activation_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": weight.bits,
+            "type": "int",
+            "symmetric": weight.symmetric,
+            "strategy": "channel" if weight.group_size < 0 else "group",
+            "group_size": None if weight.group_size < 0 else weight.group_size,
+            "dynamic": False,
+        },
+        "input_activations": activations,
+    }
+
+
+def _ignored(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Names whose tensor is the same memory as an earlier one."""
+    owner: dict[tuple[int, torch.Size], str] = {}
+    tied = {}
+    for name, tensor in tensors.items():
+        first = owner.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if first != name:
+            tied[name] = first
+    return tied
+
+
+def _damaged(folder: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"The checkpoint '{folder}' is damaged: {reason}.", "Quantize the model again.")

@@ -1,0 +1,185 @@
+"""Number grids: how a real value becomes an integer code and back (specification of the rounding).
+
+Everything that quantizes, decodes, packs or exports goes through this module, so that PyTorch, ONNX and the
+kernels agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qe_edge.errors import NumericalError, RecipeError
+
+MIN_RANGE = 1e-5  # smallest range a scale may stand for, so that all-zero rows decode to exactly zero
+SCALE_DTYPE = torch.float16
+PER_CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Integer grid of a weight matrix.
+
+    Attributes:
+        bits: Width of a code, 2 to 4; codes are stored in signed 4-bit containers.
+        group_size: Neighbouring input channels that share a scale; -1 is one scale per output channel.
+        symmetric: True for codes in [-2^(b-1), 2^(b-1)-1] without zero point, False for a zero point per group.
+    """
+
+    bits: int
+    group_size: int = PER_CHANNEL
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 4:
+            raise RecipeError(f"Weights of {self.bits} bits are not supported.", "Choose 2, 3 or 4 bits.")
+        if self.group_size != PER_CHANNEL and self.group_size < 16:
+            raise RecipeError(f"Group size {self.group_size} is too small.", "Choose -1 (per channel) or at least 16.")
+
+    def resolve_group(self, in_features: int) -> int:
+        """Group size that divides `in_features`: the largest power of two up to the wanted one, never padding.
+
+        Powers of two are what ONNX Runtime's and our kernels can fuse. Where not even 16 divides, one scale serves
+        the whole output channel.
+        """
+        if self.group_size == PER_CHANNEL:
+            return PER_CHANNEL
+        group = 1 << (self.group_size.bit_length() - 1)
+        while group >= 16:
+            if in_features % group == 0:
+                return group
+            group //= 2
+        return PER_CHANNEL
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight matrix on its grid, `decoded = (codes - zeros) * scales`.
+
+    Attributes:
+        codes: `[out, in]` int8, values in [-8, 7].
+        scales: `[out, groups]` float16.
+        zeros: `[out, groups]` int8 in [-8, 7], or None for a symmetric grid.
+        bits: Width of a code.
+        group_size: Input channels per scale, -1 for one group.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def out_features(self) -> int:
+        """Number of output channels."""
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of input channels."""
+        return self.codes.shape[1]
+
+    def decode(self) -> Tensor:
+        """The weight `[out, in]` in float32 that the integer GEMM computes with."""
+        return decode_weight(self.codes, self.scales, self.zeros)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """The output channels `start:stop`; exact, because no scale spans two output channels."""
+        zeros = None if self.zeros is None else self.zeros[start:stop].clone()
+        return QuantizedWeight(
+            self.codes[start:stop].clone(), self.scales[start:stop].clone(), zeros, self.bits, self.group_size
+        )
+
+
+def decode_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Decode integer codes `[out, in]` with `[out, groups]` scales and zeros to float32 `[out, in]`."""
+    out_features, in_features = codes.shape
+    grouped = codes.float().reshape(out_features, scales.shape[1], -1)
+    if zeros is not None:
+        grouped = grouped - zeros.float().unsqueeze(-1)
+    return (grouped * scales.float().unsqueeze(-1)).reshape(out_features, in_features)
+
+
+def quantize_weight(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:
+    """Round a weight matrix to the nearest codes of `grid`.
+
+    Scales are rounded to float16 first and the codes are chosen for the rounded scales, so what is stored is what was
+    optimised. Half-way cases go to even. A zero entry decodes to exactly zero on either kind of grid, since the
+    range of an asymmetric group always includes zero.
+
+    Args:
+        weight: `[out, in]`, any float dtype.
+        grid: Bits, group size and symmetry.
+
+    Raises:
+        NumericalError: If the weight holds NaN or infinity.
+    """
+    w = weight.float()
+    if not torch.isfinite(w).all():
+        raise NumericalError(
+            "A weight matrix holds NaN or infinity.", "Check the checkpoint; it cannot be quantized as it is."
+        )
+    out_features, in_features = w.shape
+    group_size = grid.resolve_group(in_features)
+    groups = w.reshape(out_features, 1 if group_size == PER_CHANNEL else in_features // group_size, -1)
+    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
+    if grid.symmetric:
+        scales = _storable(groups.abs().amax(-1).clamp_min(MIN_RANGE) / high)
+        codes = torch.round(groups / scales.float().unsqueeze(-1)).clamp_(low, high)
+        zeros = None
+    else:
+        largest, smallest = groups.amax(-1).clamp_min(0.0), groups.amin(-1).clamp_max(0.0)
+        scales = _storable((largest - smallest).clamp_min(MIN_RANGE) / (2**grid.bits - 1))
+        # codes and zero points are shifted by `low` into the signed container; the shift cancels in decoding
+        point = torch.round(-smallest / scales.float()).clamp_(0, 2**grid.bits - 1) + low
+        codes = (torch.round(groups / scales.float().unsqueeze(-1)) + point.unsqueeze(-1)).clamp_(low, high)
+        zeros = point.to(torch.int8)
+    return QuantizedWeight(codes.to(torch.int8).reshape(out_features, in_features), scales, zeros, grid.bits, group_size)
+
+
+def _storable(scales: Tensor) -> Tensor:
+    """Scales as they are stored; a range beyond float16 saturates instead of becoming infinite."""
+    return scales.clamp_max(torch.finfo(SCALE_DTYPE).max).to(SCALE_DTYPE)
+
+
+def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
+    """Per-token symmetric dynamic quantization of `x` `[..., features]`, returned on the real axis.
+
+    `bits` of 0 (or 16 and more) means no quantization and returns `x` unchanged.
+    """
+    if bits == 0 or bits >= 16:
+        return x
+    largest = 2 ** (bits - 1) - 1
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(MIN_RANGE) / largest
+    return torch.round(x / scale).clamp_(-largest - 1, largest) * scale
+
+
+def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes of a factor matrix with one float16 scale per index of `dim`.
+
+    Returns:
+        Codes int8 of the matrix's shape, and scales float16 `[matrix.shape[dim]]`. An all-zero slice has scale 0.
+    """
+    other = 1 - dim
+    scales = (matrix.float().abs().amax(other) / 127).to(SCALE_DTYPE)
+    divisor = torch.where(scales > 0, scales.float(), torch.ones_like(scales, dtype=torch.float32)).unsqueeze(other)
+    codes = torch.round(matrix.float() / divisor).clamp_(-127, 127) * (scales > 0).unsqueeze(other)
+    return codes.to(torch.int8), scales
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int8 codes in [-8, 7] of shape `[rows, columns]` to uint8 `[rows, ceil(columns/2)]`, low nibble first."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    nibbles = codes.to(torch.uint8) & 0xF
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """Inverse of `pack_int4`: uint8 `[rows, ceil(columns/2)]` to int8 `[rows, columns]`."""
+    low = (packed << 4).view(torch.int8) >> 4
+    high = packed.view(torch.int8) >> 4
+    return torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1)[:, :columns].contiguous()

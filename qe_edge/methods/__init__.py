@@ -1,0 +1,20 @@
+"""Quantization methods, one file each.
+
+A method turns one linear problem (weights plus statistics of its calibration input) into a `QuantizedLinear`. Adding
+one is a file with a `Method` subclass and a line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from qe_edge.methods.base import LinearProblem, Method, MethodOptions
+from qe_edge.registry import Registry
+
+METHODS: Registry[type[Method]] = Registry(
+    "method",
+    {
+        "rtn": "qe_edge.methods.rtn:RoundToNearest",
+        "qe": "qe_edge.methods.qe:QuantExperts",
+    },
+)
+
+__all__ = ["METHODS", "LinearProblem", "Method", "MethodOptions"]

@@ -1,0 +1,269 @@
+"""Quant Experts: shared and routed low-rank reconstruction of the quantization error (CVPR 2026, arXiv 2602.24059).
+
+The equations and section numbers are those of our specification of the method; every departure from the paper is an
+option, and the preset "paper" selects the paper's choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
+from qe_edge.calibration.importance import split_channels
+from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
+from qe_edge.errors import NumericalError
+from qe_edge.grids import QuantizedWeight, fake_quantize_activation, quantize_weight
+from qe_edge.linear import Adapters, QuantizedLinear
+from qe_edge.methods.base import LinearProblem, Method, MethodOptions
+from qe_edge.reconstruction.directions import whitened_directions
+from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
+from qe_edge.reconstruction.factors import fit_down_factor, join_down_factors, store_factor, store_up_factors
+from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
+
+FULL_SIZE = 1024  # side of a layer from which ranks and k have their full size
+RANK_STEP = 8  # kernels work on ranks in steps of this
+MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
+
+
+class QuantExpertsOptions(MethodOptions):
+    """Options of Quant Experts.
+
+    Attributes:
+        shared_rank: Rank r_s of the shared expert.
+        routed_rank: Rank r_r of every routed expert.
+        experts: Number N_r of routed experts; 0 for none.
+        important_channels: Important channels k per token.
+        shrink: Shrink ranks, k and the number of experts on small layers (see `shrink_to_layer`).
+        expert_weighting: What weighs the routed experts' fit.
+        rho: Global share in every expert's covariance.
+        em_steps: Polishing rounds of token assignment and fit.
+        router: Initialisation of the router.
+        cs_mode: What the main branch does with the token-independent channels: "scale" divides them (paper), "drop"
+            leaves them to the shared expert.
+        cs_guard: Keep zeroing those channels only where it does not raise the calibration error.
+        adapter_dtype: Storage of the low-rank factors.
+        stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
+        tokens: Calibration tokens kept per layer for experts and router.
+    """
+
+    shared_rank: int = Field(32, ge=0, le=512)
+    routed_rank: int = Field(32, ge=0, le=512)
+    experts: int = Field(8, ge=0, le=64)
+    important_channels: int = Field(32, ge=0, le=1024)
+    shrink: bool = True
+    expert_weighting: Literal["gram", "condmean", "omega", "lqeromega", "mask"] = "gram"
+    rho: float = Field(0.05, ge=0, lt=1)
+    em_steps: int = Field(3, ge=0, le=50)
+    router: Literal["ridge", "tri"] = "ridge"
+    cs_mode: Literal["drop", "scale"] = "drop"
+    cs_guard: bool = True
+    adapter_dtype: Literal["int8", "float16", "float32"] = "int8"
+    stack_siblings: bool = True
+    tokens: int = Field(8192, ge=1)
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Ranks, number of experts and important channels for one layer."""
+
+    shared_rank: int
+    routed_rank: int
+    experts: int
+    important_channels: int
+
+
+def shrink_to_layer(options: QuantExpertsOptions, out_features: int, in_features: int) -> LayerSize:
+    """Ranks, experts and k for a layer of `[out, in]`.
+
+    The stated rule: with `side = min(out, in)` below 1024, ranks and k scale by `side / 1024`, rounded to a multiple of
+    8 and at least 8. Then experts are halved until shared and routed adapters together hold at most half as many
+    parameters as the layer; a single expert is none. Always `k (experts + 1) <= in` and ranks `<= side`.
+    """
+    side = min(out_features, in_features)
+    shared, routed, k = options.shared_rank, options.routed_rank, options.important_channels
+    experts = options.experts if routed else 0
+    if options.shrink:
+        factor = min(1.0, side / FULL_SIZE)
+        shared, routed, k = (_in_steps(value * factor) if value else 0 for value in (shared, routed, k))
+        while experts and (shared + experts * routed) * (out_features + in_features) > MAX_SHARE * (
+            out_features * in_features
+        ):
+            experts //= 2
+        if experts == 1:
+            experts = 0
+    k = min(k, in_features // (experts + 1))
+    return LayerSize(min(shared, side), min(routed, side) if experts else 0, experts, k)
+
+
+def _in_steps(value: float) -> int:
+    return max(RANK_STEP, round(value / RANK_STEP) * RANK_STEP)
+
+
+@dataclass(frozen=True)
+class MainBranch:
+    """Quantized weight of the main branch and what it leaves to the shared expert.
+
+    Attributes:
+        weight: Codes with the columns of `zeroed` at exactly zero.
+        inv_omega: `[in]` float16 factor on the branch's input, or None.
+        error: `[out, in]` float64, `W - W_q`.
+        directions: `[out, r_s]` of the shared expert, before rounding.
+        objective: Sum of squared output errors on the sampled tokens, shared expert included.
+    """
+
+    weight: QuantizedWeight
+    inv_omega: Tensor | None
+    error: np.ndarray
+    directions: np.ndarray
+    objective: float
+
+
+class QuantExperts(Method):
+    """Shared expert for channels that matter to most tokens, routed experts for those that matter to some."""
+
+    Options: ClassVar[type[MethodOptions]] = QuantExpertsOptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "paper": {
+            "em_steps": 0,
+            "router": "tri",
+            "cs_mode": "scale",
+            "cs_guard": False,
+            "adapter_dtype": "float16",
+            "stack_siblings": False,
+        },
+    }
+    options: QuantExpertsOptions
+
+    @property
+    def stack_siblings(self) -> bool:
+        """Whether q/k/v and gate/up share one set of experts."""
+        return self.options.stack_siblings
+
+    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:
+        """Gram matrix, a token sample and the top-k lists."""
+        size = shrink_to_layer(self.options, out_features, in_features)
+        return StatisticsRequest(gram=True, tokens=self.options.tokens, important=size.important_channels)
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Quantize one linear problem (specification sections 4 to 7)."""
+        statistics = problem.statistics
+        if statistics is None or statistics.gram is None:
+            raise NumericalError(
+                f"Quant Experts needs calibration statistics for '{problem.name}'.", "Pass calibration tokens."
+            )
+        size = shrink_to_layer(self.options, *problem.weight.shape)
+        lists = statistics.importance
+        if lists is None:
+            lists = np.full((statistics.count, 1), -1, np.int32)
+        split = split_channels(lists, problem.weight.shape[1], size.important_channels, size.experts)
+        branch = self._main_branch(problem, statistics, split.independent, size.shared_rank)
+        if self.options.cs_guard and len(split.independent):
+            plain = self._main_branch(problem, statistics, split.independent[:0], size.shared_rank)
+            branch = plain if plain.objective < branch.objective else branch
+        adapters = self._adapters(problem, statistics, branch, split.dependent, size)
+        return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)
+
+    def _main_branch(
+        self, problem: LinearProblem, statistics: InputStatistics, zeroed: np.ndarray, rank: int
+    ) -> MainBranch:
+        """Quantize with the channels `zeroed` left to the shared expert (5.1, 5.2, 5.5), and fit that expert (5.3)."""
+        kept = problem.weight.clone()
+        kept[:, torch.from_numpy(zeroed.copy())] = 0.0
+        weight = quantize_weight(kept, problem.scheme.weight)
+        inv_omega = None
+        if len(zeroed):
+            factor = np.ones(kept.shape[1])
+            mean = np.maximum(statistics.abs_mean, 1e-8)
+            factor[zeroed] = 0.0 if self.options.cs_mode == "drop" else mean[zeroed].min() / mean[zeroed]
+            inv_omega = torch.from_numpy(factor).to(torch.float16)
+        decoded = weight.decode()
+        error = (problem.weight.double() - decoded.double()).numpy()
+        gram = statistics.gram if statistics.gram is not None else np.eye(kept.shape[1])
+        directions = whitened_directions(error, gram, rank)
+        tokens = torch.from_numpy(statistics.tokens)
+        main = tokens if inv_omega is None else tokens * inv_omega.float()
+        rounding = (main - fake_quantize_activation(main, problem.scheme.activation_bits)) @ decoded.T
+        left = statistics.tokens @ (error - directions @ (directions.T @ error)).T.astype(np.float32)
+        objective = float(np.square(left + rounding.numpy()).sum(dtype=np.float64))
+        return MainBranch(weight, inv_omega, error, directions, objective)
+
+    def _adapters(
+        self,
+        problem: LinearProblem,
+        statistics: InputStatistics,
+        branch: MainBranch,
+        dependent: np.ndarray,
+        size: LayerSize,
+    ) -> Adapters | None:
+        """Shared and routed factors in storage precision, and the router (5.4, 6, 7)."""
+        experts = min(size.experts, len(dependent))
+        parts = [branch.directions]
+        if experts > 1:
+            left = branch.error - branch.directions @ (branch.directions.T @ branch.error)
+            parts += self._routed_directions(problem, statistics, left, dependent, experts, size.routed_rank)
+        if sum(part.shape[1] for part in parts) == 0:
+            return None
+        dtype = self.options.adapter_dtype
+        up, rounded = store_up_factors(parts, dtype)
+        shared_down = store_factor(fit_down_factor(rounded[0], branch.error), dtype)
+        left = branch.error - rounded[0] @ shared_down.real()
+        routed_downs = [store_factor(fit_down_factor(part, left), dtype) for part in rounded[1:]]
+        router = None
+        if routed_downs:
+            router = self._router(statistics, left, rounded[1:], [down.real() for down in routed_downs])
+        down = join_down_factors([shared_down, *routed_downs])
+        return Adapters(
+            down=down.codes,
+            up=up.codes,
+            down_scale=down.scale,
+            up_scale=up.scale,
+            rank_shared=parts[0].shape[1],
+            rank_routed=parts[1].shape[1] if len(parts) > 1 else 0,
+            num_experts=len(routed_downs),
+            router=router,
+        )
+
+    def _routed_directions(
+        self,
+        problem: LinearProblem,
+        statistics: InputStatistics,
+        left: np.ndarray,
+        dependent: np.ndarray,
+        experts: int,
+        rank: int,
+    ) -> list[np.ndarray]:
+        """Directions `[out, rank]` of every routed expert."""
+        if statistics.importance is None:
+            raise NumericalError(f"No important channels were recorded for '{problem.name}'.", "Raise k above 0.")
+        occurrence = occurrence_matrix(statistics.importance, dependent, left.shape[1])
+        fit = ExpertProblem(
+            error=left,
+            statistics=statistics,
+            channels=dependent,
+            labels=spectral_clusters(npmi(occurrence), experts, problem.seed),
+            channel_weight=problem.weight.abs().mean(0).double().numpy(),
+            experts=experts,
+            rank=rank,
+            rho=self.options.rho,
+        )
+        assigned = assign_by_mass(fit)
+        if self.options.expert_weighting == "gram":
+            return gram_experts(fit, assigned, self.options.em_steps)[0]
+        return diagonal_experts(fit, assigned, self.options.expert_weighting)
+
+    def _router(
+        self, statistics: InputStatistics, left: np.ndarray, ups: list[np.ndarray], downs: list[np.ndarray]
+    ) -> Tensor:
+        """Router `[experts, in]` float16; one common factor keeps it in range without changing any argmin."""
+        if self.options.router == "tri":
+            scores = triangle_router(left, [up @ down for up, down in zip(ups, downs, strict=True)])
+        else:
+            scores = ridge_router(statistics.tokens, token_residuals(statistics.tokens, left, ups, downs))
+        return torch.from_numpy(normalise_router(scores, statistics.tokens)).to(torch.float16)

@@ -1,0 +1,21 @@
+"""Round to nearest: the baseline without calibration or correction."""
+
+from __future__ import annotations
+
+from qe_edge.calibration.statistics import StatisticsRequest
+from qe_edge.grids import quantize_weight
+from qe_edge.linear import QuantizedLinear
+from qe_edge.methods.base import LinearProblem, Method
+
+
+class RoundToNearest(Method):
+    """Every weight goes to the nearest code of its grid; activations are quantized per token."""
+
+    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+        """Nothing is measured."""
+        return None
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Round the weight of `problem` to its grid."""
+        weight = quantize_weight(problem.weight, problem.scheme.weight)
+        return QuantizedLinear(weight=weight, activation_bits=problem.scheme.activation_bits)

@@ -1,0 +1,18 @@
+"""Model families, one file each: where the blocks are, how inputs are prepared, which graphs are exported.
+
+Adding a family is a file with a `ModelFamily` subclass and a line in `FAMILIES` under its `model_type`.
+"""
+
+from __future__ import annotations
+
+from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.registry import Registry
+
+FAMILIES: Registry[type[ModelFamily]] = Registry(
+    "model family",
+    {
+        "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
+    },
+)
+
+__all__ = ["FAMILIES", "Block", "Encoded", "GraphSpec", "ModelFamily", "Sample"]

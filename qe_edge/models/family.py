@@ -1,0 +1,160 @@
+"""What the rest of QE-Edge needs to know about a family of vision-language models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import nn
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with a question, and what is known about the answer.
+
+    Attributes:
+        image: Path of the picture, or a PIL image; None for a text-only sample.
+        question: The question or instruction.
+        answer: The reference answer, or None.
+        kind: "open", "yesno" or "" when unknown; accuracy is reported apart.
+        topic: Free label, for example "color".
+    """
+
+    image: Path | Image | None
+    question: str
+    answer: str | None = None
+    kind: str = ""
+    topic: str = ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A left-padded batch, ready for the PyTorch model or for the exported graphs; all arrays are numpy.
+
+    Attributes:
+        input_ids: `[batch, sequence]` int64, with one image token per visual feature.
+        attention_mask: `[batch, sequence]` int64, 0 on padding.
+        image_mask: `[batch, sequence]` bool, True where a visual feature stands.
+        answer_mask: `[batch, sequence]` bool, True on the tokens of the reference answer.
+        pixels: Further inputs under the names that the PyTorch model gives them, for example `pixel_values`.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    image_mask: np.ndarray
+    answer_mask: np.ndarray
+    pixels: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A repeated part of the model that is quantized in one step.
+
+    Attributes:
+        name: Dotted path from the model's root.
+        module: The module itself.
+        group: "visual", "merger" or "language".
+    """
+
+    name: str
+    module: nn.Module
+    group: str
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A part of the model as it is exported to ONNX.
+
+    Attributes:
+        name: "visual", "merger" or "language"; the file is `<name>.onnx`.
+        module: Wrapper whose forward takes the example inputs in order.
+        inputs: Example inputs (tensors, or nested lists of tensors).
+        input_names: Flat names of the inputs.
+        output_names: Flat names of the outputs.
+        dynamic_shapes: As for `torch.export.export`, matching `inputs`.
+        profiles: For every input the (smallest, typical, largest) shape that engines are built for by default.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    input_names: list[str]
+    output_names: list[str]
+    dynamic_shapes: tuple[Any, ...]
+    profiles: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+class ModelFamily(ABC):
+    """A family of vision-language models that share their code in transformers.
+
+    Class attributes:
+        model_type: `model_type` of the family's config.json.
+        siblings: Names of linear layers of one parent module that read the same input.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    model_type: ClassVar[str]
+    siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """Every quantizable block in the order in which data flows: visual, merger, language."""
+
+    @abstractmethod
+    def load_processor(self, folder: str) -> Any:  # noqa: ANN401 - each family has its own processor type
+        """Tokenizer and image processor from a local folder or hub id; never runs remote code."""
+
+    @abstractmethod
+    def encode(self, processor: Any, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:  # noqa: ANN401
+        """Tokenize prompts and prepare pictures as one left-padded batch.
+
+        Args:
+            processor: As returned by `load_processor`.
+            samples: What to encode.
+            answers: Whether the reference answer follows the prompt (for calibration and teacher forcing).
+
+        Raises:
+            InputError: If a picture cannot be read.
+        """
+
+    @abstractmethod
+    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the PyTorch model's forward and generate."""
+
+    @abstractmethod
+    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
+        """Inputs of the exported visual encoder."""
+
+    @abstractmethod
+    def position_ids(self, encoded: Encoded) -> np.ndarray:
+        """Positions of the prompt tokens, int64 `[axes, batch, sequence]` or `[batch, sequence]`."""
+
+    @abstractmethod
+    def graphs(self, model: nn.Module) -> list[GraphSpec]:
+        """The visual encoder, the merger and the language model as exportable modules."""
+
+    def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:
+        """Positions of generated token number `step` (0 is the first after the prompt): one past the largest so far."""
+        axes = tuple(range(positions.ndim - 2))
+        largest = positions.max(axis=(*axes, -1))
+        following = np.broadcast_to(largest[:, None] + 1 + step, positions.shape[:-1] + (1,))
+        return np.ascontiguousarray(following)
+
+    def save_processor(self, processor: Any, folder: Path) -> None:  # noqa: ANN401
+        """Write tokenizer and image processor beside a checkpoint or engine."""
+        processor.tokenizer.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)

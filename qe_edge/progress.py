@@ -1,0 +1,43 @@
+"""Progress of long work, told to whoever wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives how far a piece of long work is."""
+
+    def start(self, title: str, total: float) -> None:
+        """A piece of work of `total` units begins."""
+
+    def advance(self, amount: float, note: str) -> None:
+        """`amount` units are done; `note` names what comes next."""
+
+    def finish(self) -> None:
+        """The piece of work is over."""
+
+
+class Silent:
+    """Ignores progress; what the Python functions use unless told otherwise."""
+
+    def start(self, title: str, total: float) -> None:
+        """Nothing to do."""
+
+    def advance(self, amount: float, note: str) -> None:
+        """Nothing to do."""
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+
+@contextmanager
+def track(progress: Progress, title: str, total: float) -> Iterator[Progress]:
+    """Start a piece of work and finish it whatever happens."""
+    progress.start(title, total)
+    try:
+        yield progress
+    finally:
+        progress.finish()

@@ -1,0 +1,342 @@
+"""Quantizing a model: block by block, on statistics of its own inputs, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qe_edge.calibration.sources import hash_samples, load_samples
+from qe_edge.calibration.statistics import (
+    InputStatistics,
+    StatisticsCollector,
+    StatisticsRequest,
+    collect_statistics,
+)
+from qe_edge.errors import CalibrationError, NumericalError, RecipeError
+from qe_edge.linear import QELinear, QuantizedLinear
+from qe_edge.methods import LinearProblem, Method
+from qe_edge.models.family import Block, Encoded, Sample
+from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.progress import Progress, Silent, track
+from qe_edge.recipe import Recipe
+from qe_edge.streaming import Chain, Streamer, chains_of, run_block
+from qe_edge.workfolder import WorkFolder
+
+BATCH = 8  # calibration samples per forward pass
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers of one block that read the same input.
+
+    Attributes:
+        names: Full dotted names, in module order.
+        linears: The layers.
+    """
+
+    names: list[str]
+    linears: list[nn.Linear]
+
+
+def quantize(
+    model: str | LoadedModel,
+    recipe: Recipe,
+    calibration: str | Sequence[Sample] | None = None,
+    *,
+    work: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> tuple[LoadedModel, Recipe]:
+    """Quantize a vision-language model.
+
+    Args:
+        model: "demo", a folder, a hub id, or a model in memory (which is changed in place).
+        recipe: What to do.
+        calibration: Source name, or the samples themselves; None takes the recipe's source.
+        work: Folder for finished blocks, so that a stopped run can be resumed.
+        resume: Continue from the finished blocks in `work`.
+        progress: Where to report progress.
+
+    Returns:
+        The model with `QELinear` layers, and the resolved recipe with the hash of the calibration data.
+
+    Raises:
+        QEError: Of the kinds that its parts raise: unknown model, bad recipe, NaN in weights, no calibration data.
+    """
+    loaded = load_model(model) if isinstance(model, str) else model
+    if calibration is None or isinstance(calibration, str):
+        samples = load_samples(calibration or recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+    else:
+        samples = list(calibration)
+    if not samples:
+        raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question.")
+    spec = replace_calibration(recipe, calibration, samples)
+    chains = [
+        chain for chain in chains_of(loaded.family.blocks(loaded.model)) if chain[0].group in spec.modules
+    ]
+    missing = set(spec.modules) - {chain[0].group for chain in chains}
+    if missing:
+        raise RecipeError(f"The model has no {sorted(missing)[0]} module.", "Leave it out of --modules.")
+    check_weights([block for chain in chains for block in chain])
+    folder = WorkFolder.open(work, spec, model_fingerprint(loaded), resume=resume) if work else None
+    total = sum(parameter.numel() for chain in chains for block in chain for parameter in block.module.parameters())
+    with track(progress or Silent(), "Quantizing", total) as tracked:
+        _Run(loaded, spec, samples, chains, folder, tracked).execute()
+    return loaded, spec
+
+
+def quantize_linear(weight: Tensor, tokens: Tensor, recipe: Recipe, bias: Tensor | None = None) -> QELinear:
+    """Quantize one linear layer.
+
+    Args:
+        weight: `[out, in]`.
+        tokens: `[n, in]` calibration inputs.
+        recipe: Method, scheme, options and seed.
+        bias: `[out]` or None.
+
+    Raises:
+        NumericalError: If the weight is not finite or too many tokens are not.
+        RecipeError: If the shapes do not fit each other.
+    """
+    if weight.ndim != 2 or tokens.ndim != 2 or tokens.shape[1] != weight.shape[1]:
+        raise RecipeError(
+            f"Weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not fit each other.",
+            "Pass a weight [out, in] and tokens [n, in].",
+        )
+    method = recipe.build_method()
+    request = method.request(*weight.shape)
+    statistics = collect_statistics("linear", weight, tokens, request, recipe.seed) if request else None
+    problem = LinearProblem("linear", weight.detach().float(), recipe.get_scheme(), statistics, recipe.seed)
+    return QELinear(method.quantize(problem), bias)
+
+
+def replace_calibration(recipe: Recipe, calibration: object, samples: Sequence[Sample]) -> Recipe:
+    """The resolved recipe with what the calibration data really were."""
+    source = calibration if isinstance(calibration, str) else recipe.calibration.source
+    if calibration is not None and not isinstance(calibration, str):
+        source = "samples passed from Python"
+    spec = recipe.calibration.model_copy(
+        update={"source": source, "samples": len(samples), "sha256": hash_samples(samples)}
+    )
+    return recipe.resolved().model_copy(update={"calibration": spec})
+
+
+def check_weights(blocks: Sequence[Block]) -> None:
+    """Refuse NaN and infinity before any long work.
+
+    Raises:
+        NumericalError: Naming the first layer that holds one.
+    """
+    for block in blocks:
+        for name, parameter in block.module.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NumericalError(
+                    f"The weights '{block.name}.{name}' hold NaN or infinity.",
+                    "The checkpoint is damaged or diverged in training; get a sound one.",
+                )
+
+
+def linear_groups(block: Block, siblings: Sequence[Sequence[str]]) -> list[LinearGroup]:
+    """Linear layers of a block, those that read the same input together."""
+    linears = {name: module for name, module in block.module.named_modules() if isinstance(module, nn.Linear)}
+    groups: list[LinearGroup] = []
+    seen: set[str] = set()
+    for name in linears:
+        if name in seen:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        family = next((names for names in siblings if leaf in names), (leaf,))
+        names = [f"{parent}.{other}" if parent else other for other in family]
+        names = [other for other in names if other in linears]
+        seen.update(names)
+        groups.append(LinearGroup([f"{block.name}.{other}" for other in names], [linears[other] for other in names]))
+    return groups
+
+
+def model_fingerprint(loaded: LoadedModel) -> str:
+    """Hash of the model's configuration and of every tensor's shape and first values."""
+    digest = hashlib.sha256(loaded.family.config.to_json_string(use_diff=False).encode())
+    for name, tensor in loaded.model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1)[:64].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Run:
+    """One quantization run over the selected chains."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        recipe: Recipe,
+        samples: Sequence[Sample],
+        chains: list[list[Block]],
+        folder: WorkFolder | None,
+        progress: Progress,
+    ) -> None:
+        self.loaded = loaded
+        self.recipe = recipe
+        self.method: Method = recipe.build_method()
+        self.chains = chains
+        self.folder = folder
+        self.progress = progress
+        family, processor = loaded.family, loaded.processor
+        self.batches: list[Encoded] = [
+            family.encode(processor, samples[start : start + BATCH], answers=True)
+            for start in range(0, len(samples), BATCH)
+        ]
+        self.streamer = Streamer(loaded.model, chains, len(self.batches), self._forward)
+
+    def execute(self) -> None:
+        dtypes = {name: tensor.dtype for name, tensor in self.loaded.model.state_dict().items()}
+        self._float_outside_blocks()
+        for index in range(len(self.chains)):
+            chain = self.streamer.record(index)
+            for position, block in enumerate(chain.blocks):
+                self._block(chain, position, block)
+            self.streamer.finish(chain)
+        restore_dtypes(self.loaded.model, dtypes)
+
+    def _forward(self, batch: int) -> object:
+        return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)
+
+    def _float_outside_blocks(self) -> None:
+        """Everything that is not streamed computes in float32; streamed blocks follow one by one."""
+        streamed = {block.module for chain in self.chains for block in chain}
+
+        def visit(module: nn.Module) -> None:
+            if module in streamed:
+                return
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+            for child in module.children():
+                visit(child)
+
+        visit(self.loaded.model)
+
+    def _block(self, chain: Chain, position: int, block: Block) -> None:
+        weight = sum(parameter.numel() for parameter in block.module.parameters())
+        block.module.float()
+        groups = linear_groups(block, self.loaded.family.siblings)
+        finished = self.folder.load(block.name) if self.folder else None
+        collectors = {} if finished else self._collectors(groups)
+        outputs = self._run(chain, position, block, groups, collectors)
+        layers = finished or {}
+        if not finished:
+            for number, group in enumerate(groups):
+                layers.update(self._quantize_group(group, collectors.get(number)))
+            if self.folder:
+                self.folder.save(block.name, layers)
+        self._install(layers)
+        if self.recipe.flow == "sequential":
+            outputs = self._run(chain, position, block, [], {})
+        chain.hidden, chain.calls[position] = outputs, []
+        self.progress.advance(weight, block.name)
+
+    def _collectors(self, groups: list[LinearGroup]) -> dict[int, StatisticsCollector]:
+        """One collector per shared input, or none if the method wants no statistics."""
+        collectors = {}
+        for number, group in enumerate(groups):
+            weights = [problem for _, problem in self._problems(group)]
+            requests = [request for weight in weights if (request := self.method.request(*weight.shape))]
+            if requests:
+                joint = StatisticsRequest(
+                    gram=any(request.gram for request in requests),
+                    tokens=max(request.tokens for request in requests),
+                    important=max(request.important for request in requests),
+                )
+                name, width = group.names[0], group.linears[0].in_features
+                collectors[number] = StatisticsCollector(name, width, weights, joint, self._seed(name))
+        return collectors
+
+    def _problems(self, group: LinearGroup) -> list[tuple[list[int], Tensor]]:
+        """Members and weight of every linear problem of a group: one stacked problem, or one per layer."""
+        weights = [linear.weight.detach().float() for linear in group.linears]
+        if self.method.stack_siblings:
+            return [(list(range(len(weights))), torch.cat(weights))]
+        return [([index], weight) for index, weight in enumerate(weights)]
+
+    def _run(
+        self,
+        chain: Chain,
+        position: int,
+        block: Block,
+        groups: list[LinearGroup],
+        collectors: dict[int, StatisticsCollector],
+    ) -> list[Tensor]:
+        """Run a block on every batch, feeding the collectors; returns its outputs."""
+        valid: list[Tensor | None] = [None]
+
+        def feed(collector: StatisticsCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                tokens = inputs[0]
+                mask = valid[0]
+                collector.update(tokens if mask is None else tokens[mask])
+
+            return hook
+
+        handles = [
+            groups[number].linears[0].register_forward_pre_hook(feed(collector))
+            for number, collector in collectors.items()
+        ]
+        try:
+            outputs = []
+            for batch, hidden in enumerate(chain.hidden):
+                mask = torch.from_numpy(self.batches[batch].attention_mask).bool()
+                valid[0] = mask if block.group == "language" else None
+                outputs.append(run_block(block.module, hidden, chain.calls[position][batch]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def _quantize_group(self, group: LinearGroup, collector: StatisticsCollector | None) -> dict[str, QELinear]:
+        """Quantize the layers that share an input."""
+        measured = collector.finish() if collector else None
+        layers: dict[str, QELinear] = {}
+        for number, (members, weight) in enumerate(self._problems(group)):
+            statistics = self._own_statistics(measured[number], weight) if measured else None
+            name = group.names[members[0]]
+            problem = LinearProblem(name, weight, self.recipe.get_scheme(), statistics, self._seed(name))
+            result: QuantizedLinear = self.method.quantize(problem)
+            parts = result.split([group.linears[member].out_features for member in members])
+            for member, part in zip(members, parts, strict=True):
+                layers[group.names[member]] = QELinear(part, group.linears[member].bias)
+        return layers
+
+    def _own_statistics(self, statistics: InputStatistics, weight: Tensor) -> InputStatistics:
+        """Cut the jointly measured top-k lists to this problem's own k (the lists are sorted, best first)."""
+        request = self.method.request(*weight.shape)
+        if request is None or statistics.importance is None:
+            return statistics
+        lists = statistics.importance[:, : request.important] if request.important else None
+        return replace(statistics, importance=lists)
+
+    def _install(self, layers: dict[str, QELinear]) -> None:
+        for name, layer in layers.items():
+            set_module(self.loaded.model, name, layer)
+
+    def _seed(self, name: str) -> int:
+        """A seed of its own for every layer, whatever the order of work."""
+        return (self.recipe.seed + zlib.crc32(name.encode())) % 2**31
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted path `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Bring everything that was not quantized back to its original precision."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = dtypes.get(name)
+        if wanted is not None and tensor.dtype != wanted:
+            tensor.data = tensor.data.to(wanted)

@@ -1,0 +1,146 @@
+"""The recipe: every choice that determines a quantized checkpoint, validated before any work starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qe_edge.errors import QEError, RecipeError, UnknownNameError
+from qe_edge.methods import METHODS, Method
+from qe_edge.schemes import Scheme, get_scheme
+
+MODULES = ("language", "visual", "merger")
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class CalibrationSpec(BaseModel):
+    """Which calibration data was (or is to be) used.
+
+    Attributes:
+        source: "demo", a folder, a JSONL file, or another registered source.
+        samples: Number of image-question-answer samples.
+        sha256: Hash of the drawn samples; filled in by the quantizer so that a run can be checked.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str = "demo"
+    samples: int = Field(128, ge=1)
+    sha256: str | None = None
+
+
+class Recipe(BaseModel):
+    """Complete description of a quantization.
+
+    Attributes:
+        method: Name in the method registry.
+        scheme: Name of a precision scheme, for example "w4a8".
+        modules: Which parts of the model are quantized.
+        preset: Named defaults of the method, for example "paper".
+        options: The method's own options, over the preset's.
+        flow: "parallel" takes every layer's calibration input from the original model; "sequential" from the already
+            quantized blocks before it (as GPTQ does).
+        calibration: The calibration data.
+        seed: Seed of everything that is drawn at random.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str = "qe"
+    scheme: str = "w4a8"
+    modules: tuple[str, ...] = ("language",)
+    preset: str = "default"
+    options: dict[str, Any] = Field(default_factory=dict)
+    flow: Literal["parallel", "sequential"] = "parallel"
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        METHODS.check(self.method)
+        get_scheme(self.scheme)
+        if not self.modules:
+            raise RecipeError("No module is selected.", f"Choose at least one of {', '.join(MODULES)}.")
+        for module in self.modules:
+            if module not in MODULES:
+                raise UnknownNameError("module", module, MODULES)
+        self.build_method()
+        return self
+
+    def build_method(self) -> Method:
+        """The method of this recipe with its options resolved: defaults, then preset, then `options`."""
+        kind = METHODS[self.method]
+        if self.preset not in kind.presets:
+            raise UnknownNameError(f"preset of method {self.method}", self.preset, kind.presets)
+        return kind(_validate(kind.Options, {**kind.presets[self.preset], **self.options}, "options."))
+
+    def get_scheme(self) -> Scheme:
+        """The scheme that `scheme` names."""
+        return get_scheme(self.scheme)
+
+    def resolved(self) -> Recipe:
+        """The same recipe with every option of the method written out, for storing beside the result."""
+        return self.model_copy(update={"options": self.build_method().options.model_dump(mode="json")})
+
+
+def make_recipe(**values: object) -> Recipe:
+    """Validate keyword values to a `Recipe`.
+
+    Raises:
+        UnknownNameError: For an unknown key, method, scheme, module or preset; the nearest valid one is named.
+        RecipeError: For a value of the wrong type or range.
+    """
+    return _validate(Recipe, values, "")
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON recipe file to a plain dictionary; `make_recipe` validates it.
+
+    Raises:
+        RecipeError: If the file is missing, too large or not a mapping.
+    """
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe file '{path}'.", "Check the path given with --recipe.")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise RecipeError(f"'{path}' is too large for a recipe.", "A recipe is a YAML or JSON file below 1 MiB.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"'{path}' is not valid YAML or JSON: {reason}.", "Correct that line.") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"'{path}' holds no recipe.", "A recipe is a mapping such as 'scheme: w4a8'.")
+    return values
+
+
+def _validate(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:  # noqa: ANN401 - pydantic's own generic
+    """Pydantic validation whose first error becomes one clear sentence."""
+    unknown = [key for key in values if key not in kind.model_fields]
+    if unknown:
+        raise UnknownNameError("recipe key", prefix + unknown[0], [prefix + name for name in kind.model_fields])
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, QEError):
+            raise cause from error
+        where = prefix + ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UnknownNameError("recipe key", where, _sibling_keys(kind, first["loc"], prefix)) from error
+        raise RecipeError(
+            f"Recipe key '{where}' is wrong: {first['msg']} (got {first.get('input')!r}).", "Correct the value."
+        ) from error
+
+
+def _sibling_keys(kind: type[BaseModel], location: tuple[int | str, ...], prefix: str) -> list[str]:
+    """Valid keys beside the one at `location`, written with their full path."""
+    for part in location[:-1]:
+        annotation = kind.model_fields[str(part)].annotation if str(part) in kind.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind, prefix = annotation, f"{prefix}{part}."
+    return [prefix + name for name in kind.model_fields]

@@ -1,0 +1,1 @@
+"""Low-rank reconstruction of the quantization error: shared expert, routed experts, router, stored factors."""

@@ -1,0 +1,145 @@
+"""Routed experts: which tokens belong together and the low-rank correction of each group (specification 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qe_edge.calibration.statistics import InputStatistics
+from qe_edge.reconstruction.directions import ErrorSpace, diagonal_directions, top_eigenvectors
+
+WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
+FEW_TOKENS = 4  # times the expert's rank: fewer tokens than this lean on the global statistics
+EM_GAIN = 1e-3  # relative gain below which the EM polish stops
+
+
+@dataclass(frozen=True)
+class ExpertProblem:
+    """Everything the construction of routed experts reads.
+
+    Attributes:
+        error: `[out, in]` float64, what the shared expert left.
+        statistics: Calibration statistics of the input.
+        channels: Token-dependent channels C_r.
+        labels: Cluster of every entry of `channels`.
+        channel_weight: `[in]` mean |W| per input channel.
+        experts: Number of experts.
+        rank: Rank of each.
+        rho: Share of the global covariance mixed into every expert's own.
+    """
+
+    error: np.ndarray
+    statistics: InputStatistics
+    channels: np.ndarray
+    labels: np.ndarray
+    channel_weight: np.ndarray
+    experts: int
+    rank: int
+    rho: float
+
+
+def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
+    """Cluster `[sample]` with the largest importance mass for every sampled token; -1 where there is none (6.1)."""
+    statistics = problem.statistics
+    tokens = statistics.tokens
+    mass = np.zeros((len(tokens), problem.experts))
+    if statistics.importance is not None:
+        cluster = np.full(tokens.shape[1] + 1, -1)
+        cluster[problem.channels] = problem.labels
+        lists = statistics.importance[statistics.token_rows]
+        owner = cluster[lists]
+        values = np.abs(np.take_along_axis(tokens, np.maximum(lists, 0), axis=1)) * problem.channel_weight[lists]
+        rows, slots = np.nonzero(owner >= 0)
+        np.add.at(mass, (rows, owner[rows, slots]), values[rows, slots])
+    assigned = mass.argmax(1)
+    assigned[mass.max(1) <= 0] = -1
+    return assigned
+
+
+def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Experts that are optimal for their own tokens, polished by EM (6.2, 6.3).
+
+    Returns:
+        Directions `[out, rank]` of every expert, and the final assignment `[sample]`.
+    """
+    space = ErrorSpace.of(problem.error)
+    outputs = space.outputs(problem.statistics.tokens.astype(np.float64))
+    gram = problem.statistics.gram
+    everyone = outputs.T @ outputs / max(len(outputs), 1) if gram is None else space.covariance(gram)
+    directions = _fit(outputs, assigned, everyone, problem)
+    previous = np.inf
+    for _ in range(em_steps):
+        residual = residual_energy(outputs, directions)
+        total = float(residual.min(1).sum())
+        if previous - total < EM_GAIN * previous and np.isfinite(previous):
+            break
+        previous, assigned = total, residual.argmin(1)
+        directions = _fit(outputs, assigned, everyone, problem)
+    return [space.lift(direction) for direction in directions], assigned
+
+
+def residual_energy(outputs: np.ndarray, directions: list[np.ndarray]) -> np.ndarray:
+    """`||(I - U_i U_i^T) z_t||^2` for every token and expert, `[tokens, experts]`."""
+    energy = np.square(outputs).sum(1, keepdims=True)
+    explained = [np.square(outputs @ direction).sum(1) for direction in directions]
+    return np.maximum(energy - np.stack(explained, axis=1), 0.0)
+
+
+def _fit(
+    outputs: np.ndarray, assigned: np.ndarray, everyone: np.ndarray, problem: ExpertProblem
+) -> list[np.ndarray]:
+    """Top directions of every expert's own covariance, mixed with the global one; empty ones take global directions."""
+    spare = None
+    directions = []
+    for expert in range(problem.experts):
+        own = outputs[assigned == expert]
+        if len(own) == 0:
+            if spare is None:
+                spare = top_eigenvectors(everyone, problem.rank)
+            directions.append(spare)
+            continue
+        rho = 0.5 if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
+        covariance = (1 - rho) * (own.T @ own) / len(own) + rho * everyone
+        directions.append(top_eigenvectors(covariance, problem.rank))
+    return directions
+
+
+def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: str) -> list[np.ndarray]:
+    """The paper-literal diagonal readings of "weighted SVD" (6.2), kept for ablation.
+
+    `condmean` weighs channels by their mean over the expert's tokens; `omega` by their mean relative to the smallest
+    of the cluster; `lqeromega` by the global mean, conditional on importance inside the cluster; `mask` by the mean on
+    the cluster and zero elsewhere.
+    """
+    statistics = problem.statistics
+    mean = np.maximum(statistics.abs_mean, 1e-8)
+    directions = []
+    for expert in range(problem.experts):
+        channels = problem.channels[problem.labels == expert]
+        own = statistics.tokens[assigned == expert]
+        if weighting == "condmean":
+            weights = np.maximum(np.abs(own).mean(0), 1e-8) if len(own) else mean
+        elif weighting == "mask":
+            weights = np.zeros_like(mean)
+            weights[channels] = mean[channels]
+        elif weighting == "omega":
+            weights = np.ones_like(mean)
+            weights[channels] = mean[channels] / mean[channels].min(initial=np.inf)
+        else:
+            weights = mean.copy()
+            weights[channels] = _mean_where_important(statistics, channels, mean)
+        directions.append(diagonal_directions(problem.error, weights, problem.rank))
+    return directions
+
+
+def _mean_where_important(statistics: InputStatistics, channels: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Mean |x_c| over the sampled tokens that list channel c as important; the global mean where none does."""
+    if statistics.importance is None or not len(channels):
+        return mean[channels]
+    lists = statistics.importance[statistics.token_rows]
+    values = np.empty(len(channels))
+    for slot, channel in enumerate(channels):
+        rows = (lists == channel).any(1)
+        values[slot] = np.abs(statistics.tokens[rows, channel]).mean() if rows.any() else mean[channel]
+    return np.maximum(values, 1e-8)

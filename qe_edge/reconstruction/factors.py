@@ -1,0 +1,70 @@
+"""Low-rank factors as they are stored: rounding, and what the rounding leaves is refitted (specification 5.3, 5.4).
+
+Correction `i` is `up_i @ down_i` with orthonormal `up_i`. The up factors of all experts are rounded together first
+(int8 has one scale per output channel across all of them); then every down factor is the least-squares fit to
+the rounded up factor, `down = pinv(up) E`, which is optimal under any Gram matrix of full rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qe_edge.grids import quantize_int8
+
+AdapterDtype = Literal["int8", "float16", "float32"]
+_FLOAT = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StoredFactor:
+    """A factor matrix in storage precision.
+
+    Attributes:
+        codes: int8 codes or float values, `[rows, columns]`.
+        scale: float16 `[rows]` for int8 codes, else None.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+
+    def real(self) -> np.ndarray:
+        """The values that inference uses, float64."""
+        values = self.codes.double()
+        return (values if self.scale is None else values * self.scale.double().unsqueeze(1)).numpy()
+
+
+def store_factor(matrix: np.ndarray, dtype: AdapterDtype) -> StoredFactor:
+    """Round a factor `[rows, columns]` to storage precision; int8 gets one scale per row."""
+    tensor = torch.from_numpy(np.ascontiguousarray(matrix, np.float32))
+    if dtype == "int8":
+        return StoredFactor(*quantize_int8(tensor, 0))
+    return StoredFactor(tensor.to(_FLOAT[dtype]), None)
+
+
+def store_up_factors(parts: list[np.ndarray], dtype: AdapterDtype) -> tuple[StoredFactor, list[np.ndarray]]:
+    """Round the up factors `[out, rank_i]` of all experts side by side.
+
+    Returns:
+        The stored concatenation `[out, sum of ranks]`, and the rounded part of every expert, float64.
+    """
+    stored = store_factor(np.concatenate(parts, axis=1), dtype)
+    edges = np.cumsum([part.shape[1] for part in parts])[:-1]
+    return stored, np.split(stored.real(), edges, axis=1)
+
+
+def fit_down_factor(up: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """The down factor `[rank, in]` that fits `error` best for a given up factor `[out, rank]`."""
+    solution: np.ndarray = np.linalg.lstsq(up.T @ up, up.T @ error, rcond=1e-12)[0]
+    return solution
+
+
+def join_down_factors(parts: list[StoredFactor]) -> StoredFactor:
+    """Down factors of all experts below each other, `[sum of ranks, in]`."""
+    codes = torch.cat([part.codes for part in parts])
+    scales = [part.scale for part in parts if part.scale is not None]
+    return StoredFactor(codes, torch.cat(scales) if scales else None)

@@ -1,0 +1,73 @@
+"""Checks a safetensors file's header against its size before any tensor is read."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+from qe_edge.errors import ArtifactError
+
+MAX_HEADER = 100 * 2**20
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+
+
+def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Validate the header of a safetensors file and return dtype and shape of every tensor.
+
+    Raises:
+        ArtifactError: If the file is truncated or its header contradicts itself.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise _damaged(path, "its header is cut off")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a table")
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    spans: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, span = _entry(path, name, entry)
+        tensors[name] = (dtype, shape)
+        spans.append(span)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise _damaged(path, "its tensors overlap or leave gaps")
+        end = stop
+    if 8 + length + end != size:
+        raise _damaged(path, f"{8 + length + end} bytes are announced and {size} are there")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Dtype, shape and byte span of one header entry."""
+    if not isinstance(entry, dict):
+        raise _damaged(path, f"the entry of '{name}' is not a table")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _damaged(path, f"tensor '{name}' has the unknown type {dtype!r}")
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"tensor '{name}' has no valid shape or offsets")
+    start, stop = offsets
+    if start > stop or (stop - start) * 8 != prod(shape) * BITS[dtype]:
+        raise _damaged(path, f"tensor '{name}' does not fill its {stop - start} bytes")
+    return dtype, tuple(shape), (start, stop)
+
+
+def _sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _damaged(path: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"'{path}' is damaged: {reason}.", "Download or write the file again.")

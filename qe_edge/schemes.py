@@ -1,0 +1,48 @@
+"""Named precision schemes: which grid for weights, how many bits for activations.
+
+A new scheme is one line of `SCHEMES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qe_edge.errors import UnknownNameError
+from qe_edge.grids import PER_CHANNEL, WeightGrid
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight grid and an activation width.
+
+    Attributes:
+        name: As the user writes it, for example "w4a8".
+        weight: Grid of the weights.
+        activation_bits: 0 for unquantized (16-bit) activations, else bits of the per-token dynamic symmetric grid.
+    """
+
+    name: str
+    weight: WeightGrid
+    activation_bits: int
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("w4a8", WeightGrid(4, PER_CHANNEL, symmetric=True), 8),
+        Scheme("w4a6", WeightGrid(4, PER_CHANNEL, symmetric=True), 6),
+        Scheme("w4a16", WeightGrid(4, 128, symmetric=False), 0),
+        Scheme("w3a16", WeightGrid(3, 128, symmetric=False), 0),
+    )
+}
+
+
+def get_scheme(name: str) -> Scheme:
+    """Look up a scheme.
+
+    Raises:
+        UnknownNameError: If there is none of that name.
+    """
+    if name not in SCHEMES:
+        raise UnknownNameError("scheme", name, SCHEMES)
+    return SCHEMES[name]

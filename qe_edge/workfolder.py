@@ -1,0 +1,67 @@
+"""Finished blocks of a quantization run on disk, so that a killed run continues where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from qe_edge.atomic import atomic_file
+from qe_edge.errors import ArtifactError
+from qe_edge.layer_files import read_layers, write_layers
+from qe_edge.linear import QELinear
+from qe_edge.recipe import Recipe
+
+MANIFEST = "run.json"
+
+
+class WorkFolder:
+    """One file per finished block, and a manifest that says which run they belong to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, recipe: Recipe, fingerprint: str, *, resume: bool) -> WorkFolder:
+        """Create the folder, or continue in it.
+
+        Raises:
+            ArtifactError: If there is an unfinished run that was not asked for, or one of another model or recipe.
+        """
+        manifest = path / MANIFEST
+        wanted = {"model": fingerprint, "recipe": recipe.model_dump(mode="json")}
+        if manifest.is_file():
+            if not resume:
+                raise ArtifactError(
+                    f"'{path}' holds an unfinished run.", "Add --resume to continue it, or delete the folder."
+                )
+            try:
+                found = json.loads(manifest.read_text(encoding="utf-8"))
+            except ValueError:
+                found = None
+            if found != wanted:
+                raise ArtifactError(
+                    f"The unfinished run in '{path}' has another model, recipe or calibration data.",
+                    "Repeat the original command with --resume, or delete the folder.",
+                )
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            with atomic_file(manifest) as part:
+                part.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
+        return cls(path)
+
+    def load(self, block: str) -> dict[str, QELinear] | None:
+        """The finished layers of a block, or None."""
+        path = self._file(block)
+        return read_layers(path) if path.is_file() else None
+
+    def save(self, block: str, layers: dict[str, QELinear]) -> None:
+        """Write a block's layers; the file appears only when it is complete."""
+        write_layers(self._file(block), layers)
+
+    def remove(self) -> None:
+        """Delete the folder once the checkpoint is written."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, block: str) -> Path:
+        return self.path / f"{block}.safetensors"
