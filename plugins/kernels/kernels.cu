@@ -1,0 +1,17 @@
+// Every kernel that ships, once per line of kernel_list.h.
+#include "lowrank_down.cuh"
+#include "main_decode.cuh"
+#include "main_prefill.cuh"
+#include "prepare.cuh"
+
+#define QE_PREPARE(name, T) \
+  QE_KERNEL void QE_BOUNDS(1024) name(qe::PrepareArgs p) { qe::prepare<qe::T>(p); }
+#define QE_DOWN_DECODE(name, T, int8, tokens8) \
+  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_decode<qe::T, int8, tokens8>(p); }
+#define QE_DOWN_PREFILL(name, T, int8) \
+  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_prefill<qe::T, int8>(p); }
+#define QE_MAIN_DECODE(name, T, mode, groups, zeros, tokens8) \
+  QE_KERNEL void QE_BOUNDS(256, 2) name(qe::MainArgs p) { qe::main_decode<qe::T, mode, groups, zeros, tokens8>(p); }
+#define QE_MAIN_PREFILL(name, T, mode, groups, zeros) \
+  QE_KERNEL void QE_BOUNDS(256) name(qe::MainArgs p) { qe::main_prefill<qe::T, mode, groups, zeros>(p); }
+#include "kernel_list.h"

@@ -1,0 +1,154 @@
+// Primitives on a GPU. Every asm statement of the project is in this file; the PTX emulator (rung 3 of the ladder)
+// executes what it compiles to, because the source emulator (rung 2) replaces it.
+// Conversions are spelled in PTX so that no CUDA header beyond the compiler's own is needed.
+#pragma once
+
+#define QE_DEV __device__ __forceinline__
+#define QE_KERNEL extern "C" __global__
+#define QE_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
+#define QE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define QE_UNROLL _Pragma("unroll")
+#define QE_UNROLL_BY_2 _Pragma("unroll 2")
+#define QE_NO_UNROLL _Pragma("unroll 1")
+
+namespace qe {
+
+QE_DEV int thread_id() { return static_cast<int>(threadIdx.x); }
+QE_DEV int block_threads() { return static_cast<int>(blockDim.x); }
+QE_DEV int block_x() { return static_cast<int>(blockIdx.x); }
+QE_DEV int block_y() { return static_cast<int>(blockIdx.y); }
+
+QE_DEV float to_float(f16_t h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));
+  return f;
+}
+QE_DEV float to_float(bf16_t h) { return __uint_as_float(static_cast<uint32_t>(h.bits) << 16); }
+
+template <class T>
+QE_DEV T from_float(float f);
+template <>
+QE_DEV f16_t from_float<f16_t>(float f) {
+  f16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(f));
+  return h;
+}
+template <>
+QE_DEV bf16_t from_float<bf16_t>(float f) {
+  bf16_t h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(f));
+  return h;
+}
+
+// Two values in one register, `lo` in the low half.
+template <class T>
+QE_DEV uint32_t pack2(float lo, float hi);
+template <>
+QE_DEV uint32_t pack2<f16_t>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+template <>
+QE_DEV uint32_t pack2<bf16_t>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
+template <class T>
+QE_DEV uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+QE_DEV uint32_t fma2<f16_t>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+template <>
+QE_DEV uint32_t fma2<bf16_t>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+// (a & mask) | base in one instruction; left to itself the compiler takes two.
+QE_DEV uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(base));
+  return r;
+}
+
+QE_DEV float int_bits_to_float(int v) { return __int_as_float(v); }
+QE_DEV float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
+QE_DEV int round_to_int(float v) { return __float2int_rn(v); }
+QE_DEV float abs_f(float v) { return fabsf(v); }
+QE_DEV float max_f(float a, float b) { return fmaxf(a, b); }
+QE_DEV int popcount(uint32_t v) { return __popc(v); }
+
+QE_DEV uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+QE_DEV void cp_async16(void* dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(dst)), "l"(src) : "memory");
+}
+QE_DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+QE_DEV void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+QE_DEV u32x4 load16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+QE_DEV u32x2 load8(const void* p) {
+  const uint2 v = *static_cast<const uint2*>(p);
+  return {{v.x, v.y}};
+}
+QE_DEV uint32_t load4(const void* p) { return *static_cast<const uint32_t*>(p); }
+// Weights are read once: they must not push the activations out of L1.
+QE_DEV u32x4 load16_stream(const void* p) {
+  u32x4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
+               : "l"(p));
+  return r;
+}
+QE_DEV void store4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
+QE_DEV void store8(void* p, u32x2 v) { *static_cast<uint2*>(p) = make_uint2(v.v[0], v.v[1]); }
+QE_DEV void store16(void* p, u32x4 v) { *static_cast<uint4*>(p) = make_uint4(v.v[0], v.v[1], v.v[2], v.v[3]); }
+
+// Four 8 x 16-byte matrices: lane i gives the address of row i % 8 of matrix i / 8, and gets 4 bytes of each matrix.
+QE_DEV void load_matrix(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d = a[16 x 32] * b[32 x 8] + c, int8 operands, int32 sums. c may be any registers: constants cost nothing.
+QE_DEV void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// c += a[16 x 16] * b[16 x 8], 16-bit operands, float sums.
+template <class T>
+QE_DEV void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+QE_DEV void mma_16<f16_t>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+QE_DEV void mma_16<bf16_t>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+QE_DEV uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+QE_DEV void block_sync() { __syncthreads(); }
+
+}  // namespace qe
