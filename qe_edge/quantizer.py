@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qe_edge.blas import blas_threads
 from qe_edge.calibration.sources import hash_samples, load_samples
 from qe_edge.calibration.statistics import (
     InputStatistics,
@@ -305,7 +306,8 @@ class _Run:
             statistics = self._own_statistics(measured[number], weight) if measured else None
             name = group.names[members[0]]
             problem = LinearProblem(name, weight, self.recipe.get_scheme(), statistics, self._seed(name))
-            result: QuantizedLinear = self.method.quantize(problem)
+            with blas_threads(max(weight.shape)):
+                result: QuantizedLinear = self.method.quantize(problem)
             parts = result.split([group.linears[member].out_features for member in members])
             for member, part in zip(members, parts, strict=True):
                 layers[group.names[member]] = QELinear(part, group.linears[member].bias)

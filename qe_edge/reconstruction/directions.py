@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh, qr
 
+from qe_edge.blas import one_lapack_thread
+
 DOUBLE_LIMIT = 4096 * 4096  # entries of the Gram matrix up to which products are formed in float64
 
 
@@ -33,7 +35,8 @@ class ErrorSpace:
         out_features, in_features = error.shape
         if out_features <= in_features:
             return cls(None, error)
-        basis, reduced = qr(error, mode="economic")
+        with one_lapack_thread():
+            basis, reduced = qr(error, mode="economic")
         return cls(basis, reduced)
 
     @property
@@ -63,10 +66,11 @@ def top_eigenvectors(matrix: np.ndarray, rank: int) -> np.ndarray:
     if rank == 0:
         return np.zeros((size, 0))
     symmetric = (matrix + matrix.T) / 2
-    if rank == size:
-        vectors = eigh(symmetric, driver="evd")[1]
-    else:
-        vectors = eigh(symmetric, driver="evr", subset_by_index=[size - rank, size - 1])[1]
+    with one_lapack_thread():
+        if rank == size:
+            vectors = eigh(symmetric, driver="evd")[1]
+        else:
+            vectors = eigh(symmetric, driver="evr", subset_by_index=[size - rank, size - 1])[1]
     flipped: np.ndarray = vectors[:, ::-1]
     return flipped
 
