@@ -39,6 +39,23 @@ class LinearProblem:
     seed: int
 
 
+@dataclass(frozen=True)
+class AdapterSize:
+    """The low-rank correction that a method is going to give a layer; what a dry run predicts sizes from.
+
+    Attributes:
+        rank_shared: Rank of the shared expert.
+        rank_routed: Rank of every routed expert.
+        experts: Number of routed experts.
+        factor_bits: Bits of one stored number of the factors.
+    """
+
+    rank_shared: int = 0
+    rank_routed: int = 0
+    experts: int = 0
+    factor_bits: int = 16
+
+
 class Method(ABC):
     """A quantization method with its resolved options.
 
@@ -57,6 +74,10 @@ class Method(ABC):
     def stack_siblings(self) -> bool:
         """Whether layers that read the same input are handed over as one stacked problem."""
         return False
+
+    def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:  # noqa: ARG002 - for subclasses
+        """Ranks and experts for a layer of this shape, as far as they are known before calibration; none by default."""
+        return AdapterSize()
 
     @abstractmethod
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:

@@ -20,7 +20,7 @@ from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.errors import NumericalError
 from qe_edge.grids import QuantizedWeight, fake_quantize_activation, quantize_weight
 from qe_edge.linear import Adapters, QuantizedLinear
-from qe_edge.methods.base import LinearProblem, Method, MethodOptions
+from qe_edge.methods.base import AdapterSize, LinearProblem, Method, MethodOptions
 from qe_edge.reconstruction.directions import whitened_directions
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
 from qe_edge.reconstruction.factors import fit_down_factor, join_down_factors, store_factor, store_up_factors
@@ -145,6 +145,12 @@ class QuantExperts(Method):
     def stack_siblings(self) -> bool:
         """Whether q/k/v and gate/up share one set of experts."""
         return self.options.stack_siblings
+
+    def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:
+        """Shared and routed experts after shrinking; calibration can only leave experts out."""
+        size = shrink_to_layer(self.options, out_features, in_features)
+        bits = {"int8": 8, "float16": 16, "float32": 32}[self.options.adapter_dtype]
+        return AdapterSize(size.shared_rank, size.routed_rank, size.experts, bits)
 
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:
         """Gram matrix, a token sample and the top-k lists."""
