@@ -11,6 +11,7 @@ from qe_edge.registry import Registry
 FAMILIES: Registry[type[ModelFamily]] = Registry(
     "model family",
     {
+        "internvl": "qe_edge.models.internvl:InternVL",
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
     },
 )

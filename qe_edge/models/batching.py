@@ -1,0 +1,121 @@
+"""From prompts to a left-padded batch: what every family does the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from qe_edge.errors import InputError, ModelError
+from qe_edge.models.family import Encoded, Sample
+from qe_edge.models.images import open_image
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one sample.
+
+    Attributes:
+        ids: Prompt, then perhaps the reference answer.
+        prompt_length: How many of them are the prompt.
+    """
+
+    ids: list[int]
+    prompt_length: int
+
+
+def prepare_pictures(image_processor: Any, samples: Sequence[Sample], **options: Any) -> dict[str, np.ndarray]:  # noqa: ANN401
+    """Arrays that an image processor of transformers makes of the samples' pictures; empty when there is none.
+
+    Raises:
+        InputError: If a picture cannot be read or has a shape that the processor refuses.
+    """
+    pictures = [open_image(sample.image) for sample in samples if sample.image is not None]
+    if not pictures:
+        return {}
+    try:
+        return dict(image_processor(images=pictures, return_tensors="np", **options))
+    except ValueError as error:
+        sizes = ", ".join(sorted({"x".join(map(str, picture.size)) for picture in pictures}))
+        raise InputError(
+            f"A picture cannot be prepared for the model: {error} (sizes: {sizes}).", "Crop or scale the picture."
+        ) from error
+
+
+def encode_row(tokenizer: Any, sample: Sample, picture: tuple[int, list[int]], *, answer: bool) -> Row:  # noqa: ANN401
+    """Tokenize one sample in the form that the tokenizer's chat template gives it.
+
+    Args:
+        tokenizer: A tokenizer of transformers with a chat template.
+        sample: The question, perhaps with a picture and a reference answer.
+        picture: The image token that the template writes, and the tokens that stand for this sample's picture in its
+            place (empty for a sample without one).
+        answer: Whether the reference answer follows the prompt, closed by the end-of-turn token.
+
+    Raises:
+        InputError: If the question or the answer itself holds image tokens.
+    """
+    image_token, picture_tokens = picture
+    content: list[dict[str, str]] = [{"type": "text", "text": sample.question}]
+    if sample.image is not None:
+        content.insert(0, {"type": "image"})
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if ids.count(image_token) != (sample.image is not None):
+        raise InputError("The question holds an image token.", "Leave image tokens out of the question's text.")
+    if sample.image is not None:
+        at = ids.index(image_token)
+        ids = [*ids[:at], *picture_tokens, *ids[at + 1 :]]
+    reply: list[int] = []
+    if answer and sample.answer is not None:
+        reply = [*tokenizer(sample.answer, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+        if image_token in reply:
+            raise InputError("An answer holds an image token.", "Leave image tokens out of the answer's text.")
+    return Row([*ids, *reply], len(ids))
+
+
+def check_chat_template(tokenizer: Any, folder: str, image_token: int) -> None:  # noqa: ANN401
+    """Refuse a tokenizer whose chat template is missing or does not write the image token once per picture.
+
+    Raises:
+        ModelError: If so.
+    """
+    remedy = "Copy chat_template.jinja, tokenizer.json and tokenizer_config.json from the original model."
+    if tokenizer.chat_template is None:
+        raise ModelError(f"The tokenizer of '{folder}' has no chat template.", remedy)
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except (TypeError, jinja2.TemplateError) as error:  # a text-only template adds the list to a string
+        raise ModelError(f"The chat template of '{folder}' takes no pictures: {error}.", remedy) from error
+    if tokenizer(prompt, add_special_tokens=False)["input_ids"].count(image_token) != 1:
+        raise ModelError(
+            f"The chat template of '{folder}' does not write image token {image_token} once per picture.", remedy
+        )
+
+
+def left_pad(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    image_token: int,
+    pixels: dict[str, np.ndarray],  # noqa: ANN401
+) -> Encoded:
+    """Bring rows to one length; padding stands on the left, so that generation continues every row on the right."""
+    length = max(len(row.ids) for row in rows)
+    # masked everywhere, so any valid token will do where the tokenizer names none
+    pad = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    input_ids = np.full((len(rows), length), pad, np.int64)
+    attention_mask = np.zeros((len(rows), length), np.int64)
+    answer_mask = np.zeros((len(rows), length), bool)
+    for number, row in enumerate(rows):
+        start = length - len(row.ids)
+        input_ids[number, start:] = row.ids
+        attention_mask[number, start:] = 1
+        answer_mask[number, start + row.prompt_length :] = True
+    image_mask = (input_ids == image_token) & (attention_mask == 1)
+    return Encoded(input_ids, attention_mask, image_mask, answer_mask, pixels)

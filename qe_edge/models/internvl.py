@@ -1,0 +1,120 @@
+"""InternVL 2.5 and 3 (the "-hf" layout): square tiles through a ViT, pixel shuffle, projector, Qwen2 or Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qe_edge.errors import ModelError
+from qe_edge.models.batching import check_chat_template, encode_row, left_pad, prepare_pictures
+from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class InternVLProcessor:
+    """Tokenizer and image processor, loaded one by one: the combined class needs torchvision for videos."""
+
+    tokenizer: Any
+    image_processor: Any
+
+
+class InternVL(ModelFamily):
+    """Any `InternVLForConditionalGeneration` of transformers, whatever its text model.
+
+    A picture becomes one square tile, or several and a thumbnail, as its image processor's `max_patches` says; every
+    tile has `image_seq_length` tokens.
+
+    Raises:
+        ModelError: If the projector reads another layer than the vision encoder's last.
+    """
+
+    model_type = "internvl"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        if config.vision_feature_layer != -1:
+            raise ModelError(
+                f"This model reads vision layer {config.vision_feature_layer}; QE-Edge supports the last layer only.",
+                "Use a model whose config.json has vision_feature_layer -1, as all released ones do.",
+            )
+
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """Vision layers, the projector, decoder layers; found by class, so the text model may be any."""
+        groups = {"InternVLVisionLayer": "visual", "InternVLMultiModalProjector": "merger"}
+        return [
+            Block(name, module, groups.get(type(module).__name__, "language"))
+            for name, module in model.named_modules()
+            if type(module).__name__ in groups or type(module).__name__.endswith("DecoderLayer")
+        ]
+
+    def load_processor(self, folder: str) -> InternVLProcessor:
+        """Tokenizer and the PIL image processor of `folder`."""
+        from transformers import AutoTokenizer
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            image_processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"'{folder}' has no usable tokenizer or image processor: {error}.",
+                "Copy tokenizer.json, tokenizer_config.json and preprocessor_config.json from the original model.",
+            ) from error
+        tile = [image_processor.size["height"], image_processor.size["width"]]
+        if tile != list(self.config.vision_config.image_size):
+            raise ModelError(
+                f"preprocessor_config.json of '{folder}' makes tiles of {tile}, the vision encoder reads "
+                f"{list(self.config.vision_config.image_size)}.",
+                "Copy preprocessor_config.json and config.json from the same model.",
+            )
+        check_chat_template(tokenizer, folder, self.config.image_token_id)
+        return InternVLProcessor(tokenizer, image_processor)
+
+    def encode(self, processor: InternVLProcessor, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
+        """One left-padded batch; the image token is repeated `image_seq_length` times per tile."""
+        # transformers' own processor always tiles, whatever crop_to_patches says in the file; max_patches 1 prevents it
+        pixels = prepare_pictures(processor.image_processor, samples, crop_to_patches=True)
+        tiles = iter(pixels.pop("num_patches", ()))
+        image = self.config.image_token_id
+        rows = []
+        for sample in samples:
+            count = 0 if sample.image is None else int(next(tiles)) * self.config.image_seq_length
+            picture = _between_marks(processor.tokenizer, [image] * count)
+            rows.append(encode_row(processor.tokenizer, sample, (image, picture), answer=answers))
+        return left_pad(rows, processor.tokenizer, image, pixels)
+
+    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Arguments of `InternVLForConditionalGeneration.forward`."""
+        import torch  # the engine runtime works without torch
+
+        arrays = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask, **encoded.pixels}
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        # forward alone would count padding too, generate would not; given, both agree with the exported graph
+        return {**inputs, "position_ids": torch.from_numpy(self.position_ids(encoded))}
+
+    def position_ids(self, encoded: Encoded) -> np.ndarray:
+        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
+        return np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
+
+    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
+        """`pixel_values` float32 `[tiles, 3, height, width]`."""
+        return {"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}
+
+    def graphs(self, model: nn.Module) -> list[GraphSpec]:
+        raise NotImplementedError
+
+
+def _between_marks(tokenizer: Any, tokens: list[int]) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
+    """A picture's tokens between the tokenizer's marks for start and end of a picture, where it has such marks."""
+    marks = [getattr(tokenizer, f"{side}_image_token_id", None) for side in ("start", "end")]
+    if not tokens or None in marks:
+        return tokens
+    return [int(marks[0]), *tokens, int(marks[1])]
