@@ -206,8 +206,8 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
   for (int o = thread_id(); o < width * group.count; o += block_threads()) {
     const int column = o % width, i = o / width;
     const float v = collect<kTokens8, kDownColumnTiles>(sums, column, i);
-    h[static_cast<size_t>(list[i]) * rank + column0 + column] =
-        from_float<T>(v * p.down_scale[(base + first_tile) * 16 + column]);
+    store2(h + static_cast<size_t>(list[i]) * rank + column0 + column,
+           from_float<T>(v * p.down_scale[(base + first_tile) * 16 + column]).bits);
   }
 }
 

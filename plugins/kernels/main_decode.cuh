@@ -11,7 +11,7 @@ constexpr int kDecodeTiles = 2;     // of 16 columns each
 
 template <class T>
 QE_DEV float group_scale(const MainArgs& p, size_t row, int column) {
-  return to_float(static_cast<const T*>(p.scales)[row * p.Np + column]);
+  return to_float(T{load2(static_cast<const uint16_t*>(p.scales) + row * p.Np + column)});
 }
 QE_DEV uint32_t group_zero(const MainArgs& p, size_t row, int column) { return p.zeros[row * p.Np + column]; }
 
@@ -235,8 +235,8 @@ QE_DEV void main_decode(const MainArgs& p) {
     const int j = ((c >> 3) & 1) * 2 + (m & 1), at = (c & 7) * 4 + ((m & 7) >> 1);
     float v = 0.f;
     for (int w = 0; w < warps; ++w) v += sums[(((w * kDecodeTiles + (c >> 4)) * Tokens8 + (m >> 3)) * 4 + j) * 32 + at];
-    static_cast<T*>(p.y)[static_cast<size_t>(m) * p.N + n] =
-        from_float<T>(v * p.columns[p.Np + n] + p.columns[2 * p.Np + n]);
+    store2(static_cast<T*>(p.y) + static_cast<size_t>(m) * p.N + n,
+           from_float<T>(v * p.columns[p.Np + n] + p.columns[2 * p.Np + n]).bits);
   }
 }
 

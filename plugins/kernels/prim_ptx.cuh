@@ -103,6 +103,7 @@ QE_DEV u32x2 load8(const void* p) {
   const uint2 v = *static_cast<const uint2*>(p);
   return {{v.x, v.y}};
 }
+QE_DEV uint16_t load2(const void* p) { return *static_cast<const uint16_t*>(p); }
 QE_DEV uint32_t load4(const void* p) { return *static_cast<const uint32_t*>(p); }
 // Weights are read once: they must not push the activations out of L1.
 QE_DEV u32x4 load16_stream(const void* p) {
@@ -112,6 +113,7 @@ QE_DEV u32x4 load16_stream(const void* p) {
                : "l"(p));
   return r;
 }
+QE_DEV void store2(void* p, uint16_t v) { *static_cast<uint16_t*>(p) = v; }
 QE_DEV void store4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 QE_DEV void store8(void* p, u32x2 v) { *static_cast<uint2*>(p) = make_uint2(v.v[0], v.v[1]); }
 QE_DEV void store16(void* p, u32x4 v) { *static_cast<uint4*>(p) = make_uint4(v.v[0], v.v[1], v.v[2], v.v[3]); }

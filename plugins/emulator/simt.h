@@ -1,0 +1,81 @@
+// The source emulator: kernels compiled as host C++, one fiber per CUDA thread.
+//
+// What it models: random interleaving of threads (a new one per seed), block barriers, warp collectives, the fragment
+// maps of mma and ldmatrix as the PTX ISA prints them, asynchronous copies that land as late as they may, and a shadow of
+// every byte of shared and global memory that finds races, accesses out of bounds, misalignment and reads of bytes that
+// nobody wrote. What it does not model: time, caches, the PTX behind the primitives (the PTX emulator does that), and
+// weak memory order between blocks (no kernel of ours lets blocks talk).
+//
+// Plain loads and stores of the kernels reach `on_access` through the hooks that -fsanitize=thread plants; the
+// sanitizer's own runtime is not linked.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include <functional>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace qe_emu {
+
+constexpr size_t kSharedBytes = 232448;  // the most any supported chip has
+extern unsigned char shared_memory[kSharedBytes];
+
+struct ThreadIndex {
+  int thread, threads, block_x, block_y;
+};
+extern ThreadIndex now;  // of the running fiber
+
+enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kShuffleXor, kBallot };
+
+// Called by the primitives, from a fiber.
+void on_access(const void* p, size_t bytes, bool write, size_t alignment);
+void barrier(const void* site);
+void collective(Collective kind, const void* in, void* out, const void* site);
+void copy_async(void* to, const void* from);
+void copy_commit();
+void copy_wait(int pending);
+
+// Operands of the collectives, per lane.
+struct MmaIn {
+  uint32_t a[4], b[2];
+  union {
+    int32_t ci[4];
+    float cf[4];
+  };
+};
+struct ShuffleIn {
+  float value;
+  int mask;
+};
+void run_collective(Collective kind, const void* const (&in)[32], void* const (&out)[32]);
+
+// Memory that kernels may touch. Host addresses; writable buffers also remember who wrote what.
+void add_buffer(const void* p, size_t bytes, bool writable, const char* name);
+void clear_buffers();
+
+struct Shape {
+  int grid_x, grid_y, threads;
+  size_t shared_bytes;
+};
+// Runs the kernel and returns what went wrong, each kind of error once.
+std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel);
+
+// Between the scheduler (simt.cpp) and the memory model (shadow.cpp).
+struct PendingCopy {
+  void* to;
+  const void* from;
+};
+void report(const std::string& what);
+const std::set<std::string>& reports();
+void shadow_start_launch(size_t shared_bytes);
+void shadow_start_block();
+void shadow_next_epoch();
+void shadow_shared(size_t at, size_t bytes, bool write, int thread);
+void shadow_global(const void* p, size_t bytes, bool write);
+bool shadow_issue_copy(const PendingCopy& copy, int thread);
+void shadow_land_copy(const PendingCopy& copy, int thread);
+bool in_shared(const void* p);
+
+}  // namespace qe_emu

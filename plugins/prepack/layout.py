@@ -1,0 +1,123 @@
+"""Orders of bytes that the kernels read, each with its inverse.
+
+All three follow the fragment maps of the tensor cores ("Matrix Fragments for mma", PTX ISA), so that a lane of a warp
+reads what it needs with one or two 16-byte loads and no shuffles. K is padded to 128 rows, N to 32 columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 128  # rows of K in one weight tile
+COLUMN_PAD = 32
+LANES = 32
+
+_LANE = np.arange(LANES)
+_GROUP, _PAIR = _LANE // 4, _LANE % 4
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def pad_to(array: NDArray[Any], shape: tuple[int, ...], fill: float = 0) -> NDArray[Any]:
+    """The array with `fill` appended until it has this shape."""
+    return np.pad(array, [(0, want - have) for have, want in zip(array.shape, shape, strict=True)], constant_values=fill)
+
+
+def _nibble_rows(sixteen_bit: bool) -> NDArray[np.int64]:
+    """Row of the 128-row chunk of every nibble, ``[lane, word, nibble]`` (nibble 0 is the lowest).
+
+    int8 activations: word c, byte b holds row ``16c + 4*pair + b`` in its low nibble and that row + 64 in its high one.
+    16-bit activations: word c covers rows 32c to 32c+31; nibbles i and i+4 become the two halves of one register.
+    """
+    rows = np.zeros((LANES, 4, 8), np.int64)
+    for word in range(4):
+        for nibble in range(8):
+            if sixteen_bit:
+                step, register, half = (nibble % 4) // 2, nibble % 2, nibble // 4
+                rows[:, word, nibble] = 32 * word + 16 * step + 8 * register + 2 * _PAIR + half
+            else:
+                byte, high = nibble // 2, nibble % 2
+                rows[:, word, nibble] = 16 * word + 4 * _PAIR + byte + 64 * high
+    return rows
+
+
+def pack_weight(nibbles: NDArray[np.uint8], sixteen_bit: bool) -> NDArray[np.uint8]:
+    """Pack ``[Kp, Np]`` nibbles (0 to 15) to bytes ``[Kp/128, Np/8, 32 lanes, 16]``."""
+    kp, np_ = nibbles.shape
+    tiles = nibbles.reshape(kp // CHUNK, CHUNK, np_ // 8, 8).transpose(0, 2, 1, 3)
+    rows = _nibble_rows(sixteen_bit).reshape(LANES, 32)
+    lanes = tiles[:, :, rows, _GROUP[:, None]]  # [chunk, tile, lane, nibble]
+    return np.ascontiguousarray(lanes[..., 0::2] | (lanes[..., 1::2] << 4)).astype(np.uint8)
+
+
+def unpack_weight(packed: NDArray[np.uint8], sixteen_bit: bool) -> NDArray[np.uint8]:
+    """Inverse of `pack_weight`."""
+    chunks, columns = packed.shape[:2]
+    lanes = np.empty((chunks, columns, LANES, 32), np.uint8)
+    lanes[..., 0::2], lanes[..., 1::2] = packed & 15, packed >> 4
+    tiles = np.empty((chunks, columns, CHUNK, 8), np.uint8)
+    rows = _nibble_rows(sixteen_bit).reshape(LANES, 32)
+    tiles[:, :, rows, _GROUP[:, None]] = lanes
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(chunks * CHUNK, columns * 8)
+
+
+def _down_index() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row (of 32) and column (of 16) of value v of a lane: v = 8*step + 2*register + half."""
+    value = np.arange(16)
+    step, register, half = value // 8, (value % 8) // 2, value % 2
+    row = 8 * _PAIR[:, None] + 4 * step + 2 * (register // 2) + half
+    column = _GROUP[:, None] + 8 * (register % 2)
+    return row, np.broadcast_to(column, row.shape)
+
+
+def pack_down(down: NDArray[Any]) -> NDArray[Any]:
+    """Pack ``[K, 16 * tiles]`` to ``[tiles, K/32, 2 steps, 32 lanes, 8]``; int8 keeps a lane's 16 values together.
+
+    K is padded to a multiple of 32 with zeros. A lane owns 8 consecutive rows, so that it reads 16 bytes of x at once.
+    """
+    padded = pad_to(down, (round_up(down.shape[0], 32), down.shape[1]))
+    blocks, tiles = padded.shape[0] // 32, padded.shape[1] // 16
+    row, column = _down_index()
+    cut = padded.reshape(blocks, 32, tiles, 16).transpose(2, 0, 1, 3)
+    lanes = cut[:, :, row, column]  # [tile, block, lane, 16]
+    if down.dtype == np.int8:
+        return np.ascontiguousarray(lanes)
+    return np.ascontiguousarray(lanes.reshape(tiles, blocks, LANES, 2, 8).transpose(0, 1, 3, 2, 4))
+
+
+def unpack_down(packed: NDArray[Any], in_features: int) -> NDArray[Any]:
+    """Inverse of `pack_down`."""
+    lanes = packed
+    if packed.dtype != np.int8:
+        lanes = packed.transpose(0, 1, 3, 2, 4).reshape(*packed.shape[:2], LANES, 16)
+    row, column = _down_index()
+    cut = np.empty((*lanes.shape[:2], 32, 16), packed.dtype)
+    cut[:, :, row, column] = lanes
+    tiles, blocks = cut.shape[:2]
+    return np.ascontiguousarray(cut.transpose(1, 2, 0, 3).reshape(blocks * 32, tiles * 16)[:in_features])
+
+
+def _up_rows() -> NDArray[np.int64]:
+    """Rank (of 16) of value v of a lane: v = 2*register + half."""
+    value = np.arange(4)
+    return np.asarray(2 * _PAIR[:, None] + 8 * (value // 2) + value % 2)
+
+
+def pack_up(up: NDArray[Any]) -> NDArray[Any]:
+    """Pack ``[16 * tiles, Np]`` to ``[tiles, Np/8, 32 lanes, 4]``."""
+    tiles, columns = up.shape[0] // 16, up.shape[1] // 8
+    cut = up.reshape(tiles, 16, columns, 8).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(cut[:, :, _up_rows(), _GROUP[:, None]])
+
+
+def unpack_up(packed: NDArray[Any]) -> NDArray[Any]:
+    """Inverse of `pack_up`."""
+    tiles, columns = packed.shape[:2]
+    cut = np.empty((tiles, columns, 16, 8), packed.dtype)
+    cut[:, :, _up_rows(), _GROUP[:, None]] = packed
+    return np.ascontiguousarray(cut.transpose(0, 2, 1, 3)).reshape(tiles * 16, columns * 8)

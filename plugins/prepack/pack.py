@@ -1,0 +1,119 @@
+"""Canonical QELinear tensors to the buffers that the kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prepack.floats import Dtype, to_bits
+from prepack.layout import CHUNK, COLUMN_PAD, pack_down, pack_up, pack_weight, pad_to, round_up
+from prepack.linear import CanonicalLinear
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """What one layer passes to the kernels besides x. Tensors that the layer does not need are None.
+
+    Attributes:
+        weight: uint8 ``[Kp/128, Np/8, 32, 16]``.
+        columns: float32 ``[3, Np]``: factor of the quantized sum, factor of the output, bias.
+        scales: 16-bit patterns ``[Kp/g, Np]``, only with groups.
+        zeros: uint8 ``[Kp/g or 1, Np]``: the zero point plus 8.
+    """
+
+    dtype: Dtype
+    weight: NDArray[np.uint8]
+    columns: NDArray[np.float32]
+    scales: NDArray[np.uint16] | None
+    zeros: NDArray[np.uint8] | None
+    inv_omega: NDArray[np.uint16] | None
+    down: NDArray[Any] | None
+    down_scale: NDArray[np.float32] | None
+    up: NDArray[Any] | None
+    router: NDArray[np.uint16] | None
+
+
+def pack(linear: CanonicalLinear, dtype: Dtype) -> PackedLinear:
+    """Lay one layer out for the kernels. Raises PackError when the tensors do not fit together."""
+    linear.check()
+    k, n = linear.in_features, linear.out_features
+    kp, np_ = round_up(k, CHUNK), round_up(n, COLUMN_PAD)
+    sixteen_bit = linear.act_bits == 0
+    offset_binary = sixteen_bit or linear.zeros is not None  # nibbles hold q + 8 and a zero point is subtracted
+
+    q = linear.qweight.astype(np.int16)
+    nibbles = pad_to(q + 8 if offset_binary else q & 15, (kp, np_), fill=8 if offset_binary else 0)
+    zeros = _zeros(linear, kp, np_) if offset_binary else None
+    down, down_scale, up, up_scale = _adapters(linear, dtype, np_)
+    return PackedLinear(
+        dtype=dtype,
+        weight=pack_weight(nibbles.astype(np.uint8), sixteen_bit),
+        columns=_columns(linear, up_scale, np_, sixteenth=not offset_binary),
+        scales=None if linear.group_size < 0 else to_bits(pad_to(linear.scales, (kp // linear.group_size, np_)), dtype),
+        zeros=zeros,
+        inv_omega=None if linear.inv_omega is None else to_bits(linear.inv_omega, dtype),
+        down=down,
+        down_scale=down_scale,
+        up=up,
+        router=to_bits(np.asarray(linear.router).T, dtype) if _routed(linear) else None,
+    )
+
+
+def _routed(linear: CanonicalLinear) -> bool:
+    return linear.num_experts > 1 and linear.rank_routed > 0
+
+
+def _zeros(linear: CanonicalLinear, kp: int, np_: int) -> NDArray[np.uint8]:
+    zeros = np.zeros(linear.scales.shape, np.int8) if linear.zeros is None else linear.zeros
+    rows = 1 if linear.group_size < 0 else kp // linear.group_size
+    return pad_to(zeros.astype(np.int16) + 8, (rows, np_), fill=8).astype(np.uint8)
+
+
+def _columns(
+    linear: CanonicalLinear, up_scale: NDArray[np.float64], np_: int, *, sixteenth: bool
+) -> NDArray[np.float32]:
+    """The sum is multiplied by row 0 before the low-rank part joins it, and both by row 1 after."""
+    n = linear.out_features
+    main = np.ones(n) if linear.group_size > 0 else linear.scales[0].astype(np.float64)
+    columns = np.zeros((3, np_), np.float32)
+    columns[0, :n] = main / up_scale / (16 if sixteenth else 1)
+    columns[1, :n] = up_scale
+    columns[2, :n] = 0 if linear.bias is None else linear.bias
+    return columns
+
+
+def _segments(linear: CanonicalLinear) -> list[tuple[int, int]]:
+    """Column ranges of `down` that become tiles: the shared expert, then each routed one."""
+    shared = linear.rank_shared
+    if not _routed(linear):
+        return [(0, linear.rank)]
+    starts = [shared + e * linear.rank_routed for e in range(linear.num_experts)]
+    return [(0, shared)] + [(start, start + linear.rank_routed) for start in starts]
+
+
+def _adapters(
+    linear: CanonicalLinear, dtype: Dtype, np_: int
+) -> tuple[NDArray[Any] | None, NDArray[np.float32] | None, NDArray[Any] | None, NDArray[np.float64]]:
+    """Packed down, its scales, packed up, and the scale of every output column (never zero)."""
+    n = linear.out_features
+    if linear.down is None or linear.up is None:
+        return None, None, None, np.ones(n)
+    down_scale, up, up_scale = np.ones(linear.rank), linear.up, np.ones(n)
+    if linear.int8_adapters and linear.down_scale is not None and linear.up_scale is not None:
+        down_scale = linear.down_scale.astype(np.float64)
+        usable = linear.up_scale != 0
+        up_scale = np.where(usable, linear.up_scale, 1.0).astype(np.float64)
+        up = np.where(usable, up, 0).astype(np.int8)
+    pieces, rows, scales = [], [], []
+    for start, stop in _segments(linear):
+        width = round_up(stop - start, 16)
+        pieces.append(pad_to(linear.down[:, start:stop], (linear.in_features, width)))
+        rows.append(pad_to(up[start:stop], (width, np_)))
+        scales.append(pad_to(down_scale[start:stop], (width,)))
+    wide_down, tall_up = np.concatenate(pieces, 1), np.concatenate(rows, 0)
+    if not linear.int8_adapters:
+        wide_down, tall_up = to_bits(wide_down, dtype), to_bits(tall_up, dtype)
+    return pack_down(wide_down), np.concatenate(scales).astype(np.float32), pack_up(tall_up), up_scale
