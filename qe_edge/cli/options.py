@@ -1,0 +1,118 @@
+"""Options that several commands share, spelled one way everywhere, and the class of all commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from qe_edge.cli.quiet import quiet_libraries
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+
+class Command(click.Command):
+    """A command with an example and `--verbose`; other libraries are silent unless that is given.
+
+    Args:
+        example: Command lines shown below the options.
+        arguments: As click's.
+        keywords: As click's.
+    """
+
+    def __init__(self, *arguments: Any, example: str, **keywords: Any) -> None:  # noqa: ANN401 - click's own signature
+        super().__init__(*arguments, **keywords)
+        self.example = example
+        self.params.append(
+            click.Option(
+                ["--verbose"], is_flag=True, help="Show other libraries' messages and full tracebacks of errors."
+            )
+        )
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The example, as it is to be typed."""
+        write_example(formatter, self.example)
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what the command returns
+        """Run the command's function."""
+        with quiet_libraries(verbose=ctx.params.pop("verbose")):
+            return super().invoke(ctx)
+
+
+def write_example(formatter: click.HelpFormatter, example: str) -> None:
+    """Command lines as they are, without wrapping."""
+    with formatter.section("Example"):
+        for line in example.splitlines():
+            formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+def output_option(help_text: str) -> Decorator[F]:
+    """`-o`, `--output`."""
+    return click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=help_text)
+
+
+def overwrite_option() -> Decorator[F]:
+    """`--overwrite`."""
+    return click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
+
+
+def resume_option(help_text: str) -> Decorator[F]:
+    """`--resume`."""
+    return click.option("--resume", is_flag=True, help=help_text)
+
+
+def evaluation_options() -> Decorator[F]:
+    """`--evaluation` and `--limit`."""
+
+    def add(function: F) -> F:
+        function = click.option(
+            "--limit", type=click.IntRange(min=1), metavar="N", help="Use the first N held-out samples only."
+        )(function)
+        return click.option(
+            "--evaluation",
+            metavar="SOURCE",
+            default="demo",
+            show_default=True,
+            help="Held-out samples: 'demo', a JSONL file of image, question and answer, or a folder with one.",
+        )(function)
+
+    return add
+
+
+def recipe_options(function: F) -> F:
+    """Everything that makes a recipe; `qe_edge.cli.recipes.read_recipe` takes these values by name."""
+    options = (
+        click.option("--method", metavar="NAME", help="How to quantize: 'qe' (Quant Experts, default) or 'rtn'."),
+        click.option(
+            "--scheme", metavar="NAME", help="Bits of weights and activations: w4a8 (default), w4a6, w4a16 or w3a16."
+        ),
+        click.option(
+            "--modules", metavar="NAMES", help="Parts of the model, with commas: language (default), visual, merger."
+        ),
+        click.option("--preset", metavar="NAME", help="Named defaults of the method, for example 'paper'."),
+        click.option(
+            "--set",
+            "settings",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="One option of the method, for example --set experts=4. May be repeated.",
+        ),
+        click.option(
+            "--calibration", metavar="SOURCE", help="Calibration samples: 'demo' (default), a JSONL file or a folder."
+        ),
+        click.option("--samples", type=click.IntRange(min=1), metavar="N", help="How many of them to draw (128)."),
+        click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of everything drawn at random (0)."),
+        click.option(
+            "--recipe",
+            "recipe_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="YAML or JSON file with any of these choices; options on the command line win over it.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function

@@ -1,0 +1,86 @@
+"""How a command ends: two short lines for a mistake, one for Ctrl-C, a file with the traceback for a defect of ours."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+
+import click
+
+from qe_edge.errors import QEError
+
+MISTAKE, DEFECT, INTERRUPTED = 2, 1, 130
+RESUMABLE = ("deploy", "quantize")
+
+
+def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
+    """Run the application and turn whatever it raises into lines on stderr and an exit code.
+
+    Args:
+        call: Runs the application; what it returns is the exit code, None for 0.
+        words: The command line, to say how to resume.
+    """
+    try:
+        code = call()
+    except (KeyboardInterrupt, click.Abort):
+        click.secho(_how_to_resume(words), fg="yellow", err=True)
+        return INTERRUPTED
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter fails once more when it flushes stdout
+        return 0
+    except Exception as error:  # noqa: BLE001 - the last handler: no traceback ever reaches the user unasked
+        if "--verbose" in words:
+            traceback.print_exc()
+        problem, remedy, code = _explain(error, words)
+        click.echo(click.style("Error: ", fg="red", bold=True) + _one_line(problem), err=True)
+        click.echo(click.style("  Fix: ", fg="green", bold=True) + _one_line(remedy), err=True)
+        return code
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
+    """Problem, remedy and exit code."""
+    if isinstance(error, QEError):
+        return error.problem, error.remedy, error.exit_code
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx else "qe-edge"
+        return error.format_message(), f"See '{path} --help'.", MISTAKE
+    if isinstance(error, click.ClickException):
+        return error.format_message(), "Correct the command line.", MISTAKE
+    if isinstance(error, MemoryError):
+        return "Memory ran out.", "Close other programs, use fewer --samples, or use a larger machine.", MISTAKE
+    if isinstance(error, PermissionError):
+        return f"The system refuses access to '{error.filename}'.", "Choose a folder that you may write to.", MISTAKE
+    kind = type(error).__name__
+    written = _write_traceback(error, words)
+    remedy = f"The full traceback is in '{written}'; please report it." if written else "Add --verbose to see where."
+    return f"This should not happen: {kind}: {error}", remedy, DEFECT
+
+
+def _write_traceback(error: Exception, words: Sequence[str]) -> str | None:
+    """A new file with the command and the traceback; None if not even that can be written."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="qe-edge-", suffix=".log", delete=False, encoding="utf-8") as file:
+            file.write(f"qe-edge {shlex.join(words)}\n\n")
+            traceback.print_exception(error, file=file)
+            return file.name
+    except OSError:
+        return None
+
+
+def _how_to_resume(words: Sequence[str]) -> str:
+    if not words or words[0] not in RESUMABLE:
+        return "Stopped; nothing half-written is left. Run the same command again."
+    # --overwrite would throw the finished part away
+    kept = [word for word in words if word not in ("--resume", "--overwrite")]
+    return f"Stopped. Continue where it was with: qe-edge {shlex.join([*kept, '--resume'])}"
+
+
+def _one_line(text: str) -> str:
+    """Text from models and libraries without line breaks and terminal control characters."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())

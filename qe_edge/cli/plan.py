@@ -1,0 +1,214 @@
+"""What a quantization would do and need, from the model's configuration alone: no weight is read, nothing is written.
+
+Layers are built on PyTorch's meta device, which has shapes and no data, and counted by the same code as real ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qe_edge.accounting import BitCount, add_counts, layer_counts
+from qe_edge.errors import RecipeError
+from qe_edge.grids import PER_CHANNEL, QuantizedWeight
+from qe_edge.linear import Adapters, QELinear, QuantizedLinear
+from qe_edge.methods import Method
+from qe_edge.methods.base import AdapterSize
+from qe_edge.models.family import Block, ModelFamily, Sample
+from qe_edge.models.loading import load_family
+from qe_edge.quantizer import BATCH, LinearGroup, linear_groups
+from qe_edge.recipe import Recipe
+from qe_edge.schemes import Scheme
+
+LIBRARIES = 600 * 2**20  # what Python, torch and transformers take before any model is loaded
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One linear layer that would be quantized.
+
+    Attributes:
+        name: Dotted name.
+        group: "visual", "merger" or "language".
+        in_features: Width of the input.
+        out_features: Width of the output.
+        adapter: Ranks and experts of its low-rank correction.
+        bits: Predicted bits, stored and read.
+    """
+
+    name: str
+    group: str
+    in_features: int
+    out_features: int
+    adapter: AdapterSize
+    bits: BitCount
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantization would do and need.
+
+    Attributes:
+        layers: Every layer that would be quantized, in module order.
+        total: Their bits together.
+        checkpoint_bytes: Size of the checkpoint.
+        disk_bytes: Checkpoint and the finished blocks that are kept beside it until the end.
+        memory_bytes: Peak memory, roughly.
+    """
+
+    layers: list[PlannedLayer]
+    total: BitCount
+    checkpoint_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+
+
+def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
+    """Plan a quantization.
+
+    Args:
+        source: Model folder or hub id.
+        recipe: What would be done.
+        samples: The calibration samples; a few are encoded to see how many tokens they make.
+
+    Raises:
+        ModelError: If the model is none that QE-Edge knows.
+        RecipeError: If the model lacks one of the recipe's modules.
+    """
+    family = load_family(source)
+    model = _shapes_only(family)
+    blocks = [block for block in family.blocks(model) if block.group in recipe.modules]
+    missing = set(recipe.modules) - {block.group for block in blocks}
+    if missing:
+        raise RecipeError(f"The model has no {sorted(missing)[0]} module.", "Leave it out of --modules.")
+    method, scheme = recipe.build_method(), recipe.get_scheme()
+    linears: dict[str, QELinear] = {}
+    adapters: dict[str, AdapterSize] = {}
+    groups: dict[str, str] = {}
+    for block in blocks:
+        for group in linear_groups(block, family.siblings):
+            linears |= _planned_group(group, method, scheme, adapters)
+            groups |= dict.fromkeys(group.names, block.group)
+    counts = layer_counts(linears)
+    layers = [
+        PlannedLayer(name, groups[name], layer.in_features, layer.out_features, adapters[name], counts[name])
+        for name, layer in linears.items()
+    ]
+    total = add_counts(counts.values())
+    stored = round(total.stored_bits * total.weights / 8)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    checkpoint = stored + (parameters - total.weights) * _itemsize(family)
+    memory = _memory(source, family, model, blocks, method, samples)
+    return Plan(layers, total, checkpoint, checkpoint + stored, memory)
+
+
+def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, int]]:
+    """Layers that differ only in their block number as one row: name with `*`, an example, how many there are."""
+    rows: dict[tuple[object, ...], list[PlannedLayer]] = defaultdict(list)
+    for layer in layers:
+        name = re.sub(r"\.\d+\.", ".*.", layer.name)
+        rows[name, layer.in_features, layer.out_features, layer.adapter].append(layer)
+    return [(str(key[0]) if len(found) > 1 else found[0].name, found[0], len(found)) for key, found in rows.items()]
+
+
+def _shapes_only(family: ModelFamily) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForImageTextToText.from_config(family.config)
+    return model
+
+
+def _planned_group(
+    group: LinearGroup, method: Method, scheme: Scheme, adapters: dict[str, AdapterSize]
+) -> dict[str, QELinear]:
+    """The layers of one input as they will be, without data; notes their adapters."""
+    together = [list(range(len(group.names)))] if method.stack_siblings else [[i] for i in range(len(group.names))]
+    layers = {}
+    for members in together:
+        sizes = [group.linears[member].out_features for member in members]
+        size = method.adapter_size(sum(sizes), group.linears[0].in_features)
+        parts = _empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
+        for member, part in zip(members, parts, strict=True):
+            layers[group.names[member]] = QELinear(part)
+            adapters[group.names[member]] = size
+    return layers
+
+
+def _empty_linear(out_features: int, in_features: int, scheme: Scheme, size: AdapterSize) -> QuantizedLinear:
+    def empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((rows, columns) if columns else (rows,), dtype=dtype, device="meta")
+
+    group = scheme.weight.resolve_group(in_features)
+    groups = 1 if group == PER_CHANNEL else in_features // group
+    zeros = None if scheme.weight.symmetric else empty(out_features, groups, torch.int8)
+    scales = empty(out_features, groups, torch.float16)
+    weight = QuantizedWeight(empty(out_features, in_features, torch.int8), scales, zeros, scheme.weight.bits, group)
+    experts = size.experts if size.experts > 1 else 0
+    rank = size.rank_shared + experts * size.rank_routed
+    if not rank:
+        return QuantizedLinear(weight, scheme.activation_bits)
+    dtype = {8: torch.int8, 16: torch.float16, 32: torch.float32}[size.factor_bits]
+    adapters = Adapters(
+        down=empty(rank, in_features, dtype),
+        up=empty(out_features, rank, dtype),
+        down_scale=empty(rank, 0, torch.float16) if dtype == torch.int8 else None,
+        up_scale=empty(out_features, 0, torch.float16) if dtype == torch.int8 else None,
+        rank_shared=size.rank_shared,
+        rank_routed=size.rank_routed if experts else 0,
+        num_experts=experts,
+        router=empty(experts, in_features, torch.float16) if experts else None,
+    )
+    return QuantizedLinear(weight, scheme.activation_bits, None, adapters)
+
+
+def _memory(
+    source: str,
+    family: ModelFamily,
+    model: nn.Module,
+    blocks: Sequence[Block],
+    method: Method,
+    samples: Sequence[Sample],
+) -> int:
+    """Libraries, the model (one block and all that is not streamed in float32), hidden states, statistics."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in blocks]
+    weights = 4 * (parameters - sum(sizes)) + _itemsize(family) * sum(sizes) + 12 * max(sizes)
+    encoded = family.encode(family.load_processor(source), samples[:BATCH], answers=True)
+    batches = -(-len(samples) // BATCH)
+    text = encoded.input_ids.size * batches
+    pixels = sum(array.nbytes for array in encoded.pixels.values()) * batches
+    image_grids = encoded.pixels.get("image_grid_thw")
+    patches = text if image_grids is None else int(image_grids.prod(1).sum()) * batches
+    peak = 0
+    for block in blocks:
+        tokens = text if block.group == "language" else patches
+        width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
+        peak = max(peak, 8 * tokens * width + _statistics(block, family, method, tokens))
+    return LIBRARIES + weights + pixels + peak
+
+
+def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) -> int:
+    """Bytes of the Gram matrices, token samples and top-k lists of one block."""
+    total = 0
+    for group in linear_groups(block, family.siblings):
+        width = group.linears[0].in_features
+        outputs = [linear.out_features for linear in group.linears]
+        shapes = [sum(outputs)] if method.stack_siblings else outputs
+        requests = [request for size in shapes if (request := method.request(size, width))]
+        if requests:
+            total += 8 * width**2 if any(request.gram for request in requests) else 0
+            total += 4 * width * min(tokens, max(request.tokens for request in requests))
+            total += sum(4 * tokens * request.important for request in requests)
+    return total
+
+
+def _itemsize(family: ModelFamily) -> int:
+    """Bytes of one weight in the original checkpoint."""
+    dtype = getattr(family.config, "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4

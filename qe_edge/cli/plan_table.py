@@ -1,0 +1,49 @@
+"""How a dry run looks."""
+
+from __future__ import annotations
+
+import click
+import yaml
+
+from qe_edge.cli.outputs import human_bytes
+from qe_edge.cli.plan import Plan, collapse
+from qe_edge.cli.tables import print_table
+from qe_edge.methods.base import AdapterSize
+from qe_edge.recipe import Recipe
+
+
+def print_plan(recipe: Recipe, plan: Plan, samples: int) -> None:
+    """Print the resolved recipe (as YAML that `--recipe` takes), the layers, and what the run needs."""
+    values = recipe.resolved().model_dump(mode="json", exclude_none=True)
+    click.echo("# Resolved recipe; save these lines to a file to use them with --recipe")
+    click.echo(yaml.safe_dump(values, sort_keys=False))
+    rows = [
+        (
+            name,
+            f"{count} x",
+            f"{layer.out_features} x {layer.in_features}",
+            _experts(layer.adapter),
+            f"{layer.bits.stored_bits:.2f}",
+            f"{layer.bits.read_bits:.2f}",
+        )
+        for name, layer, count in collapse(plan.layers)
+    ]
+    total = plan.total
+    rows.append((
+        "all", f"{len(plan.layers)} x", f"{total.weights:,} weights", "", f"{total.stored_bits:.2f}",
+        f"{total.read_bits:.2f}",
+    ))  # fmt: skip
+    print_table(("Layer", "", "Out x in", "Shared + routed ranks", "Stored bits", "Read bits"), rows)
+    click.echo(f"Calibration: {samples} samples of '{recipe.calibration.source}'")
+    click.echo(f"Memory:      about {human_bytes(plan.memory_bytes)}")
+    click.echo(
+        f"Disk:        about {human_bytes(plan.checkpoint_bytes)} for the checkpoint, "
+        f"{human_bytes(plan.disk_bytes)} while quantizing"
+    )
+    click.echo("Nothing was done (--dry-run).")
+
+
+def _experts(size: AdapterSize) -> str:
+    if size.experts > 1:
+        return f"{size.rank_shared} + {size.experts} x {size.rank_routed}"
+    return str(size.rank_shared) if size.rank_shared else "none"

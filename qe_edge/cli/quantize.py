@@ -1,0 +1,110 @@
+"""`qe-edge quantize`: a model becomes a quantized checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qe_edge.cli.options import Command, output_option, overwrite_option, recipe_options, resume_option
+
+if TYPE_CHECKING:
+    from qe_edge.models.family import Sample
+    from qe_edge.recipe import Recipe
+
+
+@click.command(
+    "quantize", cls=Command, example="qe-edge quantize demo -o checkpoint --scheme w4a8 --modules language,visual"
+)
+@click.argument("model")
+@output_option("Folder for the quantized checkpoint.")
+@recipe_options
+@click.option("--dry-run", is_flag=True, help="Show recipe, layers, bits, memory and disk; do nothing.")
+@resume_option("Continue a run that was stopped, from the blocks that it had finished.")
+@overwrite_option()
+def command(model: str, output: Path, dry_run: bool, resume: bool, overwrite: bool, **choices: Any) -> None:  # noqa: ANN401
+    """Quantize MODEL, which is 'demo', a folder or a hub id, and write a checkpoint.
+
+    Finished blocks are kept in '<output>.work' until the checkpoint is complete; --resume continues from them.
+    """
+    from qe_edge.cli.inputs import open_model
+    from qe_edge.cli.outputs import check_disk
+    from qe_edge.cli.recipes import read_recipe
+
+    if not dry_run:
+        check_checkpoint_output(output, overwrite=overwrite, resume=resume)
+    recipe = read_recipe(**choices)
+    from qe_edge.calibration.sources import load_samples
+
+    samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+    source = open_model(model)
+    if resume and already_complete(output, recipe, samples):
+        click.echo(f"'{output}' is complete already; nothing is left to do.")
+        return
+    from qe_edge.cli.plan import make_plan
+
+    plan = make_plan(source, recipe, samples)
+    if dry_run:
+        from qe_edge.cli.plan_table import print_plan
+
+        print_plan(recipe, plan, len(samples))
+        return
+    check_disk(output, plan.disk_bytes)
+    run_quantize(source, recipe, output, resume=resume, overwrite=overwrite)
+    click.echo(f"Wrote '{output}'. Next: qe-edge export {output} -o ONNX")
+
+
+def check_checkpoint_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse an output folder in use, and an unfinished run that is to be neither continued nor replaced.
+
+    Raises:
+        InputError: If the folder may not be written.
+        ArtifactError: If there is an unfinished run.
+    """
+    from qe_edge.cli.inputs import is_checkpoint_folder
+    from qe_edge.cli.outputs import check_output_folder
+    from qe_edge.deploy import work_folder
+    from qe_edge.errors import ArtifactError
+
+    check_output_folder(output, is_checkpoint_folder, overwrite=overwrite, resume=resume)
+    work = work_folder(output)
+    if work.exists() and not (overwrite or resume):
+        raise ArtifactError(
+            f"'{work}' holds an unfinished run.", "Add --resume to continue it, or --overwrite to start again."
+        )
+
+
+def already_complete(output: Path, recipe: Recipe, samples: list[Sample]) -> bool:
+    """Whether `output` is a finished checkpoint of this recipe and these samples, with nothing left to resume.
+
+    Raises:
+        ArtifactError: If it is a finished checkpoint of another recipe.
+    """
+    from qe_edge.cli.inputs import is_checkpoint_folder
+    from qe_edge.deploy import work_folder
+    from qe_edge.errors import ArtifactError
+
+    if not is_checkpoint_folder(output) or work_folder(output).exists():
+        return False
+    from qe_edge.checkpoint import load_checkpoint_recipe
+    from qe_edge.quantizer import replace_calibration
+
+    if load_checkpoint_recipe(output) != replace_calibration(recipe, None, samples):
+        raise ArtifactError(
+            f"'{output}' is a finished checkpoint of another recipe or other calibration data.",
+            "Add --overwrite instead of --resume to replace it.",
+        )
+    return True
+
+
+def run_quantize(source: str, recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Quantize with progress on stderr; `overwrite` throws an unfinished run away."""
+    import shutil
+
+    from qe_edge.console import ConsoleProgress
+    from qe_edge.deploy import quantize_to_folder, work_folder
+
+    if overwrite and not resume:
+        shutil.rmtree(work_folder(output), ignore_errors=True)
+    quantize_to_folder(source, recipe, output, resume=resume, progress=ConsoleProgress())

@@ -1,0 +1,67 @@
+"""The recipe of a command line: a file, if there is one, and the options over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qe_edge.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qe_edge.recipe import Recipe
+
+
+def read_recipe(
+    *,
+    recipe_file: Path | None = None,
+    settings: Sequence[str] = (),
+    modules: str | None = None,
+    calibration: str | None = None,
+    samples: int | None = None,
+    **values: object,
+) -> Recipe:
+    """Merge the file with the options and validate the result.
+
+    Args:
+        recipe_file: YAML or JSON.
+        settings: Method options, each `KEY=VALUE`.
+        modules: Names with commas between them.
+        calibration: Source of the calibration samples.
+        samples: How many of them.
+        values: The other keys of a recipe (method, scheme, preset, seed); None where the user gave none.
+
+    Raises:
+        RecipeError: For a file or a value that cannot be used.
+        UnknownNameError: For a key or name that does not exist; the nearest valid one is named.
+    """
+    from qe_edge.recipe import load_recipe, make_recipe
+
+    merged = load_recipe(recipe_file) if recipe_file else {}
+    merged.update({key: value for key, value in values.items() if value is not None})
+    if modules is not None:
+        merged["modules"] = [name.strip() for name in modules.split(",") if name.strip()]
+    drawn = {"source": calibration, "samples": samples}
+    _merge(merged, "calibration", {key: value for key, value in drawn.items() if value is not None})
+    _merge(merged, "options", dict(_setting(text) for text in settings))
+    return make_recipe(**merged)
+
+
+def _merge(merged: dict[str, Any], key: str, values: dict[str, object]) -> None:
+    """Put `values` over the mapping `key` of the file; anything else there is left for validation to refuse."""
+    if values and isinstance(merged.setdefault(key, {}), dict):
+        merged[key] = {**merged[key], **values}
+
+
+def _setting(text: str) -> tuple[str, object]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"'--set {text}' has no value.", "Write --set KEY=VALUE, for example --set experts=4.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"The value of '--set {text}' cannot be read.", "Write a number, true, false or a word."
+        ) from error
