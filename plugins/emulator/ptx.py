@@ -1,0 +1,152 @@
+"""The PTX emulator: runs the very PTX that ships, on numpy, as a Machine.
+
+It covers what the source emulator replaces: the inline PTX of kernels/prim_ptx.cuh and what the compiler made of the
+rest. One warp is one vector; warps of a block are interleaved at random, a new order per seed. Not modelled: time,
+caches, races inside one warp, and weak memory order between blocks.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emulator.plan import Launch
+from emulator.ptx_collectives import collective
+from emulator.ptx_memory import GlobalMemory, SharedMemory
+from emulator.ptx_memory_ops import memory
+from emulator.ptx_ops import Step, arithmetic
+from emulator.ptx_text import Kernel, PtxError, PtxFile
+from emulator.ptx_warp import LANES, Lanes, Warp
+
+_MOST_ERRORS = 20
+
+
+class Block:
+    """One thread block: its warps, its shared memory and the errors seen in it."""
+
+    def __init__(self, machine: PtxMachine, launch: Launch, parameters: bytes, x: int, y: int) -> None:
+        self.memory, self.parameters = machine.memory, parameters
+        self.number = y * launch.grid_x + x
+        self.errors: list[str] = []
+        self.shared = SharedMemory(launch.shared_bytes, self.report)
+        self._place = {"%ctaid.x": x, "%ctaid.y": y, "%ntid.x": launch.threads, "%nctaid.x": launch.grid_x}
+        self.warps = [Warp(self, i) for i in range(launch.threads // LANES)]
+
+    def report(self, what: str) -> None:
+        if what not in self.errors and len(self.errors) < _MOST_ERRORS:
+            self.errors.append(what)
+
+    def special(self, register: str, warp: Warp) -> Lanes:
+        if register == "%tid.x":
+            return warp.thread.astype(np.uint32)
+        if register not in self._place:
+            raise PtxError(f"special register {register}")
+        return np.full(LANES, self._place[register], np.uint32)
+
+    def release_barrier(self) -> bool:
+        """Let the waiting warps go on. False when there is nobody left."""
+        waiting = [warp for warp in self.warps if warp.at_barrier]
+        if not waiting:
+            return False
+        if len(waiting) < len(self.warps):
+            self.report("barrier: some warps have already left the kernel")
+        self.shared.epoch += 1
+        for warp in waiting:
+            warp.at_barrier = False
+        return True
+
+
+class PtxMachine:
+    """Memory plus the kernels of one PTX file."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = PtxFile(path.read_text())
+        self.memory = GlobalMemory()
+        self.instructions = 0
+        self._steps: dict[str, list[Step | None]] = {}
+
+    def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
+        return self.memory.add(array, name, writable=writable)
+
+    def clear(self) -> None:
+        self.memory.clear()
+
+    def launch(self, launch: Launch, seed: int) -> list[str]:
+        kernel = self.file.kernel(launch.name)
+        if kernel.parameter_bytes != launch.args_bytes:
+            return [f"the kernel takes {kernel.parameter_bytes} bytes of arguments, the host passes {launch.args_bytes}"]
+        parameters = bytes(launch.args)[: launch.args_bytes]
+        self.memory.start_launch()
+        order = random.Random(seed)
+        blocks = [(x, y) for y in range(launch.grid_y) for x in range(launch.grid_x)]
+        order.shuffle(blocks)
+        errors: list[str] = []
+        with np.errstate(all="ignore"):
+            for x, y in blocks:
+                block = Block(self, launch, parameters, x, y)
+                self._run(block, kernel, order)
+                errors += [error for error in block.errors if error not in errors]
+        return errors
+
+    def _run(self, block: Block, kernel: Kernel, order: random.Random) -> None:
+        while True:
+            runnable = [warp for warp in block.warps if not (warp.at_barrier or warp.done)]
+            if runnable:
+                self._advance(order.choice(runnable), kernel, order.randrange(30, 300))
+            elif not block.release_barrier():
+                return
+
+    def _advance(self, warp: Warp, kernel: Kernel, count: int) -> None:
+        """Execute up to `count` instructions of one warp."""
+        steps = self._steps.setdefault(kernel.name, [None] * len(kernel.code))
+        for _ in range(count):
+            if warp.done or warp.at_barrier:
+                return
+            self.instructions += 1
+            pc, mask = warp.where()
+            instruction = kernel.code[pc]
+            active = mask
+            if instruction.guard is not None:
+                taken = warp.registers[instruction.guard] ^ instruction.guard_negated
+                active = taken if mask is None else mask & taken
+                if mask is None and taken.all():
+                    active = None
+                elif not active.any():
+                    warp.goto(pc + 1, mask)
+                    continue
+            op = instruction.op[0]
+            if op == "bra":
+                target = kernel.labels[instruction.operands[0]]
+                if active is not mask:
+                    warp.goto(pc + 1, mask)
+                    if warp.lane_pc is None:
+                        warp.lane_pc = np.full(LANES, pc + 1)
+                warp.goto(target, active)
+            elif op == "ret":
+                if active is not mask:
+                    warp.goto(pc + 1, mask)
+                warp.leave(active)
+            elif op == "bar":
+                if mask is not None:
+                    block_threads = "barrier: lanes diverge"
+                    warp.block.report(block_threads)
+                warp.at_barrier = True
+                warp.goto(pc + 1, mask)
+            else:
+                step = steps[pc]
+                if step is None:
+                    step = steps[pc] = _compile(kernel, pc)
+                step(warp, active)
+                warp.goto(pc + 1, mask)
+
+
+def _compile(kernel: Kernel, pc: int) -> Step:
+    instruction = kernel.code[pc]
+    step = memory(kernel, instruction) or collective(kernel, instruction) or arithmetic(kernel, instruction)
+    if step is None:
+        raise PtxError(f"not modelled: `{instruction.text}`")
+    return step

@@ -1,0 +1,132 @@
+"""Loads, stores and asynchronous copies of the PTX emulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from emulator.ptx_ops import Step
+from emulator.ptx_text import Instruction, Kernel, PtxError, address, vector
+from emulator.ptx_warp import LANES, Lanes, Mask, Reader, Warp, lanes_of, reader, writer
+
+
+def _pointer(kernel: Kernel, operand: str) -> Reader:
+    base, offset = address(operand)
+    wide = kernel.registers.get(base) is np.uint64
+    fetch = reader(kernel, base, np.uint64 if wide else np.uint32)
+    return lambda warp: fetch(warp).astype(np.int64) + offset
+
+
+def _width(instruction: Instruction) -> tuple[type[Any], int]:
+    return instruction.type, 4 if "v4" in instruction.op else 2 if "v2" in instruction.op else 1
+
+
+def _load_parameter(kernel: Kernel, instruction: Instruction) -> Step:
+    kind, count = _width(instruction)
+    base, offset = address(instruction.operands[1])
+    start = reader(kernel, base, np.int64)
+    stores = [writer(kernel, register) for register in vector(instruction.operands[0])]
+
+    def step(warp: Warp, mask: Mask) -> None:
+        at = int(start(warp)[0]) + offset  # the argument block is the same for all lanes
+        values = np.frombuffer(warp.block.parameters, kind, count, at)
+        for store, value in zip(stores, values, strict=True):
+            store(warp, np.full(LANES, value, kind), mask)
+
+    return step
+
+
+def _load(kernel: Kernel, instruction: Instruction) -> Step:
+    kind, count = _width(instruction)
+    size = np.dtype(kind).itemsize * count
+    pointer = _pointer(kernel, instruction.operands[1])
+    stores = [writer(kernel, register) for register in vector(instruction.operands[0])]
+    shared = instruction.op[1] == "shared"
+    if not shared and instruction.op[1] != "global":
+        raise PtxError(f"state space of `{instruction.text}`")
+
+    def step(warp: Warp, mask: Mask) -> None:
+        lanes = lanes_of(mask)
+        at = pointer(warp)[lanes]
+        raw = np.zeros((LANES, size), np.uint8)
+        block = warp.block
+        raw[lanes] = (
+            block.shared.read(at, size, warp.index)
+            if shared
+            else block.memory.read(at, size, block.number, block.report)
+        )
+        values = raw.view(kind)
+        for i, store in enumerate(stores):
+            store(warp, np.ascontiguousarray(values[:, i]), mask)
+
+    return step
+
+
+def _store(kernel: Kernel, instruction: Instruction) -> Step:
+    kind, _ = _width(instruction)
+    pointer = _pointer(kernel, instruction.operands[0])
+    sources = [reader(kernel, register, kind) for register in vector(instruction.operands[1])]
+    shared = instruction.op[1] == "shared"
+
+    def step(warp: Warp, mask: Mask) -> None:
+        lanes = lanes_of(mask)
+        at = pointer(warp)[lanes]
+        values = np.stack([source(warp) for source in sources], 1)
+        raw = np.ascontiguousarray(values).view(np.uint8).reshape(LANES, -1)[lanes]
+        block = warp.block
+        if shared:
+            block.shared.write(at, raw, warp.index)
+        else:
+            block.memory.write(at, raw, block.number, warp.thread[lanes], block.report)
+
+    return step
+
+
+def _copy(kernel: Kernel, instruction: Instruction) -> Step:
+    """`cp.async`: the bytes are read now and land when the thread waits, as late as the hardware may."""
+    if "commit_group" in instruction.op:
+
+        def commit(warp: Warp, mask: Mask) -> None:
+            if mask is not None:
+                warp.block.report("cp.async.commit_group: lanes diverge")
+            warp.copy_groups.append(warp.open_copies)
+            warp.open_copies = []
+
+        return commit
+    if "wait_group" in instruction.op:
+        pending = int(instruction.operands[0])
+
+        def wait(warp: Warp, mask: Mask) -> None:
+            while len(warp.copy_groups) > pending:
+                for at, values in warp.copy_groups.pop(0):
+                    warp.block.shared.land_copy(at, values, warp.index)
+
+        return wait
+    if len(instruction.operands) != 3:
+        raise PtxError(f"not modelled: `{instruction.text}`")
+    to, source = _pointer(kernel, instruction.operands[0]), _pointer(kernel, instruction.operands[1])
+    size = int(instruction.operands[2])
+
+    def issue(warp: Warp, mask: Mask) -> None:
+        lanes, block = lanes_of(mask), warp.block
+        target: Lanes = to(warp)[lanes]
+        block.shared.issue_copy(target, size, warp.index)
+        values = block.memory.read(source(warp)[lanes], size, block.number, block.report)
+        warp.open_copies.append((target, values))
+
+    return issue
+
+
+def memory(kernel: Kernel, instruction: Instruction) -> Step | None:
+    """The step of a memory instruction, or None when it is something else."""
+    op = instruction.op
+    if op[:2] == ("ld", "param"):
+        return _load_parameter(kernel, instruction)
+    if op[0] == "ld":
+        return _load(kernel, instruction)
+    if op[0] == "st":
+        return _store(kernel, instruction)
+    if op[:2] == ("cp", "async"):
+        return _copy(kernel, instruction)
+    return None
