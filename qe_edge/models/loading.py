@@ -51,7 +51,9 @@ def resolve_model(reference: str) -> str:
     if folder.is_dir():
         _check_folder(folder)
         return str(folder)
-    if folder.exists() or reference.startswith((".", "/", "~")) or reference.count("/") != 1:
+    # 'owner/name' where a folder 'owner' lies here is a misspelt path, not a hub id
+    is_path = folder.exists() or reference.startswith((".", "/", "~")) or folder.parent.is_dir()
+    if is_path or reference.count("/") != 1:
         raise ModelError(
             f"There is no model folder '{reference}'.", "Give a folder with config.json, a hub id 'owner/name', or 'demo'."
         )
