@@ -7,13 +7,14 @@ which the blocks themselves are skipped; then the blocks run one after the other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qe_edge.errors import ModelError
 from qe_edge.models.family import Block
 
 
@@ -36,11 +37,13 @@ class Chain:
 
     Attributes:
         blocks: The blocks in order.
-        hidden: For every batch the hidden states that enter the next block.
-        calls: For every block and batch the further arguments.
+        batches: Numbers of the batches that reach the chain, ascending; one without pictures reaches no vision block.
+        hidden: For each of these batches the hidden states that enter the next block.
+        calls: For every block and each of these batches the further arguments.
     """
 
     blocks: list[Block]
+    batches: list[int] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[BlockCall]] = field(default_factory=list)
 
@@ -78,12 +81,12 @@ class Streamer:
     def record(self, index: int) -> Chain:
         """Record the inputs of chain number `index`; chains before it replay their final outputs."""
         chain = Chain(self._chains[index], calls=[[] for _ in self._chains[index]])
+        later = [chain[0].module for chain in self._chains[index + 1 :]]
         for batch in range(self.batches):
-            with self._replaying(batch), _recording(chain), torch.no_grad():
-                try:
-                    self._forward(batch)
-                except _ChainRecorded:
-                    pass
+            with suppress(_ChainRecorded), self._replaying(batch), _stopping(later), _recording(chain), torch.no_grad():
+                self._forward(batch)
+            if len(chain.hidden) > len(chain.batches):
+                chain.batches.append(batch)
         return chain
 
     def finish(self, chain: Chain) -> None:
@@ -95,8 +98,9 @@ class Streamer:
         """Blocks of finished chains pass their input through; the last one returns the chain's recorded output."""
         with _patched(
             [
-                (block.module, _replay(chain.hidden[batch] if block is chain.blocks[-1] else None))
+                (block.module, _replay(chain.hidden[chain.batches.index(batch)] if block is chain.blocks[-1] else None))
                 for chain in self._finished
+                if batch in chain.batches
                 for block in chain.blocks
             ]
         ):
@@ -109,14 +113,22 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         return first_tensor(block(hidden, *call.args, **call.kwargs))
 
 
-def first_tensor(output: Any) -> Tensor:  # noqa: ANN401 - blocks return a tensor or a tuple that starts with one
-    """Hidden states of a block's output."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
+def first_tensor(output: Any) -> Tensor:  # noqa: ANN401 - checked here
+    """Hidden states of a block's output. Blocks of every supported transformers return nothing else.
+
+    Raises:
+        ModelError: If they do: a tensor replayed in place of a tuple would be taken apart along its batch.
+    """
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"A block of this model returns a {type(output).__name__}, not its hidden states.",
+            "Install a newer transformers: pip install -U transformers.",
+        )
+    return output
 
 
 class _ChainRecorded(Exception):  # noqa: N818 - control flow, not an error
-    """The last block of the chain has been reached; the rest of the model need not run."""
+    """The last block of the chain, or a later chain, has been reached; the rest of the model need not run."""
 
 
 @contextmanager
@@ -135,6 +147,17 @@ def _recording(chain: Chain) -> Iterator[None]:
         return forward
 
     with _patched([(block.module, recorder(position)) for position, block in enumerate(chain.blocks)]):
+        yield
+
+
+def _stop(*_args: Any, **_kwargs: Any) -> Tensor:  # noqa: ANN401
+    raise _ChainRecorded
+
+
+@contextmanager
+def _stopping(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The forward pass ends at any of `modules`: a batch that did not touch the chain got past it."""
+    with _patched([(module, _stop) for module in modules]):
         yield
 
 

@@ -33,7 +33,7 @@ class InternVL(ModelFamily):
     tile has `image_seq_length` tokens.
 
     Raises:
-        ModelError: If the projector reads another layer than the vision encoder's last.
+        ModelError: If the projector reads anything but the patches of the vision encoder's last layer.
     """
 
     model_type = "internvl"
@@ -44,6 +44,11 @@ class InternVL(ModelFamily):
             raise ModelError(
                 f"This model reads vision layer {config.vision_feature_layer}; QE-Edge supports the last layer only.",
                 "Use a model whose config.json has vision_feature_layer -1, as all released ones do.",
+            )
+        if config.vision_feature_select_strategy != "default":
+            raise ModelError(
+                f"This model selects vision features by '{config.vision_feature_select_strategy}'.",
+                "Use a model whose config.json has vision_feature_select_strategy 'default'.",
             )
 
     def blocks(self, model: nn.Module) -> list[Block]:
@@ -109,7 +114,16 @@ class InternVL(ModelFamily):
         return {"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}
 
     def graphs(self, model: nn.Module) -> list[GraphSpec]:
-        raise NotImplementedError
+        """Visual encoder over tiles, pixel shuffle with projector, decoder with positions `[batch, sequence]`."""
+        from qe_edge.export.decoder import decoder_graph
+        from qe_edge.models.internvl_graphs import merger_graph, visual_graph
+
+        by_class = {type(module).__name__: module for module in model.modules()}
+        return [
+            visual_graph(by_class["InternVLVisionModel"]),
+            merger_graph(by_class["InternVLMultiModalProjector"], self.config),
+            decoder_graph(model.get_decoder(), model.get_output_embeddings()),  # type: ignore[operator]
+        ]
 
 
 def _between_marks(tokenizer: Any, tokens: list[int]) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
