@@ -101,9 +101,9 @@ def check_chat_template(tokenizer: Any, folder: str, image_token: int) -> None: 
 
 def left_pad(
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
     image_token: int,
-    pixels: dict[str, np.ndarray],  # noqa: ANN401
+    pixels: dict[str, np.ndarray],
 ) -> Encoded:
     """Bring rows to one length; padding stands on the left, so that generation continues every row on the right."""
     length = max(len(row.ids) for row in rows)
