@@ -70,18 +70,23 @@ class Block:
     group: str
 
 
+# for every input of a graph the smallest, the typical and the largest shape that an engine is built for
+Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
 @dataclass(frozen=True)
 class GraphSpec:
     """A part of the model as it is exported to ONNX.
 
     Attributes:
         name: "visual", "merger" or "language"; the file is `<name>.onnx`.
-        module: Wrapper whose forward takes the example inputs in order.
+        module: Wrapper whose forward takes the example inputs in order; it holds the model's own submodules. Linear
+            layers must see rank 3: on other ranks ONNX Runtime loses its INT4 kernel.
         inputs: Example inputs (tensors, or nested lists of tensors).
         input_names: Flat names of the inputs.
         output_names: Flat names of the outputs.
         dynamic_shapes: As for `torch.export.export`, matching `inputs`.
-        profiles: For every input the (smallest, typical, largest) shape that engines are built for by default.
+        profiles: By name, the shapes that engines are built for.
     """
 
     name: str
@@ -90,7 +95,7 @@ class GraphSpec:
     input_names: list[str]
     output_names: list[str]
     dynamic_shapes: tuple[Any, ...]
-    profiles: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    profiles: dict[str, Profile]
 
 
 class ModelFamily(ABC):
@@ -145,7 +150,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def graphs(self, model: nn.Module) -> list[GraphSpec]:
-        """The visual encoder, the merger and the language model as exportable modules."""
+        """The visual encoder, the merger and the language model as exportable modules of float32 weights.
+
+        The visual encoder takes `visual_feeds`; its one output is the merger's one input, and the merger's output
+        `[features, hidden]` stands where `image_mask` is True. `qe_edge.export.decoder` makes the language graph.
+        """
 
     def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:
         """Positions of generated token number `step` (0 is the first after the prompt): one past the largest so far."""

@@ -101,7 +101,33 @@ class Qwen2VL(ModelFamily):
         return positions
 
     def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """Patches of all pictures of a batch, and what the encoder must know about them.
+
+        `pixel_values` float32 `[patches, values]`; `position_ids` int64 `[patches, 2]`, row and column; `segment_ids`
+        int64 `[patches]`: patches attend to those of their own frame.
+        """
+        merge = self.config.vision_config.spatial_merge_size
+        positions, lengths = [], []
+        for frames, height, width in encoded.pixels["image_grid_thw"].tolist():
+            # the image processor orders patches by merge blocks: the four of a block are neighbours
+            grid = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
+            positions += [grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)] * frames
+            lengths += [height * width] * frames
+        return {
+            "pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False),
+            "position_ids": np.concatenate(positions).astype(np.int64),
+            "segment_ids": np.repeat(np.arange(len(lengths), dtype=np.int64), lengths),
+        }
 
     def graphs(self, model: nn.Module) -> list[GraphSpec]:
-        raise NotImplementedError
+        """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""
+        from qe_edge.export.decoder import decoder_graph
+        from qe_edge.models.qwen2_vl_graphs import merger_graph, visual_graph
+
+        by_class = {type(module).__name__: module for module in model.modules()}
+        visual = by_class["Qwen2VisionTransformerPretrainedModel"]
+        return [
+            visual_graph(visual),
+            merger_graph(visual),
+            decoder_graph(by_class["Qwen2VLTextModel"], model.get_output_embeddings(), position_axes=3),  # type: ignore[operator]
+        ]

@@ -1,0 +1,142 @@
+"""The language model of any family as one graph for prefill and decode, with its KV cache going in and out."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers.cache_utils import DynamicCache
+
+from qe_edge.errors import ModelError
+from qe_edge.models.family import GraphSpec, Profile
+
+MAX_BATCH = 4  # of engines; ONNX Runtime takes any
+MAX_CONTEXT = 4096
+MAX_PREFILL = 2048
+LARGEST = 1 << 20  # of any dynamic size at export time
+
+
+class Decoder(nn.Module):
+    """A transformers text model and its head over a flat list of cached keys and values.
+
+    Args:
+        model: Text model that takes `inputs_embeds`, a float mask and a `Cache`.
+        head: Projection to the vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Logits of every position, then keys and values of every layer including the past.
+
+        Args:
+            inputs_embeds: `[batch, sequence, hidden]`.
+            position_ids: `[batch, sequence]`, with leading axes where the family has them.
+            attention_mask: `[batch, past + sequence]` int64, 0 on padding.
+            past: Key and value `[batch, heads, past, head_dim]` of every layer.
+        """
+        config: Any = self.model.config
+        cache = DynamicCache(config=config)
+        for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
+            cache.update(key, value, layer)
+        query = torch.arange(inputs_embeds.shape[1]) + past[0].shape[2]
+        key_index = torch.arange(attention_mask.shape[1])
+        allowed = (key_index[None, :] <= query[:, None]) & (attention_mask[:, None, None, :] != 0)
+        # the smallest number instead of -inf: rows of padding stay finite
+        mask = torch.where(allowed, 0.0, torch.finfo(inputs_embeds.dtype).min)
+        output = self.model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        layers = output.past_key_values.layers
+        present = itertools.chain.from_iterable((layer.keys, layer.values) for layer in layers)
+        return self.head(output.last_hidden_state), *present
+
+
+def decoder_graph(model: nn.Module, head: nn.Module, position_axes: int = 0) -> GraphSpec:
+    """The graph "language" of a text model.
+
+    Args:
+        model: Text model with a transformers configuration; attention must be computed eagerly while exporting.
+        head: Projection to the vocabulary.
+        position_axes: Size of the leading axis of `position_ids` (3 for M-RoPE), 0 for none.
+
+    Raises:
+        ModelError: If some layers do not attend to the whole past.
+    """
+    config: Any = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ModelError(
+            f"The language model has layers of the kind '{sorted(kinds - {'full_attention'})[0]}'.",
+            "Only full attention can be exported; choose another model.",
+        )
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    batch, sequence, past = 2, 3, 5  # sizes of the example; none is 0 or 1, which torch would take for constants
+    axes = (position_axes,) if position_axes else ()
+    cache = [torch.zeros(batch, heads, past, width) for _ in range(2 * layers)]
+    inputs = (
+        torch.zeros(batch, sequence, config.hidden_size),
+        torch.zeros((*axes, batch, sequence), dtype=torch.int64),
+        torch.ones(batch, past + sequence, dtype=torch.int64),
+        cache,
+    )
+    dims = Dim("batch", min=1, max=LARGEST), Dim("sequence", min=1, max=LARGEST), Dim("past", min=0, max=LARGEST)
+    shapes = (
+        {0: dims[0], 1: dims[1]},
+        {len(axes): dims[0], len(axes) + 1: dims[1]},
+        {0: dims[0], 1: Dim.DYNAMIC},
+        [{0: dims[0], 2: dims[2]} for _ in cache],
+    )
+    names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    return GraphSpec(
+        name="language",
+        module=Decoder(model, head),
+        inputs=inputs,
+        input_names=["inputs_embeds", "position_ids", "attention_mask", *(f"past_key_values.{n}" for n in names)],
+        output_names=["logits", *(f"present.{name}" for name in names)],
+        dynamic_shapes=shapes,
+        profiles=_profiles(config, axes, heads, width, names),
+    )
+
+
+def _profiles(
+    config: Any,  # noqa: ANN401 - transformers' configuration classes
+    axes: tuple[int, ...],
+    heads: int,
+    width: int,
+    names: list[str],
+) -> dict[str, Profile]:
+    """Shapes for engines: prefill starts with an empty cache, decode adds one token."""
+    context = min(config.max_position_embeddings, MAX_CONTEXT)
+    prefill = min(context, MAX_PREFILL)
+    sizes = {  # (batch, sequence, past) at the smallest, typical and largest
+        "prefill": ((1, 1, 0), (1, prefill // 4, 0), (MAX_BATCH, prefill, 0)),
+        "decode": ((1, 1, 1), (1, 1, context // 4), (MAX_BATCH, 1, context - 1)),
+    }
+
+    def shapes(batch: int, sequence: int, past: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "inputs_embeds": (batch, sequence, config.hidden_size),
+            "position_ids": (*axes, batch, sequence),
+            "attention_mask": (batch, past + sequence),
+            **{f"past_key_values.{name}": (batch, heads, past, width) for name in names},
+        }
+
+    profiles: dict[str, Profile] = {}
+    for name, triple in sizes.items():
+        smallest, typical, largest = (shapes(*size) for size in triple)
+        profiles[name] = {key: (smallest[key], typical[key], largest[key]) for key in smallest}
+    return profiles

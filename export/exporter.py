@@ -1,0 +1,139 @@
+"""From a checkpoint to a folder of canonical ONNX graphs, which ONNX Runtime runs as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx.checker import ValidationError
+from safetensors.torch import save_file
+
+import qe_edge
+from qe_edge.atomic import atomic_folder
+from qe_edge.checkpoint import RECIPE, load_checkpoint_recipe, load_quantized
+from qe_edge.errors import ModelError
+from qe_edge.export.layers import attach_layers
+from qe_edge.export.naming import name_nodes
+from qe_edge.export.tracing import exportable, trace_graph
+from qe_edge.linear import quantized_linears
+from qe_edge.models.family import GraphSpec
+from qe_edge.models.loading import LoadedModel
+from qe_edge.progress import Progress, Silent, track
+from qe_edge.recipe import Recipe
+from qe_edge.runtime.embedding import EMBEDDING, TENSOR
+from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest, TensorSpec
+
+IR_VERSION = 10  # the first with function overloads
+KEPT_INLINE = 1024  # bytes up to which a constant stays in the .onnx file
+
+
+def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progress | None = None) -> None:
+    """Write the ONNX folder of a model; it appears only when it is complete, and replaces an older one.
+
+    `visual.onnx`, `merger.onnx` and `language.onnx` with their `.onnx.data`, `embedding.safetensors`, `manifest.json`,
+    config.json, generation_config.json, tokenizer, image processor, and recipe.json of a quantized model.
+
+    Args:
+        checkpoint: Folder that `qe-edge quantize` wrote, or a model in memory (an unquantized one gives the same
+            graphs with plain matrix products). The model is left as it was.
+        out: Folder to write.
+        progress: Where to report progress.
+
+    Raises:
+        ArtifactError: If the checkpoint is missing or damaged.
+        ModelError: If the model cannot be exported.
+        ResourceError: If the disk is full.
+    """
+    loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
+    recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
+    embedding = loaded.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    with atomic_folder(out) as part, exportable(loaded.model):
+        specs = loaded.family.graphs(loaded.model)
+        entries = {}
+        with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
+            for spec in specs:
+                entries[spec.name] = _export_graph(spec, loaded, part)
+                tracked.advance(_work(spec), spec.name)
+        save_file({TENSOR: embedding.contiguous()}, part / EMBEDDING)
+        _write_runtime_files(loaded, part)
+        if recipe is not None and not isinstance(checkpoint, LoadedModel):
+            shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
+        _manifest(loaded, recipe, entries).write(part)
+
+
+def _work(spec: GraphSpec) -> float:
+    return sum(1 for _ in spec.module.modules())
+
+
+def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEntry:
+    """Trace, fill, check and save one graph."""
+    model = trace_graph(spec)
+    attach_layers(model, quantized_linears(loaded.model))
+    name_nodes(model, spec.module, loaded.model)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "qe-edge", qe_edge.__version__
+    model.graph.name = spec.name
+    file = f"{spec.name}.onnx"
+    ir.save(model, folder / file, external_data=f"{file}.data", size_threshold_bytes=KEPT_INLINE)
+    try:
+        onnx.checker.check_model(str(folder / file), full_check=True)
+    except (ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(
+            f"The exported graph '{spec.name}' is not valid ONNX: {str(error).splitlines()[0]}",
+            "Use the versions of torch, onnx and onnxscript in constraints.txt.",
+        ) from error
+    return GraphEntry(
+        file=file,
+        inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
+        outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+        profiles=spec.profiles,
+    )
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    if value.dtype is None or value.shape is None:
+        raise ModelError(f"The exported tensor '{value.name}' has no type.", "Use the versions in constraints.txt.")
+    shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    dtype = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}[value.dtype]
+    return TensorSpec.model_validate({"name": value.name, "dtype": dtype, "shape": shape})
+
+
+def _write_runtime_files(loaded: LoadedModel, folder: Path) -> None:
+    """Configuration, generation settings, tokenizer and image processor."""
+    config = json.loads(loaded.family.config.to_json_string(use_diff=True))
+    config.pop("quantization_config", None)  # the weights are in the graphs
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if getattr(loaded.model, "generation_config", None) is not None:
+        loaded.model.generation_config.save_pretrained(folder)  # type: ignore[union-attr,operator]
+    loaded.family.save_processor(loaded.processor, folder)
+
+
+def _manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, GraphEntry]) -> Manifest:
+    config: Any = loaded.family.config
+    text = config.get_text_config()
+    generation: Any = getattr(loaded.model, "generation_config", None)
+    tokenizer = loaded.processor.tokenizer
+    ends = getattr(generation, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = [ends] if isinstance(ends, int) else list(ends)
+    pad = getattr(generation, "pad_token_id", None)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        model_type=config.model_type,
+        quantization="none" if recipe is None else f"{recipe.method} {recipe.scheme}",
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        image_token_id=config.image_token_id,
+        eos_token_ids=tuple(ends),
+        pad_token_id=ends[0] if pad is None else pad,
+        kv=KVLayout(
+            layers=text.num_hidden_layers,
+            heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        ),
+        graphs=entries,
+    )

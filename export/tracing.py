@@ -1,0 +1,130 @@
+"""From PyTorch modules to an ONNX graph in which every quantized layer is one bare `QELinear` node."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qe_edge.errors import ModelError
+from qe_edge.export.op import DOMAIN, NAME, OPSET, VERSION
+from qe_edge.linear import QELinear, quantized_linears
+from qe_edge.models.family import GraphSpec
+
+LAYER = "layer"  # attribute of a bare node: the dotted name of the layer it stands for
+
+
+@contextmanager
+def exportable(model: nn.Module) -> Iterator[None]:
+    """The model as it is traced: float32, eager attention, `QELinear` layers as bare nodes; undone afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(_float32_outside_layers(model))
+        stack.enter_context(_eager_attention(model))
+        for name, layer in quantized_linears(model).items():
+            layer.__dict__["forward"] = _bare_node(name, layer.out_features)
+            stack.callback(layer.__dict__.pop, "forward")
+        yield
+
+
+def trace_graph(spec: GraphSpec) -> ir.Model:
+    """Trace a module that `exportable` has prepared.
+
+    Raises:
+        ModelError: If torch cannot export it.
+    """
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch's exporter warns about its own internals
+        try:
+            program = torch.onnx.export(
+                spec.module,
+                spec.inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=spec.input_names,
+                output_names=spec.output_names,
+                dynamic_shapes=spec.dynamic_shapes,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ModelError(
+                f"The {spec.name} part of the model cannot be exported: {_root_cause(error)}",
+                "Use the versions of torch and transformers in constraints.txt.",
+            ) from error
+    if program is None:
+        raise ModelError(f"The {spec.name} part was not exported.", "Use the torch version in constraints.txt.")
+    model: ir.Model = program.model
+    return model
+
+
+def _bare_node(name: str, out_features: int) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{NAME}",
+            (x,),
+            attrs={LAYER: name},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], out_features),
+            version=VERSION,
+        )
+
+    return forward
+
+
+@contextmanager
+def _float32_outside_layers(model: nn.Module) -> Iterator[None]:
+    """Everything but the `QELinear` layers in float32; their tensors are converted when they are written."""
+    original: list[tuple[Tensor, Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, QELinear):
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                original.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in original:
+            tensor.data = data
+
+
+@contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[None]:
+    """Attention in plain matrix products: fused operators differ between targets."""
+    configs: dict[int, tuple[Any, str]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            configs.setdefault(id(config), (config, config._attn_implementation))
+    for config, _ in configs.values():
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in configs.values():
+            config._attn_implementation = implementation
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """The exporter logs which optional operators are not installed."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

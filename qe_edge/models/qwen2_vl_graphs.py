@@ -1,0 +1,123 @@
+"""Qwen2-VL's visual encoder and merger as modules that `torch.export` can trace for any set of picture sizes.
+
+transformers' own encoder loops over pictures, which depends on data. Here one attention over all patches with a mask
+of segments does the same, and what follows from the picture sizes comes in as inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn.functional import linear, softmax
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+from qe_edge.models.family import GraphSpec
+
+TYPICAL_PATCHES = 1024
+MAX_PATCHES = 4096  # of engines; all patches attend to each other, so this bounds their memory
+LARGEST = 1 << 18  # groups of merged patches at export time
+
+
+class VisualEncoder(nn.Module):
+    """Patch embedding and vision blocks of a `Qwen2VisionTransformerPretrainedModel`."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.patch_embed = visual.patch_embed
+        self.rotary_pos_emb = visual.rotary_pos_emb
+        self.blocks = visual.blocks
+
+    def forward(self, pixel_values: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        """Hidden states `[1, patches, embed_dim]`.
+
+        Args:
+            pixel_values: `[patches, channels * frames * height * width]`.
+            position_ids: `[patches, 2]`, row and column of every patch.
+            segment_ids: `[patches]`; patches of one segment attend to each other.
+        """
+        patch_embed: Any = self.patch_embed
+        rotary_embedding: Any = self.rotary_pos_emb
+        blocks: Any = self.blocks
+        # the convolution's kernel covers a patch exactly, so it is a matrix product
+        hidden = linear(pixel_values, patch_embed.proj.weight.flatten(1), patch_embed.proj.bias).unsqueeze(0)
+        rotary = rotary_embedding(hidden, position_ids)
+        same = segment_ids[:, None] == segment_ids[None, :]
+        mask = torch.where(same, 0.0, torch.finfo(hidden.dtype).min)
+        for block in blocks:
+            hidden = hidden + attend(block.attn, block.norm1(hidden), rotary, mask)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+        return hidden
+
+
+class Merger(nn.Module):
+    """A `PatchMerger` on rank 3."""
+
+    def __init__(self, merger: nn.Module) -> None:
+        super().__init__()
+        self.merger = merger
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Patches `[1, patches, embed_dim]` to features `[patches / 4, hidden]`."""
+        merger: Any = self.merger
+        merged: Tensor = merger.mlp(merger.ln_q(hidden_states).view(1, -1, merger.hidden_size))
+        return merged.squeeze(0)
+
+
+def attend(attention: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:  # noqa: ANN401
+    """`VisionAttention` on `[1, patches, dim]` with an additive mask `[patches, patches]`."""
+    parts = attention.qkv(hidden).reshape(hidden.shape[1], 3, attention.num_heads, attention.head_dim)
+    query, key, value = parts.unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
+    query, key, value = (part.transpose(0, 1) for part in (query, key, value))  # [heads, patches, head_dim]
+    scores = query @ key.transpose(1, 2) * attention.scaling + mask
+    mixed = softmax(scores, dim=-1) @ value
+    output: Tensor = attention.proj(mixed.transpose(0, 1).reshape(1, -1, attention.dim))
+    return output
+
+
+def visual_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class
+    """The graph "visual"."""
+    merge = visual.spatial_merge_size**2
+    patches = Dim("groups", min=1, max=LARGEST) * merge
+    values = visual.patch_embed.proj.weight[0].numel()
+    count = 4 * merge
+    return GraphSpec(
+        name="visual",
+        module=VisualEncoder(visual),
+        inputs=(
+            torch.zeros(count, values),
+            torch.zeros(count, 2, dtype=torch.int64),
+            torch.zeros(count, dtype=torch.int64),
+        ),
+        input_names=["pixel_values", "position_ids", "segment_ids"],
+        output_names=["hidden_states"],
+        dynamic_shapes=({0: patches}, {0: patches}, {0: patches}),
+        profiles={
+            "default": {
+                "pixel_values": ((merge, values), (TYPICAL_PATCHES, values), (MAX_PATCHES, values)),
+                "position_ids": ((merge, 2), (TYPICAL_PATCHES, 2), (MAX_PATCHES, 2)),
+                "segment_ids": ((merge,), (TYPICAL_PATCHES,), (MAX_PATCHES,)),
+            }
+        },
+    )
+
+
+def merger_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class
+    """The graph "merger"."""
+    merge = visual.spatial_merge_size**2
+    width = visual.patch_embed.proj.weight.shape[0]
+    patches = Dim("groups", min=1, max=LARGEST) * merge
+    return GraphSpec(
+        name="merger",
+        module=Merger(visual.merger),
+        inputs=(torch.zeros(1, 4 * merge, width),),
+        input_names=["hidden_states"],
+        output_names=["image_features"],
+        dynamic_shapes=({1: patches},),
+        profiles={
+            "default": {"hidden_states": ((1, merge, width), (1, TYPICAL_PATCHES, width), (1, MAX_PATCHES, width))}
+        },
+    )

@@ -1,0 +1,1 @@
+"""Runs exported models: artifacts only, no torch, no quantization methods."""

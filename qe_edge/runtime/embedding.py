@@ -1,0 +1,48 @@
+"""The token embedding table on disk: rows are gathered from the mapped file, never loaded as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from qe_edge.errors import ArtifactError
+from qe_edge.safetensors_check import check_safetensors
+
+EMBEDDING = "embedding.safetensors"
+TENSOR = "embedding"
+STORAGE = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+class TokenEmbedding:
+    """Rows of the embedding table as float32.
+
+    Args:
+        folder: Folder that holds `embedding.safetensors`.
+        rows: Expected number of tokens; the table may have more (padding).
+        width: Expected width.
+
+    Raises:
+        ArtifactError: If the file is missing, damaged or of another size.
+    """
+
+    def __init__(self, folder: Path, rows: int, width: int) -> None:
+        path = folder / EMBEDDING
+        if not path.is_file():
+            raise ArtifactError(f"'{folder}' is damaged: '{EMBEDDING}' is missing.", "Export the model again.")
+        header = check_safetensors(path)
+        dtype, shape = header.get(TENSOR, ("none", ()))
+        if set(header) != {TENSOR} or dtype not in STORAGE or len(shape) != 2 or shape[0] < rows or shape[1] != width:
+            raise ArtifactError(
+                f"'{path}' is {dtype}{list(shape)} and should have {rows} rows of {width}.", "Export the model again."
+            )
+        # the only tensor fills the file to its end
+        start = path.stat().st_size - int(np.prod(shape)) * np.dtype(STORAGE[dtype]).itemsize
+        self._table = np.memmap(path, STORAGE[dtype], mode="r", offset=start, shape=shape)
+
+    def __call__(self, token_ids: np.ndarray) -> np.ndarray:
+        """Embeddings float32 `[..., width]` of int64 `token_ids` `[...]`."""
+        rows = np.asarray(self._table[token_ids])
+        if rows.dtype == np.uint16:  # bfloat16 is the upper half of a float32
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32, copy=False)

@@ -1,0 +1,210 @@
+"""A whole vision-language model from an ONNX or engine folder: pictures and questions in, logits or answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qe_edge.errors import ArtifactError, InputError
+from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
+from qe_edge.runtime.embedding import TokenEmbedding
+from qe_edge.runtime.manifest import GRAPHS, Manifest, read_manifest
+from qe_edge.runtime.sessions import ACCURACY_LEVELS, OrtSession, Session
+
+
+@dataclass
+class Decoding:
+    """A batch whose prompt has been read and whose answers are being written.
+
+    Attributes:
+        positions: Positions of the prompt, as `family.position_ids` gives them.
+        attention_mask: `[batch, tokens so far]` int64.
+        cache: Keys and values under the names of the graph's inputs.
+        step: Tokens fed after the prompt.
+    """
+
+    positions: np.ndarray
+    attention_mask: np.ndarray
+    cache: dict[str, np.ndarray] = field(default_factory=dict)
+    step: int = 0
+
+
+class VisionLanguageEngine:
+    """Runs an exported model; knows files only, neither torch nor how the model was quantized.
+
+    `load` opens a folder. `generate` and `logits` do everything at once; `visual`, `merger`, `prefill` and `decode`
+    are the steps that they consist of, so that each can be timed.
+
+    Attributes:
+        manifest: What the folder holds.
+        family: The model's family.
+        processor: Tokenizer and image processor.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        family: ModelFamily,
+        processor: Any,  # noqa: ANN401 - each family has its own processor type
+        embedding: TokenEmbedding,
+        sessions: dict[str, Session],
+    ) -> None:
+        self.manifest = manifest
+        self.family = family
+        self.processor = processor
+        self._embedding = embedding
+        self._sessions = sessions
+
+    @classmethod
+    def load(cls, folder: str | Path, *, accuracy_level: int = 0, threads: int | None = None) -> VisionLanguageEngine:
+        """Open an ONNX folder (`qe-edge export`) or an engine folder (`qe-edge build`).
+
+        Args:
+            folder: The folder.
+            accuracy_level: For ONNX Runtime: 0 is exact, 4 is faster and rounds activations of INT4 products.
+            threads: For ONNX Runtime: number of threads, None for all cores.
+
+        Raises:
+            ArtifactError: If the folder is missing or damaged.
+            TargetError: If this machine cannot run its engines.
+        """
+        folder = Path(folder)
+        if accuracy_level not in ACCURACY_LEVELS:
+            raise InputError(f"There is no accuracy level {accuracy_level}.", "Choose 0 (exact) or 4 (faster).")
+        if threads is not None and threads < 1:
+            raise InputError(f"{threads} threads cannot run anything.", "Choose at least 1.")
+        manifest = read_manifest(folder)
+        embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
+        family = load_family(folder, manifest.model_type)
+        processor = family.load_processor(str(folder))
+        sessions: dict[str, Session] = {
+            name: OrtSession(folder, manifest.graphs[name], accuracy_level, threads) for name in GRAPHS
+        }
+        return cls(manifest, family, processor, embedding, sessions)
+
+    def encode(self, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
+        """Tokenize prompts and prepare pictures as one left-padded batch; with `answers`, for teacher forcing.
+
+        Raises:
+            InputError: If a picture cannot be read or there is no sample.
+        """
+        if not samples:
+            raise InputError("There is nothing to answer.", "Pass at least one question.")
+        return self.family.encode(self.processor, samples, answers=answers)
+
+    def generate(self, samples: Sequence[Sample], max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers as text."""
+        tokens = self.generate_ids(self.encode(samples), max_new_tokens)
+        return [self.processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
+
+    def generate_ids(self, encoded: Encoded, max_new_tokens: int = 64) -> list[list[int]]:
+        """Greedy answers as token ids, each without the token that ended it."""
+        ends = self.manifest.eos_token_ids
+        answers: list[list[int]] = [[] for _ in encoded.input_ids]
+        running = np.ones(len(answers), bool)
+        logits, state = self.prefill(encoded, self.features(encoded))
+        for index in range(max_new_tokens):
+            tokens = logits[:, -1].argmax(-1)
+            running &= ~np.isin(tokens, ends)
+            for row in np.flatnonzero(running):
+                answers[row].append(int(tokens[row]))
+            if not running.any() or index == max_new_tokens - 1:
+                break
+            logits = self.decode(state, np.where(running, tokens, self.manifest.pad_token_id))
+        return answers
+
+    def logits(self, encoded: Encoded) -> np.ndarray:
+        """Logits float32 `[batch, sequence, vocabulary]` of every position of a batch, teacher-forced."""
+        return self.prefill(encoded, self.features(encoded))[0]
+
+    def features(self, encoded: Encoded) -> np.ndarray | None:
+        """Image features `[features, hidden]` of a batch, None without pictures."""
+        return self.merger(self.visual(encoded)) if encoded.pixels else None
+
+    def visual(self, encoded: Encoded) -> np.ndarray:
+        """Output of the visual encoder for all pictures of a batch."""
+        (hidden,) = self._run("visual", self.family.visual_feeds(encoded)).values()
+        return hidden
+
+    def merger(self, hidden: np.ndarray) -> np.ndarray:
+        """Image features `[features, hidden]` of the visual encoder's output."""
+        (features,) = self._run("merger", {self.manifest.graphs["merger"].inputs[0].name: hidden}).values()
+        return features
+
+    def prefill(self, encoded: Encoded, features: np.ndarray | None) -> tuple[np.ndarray, Decoding]:
+        """Read prompts.
+
+        Args:
+            encoded: The batch.
+            features: Its image features, in the order of the image tokens; None without pictures.
+
+        Returns:
+            Logits float32 `[batch, sequence, vocabulary]` and what `decode` goes on with.
+
+        Raises:
+            InputError: If features and image tokens do not match.
+        """
+        embeds = self._embedding(encoded.input_ids)
+        count = 0 if features is None else len(features)
+        if count != int(encoded.image_mask.sum()):
+            raise InputError(
+                f"There are {count} image features for {int(encoded.image_mask.sum())} image tokens.",
+                "Pass the features of the same batch.",
+            )
+        if features is not None:
+            embeds[encoded.image_mask] = features
+        kv, batch = self.manifest.kv, len(embeds)
+        state = Decoding(self.family.position_ids(encoded), encoded.attention_mask)
+        for layer in range(kv.layers):
+            for part in ("key", "value"):
+                empty = np.zeros((batch, kv.heads, 0, kv.head_dim), np.float32)
+                state.cache[f"past_key_values.{layer}.{part}"] = empty
+        return self._language(embeds, state.positions, state), state
+
+    def decode(self, state: Decoding, tokens: np.ndarray) -> np.ndarray:
+        """Feed one token per row `[batch]`; returns the next logits float32 `[batch, 1, vocabulary]`."""
+        ones = np.ones((len(tokens), 1), state.attention_mask.dtype)
+        state.attention_mask = np.concatenate((state.attention_mask, ones), axis=1)
+        positions = self.family.next_position_ids(state.positions, state.step)
+        state.step += 1
+        return self._language(self._embedding(tokens[:, None]), positions, state)
+
+    def _language(self, embeds: np.ndarray, positions: np.ndarray, state: Decoding) -> np.ndarray:
+        feeds = {
+            "inputs_embeds": embeds,
+            "position_ids": positions,
+            "attention_mask": state.attention_mask,
+            **state.cache,
+        }
+        outputs = self._run("language", feeds)
+        logits = outputs.pop("logits")
+        state.cache = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
+        return logits
+
+    def _run(self, graph: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._sessions[graph].run(feeds)
+
+
+def load_family(folder: Path, model_type: str) -> ModelFamily:
+    """The model family of a folder, from its configuration; imports no torch.
+
+    Raises:
+        ArtifactError: If the configuration is missing, damaged or of another model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"config.json of '{folder}' cannot be read: {reason}", "Export the model again.") from error
+    if config.model_type != model_type or model_type not in FAMILIES:
+        raise ArtifactError(
+            f"'{folder}' holds a '{config.model_type}' configuration and a '{model_type}' manifest.",
+            f"Export the model again; supported families are {', '.join(FAMILIES)}.",
+        )
+    return FAMILIES[model_type](config)

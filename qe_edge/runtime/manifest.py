@@ -1,0 +1,154 @@
+"""`manifest.json`: what an ONNX or engine folder holds, checked before anything of it is opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qe_edge.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 16 * 2**20
+GRAPHS = ("visual", "merger", "language")
+
+DType = Literal["float32", "float16", "int64"]
+Dimension = int | str
+Size = tuple[int, ...]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Strict):
+    """An input or output of a graph.
+
+    Attributes:
+        name: Its name in the graph.
+        dtype: Element type.
+        shape: Sizes; dynamic ones are names or expressions such as "past + sequence".
+    """
+
+    name: str = Field(min_length=1, max_length=256)
+    dtype: DType
+    shape: tuple[Dimension, ...] = Field(max_length=8)
+
+
+class GraphEntry(_Strict):
+    """One graph.
+
+    Attributes:
+        file: Its file in the folder; a plain file name.
+        inputs: Inputs in order.
+        outputs: Outputs in order.
+        profiles: By profile name and input, the smallest, typical and largest shape that engines are built for.
+    """
+
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,100}$")
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    profiles: dict[str, dict[str, tuple[Size, Size, Size]]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _profiles_fit(self) -> GraphEntry:
+        names = {spec.name: len(spec.shape) for spec in self.inputs}
+        for profile, shapes in self.profiles.items():
+            if shapes.keys() != names.keys():
+                raise ValueError(f"profile '{profile}' does not list the graph's inputs")
+            for name, triple in shapes.items():
+                if any(len(shape) != names[name] or min(shape, default=0) < 0 for shape in triple):
+                    raise ValueError(f"profile '{profile}' has a wrong shape for '{name}'")
+        return self
+
+
+class KVLayout(_Strict):
+    """The KV cache: inputs `past_key_values.{layer}.key|value`, outputs `present.{layer}.key|value`.
+
+    Every tensor is `[batch, heads, tokens, head_dim]`.
+    """
+
+    layers: int = Field(ge=1, le=4096)
+    heads: int = Field(ge=1, le=4096)
+    head_dim: int = Field(ge=1, le=4096)
+
+
+class Manifest(_Strict):
+    """Everything the runtime needs to know about a folder.
+
+    Attributes:
+        format_version: Of this file.
+        model_type: Model family, as in config.json.
+        quantization: Method and scheme such as "qe w4a8", or "none".
+        hidden_size: Width of the language model.
+        vocab_size: Number of logits.
+        image_token_id: Token at whose places image features stand.
+        eos_token_ids: Tokens that end an answer.
+        pad_token_id: Token that fills up finished rows.
+        kv: Layout of the KV cache.
+        graphs: "visual", "merger" and "language".
+    """
+
+    format_version: int
+    model_type: str
+    quantization: str
+    hidden_size: int = Field(ge=1, le=1 << 20)
+    vocab_size: int = Field(ge=1, le=1 << 24)
+    image_token_id: int = Field(ge=0)
+    eos_token_ids: tuple[int, ...] = Field(min_length=1)
+    pad_token_id: int = Field(ge=0)
+    kv: KVLayout
+    graphs: dict[str, GraphEntry]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Manifest:
+        if set(self.graphs) != set(GRAPHS):
+            raise ValueError(f"it must list the graphs {', '.join(GRAPHS)}")
+        return self
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`."""
+        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a folder, and that the files it names are there.
+
+    Raises:
+        ArtifactError: If the folder is none of ours, is damaged, or is of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(
+            f"'{folder}' is not an ONNX or engine folder: {MANIFEST} is missing.",
+            "Give the output folder of 'qe-edge export' or 'qe-edge build'.",
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise _damaged(folder, f"{MANIFEST} is too large")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{MANIFEST} is not JSON") from error
+    found = values.get("format_version") if isinstance(values, dict) else None
+    if found != FORMAT_VERSION:
+        raise ArtifactError(
+            f"'{folder}' has format version {found!r}; this QE-Edge reads {FORMAT_VERSION}.",
+            "Export the model again, or install the version that wrote it.",
+        )
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _damaged(folder, f"{MANIFEST} {where} {first['msg'].lower()}") from error
+    for entry in manifest.graphs.values():
+        if not (folder / entry.file).is_file():
+            raise _damaged(folder, f"'{entry.file}' is missing")
+    return manifest
+
+
+def _damaged(folder: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"The folder '{folder}' is damaged: {reason}.", "Export or build the model again.")

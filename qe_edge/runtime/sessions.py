@@ -1,0 +1,89 @@
+"""What every backend offers, and the one of ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from qe_edge.errors import ArtifactError, ResourceError
+from qe_edge.runtime.manifest import GraphEntry
+
+ACCURACY_LEVELS = (0, 4)  # of ONNX Runtime's INT4 products: exact, or activations quantized once more in blocks
+
+
+class Session(Protocol):
+    """One graph, ready to run."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on named inputs; returns the named outputs."""
+
+
+class OrtSession:
+    """A graph in ONNX Runtime on the CPU.
+
+    Args:
+        folder: Folder of the graph.
+        entry: Its entry in the manifest.
+        accuracy_level: 0 is exact; 4 quantizes activations of INT4 products to 8 bits, which is faster.
+        threads: Number of threads; None leaves it to ONNX Runtime.
+
+    Raises:
+        ArtifactError: If ONNX Runtime cannot load the graph, or its inputs are not the manifest's.
+    """
+
+    def __init__(self, folder: Path, entry: GraphEntry, accuracy_level: int, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._name = entry.file
+        try:
+            self._session = ort.InferenceSession(str(folder / entry.file), options, providers=["CPUExecutionProvider"])
+        except _ort_errors() as error:
+            raise ArtifactError(
+                f"ONNX Runtime cannot load '{folder / entry.file}': {_first_line(error)}", "Export the model again."
+            ) from error
+        for kind, found, wanted in (
+            ("inputs", self._session.get_inputs(), entry.inputs),
+            ("outputs", self._session.get_outputs(), entry.outputs),
+        ):
+            if [value.name for value in found] != [spec.name for spec in wanted]:
+                raise ArtifactError(
+                    f"The {kind} of '{folder / entry.file}' are not those of the manifest.", "Export the model again."
+                )
+        self._outputs = [spec.name for spec in entry.outputs]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on named inputs; returns the named outputs.
+
+        Raises:
+            ResourceError: If ONNX Runtime fails, most often for want of memory.
+        """
+        try:
+            values = self._session.run(self._outputs, dict(feeds))
+        except _ort_errors() as error:
+            raise ResourceError(
+                f"ONNX Runtime failed in '{self._name}': {_first_line(error)}",
+                "Use fewer or smaller pictures, or a smaller batch.",
+            ) from error
+        return dict(zip(self._outputs, values, strict=True))
+
+
+def _ort_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; its exceptions share no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile,
+        state.NotImplemented, state.RuntimeException, RuntimeError, ValueError,
+    )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
