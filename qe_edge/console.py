@@ -106,9 +106,8 @@ class _Lines:
         self._write(f"{self._title}: {share:4.0%} after {clock(now - self._estimate.started)}{left} ({note})")
 
     def finish(self) -> None:
-        complete = self._estimate.done >= self._estimate.total
-        word = "done" if complete else "stopped"
-        self._write(f"{self._title}: {word} after {clock(self._now() - self._estimate.started)}")
+        if self._estimate.done >= self._estimate.total:  # else an error or Ctrl-C has the last word
+            self._write(f"{self._title}: done after {clock(self._now() - self._estimate.started)}")
 
     def _write(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

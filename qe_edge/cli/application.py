@@ -8,6 +8,7 @@ import click
 
 from qe_edge import __version__
 from qe_edge.cli.options import write_example
+from qe_edge.cli.outcome import Interrupted
 from qe_edge.errors import UnknownNameError
 
 COMMANDS = ("deploy", "quantize", "export", "build", "validate", "report", "run", "bench", "doctor")
@@ -45,6 +46,17 @@ class LazyGroup(click.Group):
         """Examples as they are to be typed, then the hint on tab completion."""
         write_example(formatter, EXAMPLE)
         super().format_epilog(ctx, formatter)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the chosen command.
+
+        Raises:
+            Interrupted: After Ctrl-C; click itself would print an empty line.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Interrupted from stop
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 
 import click
 
-from qe_edge.errors import QEError
+from qe_edge.errors import QEError, UnknownNameError
 
 MISTAKE, DEFECT, INTERRUPTED = 2, 1, 130
 RESUMABLE = ("deploy", "quantize")
+
+
+class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
+    """The user pressed Ctrl-C."""
 
 
 def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
@@ -25,7 +29,7 @@ def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
     """
     try:
         code = call()
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort, Interrupted):
         click.secho(_how_to_resume(words), fg="yellow", err=True)
         return INTERRUPTED
     except click.exceptions.Exit as stop:
@@ -47,6 +51,10 @@ def _explain(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
     """Problem, remedy and exit code."""
     if isinstance(error, QEError):
         return error.problem, error.remedy, error.exit_code
+    if isinstance(error, click.NoSuchOption) and error.ctx:
+        known = [word for option in error.ctx.command.params for word in option.opts if word.startswith("--")]
+        unknown = UnknownNameError("option", error.option_name, known)
+        return unknown.problem, unknown.remedy, MISTAKE
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else "qe-edge"
         return error.format_message(), f"See '{path} --help'.", MISTAKE

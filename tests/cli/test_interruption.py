@@ -1,0 +1,91 @@
+"""Ctrl-C and kill in the middle of a real run, in a process of its own; then --resume gives the identical checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import CHILD, SHORT, Outcome, Run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(child: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Files of a checkpoint that was made without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "checkpoint"
+    outcome = child("quantize", "demo", "-o", out, *SHORT)
+    assert outcome.code == 0, outcome.err
+    assert not out.with_name("checkpoint.work").exists()
+    return contents(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stopped_by(sign: signal.Signals, out: Path) -> Outcome:
+    """Quantize until the first block is on disk, then send a signal."""
+    process = subprocess.Popen(
+        [*CHILD, "quantize", "demo", "-o", str(out), *SHORT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    work, deadline = out.with_name("checkpoint.work"), time.monotonic() + 300
+    while not list(work.glob("model*.safetensors")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sign)
+    return Outcome(process.wait(300), *process.communicate())
+
+
+def test_ctrl_c_says_how_to_resume_and_resuming_gives_the_identical_checkpoint(
+    child: Run, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "checkpoint"
+    stopped = stopped_by(signal.SIGINT, out)
+    assert stopped.code == 130
+    last = stopped.err.splitlines()[-1]
+    assert last.startswith("Stopped. Continue where it was with: qe-edge quantize demo")
+    assert last.endswith("--resume")
+    assert "Traceback" not in stopped.err
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.work"]
+    assert not [path for path in (tmp_path / "checkpoint.work").iterdir() if path.name.endswith(".part")]
+
+    resumed = child("quantize", "demo", "-o", out, *SHORT, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    again = child("quantize", "demo", "-o", out, *SHORT, "--resume")
+    assert again.code == 0
+    assert "complete already" in again.out
+
+
+def test_a_killed_run_resumes_to_the_identical_checkpoint(child: Run, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out = tmp_path / "checkpoint"
+    assert stopped_by(signal.SIGKILL, out).code == -signal.SIGKILL
+    assert not out.exists()
+    resumed = child("quantize", "demo", "-o", out, *SHORT, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert contents(out) == whole
+    assert not out.with_name("checkpoint.work").exists()
+
+
+def test_another_recipe_does_not_resume_but_overwrites(child: Run, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out = tmp_path / "checkpoint"
+    stopped_by(signal.SIGKILL, out)
+    work = out.with_name("checkpoint.work")
+    kept = shutil.copytree(work, tmp_path / "kept")
+    other = child("quantize", "demo", "-o", out, *SHORT, "--seed", "1", "--resume")
+    assert other.code == 2
+    assert "another model, recipe or calibration data" in other.err
+    assert contents(work).keys() == contents(kept).keys()
+    fresh = child("quantize", "demo", "-o", out, *SHORT, "--overwrite")
+    assert fresh.code == 0, fresh.err
+    assert contents(out) == whole
