@@ -1,0 +1,54 @@
+"""Example questions for the report: disagreements first, then one of every kind and topic."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+from qe_edge.models.family import Sample
+from qe_edge.models.images import open_image
+from qe_edge.validate.answers import is_right
+from qe_edge.validate.schema import Answer, Example, Role
+
+COUNT = 8
+MAX_SIDE = 256  # pixels of an embedded picture
+
+
+def choose_examples(samples: Sequence[Sample], answers: Mapping[Role, Sequence[str]]) -> list[Example]:
+    """Up to eight questions with the answers of every model.
+
+    At most half of them are questions on which the models differ, so that the page does not look worse than the model.
+    """
+    rows = range(len(samples))
+    differing = [row for row in rows if len({texts[row] for texts in answers.values()}) > 1]
+    chosen = differing[: COUNT // 2]
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        label = (samples[row].kind, samples[row].topic)
+        if label not in seen and row not in chosen:
+            chosen.append(row)
+            seen.add(label)
+    chosen += [row for row in rows if row not in chosen]
+    return [_example(samples[row], {role: texts[row] for role, texts in answers.items()}) for row in chosen[:COUNT]]
+
+
+def _example(sample: Sample, answers: Mapping[Role, str]) -> Example:
+    reference = sample.answer or ""
+    return Example(
+        picture=_picture(sample),
+        question=sample.question,
+        reference=reference,
+        kind=sample.kind,
+        answers=[Answer(role=role, text=text, correct=is_right(text, reference)) for role, text in answers.items()],
+    )
+
+
+def _picture(sample: Sample) -> str | None:
+    if sample.image is None:
+        return None
+    picture = open_image(sample.image)
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    data = io.BytesIO()
+    picture.save(data, format="PNG", optimize=True)
+    return base64.b64encode(data.getvalue()).decode("ascii")

@@ -1,0 +1,128 @@
+"""Run as a module: reads a `Measurement` as JSON from standard input and prints a `Latency` as one line of JSON."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from qe_edge.models.family import Sample
+from qe_edge.validate.latency import Measurement
+from qe_edge.validate.schema import Latency, Timing
+
+WARM_UP = 2  # repeats before measuring: memory pools, page cache
+LEAST = 3  # repeats even if they take long
+
+Times = dict[str, list[float]]
+
+
+def measure(request: Measurement) -> Latency:
+    """Measure in this process."""
+    sample = Sample(Path(request.picture) if request.picture else None, request.question)
+    once, prompt_tokens = (_engine if request.runtime == "onnxruntime" else _pytorch)(request, sample)
+    for _ in range(WARM_UP):
+        once({})
+    times: Times = {}
+    for _ in _repeats(request):
+        once(times)
+    return Latency(
+        runtime=request.runtime,
+        setting=f"accuracy level {request.accuracy_level}" if request.runtime == "onnxruntime" else "float32",
+        steps={step: _timing(values) for step, values in times.items()},
+        prompt_tokens=prompt_tokens,
+        threads=request.threads,
+        peak_bytes=peak_memory(),
+    )
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this program in bytes.
+
+    `getrusage` would do less: its maximum is inherited from the parent process across fork and exec.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], None], int]:
+    from qe_edge.runtime.engine import VisionLanguageEngine
+
+    engine = VisionLanguageEngine.load(request.model, accuracy_level=request.accuracy_level, threads=request.threads)
+
+    def once(times: Times) -> None:
+        start = time.perf_counter()
+        encoded = engine.encode([sample])
+        mark = _note(times, "encode", start)
+        features = None
+        if encoded.pixels:
+            hidden = engine.visual(encoded)
+            mark = _note(times, "visual", mark)
+            features = engine.merger(hidden)
+            mark = _note(times, "merger", mark)
+        logits, state = engine.prefill(encoded, features)
+        mark = _note(times, "prefill", mark)
+        _note(times, "first_token", start)
+        for _ in range(request.new_tokens):
+            logits = engine.decode(state, logits[:, -1].argmax(-1))
+            mark = _note(times, "decode", mark)
+
+    return once, engine.encode([sample]).input_ids.shape[1]
+
+
+def _pytorch(request: Measurement, sample: Sample) -> tuple[Callable[[Times], None], int]:
+    import torch
+
+    from qe_edge.models.loading import load_model
+
+    torch.set_num_threads(request.threads)
+    loaded = load_model(request.model, torch.float32)
+
+    def generate(tokens: int) -> None:
+        inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, [sample]))
+        with torch.no_grad():
+            loaded.model.generate(  # type: ignore[operator]
+                **inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
+            )
+
+    def once(times: Times) -> None:
+        start = time.perf_counter()
+        generate(1)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        generate(1 + request.new_tokens)
+        rest = time.perf_counter() - start - first
+        times.setdefault("first_token", []).append(first)
+        times.setdefault("decode", []).append(rest / request.new_tokens)
+
+    encoded = loaded.family.encode(loaded.processor, [sample])
+    return once, encoded.input_ids.shape[1]
+
+
+def _note(times: Times, step: str, since: float) -> float:
+    now = time.perf_counter()
+    times.setdefault(step, []).append(now - since)
+    return now
+
+
+def _repeats(request: Measurement) -> Iterator[int]:
+    end = time.perf_counter() + request.seconds
+    for number in range(request.repeats):
+        if number >= LEAST and time.perf_counter() > end:
+            return
+        yield number
+
+
+def _timing(seconds: list[float]) -> Timing:
+    lower, median, upper = np.percentile(np.array(seconds) * 1e3, [25, 50, 75]).tolist()
+    return Timing(median=median, lower=lower, upper=upper, repeats=len(seconds))
+
+
+if __name__ == "__main__":
+    result = measure(TypeAdapter(Measurement).validate_json(sys.stdin.read()))
+    sys.stdout.write(result.model_dump_json() + "\n")

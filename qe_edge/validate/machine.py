@@ -1,0 +1,40 @@
+"""What the machine is that a validation ran on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from qe_edge.validate.schema import Machine
+
+LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", "tensorrt", "tensorrt-rtx")
+
+
+def describe_machine() -> Machine:
+    """Operating system, processor, memory and library versions."""
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        processor=_processor(),
+        cores=psutil.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        libraries={name: found for name in LIBRARIES if (found := _version(name))},
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(names, platform.processor() or "unknown")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,75 @@
+"""Measures of how far two models are apart; sums run in float64 over batches of any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = 256  # positions whose full vocabulary is held in float64 at a time
+
+
+@dataclass
+class RelativeError:
+    """`||y - y_hat||_F / ||y||_F` over everything that was added.
+
+    Attributes:
+        error: Sum of squared differences.
+        norm: Sum of squares of the reference.
+        rows: Number of tokens.
+    """
+
+    error: float = 0.0
+    norm: float = 0.0
+    rows: int = 0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Add tokens `[n, features]`."""
+        wanted, found = reference.double(), other.double()
+        self.error += float((wanted - found).square().sum())
+        self.norm += float(wanted.square().sum())
+        self.rows += len(wanted)
+
+    def value(self) -> float | None:
+        """The error, or None if nothing (or nothing but zeros) was added."""
+        return (self.error / self.norm) ** 0.5 if self.norm else None
+
+
+@dataclass
+class LogitsDistance:
+    """Kullback-Leibler divergence and top-1 agreement of predicted distributions.
+
+    Attributes:
+        divergence: Sum of KL(reference || other) in nats.
+        agreed: Positions whose most likely token is the same.
+        positions: Number of positions.
+    """
+
+    divergence: float = 0.0
+    agreed: int = 0
+    positions: int = 0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Add logits `[positions, vocabulary]`."""
+        for wanted, found in zip(torch.split(reference, ROWS), torch.split(other, ROWS), strict=True):
+            self.divergence += float(kl_divergence(wanted, found).sum())
+            self.agreed += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+        self.positions += len(reference)
+
+    def mean_divergence(self) -> float | None:
+        """Mean KL in nats per position."""
+        return self.divergence / self.positions if self.positions else None
+
+    def agreement(self) -> float | None:
+        """Share of positions with the same top-1 token."""
+        return self.agreed / self.positions if self.positions else None
+
+
+def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference || other) in nats, float64 `[positions]`, of logits `[positions, vocabulary]`."""
+    wanted, found = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    probability = wanted.exp()
+    # a token that the reference excludes (-inf) contributes nothing, whatever the other says
+    terms = torch.where(probability > 0, probability * (wanted - found), 0.0)
+    return terms.sum(-1)

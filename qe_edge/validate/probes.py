@@ -1,0 +1,149 @@
+"""Hooks that compare a quantized model with the original one, layer by layer, while both run on the same batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qe_edge.linear import QELinear
+from qe_edge.models.family import Block, Encoded
+from qe_edge.streaming import first_tensor
+from qe_edge.validate.metrics import RelativeError
+from qe_edge.validate.schema import TokenErrors
+
+KINDS = ("vision", "text")
+
+
+@dataclass
+class KindErrors:
+    """Relative errors of vision tokens, text tokens and all tokens."""
+
+    kinds: dict[str, RelativeError] = field(default_factory=lambda: {kind: RelativeError() for kind in KINDS})
+
+    def add(self, reference: Tensor, other: Tensor, masks: Mapping[str, Tensor] | None) -> None:
+        """Add outputs `[..., features]`; without masks every token stands for a picture."""
+        for kind, (wanted, found) in _split(masks, reference, other):
+            self.kinds[kind].add(wanted, found)
+
+    def result(self) -> TokenErrors:
+        """The errors so far."""
+        parts = self.kinds.values()
+        joint = RelativeError(
+            sum(part.error for part in parts), sum(part.norm for part in parts), sum(part.rows for part in parts)
+        )
+        return TokenErrors(
+            all=joint.value(),
+            vision=self.kinds["vision"].value(),
+            text=self.kinds["text"].value(),
+            tokens=joint.rows,
+        )
+
+
+class LayerProbe:
+    """Feeds every quantized layer the input that the original layer sees, and compares the outputs.
+
+    Args:
+        original: The original model.
+        layers: Quantized layers by dotted name.
+        groups: Group of every layer.
+    """
+
+    def __init__(self, original: nn.Module, layers: Mapping[str, QELinear], groups: Mapping[str, str]) -> None:
+        self._original = original
+        self._layers = layers
+        self._groups = groups
+        self.errors = {name: KindErrors() for name in layers}
+        self.load = {
+            name: {kind: torch.zeros(layer.num_experts, dtype=torch.int64) for kind in KINDS}
+            for name, layer in layers.items()
+            if layer.router is not None
+        }
+
+    @contextmanager
+    def watching(self, encoded: Encoded) -> Iterator[None]:
+        """Measure while the original model runs on `encoded` inside the context."""
+        masks = token_masks(encoded)
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            layer, group = self._layers[name], self._groups[name]
+
+            def measure(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                own = masks if group == "language" else None
+                self.errors[name].add(output, layer(inputs[0]), own)
+                expert = layer.expert_index(inputs[0])
+                if expert is not None:
+                    for kind, (chosen,) in _split(own, expert.unsqueeze(-1)):
+                        self.load[name][kind] += torch.bincount(chosen[:, 0], minlength=layer.num_experts)
+
+            return measure
+
+        with _hooks((self._original.get_submodule(name), hook(name)) for name in self._layers):
+            yield
+
+
+class StreamProbe:
+    """Compares the hidden states that leave the blocks of two models, each on its own stream."""
+
+    def __init__(self, blocks: list[Block], others: list[Block]) -> None:
+        self._blocks = blocks
+        self._others = others
+        self._outputs: dict[str, Tensor] = {}
+        self.errors = {block.name: KindErrors() for block in blocks}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the original's outputs of one batch."""
+
+        def hook(name: str) -> Callable[..., None]:
+            def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+                self._outputs[name] = first_tensor(output).detach()
+
+            return keep
+
+        with _hooks((block.module, hook(block.name)) for block in self._blocks):
+            yield
+
+    @contextmanager
+    def comparing(self, encoded: Encoded) -> Iterator[None]:
+        """Compare the other model's outputs on the same batch."""
+        masks = token_masks(encoded)
+
+        def hook(block: Block) -> Callable[..., None]:
+            own = masks if block.group == "language" else None
+
+            def compare(_module: nn.Module, _inputs: object, output: object) -> None:
+                self.errors[block.name].add(self._outputs.pop(block.name), first_tensor(output), own)
+
+            return compare
+
+        with _hooks((block.module, hook(block)) for block in self._others):
+            yield
+
+
+def token_masks(encoded: Encoded) -> dict[str, Tensor]:
+    """Masks `[batch, sequence]` of picture and text tokens; padding is in neither."""
+    valid, image = encoded.attention_mask.astype(bool), encoded.image_mask
+    return {"vision": torch.from_numpy(valid & image), "text": torch.from_numpy(valid & ~image)}
+
+
+def _split(masks: Mapping[str, Tensor] | None, *tensors: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
+    """Rows `[n, features]` of every kind of token."""
+    if masks is None:
+        yield "vision", [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+        return
+    for kind, mask in masks.items():
+        yield kind, [tensor[mask] for tensor in tensors]
+
+
+@contextmanager
+def _hooks(pairs: Iterator[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

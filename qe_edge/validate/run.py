@@ -1,0 +1,167 @@
+"""Validation of a checkpoint, and of the engine built from it, against the original model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import qe_edge
+from qe_edge.accounting import FileSize, count_bits
+from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
+from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized
+from qe_edge.errors import CalibrationError
+from qe_edge.models.family import Sample
+from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.progress import Progress, Silent, track
+from qe_edge.recipe import Recipe
+from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.validate.answers import answer_all, answer_length, score
+from qe_edge.validate.comparison import Comparison, distance_of
+from qe_edge.validate.examples import choose_examples
+from qe_edge.validate.latency import measure_latency
+from qe_edge.validate.machine import describe_machine
+from qe_edge.validate.schema import Contender, EngineAgreement, EvaluationData, Report, Role
+from qe_edge.validate.shuffling import shuffle_pictures
+from qe_edge.validate.sizes import model_size, stage_sizes
+from qe_edge.validate.subjects import Subject, TorchSubject, block_groups, in_float32
+from qe_edge.validate.targets import target_states
+
+NO_CALIBRATION = "The calibration samples could not be read again, so layer errors are given on held-out samples only."
+NO_SHUFFLE = "The pictures cannot be exchanged among these questions, so the shuffled-images row is missing."
+LIMITED = "Only the first {count} questions were used."
+
+
+def validate(
+    original: str,
+    checkpoint: Path,
+    engines: Path | None,
+    evaluation: str,
+    *,
+    onnx: Path | None = None,
+    not_run: Sequence[Path] = (),
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a quantized checkpoint, and the engine built from it, with the original model.
+
+    Args:
+        original: The original model: "demo", a folder or a hub id.
+        checkpoint: Folder of the quantized checkpoint.
+        engines: Folder of one target's engine, or None to leave the engine out.
+        evaluation: Source of held-out questions with answers.
+        onnx: Folder of the exported graphs, for their sizes; None to leave them out.
+        not_run: Folders of further targets that were built and cannot run here; the report says so.
+        limit: Use only the first questions; None uses all.
+        progress: Where to report progress.
+
+    Raises:
+        CalibrationError: If there is no question with an answer.
+        QEError: Of other kinds, if a part cannot be loaded.
+    """
+    progress = progress or Silent()
+    every = load_evaluation(evaluation)
+    samples = every[:limit]
+    if not samples:
+        raise CalibrationError(f"'{evaluation}' holds no question.", "Add questions with answers, or raise the limit.")
+    recipe = load_checkpoint_recipe(checkpoint)
+    engine = VisionLanguageEngine.load(engines, accuracy_level=0) if engines is not None else None
+    reference = in_float32(load_model(original))
+    quantized = load_quantized(checkpoint)
+    bits = count_bits(quantized.model, block_groups(quantized))
+    in_float32(quantized)
+    calibration = calibration_of(recipe)
+    shuffled = shuffle_pictures(samples)
+    notes = [] if calibration else [NO_CALIBRATION]
+    notes += [] if shuffled else [NO_SHUFFLE]
+    notes += [LIMITED.format(count=len(samples))] if len(samples) < len(every) else []
+    subjects: dict[Role, Subject] = {"original": TorchSubject(reference), "quantized": TorchSubject(quantized)}
+    if engine is not None:
+        subjects["engine"] = engine
+    work = len(samples) * (1 + len(subjects) * (2 if shuffled else 1)) + len(calibration or [])
+    with track(progress, "Validating", work) as tracked:
+        comparison = Comparison(reference, quantized, engine)
+        comparison.measure_heldout(samples, lambda count: tracked.advance(count, "logits and layers"))
+        comparison.measure_calibration(calibration or [], lambda count: tracked.advance(count, "layers"))
+        ask = _asker(reference, samples, tracked)
+        answers = {role: ask(role, subject, samples) for role, subject in subjects.items()}
+        blind = {role: ask(role, subject, shuffled) for role, subject in subjects.items()} if shuffled else {}
+    sizes = stage_sizes(reference.source, checkpoint, onnx, engines)
+    return Report(
+        qe_edge=qe_edge.__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=original,
+        model_type=reference.family.model_type,
+        recipe=recipe.model_dump(mode="json"),
+        machine=describe_machine(),
+        evaluation=EvaluationData(
+            source=evaluation,
+            samples=len(samples),
+            kinds=dict(Counter(sample.kind for sample in samples)),
+            sha256=hash_samples(samples),
+        ),
+        bits=bits,
+        sizes=sizes,
+        layers=comparison.layer_errors(),
+        stream=comparison.stream_errors(),
+        routing=comparison.routing_loads(),
+        contenders=[_contender(role, comparison, sizes, samples, answers[role], blind.get(role)) for role in subjects],
+        engine=_agreement(comparison, answers) if engine is not None else None,
+        latency=measure_latency(engines, samples[0], original=original, progress=progress) if engines else [],
+        targets=target_states(engines, not_run),
+        examples=choose_examples(samples, answers),
+        notes=notes,
+    )
+
+
+def calibration_of(recipe: Recipe) -> list[Sample] | None:
+    """The samples that a checkpoint was calibrated on, or None if they cannot be had again unchanged."""
+    spec = recipe.calibration
+    try:
+        samples = load_samples(spec.source, spec.samples, recipe.seed)
+    except CalibrationError:
+        return None
+    return samples if spec.sha256 in (None, hash_samples(samples)) else None
+
+
+def _asker(
+    source: LoadedModel, samples: Sequence[Sample], progress: Progress
+) -> Callable[[Role, Subject, Sequence[Sample]], list[str]]:
+    """A function that collects a model's answers, all models under the same limit of tokens."""
+    length = answer_length(source, samples)
+
+    def ask(role: Role, subject: Subject, questions: Sequence[Sample]) -> list[str]:
+        return answer_all(
+            subject, source, questions, length, lambda count: progress.advance(count, f"answers of the {role}")
+        )
+
+    return ask
+
+
+def _contender(
+    role: Role,
+    comparison: Comparison,
+    sizes: Sequence[FileSize],
+    samples: Sequence[Sample],
+    answers: Sequence[str],
+    blind: Sequence[str] | None,
+) -> Contender:
+    distance = comparison.distances.get(role)
+    return Contender(
+        role=role,
+        runtime="ONNX Runtime, accuracy level 0" if role == "engine" else "PyTorch, float32",
+        accuracy=score(samples, answers),
+        shuffled=None if blind is None else score(samples, blind),
+        answer_tokens=None if distance is None else distance_of(distance.answer),
+        text_tokens=None if distance is None else distance_of(distance.text),
+        size=model_size(sizes, role),
+    )
+
+
+def _agreement(comparison: Comparison, answers: Mapping[Role, Sequence[str]]) -> EngineAgreement:
+    pairs = list(zip(answers["quantized"], answers["engine"], strict=True))
+    return EngineAgreement(
+        same_answers=sum(one == other for one, other in pairs) / len(pairs),
+        logits_error=comparison.engine_error.value() or 0.0,
+    )

@@ -1,0 +1,316 @@
+"""What a validation found, as data: the content of report.json."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from qe_edge.accounting import FileSize, ModelBits
+
+REPORT_VERSION: Literal[1] = 1
+
+Split = Literal["calibration", "heldout"]
+Role = Literal["original", "quantized", "engine"]
+
+
+class Part(BaseModel):
+    """Base of every part of the report; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Machine(Part):
+    """Where the validation ran.
+
+    Attributes:
+        system: Operating system and architecture.
+        processor: Name of the CPU.
+        cores: Logical cores.
+        memory_bytes: Installed memory.
+        libraries: Version of every library that matters.
+    """
+
+    system: str
+    processor: str
+    cores: int
+    memory_bytes: int
+    libraries: dict[str, str]
+
+
+class EvaluationData(Part):
+    """The held-out questions.
+
+    Attributes:
+        source: Name of the source.
+        samples: Number of questions used.
+        kinds: Number of questions of every kind ("open", "yesno", "" for unknown).
+        sha256: Hash of the samples.
+    """
+
+    source: str
+    samples: int
+    kinds: dict[str, int]
+    sha256: str
+
+
+class TokenErrors(Part):
+    """Relative output error `||y - y_hat||_F / ||y||_F`; None where there was no such token.
+
+    Attributes:
+        all: Over all tokens.
+        vision: Over tokens that stand for picture patches.
+        text: Over text tokens.
+        tokens: Number of tokens measured.
+    """
+
+    all: float | None
+    vision: float | None
+    text: float | None
+    tokens: int
+
+
+class LayerErrors(Part):
+    """Errors of one quantized layer that is fed the original model's input of that layer.
+
+    Attributes:
+        name: Dotted name.
+        group: "visual", "merger" or "language".
+        calibration: On the calibration samples; None if these could not be had again.
+        heldout: On the held-out samples.
+    """
+
+    name: str
+    group: str
+    calibration: TokenErrors | None
+    heldout: TokenErrors
+
+
+class StreamErrors(Part):
+    """Errors of the hidden states that leave a block when the whole quantized model runs on its own stream.
+
+    Attributes:
+        name: Dotted name of the block.
+        group: "visual", "merger" or "language".
+        heldout: On the held-out samples.
+    """
+
+    name: str
+    group: str
+    heldout: TokenErrors
+
+
+class RoutingLoad(Part):
+    """Share of held-out tokens that each routed expert serves.
+
+    Attributes:
+        layers: The layer, or the siblings that share one router.
+        group: "visual", "merger" or "language".
+        all: Per expert, over all tokens; sums to one.
+        vision: Over picture tokens, or None.
+        text: Over text tokens, or None.
+    """
+
+    layers: list[str]
+    group: str
+    all: list[float]
+    vision: list[float] | None
+    text: list[float] | None
+
+
+class Accuracy(Part):
+    """Exact answers by greedy generation.
+
+    Attributes:
+        correct: Right answers of every kind of question.
+        total: Questions of every kind.
+    """
+
+    correct: dict[str, int]
+    total: dict[str, int]
+
+    def share(self, kind: str | None = None) -> float | None:
+        """Accuracy on one kind of question, or on all; None if there is no such question."""
+        kinds = self.total if kind is None else [kind]
+        total = sum(self.total.get(name, 0) for name in kinds)
+        return sum(self.correct.get(name, 0) for name in kinds) / total if total else None
+
+
+class Distance(Part):
+    """Teacher-forced distance of predicted distributions from the original model's.
+
+    Attributes:
+        kl: Mean KL(original || this) in nats per position.
+        top1: Share of positions with the same most likely token.
+        positions: Number of positions.
+    """
+
+    kl: float | None
+    top1: float | None
+    positions: int
+
+
+class Contender(Part):
+    """One of the models that are compared.
+
+    Attributes:
+        role: "original", "quantized" (PyTorch) or "engine".
+        runtime: What ran it, for example "PyTorch float32".
+        accuracy: On the held-out questions.
+        shuffled: The same questions with the pictures of others; None if not measured.
+        answer_tokens: Distance on the tokens of the reference answers; None for the original.
+        text_tokens: Distance on all text tokens; None for the original.
+        size: Bytes of the files of its folder, or None for a model from the hub.
+    """
+
+    role: Role
+    runtime: str
+    accuracy: Accuracy
+    shuffled: Accuracy | None
+    answer_tokens: Distance | None
+    text_tokens: Distance | None
+    size: int | None
+
+
+class EngineAgreement(Part):
+    """The engine against the quantized PyTorch model.
+
+    Attributes:
+        same_answers: Share of questions with the same greedy answer.
+        logits_error: Relative error of the logits `||l_e - l_q||_F / ||l_q||_F`.
+    """
+
+    same_answers: float
+    logits_error: float
+
+
+class Timing(Part):
+    """Milliseconds over several repeats.
+
+    Attributes:
+        median: Median.
+        lower: First quartile.
+        upper: Third quartile.
+        repeats: Number of measurements.
+    """
+
+    median: float
+    lower: float
+    upper: float
+    repeats: int
+
+
+class Latency(Part):
+    """Speed and memory of one runtime on one question at a time.
+
+    Attributes:
+        runtime: "onnxruntime" or "pytorch".
+        setting: What distinguishes runs of the same runtime, for example "accuracy level 4".
+        steps: Timings by step: visual, merger, prefill, decode (one token), first_token (all up to the first token).
+        prompt_tokens: Length of the prompt, picture included.
+        threads: Threads used.
+        peak_bytes: Peak resident memory of the process that ran nothing else.
+    """
+
+    runtime: str
+    setting: str
+    steps: dict[str, Timing]
+    prompt_tokens: int
+    threads: int
+    peak_bytes: int
+
+
+class Answer(Part):
+    """What one model answered.
+
+    Attributes:
+        role: Which model.
+        text: Its answer.
+        correct: Whether it is the reference answer.
+    """
+
+    role: Role
+    text: str
+    correct: bool
+
+
+class Example(Part):
+    """A held-out question with its answers.
+
+    Attributes:
+        picture: PNG in base64, or None for a text-only question.
+        question: The question.
+        reference: The reference answer.
+        kind: "open", "yesno" or "".
+        answers: Answers of all models.
+    """
+
+    picture: str | None
+    question: str
+    reference: str
+    kind: str
+    answers: list[Answer]
+
+
+class TargetState(Part):
+    """A build target whose files exist.
+
+    Attributes:
+        name: Name in the target table.
+        size: Bytes of its files.
+        validated: Whether this report's engine rows ran on it.
+    """
+
+    name: str
+    size: int
+    validated: bool
+
+
+class Report(Part):
+    """Everything that `validate` found.
+
+    Attributes:
+        version: Version of this format.
+        qe_edge: Version of QE-Edge that made it.
+        created: UTC time, ISO 8601.
+        model: Name of the original model as given.
+        model_type: Its family.
+        recipe: The resolved recipe of the checkpoint.
+        machine: Where this ran.
+        evaluation: The held-out data.
+        bits: Bits per weight.
+        sizes: Files of every stage.
+        layers: Errors of every quantized layer.
+        stream: Error of the hidden states along the model.
+        routing: Load of the routed experts.
+        contenders: Accuracy and distance, original first.
+        engine: Engine against PyTorch, or None if there is no engine.
+        latency: Speed of the engine at every accuracy level.
+        targets: What was built.
+        examples: Some questions with all answers.
+        notes: What a reader must know about gaps of this report.
+    """
+
+    version: Literal[1] = REPORT_VERSION
+    qe_edge: str
+    created: str
+    model: str
+    model_type: str
+    recipe: dict[str, Any]
+    machine: Machine
+    evaluation: EvaluationData
+    bits: ModelBits
+    sizes: list[FileSize]
+    layers: list[LayerErrors]
+    stream: list[StreamErrors]
+    routing: list[RoutingLoad]
+    contenders: list[Contender]
+    engine: EngineAgreement | None
+    latency: list[Latency]
+    targets: list[TargetState]
+    examples: list[Example]
+    notes: list[str]
+
+    def contender(self, role: Role) -> Contender | None:
+        """The row of one model."""
+        return next((row for row in self.contenders if row.role == role), None)
