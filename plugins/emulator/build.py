@@ -48,7 +48,7 @@ def source_emulator(root: Path = ROOT, *, subset: bool = False) -> Path:
     if target.exists():
         return target
     BUILD.mkdir(exist_ok=True)
-    work = BUILD / f"objects_{target.stem}"
+    work = BUILD / f"objects_{target.stem}_{os.getpid()}"  # two test processes may build at once
     work.mkdir(exist_ok=True)
     define = ["-DQE_SUBSET"] if subset else []
     cxx = os.environ.get("CXX", "g++")

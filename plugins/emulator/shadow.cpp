@@ -68,8 +68,8 @@ void shadow_start_block() {
 
 void shadow_next_epoch() { ++epoch; }
 
-void shadow_shared(size_t at, size_t bytes, bool write, int thread) {
-  if (at + bytes > shared_limit) return report("shared memory: access out of bounds");
+bool shadow_shared(size_t at, size_t bytes, bool write, int thread) {
+  if (at + bytes > shared_limit) return report("shared memory: access out of bounds"), false;
   for (size_t i = at; i < at + bytes; ++i) {
     SharedByte& b = shared_bytes[i];
     if (b.copier != kNobody) report("shared memory: access to bytes that an asynchronous copy still owns");
@@ -86,6 +86,7 @@ void shadow_shared(size_t at, size_t bytes, bool write, int thread) {
       b.read_epoch = epoch;
     }
   }
+  return true;
 }
 
 bool shadow_issue_copy(const PendingCopy& copy, int thread) {
@@ -102,8 +103,7 @@ bool shadow_issue_copy(const PendingCopy& copy, int thread) {
       report("asynchronous copy: over bytes that another thread writes");
     b.copier = thread;
   }
-  shadow_global(copy.from, 16, false);
-  return true;
+  return shadow_global(copy.from, 16, false);
 }
 
 void shadow_land_copy(const PendingCopy& copy, int thread) {
@@ -114,16 +114,17 @@ void shadow_land_copy(const PendingCopy& copy, int thread) {
     memcpy(copy.to, copy.from, 16);
 }
 
-void shadow_global(const void* p, size_t bytes, bool write) {
+bool shadow_global(const void* p, size_t bytes, bool write) {
   Buffer* b = find(p);
   const char* c = static_cast<const char*>(p);
   if (!b || c + bytes > b->p + b->bytes) {
     const Buffer* near = b ? b : find(p, 1 << 12);
-    return report(std::string("global memory: ") + (write ? "write" : "read") + " out of bounds" +
-                  (near ? " of " + near->name : ""));
+    report(std::string("global memory: ") + (write ? "write" : "read") + " out of bounds" +
+           (near ? " of " + near->name : ""));
+    return false;
   }
-  if (write && !b->writable) return report("global memory: write to the input " + b->name);
-  if (!b->writable) return;
+  if (write && !b->writable) return report("global memory: write to the input " + b->name), false;
+  if (!b->writable) return true;
   const size_t at = static_cast<size_t>(c - b->p);
   for (size_t i = at; i < at + bytes; ++i) {
     const int64_t writer = b->writer[i];
@@ -137,6 +138,7 @@ void shadow_global(const void* p, size_t bytes, bool write) {
         report("global memory: read of " + b->name + " that another block writes in the same launch");
     }
   }
+  return true;
 }
 
 void add_buffer(const void* p, size_t bytes, bool writable, const char* name) {

@@ -39,6 +39,7 @@ Fiber* running = nullptr;
 std::function<void()> body;
 uint64_t random_state = 1;
 int preempt = 0;
+bool stopped = false;  // after an access that would harm the emulator itself
 
 uint32_t random_number() {
   random_state ^= random_state << 13;
@@ -111,7 +112,7 @@ bool finish_collective(int first) {
   if (warp->kind == Collective::kLoadMatrix)
     for (int l = 0; l < 32; ++l) {
       const auto* row = *static_cast<const unsigned char* const*>(in[l]);
-      if (!in_shared(row)) return report("ldmatrix: row outside shared memory"), true;
+      if (!in_shared(row)) return report("ldmatrix: row outside shared memory"), false;
       if (reinterpret_cast<uintptr_t>(row) % 16) report("ldmatrix: misaligned row");
       shadow_shared(static_cast<size_t>(row - shared_memory), 16, false, warp[l].thread);
     }
@@ -132,6 +133,7 @@ bool run_block(int threads) {
       now.thread = t;
       enter(f);
       running = nullptr;
+      if (stopped) return false;
       if (f.state != State::kRunnable) {
         ready[pick] = ready.back();
         ready.pop_back();
@@ -170,10 +172,13 @@ bool on_stack(const void* p) {
 void on_access(const void* p, size_t bytes, bool write, size_t alignment) {
   if (!running || on_stack(p)) return;
   if (reinterpret_cast<uintptr_t>(p) % alignment) report("misaligned access");
-  if (in_shared(p))
-    shadow_shared(static_cast<size_t>(static_cast<const unsigned char*>(p) - shared_memory), bytes, write, running->thread);
-  else
-    shadow_global(p, bytes, write);
+  const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(p) - shared_memory);
+  const bool harmless =
+      in_shared(p) ? shadow_shared(at, bytes, write, running->thread) : shadow_global(p, bytes, write);
+  if (!harmless) {
+    stopped = true;
+    leave(*running);  // and never comes back
+  }
   if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(*running);
 }
 
@@ -214,6 +219,7 @@ std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_ever
   random_state = seed * 0x9E3779B97F4A7C15ull + 1;
   preempt = preempt_every;
   body = kernel;
+  stopped = false;
   bool alive = true;
   for (int y = 0; alive && y < shape.grid_y; ++y)
     for (int x = 0; alive && x < shape.grid_x; ++x) {

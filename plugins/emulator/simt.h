@@ -72,8 +72,9 @@ const std::set<std::string>& reports();
 void shadow_start_launch(size_t shared_bytes);
 void shadow_start_block();
 void shadow_next_epoch();
-void shadow_shared(size_t at, size_t bytes, bool write, int thread);
-void shadow_global(const void* p, size_t bytes, bool write);
+// False: the access is out of bounds and must not be carried out.
+bool shadow_shared(size_t at, size_t bytes, bool write, int thread);
+bool shadow_global(const void* p, size_t bytes, bool write);
 bool shadow_issue_copy(const PendingCopy& copy, int thread);
 void shadow_land_copy(const PendingCopy& copy, int thread);
 bool in_shared(const void* p);

@@ -189,7 +189,7 @@ template <class T>
 QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2], int row0, int column0,
                             float (&out)[kRowTiles][kColumnTiles][4]) {
   const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), last_tile = p.Np / 8 - 1;
-  int expert[kRowTiles][2], mine = -1;
+  int expert[kRowTiles][2] = {{-1, -1}, {-1, -1}}, mine = -1;
   if (p.E) {
     const int m = row0 + lane < p.M ? row0 + lane : p.M - 1;
     mine = p.expert[p.order ? p.order[m] : m];

@@ -1,0 +1,1 @@
+"""Tests of the kernels, the plan, the prepack and the plugin; none of them needs a GPU."""

@@ -1,0 +1,36 @@
+"""The modes that the kernels claim; every test that sweeps modes sweeps these."""
+
+from __future__ import annotations
+
+from tests.cases import Mode
+
+MODES = [
+    Mode("w4a8"),
+    Mode("w4a6", act_bits=6, experts=16, rank_routed=8, rank_shared=24),
+    Mode("w4a8_asym", zeros=True, experts=0),
+    Mode("w4a8_g128", group_size=128, experts=1, int8_adapters=True),
+    Mode("w4a8_g128_asym", group_size=128, zeros=True),
+    Mode("w4a6_g64", act_bits=6, group_size=64, bias=False),
+    Mode("w4a8_g64_asym", group_size=64, zeros=True, inv_omega=False),
+    Mode("w4a8_int8_adapters", int8_adapters=True),
+    Mode("w4a8_no_adapters", rank_shared=0, experts=0, bias=False),
+    Mode("w4a8_routed_only", rank_shared=0, rank_routed=32),
+    Mode("w4a8_full_rank", rank_shared=128, rank_routed=128, experts=2),
+    Mode("w4a16", act_bits=0),
+    Mode("w4a16_g128_asym", act_bits=0, group_size=128, zeros=True),
+    Mode("w3a16_g128_asym", act_bits=0, group_size=128, zeros=True, weight_bits=3, inv_omega=False, experts=0, rank_shared=0),
+    Mode("w3a16_g64_asym", act_bits=0, group_size=64, zeros=True, weight_bits=3, int8_adapters=True, experts=16),
+    Mode("w4a8_bf16", dtype="bf16"),
+    Mode("w4a6_g128_bf16", dtype="bf16", act_bits=6, group_size=128, int8_adapters=True),
+    Mode("w4a16_g128_asym_bf16", dtype="bf16", act_bits=0, group_size=128, zeros=True, int8_adapters=True, experts=16),
+    Mode("w4a16_bf16", dtype="bf16", act_bits=0, experts=1),
+]
+"""What the paper's settings and ours need: 3- and 4-bit weights, 6-, 8- and 16-bit activations, all scale shapes."""
+
+TOKENS = [1, 7, 16, 17, 65, 150]
+
+
+def shape_for(mode: Mode, tokens: int) -> tuple[int, int]:
+    """K and N with tails: K is no multiple of 128 unless groups ask for it, N none of 32 or 128."""
+    k = {-1: 264, 64: 320, 128: 256}[mode.group_size]
+    return k, 40 if tokens <= 16 else 136

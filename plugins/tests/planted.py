@@ -1,0 +1,73 @@
+"""The planted bugs of rung 4. Each is one edit of shipped code; the ladder fails if any of them goes unnoticed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tests.cases import Mode
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Replace `before`, which occurs exactly once in `file`, with `after`; `tokens` and `mode` show it."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tokens: int
+    mode: Mode
+    rung: Literal["source", "ptx"] = "source"
+
+
+INT8 = Mode("w4a8", experts=4)
+HALF = Mode("w4a16_g128", act_bits=0, group_size=128, zeros=True, experts=4)
+LONE = Mode("w4a8_shared", experts=0)
+
+PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
+DOWN, PREPARE = "kernels/lowrank_down.cuh", "kernels/prepare.cuh"
+
+PLANTED = [
+    Planted("missing barrier in the pipeline", PREFILL, "    block_sync();  // the stage", "    // the stage", 40, LONE),
+    Planted(
+        "missing barrier before the decode sums", DECODE,
+        "  block_sync();\n  for (int o = thread_id(); o < kDecodeColumns", "  for (int o = thread_id(); o < kDecodeColumns", 3, LONE,
+    ),
+    Planted(
+        "missing barrier in the token maximum", PREPARE,
+        "  block_sync();\n  const int slot", "  const int slot", 2, LONE,
+    ),
+    Planted(
+        "missing barrier in the counting sort", DOWN,
+        "  if (lane < 16) counts[warp * 16 + lane] = mine;\n  block_sync();",
+        "  if (lane < 16) counts[warp * 16 + lane] = mine;", 40, INT8,
+    ),
+    Planted("waits for one copy too few", PREFILL, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>", 40, LONE),
+    Planted("registers of the B fragment swapped", PREFILL,
+            "mma_s8(acc[i][j], x, b[2 * step], b[2 * step + 1], acc", "mma_s8(acc[i][j], x, b[2 * step + 1], b[2 * step], acc", 17, LONE),
+    Planted("high nibbles read as low ones", DECODE,
+            "a[3] = half ? unpack_high<Zeros>(v1, z8)", "a[3] = half ? unpack_low<Zeros>(v1, z8)", 3, LONE),
+    Planted("misaligned copy", PREFILL, "cp_async16(s + i * 16, p.weight +", "cp_async16(s + i * 16, p.weight + (i == 7 ? 8 : 0) +", 17, LONE),
+    Planted("lost tail of M", PREFILL,
+            "const int m = m0 + row(j), last = m < p.M ? m : p.M - 1", "const int m = m0 + row(j), last = m", 17, LONE),
+    Planted("lost tail of N", PREFILL, "        if (n >= p.N) continue;\n        const float* scale", "        const float* scale", 17, LONE),
+    Planted("lost tail of K in the down-projection", DOWN, "if (k < p.K) x[t] = load16", "x[t] = load16", 3, LONE),
+    Planted("stale expert", PREFILL, "expert[i][h] = p.expert[token[i][h]];", "expert[i][h] = p.expert[token[i][0]];", 40, INT8),
+    Planted("largest score wins", PREPARE, "if (score[e] < score[best]) best = e;", "if (score[e] > score[best]) best = e;", 3, INT8),
+    Planted("reads a swizzle that was not written", PREFILL,
+            "load_matrix(a[i][step], s + S::offset(wm + i * 16 + (lane & 15), step * 2 + (lane >> 4)));",
+            "load_matrix(a[i][step], s + (wm + i * 16 + (lane & 15)) * 128 + (step * 2 + (lane >> 4)) * 16);", 17, LONE),
+    Planted("writes tokens of another window", DOWN, "if (hit && at >= 0 && at < kDownTokens)", "if (hit && at < kDownTokens)", 150, INT8),
+    Planted("scale of the wrong group", PREFILL,
+            "(static_cast<size_t>(chunk) * p.groups_per_chunk + r) * p.Np", "(static_cast<size_t>(0) * p.groups_per_chunk + r) * p.Np", 17, HALF),
+    Planted("zero point added", "kernels/unpack.cuh", "offset_low = 0xE400E400u + zero", "offset_low = 0xE400E400u - zero", 3, HALF),
+    Planted("asm: halves of a pair swapped", "kernels/prim_ptx.cuh",
+            'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));',
+            'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(lo), "f"(hi));', 17, LONE, "ptx"),
+    Planted("asm: waits for one copy too few", "kernels/prim_ptx.cuh", '"n"(Pending)', '"n"(Pending + 1)', 40, LONE, "ptx"),
+    Planted("asm: registers of the B fragment swapped", "kernels/prim_ptx.cuh",
+            '"r"(a[3]), "r"(b0), "r"(b1), "r"(c[0])', '"r"(a[3]), "r"(b1), "r"(b0), "r"(c[0])', 3, LONE, "ptx"),
+    Planted("asm: wrong truth table", "kernels/prim_ptx.cuh", "0xEA;", "0xE8;", 3, HALF, "ptx"),
+    Planted("asm: the barrier is empty", "kernels/prim_ptx.cuh", "__syncthreads();", "", 3, LONE, "ptx"),
+]  # fmt: skip

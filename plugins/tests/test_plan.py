@@ -1,0 +1,82 @@
+"""The launch plan: limits of the chips, number of launches, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emulator.plan import Buffers, PlanError, Planner, Problem, Tactic
+
+SMALLEST_SHARED_BYTES = 99 * 1024  # sm_86, 89 and 120
+
+
+def problem(**changes: int) -> Problem:
+    values = {
+        "dtype": 0, "M": 1, "N": 1536, "K": 1536, "act_bits": 8, "group_size": -1, "has_zeros": 0, "has_inv_omega": 1,
+        "rank_shared": 32, "rank_routed": 32, "num_experts": 8, "adapter_int8": 0,
+    }  # fmt: skip
+    return Problem(**(values | changes))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.sampled_from([1, 7, 16, 17, 64, 1024, 4096]),
+    k=st.sampled_from([128, 1536, 8960, 18944]),
+    n=st.sampled_from([256, 2048, 37888]),
+    act_bits=st.sampled_from([0, 6, 8]),
+    group_size=st.sampled_from([-1, 64, 128]),
+    zeros=st.integers(0, 1),
+    rows=st.sampled_from([0, 32, 64, 96, 128]),
+)
+def test_fits_every_chip(
+    planner: Planner, tokens: int, k: int, n: int, act_bits: int, group_size: int, zeros: int, rows: int
+) -> None:
+    case = problem(M=tokens, K=k, N=n, act_bits=act_bits, group_size=group_size, has_zeros=zeros)
+    if rows == 128 and act_bits == 0:
+        with pytest.raises(PlanError, match="block_rows"):
+            planner.launches(case, Buffers(), Tactic(rows, 0))
+        return
+    launches = planner.launches(case, Buffers(), Tactic(rows, 0))
+    assert len(launches) == 3
+    for launch in launches:
+        assert 0 < launch.threads <= 1024 and launch.threads % 32 == 0
+        assert 0 < launch.grid_x and 0 < launch.grid_y < 65536
+        assert launch.shared_bytes <= SMALLEST_SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changes", "launches"),
+    [
+        ({"rank_shared": 0, "rank_routed": 0, "num_experts": 0}, 2),
+        ({"rank_shared": 0, "rank_routed": 0, "num_experts": 0, "act_bits": 0, "has_inv_omega": 0}, 1),
+        ({"num_experts": 1, "act_bits": 0, "has_inv_omega": 0}, 2),
+        ({}, 3),
+    ],
+)
+def test_launches_only_what_is_needed(planner: Planner, changes: dict[str, int], launches: int) -> None:
+    assert len(planner.launches(problem(**changes), Buffers(), Tactic())) == launches
+
+
+BAD = [
+    {"dtype": 2}, {"M": 0}, {"M": -5}, {"M": 1 << 21}, {"K": 0}, {"K": 12}, {"K": 1 << 20}, {"N": 12}, {"N": 0},
+    {"act_bits": 4}, {"group_size": 32}, {"group_size": 0}, {"K": 1544, "group_size": 128}, {"rank_shared": 129},
+    {"rank_routed": -1}, {"num_experts": 17}, {"num_experts": 0}, {"has_zeros": 2}, {"adapter_int8": -1},
+    {"num_experts": 1, "rank_shared": 128}, {"has_inv_omega": 77}, {"M": 1 << 20, "K": 131072},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", BAD, ids=str)
+def test_refuses_with_a_reason_and_a_remedy(planner: Planner, changes: dict[str, int]) -> None:
+    case = problem(**changes)
+    why = planner.refusal(case)
+    assert why is not None and why.count(". ") == 1 and why.endswith(".")
+    assert planner.workspace_bytes(case) == 0
+    with pytest.raises(PlanError):
+        planner.launches(case, Buffers(), Tactic())
+
+
+@pytest.mark.parametrize("tactic", [Tactic(block_rows=48), Tactic(block_rows=160), Tactic(decode_warps=3), Tactic(-32, 0)])
+def test_refuses_unknown_tactics(planner: Planner, tactic: Tactic) -> None:
+    with pytest.raises(PlanError, match="tactic"):
+        planner.launches(problem(), Buffers(), tactic)

@@ -1,0 +1,64 @@
+"""Rung 4: every planted bug must be caught, by wrong numbers or by the emulator's checks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from emulator.build import ROOT, ptx, source_emulator
+from emulator.plan import Planner
+from emulator.ptx import PtxMachine
+from emulator.session import Machine, run_linear
+from emulator.source import SourceMachine
+from prepack.reference import qe_linear
+from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
+from tests.modes import shape_for
+from tests.planted import HALF, INT8, LONE, PLANTED, Planted
+
+SEEDS = (1, 2, 3)
+
+
+def symptoms(machine: Machine, planner: Planner, mode: Mode, tokens: int) -> list[str]:
+    """What is wrong with a run, over a few schedules."""
+    k, n = shape_for(mode, tokens)
+    k = max(k, 648 if mode.group_size < 0 else 640)  # enough chunks to wrap the pipeline
+    layer, x = random_layer(mode, k, n), random_tokens(mode, tokens, k)
+    reference = qe_linear(layer, x, mode.dtype)
+    found: list[str] = []
+    for seed in SEEDS:
+        outcome = run_linear(machine, planner, layer, x, mode.dtype, seed=seed)
+        error = relative_error(outcome.y, reference)
+        found += outcome.errors + ([f"relative error {error:.1e}"] if error > LIMIT[mode.dtype] else [])
+        if found:
+            break
+    return found
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner.load(source_emulator(ROOT, subset=True))
+
+
+def machine_of(root: Path, rung: str) -> Machine:
+    return SourceMachine(source_emulator(root, subset=True)) if rung == "source" else PtxMachine(ptx(root, subset=True))
+
+
+@pytest.mark.parametrize("rung", ["source", "ptx"])
+@pytest.mark.parametrize(("mode", "tokens"), [(LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17)])
+def test_clean_code_passes(mode: Mode, tokens: int, rung: str, planner: Planner) -> None:
+    """Without this, a test that always complains would look like one that catches everything."""
+    assert symptoms(machine_of(ROOT, rung), planner, mode, tokens) == []
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
+def test_is_caught(bug: Planted, planner: Planner, tmp_path: Path) -> None:
+    root = tmp_path / "plugins"
+    for folder in ("kernels", "include", "host", "emulator"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = root / bug.file
+    text = path.read_text()
+    assert text.count(bug.before) == 1, f"{bug.name}: the code has changed; update tests/planted.py"
+    path.write_text(text.replace(bug.before, bug.after))
+    assert symptoms(machine_of(root, bug.rung), planner, bug.mode, bug.tokens), f"not caught: {bug.name}"

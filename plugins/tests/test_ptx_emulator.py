@@ -1,0 +1,45 @@
+"""Rung 3: the PTX that ships, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+
+from emulator.plan import Planner, Tactic
+from emulator.ptx import PtxMachine
+from emulator.session import run_linear
+from prepack.reference import qe_linear
+from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
+from tests.modes import MODES, shape_for
+
+LARGE = [MODES[0], MODES[7], MODES[12], MODES[17]]
+
+
+def check(mode: Mode, tokens: int, planner: Planner, machine: PtxMachine, tactic: Tactic | None = None) -> None:
+    k, n = shape_for(mode, tokens)
+    layer, x = random_layer(mode, k, n, seed=tokens), random_tokens(mode, tokens, k)
+    outcome = run_linear(machine, planner, layer, x, mode.dtype, tactic=tactic)
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 17])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_matches_reference(mode: Mode, tokens: int, planner: Planner, ptx_machine: PtxMachine) -> None:
+    check(mode, tokens, planner, ptx_machine)
+
+
+@pytest.mark.parametrize("tokens", [65, 150])
+@pytest.mark.parametrize("mode", LARGE, ids=lambda mode: mode.name)
+def test_matches_reference_with_several_blocks(
+    mode: Mode, tokens: int, planner: Planner, ptx_machine: PtxMachine
+) -> None:
+    check(mode, tokens, planner, ptx_machine)
+
+
+def test_largest_tile(planner: Planner, ptx_machine: PtxMachine) -> None:
+    check(MODES[0], 65, planner, ptx_machine, Tactic(block_rows=128))
+
+
+def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine) -> None:
+    names = ptx_machine.file.names
+    assert len(names) == len(set(names)) == 62

@@ -1,0 +1,75 @@
+"""Rung 2: the kernel source under random scheduling, against the float64 reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from emulator.plan import Planner, Tactic
+from emulator.session import run_linear
+from emulator.source import SourceMachine
+from prepack.reference import qe_linear
+from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
+from tests.modes import MODES, TOKENS, shape_for
+
+SEEDS = range(1, 21)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_matches_reference(mode: Mode, tokens: int, planner: Planner, source_machine: SourceMachine) -> None:
+    k, n = shape_for(mode, tokens)
+    layer, x = random_layer(mode, k, n, seed=tokens), random_tokens(mode, tokens, k)
+    outcome = run_linear(source_machine, planner, layer, x, mode.dtype)
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
+
+
+@pytest.mark.parametrize("tokens", [7, 16, 33])
+@pytest.mark.parametrize("mode", [MODES[0], MODES[7], MODES[12]], ids=lambda mode: mode.name)
+def test_every_schedule_gives_the_same_bits(
+    mode: Mode, tokens: int, planner: Planner, preempting_machine: SourceMachine
+) -> None:
+    k, n = shape_for(mode, tokens)
+    layer, x = random_layer(mode, k, n), random_tokens(mode, tokens, k)
+    first = run_linear(preempting_machine, planner, layer, x, mode.dtype, seed=0)
+    for seed in SEEDS:
+        again = run_linear(preempting_machine, planner, layer, x, mode.dtype, seed=seed)
+        assert again.errors == []
+        assert np.array_equal(first.y, again.y)
+
+
+@pytest.mark.parametrize("rows", [32, 64, 96, 128])
+def test_every_prefill_tactic(rows: int, planner: Planner, source_machine: SourceMachine) -> None:
+    mode = MODES[0]
+    layer, x = random_layer(mode, 520, 136), random_tokens(mode, 130, 520)
+    outcome = run_linear(source_machine, planner, layer, x, "f16", tactic=Tactic(block_rows=rows))
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
+
+
+@pytest.mark.parametrize("warps", [2, 4, 8])
+def test_every_decode_tactic(warps: int, planner: Planner, source_machine: SourceMachine) -> None:
+    mode = MODES[12]
+    layer, x = random_layer(mode, 1152, 72), random_tokens(mode, 3, 1152)
+    outcome = run_linear(source_machine, planner, layer, x, "f16", tactic=Tactic(decode_warps=warps))
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_ties_and_non_finite_scores(tokens: int, planner: Planner, source_machine: SourceMachine) -> None:
+    """Equal scores choose the lowest index; a token whose scores overflow goes to expert 0."""
+    mode = Mode("ties", inv_omega=False, experts=4)
+    layer, x = random_layer(mode, 264, 40), random_tokens(mode, tokens, 264)
+    router = layer.router
+    assert router is not None
+    router[:, 2] = router[:, 1] = router[:, 1] * np.float32(0.25)  # experts 1 and 2 tie and win
+    router[5, 3] = np.inf  # and no finite score is left when channel 5 is not zero
+    x[:, 5] = 0
+    x[0, 5] = 1
+    outcome = run_linear(source_machine, planner, layer, x, "f16")
+    with np.errstate(invalid="ignore"):
+        reference = qe_linear(layer, x, "f16")
+    assert outcome.errors == []
+    assert relative_error(outcome.y, reference) <= LIMIT["f16"]
