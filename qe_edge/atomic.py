@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from qe_edge.errors import ResourceError
 
@@ -19,11 +23,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         ResourceError: If the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with no_space_explained(path):
             yield temporary
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -36,16 +41,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ResourceError: If the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with no_space_explained(path):
             temporary.mkdir()
             yield temporary
             if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
+                path.replace(old)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -56,7 +61,7 @@ def no_space_explained(path: Path) -> Iterator[None]:
     """Turn "no space left" into an error with a remedy, whatever library met it."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - libraries wrap ENOSPC in types of their own; anything else goes on
+    except Exception as error:  # libraries wrap ENOSPC in types of their own; anything else goes on
         if _is_no_space(error):
             raise ResourceError(
                 f"The disk is full; '{path}' could not be written.", "Free some space or choose another output folder."
@@ -65,6 +70,12 @@ def no_space_explained(path: Path) -> Iterator[None]:
 
 
 def _is_no_space(error: BaseException) -> bool:
-    import errno
-
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)
+
+
+def _remove_stale(path: Path) -> None:
+    """Delete temporary files that a killed process left beside `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        owner, _, kind = left.name.removeprefix(f".{path.name}.").partition(".")
+        if kind in ("part", "old") and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """How many threads BLAS and LAPACK may use.
 
 OpenBLAS' threads wait for each other in a busy loop. In the eigenproblems of small matrices, or when something else
-runs on the machine, that costs up to a hundred times what the second thread brings; one thread is also bit-reproducible.
+runs on the machine, that costs up to a hundred times what the second thread brings; one thread is also
+bit-reproducible.
 """
 
 from __future__ import annotations

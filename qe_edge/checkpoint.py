@@ -36,9 +36,7 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
     layers = quantized_linears(loaded.model)
     tensors, shared = layer_tensors(layers)
     prefixes = tuple(f"{name}." for name in layers)
-    plain = {
-        name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefixes)
-    }
+    plain = {name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefixes)}
     tied = _tied_names(plain)
     tensors |= {name: tensor.contiguous() for name, tensor in plain.items() if name not in tied}
     config = json.loads(loaded.family.config.to_json_string(use_diff=True))
@@ -91,11 +89,11 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     layers = assemble_layers(section["layers"], section["shared"], header, tensors)
     family = load_family(str(folder))
     model = _empty_model(str(folder), tensors)
+    known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
-        try:
-            set_module(model, name, layer)
-        except AttributeError as error:
-            raise _damaged(folder, f"the model has no layer '{name}'") from error
+        if name not in known:
+            raise _damaged(folder, f"the model has no linear layer '{name}'")
+        set_module(model, name, layer)
     prefixes = tuple(f"{name}." for name in layers)
     plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     for name, source in section["tied"].items():

@@ -137,7 +137,9 @@ def quantize_weight(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:
         point = torch.round(-smallest / scales.float()).clamp_(0, 2**grid.bits - 1) + low
         codes = (torch.round(groups / scales.float().unsqueeze(-1)) + point.unsqueeze(-1)).clamp_(low, high)
         zeros = point.to(torch.int8)
-    return QuantizedWeight(codes.to(torch.int8).reshape(out_features, in_features), scales, zeros, grid.bits, group_size)
+    return QuantizedWeight(
+        codes.to(torch.int8).reshape(out_features, in_features), scales, zeros, grid.bits, group_size
+    )
 
 
 def _storable(scales: Tensor) -> Tensor:

@@ -78,9 +78,7 @@ def quantize(
     if not samples:
         raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question.")
     spec = replace_calibration(recipe, calibration, samples)
-    chains = [
-        chain for chain in chains_of(loaded.family.blocks(loaded.model)) if chain[0].group in spec.modules
-    ]
+    chains = [chain for chain in chains_of(loaded.family.blocks(loaded.model)) if chain[0].group in spec.modules]
     missing = set(spec.modules) - {chain[0].group for chain in chains}
     if missing:
         raise RecipeError(f"The model has no {sorted(missing)[0]} module.", "Leave it out of --modules.")

@@ -26,7 +26,7 @@ from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagon
 from qe_edge.reconstruction.factors import fit_down_factor, join_down_factors, store_factor, store_up_factors
 from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
 
-FULL_SIZE = 1024  # side of a layer from which ranks and k have their full size
+FULL_SIZE = 1152  # side of a square layer from which the paper's ranks hold at most MAX_SHARE of its parameters
 RANK_STEP = 8  # kernels work on ranks in steps of this
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
 
@@ -81,9 +81,9 @@ class LayerSize:
 def shrink_to_layer(options: QuantExpertsOptions, out_features: int, in_features: int) -> LayerSize:
     """Ranks, experts and k for a layer of `[out, in]`.
 
-    The stated rule: with `side = min(out, in)` below 1024, ranks and k scale by `side / 1024`, rounded to a multiple of
-    8 and at least 8. Then experts are halved until shared and routed adapters together hold at most half as many
-    parameters as the layer; a single expert is none. Always `k (experts + 1) <= in` and ranks `<= side`.
+    The stated rule: with `side = min(out, in)` below 1152, ranks and k scale by `side / 1152`, rounded down to a
+    multiple of 8 and at least 8. Then experts are halved until shared and routed adapters together hold at most half
+    as many parameters as the layer; a single expert is none. Always `k (experts + 1) <= in` and ranks `<= side`.
     """
     side = min(out_features, in_features)
     shared, routed, k = options.shared_rank, options.routed_rank, options.important_channels
@@ -102,7 +102,7 @@ def shrink_to_layer(options: QuantExpertsOptions, out_features: int, in_features
 
 
 def _in_steps(value: float) -> int:
-    return max(RANK_STEP, round(value / RANK_STEP) * RANK_STEP)
+    return max(RANK_STEP, int(value / RANK_STEP) * RANK_STEP)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class MainBranch:
         inv_omega: `[in]` float16 factor on the branch's input, or None.
         error: `[out, in]` float64, `W - W_q`.
         directions: `[out, r_s]` of the shared expert, before rounding.
-        objective: Sum of squared output errors on the sampled tokens, shared expert included.
+        objective: Sum of squared output errors on the sampled tokens, corrected with the rank that one token uses
+            (shared and routed); what decides whether zeroing channels pays.
     """
 
     weight: QuantizedWeight
@@ -169,15 +170,17 @@ class QuantExperts(Method):
         if lists is None:
             lists = np.full((statistics.count, 1), -1, np.int32)
         split = split_channels(lists, problem.weight.shape[1], size.important_channels, size.experts)
-        branch = self._main_branch(problem, statistics, split.independent, size.shared_rank)
-        if self.options.cs_guard and len(split.independent):
-            plain = self._main_branch(problem, statistics, split.independent[:0], size.shared_rank)
+        # channels are taken from the main branch only when there is a shared expert that can carry them
+        zeroed = split.independent if size.shared_rank else split.independent[:0]
+        branch = self._main_branch(problem, statistics, zeroed, size)
+        if self.options.cs_guard and len(zeroed):
+            plain = self._main_branch(problem, statistics, zeroed[:0], size)
             branch = plain if plain.objective < branch.objective else branch
         adapters = self._adapters(problem, statistics, branch, split.dependent, size)
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)
 
     def _main_branch(
-        self, problem: LinearProblem, statistics: InputStatistics, zeroed: np.ndarray, rank: int
+        self, problem: LinearProblem, statistics: InputStatistics, zeroed: np.ndarray, size: LayerSize
     ) -> MainBranch:
         """Quantize with the channels `zeroed` left to the shared expert (5.1, 5.2, 5.5), and fit that expert (5.3)."""
         kept = problem.weight.clone()
@@ -192,13 +195,13 @@ class QuantExperts(Method):
         decoded = weight.decode()
         error = (problem.weight.double() - decoded.double()).numpy()
         gram = statistics.gram if statistics.gram is not None else np.eye(kept.shape[1])
-        directions = whitened_directions(error, gram, rank)
+        directions = whitened_directions(error, gram, size.shared_rank + size.routed_rank)
         tokens = torch.from_numpy(statistics.tokens)
         main = tokens if inv_omega is None else tokens * inv_omega.float()
         rounding = (main - fake_quantize_activation(main, problem.scheme.activation_bits)) @ decoded.T
         left = statistics.tokens @ (error - directions @ (directions.T @ error)).T.astype(np.float32)
         objective = float(np.square(left + rounding.numpy()).sum(dtype=np.float64))
-        return MainBranch(weight, inv_omega, error, directions, objective)
+        return MainBranch(weight, inv_omega, error, directions[:, : size.shared_rank], objective)
 
     def _adapters(
         self,

@@ -86,9 +86,7 @@ def residual_energy(outputs: np.ndarray, directions: list[np.ndarray]) -> np.nda
     return np.maximum(energy - np.stack(explained, axis=1), 0.0)
 
 
-def _fit(
-    outputs: np.ndarray, assigned: np.ndarray, everyone: np.ndarray, problem: ExpertProblem
-) -> list[np.ndarray]:
+def _fit(outputs: np.ndarray, assigned: np.ndarray, everyone: np.ndarray, problem: ExpertProblem) -> list[np.ndarray]:
     """Top directions of every expert's own covariance, mixed with the global one; empty ones take global directions."""
     spare = None
     directions = []

@@ -1,0 +1,1 @@
+"""Slow, obvious float64 versions of what the product computes fast."""
