@@ -1,101 +1,181 @@
-"""Fills bare `QELinear` nodes with a layer's weights and adds the functions that define them."""
+"""Fills bare `QELinear` nodes with a layer's weights and adds the function that defines them.
+
+One function serves all layers of a graph, so all have the same operands. A layer that lacks one gets a neutral one: a
+factor of 1, a bias or zero point of 0, a single expert that every token takes, a correction of rank 1 that is 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qe_edge.errors import ModelError
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, VERSION, Attributes, Operands, linear_function
 from qe_edge.export.tracing import LAYER
-from qe_edge.grids import pack_int4
+from qe_edge.grids import PER_CHANNEL, pack_int4
 from qe_edge.linear import QELinear
 
 SHARED = ("down", "down_scale", "router")  # what stacked siblings have in common
 
+NEUTRAL: dict[str, Callable[[QELinear], Tensor]] = {
+    "zeros": lambda layer: torch.zeros(layer.scales.T.shape, dtype=torch.int8),
+    "inv_omega": lambda layer: torch.ones(layer.in_features),
+    "down": lambda layer: torch.zeros(layer.in_features, 1),
+    "up": lambda layer: torch.zeros(1, layer.out_features),
+    "down_scale": lambda layer: torch.ones(1 if layer.down is None else len(layer.down)),
+    "up_scale": lambda layer: torch.ones(layer.out_features),
+    "router": lambda layer: torch.zeros(layer.in_features, 1),
+    "bias": lambda layer: torch.zeros(layer.out_features),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the layers of one graph have in common.
+
+    Attributes:
+        present: Inputs that all nodes have.
+        act_bits: Activation bits of all nodes.
+        per_channel: Whether no layer has groups.
+        int8: Whether all factors are INT8; if only some are, all become float.
+    """
+
+    present: tuple[str, ...]
+    act_bits: int
+    per_channel: bool
+    int8: bool
+
+    @classmethod
+    def of(cls, layers: list[QELinear]) -> Form:
+        """The form that fits all `layers`.
+
+        Raises:
+            ModelError: If they quantize activations to different widths.
+        """
+        widths = {layer.activation_bits for layer in layers}
+        if len(widths) > 1:
+            raise ModelError(
+                f"Layers of one part of the model have activations of {sorted(widths)} bits.",
+                "Quantize the model with one scheme.",
+            )
+        corrected = [layer for layer in layers if layer.down is not None]
+        int8 = all(layer.down_scale is not None and layer.up_scale is not None for layer in corrected)
+        present = {key for key in INPUTS[1:] for layer in layers if getattr(layer, key) is not None}
+        if not int8:
+            present -= {"down_scale", "up_scale"}
+        return cls(
+            present=("x", *(key for key in INPUTS if key in present)),
+            act_bits=widths.pop(),
+            per_channel=all(layer.group_size == PER_CHANNEL for layer in layers),
+            int8=int8,
+        )
+
 
 def attach_layers(model: ir.Model, layers: Mapping[str, QELinear]) -> None:
-    """Give every bare node its weights, attributes, name and function.
+    """Give every bare node its weights, attributes and name, and the model its function.
 
     Args:
         model: A traced graph; changed in place.
         layers: The quantized layers by dotted name.
     """
+    bare = {
+        node.attributes[LAYER].as_string(): node
+        for node in model.graph
+        if (node.domain, node.op_type) == (DOMAIN, NAME)
+    }
+    if not bare:
+        return
+    form = Form.of([layers[name] for name in bare])
     owners: dict[int, ir.Value] = {}
-    for node in list(model.graph):
-        if (node.domain, node.op_type) != (DOMAIN, NAME):
-            continue
-        name = node.attributes[LAYER].as_string()
-        x, output = node.inputs[0], node.outputs[0]
-        if x is None:
-            raise ValueError(f"node of {name} has no input")
-        operands, attributes = layer_operands(name, x, layers[name], owners), layer_attributes(layers[name])
+    for name, node in bare.items():
+        output = node.outputs[0]
+        operands = layer_operands(name, _input(node), layers[name], form, owners)
         for value in operands.values():
             if value is not None and value.const_value is not None and value.name not in model.graph.initializers:
                 model.graph.register_initializer(value)
-        function = linear_function(operands.present(), attributes)
-        model.functions.setdefault(function.identifier(), function)
         inputs = operands.values()
         while inputs[-1] is None:
             inputs.pop()
-        filled = ir.Node(
-            DOMAIN,
+        filled = ir.node(
             NAME,
             inputs,
-            [ir.Attr(key, *_typed(value)) for key, value in attributes.onnx().items()],
-            overload=function.overload,
+            layer_attributes(layers[name], form).onnx(),
+            domain=DOMAIN,
             version=VERSION,
             name=name,
-            metadata_props=node.metadata_props,
+            outputs=[ir.Value(type=output.type, shape=output.shape)],
         )
-        filled.outputs[0].type, filled.outputs[0].shape = output.type, output.shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [filled], [output], filled.outputs)
         filled.outputs[0].name = f"{name}.output"
-    if model.functions:
-        model.opset_imports[DOMAIN] = VERSION
+    function = linear_function(form.present, form.act_bits, form.per_channel)
+    model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION
 
 
-def layer_attributes(layer: QELinear) -> Attributes:
-    """The node's attributes."""
+def layer_attributes(layer: QELinear, form: Form) -> Attributes:
+    """The node's attributes; neutral operands count."""
+    group, shared, experts = layer.group_size, layer.rank_shared, layer.num_experts
+    if group == PER_CHANNEL and not form.per_channel:
+        group = layer.in_features
+    if "down" in form.present and layer.down is None:
+        shared = 1
+    if "router" in form.present and layer.router is None:
+        # every column belongs to all tokens: what one expert or none needs no router for
+        shared, experts = shared + layer.rank_routed * experts, 1
     return Attributes(
         weight_bits=layer.weight_bits,
         act_bits=layer.activation_bits,
-        group_size=layer.group_size,
-        rank_shared=layer.rank_shared,
-        rank_routed=layer.rank_routed,
-        num_experts=layer.num_experts,
+        group_size=group,
+        rank_shared=shared,
+        rank_routed=layer.rank_routed if layer.router is not None else 0,
+        num_experts=experts,
     )
 
 
-def layer_operands(name: str, x: ir.Value, layer: QELinear, owners: dict[int, ir.Value]) -> Operands:
+def layer_operands(name: str, x: ir.Value, layer: QELinear, form: Form, owners: dict[int, ir.Value]) -> Operands:
     """Initializers of a layer in the operator's layout, `[in, out]` where PyTorch has `[out, in]`.
 
     Args:
         name: Dotted name; initializers are called `<name>.<input>`.
         x: The layer's input.
         layer: The layer.
+        form: Form of the graph.
         owners: Initializers of shared tensors met so far, by the tensor's identity; added to.
     """
-    tensors: dict[str, ir.TensorProtocol] = {"qweight": int4(layer.codes().T), "scales": real(layer.scales.T)}
-    if layer.zeros is not None:
-        tensors["zeros"] = int4(layer.zeros.T)
-    for key in ("inv_omega", "down", "up", "down_scale", "up_scale", "router", "bias"):
-        tensor = getattr(layer, key)
-        if tensor is None or (key in SHARED and id(tensor) in owners):
-            continue
-        matrix = tensor.T if tensor.ndim == 2 else tensor
-        tensors[key] = ir.tensor(matrix.contiguous()) if tensor.dtype == torch.int8 else real(matrix)
     values = {}
-    for key in INPUTS[1:]:
-        tensor = getattr(layer, key)
-        if key in tensors:
-            values[key] = _initializer(f"{name}.{key}", tensors[key])
-            owners[id(tensor)] = values[key]
-        elif tensor is not None:
-            values[key] = owners[id(tensor)]
+    for key in form.present[1:]:
+        stored = getattr(layer, key)
+        if key in SHARED and id(stored) in owners:
+            values[key] = owners[id(stored)]
+            continue
+        values[key] = _initializer(f"{name}.{key}", _tensor(key, layer, form))
+        if stored is not None:
+            owners[id(stored)] = values[key]
     return Operands(x, **values)
+
+
+def _tensor(key: str, layer: QELinear, form: Form) -> ir.TensorProtocol:
+    """One operand in the operator's layout and type."""
+    if key == "qweight":
+        return int4(layer.codes().T)
+    factor = key in ("down", "up")
+    tensor = getattr(layer, key)
+    if tensor is None:
+        tensor = NEUTRAL[key](layer)
+    elif factor and not form.int8:
+        scale = getattr(layer, f"{key}_scale")  # one per rank of down, per output of up: rows in PyTorch either way
+        tensor = (tensor if scale is None else tensor.float() * scale.float().unsqueeze(1)).T
+    elif tensor.ndim == 2:
+        tensor = tensor.T
+    if key == "zeros":
+        return int4(tensor)
+    if factor and form.int8:
+        return ir.tensor(tensor.to(torch.int8).contiguous())
+    return ir.tensor(tensor.detach().float().contiguous())
 
 
 def int4(codes: Tensor) -> ir.TensorProtocol:
@@ -104,17 +184,14 @@ def int4(codes: Tensor) -> ir.TensorProtocol:
     return ir.PackedTensor(packed, ir.DataType.INT4, shape=list(codes.shape))
 
 
-def real(tensor: Tensor) -> ir.TensorProtocol:
-    """float32 tensor, the canonical T."""
-    return ir.tensor(tensor.detach().float().contiguous())
-
-
 def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
     tensor.name = name
-    return ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-    )
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
 
 
-def _typed(value: int | str) -> tuple[ir.AttributeType, int | str]:
-    return (ir.AttributeType.INT if isinstance(value, int) else ir.AttributeType.STRING), value
+def _input(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    if value is None:
+        raise ValueError(f"node {node.name} has no input")
+    return value

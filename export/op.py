@@ -19,6 +19,9 @@ router       T `[K, E]`, optional     scores on |x| in float32; lowest wins, tie
 bias         T `[N]`, optional
 ======== ============================ ==========================================================
 
+All nodes of one graph share one model-local function, because some tools know no function overloads: an operand that
+only some layers need is given to the others as a neutral one (see `qe_edge.export.layers`).
+
 Attributes: `weight_bits`, `act_bits` (0, 6 or 8), `group_size` (-1 per output channel), `rank_shared`, `rank_routed`,
 `num_experts`, `plugin_version` "1" and `plugin_namespace` "" (TensorRT 10.7 and later look for the latter).
 """
@@ -32,7 +35,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from qe_edge.grids import MIN_RANGE, PER_CHANNEL
+from qe_edge.grids import MIN_RANGE
 
 DOMAIN = "qe_edge"
 NAME = "QELinear"
@@ -93,27 +96,38 @@ class Attributes:
 class Forms(Protocol):
     """How a target wants its weights multiplied; everything else of the body is the same everywhere."""
 
-    def main(self, ops: tape.Tape, x: ir.Value, operands: Operands, attributes: Attributes) -> ir.Value:
+    def main(self, ops: tape.Tape, x: ir.Value, operands: Operands) -> ir.Value:
         """`x @ W` with the decoded INT4 weight."""
 
     def factor(self, ops: tape.Tape, x: ir.Value, factor: ir.Value, scale: ir.Value | None) -> ir.Value:
         """`x @ factor`, where an INT8 factor has one scale per column."""
 
+    def rank_table(self, ops: tape.Tape, operands: Operands) -> ir.Value:
+        """Float `[E, r]`: 1 on the shared rank and on each expert's own, 0 elsewhere."""
 
+
+@dataclass(frozen=True)
 class CanonicalForms:
-    """What ONNX Runtime runs fastest: its pattern of MatMulNBits, and INT8 factors scaled on the small side."""
+    """What ONNX Runtime runs fastest, for any sizes: those come from the node's attributes.
 
-    def main(self, ops: tape.Tape, x: ir.Value, operands: Operands, attributes: Attributes) -> ir.Value:
-        """Block-wise or per-channel DequantizeLinear and MatMul, which ONNX Runtime fuses."""
+    Attributes:
+        per_channel: Whether scales are one row per output channel; else group sizes may differ between nodes.
+    """
+
+    per_channel: bool
+
+    def main(self, ops: tape.Tape, x: ir.Value, operands: Operands) -> ir.Value:
+        """Block-wise or per-channel DequantizeLinear and MatMul, which ONNX Runtime fuses to MatMulNBits."""
         scales, zeros = operands.scales, operands.zeros
-        layout = {"axis": 0, "block_size": attributes.group_size}
-        if attributes.group_size == PER_CHANNEL:
+        layout = [ir.AttrInt64("axis", 0), reference("block_size", "group_size")]
+        if self.per_channel:
             row = constant(ops, np.array([0], np.int64))
             scales = ops.op("Squeeze", [scales, row])
             zeros = None if zeros is None else ops.op("Squeeze", [zeros, row])
-            layout = {"axis": 1}
+            layout = [ir.AttrInt64("axis", 1)]
         inputs = [operands.qweight, scales] if zeros is None else [operands.qweight, scales, zeros]
-        return ops.op("MatMul", [x, ops.op("DequantizeLinear", inputs, layout)])
+        weight = ops.op("DequantizeLinear", inputs, {attribute.name: attribute for attribute in layout})
+        return ops.op("MatMul", [x, weight])
 
     def factor(self, ops: tape.Tape, x: ir.Value, factor: ir.Value, scale: ir.Value | None) -> ir.Value:
         """Cast and MatMul, then the scale: exact, and far faster there than DequantizeLinear and MatMul."""
@@ -122,20 +136,35 @@ class CanonicalForms:
         real = ops.op("Cast", [factor], {"to": ir.DataType.FLOAT.value})
         return ops.op("Mul", [ops.op("MatMul", [x, real]), scale])
 
+    def rank_table(self, ops: tape.Tape, operands: Operands) -> ir.Value:
+        """Computed from the attributes; ONNX Runtime folds it to a constant."""
+        zero, one = (constant(ops, np.array(value, np.int64)) for value in (0, 1))
+        last = constant(ops, np.array([-1], np.int64))
+        experts, shared, routed = (
+            ops.op("Constant", [], {"value_int": reference("value_int", name)})
+            for name in ("num_experts", "rank_shared", "rank_routed")
+        )
+        rank = ops.op("Squeeze", [ops.op("Shape", [operands.down], {"start": 1})])
+        column = ops.op("Range", [zero, rank, one])
+        owner = ops.op("Div", [ops.op("Sub", [column, shared]), ops.op("Max", [routed, one])])
+        expert = ops.op("Unsqueeze", [ops.op("Range", [zero, experts, one]), last])
+        used = ops.op("Or", [ops.op("Less", [column, shared]), ops.op("Equal", [owner, expert])])
+        return ops.op("Cast", [used], {"to": ir.DataType.FLOAT.value})
 
-CANONICAL = CanonicalForms()
 
-
-def linear_body(ops: tape.Tape, operands: Operands, attributes: Attributes, forms: Forms = CANONICAL) -> ir.Value:
+def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, forms: Forms) -> ir.Value:
     """Append the operator's body in standard operators to `ops`; returns the output `[B, S, N]`."""
     main = operands.x if operands.inv_omega is None else ops.op("Mul", [operands.x, operands.inv_omega])
-    if attributes.act_bits:
-        main = fake_quantized(ops, main, attributes.act_bits)
-    y = forms.main(ops, main, operands, attributes)
+    if act_bits:
+        main = fake_quantized(ops, main, act_bits)
+    y = forms.main(ops, main, operands)
     if operands.down is not None and operands.up is not None:
         hidden = forms.factor(ops, operands.x, operands.down, operands.down_scale)
         if operands.router is not None:
-            hidden = ops.op("Mul", [hidden, expert_mask(ops, operands.x, operands.router, attributes)])
+            scores = ops.op("MatMul", [ops.op("Abs", [operands.x]), operands.router])
+            expert = ops.op("ArgMin", [scores], {"axis": -1, "keepdims": 0})
+            mask = ops.op("Gather", [forms.rank_table(ops, operands), expert], {"axis": 0})
+            hidden = ops.op("Mul", [hidden, mask])
         y = ops.op("Add", [y, forms.factor(ops, hidden, operands.up, operands.up_scale)])
     return y if operands.bias is None else ops.op("Add", [y, operands.bias])
 
@@ -152,36 +181,21 @@ def fake_quantized(ops: tape.Tape, x: ir.Value, bits: int) -> ir.Value:
     return ops.op("Mul", [codes, scale])
 
 
-def expert_mask(ops: tape.Tape, x: ir.Value, router: ir.Value, attributes: Attributes) -> ir.Value:
-    """`[B, S, r]`: 1 on the shared rank and on the chosen expert's, 0 elsewhere."""
-    scores = ops.op("MatMul", [ops.op("Abs", [x]), router])
-    expert = ops.op("ArgMin", [scores], {"axis": -1, "keepdims": 0})
-    routed = np.repeat(np.eye(attributes.num_experts, dtype=np.float32), attributes.rank_routed, axis=1)
-    shared = np.ones((attributes.num_experts, attributes.rank_shared), np.float32)
-    table = constant(ops, np.concatenate((shared, routed), axis=1))
-    return ops.op("Gather", [table, expert], {"axis": 0})
-
-
-def linear_function(present: tuple[str, ...], attributes: Attributes) -> ir.Function:
-    """The model-local function for nodes with the inputs `present`; its overload names the variant."""
+def linear_function(present: tuple[str, ...], act_bits: int, per_channel: bool) -> ir.Function:
+    """The model-local function for nodes that all have the inputs `present`."""
     values = {name: ir.Value(name=name) for name in INPUTS}
     ops = tape.Tape()
-    y = linear_body(ops, Operands(**{name: values[name] for name in present}), attributes)
+    y = linear_body(ops, Operands(**{name: values[name] for name in present}), act_bits, CanonicalForms(per_channel))
     y.name = "y"
-    graph = ir.Graph(
-        list(values.values()), [y], nodes=ops.nodes, opset_imports={"": OPSET}, name=overload(present, attributes)
-    )
-    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in attributes.onnx()]
-    return ir.Function(DOMAIN, NAME, overload(present, attributes), graph=graph, attributes=declared)
+    graph = ir.Graph(list(values.values()), [y], nodes=ops.nodes, opset_imports={"": OPSET}, name=NAME)
+    names = [*(field.name for field in fields(Attributes)), "plugin_version", "plugin_namespace"]
+    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in names]
+    return ir.Function(DOMAIN, NAME, graph=graph, attributes=declared)
 
 
-def overload(present: tuple[str, ...], attributes: Attributes) -> str:
-    """Name of a variant, for example "w4a8_channel_r8_8x8_down_up_down-scale_up-scale_router_bias"."""
-    group = "channel" if attributes.group_size == PER_CHANNEL else f"g{attributes.group_size}"
-    parts = [f"w{attributes.weight_bits}a{attributes.act_bits}", group]
-    if "down" in present:
-        parts.append(f"r{attributes.rank_shared}_{attributes.num_experts}x{attributes.rank_routed}")
-    return "_".join([*parts, *(name.replace("_", "-") for name in present if name not in ("x", "qweight", "scales"))])
+def reference(name: str, source: str) -> ir.Attr:
+    """An integer attribute `name` that takes the value of the function's attribute `source`."""
+    return ir.RefAttr(name, source, ir.AttributeType.INT)
 
 
 def constant(ops: tape.Tape, array: np.ndarray) -> ir.Value:
