@@ -1,0 +1,113 @@
+"""What engines can be built for. Adding a target is one entry of `TARGETS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from qe_edge.errors import TargetError, UnknownNameError
+from qe_edge.runtime.cuda import compute_capability
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A build target.
+
+    Attributes:
+        name: As the user writes it.
+        title: What it is, for lists.
+        backend: Python module that builds and runs its engines.
+        capabilities: Compute capabilities of the GPUs it serves; empty for any, or for none at all.
+        built_on_device: Whether engines must be built on the GPU that runs them.
+        remedy: Where the backend comes from.
+    """
+
+    name: str
+    title: str
+    backend: Backend
+    capabilities: tuple[tuple[int, int], ...] = ()
+    built_on_device: bool = False
+    remedy: str = ""
+
+    def build_problem(self) -> str | None:
+        """One sentence saying why this machine cannot build for the target, None if it can; imports nothing heavy."""
+        if find_spec(self.backend) is None:
+            return f"Target '{self.name}' needs the Python module {self.backend}, which is not installed."
+        return self._device_problem() if self.built_on_device else None
+
+    def run_problem(self) -> str | None:
+        """One sentence saying why this machine cannot run the target's engines, None if it can."""
+        if self.backend == "onnxruntime":
+            return self.build_problem()
+        return self._device_problem() or self.build_problem()
+
+    def check(self) -> None:
+        """Refuse a target that cannot be built here.
+
+        Raises:
+            TargetError: Saying what to install or where to run.
+        """
+        problem = self.build_problem()
+        if problem is not None:
+            raise TargetError(problem, self.remedy)
+
+    def _device_problem(self) -> str | None:
+        found = compute_capability()
+        if found is None:
+            return f"Target '{self.name}' needs an NVIDIA GPU, and this machine has none."
+        if self.capabilities and found not in self.capabilities:
+            wanted = " or ".join(f"sm_{major}{minor}" for major, minor in self.capabilities)
+            return f"Target '{self.name}' is for {wanted}, and this machine's GPU is sm_{found[0]}{found[1]}."
+        return None
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu", "ONNX Runtime on any CPU", "onnxruntime", remedy="Run: pip install onnxruntime."),
+        Target(
+            "rtx",
+            "TensorRT-RTX on desktop GPUs of the RTX 30, 40 and 50 series; built on any machine",
+            "tensorrt_rtx",
+            ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1)),
+            remedy="Run: pip install 'qe-edge[rtx]'.",
+        ),
+        Target(
+            "tensorrt",
+            "TensorRT on NVIDIA GPUs, built on the GPU that runs it",
+            "tensorrt",
+            built_on_device=True,
+            remedy="Run: pip install 'qe-edge[tensorrt]', on a machine with an NVIDIA GPU.",
+        ),
+        Target(
+            "jetson-orin",
+            "TensorRT on Jetson Orin (sm_87)",
+            "tensorrt",
+            ((8, 7),),
+            built_on_device=True,
+            remedy="Build on a Jetson Orin with JetPack 6.2 or 7.2, which bring TensorRT along.",
+        ),
+        Target(
+            "jetson-thor",
+            "TensorRT on Jetson Thor (sm_110)",
+            "tensorrt",
+            ((11, 0), (10, 1)),  # CUDA 13 counts Thor as 11.0, CUDA 12.8 counted it as 10.1
+            built_on_device=True,
+            remedy="Build on a Jetson Thor with JetPack 7.0 or later, which brings TensorRT along.",
+        ),
+    )
+}
+
+
+def get_target(name: str) -> Target:
+    """Look up a target.
+
+    Raises:
+        UnknownNameError: If there is none of that name.
+    """
+    if name not in TARGETS:
+        raise UnknownNameError("target", name, TARGETS)
+    return TARGETS[name]
