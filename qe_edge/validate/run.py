@@ -83,7 +83,8 @@ def validate(
     with track(progress, "Validating", work) as tracked:
         comparison = Comparison(reference, quantized, engine)
         comparison.measure_heldout(samples, lambda count: tracked.advance(count, "logits and layers"))
-        comparison.measure_calibration(calibration or [], lambda count: tracked.advance(count, "layers"))
+        if calibration:
+            comparison.measure_calibration(calibration, lambda count: tracked.advance(count, "layers"))
         ask = _asker(reference, samples, tracked)
         answers = {role: ask(role, subject, samples) for role, subject in subjects.items()}
         blind = {role: ask(role, subject, shuffled) for role, subject in subjects.items()} if shuffled else {}
