@@ -13,5 +13,5 @@
 #define QE_MAIN_DECODE(name, T, mode, groups, zeros, tokens8) \
   QE_KERNEL void QE_BOUNDS(256, 2) name(qe::MainArgs p) { qe::main_decode<qe::T, mode, groups, zeros, tokens8>(p); }
 #define QE_MAIN_PREFILL(name, T, mode, groups, zeros) \
-  QE_KERNEL void QE_BOUNDS(256) name(qe::MainArgs p) { qe::main_prefill<qe::T, mode, groups, zeros>(p); }
+  QE_KERNEL void QE_BOUNDS(mode == qe::kInt8 ? 256 : 192) name(qe::MainArgs p) { qe::main_prefill<qe::T, mode, groups, zeros>(p); }
 #include "kernel_list.h"

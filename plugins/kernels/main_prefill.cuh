@@ -87,6 +87,7 @@ QE_DEV void stage_scales(const unsigned char* scales, int row, int column, float
 template <class T, int Groups, bool Zeros, class Acc>
 QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
   using S = Stage<kInt8, Groups, Zeros>;
+  constexpr int kGroups = Groups == 2 ? 2 : 1, kWords = 8 / kGroups;  // of 16 rows each, in one group
   const int lane = thread_id() & 31;
   uint32_t a[kRowTiles][4][4];  // [row tile][k32 step][register]
   QE_UNROLL
@@ -100,37 +101,28 @@ QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, A
   QE_UNROLL
   for (int j = 0; j < kColumnTiles; ++j) {
     const u32x4 w = load16(weights + j * kTileBytes);
-    int sum[kRowTiles][4];
     QE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int group = Groups == 2 ? half : 0;
+    for (int group = 0; group < kGroups; ++group) {
       const uint32_t zero = Zeros ? zeros[group * 128 + j * 8] * 0x01010101u : 0u;
-      uint32_t b[4];
+      uint32_t b[kWords];
       QE_UNROLL
-      for (int c = 0; c < 4; ++c) b[c] = half ? unpack_high<Zeros>(w.v[c], zero) : unpack_low<Zeros>(w.v[c], zero);
+      for (int c = 0; c < kWords; ++c)
+        b[c] = group * kWords + c < 4 ? unpack_low<Zeros>(w.v[c & 3], zero) : unpack_high<Zeros>(w.v[c & 3], zero);
+      float scale[2] = {1.f, 1.f};
+      if constexpr (Groups != 0) stage_scales<T>(scales, group, wn + j * 8 + (lane & 3) * 2, scale);
       QE_UNROLL
       for (int i = 0; i < kRowTiles; ++i) {
-        QE_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          const uint32_t(&x)[4] = a[i][half * 2 + step];
-          if constexpr (Groups == 0) {
-            mma_s8(acc[i][j], x, b[2 * step], b[2 * step + 1], acc[i][j]);
-          } else if (step == 0 && (half == 0 || Groups == 2)) {
-            const int magic[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
-            mma_s8(sum[i], x, b[2 * step], b[2 * step + 1], magic);
-          } else {
-            mma_s8(sum[i], x, b[2 * step], b[2 * step + 1], sum[i]);
-          }
-        }
-      }
-      if constexpr (Groups != 0) {
-        if (half == 0 && Groups == 1) continue;
-        float scale[2];
-        stage_scales<T>(scales, group, wn + j * 8 + (lane & 3) * 2, scale);
-        QE_UNROLL
-        for (int i = 0; i < kRowTiles; ++i)
+        if constexpr (Groups == 0) {
           QE_UNROLL
-          for (int c = 0; c < 4; ++c) acc[i][j][c] += (int_bits_to_float(sum[i][c]) - kMagic) * scale[c & 1];
+          for (int step = 0; step < 4; ++step) mma_s8(acc[i][j], a[i][step], b[2 * step], b[2 * step + 1], acc[i][j]);
+        } else {
+          int sum[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+          QE_UNROLL
+          for (int step = 0; step < kWords / 2; ++step)
+            mma_s8(sum, a[i][group * (kWords / 2) + step], b[2 * step], b[2 * step + 1], sum);
+          QE_UNROLL
+          for (int c = 0; c < 4; ++c) acc[i][j][c] += (int_bits_to_float(sum[c]) - kMagic) * scale[c & 1];
+        }
       }
     }
   }

@@ -45,7 +45,7 @@ PLANTED = [
     ),
     Planted("waits for one copy too few", PREFILL, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>", 40, LONE),
     Planted("registers of the B fragment swapped", PREFILL,
-            "mma_s8(acc[i][j], x, b[2 * step], b[2 * step + 1], acc", "mma_s8(acc[i][j], x, b[2 * step + 1], b[2 * step], acc", 17, LONE),
+            "mma_s8(acc[i][j], a[i][step], b[2 * step], b[2 * step + 1], acc", "mma_s8(acc[i][j], a[i][step], b[2 * step + 1], b[2 * step], acc", 17, LONE),
     Planted("high nibbles read as low ones", DECODE,
             "a[3] = half ? unpack_high<Zeros>(v1, z8)", "a[3] = half ? unpack_low<Zeros>(v1, z8)", 3, LONE),
     Planted("misaligned copy", PREFILL, "cp_async16(s + i * 16, p.weight +", "cp_async16(s + i * 16, p.weight + (i == 7 ? 8 : 0) +", 17, LONE),

@@ -1,0 +1,86 @@
+"""The hot loop of a kernel, found in its SASS, and what one pass costs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+_GUARD = re.compile(r"^@!?U?P\w+ ")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of one pass of a loop and how many of them are which. Inner loops are counted `inner_passes` times."""
+
+    instructions: int
+    imma: int
+    hmma: int
+    async_copies: int
+    weight_loads: int  # 512 bytes of packed weights each, per warp
+    narrow_shared_loads: int
+
+    @property
+    def mma(self) -> int:
+        return self.imma + self.hmma
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one warp's pass: 16 x 8 x 32 of an IMMA, 16 x 8 x 16 of an HMMA."""
+        return 4096 * self.imma + 2048 * self.hmma
+
+    @property
+    def per_mma(self) -> float:
+        return self.instructions / max(1, self.mma)
+
+    @property
+    def per_1000_mac(self) -> float:
+        return 1000 * self.instructions / max(1, self.macs)
+
+    @property
+    def per_kib(self) -> float:
+        """Warp instructions for one KiB of weights that come straight from DRAM."""
+        return self.instructions / max(1, self.weight_loads) * 2
+
+
+def _count(bodies: list[str]) -> Loop:
+    ops = [_GUARD.sub("", body).split()[0] for body in bodies]
+    return Loop(
+        instructions=len(ops),
+        imma=sum(op.startswith("IMMA") for op in ops),
+        hmma=sum(op.startswith("HMMA") for op in ops),
+        async_copies=sum(op.startswith("LDGSTS") for op in ops),
+        weight_loads=sum(op.startswith("LDG") and ".NA" in op or "NO_ALLOCATE" in op for op in ops),
+        narrow_shared_loads=sum(op in ("LDS.U8", "LDS.S8") for op in ops),
+    )
+
+
+def loops(code: list[str]) -> list[tuple[int, int]]:
+    """Index ranges of the backward branches."""
+    position = {int(line.split(" ", 1)[0], 16): i for i, line in enumerate(code)}
+    found = []
+    for i, line in enumerate(code):
+        match = _BRANCH.search(line)
+        if match and position.get(int(match.group(1), 16), i + 1) < i:
+            found.append((position[int(match.group(1), 16)], i))
+    return found
+
+
+def hot_loop(code: list[str], inner_passes: int = 1) -> Loop:
+    """The loop over K: the smallest that brings weights in (LDGSTS, or streaming loads) and multiplies."""
+    bodies = [line.split(" ", 1)[1] for line in code]
+    candidates = []
+    for first, last in loops(code):
+        loop = _count(bodies[first : last + 1])
+        if loop.mma >= 8 and (loop.async_copies >= 4 or loop.weight_loads >= 4):
+            candidates.append((last - first, first, last))
+    if not candidates:
+        raise ValueError("no loop with both matrix instructions and weight loads. Look at the SASS.")
+    _, first, last = min(candidates)
+    repeated = [
+        body
+        for a, b in loops(code)
+        if first < a and b < last and _count(bodies[a : b + 1]).mma >= 8
+        for body in bodies[a : b + 1]
+    ]
+    return _count(bodies[first : last + 1] + repeated * (inner_passes - 1))
