@@ -1,0 +1,15 @@
+// Errors go to TensorRT's logger; before it has handed us one, to standard error.
+#pragma once
+
+namespace nvinfer1 {
+class ILogger;
+class ILoggerFinder;
+}  // namespace nvinfer1
+
+namespace qe {
+
+void SetLoggerFinder(nvinfer1::ILoggerFinder* finder);
+// "QELinear: " and the message, as an error. Never throws.
+void LogError(const char* message) noexcept;
+
+}  // namespace qe

@@ -1,0 +1,70 @@
+// QELinear for TensorRT 10.3 and later: IPluginV3 with its core, build and runtime parts.
+#pragma once
+#include <NvInferRuntime.h>
+
+#include <array>
+
+#include "fields.h"
+#include "signature.h"
+
+namespace qe {
+
+constexpr char kPluginName[] = "QELinear";
+constexpr char kPluginVersion[] = "1";
+constexpr char kPluginNamespace[] = "";
+
+class QELinearPlugin final : public nvinfer1::IPluginV3,
+                             public nvinfer1::v_1_0::IPluginV3OneCore,
+                             public nvinfer1::v_1_0::IPluginV3OneBuild,
+                             public nvinfer1::v_1_0::IPluginV3OneRuntime {
+ public:
+  explicit QELinearPlugin(const Attributes& attributes) : attributes_(attributes) {}
+  QELinearPlugin(const QELinearPlugin& other) : attributes_(other.attributes_), tactic_(other.tactic_) {}
+  QELinearPlugin& operator=(const QELinearPlugin&) = delete;
+
+  // IPluginV3
+  nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
+  nvinfer1::IPluginV3* clone() noexcept override;
+
+  // Core
+  const char* getPluginName() const noexcept override { return kPluginName; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+  // Build
+  int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+                          const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) noexcept override;
+  int32_t getOutputDataTypes(nvinfer1::DataType* types, int32_t outputs, const nvinfer1::DataType* input_types,
+                             int32_t inputs) const noexcept override;
+  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t count, const nvinfer1::DimsExprs*, int32_t,
+                          nvinfer1::DimsExprs* outputs, int32_t output_count,
+                          nvinfer1::IExprBuilder& builder) noexcept override;
+  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t inputs,
+                                 int32_t outputs) noexcept override;
+  int32_t getNbOutputs() const noexcept override { return 1; }
+  size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
+                          const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) const noexcept override;
+  int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override;
+  int32_t getNbTactics() noexcept override;
+
+  // Runtime
+  int32_t setTactic(int32_t tactic) noexcept override;
+  int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t inputs, const nvinfer1::PluginTensorDesc* out,
+                        int32_t outputs) noexcept override;
+  int32_t enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
+                  const void* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override;
+  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+  const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
+
+ private:
+  // The problem of these descriptors. False, with an error logged, when a type or size is not what the layer needs.
+  bool Check(const nvinfer1::PluginTensorDesc* x, QeProblem& problem) const noexcept;
+
+  Attributes attributes_;
+  int32_t tactic_ = 0;
+  std::array<nvinfer1::PluginField, kFieldCount> fields_{};
+  nvinfer1::PluginFieldCollection collection_{};
+};
+
+}  // namespace qe
