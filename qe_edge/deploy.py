@@ -1,25 +1,178 @@
 """From a model to engines and a report in one call; every stage's output is a folder that the next one reads.
 
-`OUT/checkpoint`, `OUT/onnx`, `OUT/engines/<target>`, `OUT/report.json`, `OUT/report.html`, and `OUT/deploy.json`, which
-says what each of them was made from, so that a stopped deployment can be continued.
+`OUT/checkpoint`, `OUT/onnx`, `OUT/engines/<target>`, `OUT/report.json` and `OUT/report.html`; `OUT/deploy.json` says
+what each of them was made from, so that a stopped deployment can be continued.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import qe_edge
+from qe_edge.atomic import atomic_file
 from qe_edge.progress import Progress
 
 if TYPE_CHECKING:
+    from qe_edge.models.family import Sample
     from qe_edge.recipe import Recipe
+    from qe_edge.validate.schema import Report
 
-MANIFEST = "deploy.json"
+LEDGER = "deploy.json"
+DEFAULT_TARGETS = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a deployment's outputs lie.
+
+    Attributes:
+        root: The folder that holds everything.
+    """
+
+    root: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The quantized checkpoint."""
+        return self.root / "checkpoint"
+
+    @property
+    def onnx(self) -> Path:
+        """The exported graphs."""
+        return self.root / "onnx"
+
+    @property
+    def engines(self) -> Path:
+        """One folder for every target."""
+        return self.root / "engines"
+
+    @property
+    def report(self) -> Path:
+        """The report as data."""
+        return self.root / "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The report as a page."""
+        return self.root / "report.html"
+
+    @property
+    def ledger(self) -> Path:
+        """What each stage was made from."""
+        return self.root / LEDGER
+
+    def clear(self) -> None:
+        """Remove every output, and nothing else."""
+        for folder in (self.checkpoint, work_folder(self.checkpoint), self.onnx, self.engines):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.report, self.page, self.ledger):
+            file.unlink(missing_ok=True)
+
+
+def deploy(  # noqa: PLR0913 - the choices of every stage
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    *,
+    evaluation: str = "demo",
+    limit: int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _line: None,
+) -> Report:
+    """Quantize, export, build, validate and report.
+
+    Args:
+        model: "demo", a folder or a hub id.
+        out: Folder for everything; what an earlier deployment left there is replaced, or kept with `resume`.
+        recipe: How to quantize.
+        targets: Names of the targets to build for; the first that runs here is validated.
+        evaluation: Source of held-out questions with answers.
+        limit: Use only the first questions.
+        resume: Skip stages whose output is complete and was made from the same model, recipe and data.
+        progress: Where to report progress.
+        announce: Receives one line when a stage begins or is skipped.
+
+    Raises:
+        TargetError: If a target cannot be built here; raised before anything else is done.
+        QEError: As the stages raise.
+    """
+    from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
+    from qe_edge.export.build import build_engines
+    from qe_edge.export.exporter import export_model
+    from qe_edge.report import write_report
+    from qe_edge.validate import Report as ReportData
+    from qe_edge.validate import validate
+
+    runnable = check_targets(targets)
+    layout = Layout(out)
+    samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+    questions = load_evaluation(evaluation)
+    if not resume:
+        layout.clear()
+    ledger = _Ledger(layout.ledger)
+    key = _hash(qe_edge.__version__, model_fingerprint(model), stored_recipe(recipe, samples).model_dump_json())
+    if ledger.begin("checkpoint", key, layout.checkpoint, announce):
+        quantize_to_folder(model, recipe, layout.checkpoint, resume=resume, progress=progress)
+        ledger.finish("checkpoint", key)
+    key = _hash(key, "onnx")
+    if ledger.begin("onnx", key, layout.onnx, announce):
+        export_model(layout.checkpoint, layout.onnx, progress=progress)
+        ledger.finish("onnx", key)
+    for target in targets:
+        built = _hash(key, target)
+        if ledger.begin(f"engines/{target}", built, layout.engines / target, announce):
+            build_engines(layout.onnx, layout.engines / target, target, progress=progress)
+            ledger.finish(f"engines/{target}", built)
+    key = _hash(key, *targets, hash_samples(questions), str(limit))
+    if not ledger.begin("report", key, layout.report, announce):
+        return ReportData.model_validate_json(layout.report.read_text(encoding="utf-8"))
+    chosen = next(iter(runnable), None)
+    report = validate(
+        model,
+        layout.checkpoint,
+        layout.engines / chosen if chosen else None,
+        evaluation,
+        onnx=layout.onnx,
+        not_run=[layout.engines / target for target in targets if target != chosen],
+        limit=limit,
+        progress=progress,
+    )
+    write_report(report, layout.report, layout.page)
+    ledger.finish("report", key)
+    return report
+
+
+def check_targets(targets: Sequence[str]) -> list[str]:
+    """Check targets before any work, and return those whose engines run on this machine too.
+
+    Raises:
+        UnknownNameError: If there is no target of a name.
+        TargetError: If one cannot be built here.
+    """
+    from qe_edge.export.targets import get_target
+
+    for name in targets:
+        get_target(name).check()
+    return [name for name in targets if get_target(name).run_problem() is None]
+
+
+def is_deployment(folder: Path) -> bool:
+    """Whether a folder was written by `deploy`, be it complete or not."""
+    layout = Layout(folder)
+    return layout.ledger.is_file() or work_folder(layout.checkpoint).is_dir()
 
 
 def quantize_to_folder(
     model: str, recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None
-) -> Recipe:
+) -> None:
     """Quantize a model and write the checkpoint; finished blocks lie in `<output>.work` until it is complete.
 
     Args:
@@ -28,9 +181,6 @@ def quantize_to_folder(
         output: Folder of the checkpoint; it appears when it is complete.
         resume: Continue from the finished blocks of a stopped run.
         progress: Where to report progress.
-
-    Returns:
-        The resolved recipe, as it is stored in the checkpoint.
 
     Raises:
         QEError: As `qe_edge.quantize`, and ResourceError if the disk is full.
@@ -43,9 +193,60 @@ def quantize_to_folder(
     loaded, resolved = quantize(model, recipe, work=work, resume=resume, progress=progress)
     save_quantized(loaded, resolved, output)
     WorkFolder(work).remove()
-    return resolved
 
 
 def work_folder(output: Path) -> Path:
     """Where the finished blocks of a checkpoint lie until it is complete."""
     return output.with_name(f"{output.name}.work")
+
+
+def stored_recipe(recipe: Recipe, samples: Sequence[Sample]) -> Recipe:
+    """The recipe as a checkpoint made from these samples stores it."""
+    from qe_edge.quantizer import replace_calibration
+
+    return replace_calibration(recipe, None, samples)
+
+
+def model_fingerprint(reference: str) -> str:
+    """Hash of a model's files, or of the hub id and its revision."""
+    from qe_edge.models.loading import load_config, resolve_model
+
+    source = resolve_model(reference)
+    folder = Path(source)
+    if not folder.is_dir():
+        return _hash(source, str(getattr(load_config(source), "_commit_hash", None)))
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Ledger:
+    """For every finished stage the hash of what it was made from."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            values = None
+        self._keys: dict[str, object] = values if isinstance(values, dict) else {}
+
+    def begin(self, stage: str, key: str, output: Path, announce: Callable[[str], None]) -> bool:
+        """Whether the stage has to run, because its output is missing or was made from something else."""
+        complete = self._keys.get(stage) == key and output.exists()
+        announce(f"{output}: complete already" if complete else f"{output}")
+        return not complete
+
+    def finish(self, stage: str, key: str) -> None:
+        """Note that a stage is complete."""
+        self._keys[stage] = key
+        with atomic_file(self._path) as part:
+            part.write_text(json.dumps(self._keys, indent=2) + "\n", encoding="utf-8")
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -233,7 +233,17 @@ def _no_cuda(torch: dict[str, object] | str) -> tuple[str, str]:
 
 
 def _targets() -> Iterator[Finding]:
-    return iter(())
+    """Which targets can be built and which can be run here."""
+    from qe_edge.export.targets import TARGETS
+
+    for name, target in TARGETS.items():
+        build, run = target.build_problem(), target.run_problem()
+        if build is not None:
+            yield Finding("Targets", name, MISSING, build, target.remedy)
+        elif run is not None:
+            yield Finding("Targets", name, OK, f"can be built here, not run: {run}")
+        else:
+            yield Finding("Targets", name, OK, "can be built and run here")
 
 
 def _applies(requirement: object, extra: str) -> bool:

@@ -7,9 +7,10 @@ of those also takes `OUT`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from qe_edge.errors import ArtifactError, ModelError
+from qe_edge.errors import ArtifactError, ModelError, UnknownNameError
 
 CHECKPOINT, ONNX, ENGINES, REPORT = "checkpoint", "onnx", "engines", "report.json"
 
@@ -40,9 +41,9 @@ def is_checkpoint_folder(folder: Path) -> bool:
     return isinstance(section, dict) and section.get("quant_method") == "qe-edge"
 
 
-def is_onnx_folder(folder: Path) -> bool:
-    """Whether a folder holds exported graphs."""
-    return (folder / "language.onnx").is_file()
+def is_manifest_folder(folder: Path) -> bool:
+    """Whether a folder holds exported graphs or engines."""
+    return (folder / "manifest.json").is_file()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -51,12 +52,84 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ArtifactError: If there is none.
     """
-    for folder in (path, path / CHECKPOINT):
-        if is_checkpoint_folder(folder):
+    return _find(path, CHECKPOINT, is_checkpoint_folder, "quantized checkpoint", "qe-edge quantize MODEL -o DIR")
+
+
+def find_onnx(path: Path) -> Path:
+    """The folder of ONNX graphs that `path` is or contains.
+
+    Raises:
+        ArtifactError: If there is none.
+    """
+    return _find(path, ONNX, is_manifest_folder, "ONNX graphs", "qe-edge export DIR -o ONNX")
+
+
+def find_engines(path: Path, target: str | None = None) -> Path:
+    """One target's engines that `path` is or contains: the wanted target's, else the first that runs here.
+
+    Raises:
+        ArtifactError: If there are none.
+    """
+    if is_manifest_folder(path):
+        return path
+    built = built_targets(path)
+    if target is not None and target not in built:
+        raise UnknownNameError(f"engine in '{path}' for target", target, built)
+    if not built:
+        raise _not_found(path, "engines", "qe-edge build ONNX -o ENGINES --target NAME")
+    if target is None:
+        target = next((name for name in built if runs_here(name)), next(iter(built)))
+    return built[target]
+
+
+def built_targets(path: Path) -> dict[str, Path]:
+    """Folder of every target's engines in `path` or `path/engines`, in alphabetical order."""
+    folder = path / ENGINES if (path / ENGINES).is_dir() else path
+    return {part.name: part for part in sorted(folder.iterdir()) if is_manifest_folder(part)} if folder.is_dir() else {}
+
+
+def runs_here(target: str) -> bool:
+    """Whether this machine can run a target's engines; a folder of any other name may hold anything."""
+    from qe_edge.export.targets import TARGETS
+
+    return target not in TARGETS or TARGETS[target].run_problem() is None
+
+
+def find_runnable(path: Path, target: str | None = None) -> Path:
+    """What `path` holds that can answer a question: engines, else ONNX graphs, else a checkpoint.
+
+    Raises:
+        ArtifactError: If there is nothing of the kind.
+    """
+    if target is None:
+        if is_manifest_folder(path) or is_checkpoint_folder(path):
+            return path
+        if not built_targets(path):
+            for folder, is_ours in ((path / ONNX, is_manifest_folder), (path / CHECKPOINT, is_checkpoint_folder)):
+                if is_ours(folder):
+                    return folder
+    return find_engines(path, target)
+
+
+def find_report(path: Path) -> Path:
+    """The report that `path` is or contains.
+
+    Raises:
+        ArtifactError: If there is none.
+    """
+    for file in (path, path / REPORT):
+        if file.is_file():
+            return file
+    raise _not_found(path, "report", "qe-edge validate MODEL DIR -o FILE.json")
+
+
+def _find(path: Path, part: str, is_ours: Callable[[Path], bool], wanted: str, made_by: str) -> Path:
+    for folder in (path, path / part):
+        if is_ours(folder):
             return folder
-    raise _not_found(path, "quantized checkpoint", "qe-edge quantize MODEL -o DIR")
+    raise _not_found(path, wanted, made_by)
 
 
 def _not_found(path: Path, wanted: str, made_by: str) -> ArtifactError:
     what = f"'{path}' holds no {wanted}" if path.exists() else f"There is no folder '{path}'"
-    return ArtifactError(f"{what}.", f"Make one with '{made_by}'.")
+    return ArtifactError(f"{what}.", f"Make it with '{made_by}'.")

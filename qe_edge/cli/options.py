@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from qe_edge.cli.quiet import quiet_libraries
 
-F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
+Function = Callable[..., None]  # what a command runs
+Decorator = Callable[[Function], Function]
 
 
 class Command(click.Command):
@@ -49,25 +49,30 @@ def write_example(formatter: click.HelpFormatter, example: str) -> None:
             formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
-def output_option(help_text: str) -> Decorator[F]:
+def output_option(help_text: str) -> Decorator:
     """`-o`, `--output`."""
     return click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=help_text)
 
 
-def overwrite_option() -> Decorator[F]:
+def overwrite_option() -> Decorator:
     """`--overwrite`."""
     return click.option("--overwrite", is_flag=True, help="Replace what an earlier run has written there.")
 
 
-def resume_option(help_text: str) -> Decorator[F]:
+def resume_option(help_text: str) -> Decorator:
     """`--resume`."""
     return click.option("--resume", is_flag=True, help=help_text)
 
 
-def evaluation_options() -> Decorator[F]:
+def target_option(help_text: str, **keywords: Any) -> Decorator:  # noqa: ANN401 - click's own
+    """`--target`."""
+    return click.option("--target", metavar="NAME", help=help_text, **keywords)
+
+
+def evaluation_options() -> Decorator:
     """`--evaluation` and `--limit`."""
 
-    def add(function: F) -> F:
+    def add(function: Function) -> Function:
         function = click.option(
             "--limit", type=click.IntRange(min=1), metavar="N", help="Use the first N held-out samples only."
         )(function)
@@ -82,7 +87,7 @@ def evaluation_options() -> Decorator[F]:
     return add
 
 
-def recipe_options(function: F) -> F:
+def recipe_options(function: Function) -> Function:
     """Everything that makes a recipe; `qe_edge.cli.recipes.read_recipe` takes these values by name."""
     options = (
         click.option("--method", metavar="NAME", help="How to quantize: 'qe' (Quant Experts, default) or 'rtn'."),

@@ -60,10 +60,19 @@ def _explain(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
         return error.format_message(), f"See '{path} --help'.", MISTAKE
     if isinstance(error, click.ClickException):
         return error.format_message(), "Correct the command line.", MISTAKE
+    return _explain_system(error) or _explain_defect(error, words)
+
+
+def _explain_system(error: Exception) -> tuple[str, str, int] | None:
+    """What the operating system refuses is for the user to mend, wherever it happened."""
     if isinstance(error, MemoryError):
         return "Memory ran out.", "Close other programs, use fewer --samples, or use a larger machine.", MISTAKE
     if isinstance(error, PermissionError):
         return f"The system refuses access to '{error.filename}'.", "Choose a folder that you may write to.", MISTAKE
+    return None
+
+
+def _explain_defect(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
     kind = type(error).__name__
     written = _write_traceback(error, words)
     remedy = f"The full traceback is in '{written}'; please report it." if written else "Add --verbose to see where."

@@ -12,23 +12,33 @@ from qe_edge.errors import InputError, ResourceError
 MARGIN = 1.1  # on the estimated size
 
 
-def check_output_folder(path: Path, is_ours: Callable[[Path], bool], *, overwrite: bool, resume: bool = False) -> None:
+def check_output_folder(
+    path: Path,
+    is_ours: Callable[[Path], bool],
+    *,
+    overwrite: bool,
+    resume: bool | None = None,
+    renamed: bool = True,
+) -> None:
     """Refuse a folder that is in use.
 
     Args:
         path: The output folder.
         is_ours: Whether a folder holds what this command writes; nothing else is ever replaced.
         overwrite: Whether the user allows to replace it.
-        resume: Whether the user wants to continue an earlier run.
+        resume: Whether the user wants to continue an earlier run; None where that is not possible.
+
+        renamed: Whether the folder as a whole takes the place of an older one (or files are only put into it).
 
     Raises:
         InputError: If it holds anything that may not be replaced, or cannot be written.
     """
     if path.is_dir() and any(path.iterdir()):
-        if not (overwrite or resume):
-            raise InputError(
-                f"The output folder '{path}' is not empty.", "Add --overwrite to replace it, or choose another folder."
+        if not overwrite and not resume:
+            choices = (
+                "--overwrite to replace it" if resume is None else "--overwrite to replace it, --resume to continue"
             )
+            raise InputError(f"The output folder '{path}' is not empty.", f"Add {choices}, or choose another folder.")
         if not is_ours(path):
             raise InputError(
                 f"'{path}' holds files that this command did not write, and it does not replace those.",
@@ -36,7 +46,7 @@ def check_output_folder(path: Path, is_ours: Callable[[Path], bool], *, overwrit
             )
     elif path.exists() and not path.is_dir():
         raise InputError(f"The output folder '{path}' is a file.", "Choose another name.")
-    if os.path.ismount(path):
+    if renamed and os.path.ismount(path):
         raise InputError(f"'{path}' is a mount point, which cannot be replaced.", f"Write to '{path / 'result'}'.")
     check_writable(path)
 
@@ -79,6 +89,11 @@ def check_disk(path: Path, needed: int) -> None:
             f"'{path}' needs about {human_bytes(needed * MARGIN)} of disk and {human_bytes(free)} are free.",
             "Free some space or choose a folder on another disk.",
         )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def existing_parent(path: Path) -> Path:

@@ -34,6 +34,8 @@ def print_plan(recipe: Recipe, plan: Plan, samples: int) -> None:
         f"{total.read_bits:.2f}",
     ))  # fmt: skip
     print_table(("Layer", "", "Out x in", "Shared + routed ranks", "Stored bits", "Read bits"), rows)
+    if any(layer.adapter.experts > 1 for layer in plan.layers):
+        click.echo("Bits are upper bounds: a layer whose calibration data need fewer experts gets fewer.")
     click.echo(f"Calibration: {samples} samples of '{recipe.calibration.source}'")
     click.echo(f"Memory:      about {human_bytes(plan.memory_bytes)}")
     click.echo(

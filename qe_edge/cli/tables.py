@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-PIPE_WIDTH = 200  # columns when nobody watches: lines are then read by programs, and wrapping would break them
+PIPE_WIDTH = 400  # columns when nobody watches: lines are then read by programs, and wrapping would break them
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

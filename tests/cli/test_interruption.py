@@ -1,4 +1,4 @@
-"""Ctrl-C and kill in the middle of a real run, in a process of its own; then --resume gives the identical checkpoint."""
+"""Ctrl-C and kill in the middle of a real run; then --resume gives the identical checkpoint."""
 
 from __future__ import annotations
 

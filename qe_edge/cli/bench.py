@@ -1,0 +1,57 @@
+"""`qe-edge bench`: speed and memory of engines on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qe_edge.cli.options import Command, target_option
+
+
+@click.command("bench", cls=Command, example="qe-edge bench engines --image picture.png")
+@click.argument("folder", metavar="ENGINES", type=click.Path(path_type=Path))
+@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture to ask about, not the demo's.")
+@click.option("--prompt", metavar="TEXT", default="What is in the picture?", show_default=True, help="Question to ask.")
+@click.option("--original", metavar="MODEL", help="Measure the original model in PyTorch too.")
+@target_option("Engine to use, where the folder holds several; the first that runs here by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(
+    folder: Path, image: Path | None, prompt: str, original: str | None, target: str | None, as_json: bool
+) -> None:
+    """Measure prefill, decoding, time to first token and peak memory, each in a process of its own.
+
+    ENGINES is a folder of engines, of ONNX graphs, or the output of 'deploy'.
+    """
+    from qe_edge.cli.inputs import find_engines, open_model
+    from qe_edge.cli.outputs import human_bytes
+    from qe_edge.models.family import Sample
+    from qe_edge.models.images import open_image
+
+    picture = open_image(image) if image else _demo_picture()
+    engines = find_engines(folder, target)
+    source = open_model(original) if original else None
+    from qe_edge.console import ConsoleProgress
+    from qe_edge.validate.latency import measure_latency
+
+    found = measure_latency(engines, Sample(picture, prompt), original=source, progress=ConsoleProgress())
+    if as_json:
+        click.echo(json.dumps([latency.model_dump(mode="json") for latency in found], indent=2))
+        return
+    from qe_edge.cli.tables import print_table
+
+    steps = list(dict.fromkeys(step for latency in found for step in latency.steps))
+    rows = []
+    for latency in found:
+        times = [f"{latency.steps[step].median:.2f}" if step in latency.steps else "" for step in steps]
+        rows.append((latency.runtime, latency.setting, *times, human_bytes(latency.peak_bytes)))
+    print_table(("Runtime", "Setting", *(f"{step.replace('_', ' ')} ms" for step in steps), "Peak memory"), rows)
+    click.echo(f"Medians; prompt of {found[0].prompt_tokens} tokens, {found[0].threads} threads.")
+
+
+def _demo_picture() -> Path:
+    from qe_edge.calibration.sources import load_evaluation
+
+    picture = load_evaluation("demo")[0].image
+    return Path(str(picture))

@@ -1,0 +1,31 @@
+"""`qe-edge build`: ONNX graphs become engines for one target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qe_edge.cli.options import Command, output_option, overwrite_option, target_option
+
+
+@click.command("build", cls=Command, example="qe-edge build onnx -o engines --target cpu")
+@click.argument("onnx", metavar="ONNX", type=click.Path(path_type=Path))
+@output_option("Folder for the engines.")
+@target_option("What to build for; 'qe-edge doctor' lists the targets.", default="cpu", show_default=True)
+@overwrite_option()
+def command(onnx: Path, output: Path, target: str, overwrite: bool) -> None:
+    """Build engines for one target from the graphs in ONNX (or in ONNX/onnx)."""
+    from qe_edge.cli.inputs import find_onnx, is_manifest_folder
+    from qe_edge.cli.outputs import check_disk, check_output_folder, folder_bytes
+    from qe_edge.deploy import check_targets
+
+    check_targets([target])
+    source = find_onnx(onnx)
+    check_output_folder(output, is_manifest_folder, overwrite=overwrite)
+    check_disk(output, folder_bytes(source))
+    from qe_edge.console import ConsoleProgress
+    from qe_edge.export.build import build_engines
+
+    build_engines(source, output, target, progress=ConsoleProgress())
+    click.echo(f"Wrote '{output}'. Next: qe-edge run {output} --image FILE --prompt \"What is this?\"")

@@ -1,0 +1,103 @@
+"""`qe-edge deploy`: everything from the model to the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qe_edge.cli.options import (
+    Command,
+    evaluation_options,
+    output_option,
+    overwrite_option,
+    recipe_options,
+    resume_option,
+    target_option,
+)
+
+if TYPE_CHECKING:
+    from qe_edge.validate.schema import Report
+
+
+@click.command("deploy", cls=Command, example="qe-edge deploy demo -o out --target cpu --target rtx")
+@click.argument("model")
+@output_option("Folder for checkpoint, onnx, engines/<target>, report.json and report.html.")
+@target_option("What to build for; may be repeated. [default: cpu]", multiple=True)
+@recipe_options
+@evaluation_options()
+@resume_option("Continue a run that was stopped; stages that are complete and were made from the same are kept.")
+@overwrite_option()
+def command(
+    model: str,
+    output: Path,
+    target: tuple[str, ...],
+    evaluation: str,
+    limit: int | None,
+    resume: bool,
+    overwrite: bool,
+    **choices: Any,  # noqa: ANN401 - the recipe's options
+) -> None:
+    """Quantize, export, build and validate MODEL, which is 'demo', a folder or a hub id, and write a report."""
+    from qe_edge.cli.inputs import open_model
+    from qe_edge.cli.outputs import check_disk, check_output_folder
+    from qe_edge.cli.recipes import read_recipe
+    from qe_edge.deploy import DEFAULT_TARGETS, check_targets, deploy, is_deployment
+
+    targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
+    check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
+    recipe = read_recipe(**choices)
+    check_targets(targets)
+    from qe_edge.calibration.sources import load_evaluation, load_samples
+
+    samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+    load_evaluation(evaluation)
+    source = open_model(model)
+    from qe_edge.cli.plan import make_plan
+    from qe_edge.console import ConsoleProgress
+
+    plan = make_plan(source, recipe, samples)
+    check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)
+    report = deploy(
+        model,
+        output,
+        recipe,
+        targets,
+        evaluation=evaluation,
+        limit=limit,
+        resume=resume,
+        progress=ConsoleProgress(),
+        announce=lambda line: click.secho(line, bold=True, err=True),
+    )
+    print_summary(report)
+    click.echo(f"Wrote '{output}'; look at '{output / 'report.html'}'.")
+    click.echo(f'Next: qe-edge run {output} --image FILE --prompt "What is this?"')
+
+
+def print_summary(report: Report) -> None:
+    """The report's most important numbers."""
+    from qe_edge.cli.outputs import human_bytes
+    from qe_edge.cli.tables import print_table
+
+    rows = []
+    for row in report.contenders:
+        accuracy, shuffled = row.accuracy.share(), row.shuffled.share() if row.shuffled else None
+        distance = row.answer_tokens
+        rows.append((
+            row.role,
+            row.runtime,
+            _percent(accuracy),
+            _percent(shuffled),
+            "" if distance is None or distance.kl is None else f"{distance.kl:.4f}",
+            "" if distance is None or distance.top1 is None else _percent(distance.top1),
+            human_bytes(row.size) if row.size else "",
+        ))  # fmt: skip
+    head = ("Model", "Runs in", "Answers right", "Pictures shuffled", "KL", "Same top token", "Size")
+    print_table(head, rows)
+    bits = report.bits.total
+    click.echo(f"Quantized layers: {bits.stored_bits:.2f} bits per weight stored, {bits.read_bits:.2f} read per token.")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"

@@ -1,0 +1,32 @@
+"""`qe-edge export`: a checkpoint becomes ONNX graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qe_edge.cli.options import Command, output_option, overwrite_option
+
+
+@click.command("export", cls=Command, example="qe-edge export checkpoint -o onnx")
+@click.argument("checkpoint", metavar="DIR", type=click.Path(path_type=Path))
+@output_option("Folder for the ONNX graphs.")
+@overwrite_option()
+def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
+    """Export the quantized checkpoint in DIR (or in DIR/checkpoint) to ONNX.
+
+    The folder holds visual.onnx, merger.onnx and language.onnx with their weights, tokenizer and image processor. It
+    depends on no device and runs in ONNX Runtime as it is.
+    """
+    from qe_edge.cli.inputs import find_checkpoint, is_manifest_folder
+    from qe_edge.cli.outputs import check_disk, check_output_folder, folder_bytes
+
+    source = find_checkpoint(checkpoint)
+    check_output_folder(output, is_manifest_folder, overwrite=overwrite)
+    check_disk(output, 2 * folder_bytes(source))  # the embedding table is written on its own
+    from qe_edge.console import ConsoleProgress
+    from qe_edge.export.exporter import export_model
+
+    export_model(source, output, progress=ConsoleProgress())
+    click.echo(f"Wrote '{output}'. Next: qe-edge build {output} -o ENGINES --target cpu")

@@ -1,0 +1,22 @@
+"""`qe-edge report`: a report's data as a page for reading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qe_edge.cli.options import Command, output_option, overwrite_option
+
+
+@click.command("report", cls=Command, example="qe-edge report report.json -o report.html")
+@click.argument("file", metavar="FILE.json", type=click.Path(path_type=Path))
+@output_option("File for the page.")
+@overwrite_option()
+def command(file: Path, output: Path, overwrite: bool) -> None:
+    """Turn the data of 'validate' or 'deploy' into one self-contained HTML page."""
+    from qe_edge.cli.inputs import find_report
+    from qe_edge.cli.outputs import check_output_file
+
+    source = find_report(file)
+    check_output_file(output, overwrite=overwrite)

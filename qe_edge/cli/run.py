@@ -1,0 +1,98 @@
+"""`qe-edge run`: one question to a deployed model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qe_edge.cli.options import Command, target_option
+
+if TYPE_CHECKING:
+    from qe_edge.models.family import Sample
+    from qe_edge.runtime.engine import VisionLanguageEngine
+
+
+@click.command("run", cls=Command, example='qe-edge run out --image picture.png --prompt "What is this?"')
+@click.argument("folder", metavar="ENGINES", type=click.Path(path_type=Path))
+@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture; without one, text only.")
+@click.option("--prompt", metavar="TEXT", required=True, help="Question or instruction.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Longest answer."
+)
+@target_option("Engine to use, where the folder holds several; the first that runs here by default.")
+def command(folder: Path, image: Path | None, prompt: str, max_tokens: int, target: str | None) -> None:
+    """Answer a question about a picture; the answer goes to standard output, the timings to standard error.
+
+    ENGINES is a folder of engines, of ONNX graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'.
+    """
+    from qe_edge.cli.inputs import find_runnable, is_checkpoint_folder
+    from qe_edge.models.family import Sample
+    from qe_edge.models.images import open_image
+
+    sample = Sample(open_image(image) if image else None, prompt)
+    found = find_runnable(folder, target)
+    if is_checkpoint_folder(found):
+        _answer_in_torch(found, sample, max_tokens)
+        return
+    from qe_edge.runtime.engine import VisionLanguageEngine
+
+    timings: list[str] = []
+    for text in stream_answer(VisionLanguageEngine.load(found), sample, max_tokens, timings):
+        click.echo(text, nl=False)
+    click.echo()
+    click.echo(f"{found}: {', '.join(timings)}", err=True)
+
+
+def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int, timings: list[str]) -> Iterator[str]:
+    """The answer piece by piece; `timings` receives a line for every step."""
+    import numpy as np
+
+    tokenizer = engine.processor.tokenizer
+    started = time.perf_counter()
+    encoded = engine.encode([sample])
+    looked = time.perf_counter()
+    features = engine.features(encoded)
+    read = time.perf_counter()
+    logits, state = engine.prefill(encoded, features)
+    first = time.perf_counter()
+    ids: list[int] = []
+    shown = ""
+    while len(ids) < max_tokens:
+        token = int(logits[0, -1].argmax())
+        if token in engine.manifest.eos_token_ids:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
+            yield text[len(shown) :]
+            shown = text
+        if len(ids) < max_tokens:
+            logits = engine.decode(state, np.array([token]))
+    ended = time.perf_counter()
+    if encoded.pixels:
+        timings.append(f"picture {_ms(read - looked)}")
+    timings.append(f"prompt of {encoded.input_ids.shape[1]} tokens {_ms(first - read)}")
+    timings.append(f"first token after {_ms(first - started)}")
+    if ids:
+        timings.append(f"{len(ids)} tokens {_ms((ended - first) / len(ids))} each")
+
+
+def _answer_in_torch(folder: Path, sample: Sample, max_tokens: int) -> None:
+    """The quantized checkpoint itself, computed in float32."""
+    from qe_edge.checkpoint import load_quantized
+    from qe_edge.validate.subjects import TorchSubject, in_float32
+
+    loaded = in_float32(load_quantized(folder))
+    started = time.perf_counter()
+    encoded = loaded.family.encode(loaded.processor, [sample])
+    (ids,) = TorchSubject(loaded).generate_ids(encoded, max_tokens)
+    click.echo(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    click.echo(f"{folder}: {_ms(time.perf_counter() - started)} in PyTorch", err=True)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"

@@ -1,0 +1,80 @@
+"""`qe-edge validate`: how far the quantized model is from the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qe_edge.cli.options import Command, evaluation_options, output_option, overwrite_option
+
+
+@click.command("validate", cls=Command, example="qe-edge validate demo checkpoint --engines engines -o report.json")
+@click.argument("model")
+@click.argument("checkpoint", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--engines", type=click.Path(path_type=Path), metavar="ENGINES", help="Engines to validate too, of one target."
+)
+@click.option("--onnx", type=click.Path(path_type=Path), metavar="ONNX", help="Exported graphs, for their sizes.")
+@output_option("File for the report as JSON; the page for reading is written beside it as .html.")
+@evaluation_options()
+@overwrite_option()
+def command(
+    model: str,
+    checkpoint: Path,
+    engines: Path | None,
+    onnx: Path | None,
+    output: Path,
+    evaluation: str,
+    limit: int | None,
+    overwrite: bool,
+) -> None:
+    """Compare the original MODEL with the quantized checkpoint in DIR, and with engines built from it.
+
+    If DIR is the output of 'deploy', its checkpoint, graphs and engines are taken.
+    """
+    from qe_edge.cli.inputs import (
+        ENGINES,
+        ONNX,
+        built_targets,
+        find_checkpoint,
+        find_engines,
+        find_onnx,
+        is_manifest_folder,
+        open_model,
+        runs_here,
+    )
+    from qe_edge.cli.outputs import check_output_file
+
+    page = output.with_suffix(".html")
+    for file in (output, page):
+        check_output_file(file, overwrite=overwrite)
+    quantized = find_checkpoint(checkpoint)
+    if engines is not None:
+        chosen: Path | None = find_engines(engines)
+        others: list[Path] = []
+    else:
+        built = built_targets(checkpoint) if (checkpoint / ENGINES).is_dir() else {}
+        chosen = next((folder for name, folder in built.items() if runs_here(name)), None)
+        others = [folder for folder in built.values() if folder != chosen]
+    if onnx is not None:
+        onnx = find_onnx(onnx)
+    elif is_manifest_folder(checkpoint / ONNX):
+        onnx = checkpoint / ONNX
+    source = open_model(model)
+    from qe_edge.console import ConsoleProgress
+    from qe_edge.report import write_report
+    from qe_edge.validate import validate
+
+    report = validate(
+        source,
+        quantized,
+        chosen,
+        evaluation,
+        onnx=onnx,
+        not_run=others,
+        limit=limit,
+        progress=ConsoleProgress(),
+    )
+    write_report(report, output, page)
+    click.echo(f"Wrote '{output}' and '{page}'.")

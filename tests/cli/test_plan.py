@@ -1,0 +1,73 @@
+"""A dry run does nothing, and what it predicts comes true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qe_edge.accounting import layer_counts
+from qe_edge.calibration.sources import load_samples
+from qe_edge.cli.outputs import folder_bytes
+from qe_edge.cli.plan import collapse, make_plan
+from qe_edge.demo import model_path
+from qe_edge.deploy import quantize_to_folder
+from qe_edge.linear import quantized_linears
+from qe_edge.quantizer import quantize
+from qe_edge.recipe import make_recipe
+from tests.cli.running import Run
+
+
+@pytest.mark.parametrize("method", ["rtn", "qe"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a16"])
+def test_predicted_bits_are_those_of_the_quantized_layers(method: str, scheme: str) -> None:
+    # two experts: calibration may leave experts out of a prediction, but a single one is none
+    options = {"tokens": 128, "em_steps": 0, "experts": 2} if method == "qe" else {}
+    recipe = make_recipe(method=method, scheme=scheme, modules=["merger"], options=options, calibration={"samples": 2})
+    plan = make_plan(str(model_path()), recipe, load_samples("demo", 2))
+    loaded, _ = quantize("demo", recipe)
+    counts = layer_counts(quantized_linears(loaded.model))
+    assert list(counts) == [layer.name for layer in plan.layers]
+    for layer in plan.layers:
+        found = counts[layer.name]
+        assert layer.bits.weights == found.weights
+        assert layer.bits.codes == found.codes
+        assert layer.bits.adapters == found.adapters
+        assert layer.bits.router == found.router
+        # whether a channel factor is stored depends on the calibration data: 16 bits for every input channel
+        extra = 16 * layer.in_features if method == "qe" else 0
+        assert 0 <= found.scales - layer.bits.scales <= extra
+        assert 0 <= found.read - layer.bits.read <= extra
+
+
+def test_predicted_size_of_the_checkpoint(tmp_path: Path) -> None:
+    recipe = make_recipe(method="rtn", modules=["language", "visual", "merger"], calibration={"samples": 1})
+    plan = make_plan(str(model_path()), recipe, load_samples("demo", 1))
+    quantize_to_folder("demo", recipe, tmp_path / "checkpoint")
+    assert folder_bytes(tmp_path / "checkpoint") == pytest.approx(plan.checkpoint_bytes, rel=0.1)
+    assert plan.disk_bytes > plan.checkpoint_bytes
+    assert sum(layer.bits.weights for layer in plan.layers) == plan.total.weights
+
+
+def test_layers_of_all_blocks_are_one_row() -> None:
+    plan = make_plan(str(model_path()), make_recipe(method="rtn"), load_samples("demo", 1))
+    rows = collapse(plan.layers)
+    assert len(rows) == 7
+    assert {count for _, _, count in rows} == {4}
+    assert rows[0][0] == "model.language_model.layers.*.self_attn.q_proj"
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(cli: Run, tmp_path: Path) -> None:
+    outcome = cli("quantize", "demo", "-o", tmp_path / "checkpoint", "--dry-run", "--modules", "language,merger")
+    assert outcome.code == 0, outcome.err
+    for part in (
+        "scheme: w4a8", "layers.*.self_attn.q_proj", "model.visual.merger.mlp.0", "768 x 256", "8 + 8 x 8",
+        "Stored bits", "Read bits", "Memory:", "Disk:",
+    ):  # fmt: skip
+        assert part in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_may_name_a_folder_in_use(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    assert cli("quantize", "demo", "-o", tmp_path, "--dry-run", "--samples", "1").code == 0
