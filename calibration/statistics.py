@@ -41,6 +41,7 @@ class InputStatistics:
         count: Number of valid tokens T.
         dropped: Tokens left out because they held NaN or infinity.
         abs_mean: `[in]` float64, mean of |x|.
+        abs_max: `[in]` float64, largest |x|.
         gram: `[in, in]` float64 `X^T X / T`, or None.
         tokens: `[sample, in]` float32, a sample in stream order; all tokens when there are few.
         importance: `[T, k]` int32 important channels of every token, or None.
@@ -50,6 +51,7 @@ class InputStatistics:
     count: int
     dropped: int
     abs_mean: np.ndarray
+    abs_max: np.ndarray
     gram: np.ndarray | None
     tokens: np.ndarray
     importance: np.ndarray | None
@@ -78,6 +80,7 @@ class StatisticsCollector:
         self._channel_weight = [weight.detach().float().abs().mean(0).cpu() for weight in weights]
         self._gram = np.zeros((in_features, in_features), np.float64) if request.gram else None
         self._abs_sum = np.zeros(in_features, np.float64)
+        self._abs_max = np.zeros(in_features, np.float64)
         self._count = 0
         self._dropped = 0
         self._importance: list[list[np.ndarray]] = [[] for _ in weights]
@@ -101,6 +104,7 @@ class StatisticsCollector:
             self._gram += array.T @ array  # numpy recognises X^T X and calls the symmetric BLAS routine
         magnitude = tokens.abs()
         self._abs_sum += magnitude.sum(0, dtype=torch.float64).numpy()
+        np.maximum(self._abs_max, magnitude.amax(0).numpy(), out=self._abs_max)
         if self.request.important:
             for lists, weight in zip(self._importance, self._channel_weight, strict=True):
                 lists.append(top_channels(magnitude * weight, self.request.important))
@@ -132,6 +136,7 @@ class StatisticsCollector:
                 count=self._count,
                 dropped=self._dropped,
                 abs_mean=self._abs_sum / self._count,
+                abs_max=self._abs_max,
                 gram=gram,
                 tokens=self._tokens[order],
                 importance=np.concatenate(lists) if lists else None,

@@ -77,6 +77,7 @@ def expert_problem(error: np.ndarray, x: np.ndarray, shared: np.ndarray) -> Expe
         count=len(x),
         dropped=0,
         abs_mean=np.abs(x).mean(0),
+        abs_max=np.abs(x).max(0),
         gram=x.T @ x / len(x),
         tokens=x,
         importance=None,

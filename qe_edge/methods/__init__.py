@@ -13,6 +13,12 @@ METHODS: Registry[type[Method]] = Registry(
     "method",
     {
         "rtn": "qe_edge.methods.rtn:RoundToNearest",
+        "smoothquant": "qe_edge.methods.smoothquant:SmoothQuant",
+        "awq": "qe_edge.methods.awq:AWQ",
+        "gptq": "qe_edge.methods.gptq:GPTQ",
+        "lorc": "qe_edge.methods.lorc:LoRC",
+        "lqer": "qe_edge.methods.lqer:LQER",
+        "aser": "qe_edge.methods.aser:ASER",
         "qe": "qe_edge.methods.qe:QuantExperts",
     },
 )

@@ -18,16 +18,16 @@ from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clu
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.errors import NumericalError
-from qe_edge.grids import QuantizedWeight, fake_quantize_activation, quantize_weight
+from qe_edge.grids import fake_quantize_activation
 from qe_edge.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, LinearProblem, Method, MethodOptions
+from qe_edge.reconstruction.branches import MainBranch, leave_out_channels
 from qe_edge.reconstruction.directions import whitened_directions
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
 from qe_edge.reconstruction.factors import fit_down_factor, join_down_factors, store_factor, store_up_factors
+from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
 
-FULL_SIZE = 1152  # side of a square layer from which the paper's ranks hold at most MAX_SHARE of its parameters
-RANK_STEP = 8  # kernels work on ranks in steps of this
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
 
 
@@ -89,8 +89,7 @@ def shrink_to_layer(options: QuantExpertsOptions, out_features: int, in_features
     shared, routed, k = options.shared_rank, options.routed_rank, options.important_channels
     experts = options.experts if routed else 0
     if options.shrink:
-        factor = min(1.0, side / FULL_SIZE)
-        shared, routed, k = (_in_steps(value * factor) if value else 0 for value in (shared, routed, k))
+        shared, routed, k = (scale_rank(value, side) for value in (shared, routed, k))
         while experts and (shared + experts * routed) * (out_features + in_features) > MAX_SHARE * (
             out_features * in_features
         ):
@@ -101,26 +100,18 @@ def shrink_to_layer(options: QuantExpertsOptions, out_features: int, in_features
     return LayerSize(min(shared, side), min(routed, side) if experts else 0, experts, k)
 
 
-def _in_steps(value: float) -> int:
-    return max(RANK_STEP, int(value / RANK_STEP) * RANK_STEP)
-
-
 @dataclass(frozen=True)
-class MainBranch:
-    """Quantized weight of the main branch and what it leaves to the shared expert.
+class SharedExpert:
+    """A main branch with its shared expert.
 
     Attributes:
-        weight: Codes with the columns of `zeroed` at exactly zero.
-        inv_omega: `[in]` float16 factor on the branch's input, or None.
-        error: `[out, in]` float64, `W - W_q`.
+        branch: The quantized weight and what it leaves.
         directions: `[out, r_s]` of the shared expert, before rounding.
         objective: Sum of squared output errors on the sampled tokens, corrected with the rank that one token uses
-            (shared and routed); what decides whether zeroing channels pays.
+            (shared and routed); what decides whether leaving channels out pays.
     """
 
-    weight: QuantizedWeight
-    inv_omega: Tensor | None
-    error: np.ndarray
+    branch: MainBranch
     directions: np.ndarray
     objective: float
 
@@ -171,58 +162,51 @@ class QuantExperts(Method):
             lists = np.full((statistics.count, 1), -1, np.int32)
         split = split_channels(lists, problem.weight.shape[1], size.important_channels, size.experts)
         # channels are taken from the main branch only when there is a shared expert that can carry them
-        zeroed = split.independent if size.shared_rank else split.independent[:0]
-        branch = self._main_branch(problem, statistics, zeroed, size)
-        if self.options.cs_guard and len(zeroed):
-            plain = self._main_branch(problem, statistics, zeroed[:0], size)
-            branch = plain if plain.objective < branch.objective else branch
-        adapters = self._adapters(problem, statistics, branch, split.dependent, size)
+        left_out = split.independent if size.shared_rank else split.independent[:0]
+        shared = self._shared_expert(problem, statistics, left_out, size)
+        if self.options.cs_guard and len(left_out):
+            plain = self._shared_expert(problem, statistics, left_out[:0], size)
+            shared = plain if plain.objective < shared.objective else shared
+        adapters = self._adapters(problem, statistics, shared, split.dependent, size)
+        branch = shared.branch
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)
 
-    def _main_branch(
-        self, problem: LinearProblem, statistics: InputStatistics, zeroed: np.ndarray, size: LayerSize
-    ) -> MainBranch:
-        """Quantize with the channels `zeroed` left to the shared expert (5.1, 5.2, 5.5), and fit that expert (5.3)."""
-        kept = problem.weight.clone()
-        kept[:, torch.from_numpy(zeroed.copy())] = 0.0
-        weight = quantize_weight(kept, problem.scheme.weight)
-        inv_omega = None
-        if len(zeroed):
-            factor = np.ones(kept.shape[1])
-            mean = np.maximum(statistics.abs_mean, 1e-8)
-            factor[zeroed] = 0.0 if self.options.cs_mode == "drop" else mean[zeroed].min() / mean[zeroed]
-            inv_omega = torch.from_numpy(factor).to(torch.float16)
-        decoded = weight.decode()
-        error = (problem.weight.double() - decoded.double()).numpy()
-        gram = statistics.gram if statistics.gram is not None else np.eye(kept.shape[1])
-        directions = whitened_directions(error, gram, size.shared_rank + size.routed_rank)
+    def _shared_expert(
+        self, problem: LinearProblem, statistics: InputStatistics, left_out: np.ndarray, size: LayerSize
+    ) -> SharedExpert:
+        """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
+        scheme, options = problem.scheme, self.options
+        branch = leave_out_channels(problem.weight, scheme.weight, left_out, statistics.abs_mean, options.cs_mode)
+        gram = statistics.gram if statistics.gram is not None else np.eye(problem.weight.shape[1])
+        directions = whitened_directions(branch.error, gram, size.shared_rank + size.routed_rank)
         tokens = torch.from_numpy(statistics.tokens)
-        main = tokens if inv_omega is None else tokens * inv_omega.float()
-        rounding = (main - fake_quantize_activation(main, problem.scheme.activation_bits)) @ decoded.T
-        left = statistics.tokens @ (error - directions @ (directions.T @ error)).T.astype(np.float32)
+        main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
+        rounding = (main - fake_quantize_activation(main, scheme.activation_bits)) @ branch.weight.decode().T
+        left = statistics.tokens @ (branch.error - directions @ (directions.T @ branch.error)).T.astype(np.float32)
         objective = float(np.square(left + rounding.numpy()).sum(dtype=np.float64))
-        return MainBranch(weight, inv_omega, error, directions[:, : size.shared_rank], objective)
+        return SharedExpert(branch, directions[:, : size.shared_rank], objective)
 
     def _adapters(
         self,
         problem: LinearProblem,
         statistics: InputStatistics,
-        branch: MainBranch,
+        shared: SharedExpert,
         dependent: np.ndarray,
         size: LayerSize,
     ) -> Adapters | None:
         """Shared and routed factors in storage precision, and the router (5.4, 6, 7)."""
+        error = shared.branch.error
         experts = min(size.experts, len(dependent))
-        parts = [branch.directions]
+        parts = [shared.directions]
         if experts > 1:
-            left = branch.error - branch.directions @ (branch.directions.T @ branch.error)
+            left = error - shared.directions @ (shared.directions.T @ error)
             parts += self._routed_directions(problem, statistics, left, dependent, experts, size.routed_rank)
         if sum(part.shape[1] for part in parts) == 0:
             return None
         dtype = self.options.adapter_dtype
         up, rounded = store_up_factors(parts, dtype)
-        shared_down = store_factor(fit_down_factor(rounded[0], branch.error), dtype)
-        left = branch.error - rounded[0] @ shared_down.real()
+        shared_down = store_factor(fit_down_factor(rounded[0], error), dtype)
+        left = error - rounded[0] @ shared_down.real()
         routed_downs = [store_factor(fit_down_factor(part, left), dtype) for part in rounded[1:]]
         router = None
         if routed_downs:

@@ -1,0 +1,51 @@
+"""ASER (AAAI 2025): whitened low-rank reconstruction with activation smoothing, the parent of QE's shared expert."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from qe_edge.calibration.statistics import StatisticsRequest
+from qe_edge.linear import QuantizedLinear
+from qe_edge.methods.base import LinearProblem, MethodOptions
+from qe_edge.methods.static import StaticCorrection, StaticOptions, measured
+from qe_edge.reconstruction.branches import leave_out_channels, static_correction
+from qe_edge.reconstruction.directions import whitened_directions
+from qe_edge.reconstruction.ranks import scale_rank
+
+
+class ASEROptions(StaticOptions):
+    """Options of ASER.
+
+    Attributes:
+        outliers: Channels that are left to the low-rank branch (f in the paper); 0 is ASER without smoothing.
+    """
+
+    outliers: int = Field(32, ge=0, le=1024)
+
+
+class ASER(StaticCorrection):
+    """Optimal low-rank correction under the input's Gram matrix; it carries the outlier channels, divided down."""
+
+    Options: ClassVar[type[MethodOptions]] = ASEROptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "plain": {"outliers": 0}}
+    options: ASEROptions
+
+    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+        """Channel means and the Gram matrix."""
+        return StatisticsRequest(gram=True, tokens=0)
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Leave the outlier channels out, round, correct."""
+        statistics, gram = measured(problem)
+        count = self.options.outliers
+        if self.options.shrink:
+            count = scale_rank(count, min(problem.weight.shape))
+        importance = statistics.abs_mean * problem.weight.abs().mean(0).double().numpy()
+        outliers = np.argsort(-importance, kind="stable")[: min(count, len(importance))]
+        branch = leave_out_channels(problem.weight, problem.scheme.weight, outliers, statistics.abs_mean, "scale")
+        directions = whitened_directions(branch.error, gram, self.rank(*problem.weight.shape))
+        adapters = static_correction(branch.error, directions, self.options.adapter_dtype)
+        return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)

@@ -1,0 +1,91 @@
+"""AWQ (MLSys 2024): salient input channels are scaled up before rounding, by a searched power of their magnitude.
+
+The search minimises the output error of the layers that read the input (the original: of their attention or MLP
+module), through the Gram matrix and so over all calibration tokens. The scale is an operand of our layer; there is no
+search for a clipping range.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qe_edge.calibration.statistics import StatisticsRequest
+from qe_edge.grids import QuantizedWeight, WeightGrid, quantize_weight
+from qe_edge.linear import QuantizedLinear
+from qe_edge.methods.base import LinearProblem, Method, MethodOptions
+from qe_edge.methods.static import measured
+
+SMALLEST = 1e-4
+
+
+class AWQOptions(MethodOptions):
+    """Options of AWQ.
+
+    Attributes:
+        grid: Number of powers tried, evenly from 0 towards 1.
+    """
+
+    grid: int = Field(20, ge=1, le=100)
+
+
+class AWQ(Method):
+    """Activation-aware channel scales, one search per shared input."""
+
+    Options: ClassVar[type[MethodOptions]] = AWQOptions
+    options: AWQOptions
+
+    @property
+    def stack_siblings(self) -> bool:
+        """One scale for all consumers of an input."""
+        return True
+
+    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+        """Channel means and the Gram matrix."""
+        return StatisticsRequest(gram=True, tokens=0)
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Search the scale, then round."""
+        statistics, gram = measured(problem)
+        weight, inv_omega = search_scale(
+            problem.weight,
+            statistics.abs_mean,
+            torch.from_numpy(gram).float(),
+            problem.scheme.weight,
+            self.options.grid,
+        )
+        return QuantizedLinear(weight, problem.scheme.activation_bits, inv_omega)
+
+
+def search_scale(
+    weight: Tensor, abs_mean: np.ndarray, gram: Tensor, grid: WeightGrid, steps: int
+) -> tuple[QuantizedWeight, Tensor]:
+    """The power of `abs_mean` that loses least.
+
+    Args:
+        weight: `[out, in]` float32.
+        abs_mean: `[in]` mean |x|.
+        gram: `[in, in]` float32.
+        grid: Grid of the codes.
+        steps: Number of powers tried.
+
+    Returns:
+        The codes of the scaled weight, and `1 / s` float16 `[in]`.
+    """
+    best = None
+    for step in range(steps):
+        scale = np.maximum(np.maximum(abs_mean, 1e-12) ** (step / steps), SMALLEST)
+        scale /= np.sqrt(scale.max() * scale.min())
+        inverse = torch.from_numpy(1.0 / np.clip(scale, 1e-3, 1e3)).to(torch.float16)
+        codes = quantize_weight(weight / inverse.float(), grid)
+        error = weight - codes.decode() * inverse.float()
+        loss = float(((error @ gram) * error).sum())
+        if best is None or loss < best[0]:
+            best = loss, codes, inverse
+    if best is None:
+        raise ValueError("steps must be positive")
+    return best[1], best[2]

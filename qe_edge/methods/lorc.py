@@ -1,0 +1,32 @@
+"""LoRC (ZeroQuant-V2): plain low-rank reconstruction of the weight error, without calibration."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from qe_edge.calibration.statistics import StatisticsRequest
+from qe_edge.linear import QuantizedLinear
+from qe_edge.methods.base import LinearProblem
+from qe_edge.methods.static import StaticCorrection
+from qe_edge.reconstruction.branches import leave_out_channels, static_correction
+from qe_edge.reconstruction.directions import diagonal_directions
+
+
+class LoRC(StaticCorrection):
+    """Truncated SVD of the error; the preset "paper" has the original's rank 8."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "paper": {"rank": 8, "shrink": False}}
+
+    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+        """Nothing is measured."""
+        return None
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Round, then correct the rounding error."""
+        ones = np.ones(problem.weight.shape[1])
+        branch = leave_out_channels(problem.weight, problem.scheme.weight, np.zeros(0, np.int64), ones, "drop")
+        directions = diagonal_directions(branch.error, ones, self.rank(*problem.weight.shape))
+        adapters = static_correction(branch.error, directions, self.options.adapter_dtype)
+        return QuantizedLinear(branch.weight, problem.scheme.activation_bits, None, adapters)

@@ -1,0 +1,79 @@
+"""The two static parts of a corrected layer: the quantized main branch, and one low-rank correction for all tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qe_edge.grids import QuantizedWeight, WeightGrid, quantize_weight
+from qe_edge.linear import Adapters
+from qe_edge.reconstruction.factors import AdapterDtype, fit_down_factor, store_factor, store_up_factors
+
+ChannelMode = Literal["drop", "scale"]
+
+
+@dataclass(frozen=True)
+class MainBranch:
+    """A quantized weight and what it leaves to the correction.
+
+    Attributes:
+        weight: Codes; the columns that were left out are exactly zero.
+        inv_omega: `[in]` float16 factor on the branch's input, or None.
+        error: `[out, in]` float64, `W - W_q`; whole columns where they were left out.
+    """
+
+    weight: QuantizedWeight
+    inv_omega: Tensor | None
+    error: np.ndarray
+
+
+def leave_out_channels(
+    weight: Tensor, grid: WeightGrid, channels: np.ndarray, abs_mean: np.ndarray, mode: ChannelMode
+) -> MainBranch:
+    """Quantize `weight` `[out, in]` without the input channels `channels` (specification 5.1, 5.2, 5.5).
+
+    Args:
+        weight: Float32.
+        grid: Grid of the codes.
+        channels: Indices of the channels that the correction is to carry; may be empty.
+        abs_mean: `[in]` mean |x|.
+        mode: What the branch's input does with them: "drop" zeroes them, "scale" divides them down to the smallest.
+    """
+    kept = weight.clone()
+    kept[:, torch.from_numpy(channels.copy())] = 0.0
+    quantized = quantize_weight(kept, grid)
+    inv_omega = None
+    if len(channels):
+        factor = np.ones(kept.shape[1])
+        mean = np.maximum(abs_mean[channels], 1e-8)
+        factor[channels] = 0.0 if mode == "drop" else mean.min() / mean
+        inv_omega = torch.from_numpy(factor).to(torch.float16)
+    return MainBranch(quantized, inv_omega, (weight.double() - quantized.decode().double()).numpy())
+
+
+def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterDtype) -> Adapters | None:
+    """The correction `U U^T E` in storage precision, for every token the same; None for rank 0.
+
+    Args:
+        error: `[out, in]` float64.
+        directions: `U` `[out, rank]`.
+        dtype: Storage of the factors.
+    """
+    if not directions.shape[1]:
+        return None
+    up, rounded = store_up_factors([directions], dtype)
+    down = store_factor(fit_down_factor(rounded[0], error), dtype)
+    return Adapters(
+        down=down.codes,
+        up=up.codes,
+        down_scale=down.scale,
+        up_scale=up.scale,
+        rank_shared=directions.shape[1],
+        rank_routed=0,
+        num_experts=0,
+        router=None,
+    )
