@@ -70,7 +70,10 @@ def no_space_explained(path: Path) -> Iterator[None]:
 
 
 def _is_no_space(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    return any(os.strerror(code) in str(error) for code in codes)
 
 
 def _remove_stale(path: Path) -> None:

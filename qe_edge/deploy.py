@@ -107,8 +107,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
     from qe_edge.export.build import build_engines
     from qe_edge.export.exporter import export_model
-    from qe_edge.report import write_report
-    from qe_edge.validate import Report as ReportData
+    from qe_edge.report import load_report, write_report
     from qe_edge.validate import validate
 
     runnable = check_targets(targets)
@@ -133,7 +132,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
             ledger.finish(f"engines/{target}", built)
     key = _hash(key, *targets, hash_samples(questions), str(limit))
     if not ledger.begin("report", key, layout.report, announce):
-        return ReportData.model_validate_json(layout.report.read_text(encoding="utf-8"))
+        return load_report(layout.report)
     chosen = next(iter(runnable), None)
     report = validate(
         model,

@@ -90,7 +90,9 @@ def evaluation_options() -> Decorator:
 def recipe_options(function: Function) -> Function:
     """Everything that makes a recipe; `qe_edge.cli.recipes.read_recipe` takes these values by name."""
     options = (
-        click.option("--method", metavar="NAME", help="How to quantize: 'qe' (Quant Experts, default) or 'rtn'."),
+        click.option(
+            "--method", metavar="NAME", help="How to quantize, for example 'qe' (Quant Experts, default) or 'rtn'."
+        ),
         click.option(
             "--scheme", metavar="NAME", help="Bits of weights and activations: w4a8 (default), w4a6, w4a16 or w3a16."
         ),

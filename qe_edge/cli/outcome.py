@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 
 import click
@@ -39,6 +36,8 @@ def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
         return 0
     except Exception as error:  # noqa: BLE001 - the last handler: no traceback ever reaches the user unasked
         if "--verbose" in words:
+            import traceback
+
             traceback.print_exc()
         problem, remedy, code = _explain(error, words)
         click.echo(click.style("Error: ", fg="red", bold=True) + _one_line(problem), err=True)
@@ -81,6 +80,10 @@ def _explain_defect(error: Exception, words: Sequence[str]) -> tuple[str, str, i
 
 def _write_traceback(error: Exception, words: Sequence[str]) -> str | None:
     """A new file with the command and the traceback; None if not even that can be written."""
+    import shlex
+    import tempfile
+    import traceback
+
     try:
         with tempfile.NamedTemporaryFile("w", prefix="qe-edge-", suffix=".log", delete=False, encoding="utf-8") as file:
             file.write(f"qe-edge {shlex.join(words)}\n\n")
@@ -93,6 +96,8 @@ def _write_traceback(error: Exception, words: Sequence[str]) -> str | None:
 def _how_to_resume(words: Sequence[str]) -> str:
     if not words or words[0] not in RESUMABLE:
         return "Stopped; nothing half-written is left. Run the same command again."
+    import shlex
+
     # --overwrite would throw the finished part away
     kept = [word for word in words if word not in ("--resume", "--overwrite")]
     return f"Stopped. Continue where it was with: qe-edge {shlex.join([*kept, '--resume'])}"

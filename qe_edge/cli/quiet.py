@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -23,6 +22,8 @@ def quiet_libraries(verbose: bool) -> Iterator[None]:
     if verbose:
         yield
         return
+    import logging
+
     added = [name for name in SETTINGS if name not in os.environ]
     os.environ.update({name: SETTINGS[name] for name in added})
     if "transformers" in sys.modules:  # imported earlier in this process, so the settings above come too late

@@ -20,3 +20,7 @@ def command(file: Path, output: Path, overwrite: bool) -> None:
 
     source = find_report(file)
     check_output_file(output, overwrite=overwrite)
+    from qe_edge.report import load_report, write_page
+
+    write_page(load_report(source), output)
+    click.echo(f"Wrote '{output}'.")
