@@ -18,6 +18,7 @@ from qe_edge.checkpoint import RECIPE, load_checkpoint_recipe, load_quantized
 from qe_edge.errors import ModelError
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.naming import name_nodes
+from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.linear import quantized_linears
 from qe_edge.models.family import GraphSpec
@@ -25,7 +26,7 @@ from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
 from qe_edge.runtime.embedding import EMBEDDING, TENSOR
-from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest, TensorSpec
+from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest
 
 IR_VERSION = 10  # the first with function overloads
 KEPT_INLINE = 1024  # bytes up to which a constant stays in the .onnx file
@@ -88,18 +89,10 @@ def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEn
         ) from error
     return GraphEntry(
         file=file,
-        inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
-        outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+        inputs=tuple(tensor_spec(value) for value in model.graph.inputs),
+        outputs=tuple(tensor_spec(value) for value in model.graph.outputs),
         profiles=spec.profiles,
     )
-
-
-def _tensor_spec(value: ir.Value) -> TensorSpec:
-    if value.dtype is None or value.shape is None:
-        raise ModelError(f"The exported tensor '{value.name}' has no type.", "Use the versions in constraints.txt.")
-    shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
-    dtype = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}[value.dtype]
-    return TensorSpec.model_validate({"name": value.name, "dtype": dtype, "shape": shape})
 
 
 def _write_runtime_files(loaded: LoadedModel, folder: Path) -> None:

@@ -102,8 +102,8 @@ class Forms(Protocol):
     def factor(self, ops: tape.Tape, x: ir.Value, factor: ir.Value, scale: ir.Value | None) -> ir.Value:
         """`x @ factor`, where an INT8 factor has one scale per column."""
 
-    def rank_table(self, ops: tape.Tape, operands: Operands) -> ir.Value:
-        """Float `[E, r]`: 1 on the shared rank and on each expert's own, 0 elsewhere."""
+    def rank_table(self, ops: tape.Tape, down: ir.Value) -> ir.Value:
+        """Float `[E, r]`: 1 on the shared rank and on each expert's own, 0 elsewhere; `down` is `[K, r]`."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class CanonicalForms:
         real = ops.op("Cast", [factor], {"to": ir.DataType.FLOAT.value})
         return ops.op("Mul", [ops.op("MatMul", [x, real]), scale])
 
-    def rank_table(self, ops: tape.Tape, operands: Operands) -> ir.Value:
+    def rank_table(self, ops: tape.Tape, down: ir.Value) -> ir.Value:
         """Computed from the attributes; ONNX Runtime folds it to a constant."""
         zero, one = (constant(ops, np.array(value, np.int64)) for value in (0, 1))
         last = constant(ops, np.array([-1], np.int64))
@@ -144,7 +144,7 @@ class CanonicalForms:
             ops.op("Constant", [], {"value_int": reference("value_int", name)})
             for name in ("num_experts", "rank_shared", "rank_routed")
         )
-        rank = ops.op("Squeeze", [ops.op("Shape", [operands.down], {"start": 1})])
+        rank = ops.op("Squeeze", [ops.op("Shape", [down], {"start": 1})])
         column = ops.op("Range", [zero, rank, one])
         owner = ops.op("Div", [ops.op("Sub", [column, shared]), ops.op("Max", [routed, one])])
         expert = ops.op("Unsqueeze", [ops.op("Range", [zero, experts, one]), last])
@@ -163,7 +163,7 @@ def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, forms: Forms)
         if operands.router is not None:
             scores = ops.op("MatMul", [ops.op("Abs", [operands.x]), operands.router])
             expert = ops.op("ArgMin", [scores], {"axis": -1, "keepdims": 0})
-            mask = ops.op("Gather", [forms.rank_table(ops, operands), expert], {"axis": 0})
+            mask = ops.op("Gather", [forms.rank_table(ops, operands.down), expert], {"axis": 0})
             hidden = ops.op("Mul", [hidden, mask])
         y = ops.op("Add", [y, forms.factor(ops, hidden, operands.up, operands.up_scale)])
     return y if operands.bias is None else ops.op("Add", [y, operands.bias])

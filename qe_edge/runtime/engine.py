@@ -12,8 +12,9 @@ import numpy as np
 from qe_edge.errors import ArtifactError, InputError
 from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
 from qe_edge.runtime.embedding import TokenEmbedding
+from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.manifest import GRAPHS, Manifest, read_manifest
-from qe_edge.runtime.sessions import ACCURACY_LEVELS, OrtSession, Session
+from qe_edge.runtime.sessions import ACCURACY_LEVELS, Array, OrtSession, Session
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Decoding:
 
     positions: np.ndarray
     attention_mask: np.ndarray
-    cache: dict[str, np.ndarray] = field(default_factory=dict)
+    cache: dict[str, Array] = field(default_factory=dict)
     step: int = 0
 
 
@@ -81,9 +82,7 @@ class VisionLanguageEngine:
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family = load_family(folder, manifest.model_type)
         processor = family.load_processor(str(folder))
-        sessions: dict[str, Session] = {
-            name: OrtSession(folder, manifest.graphs[name], accuracy_level, threads) for name in GRAPHS
-        }
+        sessions = _open_sessions(folder, manifest, accuracy_level, threads)
         return cls(manifest, family, processor, embedding, sessions)
 
     def encode(self, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
@@ -127,13 +126,14 @@ class VisionLanguageEngine:
 
     def visual(self, encoded: Encoded) -> np.ndarray:
         """Output of the visual encoder for all pictures of a batch."""
-        (hidden,) = self._run("visual", self.family.visual_feeds(encoded)).values()
-        return hidden
+        (hidden,) = self._sessions["visual"].run(self.family.visual_feeds(encoded)).values()
+        return np.asarray(hidden)
 
     def merger(self, hidden: np.ndarray) -> np.ndarray:
         """Image features `[features, hidden]` of the visual encoder's output."""
-        (features,) = self._run("merger", {self.manifest.graphs["merger"].inputs[0].name: hidden}).values()
-        return features
+        name = self.manifest.graphs["merger"].inputs[0].name
+        (features,) = self._sessions["merger"].run({name: hidden}).values()
+        return np.asarray(features)
 
     def prefill(self, encoded: Encoded, features: np.ndarray | None) -> tuple[np.ndarray, Decoding]:
         """Read prompts.
@@ -174,19 +174,27 @@ class VisionLanguageEngine:
         return self._language(self._embedding(tokens[:, None]), positions, state)
 
     def _language(self, embeds: np.ndarray, positions: np.ndarray, state: Decoding) -> np.ndarray:
-        feeds = {
+        feeds: dict[str, Array] = {
             "inputs_embeds": embeds,
             "position_ids": positions,
             "attention_mask": state.attention_mask,
             **state.cache,
         }
-        outputs = self._run("language", feeds)
-        logits = outputs.pop("logits")
+        outputs = self._sessions["language"].run(feeds)
+        logits = np.asarray(outputs.pop("logits"))
         state.cache = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
         return logits
 
-    def _run(self, graph: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._sessions[graph].run(feeds)
+
+def _open_sessions(folder: Path, manifest: Manifest, accuracy_level: int, threads: int | None) -> dict[str, Session]:
+    """The three graphs in the backend that they were built for."""
+    info = read_engine_info(folder)
+    if info is None or info.backend == "onnxruntime":
+        return {name: OrtSession(folder, manifest.graphs[name], accuracy_level, threads) for name in GRAPHS}
+    from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
+
+    device = Device(info)
+    return {name: TensorRTSession(device, folder, manifest.graphs[name]) for name in GRAPHS}
 
 
 def load_family(folder: Path, model_type: str) -> ModelFamily:

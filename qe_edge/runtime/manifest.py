@@ -145,8 +145,11 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(folder, f"{MANIFEST} {where} {first['msg'].lower()}") from error
     for entry in manifest.graphs.values():
-        if not (folder / entry.file).is_file():
+        file = folder / entry.file
+        if not file.is_file():
             raise _damaged(folder, f"'{entry.file}' is missing")
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise _damaged(folder, f"'{entry.file}' points outside it")
     return manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +15,27 @@ from qe_edge.runtime.manifest import GraphEntry
 ACCURACY_LEVELS = (0, 4)  # of ONNX Runtime's INT4 products: exact, or activations quantized once more in blocks
 
 
+@dataclass
+class DeviceArray:
+    """A tensor that a backend keeps where it computes.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its element type.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+
+Array = np.ndarray | DeviceArray
+
+
 class Session(Protocol):
     """One graph, ready to run."""
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run on named inputs; returns the named outputs."""
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on named inputs; returns the named outputs. Only `present.*` may be `DeviceArray`s, for the next call."""
 
 
 class OrtSession:
@@ -59,7 +76,7 @@ class OrtSession:
                 )
         self._outputs = [spec.name for spec in entry.outputs]
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run on named inputs; returns the named outputs.
 
         Raises:

@@ -1,0 +1,122 @@
+"""From an ONNX folder to an engine folder for one target."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qe_edge.atomic import atomic_folder
+from qe_edge.errors import ArtifactError
+from qe_edge.export.engine import EngineRequest, build_engine
+from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
+from qe_edge.export.signature import tensor_spec
+from qe_edge.export.targets import Target, get_target
+from qe_edge.progress import Progress, Silent, track
+from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild
+from qe_edge.runtime.manifest import GRAPHS, MANIFEST, GraphEntry, read_manifest
+
+DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
+
+
+def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | None = None) -> Path:
+    """Build for a target; the folder appears only when it is complete, and replaces an older one.
+
+    Args:
+        onnx: Folder that `qe-edge export` wrote.
+        out: Folder of all targets' engines.
+        target: Name of a target.
+        progress: Where to report progress.
+
+    Returns:
+        `out/target`, which holds the engines, everything the runtime needs besides, and `engine.json`.
+
+    Raises:
+        UnknownNameError: If there is no such target.
+        TargetError: If it cannot be built on this machine, or its library refuses the model.
+        ArtifactError: If `onnx` is no ONNX folder or is damaged.
+        ResourceError: If disk or memory do not suffice.
+    """
+    chosen = get_target(target)
+    manifest = read_manifest(onnx)
+    for entry in manifest.graphs.values():
+        if not entry.file.endswith(".onnx"):
+            raise ArtifactError(
+                f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
+            )
+    chosen.check()
+    sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in GRAPHS}
+    folder = out / chosen.name
+    with atomic_folder(folder) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
+        _copy_runtime_files(onnx, part)
+        entries, builds, versions = {}, {}, set()
+        for name in GRAPHS:
+            entries[name], builds[name], library = _build_graph(chosen, onnx, part, name, manifest.graphs[name])
+            versions.add(library)
+            tracked.advance(sizes[name], name)
+        manifest.model_copy(update={"graphs": entries}).write(part)
+        EngineInfo(
+            target=chosen.name,
+            backend=chosen.backend,
+            version=versions.pop(),
+            capabilities=tuple(f"{major}.{minor}" for major, minor in chosen.capabilities),
+            graphs=builds,
+        ).write(part)
+    return folder
+
+
+def _build_graph(
+    target: Target, source: Path, folder: Path, name: str, entry: GraphEntry
+) -> tuple[GraphEntry, GraphBuild, str]:
+    """One graph's engine in `folder`, its manifest entry, how it went, and the library's version."""
+    if target.backend == "onnxruntime":
+        started = time.perf_counter()
+        for file in _files(source, entry.file):
+            shutil.copyfile(source / file, folder / file)
+        build = GraphBuild(size=_size(folder, entry.file), seconds=time.perf_counter() - started)
+        return entry, build, version("onnxruntime")
+    lowered = folder / ".lowered"
+    lowered.mkdir()
+    model = ir.load(source / entry.file)
+    precision = lower_for_tensorrt(model)
+    ir.save(model, lowered / entry.file, external_data=f"{entry.file}{DATA}")
+    file = f"{name}.engine"
+    facts = build_engine(
+        EngineRequest(
+            backend=target.backend,
+            onnx=lowered / entry.file,
+            engine=folder / file,
+            facts=lowered / "facts.json",
+            profiles=entry.profiles,
+            capabilities=() if target.built_on_device else target.capabilities,
+        )
+    )
+    shutil.rmtree(lowered)
+    built = entry.model_copy(
+        update={
+            "file": file,
+            "inputs": tuple(tensor_spec(value) for value in model.graph.inputs),
+            "outputs": tuple(tensor_spec(value) for value in model.graph.outputs),
+        }
+    )
+    build = GraphBuild(size=facts.size, seconds=facts.seconds, layers=facts.layers, precision=precision)
+    return built, build, facts.version
+
+
+def _files(folder: Path, graph: str) -> list[str]:
+    """A graph's file and, where it has one, that of its external data."""
+    return [file for file in (graph, f"{graph}{DATA}") if (folder / file).is_file()]
+
+
+def _size(folder: Path, graph: str) -> int:
+    return sum((folder / file).stat().st_size for file in _files(folder, graph))
+
+
+def _copy_runtime_files(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer, image processor and embedding table: everything but graphs and descriptions."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in (MANIFEST, ENGINE_INFO) and not path.name.endswith((".onnx", DATA)):
+            shutil.copyfile(path, folder / path.name)

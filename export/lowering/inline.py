@@ -1,0 +1,166 @@
+"""Replaces `QELinear` nodes by standard operators in the forms that TensorRT fuses.
+
+TensorRT knows INT4 only with symmetric blocks and INT8 only through DequantizeLinear, so scales are repeated for
+blocks, and zero points move out of the weight: `x @ ((q - z) s) = x @ (q s) - (sum of x over each group) @ (z s)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import tape
+
+from qe_edge.errors import TargetError
+from qe_edge.export.op import DOMAIN, INPUTS, NAME, Attributes, Operands, constant, linear_body
+from qe_edge.grids import PER_CHANNEL
+
+BLOCKS = (128, 64, 32, 16)  # what TensorRT takes, best first
+FLOAT32 = "float32"  # key in a node's meta: it must compute in float32
+
+
+@dataclass(frozen=True)
+class TensorRTForms:
+    """Bodies of one layer for TensorRT.
+
+    Attributes:
+        attributes: The node's attributes.
+        block_size: Block of the INT4 weight.
+        scales: `[K / block_size, N]`.
+        offsets: `[K / g, N]`, zero points times scales, or None.
+    """
+
+    attributes: Attributes
+    block_size: int
+    scales: ir.Value
+    offsets: ir.Value | None
+
+    def main(self, ops: tape.Tape, x: ir.Value, operands: Operands) -> ir.Value:
+        """Block-wise symmetric DequantizeLinear and MatMul; zero points act on sums of the input."""
+        layout = {"axis": 0, "block_size": self.block_size}
+        weight = ops.op("DequantizeLinear", [operands.qweight, self.scales], layout)
+        y = ops.op("MatMul", [x, weight])
+        if self.offsets is None:
+            return y
+        groups = shape_of(self.offsets)[0]
+        split = ops.op("Reshape", [x, constant(ops, np.array([0, 0, groups, -1], np.int64))])
+        sums = ops.op("ReduceSum", [split, constant(ops, np.array([-1], np.int64))], {"keepdims": 0})
+        return ops.op("Sub", [y, ops.op("MatMul", [sums, self.offsets])])
+
+    def factor(self, ops: tape.Tape, x: ir.Value, factor: ir.Value, scale: ir.Value | None) -> ir.Value:
+        """INT8 factors are dequantized per column."""
+        if scale is not None:
+            factor = ops.op("DequantizeLinear", [factor, scale], {"axis": 1})
+        return ops.op("MatMul", [x, factor])
+
+    def rank_table(self, ops: tape.Tape, down: ir.Value) -> ir.Value:  # noqa: ARG002 - the sizes are known
+        """A constant."""
+        attributes = self.attributes
+        routed = np.repeat(np.eye(attributes.num_experts, dtype=np.float32), attributes.rank_routed, axis=1)
+        shared = np.ones((attributes.num_experts, attributes.rank_shared), np.float32)
+        return constant(ops, np.concatenate((shared, routed), axis=1))
+
+
+def inline_layers(model: ir.Model) -> list[str]:
+    """Replace every `QELinear` node, in place; drops the functions. Returns the names of the layers.
+
+    Nodes that must stay in float32 whatever the model's precision have `FLOAT32` in their meta: everything but the
+    products with weights.
+
+    Raises:
+        TargetError: If a layer's width fits no block.
+    """
+    names = []
+    for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]:
+        names.append(node.name or "")
+        ops = tape.Tape()
+        operands, attributes = without_neutral(operands_of(node), Attributes.of(node))
+        y = linear_body(ops, operands, attributes.act_bits, _forms(model.graph, node, operands, attributes))
+        weights = {value for value in operands.values() if value is not None and value is not operands.router}
+        for number, inner in enumerate(ops.nodes):
+            inner.name = f"{node.name}/{inner.op_type}_{number}"
+            inner.outputs[0].name = f"{inner.name}.output"
+            if not _is_weight_product(inner, weights):
+                inner.meta[FLOAT32] = True
+        output = node.outputs[0]
+        y.type, y.shape = output.type, output.shape
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], ops.nodes, [output], [y])
+    model.functions.clear()
+    model.opset_imports.pop(DOMAIN, None)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses():
+            del model.graph.initializers[name]
+    return names
+
+
+def operands_of(node: ir.Node) -> Operands:
+    """The inputs of a `QELinear` node by name."""
+    return Operands(**dict(zip(INPUTS, node.inputs, strict=False)))  # type: ignore[arg-type]
+
+
+def without_neutral(operands: Operands, attributes: Attributes) -> tuple[Operands, Attributes]:
+    """Leave out what the exporter added only so that all layers share one function."""
+    dropped: set[str] = set()
+    for name, value in (("zeros", 0), ("inv_omega", 1), ("bias", 0), ("down", 0)):
+        operand = getattr(operands, name)
+        if operand is not None and not (array_of(operand).astype(np.float32) != value).any():
+            dropped.add(name)
+    if "down" in dropped:
+        dropped |= {"up", "down_scale", "up_scale", "router"}
+    if attributes.num_experts < 2:
+        dropped.add("router")
+    kept = {name: getattr(operands, name) for name in INPUTS if name not in dropped}
+    return Operands(**kept), attributes
+
+
+def array_of(value: ir.Value) -> np.ndarray:
+    """Data of an initializer; INT4 comes as ml_dtypes.int4."""
+    if value.const_value is None:
+        raise ValueError(f"'{value.name}' is no initializer")
+    array: np.ndarray = value.const_value.numpy()
+    return array
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """Shape of an initializer."""
+    if value.const_value is None:
+        raise ValueError(f"'{value.name}' is no initializer")
+    return tuple(value.const_value.shape.numpy())
+
+
+def _forms(graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attributes) -> TensorRTForms:
+    """Prepare scales and offsets of one layer as initializers."""
+    width = shape_of(operands.qweight)[0]
+    group = width if attributes.group_size == PER_CHANNEL else attributes.group_size
+    block = next((block for block in BLOCKS if width % block == 0 and group % block == 0), None)
+    if block is None:
+        raise TargetError(
+            f"Layer '{node.name}' has {width} inputs in groups of {group}, which no block of TensorRT divides.",
+            "Build the model for the target 'cpu', or leave this part of it unquantized.",
+        )
+    scales = array_of(operands.scales)
+    repeated = add_initializer(graph, f"{node.name}.block_scales", np.repeat(scales, group // block, axis=0))
+    offsets = None
+    if operands.zeros is not None:
+        zeros = array_of(operands.zeros).astype(np.float32)
+        offsets = add_initializer(graph, f"{node.name}.offsets", zeros * scales)
+    return TensorRTForms(attributes, block, repeated, offsets)
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer of the graph."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def _is_weight_product(node: ir.Node, weights: set[ir.Value]) -> bool:
+    """Whether a node multiplies or decodes weights: those compute in the model's precision."""
+    if node.op_type == "DequantizeLinear":
+        return True
+    if node.op_type != "MatMul" or node.inputs[1] is None:
+        return False
+    producer = node.inputs[1].producer()
+    return producer is not None or node.inputs[1] in weights or (node.inputs[1].name or "").endswith(".offsets")

@@ -1,0 +1,205 @@
+"""float16 where the arithmetic is, float32 where the range is.
+
+Products run in float16. What adds or multiplies two activations runs in float32, so that the residual stream and the
+gates of MLPs cannot overflow (real models exceed float16 there), as do the statistics of norms, rotary angles, the
+router's scores and the rounding of activations. The KV cache is float16; all other inputs and outputs are float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx_ir as ir
+
+from qe_edge.export.lowering.inline import FLOAT32, add_initializer, array_of
+
+HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+FLOATS = (HALF, SINGLE)
+PRODUCTS = ("MatMul", "Gemm", "Conv", "DequantizeLinear")
+STATISTICS = (
+    "Cos", "Exp", "Erf", "LayerNormalization", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Sin", "Sqrt", "Tanh",
+)  # fmt: skip
+COMBINING = ("Add", "Sub", "Mul", "Div")
+MASKED = -3e4  # a masked score in float16: far below any other, and its sum with one is finite
+CACHE = ("past_key_values.", "present.")
+
+
+def scale_queries(model: ir.Model) -> None:
+    """Move the constant factor on attention scores to the queries: the bare product can exceed float16."""
+    for node in list(model.graph):
+        if node.op_type != "Mul":
+            continue
+        for product, factor in itertools.permutations(node.inputs):
+            producer = product.producer() if product is not None else None
+            if product is None or producer is None or producer.op_type != "MatMul":
+                continue
+            if factor is None or not _is_scalar(factor):
+                continue
+            query = producer.inputs[0]
+            if query is None or producer.inputs[1] is None or _is_constant(producer.inputs[1]):
+                continue
+            scaled = ir.node("Mul", [query, factor], name=f"{node.name}/query")
+            scaled.outputs[0].name = f"{node.name}.query"
+            scaled.outputs[0].type, scaled.outputs[0].shape = query.type, query.shape
+            model.graph.insert_before(producer, scaled)
+            producer.replace_input_with(0, scaled.outputs[0])
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [], node.outputs, [product])
+            break
+
+
+def to_half(model: ir.Model) -> dict[str, str]:
+    """Convert a float32 graph in place; returns the precision of every node that computes with floats.
+
+    Args:
+        model: A graph of standard operators, INT4 and INT8 weights behind DequantizeLinear.
+    """
+    conversion = _Conversion(model.graph)
+    for node in list(model.graph):
+        conversion.convert(node)
+    conversion.finish()
+    return conversion.precision
+
+
+class _Conversion:
+    """One pass over a graph in topological order."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.precision: dict[str, str] = {}
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._angles = _angle_nodes(graph)
+        for value in graph.inputs:
+            if value.dtype == SINGLE and (value.name or "").startswith(CACHE):
+                value.dtype = HALF
+
+    def convert(self, node: ir.Node) -> None:
+        """Choose a node's precision and cast its inputs to it."""
+        if node.op_type == "Cast" or not any(value.dtype in FLOATS for value in node.outputs if value.dtype):
+            self._constants_follow(node)
+            return
+        wanted = self._choose(node)
+        self.precision[node.name or ""] = "float16" if wanted == HALF else "float32"
+        for index, value in enumerate(node.inputs):
+            if value is not None and _is_float(value):
+                node.replace_input_with(index, self._as(value, wanted, node))
+        for output in node.outputs:
+            if output.dtype in FLOATS:
+                output.dtype = wanted
+
+    def finish(self) -> None:
+        """Bring the outputs to their types and drop what nothing uses any more."""
+        for index, value in enumerate(self.graph.outputs):
+            if value.dtype not in FLOATS:
+                continue
+            wanted = HALF if (value.name or "").startswith(CACHE) else SINGLE
+            if value.dtype != wanted:
+                name = value.name
+                value.name = f"{name}.uncast"
+                cast = _cast(value, wanted, f"{name}/Cast")
+                cast.outputs[0].name = name
+                self.graph.append(cast)
+                self.graph.outputs[index] = cast.outputs[0]
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses():
+                del self.graph.initializers[name]
+
+    def _choose(self, node: ir.Node) -> ir.DataType:
+        if node in self._angles or node.op_type in STATISTICS or FLOAT32 in node.meta:
+            return SINGLE
+        if node.op_type in PRODUCTS:
+            return HALF
+        activations = [value for value in node.inputs if value is not None and _is_float(value) and not _is_free(value)]
+        if not activations:
+            return HALF  # made of constants only, such as the attention mask
+        if node.op_type in COMBINING and len(activations) > 1:
+            return SINGLE
+        return HALF if any(value.dtype == HALF for value in activations) else SINGLE
+
+    def _constants_follow(self, node: ir.Node) -> None:
+        """A node that gives no floats takes them in one precision."""
+        floats = [value for value in node.inputs if value is not None and _is_float(value)]
+        if len(floats) < 2:
+            return
+        for index, value in enumerate(node.inputs):
+            if value is not None and _is_float(value):
+                node.replace_input_with(index, self._as(value, SINGLE, node))
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, node: ir.Node) -> ir.Value:
+        """`value` in `dtype`: itself, a converted constant, or a cast."""
+        if value.dtype == dtype:
+            return value
+        key = (value, dtype)
+        if key not in self._casts:
+            suffix = "half" if dtype == HALF else "single"
+            if _is_constant(value):
+                converted = convert_constant(array_of_constant(value), dtype)
+                self._casts[key] = add_initializer(self.graph, f"{value.name}.{suffix}", converted)
+            else:
+                cast = _cast(value, dtype, f"{value.name}/{suffix}")
+                self.graph.insert_before(node, cast)
+                self._casts[key] = cast.outputs[0]
+        return self._casts[key]
+
+
+def convert_constant(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    """A constant in another precision; what only masks becomes a number that float16 can add to."""
+    if dtype == SINGLE:
+        return array.astype(np.float32)
+    limit = float(np.finfo(np.float16).max)
+    return np.where(array < -limit, MASKED, np.clip(array, -limit, limit)).astype(np.float16)
+
+
+def array_of_constant(value: ir.Value) -> np.ndarray:
+    """Data of an initializer or of a Constant node."""
+    producer = value.producer()
+    if producer is None:
+        return array_of(value)
+    array: np.ndarray = producer.attributes["value"].as_tensor().numpy()
+    return array
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": dtype.value}, name=name)
+    node.outputs[0].name = f"{name}.output"
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), value.shape
+    return node
+
+
+def _is_float(value: ir.Value) -> bool:
+    if value.dtype is None:
+        raise ValueError(f"value '{value.name}' has no type")
+    return value.dtype in FLOATS
+
+
+def _is_constant(value: ir.Value) -> bool:
+    producer = value.producer()
+    return value.is_initializer() or (producer is not None and producer.op_type == "Constant")
+
+
+def _is_scalar(value: ir.Value) -> bool:
+    return _is_constant(value) and array_of_constant(value).size == 1
+
+
+def _is_free(value: ir.Value) -> bool:
+    """Whether a value holds constants only, or a choice between constants."""
+    producer = value.producer()
+    if _is_constant(value):
+        return True
+    if producer is None or producer.op_type not in ("Where", "Expand", "Unsqueeze", "Reshape", "Slice"):
+        return False
+    floats = [source for source in producer.inputs if source is not None and _is_float(source)]
+    return all(_is_free(source) for source in floats)
+
+
+def _angle_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes whose result goes into a sine or cosine: positions times frequencies are large and must be exact."""
+    pending = [node for node in graph if node.op_type in ("Sin", "Cos")]
+    found: set[ir.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            producers = (value.producer() for value in node.inputs if value is not None)
+            pending += [producer for producer in producers if producer is not None]
+    return found

@@ -1,0 +1,47 @@
+"""The lowering for every TensorRT: standard operators only, products in float16."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx_ir as ir
+from onnx_ir.passes.common import CheckerPass, ShapeInferencePass
+
+from qe_edge.export.lowering.expand import expand_gelu
+from qe_edge.export.lowering.inline import inline_layers
+from qe_edge.export.lowering.precision import scale_queries, to_half
+from qe_edge.runtime.engine_info import Precision
+
+WEIGHTS = {ir.DataType.INT4: "int4", ir.DataType.INT8: "int8"}
+
+
+def lower_for_tensorrt(model: ir.Model) -> Precision:
+    """Lower a canonical graph in place; returns what computes in which precision.
+
+    Raises:
+        TargetError: If a layer does not fit TensorRT.
+    """
+    inline_layers(model)
+    expand_gelu(model)
+    ShapeInferencePass()(model)  # types of the new values
+    scale_queries(model)
+    precision = to_half(model)
+    CheckerPass()(model)
+    products: dict[str, str] = {}
+    others: Counter[str] = Counter()
+    for node in model.graph:
+        compute = precision.get(node.name or "")
+        if node.op_type in ("MatMul", "Gemm") and compute is not None:
+            products[node.name or ""] = f"{_weights(node)} weights, {compute}" if _weights(node) else compute
+        elif compute is not None and node.op_type not in ("Constant", "DequantizeLinear"):
+            others[f"{node.op_type} {compute}"] += 1
+    return Precision(products=products, others=dict(sorted(others.items())))
+
+
+def _weights(node: ir.Node) -> str | None:
+    """Storage of a product's quantized weights."""
+    producer = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear" or producer.inputs[0] is None:
+        return None
+    dtype = producer.inputs[0].dtype
+    return None if dtype is None else WEIGHTS.get(dtype)

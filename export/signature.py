@@ -1,0 +1,24 @@
+"""Inputs and outputs of a graph as the manifest lists them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qe_edge.errors import ModelError
+from qe_edge.runtime.manifest import TensorSpec
+
+DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+
+
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """Name, type and shape of an input or output.
+
+    Raises:
+        ModelError: If its type or shape is unknown or unusual.
+    """
+    if value.dtype not in DTYPES or value.shape is None:
+        raise ModelError(
+            f"The exported tensor '{value.name}' has no usable type.", "Use the versions in constraints.txt."
+        )
+    shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    return TensorSpec.model_validate({"name": value.name, "dtype": DTYPES[value.dtype], "shape": shape})

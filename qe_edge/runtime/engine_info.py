@@ -1,0 +1,83 @@
+"""`engine.json`: how an engine folder was built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qe_edge.errors import ArtifactError
+
+ENGINE_INFO = "engine.json"
+MAX_BYTES = 16 * 2**20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Precision(_Strict):
+    """What computes in which precision.
+
+    Attributes:
+        products: For every matrix product its weights' storage and its arithmetic, by node name.
+        others: Number of other nodes by operator and arithmetic, for example "Softmax float16".
+    """
+
+    products: dict[str, str]
+    others: dict[str, int]
+
+
+class GraphBuild(_Strict):
+    """One built graph.
+
+    Attributes:
+        size: Bytes of its files.
+        seconds: Time of the build.
+        layers: Layers of the backend's network, 0 where it does not tell.
+        precision: What computes how; None where the canonical graph runs as it is, in float32.
+    """
+
+    size: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    layers: int = Field(0, ge=0)
+    precision: Precision | None = None
+
+
+class EngineInfo(_Strict):
+    """Everything about a build.
+
+    Attributes:
+        target: Name of the target.
+        backend: Python module that runs the engines.
+        version: Of the backend at build time.
+        capabilities: Compute capabilities that the engines were built for, for example "8.6".
+        graphs: The graphs by name.
+    """
+
+    target: str
+    backend: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    version: str
+    capabilities: tuple[str, ...] = ()
+    graphs: dict[str, GraphBuild]
+
+    def write(self, folder: Path) -> None:
+        """Write `engine.json` into `folder`."""
+        (folder / ENGINE_INFO).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_engine_info(folder: Path) -> EngineInfo | None:
+    """How a folder was built, None for an ONNX folder.
+
+    Raises:
+        ArtifactError: If the file is damaged.
+    """
+    path = folder / ENGINE_INFO
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            return EngineInfo.model_validate_json(file.read(MAX_BYTES))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"The folder '{folder}' is damaged: {ENGINE_INFO} is wrong.", "Build it again.") from error

@@ -1,0 +1,161 @@
+"""A graph in TensorRT or TensorRT-RTX.
+
+Not yet run on hardware: written against the libraries' documentation and checked as far as a machine without a GPU
+can check it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qe_edge.errors import InputError, ResourceError, TargetError
+from qe_edge.runtime.cuda import Driver
+from qe_edge.runtime.engine_info import EngineInfo
+from qe_edge.runtime.manifest import GraphEntry, TensorSpec
+from qe_edge.runtime.sessions import Array, DeviceArray
+
+KEPT = "present."  # outputs that stay on the device and come back as inputs: the KV cache
+
+
+class Device:
+    """The GPU, the library and one stream, shared by a model's graphs.
+
+    Args:
+        info: How the engines were built.
+
+    Raises:
+        TargetError: If there is no GPU, or the library is missing.
+    """
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.info = info
+        self.driver = Driver()
+        try:
+            self.trt: Any = importlib.import_module(info.backend)
+        except ImportError as error:
+            raise TargetError(
+                f"These engines need the Python module {info.backend}, which is not installed.",
+                f"Install it in version {info.version}, or use the 'cpu' target.",
+            ) from error
+        self.driver.open_context()
+        self.stream = self.driver.create_stream()
+        self.logger = self.trt.Logger(self.trt.Logger.ERROR)
+        self.runtime = self.trt.Runtime(self.logger)
+
+
+@dataclass
+class Buffer(DeviceArray):
+    """A tensor on the device; its memory goes back with the object.
+
+    Attributes:
+        driver: Where the memory came from.
+        pointer: Device address.
+    """
+
+    driver: Driver = field(repr=False)
+    pointer: int = 0
+
+    def __post_init__(self) -> None:
+        self.pointer = self.driver.allocate(int(np.prod(self.shape)) * self.dtype.itemsize)
+
+    def __del__(self) -> None:
+        if self.pointer:
+            self.driver.free(self.pointer)
+
+
+class TensorRTSession:
+    """One engine.
+
+    Args:
+        device: The GPU.
+        folder: Folder of the engine.
+        entry: Its entry in the manifest.
+
+    Raises:
+        TargetError: If the engine does not fit this GPU or library version.
+    """
+
+    def __init__(self, device: Device, folder: Path, entry: GraphEntry) -> None:
+        self._device = device
+        self._entry = entry
+        info = device.info
+        self._engine = device.runtime.deserialize_cuda_engine((folder / entry.file).read_bytes())
+        if self._engine is None:
+            raise TargetError(
+                f"'{folder / entry.file}' was built with {info.backend} {info.version} and cannot be loaded by "
+                f"{device.trt.__version__} on this GPU.",
+                f"Build the target '{info.target}' again on this machine.",
+            )
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise ResourceError(f"'{entry.file}' does not fit into the GPU's memory.", "Close other programs.")
+        self._profile = -1
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on named inputs; outputs come back as numpy arrays, the KV cache stays on the device.
+
+        Raises:
+            InputError: If no profile of the engine takes the shapes.
+            ResourceError: If the GPU's memory is full.
+        """
+        driver, stream = self._device.driver, self._device.stream
+        self._select_profile({name: array.shape for name, array in feeds.items()})
+        living: list[object] = []  # what the stream still reads
+        for spec in self._entry.inputs:
+            array = feeds[spec.name]
+            if not isinstance(array, Buffer):
+                array = self._upload(np.asarray(array), spec, living)
+            living.append(array)
+            self._context.set_input_shape(spec.name, tuple(array.shape))
+            self._context.set_tensor_address(spec.name, array.pointer)
+        outputs = {}
+        for spec in self._entry.outputs:
+            shape = tuple(self._context.get_tensor_shape(spec.name))
+            outputs[spec.name] = Buffer(shape, np.dtype(spec.dtype), driver)
+            self._context.set_tensor_address(spec.name, outputs[spec.name].pointer)
+        if not self._context.execute_async_v3(stream):
+            raise ResourceError(
+                f"'{self._entry.file}' failed on the GPU.", "Use a smaller batch or picture; see 'qe-edge doctor'."
+            )
+        results: dict[str, Array] = {}
+        for name, buffer in outputs.items():
+            results[name] = buffer if name.startswith(KEPT) else self._download(buffer)
+        driver.synchronize(stream)
+        return results
+
+    def _select_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Switch to the first profile that takes all shapes."""
+        for index, profile in enumerate(self._entry.profiles.values()):
+            if all(_fits(shapes[name], smallest, largest) for name, (smallest, _, largest) in profile.items()):
+                if index != self._profile:
+                    self._context.set_optimization_profile_async(index, self._device.stream)
+                    self._profile = index
+                return
+        raise InputError(
+            f"The engine '{self._entry.file}' was not built for inputs of this size.",
+            "Use a smaller batch, picture or prompt; manifest.json lists the largest of each.",
+        )
+
+    def _upload(self, array: np.ndarray, spec: TensorSpec, living: list[object]) -> Buffer:
+        host = np.ascontiguousarray(array, dtype=spec.dtype)
+        buffer = Buffer(host.shape, host.dtype, self._device.driver)
+        self._device.driver.upload(buffer.pointer, host, self._device.stream)
+        living.append(host)
+        return buffer
+
+    def _download(self, buffer: Buffer) -> np.ndarray:
+        host = np.empty(buffer.shape, buffer.dtype)
+        self._device.driver.download(host, buffer.pointer, self._device.stream)
+        return host
+
+
+def _fits(shape: tuple[int, ...], smallest: tuple[int, ...], largest: tuple[int, ...]) -> bool:
+    return len(shape) == len(smallest) and all(
+        low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
+    )
