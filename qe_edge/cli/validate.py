@@ -45,8 +45,12 @@ def command(
         runs_here,
     )
     from qe_edge.cli.outputs import check_output_file
+    from qe_edge.errors import InputError
 
     page = output.with_suffix(".html")
+    if page == output:
+        remedy = f"Give a name such as '{output.with_suffix('.json')}'."
+        raise InputError(f"'{output}' is where the page is written, beside the data.", remedy)
     for file in (output, page):
         check_output_file(file, overwrite=overwrite)
     quantized = find_checkpoint(checkpoint)

@@ -1,0 +1,140 @@
+"""What `deploy` does again and what it keeps; the stages are stand-ins that write a line each."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from qe_edge import deploy as deployment
+from qe_edge.deploy import LEDGER, deploy, is_deployment, model_fingerprint
+from qe_edge.recipe import make_recipe
+from tests.cli.running import Outcome, Run
+
+RECIPE = make_recipe(method="rtn", calibration={"samples": 2})
+
+
+class Stages:
+    """Stand-ins for the stages; notes which ran, and fails in one of them if told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ran: list[str] = []
+        self.fail_in = ""
+        monkeypatch.setattr(deployment, "quantize_to_folder", lambda _m, _r, out, **_k: self._folder("quantize", out))
+        for module, attributes in {
+            "qe_edge.export.exporter": {"export_model": lambda _c, out, **_k: self._folder("export", out)},
+            "qe_edge.export.build": {"build_engines": lambda _o, out, target, **_k: self._folder(target, out)},
+            "qe_edge.validate": {"validate": lambda *_a, **_k: "report"},
+            "qe_edge.report": {"write_report": self._report, "load_report": lambda path: path.read_text()},
+        }.items():
+            stand_in = types.ModuleType(module)
+            stand_in.__dict__.update(attributes)
+            monkeypatch.setitem(sys.modules, module, stand_in)
+        monkeypatch.setattr(deployment, "check_targets", list)
+
+    def _folder(self, stage: str, out: Path) -> None:
+        if stage == self.fail_in:
+            raise KeyboardInterrupt
+        out.mkdir(parents=True)
+        self.ran.append(stage)
+
+    def _report(self, report: str, path: Path, page: Path) -> None:
+        path.write_text(report)
+        page.write_text(report)
+        self.ran.append("report")
+
+    def take(self) -> list[str]:
+        """Which stages ran since the last call."""
+        ran, self.ran = self.ran, []
+        return ran
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    return Stages(monkeypatch)
+
+
+def test_everything_runs_once_and_is_kept_on_resume(stages: Stages, tmp_path: Path) -> None:
+    lines: list[str] = []
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"])
+    assert stages.take() == ["quantize", "export", "cpu", "rtx", "report"]
+    assert deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], resume=True, announce=lines.append) == "report"
+    assert stages.take() == []
+    assert len(lines) == 5
+    assert all(line.endswith("complete already") for line in lines)
+
+
+def test_without_resume_everything_is_done_again(stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    deploy("demo", tmp_path, RECIPE, ["rtx"])
+    stages.take()
+    deploy("demo", tmp_path, RECIPE, ["cpu"])
+    assert stages.take() == ["quantize", "export", "cpu", "report"]
+    assert not (tmp_path / "engines" / "rtx").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_stopped_deployment_continues_in_the_stage_that_it_reached(stages: Stages, tmp_path: Path) -> None:
+    stages.fail_in = "cpu"
+    with pytest.raises(KeyboardInterrupt):
+        deploy("demo", tmp_path, RECIPE)
+    assert stages.take() == ["quantize", "export"]
+    stages.fail_in = ""
+    deploy("demo", tmp_path, RECIPE, resume=True)
+    assert stages.take() == ["cpu", "report"]
+
+
+def test_a_missing_output_is_made_again(stages: Stages, tmp_path: Path) -> None:
+    deploy("demo", tmp_path, RECIPE)
+    stages.take()
+    shutil.rmtree(tmp_path / "onnx")
+    deploy("demo", tmp_path, RECIPE, resume=True)
+    assert stages.take() == ["export"]
+
+
+def test_a_further_target_is_built_beside_the_first(stages: Stages, tmp_path: Path) -> None:
+    deploy("demo", tmp_path, RECIPE, ["cpu"])
+    stages.take()
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], resume=True)
+    assert stages.take() == ["rtx", "report"]
+
+
+def test_model_fingerprint_follows_every_file(model: Path) -> None:
+    before = model_fingerprint(str(model))
+    assert before == model_fingerprint("demo")
+    tokenizer = model / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert model_fingerprint(str(model)) != before
+
+
+def test_a_deployment_is_known_by_its_ledger_or_its_unfinished_run(tmp_path: Path) -> None:
+    assert not is_deployment(tmp_path)
+    (tmp_path / "checkpoint.work").mkdir()
+    assert is_deployment(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint.work")
+    (tmp_path / LEDGER).write_text("not json")
+    assert is_deployment(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme(child: Run, tmp_path: Path) -> None:
+    """`qe-edge deploy demo -o out`, with fewer questions and a quick recipe; CI runs it as it stands."""
+    out = tmp_path / "out"
+    words = ["deploy", "demo", "-o", out, "--samples", "4", "--set", "tokens=256", "--limit", "4"]
+    outcome: Outcome = child(*words)
+    assert outcome.code == 0, outcome.err
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoint", "onnx", "engines", "report.json", "report.html", LEDGER,
+    }  # fmt: skip
+    assert "bits per weight stored" in outcome.out
+    assert "Traceback" not in outcome.err
+    assert "Warning" not in outcome.err
+    refused = child(*words)
+    assert refused.code == 2
+    assert "--resume to continue" in refused.err
+    resumed = child(*words, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert resumed.err.count("complete already") == 5
