@@ -67,7 +67,7 @@ const char* Load(const Driver& driver, Loaded& loaded) {
   if (driver.get_version(&version) != kSuccess) return "The CUDA driver does not answer. Reinstall the NVIDIA driver.";
   const bool cuda13 = version >= 13000;
   if (!cuda13 && qe_fatbin_cuda12_bytes == 0)
-    return "This build has no kernels for CUDA 12. Build the plugin with QE_NVCC12 set to a CUDA 12 compiler.";
+    return "This build has no kernels for CUDA 12. Build the plugin with QE_PTXAS12 set to the ptxas of CUDA 12.";
   if (driver.load_module(&loaded.module, cuda13 ? qe_fatbin_cuda13 : qe_fatbin_cuda12) != kSuccess)
     return "The kernels do not load on this GPU. Use one of compute capability 8.0 or later.";
   return nullptr;

@@ -15,5 +15,5 @@
 // Bounds chosen by the registers that the assembler then takes: the second number keeps it from squeezing the
 // per-channel kernels into 128 registers and spilling, and makes it spend 210 on the others.
 #define QE_MAIN_PREFILL(name, T, mode, groups, zeros) \
-  QE_KERNEL void QE_BOUNDS(mode == qe::kInt8 ? 256 : 192, groups == 0 ? 1 : 0) name(qe::MainArgs p) { qe::main_prefill<qe::T, mode, groups, zeros>(p); }
+  QE_KERNEL void QE_BOUNDS(256, groups == 0 ? 1 : 0) name(qe::MainArgs p) { qe::main_prefill<qe::T, mode, groups, zeros>(p); }
 #include "kernel_list.h"

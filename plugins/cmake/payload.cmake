@@ -1,0 +1,44 @@
+# One compute_80 PTX, assembled for every chip, in one fatbin per CUDA major version.
+#
+# CUDA 12 gets the very same PTX with a lower version in its header: it uses nothing newer than PTX 8.3, and ptxas
+# refuses what it does not know. So what the emulator verified is what runs under both drivers.
+find_program(QE_NVCC nvcc REQUIRED)
+get_filename_component(QE_NVCC_REAL ${QE_NVCC} REALPATH)
+get_filename_component(QE_CUDA_BIN ${QE_NVCC_REAL} DIRECTORY)
+find_program(QE_PTXAS ptxas HINTS ${QE_CUDA_BIN} REQUIRED)
+find_program(QE_FATBINARY fatbinary HINTS ${QE_CUDA_BIN} REQUIRED)
+
+set(QE_PTX ${CMAKE_CURRENT_BINARY_DIR}/kernels.ptx)
+set(QE_PTX12 ${CMAKE_CURRENT_BINARY_DIR}/kernels12.ptx)
+file(GLOB QE_KERNEL_SOURCES CONFIGURE_DEPENDS kernels/*.cu kernels/*.cuh kernels/*.h include/qe_edge/args.h)
+add_custom_command(OUTPUT ${QE_PTX}
+  COMMAND ${QE_NVCC} -O3 -std=c++17 -arch=compute_80 -ptx -o ${QE_PTX} ${CMAKE_CURRENT_SOURCE_DIR}/kernels/kernels.cu
+  DEPENDS ${QE_KERNEL_SOURCES} VERBATIM)
+add_custom_command(OUTPUT ${QE_PTX12}
+  COMMAND sed "s/^\\.version .*/.version 8.3/" ${QE_PTX} > ${QE_PTX12}
+  DEPENDS ${QE_PTX} VERBATIM)
+
+function(qe_fatbin output ptx ptxas tag)
+  set(images "")
+  set(cubins "")
+  foreach(chip ${ARGN})
+    set(cubin ${CMAKE_CURRENT_BINARY_DIR}/${tag}_sm_${chip}.cubin)
+    add_custom_command(OUTPUT ${cubin}
+      COMMAND ${ptxas} -O3 -arch=sm_${chip} ${ptx} -o ${cubin} DEPENDS ${ptx} VERBATIM)
+    list(APPEND cubins ${cubin})
+    list(APPEND images --image3=kind=elf,sm=${chip},file=${cubin})
+  endforeach()
+  add_custom_command(OUTPUT ${output}
+    COMMAND ${QE_FATBINARY} -64 --compress-all --create=${output} ${images} --image3=kind=ptx,sm=80,file=${ptx}
+    DEPENDS ${cubins} ${ptx} VERBATIM)
+endfunction()
+
+set(QE_FATBIN13 ${CMAKE_CURRENT_BINARY_DIR}/cuda13.fatbin)
+set(QE_FATBIN12 ${CMAKE_CURRENT_BINARY_DIR}/cuda12.fatbin)
+qe_fatbin(${QE_FATBIN13} ${QE_PTX} ${QE_PTXAS} cuda13 ${QE_CHIPS})
+if(QE_PTXAS12)
+  qe_fatbin(${QE_FATBIN12} ${QE_PTX12} ${QE_PTXAS12} cuda12 ${QE_CHIPS12})
+else()
+  message(WARNING "QE_PTXAS12 is not set: the plugin will not run under CUDA 12 drivers (JetPack 6).")
+  add_custom_command(OUTPUT ${QE_FATBIN12} COMMAND ${CMAKE_COMMAND} -E touch ${QE_FATBIN12} VERBATIM)
+endif()

@@ -1,0 +1,111 @@
+"""Lower canonical QELinear nodes to what the TensorRT plugin takes: prepacked weights, integer attributes.
+
+Once per target, at build time. The canonical model is not changed; the result runs in TensorRT only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from prepack.floats import Dtype
+from prepack.linear import CanonicalLinear, PackError
+from prepack.pack import PackedLinear, pack
+
+DOMAIN, OP = "qe_edge", "QELinear"
+LAYOUT_VERSION = 1  # the plugin refuses another one; tensorrt/fields.h has the same number
+
+INPUTS = ("x", "qweight", "scales", "zeros", "inv_omega", "down", "up", "down_scale", "up_scale", "router", "bias")
+_DTYPES: dict[int, Dtype] = {TensorProto.FLOAT16: "f16", TensorProto.BFLOAT16: "bf16"}
+_ORDER = ("weight", "columns", "scales", "zeros", "inv_omega", "down", "down_scale", "up", "router")
+
+
+def lower(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the model whose QELinear nodes carry prepacked weights. Raises PackError for a node that cannot."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes, added = [], []
+    for node in graph.node:
+        if (node.domain, node.op_type) != (DOMAIN, OP):
+            nodes.append(node)
+            continue
+        lowered, tensors = _lower_node(node, constants)
+        nodes.append(lowered)
+        added += tensors
+    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used] + added
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    functions = [f for f in result.functions if (f.domain, f.name) != (DOMAIN, OP)]
+    del result.functions[:]  # before TensorRT 10.7 a function of the same name would win over the plugin
+    result.functions.extend(functions)
+    return result
+
+
+def _values(tensor: TensorProto) -> NDArray[Any]:
+    """Integers as int8, floating point as float32."""
+    array = numpy_helper.to_array(tensor)
+    if tensor.data_type in (TensorProto.INT4, TensorProto.INT8):
+        return array.astype(np.int8)
+    return array.astype(np.float32)
+
+
+def _lower_node(
+    node: onnx.NodeProto, constants: dict[str, TensorProto]
+) -> tuple[onnx.NodeProto, list[TensorProto]]:
+    named = {role: name for role, name in zip(INPUTS, node.input, strict=False) if name}
+    missing = [role for role, name in named.items() if role != "x" and name not in constants]
+    if missing or "qweight" not in named or "scales" not in named:
+        what = ", ".join(missing) or "qweight or scales"
+        raise PackError(f"{node.name}: {what} is no initializer of the graph. Export the weights as initializers.")
+    kind = constants[named["scales"]].data_type
+    if kind not in _DTYPES:
+        raise PackError(f"{node.name}: its scales are neither float16 nor bfloat16. Export the model in one of them.")
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    linear = CanonicalLinear(
+        **{role: _values(constants[name]) for role, name in named.items() if role != "x"},
+        **{key: int(attributes.get(key, default)) for key, default in _INTEGERS.items()},
+    )
+    packed = pack(linear, _DTYPES[kind])
+    tensors = [_tensor(f"{node.name or node.output[0]}.packed.{role}", role, packed) for role in _present(packed)]
+    lowered = helper.make_node(
+        OP,
+        [named["x"], *(tensor.name for tensor in tensors)],
+        list(node.output),
+        name=node.name,
+        domain=DOMAIN,
+        plugin_version="1",
+        plugin_namespace="",
+        layout_version=LAYOUT_VERSION,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        has_zeros=int(linear.zeros is not None),
+        has_inv_omega=int(linear.inv_omega is not None),
+        adapter_int8=int(linear.int8_adapters),
+        **{key: getattr(linear, key) for key in _INTEGERS},
+    )
+    return lowered, tensors
+
+
+_INTEGERS = {"act_bits": 0, "group_size": -1, "rank_shared": 0, "rank_routed": 0, "num_experts": 0}
+
+
+def _present(packed: PackedLinear) -> list[str]:
+    return [role for role in _ORDER if getattr(packed, role) is not None]
+
+
+def _tensor(name: str, role: str, packed: PackedLinear) -> TensorProto:
+    """Bytes become INT8 (the parser widens UINT8 to INT32), 16-bit patterns the model's own type."""
+    array: NDArray[Any] = getattr(packed, role)
+    half = TensorProto.FLOAT16 if packed.dtype == "f16" else TensorProto.BFLOAT16
+    kinds = {np.dtype(np.uint8): TensorProto.INT8, np.dtype(np.int8): TensorProto.INT8,
+             np.dtype(np.uint16): half, np.dtype(np.float32): TensorProto.FLOAT}  # fmt: skip
+    shape = (array.shape[0], array.size // array.shape[0])
+    return helper.make_tensor(name, kinds[array.dtype], shape, np.ascontiguousarray(array).tobytes(), raw=True)

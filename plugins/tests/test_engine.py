@@ -1,0 +1,82 @@
+"""Rung 7: TensorRT-RTX parses a lowered model and builds an engine with the plugin, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator.build import ROOT
+from prepack.lower import lower
+from tests.cases import Mode
+from tests.modes import MODES
+from tests.onnx_models import canonical_model
+
+PLUGIN = Path(os.environ.get("QE_PLUGIN", ROOT / "build/plugin/libqe_plugin.so"))
+
+
+def build(model: bytes, folder: Path) -> dict[str, Any]:
+    path = folder / "model.onnx"
+    path.write_bytes(model)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder / "lib"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.trt_build", str(path), str(PLUGIN)]
+    (folder / "lib").mkdir(exist_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_every_mode_builds(dtype: str, tmp_path: Path) -> None:
+    modes = [mode for mode in MODES if mode.dtype == dtype]
+    features = [256] * (len(modes) + 1)
+    result = build(lower(canonical_model(modes, features)).SerializeToString(), tmp_path)
+    assert result["errors"] == [] and result["parsed"]
+    assert [kind for _, kind in result["layers"]].count("PLUGIN_V3") == len(modes)
+    assert result["engine_bytes"] > 256 * 256 // 2 * len(modes), result["messages"]
+
+
+def test_a_node_that_was_not_lowered_is_refused(tmp_path: Path) -> None:
+    result = build(canonical_model([Mode("w4a8")], [256, 256]).SerializeToString(), tmp_path)
+    assert not result["parsed"]
+    assert any("not lowered" in message for message in result["messages"])
+
+
+def damaged(change: str) -> bytes:
+    """A lowered model with one thing wrong."""
+    model = lower(canonical_model([Mode("w4a8")], [256, 256]))
+    node = model.graph.node[0]
+    if change == "weight of another size":
+        weight = next(t for t in model.graph.initializer if t.name.endswith("weight"))
+        weight.dims[0] -= 1
+        weight.raw_data = weight.raw_data[: weight.dims[0] * weight.dims[1]]
+    elif change == "one input too few":
+        del node.input[-1]
+    elif change == "rank beyond the limit":
+        next(a for a in node.attribute if a.name == "rank_shared").i = 4096
+    elif change == "other in_features than x":
+        next(a for a in node.attribute if a.name == "in_features").i = 512
+    elif change == "newer layout":
+        next(a for a in node.attribute if a.name == "layout_version").i = 99
+    elif change == "float32 activations":
+        model.graph.input[0].type.tensor_type.elem_type = 1
+        model.graph.output[0].type.tensor_type.elem_type = 1
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "weight of another size", "one input too few", "rank beyond the limit", "other in_features than x",
+        "newer layout", "float32 activations",
+    ],
+)  # fmt: skip
+def test_a_damaged_model_ends_in_an_error(change: str, tmp_path: Path) -> None:
+    result = build(damaged(change), tmp_path)
+    assert result["engine_bytes"] == 0
+    assert result["messages"] + result["errors"]
