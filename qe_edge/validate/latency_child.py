@@ -83,25 +83,36 @@ def _pytorch(request: Measurement, sample: Sample) -> tuple[Callable[[Times], No
     torch.set_num_threads(request.threads)
     loaded = load_model(request.model, torch.float32)
 
-    def generate(tokens: int) -> None:
+    def once(times: Times) -> None:
+        clock = _Clock()
         inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, [sample]))
         with torch.no_grad():
             loaded.model.generate(  # type: ignore[operator]
-                **inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
+                **inputs,
+                do_sample=False,
+                min_new_tokens=1 + request.new_tokens,
+                max_new_tokens=1 + request.new_tokens,
+                streamer=clock,
             )
-
-    def once(times: Times) -> None:
-        start = time.perf_counter()
-        generate(1)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        generate(1 + request.new_tokens)
-        rest = time.perf_counter() - start - first
-        times.setdefault("first_token", []).append(first)
-        times.setdefault("decode", []).append(rest / request.new_tokens)
+        start, _, first, *rest = clock.times
+        times.setdefault("first_token", []).append(first - start)
+        times.setdefault("decode", []).extend(np.diff([first, *rest]).tolist())
 
     encoded = loaded.family.encode(loaded.processor, [sample])
     return once, encoded.input_ids.shape[1]
+
+
+class _Clock:
+    """A transformers streamer that notes when it is made, when it gets the prompt, and when each token comes."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def put(self, _tokens: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to do."""
 
 
 def _note(times: Times, step: str, since: float) -> float:

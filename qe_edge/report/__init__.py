@@ -1,0 +1,21 @@
+"""The report as one self-contained page and as data.
+
+Imported when first used: plots need matplotlib, which is slow to load.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qe_edge.report.page import load_report, render_page, write_page, write_report
+
+__all__ = ["load_report", "render_page", "write_page", "write_report"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        from qe_edge.report import page
+
+        return getattr(page, name)
+    raise AttributeError(f"module 'qe_edge.report' has no attribute '{name}'")

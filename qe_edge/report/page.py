@@ -1,0 +1,81 @@
+"""From a report to files: JSON, and one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from qe_edge.atomic import atomic_file
+from qe_edge.errors import ArtifactError
+from qe_edge.report import figures, wording
+from qe_edge.validate.schema import Report
+
+MAX_REPORT_BYTES = 256 << 20
+
+
+def write_report(report: Report, json_path: Path, html_path: Path) -> None:
+    """Write the report as data and as a page; each file appears only when it is complete.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    with atomic_file(json_path) as part:
+        part.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_page(report, html_path)
+
+
+def write_page(report: Report, html_path: Path) -> None:
+    """Write the page alone.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    page = render_page(report)
+    with atomic_file(html_path) as part:
+        part.write_text(page, encoding="utf-8")
+
+
+def load_report(path: Path) -> Report:
+    """Read what `write_report` wrote as JSON.
+
+    Raises:
+        ArtifactError: If the file is missing, too large, or no report of this version.
+    """
+    if not path.is_file() or path.stat().st_size > MAX_REPORT_BYTES:
+        raise ArtifactError(f"There is no report '{path}'.", "Give the report.json of 'qe-edge validate'.")
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(
+            f"'{path}' is no report that this version reads: {where}: {first['msg']}.", "Validate again."
+        ) from error
+
+
+def render_page(report: Report) -> str:
+    """The page as text; everything that comes from the report is escaped."""
+    environment = Environment(
+        loader=PackageLoader("qe_edge.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= wording.FILTERS
+    style = files("qe_edge.report").joinpath("style.css").read_text(encoding="utf-8")
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        style=Markup(style),  # noqa: S704 - our own file
+        cards=wording.headline(report),
+        limits=wording.limits(report),
+        figures=figures.draw_all(report),
+        roles=wording.ROLES,
+        kinds=wording.KINDS,
+        kind_names=wording.kind_names(report),
+        stages=wording.by_stage(report.sizes),
+    )

@@ -1,0 +1,213 @@
+"""Numbers and sentences of the report: how values are written, the headline, and the limits told honestly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qe_edge.accounting import FileSize
+from qe_edge.validate.schema import Accuracy, Contender, Latency, Report, Role
+
+ROLES: dict[Role, str] = {"original": "Original", "quantized": "Quantized", "engine": "Engine"}
+KINDS = {"open": "Open", "yesno": "Yes/no", "": "Other"}
+NONE = "\u2013"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure of the headline.
+
+    Attributes:
+        label: What it is.
+        value: The figure.
+        note: What to compare it with.
+    """
+
+    label: str
+    value: str
+    note: str
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as percent."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def points(value: float) -> str:
+    """A difference of two shares in percentage points, with a true minus sign."""
+    rounded = round(100 * value, 1)
+    sign = "+" if rounded > 0 else "\u2212" if rounded < 0 else "\u00b1"
+    return f"{sign}{abs(rounded):.1f} points"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits; small ones as powers of ten."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4:
+        raised = str(exponent).translate(
+            str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+        )
+        return f"{value / 10.0**exponent:.{digits - 1}f} \u00d7 10{raised}"
+    return f"{value:.{max(digits - 1 - exponent, 0)}f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units."""
+    if value is None:
+        return NONE
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{significant(value)} {unit}"
+        value /= 1000
+    return f"{significant(value)} GB"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time."""
+    return NONE if value is None else f"{significant(value)} ms"
+
+
+def accuracy_of(accuracy: Accuracy | None, kind: str | None = None) -> str:
+    """Accuracy on one kind of question, or on all."""
+    return NONE if accuracy is None else percent(accuracy.share(kind))
+
+
+def tally(accuracy: Accuracy, kind: str | None = None) -> str:
+    """How many of how many, such as 164 of 200."""
+    kinds = list(accuracy.total) if kind is None else [kind]
+    return f"{sum(accuracy.correct.get(k, 0) for k in kinds)} of {sum(accuracy.total.get(k, 0) for k in kinds)}"
+
+
+def kind_names(report: Report) -> list[str]:
+    """Kinds of question that occur, open ones first."""
+    known = [kind for kind in KINDS if kind in report.evaluation.kinds]
+    return known + sorted(kind for kind in report.evaluation.kinds if kind not in KINDS)
+
+
+def by_stage(files: list[FileSize]) -> dict[str, list[FileSize]]:
+    """Files of every stage, stages in the order of the pipeline."""
+    return {stage: [file for file in files if file.stage == stage] for stage in dict.fromkeys(f.stage for f in files)}
+
+
+def listing(names: list[str]) -> str:
+    """A list in words: a, b and c."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def as_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "percent": percent,
+    "significant": significant,
+    "size": size,
+    "ms": milliseconds,
+    "accuracy_of": accuracy_of,
+    "tally": tally,
+    "as_json": as_json,
+    "listing": listing,
+}
+
+
+def headline(report: Report) -> list[Card]:
+    """The figures at the top of the page."""
+    rows = {row.role: row for row in report.contenders}
+    original, quantized = rows["original"], rows["quantized"]
+    best = rows.get("engine", quantized)
+    change = (best.accuracy.share() or 0) - (original.accuracy.share() or 0)
+    bits = report.bits
+    cards = [
+        Card(
+            "Accuracy",
+            percent(best.accuracy.share()),
+            f"original {percent(original.accuracy.share())}, {points(change)}",
+        ),
+        Card("KL to the original", _kl(best), "nats per answer token"),
+        Card(
+            "Bits per weight",
+            significant(bits.total.stored_bits),
+            f"all included; {significant(bits.total.read_bits)} read per token",
+        ),
+        Card("Weights", size(bits.model_bytes), f"original {size(_original_bytes(report))}, whole model"),
+    ]
+    fastest = fastest_engine(report)
+    if fastest is not None:
+        cards.append(
+            Card(
+                "First token",
+                milliseconds(fastest.steps["first_token"].median),
+                f"then {milliseconds(fastest.steps['decode'].median)} a token, {fastest.setting}",
+            )
+        )
+    return cards
+
+
+def fastest_engine(report: Report) -> Latency | None:
+    """The engine row with the shortest time to the first token."""
+    rows = [row for row in report.latency if row.runtime != "pytorch"]
+    return min(rows, key=lambda row: row.steps["first_token"].median, default=None)
+
+
+def limits(report: Report) -> list[str]:
+    """What these numbers do not say."""
+    samples = report.evaluation.samples
+    found = [
+        f"Accuracy on {samples} questions is known to about \u00b1{100 * _sampling_error(report):.0f} points "
+        "(95 % interval); smaller differences between rows mean little. KL and agreement are sharper.",
+        "An answer counts as right only if it equals the reference but for case and a final full stop.",
+    ]
+    found += list(report.notes)
+    if report.bits.total.grid < report.bits.total.codes:
+        found.append("INT3 codes are stored in 4-bit containers; the grid is 3 bits wide, memory and files hold 4.")
+    if report.routing:
+        found.append(
+            "Read bits assume a kernel that reads one routed expert per token. The portable ONNX graph evaluates all "
+            "experts and masks them."
+        )
+    if report.latency:
+        row = report.latency[0]
+        found.append(
+            f"Speed was measured on {report.machine.processor} with {row.threads} "
+            f"thread{'s' if row.threads != 1 else ''}, one question of {row.prompt_tokens} tokens at a time. Accuracy "
+            "level 4 of ONNX Runtime rounds activations once more; accuracy and KL on this page are for level 0. Peak "
+            "memory counts the whole process; Python and its libraries are nearly all of it for a small model."
+        )
+    else:
+        found.append("No engine was run, so this page says nothing about speed.")
+    found += [
+        f"The engine for '{target.name}' was built, and has not yet been run on hardware."
+        for target in report.targets
+        if not target.validated
+    ]
+    if report.model == "demo":
+        found.append(
+            "The demo model is small and insensitive to quantization: it shows that every stage works, not which "
+            "method is better."
+        )
+    return found
+
+
+def _kl(row: Contender) -> str:
+    return significant(row.answer_tokens.kl if row.answer_tokens else None, 2)
+
+
+def _original_bytes(report: Report) -> int | None:
+    weights = [file.size for file in report.sizes if file.stage == "original" and file.name.endswith(".safetensors")]
+    return sum(weights) or None
+
+
+def _sampling_error(report: Report) -> float:
+    """Half the 95 % interval of the original's accuracy (Wilson's centre keeps it sane at 0 and 1)."""
+    count = report.evaluation.samples
+    share = report.contenders[0].accuracy.share() or 0.0
+    centre = (share * count + 2) / (count + 4)
+    return 1.96 * math.sqrt(centre * (1 - centre) / (count + 4))
