@@ -27,12 +27,12 @@ def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | No
 
     Args:
         onnx: Folder that `qe-edge export` wrote.
-        out: Folder of all targets' engines.
+        out: Folder to write, for example `engines/<target>`.
         target: Name of a target.
         progress: Where to report progress.
 
     Returns:
-        `out/target`, which holds the engines, everything the runtime needs besides, and `engine.json`.
+        `out`, which holds the engines, everything the runtime needs besides, and `engine.json`.
 
     Raises:
         UnknownNameError: If there is no such target.
@@ -49,8 +49,7 @@ def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | No
             )
     chosen.check()
     sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in GRAPHS}
-    folder = out / chosen.name
-    with atomic_folder(folder) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
+    with atomic_folder(out) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
         _copy_runtime_files(onnx, part)
         entries, builds, versions = {}, {}, set()
         for name in GRAPHS:
@@ -65,7 +64,7 @@ def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | No
             capabilities=tuple(f"{major}.{minor}" for major, minor in chosen.capabilities),
             graphs=builds,
         ).write(part)
-    return folder
+    return out
 
 
 def _build_graph(
