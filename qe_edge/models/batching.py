@@ -117,5 +117,4 @@ def left_pad(
         input_ids[number, start:] = row.ids
         attention_mask[number, start:] = 1
         answer_mask[number, start + row.prompt_length :] = True
-    image_mask = (input_ids == image_token) & (attention_mask == 1)
-    return Encoded(input_ids, attention_mask, image_mask, answer_mask, pixels)
+    return Encoded(input_ids, attention_mask, input_ids == image_token, answer_mask, pixels)
