@@ -160,7 +160,7 @@ class ModelFamily(ABC):
         """Positions of generated token number `step` (0 is the first after the prompt): one past the largest so far."""
         axes = tuple(range(positions.ndim - 2))
         largest = positions.max(axis=(*axes, -1))
-        following = np.broadcast_to(largest[:, None] + 1 + step, positions.shape[:-1] + (1,))
+        following = np.broadcast_to(largest[:, None] + 1 + step, (*positions.shape[:-1], 1))
         return np.ascontiguousarray(following)
 
     def save_processor(self, processor: Any, folder: Path) -> None:  # noqa: ANN401

@@ -55,7 +55,8 @@ def resolve_model(reference: str) -> str:
     is_path = folder.exists() or reference.startswith((".", "/", "~")) or folder.parent.is_dir()
     if is_path or reference.count("/") != 1:
         raise ModelError(
-            f"There is no model folder '{reference}'.", "Give a folder with config.json, a hub id 'owner/name', or 'demo'."
+            f"There is no model folder '{reference}'.",
+            "Give a folder with config.json, a hub id 'owner/name', or 'demo'.",
         )
     return reference
 
