@@ -2,9 +2,16 @@
 #
 # CUDA 12 gets the very same PTX with a lower version in its header: it uses nothing newer than PTX 8.3, and ptxas
 # refuses what it does not know. So what the emulator verified is what runs under both drivers.
+# QE_FATBIN_FOLDER reuses the fatbins of another build folder: they are the same for every host architecture.
+set(QE_FATBIN_FOLDER ${CMAKE_CURRENT_BINARY_DIR} CACHE PATH "Where cuda13.fatbin and cuda12.fatbin are")
+set(QE_FATBIN13 ${QE_FATBIN_FOLDER}/cuda13.fatbin)
+set(QE_FATBIN12 ${QE_FATBIN_FOLDER}/cuda12.fatbin)
 find_program(QE_NVCC nvcc REQUIRED)
 get_filename_component(QE_NVCC_REAL ${QE_NVCC} REALPATH)
 get_filename_component(QE_CUDA_BIN ${QE_NVCC_REAL} DIRECTORY)
+if(NOT QE_FATBIN_FOLDER STREQUAL CMAKE_CURRENT_BINARY_DIR)
+  return()
+endif()
 find_program(QE_PTXAS ptxas HINTS ${QE_CUDA_BIN} REQUIRED)
 find_program(QE_FATBINARY fatbinary HINTS ${QE_CUDA_BIN} REQUIRED)
 
@@ -33,8 +40,6 @@ function(qe_fatbin output ptx ptxas tag)
     DEPENDS ${cubins} ${ptx} VERBATIM)
 endfunction()
 
-set(QE_FATBIN13 ${CMAKE_CURRENT_BINARY_DIR}/cuda13.fatbin)
-set(QE_FATBIN12 ${CMAKE_CURRENT_BINARY_DIR}/cuda12.fatbin)
 qe_fatbin(${QE_FATBIN13} ${QE_PTX} ${QE_PTXAS} cuda13 ${QE_CHIPS})
 if(QE_PTXAS12)
   qe_fatbin(${QE_FATBIN12} ${QE_PTX12} ${QE_PTXAS12} cuda12 ${QE_CHIPS12})

@@ -28,7 +28,9 @@ def build(model: bytes, folder: Path) -> dict[str, Any]:
     (folder / "lib").mkdir(exist_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    result = dict(json.loads(done.stdout.splitlines()[-1]))
+    result["messages"] += done.stderr.splitlines()  # the plugin's, when TensorRT hands it no logger
+    return result
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
