@@ -108,6 +108,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     if missing or unexpected:
         raise _damaged(folder, f"tensor '{(missing + unexpected)[0]}' is missing or unknown")
     model.tie_weights()  # type: ignore[operator]
+    _load_generation_config(model, folder)
     return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
 
 
@@ -136,6 +137,18 @@ def _empty_model(folder: str, tensors: dict[str, Tensor]) -> nn.Module:
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     return model
+
+
+def _load_generation_config(model: nn.Module, folder: Path) -> None:
+    """Which tokens end an answer, among others; config.json alone may know only one of them."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, "generation_config.json cannot be read") from error
 
 
 def _check_section(folder: Path, section: dict[str, Any]) -> None:

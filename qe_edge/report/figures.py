@@ -28,6 +28,7 @@ WIDTH = 15.0  # inches; the page scales figures to its column
 LABELLED_SHARE = 0.35  # share from which a cell is dark enough for its number
 MAX_ROUTERS = 80  # rows of the routing map; more are thinned out evenly
 LEAST_ERROR = 1e-7  # lower end of logarithmic axes
+MAX_LABEL = 40  # characters
 STEPS = {"encode": "Prepare", "visual": "Visual", "merger": "Merger", "prefill": "Prefill"}
 
 
@@ -236,17 +237,22 @@ def _block_label(name: str, group: str) -> str:
     """Short name of a block: V2 for the third vision block, L11 for a decoder layer, merger."""
     number = next((part for part in name.split(".") if part.isdigit()), "")
     prefix = {"visual": "V", "language": "L"}.get(group)
-    return f"{prefix}{number}" if prefix and number else group
+    return f"{prefix}{number}" if prefix and number else _short(group)
 
 
 def _router_label(row: RoutingLoad) -> str:
     parts = [name.rpartition(".")[2].removesuffix("_proj") for name in row.layers]
-    return f"{_block_label(row.layers[0], row.group)}  {'/'.join(parts)}"
+    return _short(f"{_block_label(row.layers[0], row.group)}  {'/'.join(parts)}")
 
 
 def _runtime_label(runtime: str, setting: str) -> str:
     names = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch original"}
-    return f"{names.get(runtime, runtime)}, {setting}"
+    return _short(f"{names.get(runtime, runtime)}, {setting}")
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for the plot."""
+    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}\u2026"
 
 
 def _measured(axes: Axes, place: float, timing: Timing, end: float) -> None:

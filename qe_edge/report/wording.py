@@ -13,6 +13,7 @@ from qe_edge.validate.schema import Accuracy, Contender, Latency, Report, Role
 
 ROLES: dict[Role, str] = {"original": "Original", "quantized": "Quantized", "engine": "Engine"}
 KINDS = {"open": "Open", "yesno": "Yes/no", "": "Other"}
+SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 NONE = "\u2013"
 
 
@@ -49,12 +50,10 @@ def significant(value: float | None, digits: int = 3) -> str:
         return NONE
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    exponent = int(power)
     if exponent < -4:
-        raised = str(exponent).translate(
-            str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
-        )
-        return f"{value / 10.0**exponent:.{digits - 1}f} \u00d7 10{raised}"
+        return f"{mantissa} \u00d7 10{str(exponent).translate(SUPERSCRIPT)}"
     return f"{value:.{max(digits - 1 - exponent, 0)}f}"
 
 
@@ -63,7 +62,7 @@ def size(value: float | None) -> str:
     if value is None:
         return NONE
     for unit in ("B", "kB", "MB"):
-        if value < 1000:
+        if value < 999.5:
             return f"{value:.0f} B" if unit == "B" else f"{significant(value)} {unit}"
         value /= 1000
     return f"{significant(value)} GB"

@@ -11,9 +11,10 @@ import qe_edge
 from qe_edge.accounting import FileSize, count_bits
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
 from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized
+from qe_edge.demo import model_path
 from qe_edge.errors import CalibrationError
 from qe_edge.models.family import Sample
-from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.loading import DEMO, LoadedModel, load_model
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
@@ -92,7 +93,7 @@ def validate(
     return Report(
         qe_edge=qe_edge.__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=original,
+        model=model_name(original),
         model_type=reference.family.model_type,
         recipe=recipe.model_dump(mode="json"),
         machine=describe_machine(),
@@ -114,6 +115,14 @@ def validate(
         examples=choose_examples(samples, answers),
         notes=notes,
     )
+
+
+def model_name(reference: str) -> str:
+    """What a report calls a model: not the path of a folder, which says nothing on another machine."""
+    folder = Path(reference)
+    if reference == DEMO or (folder.is_dir() and folder.samefile(model_path())):
+        return DEMO
+    return folder.resolve().name if folder.is_dir() else reference
 
 
 def calibration_of(recipe: Recipe) -> list[Sample] | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.checkpoint import RECIPE
-from qe_edge.errors import CalibrationError
+from qe_edge.checkpoint import RECIPE, load_quantized
+from qe_edge.errors import ArtifactError, CalibrationError
 from qe_edge.progress import Silent
 from qe_edge.validate import Report, validate
 from qe_edge.validate.run import LIMITED, NO_CALIBRATION
@@ -48,6 +48,7 @@ def test_a_report_without_an_engine(small: Path, checkpoint: Path) -> None:
     assert {file.stage for file in report.sizes} == {"original", "checkpoint"}
     assert report.recipe["calibration"]["samples"] == 4
     assert len(report.examples) == 6
+    assert report.model == small.name
 
 
 def test_other_calibration_data_are_not_passed_off_as_the_original(
@@ -61,6 +62,19 @@ def test_other_calibration_data_are_not_passed_off_as_the_original(
     report = validate(str(small), copy, None, "demo", limit=2)
     assert NO_CALIBRATION in report.notes
     assert all(layer.calibration is None for layer in report.layers)
+
+
+def test_every_end_token_of_the_original_survives(checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    path = copy / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "eos_token_id": [2, 5]}), encoding="utf-8")
+    generation = load_quantized(copy).model.generation_config
+    assert generation.eos_token_id == [2, 5]  # type: ignore[union-attr]
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="generation_config"):
+        load_quantized(copy)
 
 
 def test_no_question_at_all(small: Path, checkpoint: Path) -> None:
