@@ -27,5 +27,5 @@ def command(onnx: Path, output: Path, target: str, overwrite: bool) -> None:
     from qe_edge.console import ConsoleProgress
     from qe_edge.export.build import build_engines
 
-    build_engines(source, output, target, progress=ConsoleProgress())
-    click.echo(f"Wrote '{output}'. Next: qe-edge run {output} --image FILE --prompt \"What is this?\"")
+    built = build_engines(source, output, target, progress=ConsoleProgress())
+    click.echo(f"Wrote '{built}'. Next: qe-edge run {output} --image FILE --prompt \"What is this?\"")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from qe_edge.errors import ArtifactError, ModelError, UnknownNameError
+from qe_edge.errors import ArtifactError, InputError, ModelError, UnknownNameError
 
 CHECKPOINT, ONNX, ENGINES, REPORT = "checkpoint", "onnx", "engines", "report.json"
 
@@ -69,8 +69,12 @@ def find_engines(path: Path, target: str | None = None) -> Path:
 
     Raises:
         ArtifactError: If there are none.
+        UnknownNameError: If there are none of the wanted target.
+        InputError: If a target is wanted of a folder that holds one target's engines only.
     """
     if is_manifest_folder(path):
+        if target is not None:
+            raise InputError(f"'{path}' holds the engines of one target.", "Leave --target out.")
         return path
     built = built_targets(path)
     if target is not None and target not in built:

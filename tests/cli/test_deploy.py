@@ -137,4 +137,4 @@ def test_the_first_command_of_the_readme(child: Run, tmp_path: Path) -> None:
     assert "--resume to continue" in refused.err
     resumed = child(*words, "--resume")
     assert resumed.code == 0, resumed.err
-    assert resumed.err.count("complete already") == 5
+    assert resumed.err.count("complete already") == 4

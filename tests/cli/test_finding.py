@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qe_edge.cli import inputs
-from qe_edge.errors import ArtifactError, ModelError, UnknownNameError
+from qe_edge.errors import ArtifactError, InputError, ModelError, UnknownNameError
 
 
 def make_checkpoint(folder: Path) -> Path:
@@ -83,6 +83,8 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(out: Path, tmp
         inputs.find_checkpoint(out / "onnx")
     with pytest.raises(UnknownNameError, match="Did you mean 'rtx'"):
         inputs.find_engines(out, "rtxx")
+    with pytest.raises(InputError, match="Leave --target out"):
+        inputs.find_engines(out / "engines" / "cpu", "rtx")
 
 
 def test_an_original_model_is_not_a_deployment(out: Path) -> None:

@@ -54,6 +54,7 @@ def test_run_without_a_picture_and_with_a_short_answer(cli: Run, folder: Path) -
 def test_build_for_the_cpu_then_bench(cli: Run, folder: Path) -> None:
     built = cli("build", folder, "-o", folder / "engines" / "cpu")
     assert built.code == 0, built.err
+    assert_two_lines(cli("build", folder, "-o", folder / "engines" / "cpu"), "cpu' is not empty", "--overwrite")
     outcome = cli("bench", folder, "--json")
     assert outcome.code == 0, outcome.err
     assert {"prefill", "decode", "first_token"} <= set(json.loads(outcome.out)[0]["steps"])
