@@ -78,3 +78,9 @@ def ptx(root: Path = ROOT, *, subset: bool = False, nvcc: str | None = None) -> 
           str(root / "kernels/kernels.cu")])  # fmt: skip
     partial.replace(target)
     return target
+
+
+if __name__ == "__main__":
+    for whole in (True, False):
+        print(source_emulator(subset=not whole))
+        print(ptx(subset=not whole))

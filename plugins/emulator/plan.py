@@ -53,6 +53,7 @@ class Launch(ctypes.Structure):
 
     @property
     def name(self) -> str:
+        """The name of the kernel."""
         return bytes(self.kernel).decode()
 
 
@@ -74,6 +75,7 @@ class Planner:
 
     @classmethod
     def load(cls, path: Path) -> Planner:
+        """The planner of a library that `emulator.build` made."""
         library = ctypes.CDLL(str(path))
         library.QeRefuse.restype = ctypes.c_char_p
         library.QeMakePlan.restype = ctypes.c_char_p
@@ -86,6 +88,7 @@ class Planner:
         return None if why is None else why.decode()
 
     def workspace_bytes(self, problem: Problem) -> int:
+        """Device memory that the launches of the problem need besides their tensors."""
         return int(self.library.QeWorkspaceBytes(ctypes.byref(problem)))
 
     def launches(self, problem: Problem, buffers: Buffers, tactic: Tactic) -> list[Launch]:

@@ -8,6 +8,7 @@ caches, races inside one warp, and weak memory order between blocks.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from emulator.ptx_collectives import collective
 from emulator.ptx_memory import GlobalMemory, SharedMemory
 from emulator.ptx_memory_ops import memory
 from emulator.ptx_ops import Step, arithmetic
-from emulator.ptx_text import Kernel, PtxError, PtxFile
-from emulator.ptx_warp import LANES, Lanes, Warp
+from emulator.ptx_text import Instruction, Kernel, PtxError, PtxFile
+from emulator.ptx_warp import LANES, Lanes, Mask, Warp
 
 _MOST_ERRORS = 20
 
@@ -37,10 +38,12 @@ class Block:
         self.warps = [Warp(self, i) for i in range(launch.threads // LANES)]
 
     def report(self, what: str) -> None:
+        """Note an error, once, with a limit on how many."""
         if what not in self.errors and len(self.errors) < _MOST_ERRORS:
             self.errors.append(what)
 
     def special(self, register: str, warp: Warp) -> Lanes:
+        """The value of a special register such as ``%tid.x`` in every lane."""
         if register == "%tid.x":
             return warp.thread.astype(np.uint32)
         if register not in self._place:
@@ -70,15 +73,20 @@ class PtxMachine:
         self._steps: dict[str, list[Step | None]] = {}
 
     def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
+        """Register memory and return its made-up address."""
         return self.memory.add(array, name, writable=writable)
 
     def clear(self) -> None:
+        """Forget all memory."""
         self.memory.clear()
 
     def launch(self, launch: Launch, seed: int) -> list[str]:
+        """Run one kernel over its grid; returns the errors that were found."""
         kernel = self.file.kernel(launch.name)
         if kernel.parameter_bytes != launch.args_bytes:
-            return [f"the kernel takes {kernel.parameter_bytes} bytes of arguments, the host passes {launch.args_bytes}"]
+            return [
+                f"the kernel takes {kernel.parameter_bytes} bytes of arguments, the host passes {launch.args_bytes}"
+            ]
         parameters = bytes(launch.args)[: launch.args_bytes]
         self.memory.start_launch()
         order = random.Random(seed)
@@ -118,30 +126,44 @@ class PtxMachine:
                 elif not active.any():
                     warp.goto(pc + 1, mask)
                     continue
-            op = instruction.op[0]
-            if op == "bra":
-                target = kernel.labels[instruction.operands[0]]
-                if active is not mask:
-                    warp.goto(pc + 1, mask)
-                    if warp.lane_pc is None:
-                        warp.lane_pc = np.full(LANES, pc + 1)
-                warp.goto(target, active)
-            elif op == "ret":
-                if active is not mask:
-                    warp.goto(pc + 1, mask)
-                warp.leave(active)
-            elif op == "bar":
-                if mask is not None:
-                    block_threads = "barrier: lanes diverge"
-                    warp.block.report(block_threads)
-                warp.at_barrier = True
-                warp.goto(pc + 1, mask)
-            else:
-                step = steps[pc]
-                if step is None:
-                    step = steps[pc] = _compile(kernel, pc)
-                step(warp, active)
-                warp.goto(pc + 1, mask)
+            control = _CONTROL.get(instruction.op[0])
+            if control is not None:
+                control(warp, kernel, instruction, pc, mask, active)
+                continue
+            step = steps[pc]
+            if step is None:
+                step = steps[pc] = _compile(kernel, pc)
+            step(warp, active)
+            warp.goto(pc + 1, mask)
+
+
+def _branch(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
+    if active is not mask:
+        warp.goto(pc + 1, mask)
+        if warp.lane_pc is None:
+            warp.lane_pc = np.full(LANES, pc + 1)
+    warp.goto(kernel.labels[instruction.operands[0]], active)
+
+
+def _return(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
+    if active is not mask:
+        warp.goto(pc + 1, mask)
+    warp.leave(active)
+
+
+def _barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
+    if mask is not None:
+        warp.block.report("barrier: lanes diverge")
+    warp.at_barrier = True
+    warp.goto(pc + 1, mask)
+
+
+# Given the lanes that stand at the instruction and those of them whose guard holds.
+_CONTROL: dict[str, Callable[[Warp, Kernel, Instruction, int, Mask, Mask], None]] = {
+    "bra": _branch,
+    "ret": _return,
+    "bar": _barrier,
+}
 
 
 def _compile(kernel: Kernel, pc: int) -> Step:

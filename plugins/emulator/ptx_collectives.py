@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from emulator.ptx_memory_ops import _pointer as pointer_of
 from emulator.ptx_ops import Step
 from emulator.ptx_text import Instruction, Kernel, PtxError, vector
 from emulator.ptx_warp import LANE, LANES, Lanes, Mask, Warp, reader, writer
-from emulator.ptx_memory_ops import _pointer as pointer_of
 from prepack.floats import from_bits
 
 GROUP, PAIR = LANE // 4, LANE % 4

@@ -39,15 +39,18 @@ class GlobalMemory:
         self._next = 1 << 32
 
     def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
+        """Register memory and return its made-up address."""
         data = array.view(np.uint8).reshape(-1)
         self._buffers.append(Buffer(name, self._next, data, writable, np.zeros(data.size, bool)))
         self._next += (data.size + 2 * _GAP) // 256 * 256
         return self._buffers[-1].base
 
     def clear(self) -> None:
+        """Forget all buffers."""
         self._buffers.clear()
 
     def start_launch(self) -> None:
+        """Forget who wrote what in the launch before."""
         for buffer in self._buffers:
             buffer.writer = np.full(buffer.data.size if buffer.writable else 0, -1, np.int64)
 
@@ -72,6 +75,7 @@ class GlobalMemory:
         return ""
 
     def read(self, at: Ints, size: int, block: int, report: Report) -> Bytes:
+        """Bytes ``[lanes, size]`` at these addresses; zeros where nothing is."""
         out = np.zeros((at.size, size), np.uint8)
         for buffer, lanes, index in self._locate(at, size, "read", report):
             out[lanes] = buffer.data[index]
@@ -84,6 +88,7 @@ class GlobalMemory:
         return out
 
     def write(self, at: Ints, values: Bytes, block: int, threads: Ints, report: Report) -> None:
+        """Store one row of bytes per address."""
         for buffer, lanes, index in self._locate(at, values.shape[1], "write", report):
             if not buffer.writable:
                 report(f"global memory: write to the input {buffer.name}")
@@ -129,6 +134,7 @@ class SharedMemory:
         return bool(((self._read_epoch[index] == self.epoch) & (self._reader[index] != warp)).any())
 
     def read(self, at: Ints, size: int, warp: int) -> Bytes:
+        """Bytes ``[lanes, size]`` at these offsets."""
         index = self._index(at, size, "read")
         self._check_owner(index)
         if not self._written[index].all():
@@ -141,6 +147,7 @@ class SharedMemory:
         return self.data[index]
 
     def write(self, at: Ints, values: Bytes, warp: int) -> None:
+        """Store one row of bytes per offset."""
         index = self._index(at, values.shape[1], "write")
         self._check_owner(index)
         if self._written_by_other(index, warp):
@@ -162,5 +169,6 @@ class SharedMemory:
         self._copied[index] = True
 
     def land_copy(self, at: Ints, values: Bytes, warp: int) -> None:
+        """The bytes of an asynchronous copy arrive."""
         self._copied[self._index(at, values.shape[1], "asynchronous copy")] = False
         self.write(at, values, warp)

@@ -129,7 +129,7 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
         "selp": (lambda a, b, c: np.where(c, a, b), [t, t, np.bool_]),
         "setp": (_COMPARE.get(instruction.op[1], np.equal), [t, t]),
     }
-    if op == "mul" and "hi" in instruction.op or op == "setp" and instruction.op[1] not in _COMPARE:
+    if (op == "mul" and "hi" in instruction.op) or (op == "setp" and instruction.op[1] not in _COMPARE):
         raise PtxError(f"not modelled: `{instruction.text}`")
     return table.get(op)
 

@@ -74,6 +74,7 @@ class PtxFile:
 
     @property
     def names(self) -> list[str]:
+        """The names of all entries."""
         return list(self._entries)
 
     def kernel(self, name: str) -> Kernel:
@@ -88,7 +89,9 @@ class PtxFile:
 def _kernel(match: re.Match[str], symbols: frozenset[str]) -> Kernel:
     name, parameter, size, body = match.groups()
     registers = {
-        f"{prefix}{i}": REGISTER_TYPES[kind] for kind, prefix, count in _REGISTERS.findall(body) for i in range(int(count))
+        f"{prefix}{i}": REGISTER_TYPES[kind]
+        for kind, prefix, count in _REGISTERS.findall(body)
+        for i in range(int(count))
     }
     kernel = Kernel(name, parameter, int(size), registers, symbols)
     body = _DIRECTIVE.sub("", _REGISTERS.sub("", body)).replace("{\n", "\n", 1)

@@ -67,6 +67,7 @@ class Warp:
 
 
 def lanes_of(mask: Mask) -> NDArray[np.int64]:
+    """The indices of the lanes in a mask."""
     return LANE if mask is None else LANE[mask]
 
 
@@ -75,9 +76,9 @@ def _as_type(values: Lanes, wanted: type[Any]) -> Lanes:
     have, want = values.dtype, np.dtype(wanted)
     if have == want:
         return values
-    if have.itemsize == want.itemsize and want != np.bool_ and have != np.bool_:
+    if have.itemsize == want.itemsize and np.bool_ not in (want, have):
         return values.view(want)
-    if have == np.bool_ or want == np.bool_:
+    if np.bool_ in (have, want):
         return values.astype(want)
     return values.view(f"u{have.itemsize}").astype(f"u{want.itemsize}").view(want)
 
@@ -103,7 +104,7 @@ def reader(kernel: Kernel, operand: str, wanted: type[Any]) -> Reader:
     return lambda _: constant
 
 
-def _constant(operand: str, wanted: type[Any]) -> Any:
+def _constant(operand: str, wanted: type[Any]) -> Any:  # noqa: ANN401 - a scalar of the wanted type
     if operand.startswith("0f"):
         return np.array(int(operand[2:], 16), np.uint32).view(np.float32)
     try:

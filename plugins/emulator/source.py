@@ -27,6 +27,7 @@ class SourceMachine:
         self._preempt = preempt_every
 
     def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
+        """Register memory; its address is the host address."""
         address = int(array.ctypes.data)
         self._library.qe_emu_add_buffer(
             ctypes.c_void_p(address), ctypes.c_size_t(array.nbytes), int(writable), name.encode()
@@ -34,6 +35,7 @@ class SourceMachine:
         return address
 
     def launch(self, launch: Launch, seed: int) -> list[str]:
+        """Run one kernel over its grid; returns the errors that were found."""
         text = ctypes.create_string_buffer(_ERROR_ROOM)
         self._library.qe_emu_launch(
             ctypes.byref(launch), ctypes.c_uint64(seed), self._preempt, text, ctypes.c_size_t(_ERROR_ROOM)
@@ -41,4 +43,5 @@ class SourceMachine:
         return text.value.decode().splitlines()
 
     def clear(self) -> None:
+        """Forget all memory."""
         self._library.qe_emu_clear_buffers()

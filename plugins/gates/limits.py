@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gates.assemble import Cubin
+from gates.cubins import Cubin
 from gates.loops import Loop, hot_loop
 
 DECODE_REGISTERS, GEMM_REGISTERS, OTHER_REGISTERS = 128, 184, 128
@@ -33,9 +33,9 @@ def loop_of(kernel: str, code: list[str]) -> Loop | None:
     return hot_loop(code, inner_passes=2 if kernel.startswith("qe_prefill_h") else 1)
 
 
-def broken(cubin: Cubin, kernel: str, loop: Loop | None) -> list[str]:
+def broken(code: Cubin, kernel: str, loop: Loop | None) -> list[str]:
     """The limits that one kernel breaks on one chip."""
-    usage, kind = cubin.usage[kernel], variant(kernel)
+    usage, kind = code.usage[kernel], variant(kernel)
     gemm, decode = kernel.startswith("qe_prefill"), kernel.startswith("qe_decode")
     registers = OTHER_REGISTERS
     if gemm:
@@ -44,7 +44,7 @@ def broken(cubin: Cubin, kernel: str, loop: Loop | None) -> list[str]:
         registers = DECODE_REGISTERS
     checks = {
         f"{usage.registers} registers, limit {registers}": usage.registers > registers,
-        f"{usage.spill_bytes} bytes spilled": usage.spill_bytes > 0,
+        f"{usage.local_bytes} bytes of local memory": usage.local_bytes > 0,
         f"{usage.stack_bytes} bytes of stack": usage.stack_bytes > 0,
     }
     if loop is not None:
@@ -61,4 +61,4 @@ def broken(cubin: Cubin, kernel: str, loop: Loop | None) -> list[str]:
             most = DECODE_PER_KIB_EXCEPTIONS.get(kind, DECODE_PER_KIB)
             checks["no streaming weight loads in the loop"] = loop.weight_loads == 0
             checks[f"{loop.per_kib:.0f} instructions per KiB of weights, limit {most}"] = loop.per_kib > most
-    return [f"{cubin.chip} {kernel}: {what}" for what, is_broken in checks.items() if is_broken]
+    return [f"{code.chip} {kernel}: {what}" for what, is_broken in checks.items() if is_broken]

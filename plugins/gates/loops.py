@@ -11,7 +11,7 @@ _GUARD = re.compile(r"^@!?U?P\w+ ")
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions of one pass of a loop and how many of them are which. Inner loops are counted `inner_passes` times."""
+    """Instructions of one pass of a loop, and how many of them are which."""
 
     instructions: int
     imma: int
@@ -22,6 +22,7 @@ class Loop:
 
     @property
     def mma(self) -> int:
+        """Matrix instructions of either kind."""
         return self.imma + self.hmma
 
     @property
@@ -31,10 +32,12 @@ class Loop:
 
     @property
     def per_mma(self) -> float:
+        """Instructions issued for one matrix instruction."""
         return self.instructions / max(1, self.mma)
 
     @property
     def per_1000_mac(self) -> float:
+        """Warp instructions issued for 1000 multiply-accumulates."""
         return 1000 * self.instructions / max(1, self.macs)
 
     @property
@@ -50,7 +53,7 @@ def _count(bodies: list[str]) -> Loop:
         imma=sum(op.startswith("IMMA") for op in ops),
         hmma=sum(op.startswith("HMMA") for op in ops),
         async_copies=sum(op.startswith("LDGSTS") for op in ops),
-        weight_loads=sum(op.startswith("LDG") and ".NA" in op or "NO_ALLOCATE" in op for op in ops),
+        weight_loads=sum((op.startswith("LDG") and ".NA" in op) or "NO_ALLOCATE" in op for op in ops),
         narrow_shared_loads=sum(op in ("LDS.U8", "LDS.S8") for op in ops),
     )
 

@@ -15,17 +15,17 @@ def to_bits(values: ArrayLike, dtype: Dtype) -> NDArray[np.uint16]:
     exact = np.ascontiguousarray(values, dtype=np.float32)
     if dtype == "f16":
         with np.errstate(over="ignore"):
-            return exact.astype(np.float16).view(np.uint16)
+            return np.asarray(exact.astype(np.float16).view(np.uint16))
     bits = exact.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(exact), np.uint32(0x7FFF), rounded).astype(np.uint16)
+    return np.asarray(np.where(np.isnan(exact), np.uint32(0x7FFF), rounded).astype(np.uint16))
 
 
 def from_bits(bits: NDArray[np.uint16], dtype: Dtype) -> NDArray[np.float32]:
     """The float32 values of 16-bit patterns."""
     if dtype == "f16":
-        return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return np.asarray(bits.view(np.float16).astype(np.float32))
+    return np.asarray((bits.astype(np.uint32) << np.uint32(16)).view(np.float32))
 
 
 def rounded(values: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:

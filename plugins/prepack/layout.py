@@ -20,12 +20,15 @@ _GROUP, _PAIR = _LANE // 4, _LANE % 4
 
 
 def round_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `value`."""
     return -(-value // step) * step
 
 
 def pad_to(array: NDArray[Any], shape: tuple[int, ...], fill: float = 0) -> NDArray[Any]:
     """The array with `fill` appended until it has this shape."""
-    return np.pad(array, [(0, want - have) for have, want in zip(array.shape, shape, strict=True)], constant_values=fill)
+    return np.pad(
+        array, [(0, want - have) for have, want in zip(array.shape, shape, strict=True)], constant_values=fill
+    )
 
 
 def _nibble_rows(sixteen_bit: bool) -> NDArray[np.int64]:

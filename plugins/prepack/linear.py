@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 MAX_RANK = 128
 MAX_EXPERTS = 16
@@ -52,18 +53,22 @@ class CanonicalLinear:
 
     @property
     def in_features(self) -> int:
+        """K, the length of x."""
         return int(self.qweight.shape[0])
 
     @property
     def out_features(self) -> int:
+        """N, the length of y."""
         return int(self.qweight.shape[1])
 
     @property
     def rank(self) -> int:
+        """All columns of `down`: the shared expert and every routed one."""
         return self.rank_shared + self.num_experts * self.rank_routed
 
     @property
     def int8_adapters(self) -> bool:
+        """Whether the low-rank factors are stored as int8."""
         return self.down is not None and self.down.dtype == np.int8
 
     def check(self) -> None:
@@ -82,7 +87,9 @@ class CanonicalLinear:
             if tensor is not None:
                 _expect(name, tensor, shape)
         if (self.down is None) != (self.rank == 0) or (self.up is None) != (self.rank == 0):
-            raise PackError(f"Ranks sum to {self.rank} but the adapters say otherwise. Give both `down` and `up`, or neither.")
+            raise PackError(
+                f"Ranks sum to {self.rank} but the adapters say otherwise. Give both `down` and `up`, or neither."
+            )
         if self.int8_adapters and (self.down_scale is None or self.up_scale is None):
             raise PackError("INT8 adapters have no scales. Give down_scale and up_scale.")
         if self.num_experts > 1 and self.rank_routed and self.router is None:

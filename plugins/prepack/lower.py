@@ -57,9 +57,7 @@ def _values(tensor: TensorProto) -> NDArray[Any]:
     return array.astype(np.float32)
 
 
-def _lower_node(
-    node: onnx.NodeProto, constants: dict[str, TensorProto]
-) -> tuple[onnx.NodeProto, list[TensorProto]]:
+def _lower_node(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> tuple[onnx.NodeProto, list[TensorProto]]:
     named = {role: name for role, name in zip(INPUTS, node.input, strict=False) if name}
     missing = [role for role, name in named.items() if role != "x" and name not in constants]
     if missing or "qweight" not in named or "scales" not in named:
@@ -69,10 +67,9 @@ def _lower_node(
     if kind not in _DTYPES:
         raise PackError(f"{node.name}: its scales are neither float16 nor bfloat16. Export the model in one of them.")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    linear = CanonicalLinear(
-        **{role: _values(constants[name]) for role, name in named.items() if role != "x"},
-        **{key: int(attributes.get(key, default)) for key, default in _INTEGERS.items()},
-    )
+    fields: dict[str, Any] = {role: _values(constants[name]) for role, name in named.items() if role != "x"}
+    fields |= {key: int(attributes.get(key, default)) for key, default in _INTEGERS.items()}
+    linear = CanonicalLinear(**fields)
     packed = pack(linear, _DTYPES[kind])
     tensors = [_tensor(f"{node.name or node.output[0]}.packed.{role}", role, packed) for role in _present(packed)]
     lowered = helper.make_node(

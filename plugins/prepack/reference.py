@@ -31,7 +31,7 @@ def dequantize_weight(linear: CanonicalLinear) -> Values:
 
 
 def choose_experts(linear: CanonicalLinear, x: NDArray[np.float32]) -> NDArray[np.int64]:
-    """argmin of ``|x| @ router``; ties go to the lowest index, a token with a non-finite score to expert 0."""
+    """Argmin of ``|x| @ router``; ties go to the lowest index, a token with a non-finite score to expert 0."""
     if linear.num_experts < 2 or linear.router is None:
         return np.zeros(len(x), np.int64)
     scores = np.abs(x).astype(np.float64) @ linear.router.astype(np.float64)
@@ -53,7 +53,7 @@ def low_rank(linear: CanonicalLinear, x: NDArray[np.float32]) -> Values:
 
 
 def qe_linear(linear: CanonicalLinear, x: NDArray[np.float32], dtype: Dtype) -> Values:
-    """y ``[M, N]`` in float64, without the final rounding to the 16-bit type."""
+    """Y ``[M, N]`` in float64, without the final rounding to the 16-bit type."""
     scaled = x if linear.inv_omega is None else rounded(x * linear.inv_omega, dtype)
     weight = dequantize_weight(linear)
     if linear.act_bits:

@@ -17,10 +17,14 @@ def int4_tensor(values: NDArray[np.int8], name: str) -> TensorProto:
     """INT4 initializer, two values a byte, low nibble first."""
     flat = values.reshape(-1).astype(np.uint8) & np.uint8(15)
     flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
-    return helper.make_tensor(name, TensorProto.INT4, values.shape, (flat[0::2] | (flat[1::2] << 4)).tobytes(), raw=True)
+    return helper.make_tensor(
+        name, TensorProto.INT4, values.shape, (flat[0::2] | (flat[1::2] << 4)).tobytes(), raw=True
+    )
 
 
-def canonical_node(linear: CanonicalLinear, mode: Mode, name: str, x: str, y: str) -> tuple[onnx.NodeProto, list[TensorProto]]:
+def canonical_node(
+    linear: CanonicalLinear, mode: Mode, name: str, x: str, y: str
+) -> tuple[onnx.NodeProto, list[TensorProto]]:
     """The node and its initializers."""
     half = TensorProto.FLOAT16 if mode.dtype == "f16" else TensorProto.BFLOAT16
     inputs, tensors = [x], []
@@ -37,15 +41,15 @@ def canonical_node(linear: CanonicalLinear, mode: Mode, name: str, x: str, y: st
             bits = to_bits(values, mode.dtype)
             tensors.append(helper.make_tensor(inputs[-1], half, values.shape, bits.tobytes(), raw=True))
     node = helper.make_node(
-        OP, inputs, [y], name=name, domain=DOMAIN, plugin_version="1", plugin_namespace="", weight_bits=mode.weight_bits,
-        act_bits=linear.act_bits, group_size=linear.group_size, rank_shared=linear.rank_shared,
+        OP, inputs, [y], name=name, domain=DOMAIN, plugin_version="1", plugin_namespace="",
+        weight_bits=mode.weight_bits, act_bits=linear.act_bits, group_size=linear.group_size, rank_shared=linear.rank_shared,
         rank_routed=linear.rank_routed, num_experts=linear.num_experts,
     )  # fmt: skip
     return node, tensors
 
 
 def canonical_model(modes: list[Mode], features: list[int]) -> onnx.ModelProto:
-    """x [batch, sequence, features[0]] through one QELinear per mode."""
+    """X [batch, sequence, features[0]] through one QELinear per mode."""
     half = TensorProto.FLOAT16 if modes[0].dtype == "f16" else TensorProto.BFLOAT16
     nodes, tensors = [], []
     for i, mode in enumerate(modes):

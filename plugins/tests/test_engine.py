@@ -68,7 +68,7 @@ def damaged(change: str) -> bytes:
     elif change == "float32 activations":
         model.graph.input[0].type.tensor_type.elem_type = 1
         model.graph.output[0].type.tensor_type.elem_type = 1
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @pytest.mark.parametrize(

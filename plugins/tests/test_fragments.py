@@ -21,9 +21,10 @@ def index(layout: Layout, lane: int, value: int) -> int:
     (threads, values), (thread_strides, value_strides) = layout
     total = 0
     for shape, strides, coordinate in ((threads, thread_strides, lane), (values, value_strides, value)):
+        span = 1
         for extent, stride in zip(shape, strides, strict=True):
-            total += coordinate % extent * stride
-            coordinate //= extent
+            total += coordinate // span % extent * stride
+            span *= extent
     return total
 
 

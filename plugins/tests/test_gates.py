@@ -1,4 +1,4 @@
-"""Rungs 5 and 6: every chip assembles, and every kernel keeps its limits."""
+"""Rungs 5 and 6: the code that ships for every chip keeps its limits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ import pytest
 
 from emulator.build import ptx
 from emulator.ptx_text import PtxFile
-from gates.assemble import CHIPS, assemble, disassemble
+from gates.cubins import CHIPS, PLUGIN_BUILD, cubin, disassemble
 from gates.limits import broken, loop_of
 from gates.loops import hot_loop
 
 
+def test_the_verified_ptx_is_the_one_that_ships() -> None:
+    assert (PLUGIN_BUILD / "kernels.ptx").read_bytes() == ptx().read_bytes()
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_kernel_keeps_its_limits(chip: str) -> None:
-    cubin = assemble(chip)
-    code = disassemble(cubin)
+    shipped = cubin(chip)
+    code = disassemble(shipped)
     names = PtxFile(ptx().read_text()).names
-    assert sorted(cubin.usage) == sorted(code) == sorted(names)
-    assert [line for name in names for line in broken(cubin, name, loop_of(name, code[name]))] == []
+    assert sorted(shipped.usage) == sorted(code) == sorted(names)
+    assert [line for name in names for line in broken(shipped, name, loop_of(name, code[name]))] == []
+
+
+@pytest.mark.parametrize("chip", CHIPS[:5])
+def test_cuda_12_has_every_kernel_and_spills_nothing(chip: str) -> None:
+    """The payload of JetPack 6, assembled by CUDA 12.6 from the same PTX."""
+    usage = cubin(chip, cuda=12).usage
+    assert sorted(usage) == sorted(PtxFile(ptx().read_text()).names)
+    assert {name for name, used in usage.items() if used.local_bytes or used.stack_bytes} == set()
 
 
 def test_a_loop_without_matrix_instructions_is_noticed() -> None:

@@ -41,7 +41,7 @@ def test_fits_every_chip(
     assert len(launches) == 3
     for launch in launches:
         assert 0 < launch.threads <= 1024 and launch.threads % 32 == 0
-        assert 0 < launch.grid_x and 0 < launch.grid_y < 65536
+        assert launch.grid_x > 0 and 0 < launch.grid_y < 65536
         assert launch.shared_bytes <= SMALLEST_SHARED_BYTES
 
 
@@ -76,7 +76,9 @@ def test_refuses_with_a_reason_and_a_remedy(planner: Planner, changes: dict[str,
         planner.launches(case, Buffers(), Tactic())
 
 
-@pytest.mark.parametrize("tactic", [Tactic(block_rows=48), Tactic(block_rows=160), Tactic(decode_warps=3), Tactic(-32, 0)])
+@pytest.mark.parametrize(
+    "tactic", [Tactic(block_rows=48), Tactic(block_rows=160), Tactic(decode_warps=3), Tactic(-32, 0)]
+)
 def test_refuses_unknown_tactics(planner: Planner, tactic: Tactic) -> None:
     with pytest.raises(PlanError, match="tactic"):
         planner.launches(problem(), Buffers(), tactic)

@@ -1,4 +1,6 @@
-"""Build an engine with TensorRT-RTX on the CPU, in a process of its own: python -m tests.trt_build MODEL.onnx LIB.so
+"""Build an engine with TensorRT-RTX on the CPU, in a process of its own.
+
+    python -m tests.trt_build MODEL.onnx LIB.so
 
 Prints one JSON object: parsed, errors, engine_bytes, layers, messages. TensorRT aborts the process on some errors, so
 the test that calls this looks at the exit code too.
@@ -35,7 +37,7 @@ def build(model: bytes, library: str) -> dict[str, Any]:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: Any, message: str) -> None:  # noqa: ANN401 - TensorRT has no types
             if severity in (trt.Logger.INTERNAL_ERROR, trt.Logger.ERROR) or "QELinear" in message:
                 messages.append(message)
 

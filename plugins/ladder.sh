@@ -1,0 +1,91 @@
+#!/bin/bash
+# The verification ladder of the plugin, on a machine without a GPU. One line per rung; the first failure of a rung prints
+# its log and makes the exit code 1, and the rungs after it still run.
+#
+#   plugins/ladder.sh [--python PYTHON] [--jobs N]
+#
+# Everything is built in plugins/build. What is missing is fetched: Python packages and, when nvcc is not on PATH, CUDA's
+# compiler from PyPI into plugins/build/tools; g++, cmake, ninja and the aarch64 compiler with apt-get.
+set -u
+cd "$(dirname "$0")"
+python=python3
+jobs=2
+while [ $# -gt 0 ]; do
+  case $1 in
+    --python) python=$2; shift 2 ;;
+    --jobs) jobs=$2; shift 2 ;;
+    *) echo "Unknown argument $1. Use --python PYTHON or --jobs N." >&2; exit 2 ;;
+  esac
+done
+mkdir -p build/logs
+failed=0
+tools=$PWD/build/tools
+cuda=nvidia/cu13
+
+rung() { # rung NAME COMMAND...
+  local name=$1 log start end
+  shift
+  log=build/logs/${name// /_}.log
+  start=$(date +%s)
+  if "$@" > "$log" 2>&1; then
+    end=$(date +%s)
+    echo "ok      $name ($((end - start)) s): $(grep -E '(passed|cases|Success|All checks)' "$log" | tail -1)"
+  else
+    failed=1
+    echo "FAILED  $name, the end of plugins/$log:"
+    tail -40 "$log"
+  fi
+}
+
+fetch_system_tools() {
+  local wanted=()
+  command -v g++ || wanted+=(g++)
+  command -v cmake || wanted+=(cmake)
+  command -v ninja || wanted+=(ninja-build)
+  command -v readelf || wanted+=(binutils)
+  command -v aarch64-linux-gnu-g++ || wanted+=(g++-aarch64-linux-gnu)
+  [ ${#wanted[@]} = 0 ] && return 0
+  local as_root=()
+  [ "$(id -u)" = 0 ] || as_root=(sudo)
+  "${as_root[@]}" apt-get update && "${as_root[@]}" apt-get install -y --no-install-recommends "${wanted[@]}"
+}
+
+fetch_python_tools() {
+  [ -x "$tools/bin/python" ] || "$python" -m venv "$tools" || return 1
+  "$tools/bin/python" -m pip install -r requirements-ladder.txt || return 1
+  # The compiler of CUDA 13 only when the machine has none; it is large.
+  command -v nvcc || "$tools/bin/python" -m pip install -r requirements-cuda.txt
+}
+
+build_plugin() { # build_plugin FOLDER CMAKE_ARGUMENTS...
+  local folder=$1
+  shift
+  cmake -S . -B "$folder" -G Ninja -DQE_NVCC="$nvcc" -DQE_TENSORRT_INCLUDE="$site/kernel_lens/include/tensorrt" \
+    -DQE_PTXAS12="$site/nvidia/cuda_nvcc/bin/ptxas" "$@" && cmake --build "$folder" -j "$jobs"
+}
+
+rung "system tools" fetch_system_tools
+rung "python tools" fetch_python_tools
+site=$("$tools/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+chmod +x "$site"/nvidia/cuda_nvcc/bin/* "$site"/$cuda/bin/* "$site"/$cuda/nvvm/bin/* 2> /dev/null
+PATH=$tools/bin:$PATH:$site/$cuda/bin
+nvcc=$(command -v nvcc)
+# A wrapper on PATH hides where its toolkit is; ask it.
+toolkit=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ _HERE_=//p' | head -1)
+[ -n "$toolkit" ] && [ -x "$toolkit/nvcc" ] && nvcc=$toolkit/nvcc
+test() { python -m pytest -q -n "$jobs" "$@"; }
+
+rung "0 style and types" sh -c 'ruff check . && ruff format --check . && mypy --config-file mypy.ini prepack emulator gates tests'
+rung "0 emulators built" python -m emulator.build
+rung "1 layout and reference" test tests/test_layout.py tests/test_reference.py tests/test_fragments.py tests/test_plan.py
+rung "2 source emulator" test tests/test_source_emulator.py
+rung "3 ptx emulator" test tests/test_ptx_emulator.py
+rung "4 planted bugs" test tests/test_planted_bugs.py
+rung "5 plugin x86_64" build_plugin build/plugin -DQE_FUZZ=ON
+rung "5 plugin aarch64" build_plugin build/plugin-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64.cmake" \
+  -DQE_FATBIN_FOLDER="$PWD/build/plugin"
+rung "6 static gates" test tests/test_gates.py
+rung "6 library and fuzz" test tests/test_library.py
+rung "7 engines" test tests/test_engine.py
+echo "not run 8 on the device: see plugins/DEVICE.md (not yet run on hardware)"
+exit $failed
