@@ -28,6 +28,7 @@ from qe_edge.reconstruction.factors import fit_down_factor, join_down_factors, s
 from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
 
+GUARD_TOKENS = 2048  # tokens on which the guard compares, about
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
 
 
@@ -179,11 +180,11 @@ class QuantExperts(Method):
         branch = leave_out_channels(problem.weight, scheme.weight, left_out, statistics.abs_mean, options.cs_mode)
         gram = statistics.gram if statistics.gram is not None else np.eye(problem.weight.shape[1])
         directions = whitened_directions(branch.error, gram, size.shared_rank + size.routed_rank)
-        tokens = torch.from_numpy(statistics.tokens)
+        tokens = torch.from_numpy(statistics.tokens[:: max(1, len(statistics.tokens) // GUARD_TOKENS)])
         main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
         rounding = (main - fake_quantize_activation(main, scheme.activation_bits)) @ branch.weight.decode().T
-        left = statistics.tokens @ (branch.error - directions @ (directions.T @ branch.error)).T.astype(np.float32)
-        objective = float(np.square(left + rounding.numpy()).sum(dtype=np.float64))
+        left = torch.from_numpy((branch.error - directions @ (directions.T @ branch.error)).astype(np.float32))
+        objective = float((tokens @ left.T + rounding).square().sum(dtype=torch.float64))
         return SharedExpert(branch, directions[:, : size.shared_rank], objective)
 
     def _adapters(

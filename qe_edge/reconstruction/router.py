@@ -46,13 +46,18 @@ def ridge_router(tokens: np.ndarray, residuals: np.ndarray) -> np.ndarray:
 def token_residuals(
     tokens: np.ndarray, error: np.ndarray, ups: list[np.ndarray], downs: list[np.ndarray], chunk: int = 2048
 ) -> np.ndarray:
-    """Mean absolute residual `(1/out) ||(E_S - L_i) x||_1` `[n, experts]`, with `L_i = up_i @ down_i`."""
+    """Mean absolute residual `(1/out) ||(E_S - L_i) x||_1` `[n, experts]`, with `L_i = up_i @ down_i`.
+
+    Computed in the precision of `tokens`; float32 is ample for scores that a ridge regression smooths anyway.
+    """
+    error_t = error.T.astype(tokens.dtype)
+    factors = [(up.T.astype(tokens.dtype), down.T.astype(tokens.dtype)) for up, down in zip(ups, downs, strict=True)]
     result = np.empty((len(tokens), len(ups)))
     for start in range(0, len(tokens), chunk):
-        part = tokens[start : start + chunk].astype(np.float64)
-        outputs = part @ error.T
-        for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
-            result[start : start + chunk, expert] = np.abs(outputs - (part @ down.T) @ up.T).mean(1)
+        part = tokens[start : start + chunk]
+        outputs = part @ error_t
+        for expert, (up_t, down_t) in enumerate(factors):
+            result[start : start + chunk, expert] = np.abs(outputs - (part @ down_t) @ up_t).mean(1)
     return result
 
 
