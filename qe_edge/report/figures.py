@@ -104,7 +104,8 @@ def bits_and_stream(report: Report) -> Markup:
                 if block.group == group
             ]
             if own:
-                second.scatter(*zip(*own, strict=True), s=56, color=colour, zorder=3, edgecolors=PAPER, linewidths=1.5)
+                own_places, values = zip(*own, strict=True)
+                second.scatter(own_places, values, s=56, color=colour, zorder=3, edgecolors=PAPER, linewidths=1.5)
         second.set_ylim(bottom=0)
         second.yaxis.set_major_formatter(FuncFormatter(_as_percent))
         second.set_xlabel("block, in the order of the data")

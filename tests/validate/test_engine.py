@@ -1,0 +1,57 @@
+"""A real engine against PyTorch, and speed measured in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qe_edge.errors import ResourceError
+from qe_edge.models.family import Sample
+from qe_edge.validate import validate
+from qe_edge.validate.latency import measure_latency
+from tests.conftest import Exported
+
+STEPS = ["encode", "visual", "merger", "prefill"]
+
+
+@pytest.mark.slow
+def test_a_report_with_an_engine(small: Path, exported: Exported) -> None:
+    report = validate(str(small), exported.checkpoint, exported.onnx, "demo", onnx=exported.onnx, limit=10)
+    assert report.engine is not None
+    assert report.engine.same_answers == 1
+    assert report.engine.logits_error < 1e-3
+    engine, quantized = report.contender("engine"), report.contender("quantized")
+    assert engine is not None
+    assert quantized is not None
+    assert engine.accuracy == quantized.accuracy
+    assert engine.size == sum(path.stat().st_size for path in exported.onnx.iterdir())
+    assert [row.setting for row in report.latency] == ["accuracy level 0", "accuracy level 4", "float32"]
+    assert [target.validated for target in report.targets] == [True]
+    for row in report.latency[:2]:
+        parts = sum(row.steps[step].median for step in STEPS)
+        assert row.steps["first_token"].median == pytest.approx(parts, rel=0.5)
+        assert row.steps["decode"].repeats == 8 * row.steps["prefill"].repeats
+    assert {"first_token", "decode"} == set(report.latency[2].steps)
+
+
+@pytest.mark.slow
+def test_the_peak_is_the_childs_own(exported: Exported, held_out: list[Sample]) -> None:
+    ballast = np.ones(1 << 28)  # 2 GiB that the child must not inherit
+    found = measure_latency(exported.onnx, held_out[0])
+    assert ballast[-1] == 1
+    assert all(100e6 < row.peak_bytes < 1.5e9 for row in found)
+
+
+def test_a_child_that_dies_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"ended with code .*manifest"):
+        measure_latency(tmp_path, Sample(None, "is it?"))
+
+
+def test_the_measuring_child_starts_without_torch() -> None:
+    code = "import sys, qe_edge.validate.latency_child; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 0
