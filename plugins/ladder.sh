@@ -53,6 +53,8 @@ fetch_system_tools() {
 fetch_python_tools() {
   [ -x "$tools/bin/python" ] || "$python" -m venv "$tools" || return 1
   "$tools/bin/python" -m pip install -r requirements-ladder.txt || return 1
+  # TensorRT's public headers; without its dependencies, which are a deep-learning framework.
+  "$tools/bin/python" -m pip install --no-deps kernel-lens==2.0.1 || return 1
   # The compiler of CUDA 13 only when the machine has none; it is large.
   command -v nvcc || "$tools/bin/python" -m pip install -r requirements-cuda.txt
 }
@@ -87,5 +89,6 @@ rung "5 plugin aarch64" build_plugin build/plugin-aarch64 -DCMAKE_TOOLCHAIN_FILE
 rung "6 static gates" test tests/test_gates.py
 rung "6 library and fuzz" test tests/test_library.py
 rung "7 engines" test tests/test_engine.py
+rung "7 onnx to ptx" test tests/test_chain.py
 echo "not run 8 on the device: see plugins/DEVICE.md (not yet run on hardware)"
 exit $failed

@@ -9,12 +9,13 @@ namespace qe {
 constexpr int kMaxExperts = 16;
 constexpr int kPrepareSlots = kMaxExperts + 1;  // the scores, then the maximum
 
-// Eight activations after the channel scale, rounded to T as the canonical graph does. Zero beyond K.
+// Eight activations, and the same after the channel scale: a product of two 16-bit floats, exact in float32.
+// Zero beyond K.
 template <class T>
-QE_DEV void load_scaled(const PrepareArgs& p, const T* row, int k, float (&raw)[8], T (&scaled)[8]) {
+QE_DEV void load_scaled(const PrepareArgs& p, const T* row, int k, float (&raw)[8], float (&scaled)[8]) {
   if (k >= p.K) {
     QE_UNROLL
-    for (int i = 0; i < 8; ++i) raw[i] = 0.f, scaled[i] = T{0};
+    for (int i = 0; i < 8; ++i) raw[i] = 0.f, scaled[i] = 0.f;
     return;
   }
   const u32x4 x = load16(row + k);
@@ -25,7 +26,7 @@ QE_DEV void load_scaled(const PrepareArgs& p, const T* row, int k, float (&raw)[
     const T value{static_cast<uint16_t>(x.v[i / 2] >> (16 * (i & 1)))};
     const T factor{static_cast<uint16_t>(omega.v[i / 2] >> (16 * (i & 1)))};
     raw[i] = to_float(value);
-    scaled[i] = p.inv_omega ? from_float<T>(raw[i] * to_float(factor)) : value;
+    scaled[i] = p.inv_omega ? raw[i] * to_float(factor) : raw[i];
   }
 }
 
@@ -74,8 +75,7 @@ QE_DEV void prepare(const PrepareArgs& p) {
   const int token = block_x(), stride = block_threads() * 8;
   const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
   const T* router = static_cast<const T*>(p.router);
-  float raw[8];
-  T scaled[8];
+  float raw[8], scaled[8];
 
   float score[kMaxExperts], largest = 0.f;
   QE_UNROLL
@@ -83,7 +83,7 @@ QE_DEV void prepare(const PrepareArgs& p) {
   for (int k = thread_id() * 8; k < p.K; k += stride) {
     load_scaled<T>(p, row, k, raw, scaled);
     QE_UNROLL
-    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(to_float(scaled[i])));
+    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scaled[i]));
     QE_UNROLL
     for (int e = 0; e < kMaxExperts; ++e) {
       if (e >= p.E) continue;
@@ -108,7 +108,7 @@ QE_DEV void prepare(const PrepareArgs& p) {
       u32x2 packed{};
       QE_UNROLL
       for (int i = 0; i < 8; ++i) {
-        int q = round_to_int(divide_rn(to_float(scaled[i]), scale));
+        int q = round_to_int(divide_rn(scaled[i], scale));
         q = q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q;
         packed.v[i / 4] |= (static_cast<uint32_t>(q) & 0xFFu) << (8 * (i & 3));
       }
@@ -116,7 +116,7 @@ QE_DEV void prepare(const PrepareArgs& p) {
     } else {
       u32x4 packed{};
       QE_UNROLL
-      for (int i = 0; i < 8; ++i) packed.v[i / 2] |= static_cast<uint32_t>(scaled[i].bits) << (16 * (i & 1));
+      for (int i = 0; i < 8; ++i) packed.v[i / 2] |= static_cast<uint32_t>(from_float<T>(scaled[i]).bits) << (16 * (i & 1));
       store16(static_cast<T*>(p.act) + at, packed);
     }
   }

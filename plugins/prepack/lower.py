@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prepack.floats import Dtype
 from prepack.linear import CanonicalLinear, PackError
+from prepack.neutral import without_neutral
 from prepack.pack import PackedLinear, pack
 
 DOMAIN, OP = "qe_edge", "QELinear"
@@ -36,7 +37,7 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
             continue
         lowered, tensors = _lower_node(node, constants)
-        nodes.append(lowered)
+        nodes += lowered
         added += tensors
     used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used] + added
@@ -57,20 +58,20 @@ def _values(tensor: TensorProto) -> NDArray[Any]:
     return array.astype(np.float32)
 
 
-def _lower_node(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> tuple[onnx.NodeProto, list[TensorProto]]:
+def _lower_node(
+    node: onnx.NodeProto, constants: dict[str, TensorProto]
+) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
     named = {role: name for role, name in zip(INPUTS, node.input, strict=False) if name}
     missing = [role for role, name in named.items() if role != "x" and name not in constants]
     if missing or "qweight" not in named or "scales" not in named:
         what = ", ".join(missing) or "qweight or scales"
         raise PackError(f"{node.name}: {what} is no initializer of the graph. Export the weights as initializers.")
     kind = constants[named["scales"]].data_type
-    if kind not in _DTYPES:
-        raise PackError(f"{node.name}: its scales are neither float16 nor bfloat16. Export the model in one of them.")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     fields: dict[str, Any] = {role: _values(constants[name]) for role, name in named.items() if role != "x"}
     fields |= {key: int(attributes.get(key, default)) for key, default in _INTEGERS.items()}
-    linear = CanonicalLinear(**fields)
-    packed = pack(linear, _DTYPES[kind])
+    linear = CanonicalLinear(**without_neutral(fields))
+    packed = pack(linear, _DTYPES.get(kind, "f16"))
     tensors = [_tensor(f"{node.name or node.output[0]}.packed.{role}", role, packed) for role in _present(packed)]
     lowered = helper.make_node(
         OP,
@@ -88,7 +89,21 @@ def _lower_node(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> tupl
         adapter_int8=int(linear.int8_adapters),
         **{key: getattr(linear, key) for key in _INTEGERS},
     )
-    return lowered, tensors
+    return _with_casts(lowered, kind), tensors
+
+
+def _with_casts(node: onnx.NodeProto, kind: int) -> list[onnx.NodeProto]:
+    """The node itself, or between casts when the model computes in float32: the kernels take 16 bits."""
+    if kind in _DTYPES:
+        return [node]
+    x, y = node.input[0], node.output[0]
+    half_x, half_y = f"{y}.half_input", f"{y}.half_output"
+    node.input[0], node.output[0] = half_x, half_y
+    return [
+        helper.make_node("Cast", [x], [half_x], name=half_x, to=TensorProto.FLOAT16),
+        node,
+        helper.make_node("Cast", [half_y], [y], name=half_y, to=kind),
+    ]
 
 
 _INTEGERS = {"act_bits": 0, "group_size": -1, "rank_shared": 0, "rank_routed": 0, "num_experts": 0}

@@ -54,12 +54,12 @@ def low_rank(linear: CanonicalLinear, x: NDArray[np.float32]) -> Values:
 
 def qe_linear(linear: CanonicalLinear, x: NDArray[np.float32], dtype: Dtype) -> Values:
     """Y ``[M, N]`` in float64, without the final rounding to the 16-bit type."""
-    scaled = x if linear.inv_omega is None else rounded(x * linear.inv_omega, dtype)
+    scaled = x if linear.inv_omega is None else np.asarray(x * linear.inv_omega, np.float32)
     weight = dequantize_weight(linear)
     if linear.act_bits:
         q, scale = quantize_tokens(scaled, linear.act_bits)
         main = (q.astype(np.float64) @ weight) * scale[:, None].astype(np.float64)
     else:
-        main = scaled.astype(np.float64) @ weight
+        main = rounded(scaled, dtype).astype(np.float64) @ weight
     bias = 0.0 if linear.bias is None else linear.bias.astype(np.float64)
     return np.asarray(main + low_rank(linear, x) + bias)

@@ -42,8 +42,8 @@ def canonical_node(
             tensors.append(helper.make_tensor(inputs[-1], half, values.shape, bits.tobytes(), raw=True))
     node = helper.make_node(
         OP, inputs, [y], name=name, domain=DOMAIN, plugin_version="1", plugin_namespace="",
-        weight_bits=mode.weight_bits, act_bits=linear.act_bits, group_size=linear.group_size, rank_shared=linear.rank_shared,
-        rank_routed=linear.rank_routed, num_experts=linear.num_experts,
+        weight_bits=mode.weight_bits, act_bits=linear.act_bits, group_size=linear.group_size,
+        rank_shared=linear.rank_shared, rank_routed=linear.rank_routed, num_experts=linear.num_experts,
     )  # fmt: skip
     return node, tensors
 
