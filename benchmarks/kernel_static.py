@@ -1,0 +1,70 @@
+"""What the plugin's kernels cost, read from their compiled code, beside the figures of TensorRT Edge-LLM's kernels.
+
+    python benchmarks/kernel_static.py [--chip sm_87]
+
+Needs the plugin built (plugins/ladder.sh) and cuobjdump and nvdisasm on PATH. Instructions are those that one warp issues
+in the loop over K: per 1000 multiply-accumulates in prefill, per KiB of 4-bit weights in decode. These are static counts of
+what the assembler emitted. Nothing here was run on hardware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "plugins"))
+
+from gates.cubins import CHIPS, cubin, disassemble
+from gates.limits import loop_of, variant
+
+# TensorRT Edge-LLM 0.11, W4A16, disassembled for sm_86: its GEMM, and its decode kernel for one token.
+EDGE_LLM_PER_1000_MAC, EDGE_LLM_PER_KIB = 4.04, 198
+GOAL_PER_1000_MAC, GOAL_PER_KIB = 2.0, 80
+
+
+def main() -> int:
+    """Print one row per kernel and one JSON line."""
+    parser = argparse.ArgumentParser(description="Static cost of the QELinear kernels.")
+    parser.add_argument("--chip", choices=CHIPS, default="sm_87")
+    chip = parser.parse_args().chip
+    shipped = cubin(chip)
+    code = disassemble(shipped)
+    rows = []
+    for kernel in sorted(shipped.usage):
+        loop = loop_of(kernel, code[kernel])
+        if loop is None:
+            continue
+        prefill = kernel.startswith("qe_prefill")
+        cost = loop.per_1000_mac if prefill else loop.per_kib
+        rows.append(
+            {
+                "kernel": kernel,
+                "variant": variant(kernel),
+                "phase": "prefill" if prefill else "decode",
+                "registers": shipped.usage[kernel].registers,
+                "local_bytes": shipped.usage[kernel].local_bytes,
+                "per_mma": round(loop.per_mma, 2),
+                "cost": round(cost, 2),
+                "ratio_to_edge_llm": round(cost / (EDGE_LLM_PER_1000_MAC if prefill else EDGE_LLM_PER_KIB), 2),
+                "meets_goal": cost <= (GOAL_PER_1000_MAC if prefill else GOAL_PER_KIB),
+            }
+        )
+    print(
+        f"{chip}; prefill: instructions per 1000 MAC (Edge-LLM {EDGE_LLM_PER_1000_MAC}, goal {GOAL_PER_1000_MAC}); ",
+        end="",
+    )
+    print(f"decode: per KiB of weights (Edge-LLM {EDGE_LLM_PER_KIB}, goal {GOAL_PER_KIB})")
+    print(f"{'kernel':34} {'registers':>9} {'spilled':>7} {'per MMA':>8} {'cost':>8} {'/ Edge-LLM':>10} goal")
+    for row in rows:
+        print(
+            f"{row['kernel']:34} {row['registers']:9} {row['local_bytes']:7} {row['per_mma']:8} {row['cost']:8} "
+            f"{row['ratio_to_edge_llm']:10} {'met' if row['meets_goal'] else 'not met'}"
+        )
+    print(json.dumps({"benchmark": "kernel_static", "chip": chip, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
