@@ -2,9 +2,9 @@
 
     python benchmarks/kernel_static.py [--chip sm_87]
 
-Needs the plugin built (plugins/ladder.sh) and cuobjdump and nvdisasm on PATH. Instructions are those that one warp issues
-in the loop over K: per 1000 multiply-accumulates in prefill, per KiB of 4-bit weights in decode. These are static counts of
-what the assembler emitted. Nothing here was run on hardware.
+Needs the plugin built (plugins/ladder.sh) and cuobjdump and nvdisasm on PATH. Instructions are those that one warp
+issues in the loop over K: per 1000 multiply-accumulates in prefill, per KiB of 4-bit weights in decode. These are
+static counts of what the assembler emitted; nothing here was run on hardware.
 """
 
 from __future__ import annotations
