@@ -77,7 +77,7 @@ toolkit=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ _HERE_=//p' | h
 [ -n "$toolkit" ] && [ -x "$toolkit/nvcc" ] && nvcc=$toolkit/nvcc
 test() { python -m pytest -q -n "$jobs" "$@"; }
 
-rung "0 style and types" sh -c 'ruff check . && ruff format --check . && mypy --config-file mypy.ini prepack emulator gates tests'
+rung "0 style and types" sh -c 'ruff check . && ruff format --check . && mypy --config-file mypy.ini prepack emulator gates device tests'
 rung "0 emulators built" python -m emulator.build
 rung "1 layout and reference" test tests/test_layout.py tests/test_reference.py tests/test_fragments.py tests/test_plan.py
 rung "2 source emulator" test tests/test_source_emulator.py

@@ -93,7 +93,7 @@ def run_linear(
         x=add(to_bits(x, dtype), "x"),
         y=machine.add(y, "y", writable=True),
         workspace=add(workspace, "workspace", writable=True),
-        **{name: add(getattr(packed, name), name) for name in _WEIGHTS},
+        **{name: add(getattr(packed, name), name) for name in WEIGHTS},
     )
     errors: list[str] = []
     launches = planner.launches(problem, buffers, tactic or Tactic())
@@ -102,4 +102,4 @@ def run_linear(
     return Outcome(from_bits(y, dtype), errors, [launch.name for launch in launches])
 
 
-_WEIGHTS = ("weight", "scales", "zeros", "columns", "inv_omega", "down", "down_scale", "up", "router")
+WEIGHTS = ("weight", "scales", "zeros", "columns", "inv_omega", "down", "down_scale", "up", "router")
