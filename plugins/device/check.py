@@ -72,7 +72,7 @@ def _time(
     model: str,
     mode: Mode,
     layer: Any,
-    tokens: int,  # noqa: ANN401
+    tokens: int,
 ) -> list[dict[str, Any]]:
     x = random_tokens(mode, tokens, layer.in_features)
     problem, packed = problem_of(layer, tokens, mode.dtype), pack(layer, mode.dtype)
