@@ -40,7 +40,7 @@ class Form:
     Attributes:
         present: Inputs that all nodes have.
         act_bits: Activation bits of all nodes.
-        per_channel: Whether no layer has groups.
+        per_channel: Whether no layer has groups or zero points; else a layer without groups has one of its width.
         int8: Whether all factors are INT8; if only some are, all become float.
     """
 
@@ -70,7 +70,7 @@ class Form:
         return cls(
             present=("x", *(key for key in INPUTS if key in present)),
             act_bits=widths.pop(),
-            per_channel=all(layer.group_size == PER_CHANNEL for layer in layers),
+            per_channel=all(layer.group_size == PER_CHANNEL and layer.zeros is None for layer in layers),
             int8=int8,
         )
 

@@ -111,23 +111,21 @@ class CanonicalForms:
     """What ONNX Runtime runs fastest, for any sizes: those come from the node's attributes.
 
     Attributes:
-        per_channel: Whether scales are one row per output channel; else group sizes may differ between nodes.
+        per_channel: Whether scales are one row per output channel without zero points; else there are groups, whose
+            size may differ between nodes.
     """
 
     per_channel: bool
 
     def main(self, ops: tape.Tape, x: ir.Value, operands: Operands) -> ir.Value:
         """Block-wise or per-channel DequantizeLinear and MatMul, which ONNX Runtime fuses to MatMulNBits."""
-        scales, zeros = operands.scales, operands.zeros
-        layout = [ir.AttrInt64("axis", 0), reference("block_size", "group_size")]
         if self.per_channel:
             row = constant(ops, np.array([0], np.int64))
-            scales = ops.op("Squeeze", [scales, row])
-            zeros = None if zeros is None else ops.op("Squeeze", [zeros, row])
-            layout = [ir.AttrInt64("axis", 1)]
-        inputs = [operands.qweight, scales] if zeros is None else [operands.qweight, scales, zeros]
-        weight = ops.op("DequantizeLinear", inputs, {attribute.name: attribute for attribute in layout})
-        return ops.op("MatMul", [x, weight])
+            inputs = [operands.qweight, ops.op("Squeeze", [operands.scales, row])]
+            return ops.op("MatMul", [x, ops.op("DequantizeLinear", inputs, {"axis": 1})])
+        inputs = [operands.qweight, operands.scales, *([] if operands.zeros is None else [operands.zeros])]
+        layout = {"axis": ir.AttrInt64("axis", 0), "block_size": reference("block_size", "group_size")}
+        return ops.op("MatMul", [x, ops.op("DequantizeLinear", inputs, layout)])
 
     def factor(self, ops: tape.Tape, x: ir.Value, factor: ir.Value, scale: ir.Value | None) -> ir.Value:
         """Cast and MatMul, then the scale: exact, and far faster there than DequantizeLinear and MatMul."""

@@ -71,7 +71,7 @@ class _Conversion:
         self._angles = _angle_nodes(graph)
         for value in graph.inputs:
             if value.dtype == SINGLE and (value.name or "").startswith(CACHE):
-                value.dtype = HALF
+                value.type = ir.TensorType(HALF)
 
     def convert(self, node: ir.Node) -> None:
         """Choose a node's precision and cast its inputs to it."""
@@ -85,7 +85,7 @@ class _Conversion:
                 node.replace_input_with(index, self._as(value, wanted, node))
         for output in node.outputs:
             if output.dtype in FLOATS:
-                output.dtype = wanted
+                output.type = ir.TensorType(wanted)  # types may be shared between values
 
     def finish(self) -> None:
         """Bring the outputs to their types and drop what nothing uses any more."""

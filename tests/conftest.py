@@ -1,0 +1,61 @@
+"""Artifacts that several test files share: quantizing and exporting take seconds, so each is made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from qe_edge.calibration.sources import load_evaluation
+from qe_edge.checkpoint import save_quantized
+from qe_edge.models.family import Sample
+from qe_edge.quantizer import quantize
+from qe_edge.recipe import make_recipe
+from tests.small_vlm import write_small_vlm
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A quantized small model and the ONNX folder made from it."""
+
+    checkpoint: Path
+    onnx: Path
+
+
+Exports = Callable[[str, str], Exported]
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """The cut demo model, all modules quantized by a method in a scheme, and exported."""
+    source = write_small_vlm(tmp_path_factory.mktemp("source") / "model")
+
+    @lru_cache
+    def make(method: str, scheme: str) -> Exported:
+        from qe_edge.export.exporter import export_model
+
+        folder = tmp_path_factory.mktemp(f"{method}-{scheme}")
+        options = {"tokens": 256, "em_steps": 1} if method == "qe" else {}
+        modules = ("language", "visual", "merger")
+        recipe = make_recipe(method=method, scheme=scheme, modules=modules, options=options, calibration={"samples": 4})
+        save_quantized(*quantize(str(source), recipe), folder / "checkpoint")
+        export_model(folder / "checkpoint", folder / "onnx")
+        return Exported(folder / "checkpoint", folder / "onnx")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(exports: Exports) -> Exported:
+    """Quant Experts in w4a8: every tensor that there is, and siblings that share some."""
+    return exports("qe", "w4a8")
+
+
+@pytest.fixture(scope="session")
+def held_out() -> list[Sample]:
+    """Questions with answers; prompts of different lengths, so that batches are padded."""
+    samples = sorted(load_evaluation("demo"), key=lambda sample: len(sample.question))
+    return [samples[0], samples[-1], *samples[50:54]]

@@ -1,0 +1,110 @@
+"""Random quantized layers, and graphs of nothing but such layers in a row of branches; no tracing needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from qe_edge.export.layers import attach_layers
+from qe_edge.export.op import DOMAIN, NAME, OPSET
+from qe_edge.export.tracing import LAYER
+from qe_edge.grids import WeightGrid, quantize_int8, quantize_weight
+from qe_edge.linear import Adapters, QELinear, QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a layer has."""
+
+    in_features: int = 64
+    out_features: int = 48
+    bits: int = 4
+    act_bits: int = 8
+    group_size: int = -1
+    symmetric: bool = True
+    factors: Literal["none", "float", "int8"] = "int8"
+    rank_shared: int = 8
+    rank_routed: int = 8
+    experts: int = 4
+    bias: bool = True
+    inv_omega: bool = True
+
+
+def make_layer(variant: Variant, seed: int = 0) -> QELinear:
+    """A random layer; its corrections are as large as its weights, so that a wrong one shows."""
+    torch.manual_seed(seed)
+    width, height = variant.in_features, variant.out_features
+    weight = quantize_weight(
+        torch.randn(height, width), WeightGrid(variant.bits, variant.group_size, symmetric=variant.symmetric)
+    )
+    omega = None
+    if variant.inv_omega:
+        omega = (torch.rand(width) + 0.5).half()
+        omega[::7] = 0
+    experts = variant.experts if variant.experts > 1 else 0
+    rank = variant.rank_shared + experts * variant.rank_routed
+    adapters = None if variant.factors == "none" or not rank else _adapters(variant, experts, rank)
+    bias = torch.randn(height) if variant.bias else None
+    return QELinear(QuantizedLinear(weight, variant.act_bits, omega, adapters), bias)
+
+
+def _adapters(variant: Variant, experts: int, rank: int) -> Adapters:
+    down, up = torch.randn(rank, variant.in_features), torch.randn(variant.out_features, rank)
+    router = torch.rand(experts, variant.in_features).half() if experts else None
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if variant.factors == "int8":
+        down, down_scale = quantize_int8(down, 0)
+        up, up_scale = quantize_int8(up, 0)
+        scales = (down_scale, up_scale)
+    return Adapters(
+        down=down,
+        up=up,
+        down_scale=scales[0],
+        up_scale=scales[1],
+        rank_shared=variant.rank_shared,
+        rank_routed=variant.rank_routed if experts else 0,
+        num_experts=experts,
+        router=router,
+    )
+
+
+def layers_graph(layers: dict[str, QELinear]) -> ir.Model:
+    """A canonical graph in which every layer reads an input of its own, `<name>.x`, and gives `<name>.output`."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="layers")
+    for name, layer in layers.items():
+        x = ir.Value(
+            name=f"{name}.x",
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape(["batch", "sequence", layer.in_features]),
+        )
+        graph.inputs.append(x)
+        bare = ir.node(NAME, [x], {LAYER: name}, domain=DOMAIN, version=1)
+        bare.outputs[0].name = f"{name}.bare"
+        bare.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        bare.outputs[0].shape = ir.Shape(["batch", "sequence", layer.out_features])
+        graph.append(bare)
+        graph.outputs.append(bare.outputs[0])
+    model = ir.Model(graph, ir_version=10)
+    attach_layers(model, layers)
+    return model
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run a graph in ONNX Runtime, exactly."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    proto = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from qe_edge.errors import ArtifactError, ResourceError, TargetError, UnknownNameError
+from qe_edge.export import targets
+from qe_edge.export.build import build_engines
+from qe_edge.export.engine import EngineRequest, build_engine
+from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
+from qe_edge.export.targets import TARGETS, get_target
+from qe_edge.models.family import Sample
+from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.engine_info import read_engine_info
+from qe_edge.runtime.manifest import read_manifest
+from tests.conftest import Exported
+from tests.export.single_layers import Variant, layers_graph, make_layer
+
+needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+
+
+def test_cpu_engines_are_the_graphs(exported: Exported, tmp_path: Path, held_out: list[Sample]) -> None:
+    folder = build_engines(exported.onnx, tmp_path / "engines" / "cpu", "cpu")
+    assert folder == tmp_path / "engines" / "cpu"
+    names = {path.name for path in exported.onnx.iterdir()} | {"engine.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    info = read_engine_info(folder)
+    assert info is not None
+    assert (info.target, info.backend) == ("cpu", "onnxruntime")
+    assert info.graphs["language"].size > 100_000
+    built, graphs = (VisionLanguageEngine.load(path, threads=1) for path in (folder, exported.onnx))
+    encoded = graphs.encode(held_out[:2])
+    assert (built.logits(encoded) == graphs.logits(encoded)).all()
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_rtx_engines(exported: Exported, tmp_path: Path) -> None:
+    folder = build_engines(exported.onnx, tmp_path / "rtx", "rtx")
+    info = read_engine_info(folder)
+    assert info is not None
+    assert info.capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
+    manifest = read_manifest(folder)
+    for name in ("visual", "merger", "language"):
+        size = (folder / f"{name}.engine").stat().st_size
+        build = info.graphs[name]
+        assert size == build.size > 100_000
+        assert build.seconds > 0
+        assert build.precision is not None
+        products = list(build.precision.products.values())
+        assert products.count("int4 weights, float16") == {"visual": 4, "merger": 2, "language": 14}[name]
+        assert manifest.graphs[name].file == f"{name}.engine"
+    types = {spec.name: spec.dtype for spec in manifest.graphs["language"].inputs}
+    assert (types["inputs_embeds"], types["past_key_values.0.key"]) == ("float32", "float16")
+    assert not [path for path in folder.iterdir() if path.name.startswith(".") or ".onnx" in path.name]
+
+
+@needs_rtx
+def test_a_lowered_layer_keeps_its_int4_weights_in_the_engine(tmp_path: Path) -> None:
+    """The engine's size tells: float16 weights would be four times as large."""
+    wide = Variant(in_features=1024, out_features=4096, symmetric=False, group_size=128, act_bits=0, factors="none")
+    model = layers_graph({"layer": make_layer(wide)})
+    lower_for_tensorrt(model)
+    ir.save(model, tmp_path / "layer.onnx", external_data="layer.onnx.data")
+    facts = build_engine(request(tmp_path, "tensorrt_rtx", {"layer.x": ((1, 1, 1024), (1, 16, 1024), (4, 512, 1024))}))
+    assert facts.errors == []
+    assert 1024 * 4096 / 2 < facts.size < 1.3 * 1024 * 4096 / 2
+
+
+def request(folder: Path, backend: str, shapes: dict[str, object]) -> EngineRequest:
+    return EngineRequest(
+        backend=backend,  # type: ignore[arg-type]
+        onnx=folder / "layer.onnx",
+        engine=folder / "layer.engine",
+        facts=folder / "facts.json",
+        profiles={"default": shapes},  # type: ignore[dict-item]
+        capabilities=((8, 6),) if backend == "tensorrt_rtx" else (),
+    )
+
+
+@needs_rtx
+def test_what_tensorrt_refuses(tmp_path: Path) -> None:
+    (tmp_path / "layer.onnx").write_bytes(b"no graph")
+    with pytest.raises(TargetError, match="tensorrt_rtx refuses the graph 'layer'"):
+        build_engine(request(tmp_path, "tensorrt_rtx", {}))
+
+
+@needs_rtx
+def test_profiles_that_contradict_themselves(tmp_path: Path) -> None:
+    model = layers_graph({"layer": make_layer(Variant())})
+    lower_for_tensorrt(model)
+    ir.save(model, tmp_path / "layer.onnx")
+    with pytest.raises(TargetError, match="tensorrt_rtx refuses the graph 'layer'"):
+        build_engine(request(tmp_path, "tensorrt_rtx", {"layer.x": ((1, 9, 64), (1, 4, 64), (1, 2, 64))}))
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        ("import os; os.abort()", TargetError, "crashed while building 'layer'"),
+        ("import os; os.kill(os.getpid(), 9)", ResourceError, "was killed"),
+        ("raise RuntimeError('no driver')", TargetError, "no driver"),
+        ("import os; os._exit(0)", TargetError, "reported nothing"),
+    ],
+)
+def test_a_builder_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception], words: str
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(error, match=words):
+        build_engine(request(tmp_path, "tensorrt", {}))
+
+
+def test_a_failed_build_leaves_nothing(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(_request: EngineRequest) -> None:
+        raise TargetError("It crashed.", "Try again.")
+
+    monkeypatch.setattr("qe_edge.export.build.build_engine", crash)
+    monkeypatch.setattr(targets.Target, "build_problem", lambda _target: None)
+    with pytest.raises(TargetError, match=re.escape("It crashed.")):
+        build_engines(exported.onnx, tmp_path / "rtx", "rtx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_cannot_be_built_from_engines(exported: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    manifest = json.loads((exported.onnx / "manifest.json").read_text(encoding="utf-8"))
+    for name, entry in manifest["graphs"].items():
+        entry["file"] = f"{name}.engine"
+        (folder / entry["file"]).touch()
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="holds engines"):
+        build_engines(folder, tmp_path / "out", "cpu")
+
+
+def test_unknown_targets() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'jetson-orin'"):
+        get_target("jetson-orin-nano")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("rtx", r"pip install 'qe-edge\[rtx\]'"),
+        ("tensorrt", r"pip install 'qe-edge\[tensorrt\]'"),
+        ("jetson-orin", "JetPack 6.2"),
+        ("jetson-thor", "JetPack 7.0"),
+    ],
+)
+def test_a_missing_library(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
+) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda _module: None)
+    with pytest.raises(TargetError, match=remedy):
+        build_engines(exported.onnx, tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_for_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda _module: object())
+    monkeypatch.setattr(targets, "compute_capability", lambda: (8, 9))
+    with pytest.raises(TargetError, match=r"for sm_87, and this machine's GPU is sm_89"):
+        TARGETS["jetson-orin"].check()
+    TARGETS["tensorrt"].check()
+    monkeypatch.setattr(targets, "compute_capability", lambda: None)
+    with pytest.raises(TargetError, match="has none"):
+        TARGETS["tensorrt"].check()
+    assert TARGETS["rtx"].run_problem() is not None
+    assert TARGETS["cpu"].run_problem() is None
