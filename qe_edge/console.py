@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 LINE_SHARE = 0.1  # a plain line at least every tenth of the work ...
 LINE_SECONDS = 10.0  # ... or every so many seconds
+NOTE_WIDTH = 20  # the end of a layer's name tells more than its beginning; with it the bar fits 80 columns
 
 
 def clock(seconds: float) -> str:
@@ -123,7 +124,8 @@ class _Bar:
 
     def advance(self, amount: float, note: str) -> None:
         self._estimate.advance(amount, self._now())
-        self._bar.update(self._task, advance=amount, note=note)
+        short = note if len(note) <= NOTE_WIDTH else f"…{note[1 - NOTE_WIDTH :]}"
+        self._bar.update(self._task, advance=amount, note=short)
 
     def finish(self) -> None:
         self._bar.update(self._task, note="")
@@ -134,6 +136,7 @@ def _rich_bar(stream: IO[str], now: Callable[[], float], title: str, estimate: E
     from rich.console import Console
     from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
     from rich.text import Text
 
     class Remaining(ProgressColumn):
@@ -145,11 +148,11 @@ def _rich_bar(stream: IO[str], now: Callable[[], float], title: str, estimate: E
 
     bar = RichProgress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=20),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        Remaining(),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        Remaining(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=True)),
         console=Console(file=stream),
     )
     return bar, bar.add_task(title, total=estimate.total, note="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.text import Text
 
 from qe_edge.console import ConsoleProgress, Estimate, clock
 
@@ -88,11 +89,12 @@ def test_on_a_terminal_the_bar_shows_share_elapsed_and_remaining_time() -> None:
     progress = ConsoleProgress(stream, now)
     progress.start("Quantizing", 4)
     now.time += 60
-    progress.advance(1, "layers.[0]")
+    progress.advance(1, "model.language_model.layers.[0]")
     progress.finish()
     text = stream.getvalue()
     for part in ("Quantizing", "25%", "about 3:00 left"):
         assert part in text
+    assert max(len(line) for line in Text.from_ansi(text).plain.splitlines()) <= 80
 
 
 def test_work_inside_work() -> None:
