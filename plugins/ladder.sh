@@ -90,5 +90,6 @@ rung "6 static gates" test tests/test_gates.py
 rung "6 library and fuzz" test tests/test_library.py
 rung "7 engines" test tests/test_engine.py
 rung "7 onnx to ptx" test tests/test_chain.py
+rung "8 self-test emulated" test tests/test_self_test.py
 echo "not run 8 on the device: see plugins/DEVICE.md (not yet run on hardware)"
 exit $failed

@@ -23,6 +23,7 @@ from emulator.build import BUILD, source_emulator
 from emulator.plan import Buffers, Planner, Tactic
 from emulator.session import WEIGHTS, problem_of, run_linear
 from prepack.floats import to_bits
+from prepack.linear import CanonicalLinear
 from prepack.pack import pack
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
@@ -71,7 +72,7 @@ def _time(
     planner: Planner,
     model: str,
     mode: Mode,
-    layer: Any,
+    layer: CanonicalLinear,
     tokens: int,
 ) -> list[dict[str, Any]]:
     x = random_tokens(mode, tokens, layer.in_features)

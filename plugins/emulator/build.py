@@ -56,7 +56,13 @@ def source_emulator(root: Path = ROOT, *, subset: bool = False) -> Path:
     # -O1: higher levels duplicate calls, and a warp collective is recognised by the place that calls it.
     kernels = [*common, "-O1", "-DQE_EMULATE", "-fsanitize=thread", "-Wno-tsan", *define]
     _run([*kernels, "-c", str(root / "emulator/entry.cpp"), "-o", str(work / "entry.o")])
-    for name in ("emulator/simt.cpp", "emulator/shadow.cpp", "emulator/collectives.cpp", "host/plan.cpp"):
+    for name in (
+        "emulator/simt.cpp",
+        "emulator/shadow.cpp",
+        "emulator/collectives.cpp",
+        "host/plan.cpp",
+        "host/self_test.cpp",
+    ):
         _run([*common, "-O2", "-Wall", "-Wextra", "-c", str(root / name), "-o", str(work / f"{Path(name).stem}.o")])
     partial = target.with_suffix(f".{os.getpid()}.tmp")
     _run([cxx, "-shared", "-o", str(partial), *map(str, sorted(work.glob("*.o")))])

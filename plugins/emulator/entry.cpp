@@ -1,6 +1,8 @@
 // The kernels by name, and the C interface that the Python tests call. Compiled with -fsanitize=thread.
 #include <stdio.h>
+#include <stdlib.h>
 
+#include "../host/self_test.h"
 #include "../include/qe_edge/plan.h"
 #include "../kernels/kernels.cu"
 #undef QE_PREPARE
@@ -55,3 +57,44 @@ extern "C" void qe_emu_add_buffer(const void* p, size_t bytes, int writable, con
   qe_emu::add_buffer(p, bytes, writable != 0, name);
 }
 extern "C" void qe_emu_clear_buffers() { qe_emu::clear_buffers(); }
+
+namespace {
+
+// The self-test's device, emulated.
+class EmulatedDevice final : public qe::Device {
+ public:
+  EmulatedDevice() { qe_emu::clear_buffers(); }
+  ~EmulatedDevice() override {
+    qe_emu::clear_buffers();
+    for (void* p : memory_) free(p);
+  }
+  uint64_t Allocate(size_t bytes, const void* contents) override {
+    void* p = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    memory_.push_back(p);
+    if (contents) memcpy(p, contents, bytes);
+    qe_emu::add_buffer(p, bytes, !contents, contents ? "an input" : "scratch");
+    return reinterpret_cast<uintptr_t>(p);
+  }
+  const char* Run(const QePlan& plan) override {
+    for (int i = 0; i < plan.count; ++i)
+      if (qe_emu_launch(&plan.launch[i], 1, 0, errors_, sizeof errors_)) return errors_;
+    return nullptr;
+  }
+  bool Read(uint64_t address, void* to, size_t bytes) override {
+    memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), bytes);
+    return true;
+  }
+
+ private:
+  std::vector<void*> memory_;
+  static char errors_[4096];
+};
+char EmulatedDevice::errors_[4096];
+
+}  // namespace
+
+// Null when the self-test passes on the emulator.
+extern "C" const char* qe_emu_self_test() {
+  EmulatedDevice device;
+  return qe::SelfTest(device);
+}

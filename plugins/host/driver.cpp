@@ -1,11 +1,14 @@
 #include "driver.h"
 
+#include "self_test.h"
+
 #include <dlfcn.h>
 
 #include <map>
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 // payload.S: one fatbin per CUDA major version. The driver of JetPack 6 (CUDA 12) cannot read what CUDA 13 writes.
 extern "C" {
@@ -33,6 +36,11 @@ struct Driver {
   Result (*set_attribute)(Function, int, int) = nullptr;
   Result (*launch)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                    void**) = nullptr;
+  Result (*allocate)(uint64_t*, size_t) = nullptr;
+  Result (*release)(uint64_t) = nullptr;
+  Result (*copy_in)(uint64_t, const void*, size_t) = nullptr;
+  Result (*copy_out)(void*, uint64_t, size_t) = nullptr;
+  Result (*synchronize)() = nullptr;
   bool usable = false;
 
   Driver() {
@@ -40,7 +48,10 @@ struct Driver {
     if (!library) return;
     usable = Find(library, "cuDriverGetVersion", get_version) && Find(library, "cuCtxGetCurrent", get_context) &&
              Find(library, "cuModuleLoadData", load_module) && Find(library, "cuModuleGetFunction", get_function) &&
-             Find(library, "cuFuncSetAttribute", set_attribute) && Find(library, "cuLaunchKernel", launch);
+             Find(library, "cuFuncSetAttribute", set_attribute) && Find(library, "cuLaunchKernel", launch) &&
+             Find(library, "cuMemAlloc_v2", allocate) && Find(library, "cuMemFree_v2", release) &&
+             Find(library, "cuMemcpyHtoD_v2", copy_in) && Find(library, "cuMemcpyDtoH_v2", copy_out) &&
+             Find(library, "cuCtxSynchronize", synchronize);
   }
 
   template <class F>
@@ -86,7 +97,50 @@ const char* FindFunction(const Driver& driver, Loaded& loaded, const QeLaunch& l
   return nullptr;
 }
 
+// The current context as the place of the self-test.
+class CurrentContext final : public Device {
+ public:
+  explicit CurrentContext(const Driver& driver) : driver_(driver) {}
+  ~CurrentContext() override {
+    for (const uint64_t address : memory_) driver_.release(address);
+  }
+  uint64_t Allocate(size_t bytes, const void* contents) override {
+    uint64_t address = 0;
+    if (driver_.allocate(&address, bytes) != kSuccess) return 0;
+    memory_.push_back(address);
+    return contents && driver_.copy_in(address, contents, bytes) != kSuccess ? 0 : address;
+  }
+  const char* Run(const QePlan& plan) override {
+    if (const char* why = RunPlan(plan, nullptr)) return why;
+    return driver_.synchronize() == kSuccess
+               ? nullptr
+               : "A kernel of the self-test failed. Run plugins/device_check.sh and report what it prints.";
+  }
+  bool Read(uint64_t address, void* to, size_t bytes) override {
+    return driver_.copy_out(to, address, bytes) == kSuccess;
+  }
+
+ private:
+  const Driver& driver_;
+  std::vector<uint64_t> memory_;
+};
+
 }  // namespace
+
+const char* SelfTestOnce() {
+  const Driver& driver = TheDriver();
+  Context context = nullptr;
+  if (!driver.usable || driver.get_context(&context) != kSuccess || !context) return nullptr;
+  static std::mutex test_mutex;
+  static std::map<Context, const char*> results;
+  const std::lock_guard<std::mutex> lock(test_mutex);
+  auto [entry, is_new] = results.try_emplace(context, nullptr);
+  if (is_new) {
+    CurrentContext device(driver);
+    entry->second = SelfTest(device);
+  }
+  return entry->second;
+}
 
 const char* RunPlan(const QePlan& plan, void* stream) {
   const Driver& driver = TheDriver();

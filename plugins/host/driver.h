@@ -8,4 +8,7 @@ namespace qe {
 // do. Thread-safe; the first call of a context loads the kernels.
 const char* RunPlan(const QePlan& plan, void* stream);
 
+// Runs the self-test once per context. Null when it passed, or when there is no driver or context to test.
+const char* SelfTestOnce();
+
 }  // namespace qe

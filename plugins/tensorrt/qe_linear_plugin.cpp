@@ -185,6 +185,12 @@ int32_t QELinearPlugin::enqueue(const nvinfer1::PluginTensorDesc* in, const nvin
   return 0;
 }
 
+// Outside of any stream capture, so the place for the self-test.
+nvinfer1::IPluginV3* QELinearPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+  if (const char* why = SelfTestOnce()) return LogError(why), nullptr;
+  return clone();
+}
+
 const nvinfer1::PluginFieldCollection* QELinearPlugin::getFieldsToSerialize() noexcept {
   fields_ = FieldsOf(attributes_);
   collection_ = {kFieldCount, fields_.data()};

@@ -1,0 +1,31 @@
+"""Rung 8 without a device: the self-test that the plugin runs on first use passes on the emulator, and can fail."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+from emulator.build import ROOT, source_emulator
+
+
+def self_test(library: Path) -> str | None:
+    function = ctypes.CDLL(str(library)).qe_emu_self_test
+    function.restype = ctypes.c_char_p
+    why: bytes | None = function()
+    return None if why is None else why.decode()
+
+
+def test_passes_on_right_kernels() -> None:
+    assert self_test(source_emulator()) is None
+
+
+def test_notices_wrong_kernels(tmp_path: Path) -> None:
+    root = tmp_path / "plugins"
+    for folder in ("kernels", "include", "host", "emulator"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = root / "kernels/unpack.cuh"
+    text = path.read_text()
+    assert text.count("return w & 0xF0F0F0F0u;") == 1
+    path.write_text(text.replace("return w & 0xF0F0F0F0u;", "return w & 0xE0F0F0F0u;"))
+    assert "wrong results" in (self_test(source_emulator(root)) or "")
