@@ -12,10 +12,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from prepack.floats import Dtype
-from prepack.linear import CanonicalLinear, PackError
-from prepack.neutral import without_neutral
-from prepack.pack import PackedLinear, pack
+from .floats import Dtype
+from .linear import CanonicalLinear, PackError
+from .neutral import without_neutral
+from .pack import PackedLinear, pack
 
 DOMAIN, OP = "qe_edge", "QELinear"
 LAYOUT_VERSION = 1  # the plugin refuses another one; tensorrt/fields.h has the same number

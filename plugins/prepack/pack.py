@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prepack.floats import Dtype, to_bits
-from prepack.layout import CHUNK, COLUMN_PAD, pack_down, pack_up, pack_weight, pad_to, round_up
-from prepack.linear import CanonicalLinear
+from .floats import Dtype, to_bits
+from .layout import CHUNK, COLUMN_PAD, pack_down, pack_up, pack_weight, pad_to, round_up
+from .linear import CanonicalLinear
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from prepack.floats import Dtype, rounded
-from prepack.linear import CanonicalLinear
+from .floats import Dtype, rounded
+from .linear import CanonicalLinear
 
 Values = NDArray[np.float64]
 
