@@ -44,7 +44,7 @@ class Measurement:
     question: str
     picture: str | None
     repeats: int = 20
-    seconds: float = 10.0
+    seconds: float = 5.0
     new_tokens: int = 8
 
 

@@ -10,6 +10,7 @@ import psutil
 
 from qe_edge.validate.schema import Machine
 
+BUSY = 2.0  # load per core; the validation itself causes up to one
 LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", "tensorrt", "tensorrt-rtx")
 
 
@@ -22,6 +23,14 @@ def describe_machine() -> Machine:
         memory_bytes=psutil.virtual_memory().total,
         libraries={name: found for name in LIBRARIES if (found := _version(name))},
     )
+
+
+def busy_note() -> str | None:
+    """A warning if so much else runs on this machine that times are not those of the engine alone."""
+    load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    if load < BUSY * cores:
+        return None
+    return f"The machine was busy while speed was measured (load {load:.0f} on {cores} cores): times are too long."
 
 
 def _processor() -> str:

@@ -22,7 +22,7 @@ from qe_edge.validate.answers import answer_all, answer_length, score
 from qe_edge.validate.comparison import Comparison, distance_of
 from qe_edge.validate.examples import choose_examples
 from qe_edge.validate.latency import measure_latency
-from qe_edge.validate.machine import describe_machine
+from qe_edge.validate.machine import busy_note, describe_machine
 from qe_edge.validate.schema import Contender, EngineAgreement, EvaluationData, Report, Role
 from qe_edge.validate.shuffling import shuffle_pictures
 from qe_edge.validate.sizes import model_size, stage_sizes
@@ -89,6 +89,9 @@ def validate(
         ask = _asker(reference, samples, tracked)
         answers = {role: ask(role, subject, samples) for role, subject in subjects.items()}
         blind = {role: ask(role, subject, shuffled) for role, subject in subjects.items()} if shuffled else {}
+    latency = measure_latency(engines, samples[0], original=original, progress=progress) if engines else []
+    busy = busy_note() if latency else None
+    notes += [busy] if busy else []
     sizes = stage_sizes(reference.source, checkpoint, onnx, engines)
     return Report(
         qe_edge=qe_edge.__version__,
@@ -110,7 +113,7 @@ def validate(
         routing=comparison.routing_loads(),
         contenders=[_contender(role, comparison, sizes, samples, answers[role], blind.get(role)) for role in subjects],
         engine=_agreement(comparison, answers) if engine is not None else None,
-        latency=measure_latency(engines, samples[0], original=original, progress=progress) if engines else [],
+        latency=latency,
         targets=target_states(engines, not_run),
         examples=choose_examples(samples, answers),
         notes=notes,
