@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import qe_edge
 from qe_edge.atomic import atomic_file
+from qe_edge.errors import InputError
 from qe_edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ class Layout:
         """What each stage was made from."""
         return self.root / LEDGER
 
-    def clear(self) -> None:
-        """Remove every output, and nothing else."""
-        for folder in (self.checkpoint, work_folder(self.checkpoint), self.onnx, self.engines):
+    def clear_after_checkpoint(self) -> None:
+        """Remove what was made from an earlier checkpoint, and nothing else."""
+        for folder in (self.onnx, self.engines):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.report, self.page, self.ledger):
+        for file in (self.report, self.page):
             file.unlink(missing_ok=True)
 
 
@@ -101,7 +102,8 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         announce: Receives one line when a stage begins or is skipped.
 
     Raises:
-        TargetError: If a target cannot be built here; raised before anything else is done.
+        InputError: If `out` holds other files; raised, as the next one, before anything else is done.
+        TargetError: If a target cannot be built here.
         QEError: As the stages raise.
     """
     from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
@@ -111,15 +113,18 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     from qe_edge.validate import validate
 
     runnable = check_targets(targets)
+    if out.is_dir() and any(out.iterdir()) and not is_deployment(out):
+        raise InputError(f"'{out}' holds files that 'deploy' did not write.", "Choose another folder.")
     layout = Layout(out)
     samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
-    questions = load_evaluation(evaluation)
-    if not resume:
-        layout.clear()
-    ledger = _Ledger(layout.ledger)
+    questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found before the work
+    ledger = _Ledger(layout.ledger, resume=resume)
     key = _hash(qe_edge.__version__, model_fingerprint(model), stored_recipe(recipe, samples).model_dump_json())
     if ledger.begin("checkpoint", key, layout.checkpoint, announce):
+        if not resume:
+            shutil.rmtree(work_folder(layout.checkpoint), ignore_errors=True)
         quantize_to_folder(model, recipe, layout.checkpoint, resume=resume, progress=progress)
+        layout.clear_after_checkpoint()
         ledger.finish("checkpoint", key)
     key = _hash(key, "onnx")
     if ledger.begin("onnx", key, layout.onnx, announce):
@@ -130,7 +135,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         if ledger.begin(f"engines/{target}", built, layout.engines / target, announce):
             build_engines(layout.onnx, layout.engines / target, target, progress=progress)
             ledger.finish(f"engines/{target}", built)
-    key = _hash(key, *targets, hash_samples(questions), str(limit))
+    key = _hash(key, *targets, questions, str(limit))
     if not ledger.begin("report", key, layout.report, announce):
         return load_report(layout.report)
     chosen = next(iter(runnable), None)
@@ -166,7 +171,8 @@ def check_targets(targets: Sequence[str]) -> list[str]:
 def is_deployment(folder: Path) -> bool:
     """Whether a folder was written by `deploy`, be it complete or not."""
     layout = Layout(folder)
-    return layout.ledger.is_file() or work_folder(layout.checkpoint).is_dir()
+    signs = (layout.ledger, work_folder(layout.checkpoint) / "run.json", layout.checkpoint / "recipe.json")
+    return any(sign.is_file() for sign in signs)
 
 
 def quantize_to_folder(
@@ -224,12 +230,12 @@ def model_fingerprint(reference: str) -> str:
 
 
 class _Ledger:
-    """For every finished stage the hash of what it was made from."""
+    """For every finished stage the hash of what it was made from; without `resume` nothing counts as finished."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool) -> None:
         self._path = path
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8")) if resume else None
         except (OSError, ValueError):
             values = None
         self._keys: dict[str, object] = values if isinstance(values, dict) else {}

@@ -20,9 +20,10 @@ from qe_edge.cli.options import Command, target_option
 def command(
     folder: Path, image: Path | None, prompt: str, original: str | None, target: str | None, as_json: bool
 ) -> None:
-    """Measure prefill, decoding, time to first token and peak memory, each in a process of its own.
+    """Measure speed and memory of engines.
 
-    ENGINES is a folder of engines, of ONNX graphs, or the output of 'deploy'.
+    Prefill, decoding, time to first token and peak memory, measured in a process of their own. ENGINES is a folder of
+    engines, of ONNX graphs, or the output of 'deploy'.
     """
     from qe_edge.cli.inputs import find_engines, open_model
     from qe_edge.cli.outputs import human_bytes

@@ -15,7 +15,10 @@ from qe_edge.cli.options import Command, output_option, overwrite_option, target
 @target_option("What to build for; 'qe-edge doctor' lists the targets.", default="cpu", show_default=True)
 @overwrite_option()
 def command(onnx: Path, output: Path, target: str, overwrite: bool) -> None:
-    """Build engines for one target from the graphs in ONNX (or in ONNX/onnx)."""
+    """Build engines for one target.
+
+    ONNX is a folder of exported graphs, or holds one as ONNX/onnx.
+    """
     from qe_edge.cli.inputs import find_onnx, is_manifest_folder
     from qe_edge.cli.outputs import check_disk, check_output_folder, folder_bytes
     from qe_edge.deploy import check_targets

@@ -39,7 +39,11 @@ def command(
     overwrite: bool,
     **choices: Any,  # noqa: ANN401 - the recipe's options
 ) -> None:
-    """Quantize, export, build and validate MODEL, which is 'demo', a folder or a hub id, and write a report."""
+    """Do everything, from the model to the report.
+
+    MODEL is 'demo', a folder or a hub id. It is quantized, exported, built for every target and validated; the stages'
+    outputs lie in one folder, where the other commands find them.
+    """
     from qe_edge.cli.inputs import open_model
     from qe_edge.cli.outputs import check_disk, check_output_folder
     from qe_edge.cli.recipes import read_recipe

@@ -10,7 +10,10 @@ from qe_edge.cli.options import Command
 @click.command("doctor", cls=Command, example="qe-edge doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(as_json: bool) -> None:
-    """Show what this machine can do, and for everything that is missing the remedy."""
+    """Show what this machine can do.
+
+    Everything that is missing comes with its remedy.
+    """
     from qe_edge.doctor import MISSING, OK, examine
 
     diagnosis = examine()

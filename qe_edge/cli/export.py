@@ -14,10 +14,11 @@ from qe_edge.cli.options import Command, output_option, overwrite_option
 @output_option("Folder for the ONNX graphs.")
 @overwrite_option()
 def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
-    """Export the quantized checkpoint in DIR (or in DIR/checkpoint) to ONNX.
+    """Export a checkpoint to ONNX graphs.
 
-    The folder holds visual.onnx, merger.onnx and language.onnx with their weights, tokenizer and image processor. It
-    depends on no device and runs in ONNX Runtime as it is.
+    DIR is a quantized checkpoint, or holds one as DIR/checkpoint. The output folder holds visual.onnx, merger.onnx
+    and language.onnx with their weights, tokenizer and image processor. It depends on no device and runs in ONNX
+    Runtime as it is.
     """
     from qe_edge.cli.inputs import find_checkpoint, is_manifest_folder
     from qe_edge.cli.outputs import check_disk, check_output_folder, folder_bytes

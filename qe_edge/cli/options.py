@@ -46,7 +46,7 @@ def write_example(formatter: click.HelpFormatter, example: str) -> None:
     """Command lines as they are, without wrapping."""
     with formatter.section("Example"):
         for line in example.splitlines():
-            formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+            formatter.write(f"{'':>{formatter.current_indent}}{line}".rstrip() + "\n")
 
 
 def output_option(help_text: str) -> Decorator:

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show recipe, layers, bits, memory and disk; do nothing.")
 @resume_option("Continue a run that was stopped, from the blocks that it had finished.")
 @overwrite_option()
-def command(model: str, output: Path, dry_run: bool, resume: bool, overwrite: bool, **choices: Any) -> None:  # noqa: ANN401
-    """Quantize MODEL, which is 'demo', a folder or a hub id, and write a checkpoint.
+    def command(model: str, output: Path, dry_run: bool, resume: bool, overwrite: bool, **choices: Any) -> None:  #
+    noqa: ANN401
+    """Quantize a model to a checkpoint.
 
-    Finished blocks are kept in '<output>.work' until the checkpoint is complete; --resume continues from them.
+    MODEL is 'demo', a folder or a hub id. Finished blocks are kept in '<output>.work' until the checkpoint is
+    complete; --resume continues from them.
     """
     from qe_edge.cli.inputs import open_model
     from qe_edge.cli.outputs import check_disk

@@ -14,7 +14,10 @@ from qe_edge.cli.options import Command, output_option, overwrite_option
 @output_option("File for the page.")
 @overwrite_option()
 def command(file: Path, output: Path, overwrite: bool) -> None:
-    """Turn the data of 'validate' or 'deploy' into one self-contained HTML page."""
+    """Make a page of a report's data.
+
+    FILE.json comes from 'validate' or 'deploy'; the page is one self-contained HTML file.
+    """
     from qe_edge.cli.inputs import find_report
     from qe_edge.cli.outputs import check_output_file
 

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 )
 @target_option("Engine to use, where the folder holds several; the first that runs here by default.")
 def command(folder: Path, image: Path | None, prompt: str, max_tokens: int, target: str | None) -> None:
-    """Answer a question about a picture; the answer goes to standard output, the timings to standard error.
+    """Answer a question about a picture.
 
-    ENGINES is a folder of engines, of ONNX graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'.
+    The answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX
+    graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'.
     """
     from qe_edge.cli.inputs import find_runnable, is_checkpoint_folder
     from qe_edge.models.family import Sample

@@ -29,9 +29,10 @@ def command(
     limit: int | None,
     overwrite: bool,
 ) -> None:
-    """Compare the original MODEL with the quantized checkpoint in DIR, and with engines built from it.
+    """Compare quantized and original model.
 
-    If DIR is the output of 'deploy', its checkpoint, graphs and engines are taken.
+    MODEL is the original; DIR is the quantized checkpoint, or the output of 'deploy', whose graphs and engines are then
+    taken too.
     """
     from qe_edge.cli.inputs import (
         ENGINES,

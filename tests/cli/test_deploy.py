@@ -11,6 +11,7 @@ import pytest
 
 from qe_edge import deploy as deployment
 from qe_edge.deploy import LEDGER, deploy, is_deployment, model_fingerprint
+from qe_edge.errors import InputError
 from qe_edge.recipe import make_recipe
 from tests.cli.running import Outcome, Run
 
@@ -38,7 +39,7 @@ class Stages:
     def _folder(self, stage: str, out: Path) -> None:
         if stage == self.fail_in:
             raise KeyboardInterrupt
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         self.ran.append(stage)
 
     def _report(self, report: str, path: Path, page: Path) -> None:
@@ -68,8 +69,8 @@ def test_everything_runs_once_and_is_kept_on_resume(stages: Stages, tmp_path: Pa
 
 
 def test_without_resume_everything_is_done_again(stages: Stages, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
     deploy("demo", tmp_path, RECIPE, ["rtx"])
+    (tmp_path / "notes.txt").write_text("mine")
     stages.take()
     deploy("demo", tmp_path, RECIPE, ["cpu"])
     assert stages.take() == ["quantize", "export", "cpu", "report"]
@@ -110,13 +111,39 @@ def test_model_fingerprint_follows_every_file(model: Path) -> None:
     assert model_fingerprint(str(model)) != before
 
 
-def test_a_deployment_is_known_by_its_ledger_or_its_unfinished_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", ["deploy.json", "checkpoint.work/run.json", "checkpoint/recipe.json"])
+def test_a_deployment_is_known_however_far_it_came(tmp_path: Path, sign: str) -> None:
     assert not is_deployment(tmp_path)
-    (tmp_path / "checkpoint.work").mkdir()
+    (tmp_path / sign).parent.mkdir(exist_ok=True)
+    (tmp_path / sign).write_text("not json")
     assert is_deployment(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoint.work")
-    (tmp_path / LEDGER).write_text("not json")
-    assert is_deployment(tmp_path)
+
+
+def test_a_folder_of_others_is_left_alone(stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    for resume in (False, True):
+        with pytest.raises(InputError, match="did not write"):
+            deploy("demo", tmp_path, RECIPE, resume=resume)
+    assert stages.take() == []
+    assert (tmp_path / "onnx").is_dir()
+
+
+def test_another_recipe_replaces_everything_that_came_of_the_first(stages: Stages, tmp_path: Path) -> None:
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"])
+    stages.take()
+    deploy("demo", tmp_path, make_recipe(method="rtn", scheme="w4a16", calibration={"samples": 2}), resume=True)
+    assert stages.take() == ["quantize", "export", "cpu", "report"]
+    assert not (tmp_path / "engines" / "rtx").exists()
+
+
+def test_a_failure_in_quantizing_keeps_the_earlier_results(stages: Stages, tmp_path: Path) -> None:
+    deploy("demo", tmp_path, RECIPE)
+    stages.take()
+    stages.fail_in = "quantize"
+    with pytest.raises(KeyboardInterrupt):
+        deploy("demo", tmp_path, RECIPE)
+    assert (tmp_path / "report.json").is_file()
+    assert (tmp_path / "engines" / "cpu").is_dir()
 
 
 @pytest.mark.slow
