@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show recipe, layers, bits, memory and disk; do nothing.")
 @resume_option("Continue a run that was stopped, from the blocks that it had finished.")
 @overwrite_option()
-    def command(model: str, output: Path, dry_run: bool, resume: bool, overwrite: bool, **choices: Any) -> None:  #
-    noqa: ANN401
+def command(model: str, output: Path, dry_run: bool, resume: bool, overwrite: bool, **choices: Any) -> None:  # noqa: ANN401
     """Quantize a model to a checkpoint.
 
     MODEL is 'demo', a folder or a hub id. Finished blocks are kept in '<output>.work' until the checkpoint is
