@@ -149,6 +149,9 @@ def test_an_unfinished_run_in_the_way(cli: Run, out: Path) -> None:
         cli("quantize", "demo", "-o", out, "--resume", *SHORT), "another model, recipe", "original command"
     )
     assert [path.name for path in work.iterdir()] == ["run.json"]
+    quick = ["--method", "rtn", "--modules", "merger", "--samples", "1"]
+    assert cli("quantize", "demo", "-o", out, *quick, "--overwrite").code == 0
+    assert [path.name for path in out.parent.iterdir()] == ["checkpoint"]
 
 
 def test_an_output_below_a_file(cli: Run, tmp_path: Path) -> None:
