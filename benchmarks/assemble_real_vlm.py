@@ -104,7 +104,8 @@ def assemble(scratch: Path) -> tuple[InternVLForConditionalGeneration, Any]:
     delta = load_file(HERE / "delta.safetensors")
     text = {name: tensor.clone() for name, tensor in language.model.state_dict().items()}
     add_factors(text, delta)
-    config = model_config(language.config.to_dict(), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    image_token = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    config = model_config(language.config.to_dict(), image_token)
     model = InternVLForConditionalGeneration(config).float().eval()
     model.model.vision_tower.load_state_dict(vision)
     model.model.language_model.load_state_dict(text)

@@ -80,8 +80,8 @@ def score(run: str, samples: Sequence[Sample], answers: Answers, original: Answe
     kinds = np.array([sample.kind for sample in samples])
     right = np.array(answers.right)
     divergence = (original.first.exp() * (original.first - answers.first)).sum(-1).mean()
-    shares = [100 * float(right[kinds == kind].mean()) for kind in ("open", "yesno")]
-    return Row(run, *shares, float(divergence), seconds)
+    opened, yesno = (100 * float(right[kinds == kind].mean()) for kind in ("open", "yesno"))
+    return Row(run, opened, yesno, float(divergence), seconds)
 
 
 def exchange_pictures(samples: Sequence[Sample]) -> list[Sample]:

@@ -107,7 +107,8 @@ class InternVL(ModelFamily):
 
     def position_ids(self, encoded: Encoded) -> np.ndarray:
         """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
-        return np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
+        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
+        return positions
 
     def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """`pixel_values` float32 `[tiles, 3, height, width]`."""
@@ -128,7 +129,5 @@ class InternVL(ModelFamily):
 
 def _between_marks(tokenizer: Any, tokens: list[int]) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
     """A picture's tokens between the tokenizer's marks for start and end of a picture, where it has such marks."""
-    marks = [getattr(tokenizer, f"{side}_image_token_id", None) for side in ("start", "end")]
-    if not tokens or None in marks:
-        return tokens
-    return [int(marks[0]), *tokens, int(marks[1])]
+    start, end = (getattr(tokenizer, f"{side}_image_token_id", None) for side in ("start", "end"))
+    return tokens if not tokens or start is None or end is None else [start, *tokens, end]

@@ -26,11 +26,11 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels `[tiles, channels, height, width]` to hidden states of the patches `[tiles, patches, width]`."""
-        encoder: Any = self.encoder
-        hidden = self.embeddings(pixel_values)
-        for layer in encoder.layer:
+        vision: Any = self
+        hidden = vision.embeddings(pixel_values)
+        for layer in vision.encoder.layer:
             hidden = layer(hidden)
-        features: Tensor = self.layernorm(hidden)[:, 1:]  # the first token stands for the tile as a whole
+        features: Tensor = vision.layernorm(hidden)[:, 1:]  # the first token stands for the tile as a whole
         return features
 
 
