@@ -75,6 +75,8 @@ class _Conversion:
 
     def convert(self, node: ir.Node) -> None:
         """Choose a node's precision and cast its inputs to it."""
+        if node.op_type == "Constant":
+            return  # its users take it in the precision that they want
         if node.op_type == "Cast" or not any(value.dtype in FLOATS for value in node.outputs if value.dtype):
             self._constants_follow(node)
             return

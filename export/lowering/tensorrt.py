@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CheckerPass, ShapeInferencePass
+from onnx_ir.passes.common import CheckerPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
@@ -26,6 +26,7 @@ def lower_for_tensorrt(model: ir.Model) -> Precision:
     ShapeInferencePass()(model)  # types of the new values
     scale_queries(model)
     precision = to_half(model)
+    RemoveUnusedNodesPass()(model)
     CheckerPass()(model)
     products: dict[str, str] = {}
     others: Counter[str] = Counter()
@@ -33,7 +34,7 @@ def lower_for_tensorrt(model: ir.Model) -> Precision:
         compute = precision.get(node.name or "")
         if node.op_type in ("MatMul", "Gemm") and compute is not None:
             products[node.name or ""] = f"{_weights(node)} weights, {compute}" if _weights(node) else compute
-        elif compute is not None and node.op_type not in ("Constant", "DequantizeLinear"):
+        elif compute is not None and node.op_type != "DequantizeLinear":
             others[f"{node.op_type} {compute}"] += 1
     return Precision(products=products, others=dict(sorted(others.items())))
 

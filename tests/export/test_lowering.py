@@ -104,6 +104,24 @@ def test_large_activations_stay_finite() -> None:
     assert relative_error(run(model, {"x": values})["v2"], 2 * values * values) < 1e-3
 
 
+def test_constants_take_the_type_of_their_users() -> None:
+    """The gelu of a product is computed in half, and so are the constants of its definition."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 4, 64]))
+    weight = ir.tensor(np.eye(64, dtype=np.float32), name="w")
+    w = ir.Value(name="w", const_value=weight, shape=ir.Shape([64, 64]), type=ir.TensorType(ir.DataType.FLOAT))
+    ops = tape.Tape()
+    y = ops.op("Gelu", [ops.op("MatMul", [x, w])])
+    y.name, y.type, y.shape = "y", x.type, x.shape
+    for number, node in enumerate(ops.nodes):
+        node.name = f"n{number}"
+    graph = ir.Graph([x], [y], nodes=ops.nodes, initializers=[w], opset_imports={"": 21}, name="g")
+    model = ir.Model(graph, ir_version=10)
+    lower_for_tensorrt(model)
+    values = np.linspace(-3, 3, 256, dtype=np.float32).reshape(1, 4, 64)
+    expected = torch.nn.functional.gelu(torch.from_numpy(values)).numpy()
+    assert relative_error(run(model, {"x": values})["y"], expected) < 2e-3
+
+
 def test_masks_stay_usable_in_half() -> None:
     smallest = np.array([np.finfo(np.float32).min, -np.inf, 0.0, 1e9], np.float32)
     assert convert_constant(smallest, ir.DataType.FLOAT16).tolist() == [MASKED, MASKED, 0.0, 65504.0]
