@@ -103,18 +103,20 @@ class Qwen2VL(ModelFamily):
     def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Patches of all pictures of a batch, and what the encoder must know about them.
 
-        `pixel_values` float32 `[patches, values]`; `position_ids` int64 `[patches, 2]`, row and column; `segment_ids`
-        int64 `[patches]`: patches attend to those of their own frame.
+        Patches come in groups of those that become one token: `pixel_values` float32 `[groups, patches, values]`;
+        `position_ids` int64 `[groups, patches, 2]`, row and column; `segment_ids` int64 `[groups]`: patches attend to
+        those of their own frame.
         """
         merge = self.config.vision_config.spatial_merge_size
         positions, lengths = [], []
         for frames, height, width in encoded.pixels["image_grid_thw"].tolist():
             # the image processor orders patches by merge blocks: the four of a block are neighbours
             grid = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
-            positions += [grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)] * frames
-            lengths += [height * width] * frames
+            positions += [grid.transpose(1, 3, 2, 4, 0).reshape(-1, merge**2, 2)] * frames
+            lengths += [height * width // merge**2] * frames
+        pixels = encoded.pixels["pixel_values"].astype(np.float32, copy=False)
         return {
-            "pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False),
+            "pixel_values": pixels.reshape(-1, merge**2, pixels.shape[-1]),
             "position_ids": np.concatenate(positions).astype(np.int64),
             "segment_ids": np.repeat(np.arange(len(lengths), dtype=np.int64), lengths),
         }

@@ -1,7 +1,8 @@
 """Qwen2-VL's visual encoder and merger as modules that `torch.export` can trace for any set of picture sizes.
 
 transformers' own encoder loops over pictures, which depends on data. Here one attention over all patches with a mask
-of segments does the same, and what follows from the picture sizes comes in as inputs.
+of segments does the same, and what follows from the picture sizes comes in as inputs. Patches come in groups of those
+that the merger joins, so that any number of groups is a valid size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from qe_edge.models.family import GraphSpec
 
 TYPICAL_PATCHES = 1024
 MAX_PATCHES = 4096  # of engines; all patches attend to each other, so this bounds their memory
-LARGEST = 1 << 18  # groups of merged patches at export time
+LARGEST = 1 << 18  # groups at export time
+EXAMPLE = 4  # groups to trace with; not 1, which torch would take for a constant
 
 
 class VisualEncoder(nn.Module):
@@ -31,36 +33,39 @@ class VisualEncoder(nn.Module):
         self.blocks = visual.blocks
 
     def forward(self, pixel_values: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """Hidden states `[1, patches, embed_dim]`.
+        """Hidden states `[groups, patches of a group, embed_dim]`.
 
         Args:
-            pixel_values: `[patches, channels * frames * height * width]`.
-            position_ids: `[patches, 2]`, row and column of every patch.
-            segment_ids: `[patches]`; patches of one segment attend to each other.
+            pixel_values: `[groups, patches of a group, channels * frames * height * width]`.
+            position_ids: `[groups, patches of a group, 2]`, row and column of every patch.
+            segment_ids: `[groups]`; patches of one segment attend to each other.
         """
         patch_embed: Any = self.patch_embed
         rotary_embedding: Any = self.rotary_pos_emb
         blocks: Any = self.blocks
         # the convolution's kernel covers a patch exactly, so it is a matrix product
-        hidden = linear(pixel_values, patch_embed.proj.weight.flatten(1), patch_embed.proj.bias).unsqueeze(0)
-        rotary = rotary_embedding(hidden, position_ids)
-        same = segment_ids[:, None] == segment_ids[None, :]
+        hidden = linear(pixel_values, patch_embed.proj.weight.flatten(1), patch_embed.proj.bias)
+        group = hidden.shape[1:]
+        hidden = hidden.flatten(0, 1).unsqueeze(0)
+        rotary = rotary_embedding(hidden, position_ids.flatten(0, 1))
+        segments = segment_ids[:, None].expand(-1, group[0]).flatten()
+        same = segments[:, None] == segments[None, :]
         mask = torch.where(same, 0.0, torch.finfo(hidden.dtype).min)
         for block in blocks:
             hidden = hidden + attend(block.attn, block.norm1(hidden), rotary, mask)
             hidden = hidden + block.mlp(block.norm2(hidden))
-        return hidden
+        return hidden.view(-1, *group)
 
 
 class Merger(nn.Module):
-    """A `PatchMerger` on rank 3."""
+    """A `PatchMerger` whose linear layers see rank 3."""
 
     def __init__(self, merger: nn.Module) -> None:
         super().__init__()
         self.merger = merger
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Patches `[1, patches, embed_dim]` to features `[patches / 4, hidden]`."""
+        """Patches `[groups, patches of a group, embed_dim]` to features `[groups, hidden]`."""
         merger: Any = self.merger
         merged: Tensor = merger.mlp(merger.ln_q(hidden_states).view(1, -1, merger.hidden_size))
         return merged.squeeze(0)
@@ -81,25 +86,25 @@ def attend(attention: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: 
 def visual_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class
     """The graph "visual"."""
     merge = visual.spatial_merge_size**2
-    patches = Dim("groups", min=1, max=LARGEST) * merge
+    groups = Dim("groups", min=1, max=LARGEST)
     values = visual.patch_embed.proj.weight[0].numel()
-    count = 4 * merge
+    typical, largest = TYPICAL_PATCHES // merge, MAX_PATCHES // merge
     return GraphSpec(
         name="visual",
         module=VisualEncoder(visual),
         inputs=(
-            torch.zeros(count, values),
-            torch.zeros(count, 2, dtype=torch.int64),
-            torch.zeros(count, dtype=torch.int64),
+            torch.zeros(EXAMPLE, merge, values),
+            torch.zeros(EXAMPLE, merge, 2, dtype=torch.int64),
+            torch.zeros(EXAMPLE, dtype=torch.int64),
         ),
         input_names=["pixel_values", "position_ids", "segment_ids"],
         output_names=["hidden_states"],
-        dynamic_shapes=({0: patches}, {0: patches}, {0: patches}),
+        dynamic_shapes=({0: groups}, {0: groups}, {0: groups}),
         profiles={
             "default": {
-                "pixel_values": ((merge, values), (TYPICAL_PATCHES, values), (MAX_PATCHES, values)),
-                "position_ids": ((merge, 2), (TYPICAL_PATCHES, 2), (MAX_PATCHES, 2)),
-                "segment_ids": ((merge,), (TYPICAL_PATCHES,), (MAX_PATCHES,)),
+                "pixel_values": ((1, merge, values), (typical, merge, values), (largest, merge, values)),
+                "position_ids": ((1, merge, 2), (typical, merge, 2), (largest, merge, 2)),
+                "segment_ids": ((1,), (typical,), (largest,)),
             }
         },
     )
@@ -109,15 +114,13 @@ def merger_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own 
     """The graph "merger"."""
     merge = visual.spatial_merge_size**2
     width = visual.patch_embed.proj.weight.shape[0]
-    patches = Dim("groups", min=1, max=LARGEST) * merge
+    typical, largest = TYPICAL_PATCHES // merge, MAX_PATCHES // merge
     return GraphSpec(
         name="merger",
         module=Merger(visual.merger),
-        inputs=(torch.zeros(1, 4 * merge, width),),
+        inputs=(torch.zeros(EXAMPLE, merge, width),),
         input_names=["hidden_states"],
         output_names=["image_features"],
-        dynamic_shapes=({1: patches},),
-        profiles={
-            "default": {"hidden_states": ((1, merge, width), (1, TYPICAL_PATCHES, width), (1, MAX_PATCHES, width))}
-        },
+        dynamic_shapes=({0: Dim("groups", min=1, max=LARGEST)},),
+        profiles={"default": {"hidden_states": ((1, merge, width), (typical, merge, width), (largest, merge, width))}},
     )
