@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CheckerPass, RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import (
+    CheckerPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    LiftConstantsToInitializersPass,
+    ShapeInferencePass,
+)
 
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.precision import scale_queries, to_half
 from qe_edge.runtime.engine_info import Precision
 
+SMALL = 1024  # elements up to which equal constants are looked for
 WEIGHTS = {ir.DataType.INT4: "int4", ir.DataType.INT8: "int8"}
 
 
@@ -23,10 +30,13 @@ def lower_for_tensorrt(model: ir.Model) -> Precision:
     """
     inline_layers(model)
     expand_gelu(model)
+    # siblings round the same input and share a router; what is computed twice need be parsed and built only once
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    DeduplicateInitializersPass(size_limit=SMALL)(model)
+    CommonSubexpressionEliminationPass()(model)
     ShapeInferencePass()(model)  # types of the new values
     scale_queries(model)
     precision = to_half(model)
-    RemoveUnusedNodesPass()(model)
     CheckerPass()(model)
     products: dict[str, str] = {}
     others: Counter[str] = Counter()
