@@ -27,7 +27,8 @@ def npmi(occurrence: sparse.csr_matrix) -> np.ndarray:
         score = (log_joint - np.log(single)[:, None] - np.log(single)[None, :]) / -log_joint
     score[joint == 0] = -1.0
     score[joint == 1] = 1.0
-    return np.clip(score, -1.0, 1.0)
+    limited: np.ndarray = np.clip(score, -1.0, 1.0)
+    return limited
 
 
 def spectral_clusters(similarity: np.ndarray, clusters: int, seed: int) -> np.ndarray:

@@ -181,6 +181,6 @@ def collect_statistics(
 ) -> InputStatistics:
     """Statistics of one problem whose calibration tokens `[n, in]` are already in memory."""
     collector = StatisticsCollector(name, weight.shape[1], [weight], request, seed)
-    for part in tokens.split(chunk):
-        collector.update(part)
+    for start in range(0, len(tokens), chunk):
+        collector.update(tokens[start : start + chunk])
     return collector.finish()[0]

@@ -132,7 +132,7 @@ def _empty_model(folder: str, tensors: dict[str, Tensor]) -> nn.Module:
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: nn.Module = AutoModelForImageTextToText.from_config(config)
+    model: nn.Module = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
@@ -146,7 +146,7 @@ def _load_generation_config(model: nn.Module, folder: Path) -> None:
     if not (folder / "generation_config.json").is_file():
         return
     try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.__dict__["generation_config"] = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder, "generation_config.json cannot be read") from error
 

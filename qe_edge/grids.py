@@ -156,7 +156,8 @@ def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
         return x
     largest = 2 ** (bits - 1) - 1
     scale = x.abs().amax(-1, keepdim=True).clamp_min(MIN_RANGE) / largest
-    return torch.round(x / scale).clamp_(-largest - 1, largest) * scale
+    quantized: Tensor = torch.round(x / scale).clamp_(-largest - 1, largest) * scale
+    return quantized
 
 
 def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,8 @@ def make_recipe(**values: object) -> Recipe:
         UnknownNameError: For an unknown key, method, scheme, module or preset; the nearest valid one is named.
         RecipeError: For a value of the wrong type or range.
     """
-    return _validate(Recipe, values, "")
+    recipe: Recipe = _validate(Recipe, values, "")
+    return recipe
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -54,19 +54,22 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
     """Dtype, shape and byte span of one header entry."""
     if not isinstance(entry, dict):
         raise _damaged(path, f"the entry of '{name}' is not a table")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
         raise _damaged(path, f"tensor '{name}' has the unknown type {dtype!r}")
-    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    if shape is None or offsets is None or len(offsets) != 2:
         raise _damaged(path, f"tensor '{name}' has no valid shape or offsets")
     start, stop = offsets
     if start > stop or (stop - start) * 8 != prod(shape) * BITS[dtype]:
         raise _damaged(path, f"tensor '{name}' does not fill its {stop - start} bytes")
-    return dtype, tuple(shape), (start, stop)
+    return dtype, shape, (start, stop)
 
 
-def _sizes(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _sizes(values: object) -> tuple[int, ...] | None:
+    """Non-negative whole numbers, or None for anything else."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        return None
+    return tuple(values)
 
 
 def _damaged(path: Path, reason: str) -> ArtifactError:

@@ -108,7 +108,7 @@ def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel
     family = load_family(source)
     check_memory(source, dtype)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        model: nn.Module = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."

@@ -42,11 +42,12 @@ class ErrorSpace:
     @property
     def side(self) -> int:
         """Size of the eigenproblem, min(out, in)."""
-        return self.reduced.shape[0]
+        return len(self.reduced)
 
     def outputs(self, tokens: np.ndarray) -> np.ndarray:
         """Reduced coordinates `[n, side]` of the error's output on tokens `[n, in]`."""
-        return tokens @ self.reduced.T.astype(tokens.dtype)
+        outputs: np.ndarray = tokens @ self.reduced.T.astype(tokens.dtype)
+        return outputs
 
     def covariance(self, gram: np.ndarray) -> np.ndarray:
         """`E G E^T` in reduced coordinates, `[side, side]` float64."""

@@ -52,7 +52,7 @@ def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
         values = np.abs(np.take_along_axis(tokens, np.maximum(lists, 0), axis=1)) * problem.channel_weight[lists]
         rows, slots = np.nonzero(owner >= 0)
         np.add.at(mass, (rows, owner[rows, slots]), values[rows, slots])
-    assigned = mass.argmax(1)
+    assigned: np.ndarray = mass.argmax(1)
     assigned[mass.max(1) <= 0] = -1
     return assigned
 
@@ -83,7 +83,8 @@ def residual_energy(outputs: np.ndarray, directions: list[np.ndarray]) -> np.nda
     """`||(I - U_i U_i^T) z_t||^2` for every token and expert, `[tokens, experts]`."""
     energy = np.square(outputs).sum(1, keepdims=True)
     explained = [np.square(outputs @ direction).sum(1) for direction in directions]
-    return np.maximum(energy - np.stack(explained, axis=1), 0.0)
+    residual: np.ndarray = np.maximum(energy - np.stack(explained, axis=1), 0.0)
+    return residual
 
 
 def _fit(outputs: np.ndarray, assigned: np.ndarray, everyone: np.ndarray, problem: ExpertProblem) -> list[np.ndarray]:
@@ -133,11 +134,12 @@ def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: st
 
 def _mean_where_important(statistics: InputStatistics, channels: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Mean |x_c| over the sampled tokens that list channel c as important; the global mean where none does."""
-    if statistics.importance is None or not len(channels):
-        return mean[channels]
+    values: np.ndarray = mean[channels]
+    if statistics.importance is None:
+        return values
     lists = statistics.importance[statistics.token_rows]
-    values = np.empty(len(channels))
     for slot, channel in enumerate(channels):
         rows = (lists == channel).any(1)
-        values[slot] = np.abs(statistics.tokens[rows, channel]).mean() if rows.any() else mean[channel]
-    return np.maximum(values, 1e-8)
+        if rows.any():
+            values[slot] = max(float(np.abs(statistics.tokens[rows, channel]).mean()), 1e-8)
+    return values
