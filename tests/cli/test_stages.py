@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qe_edge.calibration.sources import load_evaluation
-from tests.cli.running import Run, assert_two_lines
+from tests.cli.running import Outcome, Run, assert_two_lines
 
 QUICK = ["--method", "rtn", "--modules", "merger", "--samples", "1"]
 PICTURE = load_evaluation("demo")[1].image
@@ -27,8 +27,9 @@ def folder(child: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answer(outcome: object) -> str:
-    return getattr(outcome, "out", "").strip()
+def answer(outcome: Outcome) -> str:
+    assert outcome.code == 0, outcome.err
+    return outcome.out.strip()
 
 
 @pytest.mark.slow
