@@ -28,6 +28,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with no_space_explained(path):
             yield temporary
+            _readable(temporary)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,6 +49,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with no_space_explained(path):
             temporary.mkdir()
             yield temporary
+            for file in temporary.rglob("*"):
+                _readable(file)
             if path.exists():
                 path.replace(old)
             temporary.replace(path)
@@ -67,6 +70,14 @@ def no_space_explained(path: Path) -> Iterator[None]:
                 f"The disk is full; '{path}' could not be written.", "Free some space or choose another output folder."
             ) from error
         raise
+
+
+def _readable(path: Path) -> None:
+    """Give a file the mode that any new file has; safetensors writes files that only their owner can read."""
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
 
 
 def _is_no_space(error: BaseException) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; see qe_edge.cli
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache

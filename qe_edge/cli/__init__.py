@@ -6,6 +6,7 @@ transformers, pydantic, rich) inside the command itself, so that `qe-edge --help
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 for success, 2 for a mistake that the user can mend, 1 for a defect of ours, 130 after Ctrl-C.
     """
+    # OpenMP's threads otherwise wait in a busy loop: on a shared machine that costs more than all computing
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from qe_edge.cli.application import application
     from qe_edge.cli.outcome import run_reporting
 
