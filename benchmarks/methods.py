@@ -1,9 +1,13 @@
-"""Accuracy and divergence of every method beside its bits per weight, on one model.
+r"""Accuracy and divergence of every method beside its bits per weight, on one model.
 
     python benchmarks/methods.py demo --schemes w4a8 w3a16
+    python benchmarks/assemble_real_vlm.py out/real
+    python benchmarks/methods.py out/real --methods rtn awq gptq aser qe --samples 128 \
+        --calibration out/real/data/calibration.jsonl --evaluation out/real/data/evaluation.jsonl
 
-One row for the original, and for every scheme one for rounding (RTN), Quant Experts with our defaults, and Quant
-Experts as in the paper. Every row starts from the same original; the measures are those of `qe-edge validate`.
+One row for the original, one for it with exchanged pictures, and for every scheme one per method; unless asked for
+others those are rounding (RTN), Quant Experts with our defaults, and Quant Experts as in the paper. Every row starts
+from the same original; the measures are those of `qe-edge validate`.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from qe_edge.errors import QEError
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.report.wording import percent, significant
 from qe_edge.schemes import SCHEMES
 from qe_edge.validate.answers import answer_all, answer_length, score
@@ -32,7 +36,7 @@ from qe_edge.validate.schema import Accuracy
 from qe_edge.validate.shuffling import shuffle_pictures
 from qe_edge.validate.subjects import TorchSubject, block_groups, in_float32
 
-METHODS = (("rtn", "default"), ("qe", "default"), ("qe", "paper"))
+DEFAULT_METHODS = ("rtn", "qe", "qe:paper")
 HEADINGS = ("row", "KL answer", "KL text", "top-1", "open", "yes/no", "stored", "read", "seconds")
 
 
@@ -98,15 +102,27 @@ class Setting:
         return score(samples, answers)
 
 
-def measure(setting: Setting, method: str, preset: str, scheme: str) -> Row:
+def recipes(setting: Setting, methods: Sequence[str], schemes: Sequence[str]) -> list[Recipe]:
+    """One recipe per scheme and method, all checked before any of them runs.
+
+    Raises:
+        QEError: If there is no such method or preset.
+    """
+    wanted = [(scheme, *method.partition(":")) for scheme in schemes for method in methods]
+    return [
+        make_recipe(
+            method=method,
+            preset=preset or "default",
+            scheme=scheme,
+            modules=setting.modules,
+            calibration={"source": setting.calibration, "samples": setting.count},
+        )
+        for scheme, method, _, preset in wanted
+    ]
+
+
+def measure(setting: Setting, recipe: Recipe) -> Row:
     """Quantize one way and compare with the original."""
-    recipe = make_recipe(
-        method=method,
-        preset=preset,
-        scheme=scheme,
-        modules=setting.modules,
-        calibration={"source": setting.calibration, "samples": setting.count},
-    )
     started = time.perf_counter()
     quantized, _ = quantize(setting.reference, recipe)
     seconds = time.perf_counter() - started
@@ -117,7 +133,7 @@ def measure(setting: Setting, method: str, preset: str, scheme: str) -> Row:
     distance = comparison.distances["quantized"]
     accuracy = setting.accuracy(quantized, setting.samples)
     return Row(
-        name=f"{method} {scheme}" if preset == "default" else f"{method} {scheme} ({preset})",
+        name=f"{recipe.method} {recipe.scheme}" + ("" if recipe.preset == "default" else f" ({recipe.preset})"),
         kl_answer=distance.answer.mean_divergence(),
         kl_text=distance.text.mean_divergence(),
         top1=distance.text.agreement(),
@@ -143,6 +159,9 @@ def main() -> int:
     """Print the table row by row, and a JSON line at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="'demo', a folder or a hub id")
+    parser.add_argument(
+        "--methods", nargs="+", default=DEFAULT_METHODS, metavar="NAME[:PRESET]", help="default: %(default)s"
+    )
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=["w4a8"])
     parser.add_argument("--modules", nargs="+", default=["language"])
     parser.add_argument("--calibration", default="demo", help="source of calibration samples")
@@ -160,13 +179,13 @@ def main() -> int:
             options.model, original, samples, answer_length(original, samples), tuple(options.modules),
             options.calibration, options.samples,
         )  # fmt: skip
+        planned = recipes(setting, options.methods, options.schemes)
         rows = originals(setting)
         for cells in (HEADINGS, *(row.cells() for row in rows)):
             show(cells)
-        for scheme in options.schemes:
-            for method, preset in METHODS:
-                rows.append(measure(setting, method, preset, scheme))
-                show(rows[-1].cells())
+        for recipe in planned:
+            rows.append(measure(setting, recipe))
+            show(rows[-1].cells())
     except QEError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -58,7 +58,7 @@ def _strongly_typed(trt: Any) -> int:  # noqa: ANN401 - an untyped extension mod
 
 
 def _collecting_logger(trt: Any) -> Any:  # noqa: ANN401
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc] # the extension module has no types
         """Keeps errors for the message to the user."""
 
         def __init__(self) -> None:

@@ -51,7 +51,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
-    embedding = loaded.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    embedding = loaded.model.get_input_embeddings().get_parameter("weight").detach()
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
         entries = {}
@@ -101,7 +101,7 @@ def _write_runtime_files(loaded: LoadedModel, folder: Path) -> None:
     config.pop("quantization_config", None)  # the weights are in the graphs
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if getattr(loaded.model, "generation_config", None) is not None:
-        loaded.model.generation_config.save_pretrained(folder)  # type: ignore[union-attr,operator]
+        loaded.model.generation_config.save_pretrained(folder)
     loaded.family.save_processor(loaded.processor, folder)
 
 

@@ -35,6 +35,7 @@ PARTS = {
 }
 
 
+# mypy cannot see through decorators on properties (prop-decorator); pydantic asks to ignore that below.
 class BitCount(BaseModel):
     """Bits of one layer or of several together.
 

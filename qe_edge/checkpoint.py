@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -20,6 +20,9 @@ from qe_edge.quantizer import set_module
 from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.safetensors_check import check_safetensors
 from qe_edge.schemes import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUANT_METHOD = "qe-edge"
 FORMAT_VERSION = 1
@@ -56,7 +59,7 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if getattr(loaded.model, "generation_config", None) is not None:
-            loaded.model.generation_config.save_pretrained(part)  # type: ignore[union-attr,operator]
+            loaded.model.generation_config.save_pretrained(part)
         loaded.family.save_processor(loaded.processor, part)
 
 
@@ -107,7 +110,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     missing = [name for name in missing if not name.startswith(prefixes)]
     if missing or unexpected:
         raise _damaged(folder, f"tensor '{(missing + unexpected)[0]}' is missing or unknown")
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
     _load_generation_config(model, folder)
     return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
 
@@ -125,28 +128,28 @@ def load_checkpoint_recipe(folder: Path) -> Recipe:
     return make_recipe(**values)
 
 
-def _empty_model(folder: str, tensors: dict[str, Tensor]) -> nn.Module:
+def _empty_model(folder: str, tensors: dict[str, Tensor]) -> PreTrainedModel:
     """The model with unset weights, in the precision that the checkpoint stores."""
     from transformers import AutoModelForImageTextToText
 
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: nn.Module = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     return model
 
 
-def _load_generation_config(model: nn.Module, folder: Path) -> None:
+def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
     """Which tokens end an answer, among others; config.json alone may know only one of them."""
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").is_file():
         return
     try:
-        model.__dict__["generation_config"] = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder, "generation_config.json cannot be read") from error
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import qe_edge
 from qe_edge.atomic import atomic_file
 from qe_edge.errors import ArtifactError
 from qe_edge.layer_files import read_layers, write_layers
@@ -29,7 +30,7 @@ class WorkFolder:
             ArtifactError: If there is an unfinished run that was not asked for, or one of another model or recipe.
         """
         manifest = path / MANIFEST
-        wanted = {"model": fingerprint, "recipe": recipe.model_dump(mode="json")}
+        wanted = {"qe_edge": qe_edge.__version__, "model": fingerprint, "recipe": recipe.model_dump(mode="json")}
         if manifest.is_file():
             if not resume:
                 raise ArtifactError(
@@ -41,7 +42,8 @@ class WorkFolder:
                 found = None
             if found != wanted:
                 raise ArtifactError(
-                    f"The unfinished run in '{path}' has another model, recipe or calibration data.",
+                    f"The unfinished run in '{path}' has another model, recipe or calibration data, or was made by "
+                    "another version of QE-Edge.",
                     "Repeat the original command with --resume, or delete the folder.",
                 )
         else:

@@ -96,7 +96,7 @@ def inline_layers(model: ir.Model) -> list[str]:
 
 def operands_of(node: ir.Node) -> Operands:
     """The inputs of a `QELinear` node by name."""
-    return Operands(**dict(zip(INPUTS, node.inputs, strict=False)))  # type: ignore[arg-type]
+    return Operands(**dict(zip(INPUTS, node.inputs, strict=False)))  # type: ignore[arg-type] # x is never None
 
 
 def without_neutral(operands: Operands, attributes: Attributes) -> tuple[Operands, Attributes]:

@@ -74,9 +74,9 @@ def _convert(instruction: Instruction) -> Callable[[Lanes], Lanes]:
     target, source = kinds[0], kinds[1]
     if source in ("f16", "bf16"):
         half = "f16" if source == "f16" else "bf16"
-        return lambda v: from_bits(np.ascontiguousarray(v), half)  # type: ignore[arg-type]
+        return lambda v: from_bits(np.ascontiguousarray(v), half)  # type: ignore[arg-type] # a Literal, checked above
     if target in ("f16", "bf16"):
-        return lambda v: to_bits(v, target)  # type: ignore[arg-type]
+        return lambda v: to_bits(v, target)  # type: ignore[arg-type] # a Literal, checked above
     if source == "f32" and target == "s32":
         if "rni" not in instruction.op:
             raise PtxError(f"rounding of `{instruction.text}`")

@@ -33,7 +33,7 @@ def build(model: bytes, library: str) -> dict[str, Any]:
 
     messages: list[str] = []
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc] # the extension module has no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

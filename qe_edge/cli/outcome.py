@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
@@ -25,7 +28,8 @@ def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
         words: The command line, to say how to resume.
     """
     try:
-        code = call()
+        with _terminating_like_ctrl_c():
+            code = call()
     except (KeyboardInterrupt, click.Abort, Interrupted):
         click.secho(_how_to_resume(words), fg="yellow", err=True)
         return INTERRUPTED
@@ -44,6 +48,19 @@ def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
         click.echo(click.style("  Fix: ", fg="green", bold=True) + _one_line(remedy), err=True)
         return code
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _terminating_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, as a service manager sends it, clean up and say how to resume; only a main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _explain(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:

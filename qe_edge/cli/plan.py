@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from qe_edge.models.loading import load_family
 from qe_edge.quantizer import BATCH, LinearGroup, linear_groups
 from qe_edge.recipe import Recipe
 from qe_edge.schemes import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LIBRARIES = 600 * 2**20  # what Python, torch and transformers take before any model is loaded
 
@@ -116,11 +120,11 @@ def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, in
     return [(str(key[0]) if len(found) > 1 else found[0].name, found[0], len(found)) for key, found in rows.items()]
 
 
-def _shapes_only(family: ModelFamily) -> nn.Module:
+def _shapes_only(family: ModelFamily) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(family.config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(family.config)
     return model
 
 

@@ -29,8 +29,8 @@ def quiet_libraries(verbose: bool) -> Iterator[None]:
     if "transformers" in sys.modules:  # imported earlier in this process, so the settings above come too late
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

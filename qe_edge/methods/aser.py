@@ -10,7 +10,7 @@ from pydantic import Field
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, MethodOptions
-from qe_edge.methods.static import StaticCorrection, StaticOptions, measured
+from qe_edge.methods.static import StaticCorrection, StaticOptions
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction
 from qe_edge.reconstruction.directions import whitened_directions
 from qe_edge.reconstruction.ranks import scale_rank
@@ -39,13 +39,13 @@ class ASER(StaticCorrection):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Leave the outlier channels out, round, correct."""
-        statistics, gram = measured(problem)
+        abs_mean = problem.measured().abs_mean
         count = self.options.outliers
         if self.options.shrink:
             count = scale_rank(count, min(problem.weight.shape))
-        importance = statistics.abs_mean * problem.weight.abs().mean(0).double().numpy()
+        importance = abs_mean * problem.weight.abs().mean(0).double().numpy()
         outliers = np.argsort(-importance, kind="stable")[: min(count, len(importance))]
-        branch = leave_out_channels(problem.weight, problem.scheme.weight, outliers, statistics.abs_mean, "scale")
-        directions = whitened_directions(branch.error, gram, self.rank(*problem.weight.shape))
+        branch = leave_out_channels(problem.weight, problem.scheme.weight, outliers, abs_mean, "scale")
+        directions = whitened_directions(branch.error, problem.gram(), self.rank(*problem.weight.shape))
         adapters = static_correction(branch.error, directions, self.options.adapter_dtype)
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)

@@ -17,8 +17,8 @@ from torch import Tensor
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.grids import QuantizedWeight, WeightGrid, quantize_weight
 from qe_edge.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem, Method, MethodOptions
-from qe_edge.methods.static import measured
+from qe_edge.methods.base import LinearProblem, MethodOptions
+from qe_edge.methods.scaling import ChannelScaling, storable_inverse
 
 SMALLEST = 1e-4
 
@@ -33,16 +33,11 @@ class AWQOptions(MethodOptions):
     grid: int = Field(20, ge=1, le=100)
 
 
-class AWQ(Method):
+class AWQ(ChannelScaling):
     """Activation-aware channel scales, one search per shared input."""
 
     Options: ClassVar[type[MethodOptions]] = AWQOptions
     options: AWQOptions
-
-    @property
-    def stack_siblings(self) -> bool:
-        """One scale for all consumers of an input."""
-        return True
 
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
         """Channel means and the Gram matrix."""
@@ -50,11 +45,10 @@ class AWQ(Method):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Search the scale, then round."""
-        statistics, gram = measured(problem)
         weight, inv_omega = search_scale(
             problem.weight,
-            statistics.abs_mean,
-            torch.from_numpy(gram).float(),
+            problem.measured().abs_mean,
+            torch.from_numpy(problem.gram()).float(),
             problem.scheme.weight,
             self.options.grid,
         )
@@ -80,7 +74,7 @@ def search_scale(
     for step in range(steps):
         scale = np.maximum(np.maximum(abs_mean, 1e-12) ** (step / steps), SMALLEST)
         scale /= np.sqrt(scale.max() * scale.min())
-        inverse = torch.from_numpy(1.0 / np.clip(scale, 1e-3, 1e3)).to(torch.float16)
+        inverse = storable_inverse(scale)
         codes = quantize_weight(weight / inverse.float(), grid)
         error = weight - codes.decode() * inverse.float()
         loss = float(((error @ gram) * error).sum())

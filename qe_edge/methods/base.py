@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
+from qe_edge.errors import NumericalError
 from qe_edge.linear import QuantizedLinear
 from qe_edge.schemes import Scheme
 
@@ -37,6 +39,27 @@ class LinearProblem:
     scheme: Scheme
     statistics: InputStatistics | None
     seed: int
+
+    def measured(self) -> InputStatistics:
+        """The statistics of a method that asked for some.
+
+        Raises:
+            NumericalError: If nothing was measured.
+        """
+        if self.statistics is None:
+            raise NumericalError(f"'{self.name}' has no calibration statistics.", "Pass calibration tokens.")
+        return self.statistics
+
+    def gram(self) -> np.ndarray:
+        """The Gram matrix `[in, in]` float64 of a method that asked for it.
+
+        Raises:
+            NumericalError: If it was not measured.
+        """
+        gram = self.measured().gram
+        if gram is None:
+            raise NumericalError(f"'{self.name}' has no Gram matrix.", "Pass calibration tokens.")
+        return gram
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from qe_edge.errors import NumericalError
 from qe_edge.grids import PER_CHANNEL, QuantizedWeight, WeightGrid, quantize_weight
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, Method, MethodOptions
-from qe_edge.methods.static import measured
 
 BLOCK = 128  # columns whose updates are applied to the rest at once
 
@@ -44,8 +43,9 @@ class GPTQ(Method):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Round the weight of `problem` column by column."""
-        _, gram = measured(problem)
-        weight = gptq_round(problem.weight, torch.from_numpy(gram), problem.scheme.weight, self.options.damping)
+        weight = gptq_round(
+            problem.weight, torch.from_numpy(problem.gram()), problem.scheme.weight, self.options.damping
+        )
         return QuantizedLinear(weight, problem.scheme.activation_bits)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem
-from qe_edge.methods.static import StaticCorrection, measured
+from qe_edge.methods.static import StaticCorrection
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction
 from qe_edge.reconstruction.directions import diagonal_directions
 
@@ -21,15 +21,15 @@ class LQER(StaticCorrection):
     """Truncated SVD of `E diag(mean |x|)`."""
 
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
-        """Channel means; the Gram matrix only as evidence that there was data."""
-        return StatisticsRequest(gram=True, tokens=0)
+        """Channel means, which always come along."""
+        return StatisticsRequest(gram=False, tokens=0)
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Round, then correct the rounding error."""
-        statistics, _ = measured(problem)
+        abs_mean = problem.measured().abs_mean
         nothing = np.zeros(0, np.int64)
-        branch = leave_out_channels(problem.weight, problem.scheme.weight, nothing, statistics.abs_mean, "drop")
-        scale = np.maximum(statistics.abs_mean, SMALLEST_SCALE)
+        branch = leave_out_channels(problem.weight, problem.scheme.weight, nothing, abs_mean, "drop")
+        scale = np.maximum(abs_mean, SMALLEST_SCALE)
         directions = diagonal_directions(branch.error, scale, self.rank(*problem.weight.shape))
         adapters = static_correction(branch.error, directions, self.options.adapter_dtype)
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, None, adapters)

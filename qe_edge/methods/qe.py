@@ -152,11 +152,7 @@ class QuantExperts(Method):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Quantize one linear problem (specification sections 4 to 7)."""
-        statistics = problem.statistics
-        if statistics is None or statistics.gram is None:
-            raise NumericalError(
-                f"Quant Experts needs calibration statistics for '{problem.name}'.", "Pass calibration tokens."
-            )
+        statistics = problem.measured()
         size = shrink_to_layer(self.options, *problem.weight.shape)
         lists = statistics.importance
         if lists is None:
@@ -178,8 +174,7 @@ class QuantExperts(Method):
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
         scheme, options = problem.scheme, self.options
         branch = leave_out_channels(problem.weight, scheme.weight, left_out, statistics.abs_mean, options.cs_mode)
-        gram = statistics.gram if statistics.gram is not None else np.eye(problem.weight.shape[1])
-        directions = whitened_directions(branch.error, gram, size.shared_rank + size.routed_rank)
+        directions = whitened_directions(branch.error, problem.gram(), size.shared_rank + size.routed_rank)
         tokens = torch.from_numpy(statistics.tokens[:: max(1, len(statistics.tokens) // GUARD_TOKENS)])
         main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
         rounding = (main - fake_quantize_activation(main, scheme.activation_bits)) @ branch.weight.decode().T

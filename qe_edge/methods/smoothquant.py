@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.grids import quantize_weight
 from qe_edge.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem, Method, MethodOptions
-from qe_edge.methods.static import measured
+from qe_edge.methods.base import LinearProblem, MethodOptions
+from qe_edge.methods.scaling import ChannelScaling, storable_inverse
 
 SMALLEST = 1e-5
 
@@ -31,33 +30,26 @@ class SmoothQuantOptions(MethodOptions):
     alpha: float = Field(0.5, ge=0, le=1)
 
 
-class SmoothQuant(Method):
+class SmoothQuant(ChannelScaling):
     """`s_c = max|x_c|^alpha / max|w_c|^(1 - alpha)` over all layers that read the same input."""
 
     Options: ClassVar[type[MethodOptions]] = SmoothQuantOptions
     options: SmoothQuantOptions
 
-    @property
-    def stack_siblings(self) -> bool:
-        """One scale for all consumers of an input."""
-        return True
-
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
-        """Channel maxima; the Gram matrix only as evidence that there was data."""
-        return StatisticsRequest(gram=True, tokens=0)
+        """Channel maxima, which always come along."""
+        return StatisticsRequest(gram=False, tokens=0)
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Smooth, then round."""
-        statistics, _ = measured(problem)
         largest = problem.weight.abs().amax(0).double().numpy()
-        scale = smoothing_scale(statistics.abs_max, largest, self.options.alpha)
-        inv_omega = torch.from_numpy(1.0 / scale).to(torch.float16)
+        scale = smoothing_scale(problem.measured().abs_max, largest, self.options.alpha)
+        inv_omega = storable_inverse(scale)
         weight = quantize_weight(problem.weight / inv_omega.float(), problem.scheme.weight)
         return QuantizedLinear(weight, problem.scheme.activation_bits, inv_omega)
 
 
 def smoothing_scale(activation: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:
-    """The scale `[in]` from the maxima of activations and weights; inside float16's range with room to spare."""
-    scale = np.maximum(activation, SMALLEST) ** alpha / np.maximum(weight, SMALLEST) ** (1 - alpha)
-    limited: np.ndarray = np.clip(scale, 1e-3, 1e3)
-    return limited
+    """The scale `[in]` float64 from the largest magnitudes of activations and weights, each `[in]`."""
+    scale: np.ndarray = np.maximum(activation, SMALLEST) ** alpha / np.maximum(weight, SMALLEST) ** (1 - alpha)
+    return scale

@@ -1,15 +1,12 @@
-"""What the baselines with one static low-rank correction share: options, ranks, and what they measure."""
+"""What the baselines with one static low-rank correction share: options and ranks."""
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
-from qe_edge.calibration.statistics import InputStatistics
-from qe_edge.errors import NumericalError
-from qe_edge.methods.base import AdapterSize, LinearProblem, Method, MethodOptions
+from qe_edge.methods.base import AdapterSize, Method, MethodOptions
 from qe_edge.reconstruction.ranks import scale_rank
 
 
@@ -50,14 +47,3 @@ class StaticCorrection(Method):
         side = min(out_features, in_features)
         rank = scale_rank(self.options.rank, side) if self.options.shrink else self.options.rank
         return min(rank, side)
-
-
-def measured(problem: LinearProblem) -> tuple[InputStatistics, np.ndarray]:
-    """Statistics and Gram matrix of a problem.
-
-    Raises:
-        NumericalError: If nothing was measured.
-    """
-    if problem.statistics is None or problem.statistics.gram is None:
-        raise NumericalError(f"'{problem.name}' has no calibration statistics.", "Pass calibration tokens.")
-    return problem.statistics, problem.statistics.gram

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import nn
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ModelFamily(ABC):
         self.config = config
 
     @abstractmethod
-    def blocks(self, model: nn.Module) -> list[Block]:
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Every quantizable block in the order in which data flows: visual, merger, language."""
 
     @abstractmethod
@@ -149,7 +149,7 @@ class ModelFamily(ABC):
         """Positions of the prompt tokens, int64 `[axes, batch, sequence]` or `[batch, sequence]`."""
 
     @abstractmethod
-    def graphs(self, model: nn.Module) -> list[GraphSpec]:
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """The visual encoder, the merger and the language model as exportable modules of float32 weights.
 
         The visual encoder takes `visual_feeds`; its one output is the merger's one input, and the merger's output

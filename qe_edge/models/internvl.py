@@ -14,8 +14,7 @@ from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class InternVL(ModelFamily):
                 "Use a model whose config.json has vision_feature_select_strategy 'default'.",
             )
 
-    def blocks(self, model: nn.Module) -> list[Block]:
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Vision layers, the projector, decoder layers; found by class, so the text model may be any."""
         groups = {"InternVLVisionLayer": "visual", "InternVLMultiModalProjector": "merger"}
         return [
@@ -114,7 +113,7 @@ class InternVL(ModelFamily):
         """`pixel_values` float32 `[tiles, 3, height, width]`."""
         return {"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}
 
-    def graphs(self, model: nn.Module) -> list[GraphSpec]:
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, pixel shuffle with projector, decoder with positions `[batch, sequence]`."""
         from qe_edge.export.decoder import decoder_graph
         from qe_edge.models.internvl_graphs import merger_graph, visual_graph
@@ -123,7 +122,7 @@ class InternVL(ModelFamily):
         return [
             visual_graph(by_class["InternVLVisionModel"]),
             merger_graph(by_class["InternVLMultiModalProjector"], self.config),
-            decoder_graph(model.get_decoder(), model.get_output_embeddings()),  # type: ignore[operator]
+            decoder_graph(model.get_decoder(), model.get_output_embeddings()),
         ]
 
 

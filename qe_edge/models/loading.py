@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import nn
 
 from qe_edge.errors import ModelError, ResourceError
 from qe_edge.models import FAMILIES
 from qe_edge.models.family import ModelFamily
 from qe_edge.safetensors_check import check_safetensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEMO = "demo"
 
@@ -30,7 +32,7 @@ class LoadedModel:
         source: Folder or hub id that it came from; tokenizer and processor files are copied from there.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     family: ModelFamily
     processor: Any
     source: str
@@ -108,7 +110,9 @@ def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel
     family = load_family(source)
     check_memory(source, dtype)
     try:
-        model: nn.Module = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."

@@ -15,7 +15,7 @@ from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Qwen2VL(ModelFamily):
 
     model_type = "qwen2_vl"
 
-    def blocks(self, model: nn.Module) -> list[Block]:
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Vision blocks, the patch merger, decoder layers; found by class, not by path."""
         groups = {"Qwen2VLVisionBlock": "visual", "PatchMerger": "merger", "Qwen2VLDecoderLayer": "language"}
         return [
@@ -121,7 +121,7 @@ class Qwen2VL(ModelFamily):
             "segment_ids": np.repeat(np.arange(len(lengths), dtype=np.int64), lengths),
         }
 
-    def graphs(self, model: nn.Module) -> list[GraphSpec]:
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""
         from qe_edge.export.decoder import decoder_graph
         from qe_edge.models.qwen2_vl_graphs import merger_graph, visual_graph
@@ -131,5 +131,5 @@ class Qwen2VL(ModelFamily):
         return [
             visual_graph(visual),
             merger_graph(visual),
-            decoder_graph(by_class["Qwen2VLTextModel"], model.get_output_embeddings(), position_axes=3),  # type: ignore[operator]
+            decoder_graph(by_class["Qwen2VLTextModel"], model.get_output_embeddings(), position_axes=3),
         ]

@@ -87,7 +87,7 @@ def _pytorch(request: Measurement, sample: Sample) -> tuple[Callable[[Times], No
         clock = _Clock()
         inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, [sample]))
         with torch.no_grad():
-            loaded.model.generate(  # type: ignore[operator]
+            loaded.model.generate(  # type: ignore[operator] # from a mixin that the base class does not have
                 **inputs,
                 do_sample=False,
                 min_new_tokens=1 + request.new_tokens,

@@ -42,11 +42,12 @@ def stopped_by(sign: signal.Signals, out: Path) -> Outcome:
     return Outcome(process.wait(300), *process.communicate())
 
 
-def test_ctrl_c_says_how_to_resume_and_resuming_gives_the_identical_checkpoint(
-    child: Run, tmp_path: Path, whole: dict[str, bytes]
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stop_says_how_to_resume_and_resuming_gives_the_identical_checkpoint(
+    sign: signal.Signals, child: Run, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     out = tmp_path / "checkpoint"
-    stopped = stopped_by(signal.SIGINT, out)
+    stopped = stopped_by(sign, out)
     assert stopped.code == 130
     last = stopped.err.splitlines()[-1]
     assert last.startswith("Stopped. Continue where it was with: qe-edge quantize demo")
