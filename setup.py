@@ -1,16 +1,42 @@
 """Finds the packages; everything else is in pyproject.toml.
 
-The folders `export` and `calibration` are imported as `qe_edge.export` and `qe_edge.calibration`, which setuptools'
-declarative package search cannot express.
+The folders `export`, `calibration` and `plugins/prepack` are imported as parts of `qe_edge`, which setuptools'
+declarative package search cannot express. `plugins` itself travels as `qe_edge/plugin_sources`: the C++ and CUDA of the plugin.
 """
 
-from setuptools import find_packages, setup
+from pathlib import Path
+
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 MAPPED = ("calibration", "export")
+LIBRARY = Path(__file__).parent / "qe_edge/lib/libqe_plugin.so"
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel that carries the compiled plugin is for one platform, and still for every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform tag."""
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if LIBRARY.exists() else (python, abi, platform)
+
+
+class PlatformDistribution(Distribution):
+    """Tells setuptools whether anything in the wheel was compiled."""
+
+    def has_ext_modules(self) -> bool:
+        """Whether the compiled plugin travels along."""
+        return LIBRARY.exists()
+
 
 setup(
+    distclass=PlatformDistribution,
+    cmdclass={"bdist_wheel": PlatformWheel},
     packages=[
         *find_packages(include=["qe_edge", "qe_edge.*"]),
         *(f"qe_edge.{name}" for room in MAPPED for name in find_packages(include=[room, f"{room}.*"])),
-    ]
+        "qe_edge.prepack",
+        "qe_edge.plugin_sources",
+    ],
 )

@@ -10,25 +10,29 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qe_edge.atomic import atomic_folder
-from qe_edge.errors import ArtifactError
+from qe_edge.errors import ArtifactError, InputError
 from qe_edge.export.engine import EngineRequest, build_engine
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
 from qe_edge.progress import Progress, Silent, track
-from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild
+from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.manifest import GRAPHS, MANIFEST, GraphEntry, read_manifest
+from qe_edge.runtime.plugin_library import digest
 
 DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
 
 
-def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | None = None) -> Path:
+def build_engines(
+    onnx: Path, out: Path, target: str, *, plugin_library: Path | None = None, progress: Progress | None = None
+) -> Path:
     """Build for a target; the folder appears only when it is complete, and replaces an older one.
 
     Args:
         onnx: Folder that `qe-edge export` wrote.
         out: Folder to write, for example `engines/<target>`.
         target: Name of a target.
+        plugin_library: Build with this plugin library; None builds without the plugin.
         progress: Where to report progress.
 
     Returns:
@@ -37,10 +41,13 @@ def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | No
     Raises:
         UnknownNameError: If there is no such target.
         TargetError: If it cannot be built on this machine, or its library refuses the model.
+        InputError: If the target takes no plugin.
         ArtifactError: If `onnx` is no ONNX folder or is damaged.
         ResourceError: If disk or memory do not suffice.
     """
     chosen = get_target(target)
+    if plugin_library is not None:
+        check_plugin_target(chosen)
     manifest = read_manifest(onnx)
     for entry in manifest.graphs.values():
         if not entry.file.endswith(".onnx"):
@@ -53,7 +60,9 @@ def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | No
         _copy_runtime_files(onnx, part)
         entries, builds, versions = {}, {}, set()
         for name in GRAPHS:
-            entries[name], builds[name], library = _build_graph(chosen, onnx, part, name, manifest.graphs[name])
+            entries[name], builds[name], library = _build_graph(
+                chosen, onnx, part, name, manifest.graphs[name], plugin_library
+            )
             versions.add(library)
             tracked.advance(sizes[name], name)
         manifest.model_copy(update={"graphs": entries}).write(part)
@@ -63,12 +72,13 @@ def build_engines(onnx: Path, out: Path, target: str, *, progress: Progress | No
             version=versions.pop(),
             capabilities=tuple(f"{major}.{minor}" for major, minor in chosen.capabilities),
             graphs=builds,
+            plugin=_plugin_build(plugin_library),
         ).write(part)
     return out
 
 
 def _build_graph(
-    target: Target, source: Path, folder: Path, name: str, entry: GraphEntry
+    target: Target, source: Path, folder: Path, name: str, entry: GraphEntry, plugin_library: Path | None
 ) -> tuple[GraphEntry, GraphBuild, str]:
     """One graph's engine in `folder`, its manifest entry, how it went, and the library's version."""
     if target.backend == "onnxruntime":
@@ -80,7 +90,7 @@ def _build_graph(
     lowered = folder / ".lowered"
     lowered.mkdir()
     model = ir.load(source / entry.file)
-    precision = lower_for_tensorrt(model)
+    precision = lower_for_tensorrt(model, plugin=plugin_library is not None)
     ir.save(model, lowered / entry.file, external_data=f"{entry.file}{DATA}")
     file = f"{name}.engine"
     facts = build_engine(
@@ -91,6 +101,7 @@ def _build_graph(
             facts=lowered / "facts.json",
             profiles=entry.profiles,
             capabilities=() if target.built_on_device else target.capabilities,
+            plugin_library=plugin_library,
         )
     )
     shutil.rmtree(lowered)
@@ -101,8 +112,41 @@ def _build_graph(
             "outputs": tuple(tensor_spec(value) for value in model.graph.outputs),
         }
     )
-    build = GraphBuild(size=facts.size, seconds=facts.seconds, layers=facts.layers, precision=precision)
+    build = GraphBuild(
+        size=facts.size,
+        seconds=facts.seconds,
+        layers=facts.layers,
+        precision=precision,
+        plugin_nodes=tuple(facts.plugin_nodes),
+        plugin_layers=tuple(node for node in facts.plugin_nodes if _is_listed(node, facts.engine_layers)),
+    )
     return built, build, facts.version
+
+
+def check_plugin_target(target: Target) -> None:
+    """Refuse a target whose backend takes no plugin.
+
+    Raises:
+        InputError: If it is one.
+    """
+    if target.backend == "onnxruntime":
+        raise InputError(
+            f"Target '{target.name}' is {target.title}, which takes no TensorRT plugin.",
+            "Leave --plugin out, or build for another target.",
+        )
+
+
+def _plugin_build(library: Path | None) -> PluginBuild | None:
+    if library is None:
+        return None
+    from qe_edge.prepack.lower import LAYOUT_VERSION
+
+    return PluginBuild(sha256=digest(library), layout_version=LAYOUT_VERSION)
+
+
+def _is_listed(node: str, layers: dict[str, str]) -> bool:
+    """Whether an engine's layer list has a node; TensorRT-RTX appends to its name."""
+    return any(layer == node or layer.startswith(f"{node}_myl") for layer in layers)
 
 
 def _files(folder: Path, graph: str) -> list[str]:

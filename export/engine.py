@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,6 +16,7 @@ from qe_edge.errors import ResourceError, TargetError
 from qe_edge.export.targets import Backend
 from qe_edge.models.family import Profile
 
+RTX_LIBRARY = "libtensorrt_rtx.so"
 REMEDY = "Try another version of TensorRT, or build for the target 'cpu'."
 
 
@@ -28,6 +31,7 @@ class EngineRequest:
         facts: File in which the builder's process tells how it went.
         profiles: Optimization profiles, in order.
         capabilities: Compute capabilities to build for, where the backend builds for other machines.
+        plugin_library: Library of the plugin's that the graph's nodes need.
     """
 
     backend: Backend
@@ -36,6 +40,7 @@ class EngineRequest:
     facts: Path
     profiles: dict[str, Profile]
     capabilities: tuple[tuple[int, int], ...] = ()
+    plugin_library: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class EngineFacts:
         seconds: Time to parse and build.
         size: Bytes of the engine.
         layers: Layers of the parsed network.
+        plugin_nodes: Names of the network's layers that are the plugin's.
+        engine_layers: Layers of the built engine by name with their kind; empty where the builder does not list them.
     """
 
     version: str
@@ -55,6 +62,8 @@ class EngineFacts:
     seconds: float = 0.0
     size: int = 0
     layers: int = 0
+    plugin_nodes: list[str] = field(default_factory=list)
+    engine_layers: dict[str, str] = field(default_factory=dict)
 
 
 def build_engine(request: EngineRequest) -> EngineFacts:
@@ -69,6 +78,7 @@ def build_engine(request: EngineRequest) -> EngineFacts:
         input=TypeAdapter(EngineRequest).dump_json(request),
         capture_output=True,
         check=False,
+        env=_environment(request),
     )
     name = request.onnx.stem
     if process.returncode == -signal.SIGKILL:
@@ -89,6 +99,25 @@ def build_engine(request: EngineRequest) -> EngineFacts:
     if facts.errors:
         raise TargetError(f"{request.backend} refuses the graph '{name}': {_first_line(facts.errors)}", REMEDY)
     return facts
+
+
+def _environment(request: EngineRequest) -> dict[str, str]:
+    """The child's environment, in which TensorRT-RTX's parser finds plugins.
+
+    For these it opens `libtensorrt_rtx.so`, a name that its wheel lacks (it has `libtensorrt_rtx.so.1`), and aborts if
+    there is none: a link of that name in a folder of ours is on the loader's path.
+    """
+    environment = dict(os.environ)
+    found = find_spec("tensorrt_rtx_libs") if request.plugin_library and request.backend == "tensorrt_rtx" else None
+    for folder in (found.submodule_search_locations or []) if found else []:
+        for library in sorted(Path(folder).glob(f"{RTX_LIBRARY}.*")):
+            links = request.facts.parent / "lib"
+            links.mkdir(exist_ok=True)
+            (links / RTX_LIBRARY).unlink(missing_ok=True)
+            (links / RTX_LIBRARY).symlink_to(library)
+            others = [environment["LD_LIBRARY_PATH"]] if environment.get("LD_LIBRARY_PATH") else []
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(links), *others])
+    return environment
 
 
 def _first_line(errors: list[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from qe_edge.errors import TargetError
 from qe_edge.export.engine import EngineFacts, EngineRequest
+from qe_edge.runtime.plugin_library import load_plugin_library
+
+LAYER = re.compile(r"^Name: ([^,\n]+), LayerType: (\w+)", re.MULTILINE)  # of the verbose list; needs no GPU
 
 
 def build(request: EngineRequest) -> EngineFacts:
@@ -23,12 +28,19 @@ def build(request: EngineRequest) -> EngineFacts:
     logger = _collecting_logger(trt)
     started = time.perf_counter()
     builder = trt.Builder(logger)
+    if request.plugin_library is not None:
+        try:
+            load_plugin_library(trt, request.plugin_library)
+        except TargetError as error:
+            return EngineFacts(version=trt.__version__, errors=[error.problem, *logger.errors])
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(request.onnx)):
         errors = [str(parser.get_error(index)) for index in range(parser.num_errors)]
         return EngineFacts(version=trt.__version__, errors=[*errors, *logger.errors])
     config = builder.create_builder_config()
+    if request.plugin_library is not None:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the layer list gets names
     for shapes in request.profiles.values():
         profile = builder.create_optimization_profile()
         for name, (smallest, typical, largest) in shapes.items():
@@ -48,7 +60,15 @@ def build(request: EngineRequest) -> EngineFacts:
         seconds=time.perf_counter() - started,
         size=request.engine.stat().st_size,
         layers=network.num_layers,
+        plugin_nodes=_plugin_nodes(network),
+        engine_layers=logger.layers,
     )
+
+
+def _plugin_nodes(network: Any) -> list[str]:  # noqa: ANN401
+    """Names of the layers that are plugins."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return [layer.name for layer in layers if str(layer.type).rpartition(".")[2].startswith("PLUGIN")]
 
 
 def _strongly_typed(trt: Any) -> int:  # noqa: ANN401 - an untyped extension module
@@ -59,15 +79,18 @@ def _strongly_typed(trt: Any) -> int:  # noqa: ANN401 - an untyped extension mod
 
 def _collecting_logger(trt: Any) -> Any:  # noqa: ANN401
     class Logger(trt.ILogger):  # type: ignore[misc] # the extension module has no types
-        """Keeps errors for the message to the user."""
+        """Keeps errors for the message to the user, and the list of the built engine's layers."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.layers: dict[str, str] = {}
 
         def log(self, severity: Any, message: str) -> None:  # noqa: ANN401
             if severity in (trt.Logger.INTERNAL_ERROR, trt.Logger.ERROR):
                 self.errors.append(message)
+            elif message.startswith(("Layers:", "Engine Layer Information:")):
+                self.layers |= dict(LAYER.findall(message))
 
     return Logger()
 

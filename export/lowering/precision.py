@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qe_edge.export.lowering.inline import FLOAT32, add_initializer, array_of
+from qe_edge.export.lowering.plugin import is_packed
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 FLOATS = (HALF, SINGLE)
-PRODUCTS = ("MatMul", "Gemm", "Conv", "DequantizeLinear")
+PRODUCTS = ("MatMul", "Gemm", "Conv", "DequantizeLinear", "QELinear")
 STATISTICS = (
     "Cos", "Exp", "Erf", "LayerNormalization", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Sin", "Sqrt", "Tanh",
 )  # fmt: skip
@@ -82,7 +83,8 @@ class _Conversion:
             return
         wanted = self._choose(node)
         self.precision[node.name or ""] = "float16" if wanted == HALF else "float32"
-        for index, value in enumerate(node.inputs):
+        inputs = node.inputs[:1] if is_packed(node) else node.inputs  # packed weights have the types of its kernels
+        for index, value in enumerate(inputs):
             if value is not None and _is_float(value):
                 node.replace_input_with(index, self._as(value, wanted, node))
         for output in node.outputs:

@@ -1,4 +1,4 @@
-"""The lowering for every TensorRT: standard operators only, products in float16."""
+"""The lowering for every TensorRT: products in float16, layers in standard operators or as nodes of the plugin."""
 
 from __future__ import annotations
 
@@ -15,20 +15,29 @@ from onnx_ir.passes.common import (
 
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
+from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.precision import scale_queries, to_half
 from qe_edge.runtime.engine_info import Precision
 
 SMALL = 1024  # elements up to which equal constants are looked for
+PLUGIN_PRODUCT = "int4 weights, plugin"
 WEIGHTS = {ir.DataType.INT4: "int4", ir.DataType.INT8: "int8"}
 
 
-def lower_for_tensorrt(model: ir.Model) -> Precision:
+def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
     """Lower a canonical graph in place; returns what computes in which precision.
 
+    Args:
+        model: A canonical graph.
+        plugin: Whether layers become nodes of the plugin instead of standard operators.
+
     Raises:
-        TargetError: If a layer does not fit TensorRT.
+        TargetError: If a layer does not fit TensorRT, or the plugin.
     """
-    inline_layers(model)
+    if plugin:
+        pack_layers(model)
+    else:
+        inline_layers(model)
     expand_gelu(model)
     # siblings round the same input and share a router; what is computed twice need be parsed and built only once
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -42,7 +51,9 @@ def lower_for_tensorrt(model: ir.Model) -> Precision:
     others: Counter[str] = Counter()
     for node in model.graph:
         compute = precision.get(node.name or "")
-        if node.op_type in ("MatMul", "Gemm") and compute is not None:
+        if is_packed(node):
+            products[node.name or ""] = PLUGIN_PRODUCT
+        elif node.op_type in ("MatMul", "Gemm") and compute is not None:
             products[node.name or ""] = f"{_weights(node)} weights, {compute}" if _weights(node) else compute
         elif compute is not None and node.op_type != "DequantizeLinear":
             others[f"{node.op_type} {compute}"] += 1

@@ -69,6 +69,16 @@ def target_option(help_text: str, **keywords: Any) -> Decorator:  # noqa: ANN401
     return click.option("--target", metavar="NAME", help=help_text, **keywords)
 
 
+def plugin_library_option() -> Decorator:
+    """`--plugin-library`."""
+    return click.option(
+        "--plugin-library",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="libqe_plugin.so to use; without it, the one of this package or of 'qe-edge build-plugin'.",
+    )
+
+
 def evaluation_options() -> Decorator:
     """`--evaluation` and `--limit`."""
 

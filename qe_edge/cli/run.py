@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qe_edge.cli.options import Command, target_option
+from qe_edge.cli.options import Command, plugin_library_option, target_option
 
 if TYPE_CHECKING:
     from qe_edge.models.family import Sample
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Longest answer."
 )
 @target_option("Engine to use, where the folder holds several; the first that runs here by default.")
-def command(folder: Path, image: Path | None, prompt: str, max_tokens: int, target: str | None) -> None:
+@plugin_library_option()
+def command(
+    folder: Path, image: Path | None, prompt: str, max_tokens: int, target: str | None, plugin_library: Path | None
+) -> None:
     """Answer a question about a picture.
 
     The answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX
@@ -42,7 +45,8 @@ def command(folder: Path, image: Path | None, prompt: str, max_tokens: int, targ
     from qe_edge.runtime.engine import VisionLanguageEngine
 
     timings: list[str] = []
-    for text in stream_answer(VisionLanguageEngine.load(found), sample, max_tokens, timings):
+    engine = VisionLanguageEngine.load(found, plugin_library=plugin_library)
+    for text in stream_answer(engine, sample, max_tokens, timings):
         click.echo(text, nl=False)
     click.echo()
     click.echo(f"{found}: {', '.join(timings)}", err=True)

@@ -61,13 +61,21 @@ class VisionLanguageEngine:
         self._sessions = sessions
 
     @classmethod
-    def load(cls, folder: str | Path, *, accuracy_level: int = 0, threads: int | None = None) -> VisionLanguageEngine:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        accuracy_level: int = 0,
+        threads: int | None = None,
+        plugin_library: Path | None = None,
+    ) -> VisionLanguageEngine:
         """Open an ONNX folder (`qe-edge export`) or an engine folder (`qe-edge build`).
 
         Args:
             folder: The folder.
             accuracy_level: For ONNX Runtime: 0 is exact, 4 is faster and rounds activations of INT4 products.
             threads: For ONNX Runtime: number of threads, None for all cores.
+            plugin_library: For engines with the plugin: its library, None for the one that is found.
 
         Raises:
             ArtifactError: If the folder is missing or damaged.
@@ -82,7 +90,7 @@ class VisionLanguageEngine:
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family = load_family(folder, manifest.model_type)
         processor = family.load_processor(str(folder))
-        sessions = _open_sessions(folder, manifest, accuracy_level, threads)
+        sessions = _open_sessions(folder, manifest, accuracy_level, threads, plugin_library)
         return cls(manifest, family, processor, embedding, sessions)
 
     def encode(self, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
@@ -186,14 +194,16 @@ class VisionLanguageEngine:
         return logits
 
 
-def _open_sessions(folder: Path, manifest: Manifest, accuracy_level: int, threads: int | None) -> dict[str, Session]:
+def _open_sessions(
+    folder: Path, manifest: Manifest, accuracy_level: int, threads: int | None, plugin_library: Path | None
+) -> dict[str, Session]:
     """The three graphs in the backend that they were built for."""
     info = read_engine_info(folder)
     if info is None or info.backend == "onnxruntime":
         return {name: OrtSession(folder, manifest.graphs[name], accuracy_level, threads) for name in GRAPHS}
     from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
 
-    device = Device(info)
+    device = Device(info, plugin_library)
     return {name: TensorRTSession(device, folder, manifest.graphs[name]) for name in GRAPHS}
 
 

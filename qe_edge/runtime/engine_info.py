@@ -37,12 +37,29 @@ class GraphBuild(_Strict):
         seconds: Time of the build.
         layers: Layers of the backend's network, 0 where it does not tell.
         precision: What computes how; None where the canonical graph runs as it is, in float32.
+        plugin_nodes: Names of the nodes that the plugin runs.
+        plugin_layers: Those of them that the built engine's layer list shows; fewer where the builder does not list
+            its layers.
     """
 
     size: int = Field(ge=0)
     seconds: float = Field(ge=0)
     layers: int = Field(0, ge=0)
     precision: Precision | None = None
+    plugin_nodes: tuple[str, ...] = ()
+    plugin_layers: tuple[str, ...] = ()
+
+
+class PluginBuild(_Strict):
+    """The plugin that engines need to be loaded.
+
+    Attributes:
+        sha256: Of the library that they were built with; another build of the same layout serves too.
+        layout_version: Of the packed weights; the plugin refuses another one.
+    """
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    layout_version: int = Field(ge=1)
 
 
 class EngineInfo(_Strict):
@@ -54,6 +71,7 @@ class EngineInfo(_Strict):
         version: Of the backend at build time.
         capabilities: Compute capabilities that the engines were built for, for example "8.6".
         graphs: The graphs by name.
+        plugin: The plugin that they need, None if none.
     """
 
     target: str
@@ -61,6 +79,7 @@ class EngineInfo(_Strict):
     version: str
     capabilities: tuple[str, ...] = ()
     graphs: dict[str, GraphBuild]
+    plugin: PluginBuild | None = None
 
     def write(self, folder: Path) -> None:
         """Write `engine.json` into `folder`."""

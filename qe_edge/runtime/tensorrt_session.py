@@ -18,6 +18,7 @@ from qe_edge.errors import InputError, ResourceError, TargetError
 from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine_info import EngineInfo
 from qe_edge.runtime.manifest import GraphEntry, TensorSpec
+from qe_edge.runtime.plugin_library import find_plugin_library, load_plugin_library
 from qe_edge.runtime.sessions import Array, DeviceArray
 
 KEPT = "present."  # outputs that stay on the device and come back as inputs: the KV cache
@@ -28,12 +29,13 @@ class Device:
 
     Args:
         info: How the engines were built.
+        plugin_library: The plugin's library, None for the one that is found; only engines that need it load it.
 
     Raises:
-        TargetError: If there is no GPU, or the library is missing.
+        TargetError: If there is no GPU, or a library is missing.
     """
 
-    def __init__(self, info: EngineInfo) -> None:
+    def __init__(self, info: EngineInfo, plugin_library: Path | None = None) -> None:
         self.info = info
         self.driver = Driver()
         try:
@@ -43,6 +45,8 @@ class Device:
                 f"These engines need the Python module {info.backend}, which is not installed.",
                 f"Install it in version {info.version}, or use the 'cpu' target.",
             ) from error
+        if info.plugin is not None:
+            load_plugin_library(self.trt, find_plugin_library(plugin_library))
         self.driver.open_context()
         self.stream = self.driver.create_stream()
         self.logger = self.trt.Logger(self.trt.Logger.ERROR)

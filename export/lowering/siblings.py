@@ -1,0 +1,73 @@
+"""Joins layers that read the same input, such as q/k/v and gate/up, so that they are launched as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from qe_edge.export.lowering.inline import add_initializer, array_of, operands_of, shape_of
+from qe_edge.export.op import DOMAIN, INPUTS, NAME, VERSION, Attributes
+
+JOINED = {
+    "qweight": 1,
+    "scales": 1,
+    "zeros": 1,
+    "up": 1,
+    "up_scale": 0,
+    "bias": 0,
+}  # operand and the axis of its outputs
+
+
+def join_siblings(model: ir.Model) -> None:
+    """Replace `QELinear` nodes that differ in their outputs only by one node and a Split, in place."""
+    for siblings in list(_siblings(model.graph)):
+        _join(model.graph, siblings)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses():
+            del model.graph.initializers[name]
+
+
+def _siblings(graph: ir.Graph) -> Iterator[list[ir.Node]]:
+    """Groups of at least two nodes with the same input, attributes and shared operands, in graph order."""
+    groups: dict[tuple[object, ...], list[ir.Node]] = {}
+    for node in graph:
+        if (node.domain, node.op_type) == (DOMAIN, NAME):
+            groups.setdefault(_key(node), []).append(node)
+    yield from (nodes for nodes in groups.values() if len(nodes) > 1)
+
+
+def _key(node: ir.Node) -> tuple[object, ...]:
+    """What siblings have in common; arrays by their content, because neutral ones are made for every node."""
+    operands = operands_of(node)
+    shared = (getattr(operands, name) for name in INPUTS[1:] if name not in JOINED)
+    contents = (None if value is None else array_of(value).tobytes() for value in shared)
+    groups = shape_of(operands.scales)[0]
+    return operands.x, Attributes.of(node), operands.present(), groups, *contents
+
+
+def _join(graph: ir.Graph, siblings: list[ir.Node]) -> None:
+    first = siblings[0]
+    name = "+".join([first.name or "", *((node.name or "").rpartition(".")[2] for node in siblings[1:])])
+    operands = [operands_of(node) for node in siblings]
+    inputs: list[ir.Value | None] = []
+    for key in INPUTS[: len(first.inputs)]:
+        values = [getattr(each, key) for each in operands]
+        if key in JOINED and values[0] is not None:
+            array = np.concatenate([array_of(value) for value in values], axis=JOINED[key])
+            inputs.append(add_initializer(graph, f"{name}.{key}", array))
+        else:
+            inputs.append(values[0])
+    joined = ir.node(NAME, inputs, Attributes.of(first).onnx(), domain=DOMAIN, version=VERSION, name=name)
+    sizes = np.array([shape_of(each.qweight)[1] for each in operands], np.int64)
+    y, outputs = joined.outputs[0], [node.outputs[0] for node in siblings]
+    y.name, y.type = f"{name}.output", outputs[0].type
+    if outputs[0].shape is not None:
+        y.shape = ir.Shape([*outputs[0].shape[:-1], int(sizes.sum())])
+    lengths = add_initializer(graph, f"{name}.sizes", sizes)
+    parts = [ir.Value(type=output.type, shape=output.shape) for output in outputs]
+    split = ir.node("Split", [y, lengths], {"axis": -1}, outputs=parts, name=f"{name}/Split")
+    graph.insert_before(first, [joined, split])
+    for node, output, part in zip(siblings, outputs, parts, strict=True):
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [], [output], [part])

@@ -1,0 +1,80 @@
+"""Where `libqe_plugin.so` is, and loading it into TensorRT. Not yet run on hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qe_edge.errors import TargetError
+
+FILE = "libqe_plugin.so"
+VARIABLE = "QE_EDGE_PLUGIN_LIBRARY"  # for programs that cannot pass a path on
+CREATOR = ("QELinear", "1", "")  # operator, version and namespace under which TensorRT knows the plugin
+REMEDY = "Build it with 'qe-edge build-plugin', or name one with --plugin-library."
+
+
+def find_plugin_library(chosen: Path | None = None) -> Path:
+    """The plugin's library: the chosen one, else that of the environment, of the package, or of a build folder.
+
+    Raises:
+        TargetError: If there is none, or the chosen one does not exist.
+    """
+    if chosen is None and os.environ.get(VARIABLE):
+        chosen = Path(os.environ[VARIABLE])
+    if chosen is not None:
+        if not chosen.is_file():
+            raise TargetError(f"There is no plugin library '{chosen}'.", REMEDY)
+        return chosen.resolve()
+    found = next((path for path in _usual_places() if path.is_file()), None)
+    if found is None:
+        raise TargetError(f"The plugin library {FILE} is not on this machine.", REMEDY)
+    return found
+
+
+def build_folder(arch: str | None = None) -> Path:
+    """Where `qe-edge build-plugin` puts the library if no other folder is given; other architectures lie beside it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "qe-edge" / (f"plugin-{arch}" if arch else "plugin")
+
+
+def checkout() -> Path | None:
+    """The folder `plugins` of the source checkout that this package is installed from, None for a wheel."""
+    folder = Path(__file__).resolve().parents[2] / "plugins"
+    return folder if (folder / "CMakeLists.txt").is_file() else None
+
+
+def digest(library: Path) -> str:
+    """SHA-256 of the library, as `engine.json` records it."""
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def load_plugin_library(trt: Any, library: Path) -> None:  # noqa: ANN401 - an untyped extension module
+    """Register the plugin with TensorRT, once per process; needed before an engine that uses it is built or loaded.
+
+    Raises:
+        TargetError: If TensorRT cannot load it.
+    """
+    registry = trt.get_plugin_registry()
+    if registry.get_creator(*CREATOR) is not None:
+        return
+    problem = ""
+    try:
+        registry.load_library(str(library))
+    except (RuntimeError, ValueError) as error:
+        problem = f": {error}".strip().splitlines()[0]
+    if registry.get_creator(*CREATOR) is None:
+        raise TargetError(
+            f"{trt.__name__} {trt.__version__} cannot load the plugin library '{library}'{problem}.",
+            "Build it for this machine with 'qe-edge build-plugin'.",
+        )
+
+
+def _usual_places() -> Iterator[Path]:
+    yield Path(__file__).resolve().parents[1] / "lib" / FILE
+    yield build_folder() / FILE
+    sources = checkout()
+    if sources is not None:
+        yield sources / "build" / "plugin" / FILE

@@ -1,0 +1,85 @@
+"""The lowering for the plugin, as far as it can be seen without its library; the plugin's ladder builds engines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from qe_edge.errors import InputError, TargetError
+from qe_edge.export.build import build_engines
+from qe_edge.export.lowering.plugin import is_packed, pack_layers
+from qe_edge.export.lowering.siblings import join_siblings
+from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCT, lower_for_tensorrt
+from tests.conftest import Exported
+from tests.export.single_layers import Variant, layers_graph, make_layer
+
+NODES = {"visual": 4, "merger": 2, "language": 8}  # q/k/v and gate/up count once
+
+
+def kinds(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def run(model: ir.Model, seed: int = 0) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    ir.external_data.load_to_model(model)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rng, sizes = np.random.default_rng(seed), {"batch": 1, "sequence": 5, "past": 0}
+    feeds = {}
+    for value in session.get_inputs():
+        shape = [size if isinstance(size, int) else sizes.get(size, 5) for size in value.shape]
+        real = rng.standard_normal(shape).astype(np.float32)
+        feeds[value.name] = np.ones(shape, np.int64) if value.type == "tensor(int64)" else real
+    return list(session.run(None, feeds))
+
+
+def test_joined_siblings_compute_the_same(exported: Exported) -> None:
+    apart, joined = (ir.load(exported.onnx / "language.onnx") for _ in range(2))
+    join_siblings(joined)
+    assert kinds(joined)["QELinear"] == NODES["language"] < kinds(apart)["QELinear"]
+    assert kinds(joined)["Split"] == kinds(apart)["Split"] + 4
+    for before, after in zip(run(apart), run(joined), strict=True):
+        assert np.abs(before - after).max() <= 2e-5 * np.abs(before).max()
+
+
+def test_only_layers_that_read_the_same_are_joined() -> None:
+    model = layers_graph({"one": make_layer(Variant()), "two": make_layer(Variant())})
+    join_siblings(model)
+    assert kinds(model) == {"QELinear": 2}
+
+
+@pytest.mark.parametrize("graph", NODES)
+def test_layers_become_nodes_of_the_plugin(exported: Exported, graph: str) -> None:
+    model = ir.load(exported.onnx / f"{graph}.onnx")
+    precision = lower_for_tensorrt(model, plugin=True)
+    packed = [node for node in model.graph if is_packed(node)]
+    assert len(packed) == NODES[graph]
+    assert list(precision.products.values()).count(PLUGIN_PRODUCT) == NODES[graph]
+    assert not model.functions
+    for node in packed:
+        assert node.inputs[1].dtype == ir.DataType.INT8  # the parser would widen UINT8 to INT32
+        assert {node.inputs[0].dtype, node.outputs[0].dtype} == {ir.DataType.FLOAT16}
+        assert node.attributes["layout_version"].as_int() == 1
+        rows, columns = (node.attributes[key].as_int() for key in ("in_features", "out_features"))
+        assert node.inputs[1].shape.numpy() == (-(-rows // 128), -(-columns // 32) * 32 * 128 // 2)
+    left = {name for name in model.graph.initializers if name.endswith((".qweight", ".down", ".up"))}
+    assert {name for name in left if ".packed." not in name} == set()
+
+
+def test_a_layer_that_the_kernels_cannot_run() -> None:
+    model = layers_graph({"layer": make_layer(Variant(group_size=32, symmetric=False))})
+    with pytest.raises(TargetError, match="The plugin cannot run the layer 'layer': group_size is 32") as caught:
+        pack_layers(model)
+    assert "-1, 64 or 128" in caught.value.remedy
+
+
+def test_a_target_without_tensorrt_takes_no_plugin(exported: Exported, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'cpu' is ONNX Runtime on any CPU, which takes no TensorRT plugin"):
+        build_engines(exported.onnx, tmp_path / "cpu", "cpu", plugin_library=tmp_path / "libqe_plugin.so")
+    assert list(tmp_path.iterdir()) == []
