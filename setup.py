@@ -1,7 +1,7 @@
 """Finds the packages; everything else is in pyproject.toml.
 
 The folders `export`, `calibration` and `plugins/prepack` are imported as parts of `qe_edge`, which setuptools'
-declarative package search cannot express. `plugins` itself travels as `qe_edge/plugin_sources`: the C++ and CUDA of the plugin.
+declarative package search cannot express. `plugins` itself travels as `qe_edge/plugin_sources`: its C++ and CUDA.
 """
 
 from pathlib import Path

@@ -30,7 +30,8 @@ def pack_layers(model: ir.Model) -> list[str]:
         attributes, tensors = _packed(node)
         inputs: list[ir.Value | None] = [node.inputs[0]]
         for tensor in tensors:
-            value = ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+            value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind)
             model.graph.register_initializer(value)
             inputs.append(value)
         output = node.outputs[0]
@@ -71,4 +72,4 @@ def _tensor_proto(value: ir.Value) -> onnx.TensorProto:
     tensor = value.const_value
     if tensor is None:
         raise ValueError(f"'{value.name}' is no initializer")
-    return helper.make_tensor(value.name, tensor.dtype.value, tensor.shape.numpy(), tensor.tobytes(), raw=True)
+    return helper.make_tensor(value.name or "", tensor.dtype.value, tensor.shape.numpy(), tensor.tobytes(), raw=True)

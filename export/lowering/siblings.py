@@ -10,14 +10,7 @@ import onnx_ir as ir
 from qe_edge.export.lowering.inline import add_initializer, array_of, operands_of, shape_of
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, VERSION, Attributes
 
-JOINED = {
-    "qweight": 1,
-    "scales": 1,
-    "zeros": 1,
-    "up": 1,
-    "up_scale": 0,
-    "bias": 0,
-}  # operand and the axis of its outputs
+JOINED = {"qweight": 1, "scales": 1, "zeros": 1, "up": 1, "up_scale": 0, "bias": 0}  # and the axis of their outputs
 
 
 def join_siblings(model: ir.Model) -> None:

@@ -11,7 +11,7 @@ from qe_edge.cli.options import write_example
 from qe_edge.cli.outcome import Interrupted
 from qe_edge.errors import UnknownNameError
 
-COMMANDS = ("deploy", "quantize", "export", "build", "validate", "report", "run", "bench", "doctor")
+COMMANDS = ("deploy", "quantize", "export", "build", "build-plugin", "validate", "report", "run", "bench", "doctor")
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 EXAMPLE = """\
 qe-edge deploy demo -o out
@@ -29,7 +29,7 @@ COMPLETION = (
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are the attribute `command` of `qe_edge.cli.<name>`."""
+    """A group whose commands are the attribute `command` of `qe_edge.cli.<name>`, with underscores for hyphens."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Names in the order in which a newcomer needs them."""
@@ -39,7 +39,7 @@ class LazyGroup(click.Group):
         """Import one command, or None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"qe_edge.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"qe_edge.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

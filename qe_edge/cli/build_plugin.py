@@ -1,0 +1,39 @@
+"""`qe-edge build-plugin`: the TensorRT plugin's library, compiled from the sources in this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qe_edge.cli.options import Command
+
+
+@click.command(
+    "build-plugin", cls=Command, example="qe-edge build-plugin\nqe-edge build-plugin --arch aarch64 -o jetson"
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder; by default where 'build' finds it.")
+@click.option("--arch", metavar="NAME", help="x86_64 or aarch64, which is cross-built; this machine's by default.")
+@click.option(
+    "--tensorrt-include", type=click.Path(path_type=Path), metavar="DIR", help="TensorRT's headers, if not found."
+)
+def command(output: Path | None, arch: str | None, tensorrt_include: Path | None) -> None:
+    """Compile the TensorRT plugin.
+
+    Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. Not yet run on hardware.
+    """
+    from qe_edge.cli.outputs import check_writable
+    from qe_edge.export.plugin_build import CUDA12_FROM_PYPI, build_plugin, find_toolchain
+
+    tools = find_toolchain(arch, tensorrt_include)
+    if output is not None:
+        check_writable(output)
+    click.echo(f"nvcc {tools.nvcc}, headers {tools.headers}. This takes about a minute.", err=True)
+    if tools.ptxas12 is None:
+        click.echo(
+            "Without an assembler of CUDA 12 the library runs under CUDA 13 drivers only, not under JetPack 6. "
+            f"For both: pip install {CUDA12_FROM_PYPI}",
+            err=True,
+        )
+    library = build_plugin(tools, output)
+    click.echo(f"Wrote '{library}'. Next: qe-edge build ONNX -o ENGINES --target rtx --plugin")
