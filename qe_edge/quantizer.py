@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.blas import blas_threads
+from qe_edge.budget import Offer, allocate, output_sensitivity
 from qe_edge.calibration.sources import hash_samples, load_samples
 from qe_edge.calibration.statistics import (
     InputStatistics,
@@ -22,6 +23,7 @@ from qe_edge.calibration.statistics import (
 from qe_edge.errors import CalibrationError, NumericalError, RecipeError
 from qe_edge.linear import QELinear, QuantizedLinear
 from qe_edge.methods import LinearProblem, Method
+from qe_edge.methods.base import Choice
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.progress import Progress, Silent, track
@@ -85,6 +87,7 @@ def quantize(
     check_weights([block for chain in chains for block in chain])
     folder = WorkFolder.open(work, spec, model_fingerprint(loaded), resume=resume) if work else None
     total = sum(parameter.numel() for chain in chains for block in chain for parameter in block.module.parameters())
+    total *= 2 if spec.budget else 1  # measured first, then quantized
     with track(progress or Silent(), "Quantizing", total) as tracked:
         _Run(loaded, spec, samples, chains, folder, tracked).execute()
     return loaded, spec
@@ -190,17 +193,66 @@ class _Run:
             family.encode(processor, samples[start : start + BATCH], answers=True)
             for start in range(0, len(samples), BATCH)
         ]
-        self.streamer = Streamer(loaded.model, chains, len(self.batches), self._forward)
+        self.choices: dict[str, Choice] = {}
 
     def execute(self) -> None:
         dtypes = {name: tensor.dtype for name, tensor in self.loaded.model.state_dict().items()}
         self._float_outside_blocks()
-        for index in range(len(self.chains)):
-            chain = self.streamer.record(index)
-            for position, block in enumerate(chain.blocks):
-                self._block(chain, position, block)
-            self.streamer.finish(chain)
+        if self.recipe.budget:
+            self._spend_budget(dtypes)
+        self._walk(self._block)
         restore_dtypes(self.loaded.model, dtypes)
+
+    def _walk(self, visit: Callable[[Chain, int, Block], None]) -> None:
+        """Visit every block in data-flow order with its recorded inputs."""
+        streamer = Streamer(self.loaded.model, self.chains, len(self.batches), self._forward)
+        for index in range(len(self.chains)):
+            chain = streamer.record(index)
+            for position, block in enumerate(chain.blocks):
+                visit(chain, position, block)
+            streamer.finish(chain)
+
+    def _spend_budget(self, dtypes: dict[str, torch.dtype]) -> None:
+        """Measure what every layer offers on the original model, and choose inside the budget."""
+        offers: dict[str, Offer] = {}
+
+        def visit(chain: Chain, position: int, block: Block) -> None:
+            weight = sum(parameter.numel() for parameter in block.module.parameters())
+            block.module.float()
+            groups = linear_groups(block, self.loaded.family.siblings)
+            known = self.folder.load_offers(block.name) if self.folder else None
+            collectors = {} if known else self._collectors(groups)
+            chain.hidden = self._run(chain, position, block, groups, collectors)
+            chain.calls[position] = []
+            found = known or self._offers(groups, collectors)
+            if self.folder and not known:
+                self.folder.save_offers(block.name, found)
+            offers.update(found)
+            restore_dtypes(block.module, {name: dtypes[f"{block.name}.{name}"] for name in block.module.state_dict()})
+            self.progress.advance(weight, f"{block.name}: measuring")
+
+        self._walk(visit)
+        self.choices = allocate(offers, self.recipe.budget)
+
+    def _offers(self, groups: list[LinearGroup], collectors: dict[int, StatisticsCollector]) -> dict[str, Offer]:
+        """Candidates of every linear problem of a block."""
+        offers = {}
+        for number, group in enumerate(groups):
+            measured = collectors[number].finish()
+            for position, (members, weight) in enumerate(self._problems(group)):
+                problem = self._problem(group, members, weight, measured[position])
+                with blas_threads(max(weight.shape)):
+                    candidates = self.method.candidates(problem)
+                offers[problem.name] = Offer(weight.numel(), output_sensitivity(problem), candidates)
+        return offers
+
+    def _problem(
+        self, group: LinearGroup, members: list[int], weight: Tensor, statistics: InputStatistics | None
+    ) -> LinearProblem:
+        """The linear problem of some members of a group."""
+        name = group.names[members[0]]
+        own = self._own_statistics(statistics, weight) if statistics else None
+        return LinearProblem(name, weight, self.recipe.get_scheme(), own, self._seed(name), self.choices.get(name))
 
     def _forward(self, batch: int) -> object:
         return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)
@@ -301,9 +353,7 @@ class _Run:
         measured = collector.finish() if collector else None
         layers: dict[str, QELinear] = {}
         for number, (members, weight) in enumerate(self._problems(group)):
-            statistics = self._own_statistics(measured[number], weight) if measured else None
-            name = group.names[members[0]]
-            problem = LinearProblem(name, weight, self.recipe.get_scheme(), statistics, self._seed(name))
+            problem = self._problem(group, members, weight, measured[number] if measured else None)
             with blas_threads(max(weight.shape)):
                 result: QuantizedLinear = self.method.quantize(problem)
             parts = result.split([group.linears[member].out_features for member in members])

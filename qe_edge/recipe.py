@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qe_edge.budget import Budget
 from qe_edge.errors import QEError, RecipeError, UnknownNameError
 from qe_edge.methods import METHODS, Method
 from qe_edge.schemes import Scheme, get_scheme
@@ -43,6 +44,7 @@ class Recipe(BaseModel):
         options: The method's own options, over the preset's.
         flow: "parallel" takes every layer's calibration input from the original model; "sequential" from the already
             quantized blocks before it (as GPTQ does).
+        budget: Effective bits per weight to spend over the layers; without, the method's options size each alone.
         calibration: The calibration data.
         seed: Seed of everything that is drawn at random.
     """
@@ -54,6 +56,7 @@ class Recipe(BaseModel):
     preset: str = "default"
     options: dict[str, Any] = Field(default_factory=dict)
     flow: Literal["parallel", "sequential"] = "parallel"
+    budget: Budget = Field(default_factory=Budget)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import qe_edge
 from qe_edge.atomic import atomic_file
+from qe_edge.budget import Offer, offers_from_json, offers_to_json
 from qe_edge.errors import ArtifactError
 from qe_edge.layer_files import read_layers, write_layers
 from qe_edge.linear import QELinear
@@ -60,6 +62,19 @@ class WorkFolder:
     def save(self, block: str, layers: dict[str, QELinear]) -> None:
         """Write a block's layers; the file appears only when it is complete."""
         write_layers(self._file(block), layers)
+
+    def load_offers(self, block: str) -> dict[str, Offer] | None:
+        """What a block's layers offer to a budget, or None where that was not measured or cannot be read."""
+        path = self.path / f"{block}.offers.json"
+        try:
+            return offers_from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def save_offers(self, block: str, offers: Mapping[str, Offer]) -> None:
+        """Write a block's offers."""
+        with atomic_file(self.path / f"{block}.offers.json") as part:
+            part.write_text(offers_to_json(offers), encoding="utf-8")
 
     def remove(self) -> None:
         """Delete the folder once the checkpoint is written."""

@@ -57,13 +57,20 @@ def test_aser_equals_the_whitened_svd(shape: tuple[int, int]) -> None:
     assert set(np.flatnonzero(layer.inv_omega.numpy() != 1)) <= set(outliers)
 
 
-def test_quant_experts_without_routing_is_aser() -> None:
-    weight, x = typed_layer(80, 64, 600)
-    aser = quantize_linear(weight, x, make_recipe(method="aser", scheme="w4a8", preset="plain", options=EXACT))
+@pytest.mark.parametrize("outliers", [0, 4])
+def test_quant_experts_without_routing_is_aser(outliers: int) -> None:
+    weight, x = typed_layer(80, 64, 600)  # four channels are large for every token: both methods find those
+    aser = quantize_linear(
+        weight, x, make_recipe(method="aser", scheme="w4a8", options={**EXACT, "outliers": outliers})
+    )
     options = {
         "shared_rank": 12,
         "experts": 0,
-        "important_channels": 0,
+        "important_channels": outliers,
+        "cs_mode": "scale",
+        "cs_guard": False,
+        "rounding": "nearest",
+        "clip": False,
         "adapter_dtype": "float32",
         "shrink": False,
     }

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
 from qe_edge.errors import RecipeError
-from qe_edge.grids import PER_CHANNEL, QuantizedWeight
-from qe_edge.linear import Adapters, QELinear, QuantizedLinear
+from qe_edge.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.methods.base import AdapterSize
 from qe_edge.models.family import Block, ModelFamily, Sample
@@ -25,6 +24,7 @@ from qe_edge.models.loading import load_family
 from qe_edge.quantizer import BATCH, LinearGroup, linear_groups
 from qe_edge.recipe import Recipe
 from qe_edge.schemes import Scheme
+from qe_edge.sizes import empty_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,38 +137,11 @@ def _planned_group(
     for members in together:
         sizes = [group.linears[member].out_features for member in members]
         size = method.adapter_size(sum(sizes), group.linears[0].in_features)
-        parts = _empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
+        parts = empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
         for member, part in zip(members, parts, strict=True):
             layers[group.names[member]] = QELinear(part)
             adapters[group.names[member]] = size
     return layers
-
-
-def _empty_linear(out_features: int, in_features: int, scheme: Scheme, size: AdapterSize) -> QuantizedLinear:
-    def empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((rows, columns) if columns else (rows,), dtype=dtype, device="meta")
-
-    group = scheme.weight.resolve_group(in_features)
-    groups = 1 if group == PER_CHANNEL else in_features // group
-    zeros = None if scheme.weight.symmetric else empty(out_features, groups, torch.int8)
-    scales = empty(out_features, groups, torch.float16)
-    weight = QuantizedWeight(empty(out_features, in_features, torch.int8), scales, zeros, scheme.weight.bits, group)
-    experts = size.experts if size.experts > 1 else 0
-    rank = size.rank_shared + experts * size.rank_routed
-    if not rank:
-        return QuantizedLinear(weight, scheme.activation_bits)
-    dtype = {8: torch.int8, 16: torch.float16, 32: torch.float32}[size.factor_bits]
-    adapters = Adapters(
-        down=empty(rank, in_features, dtype),
-        up=empty(out_features, rank, dtype),
-        down_scale=empty(rank, 0, torch.float16) if dtype == torch.int8 else None,
-        up_scale=empty(out_features, 0, torch.float16) if dtype == torch.int8 else None,
-        rank_shared=size.rank_shared,
-        rank_routed=size.rank_routed if experts else 0,
-        num_experts=experts,
-        router=empty(experts, in_features, torch.float16) if experts else None,
-    )
-    return QuantizedLinear(weight, scheme.activation_bits, None, adapters)
 
 
 def _memory(

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.grids import QuantizedWeight, WeightGrid, quantize_weight
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, MethodOptions
-from qe_edge.methods.scaling import ChannelScaling, storable_inverse
-
-SMALLEST = 1e-4
+from qe_edge.methods.scaling import ChannelScaling
+from qe_edge.reconstruction.rounding import search_scale
 
 
 class AWQOptions(MethodOptions):
@@ -53,33 +49,3 @@ class AWQ(ChannelScaling):
             self.options.grid,
         )
         return QuantizedLinear(weight, problem.scheme.activation_bits, inv_omega)
-
-
-def search_scale(
-    weight: Tensor, abs_mean: np.ndarray, gram: Tensor, grid: WeightGrid, steps: int
-) -> tuple[QuantizedWeight, Tensor]:
-    """The power of `abs_mean` that loses least.
-
-    Args:
-        weight: `[out, in]` float32.
-        abs_mean: `[in]` mean |x|.
-        gram: `[in, in]` float32.
-        grid: Grid of the codes.
-        steps: Number of powers tried.
-
-    Returns:
-        The codes of the scaled weight, and `1 / s` float16 `[in]`.
-    """
-    best = None
-    for step in range(steps):
-        scale = np.maximum(np.maximum(abs_mean, 1e-12) ** (step / steps), SMALLEST)
-        scale /= np.sqrt(scale.max() * scale.min())
-        inverse = storable_inverse(scale)
-        codes = quantize_weight(weight / inverse.float(), grid)
-        error = weight - codes.decode() * inverse.float()
-        loss = float(((error @ gram) * error).sum())
-        if best is None or loss < best[0]:
-            best = loss, codes, inverse
-    if best is None:
-        raise ValueError("steps must be positive")
-    return best[1], best[2]

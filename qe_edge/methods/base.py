@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
-from qe_edge.errors import NumericalError
+from qe_edge.errors import NumericalError, RecipeError
 from qe_edge.linear import QuantizedLinear
 from qe_edge.schemes import Scheme
 
@@ -20,6 +20,55 @@ class MethodOptions(BaseModel):
     """Base of a method's own options; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """The low-rank correction that a method is going to give a layer; what a dry run predicts sizes from.
+
+    Attributes:
+        rank_shared: Rank of the shared expert.
+        rank_routed: Rank of every routed expert.
+        experts: Number of routed experts.
+        factor_bits: Bits of one stored number of the factors.
+    """
+
+    rank_shared: int = 0
+    rank_routed: int = 0
+    experts: int = 0
+    factor_bits: int = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget gives one linear problem.
+
+    Attributes:
+        adapters: Its low-rank correction.
+        left_out: Important channels that the main branch leaves to it.
+        group_size: Input channels per scale of the weight; -1 for one scale per output channel.
+    """
+
+    adapters: AdapterSize
+    left_out: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice with what it costs and what it leaves.
+
+    Attributes:
+        choice: The choice.
+        loss: Mean square error of the layer's output, summed over its channels, per calibration token.
+        stored: Bits of the whole layer in a checkpoint.
+        read: Bits that one decoded token reads.
+    """
+
+    choice: Choice
+    loss: float
+    stored: float
+    read: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +81,7 @@ class LinearProblem:
         scheme: Number grids of weights and activations.
         statistics: What was measured on the layer's calibration input, or None if the method asked for nothing.
         seed: Seed of everything random in this layer.
+        choice: What a budget gives it; None where the method's own options decide.
     """
 
     name: str
@@ -39,6 +89,7 @@ class LinearProblem:
     scheme: Scheme
     statistics: InputStatistics | None
     seed: int
+    choice: Choice | None = None
 
     def measured(self) -> InputStatistics:
         """The statistics of a method that asked for some.
@@ -60,23 +111,6 @@ class LinearProblem:
         if gram is None:
             raise NumericalError(f"'{self.name}' has no Gram matrix.", "Pass calibration tokens.")
         return gram
-
-
-@dataclass(frozen=True)
-class AdapterSize:
-    """The low-rank correction that a method is going to give a layer; what a dry run predicts sizes from.
-
-    Attributes:
-        rank_shared: Rank of the shared expert.
-        rank_routed: Rank of every routed expert.
-        experts: Number of routed experts.
-        factor_bits: Bits of one stored number of the factors.
-    """
-
-    rank_shared: int = 0
-    rank_routed: int = 0
-    experts: int = 0
-    factor_bits: int = 16
 
 
 class Method(ABC):
@@ -113,3 +147,14 @@ class Method(ABC):
         Raises:
             NumericalError: If weights or statistics are not finite.
         """
+
+    def candidates(self, problem: LinearProblem) -> list[Candidate]:
+        """Everything that a budget may choose from for one linear problem.
+
+        Raises:
+            RecipeError: If the method knows only one size.
+        """
+        raise RecipeError(
+            f"This method cannot spend a budget on '{problem.name}': its size is fixed.",
+            "Use --method qe with --bits or --read-bits.",
+        )

@@ -18,18 +18,32 @@ from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clu
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.errors import NumericalError
-from qe_edge.grids import fake_quantize_activation
+from qe_edge.grids import PER_CHANNEL, WeightGrid, fake_quantize_activation
 from qe_edge.linear import Adapters, QuantizedLinear
-from qe_edge.methods.base import AdapterSize, LinearProblem, Method, MethodOptions
+from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem, Method, MethodOptions
 from qe_edge.reconstruction.branches import MainBranch, leave_out_channels
+from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
 from qe_edge.reconstruction.directions import whitened_directions
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
 from qe_edge.reconstruction.factors import fit_down_factor, join_down_factors, store_factor, store_up_factors
-from qe_edge.reconstruction.ranks import scale_rank
+from qe_edge.reconstruction.ranks import RANK_STEP, scale_rank
+from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
+from qe_edge.sizes import predicted_bits, with_group
 
 GUARD_TOKENS = 2048  # tokens on which the guard compares, about
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
+
+FACTOR_BITS = {"int8": 8, "float16": 16, "float32": 32}
+
+# what a budget chooses from
+BUDGET_RANK = 128  # largest rank, where half the layer's smaller side allows it; what the kernels take
+BUDGET_LEFT_OUT = (0, 8, 16, 32)  # channels left to the correction, where activations are quantized
+BUDGET_DESIGNS = tuple(
+    RoutedDesign(shared, routed, experts)
+    for shared in (0, 16, 32)
+    for routed, experts in ((8, 4), (8, 8), (16, 8))
+)  # fmt: skip
 
 
 class QuantExpertsOptions(MethodOptions):
@@ -48,6 +62,8 @@ class QuantExpertsOptions(MethodOptions):
         cs_mode: What the main branch does with the token-independent channels: "scale" divides them (paper), "drop"
             leaves them to the shared expert.
         cs_guard: Keep zeroing those channels only where it does not raise the calibration error.
+        rounding: How the main branch's codes are chosen; the correction follows any of them.
+        clip: Search the range of every scale ("nearest" and "gptq").
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
         tokens: Calibration tokens kept per layer for experts and router.
@@ -64,6 +80,8 @@ class QuantExpertsOptions(MethodOptions):
     router: Literal["ridge", "tri"] = "ridge"
     cs_mode: Literal["drop", "scale"] = "drop"
     cs_guard: bool = True
+    rounding: Literal["nearest", "awq", "gptq"] = "gptq"
+    clip: bool = True
     adapter_dtype: Literal["int8", "float16", "float32"] = "int8"
     stack_siblings: bool = True
     tokens: int = Field(8192, ge=1)
@@ -128,6 +146,8 @@ class QuantExperts(Method):
             "router": "tri",
             "cs_mode": "scale",
             "cs_guard": False,
+            "rounding": "nearest",
+            "clip": False,
             "adapter_dtype": "float16",
             "stack_siblings": False,
         },
@@ -142,7 +162,7 @@ class QuantExperts(Method):
     def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:
         """Shared and routed experts after shrinking; calibration can only leave experts out."""
         size = shrink_to_layer(self.options, out_features, in_features)
-        bits = {"int8": 8, "float16": 16, "float32": 32}[self.options.adapter_dtype]
+        bits = FACTOR_BITS[self.options.adapter_dtype]
         return AdapterSize(size.shared_rank, size.routed_rank, size.experts, bits)
 
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:
@@ -153,31 +173,90 @@ class QuantExperts(Method):
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Quantize one linear problem (specification sections 4 to 7)."""
         statistics = problem.measured()
-        size = shrink_to_layer(self.options, *problem.weight.shape)
-        lists = statistics.importance
-        if lists is None:
-            lists = np.full((statistics.count, 1), -1, np.int32)
-        split = split_channels(lists, problem.weight.shape[1], size.important_channels, size.experts)
+        size, choice = self._size(problem), problem.choice
+        split = split_channels(_lists(statistics), problem.weight.shape[1], size.important_channels, size.experts)
         # channels are taken from the main branch only when there is a shared expert that can carry them
         left_out = split.independent if size.shared_rank else split.independent[:0]
+        if choice:
+            left_out = frequent_channels(statistics)[: choice.left_out]
         shared = self._shared_expert(problem, statistics, left_out, size)
-        if self.options.cs_guard and len(left_out):
+        if self.options.cs_guard and len(left_out) and not choice:
             plain = self._shared_expert(problem, statistics, left_out[:0], size)
             shared = plain if plain.objective < shared.objective else shared
         adapters = self._adapters(problem, statistics, shared, split.dependent, size)
         branch = shared.branch
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)
 
+    def candidates(self, problem: LinearProblem) -> list[Candidate]:
+        """Ranks, experts, channels left out and group sizes, with their costs; none that another one dominates."""
+        statistics = problem.measured()
+        side, in_features = min(problem.weight.shape), problem.weight.shape[1]
+        group = problem.scheme.weight.group_size
+        groups = (group,) if group == PER_CHANNEL else (group, group // 2)
+        counts = BUDGET_LEFT_OUT if problem.scheme.activation_bits else (0,)
+        counts = tuple(count for count in counts if count <= in_features // 8)
+        largest = min(BUDGET_RANK, side // 2 // RANK_STEP * RANK_STEP)
+        found: list[Candidate] = []
+        for group_size in groups:
+            scheme = with_group(problem.scheme, group_size)
+            for count in counts:
+                left_out = frequent_channels(statistics)[:count]
+                branch = self._branch(problem, scheme.weight, left_out)
+                noise = self._activation_noise(problem, branch)
+                spectrum = ErrorSpectrum.of(branch.error, problem.gram(), largest)
+                sizes, losses = self._losses(problem, spectrum)
+                for size, loss in zip(sizes, losses, strict=True):
+                    bits = predicted_bits(*problem.weight.shape, scheme, size, scaled=branch.inv_omega is not None)
+                    stored = bits.stored_bits * bits.weights
+                    choice = Choice(size, len(left_out), group_size)
+                    found.append(Candidate(choice, loss + noise, stored, bits.read))
+        return undominated(found)
+
+    def _losses(self, problem: LinearProblem, spectrum: ErrorSpectrum) -> tuple[list[AdapterSize], list[float]]:
+        """Corrections of every size, static and routed, and the energy per token that each leaves."""
+        bits = FACTOR_BITS[self.options.adapter_dtype]
+        ranks = range(0, spectrum.largest_rank + 1, RANK_STEP)
+        sizes = [AdapterSize(rank_shared=rank, factor_bits=bits) for rank in ranks]
+        losses = [spectrum.left(rank) for rank in ranks]
+        if self.options.experts:
+            statistics = problem.measured()
+            k = shrink_to_layer(self.options, *problem.weight.shape).important_channels
+            weight = problem.weight.abs().mean(0).double().numpy()
+            losses += routed_losses(spectrum, statistics, weight, k, BUDGET_DESIGNS, problem.seed)
+            sizes += [AdapterSize(design.shared, design.routed, design.experts, bits) for design in BUDGET_DESIGNS]
+        return sizes, losses
+
+    def _size(self, problem: LinearProblem) -> LayerSize:
+        """Ranks and experts: what a budget gives, or the options shrunk to the layer."""
+        size = shrink_to_layer(self.options, *problem.weight.shape)
+        if problem.choice is None:
+            return size
+        given = problem.choice.adapters
+        k = min(size.important_channels, problem.weight.shape[1] // (given.experts + 1))
+        return LayerSize(given.rank_shared, given.rank_routed, given.experts, k)
+
+    def _branch(self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray) -> MainBranch:
+        """The main branch without the channels `left_out`."""
+        options, abs_mean = self.options, problem.measured().abs_mean
+        rounding = Rounding(options.rounding, options.clip)
+        return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, problem.gram())
+
+    def _activation_noise(self, problem: LinearProblem, branch: MainBranch) -> float:
+        """Energy per token of the output error that rounding the activations causes."""
+        rounding = _activation_rounding(_guard_tokens(problem.measured()), branch, problem.scheme.activation_bits)
+        return float(rounding.square().sum(dtype=torch.float64)) / max(len(rounding), 1)
+
     def _shared_expert(
         self, problem: LinearProblem, statistics: InputStatistics, left_out: np.ndarray, size: LayerSize
     ) -> SharedExpert:
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
-        scheme, options = problem.scheme, self.options
-        branch = leave_out_channels(problem.weight, scheme.weight, left_out, statistics.abs_mean, options.cs_mode)
+        grid = problem.scheme.weight
+        if problem.choice:
+            grid = with_group(problem.scheme, problem.choice.group_size).weight
+        branch = self._branch(problem, grid, left_out)
         directions = whitened_directions(branch.error, problem.gram(), size.shared_rank + size.routed_rank)
-        tokens = torch.from_numpy(statistics.tokens[:: max(1, len(statistics.tokens) // GUARD_TOKENS)])
-        main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
-        rounding = (main - fake_quantize_activation(main, scheme.activation_bits)) @ branch.weight.decode().T
+        tokens = _guard_tokens(statistics)
+        rounding = _activation_rounding(tokens, branch, problem.scheme.activation_bits)
         left = torch.from_numpy((branch.error - directions @ (directions.T @ branch.error)).astype(np.float32))
         objective = float((tokens @ left.T + rounding).square().sum(dtype=torch.float64))
         return SharedExpert(branch, directions[:, : size.shared_rank], objective)
@@ -256,3 +335,35 @@ class QuantExperts(Method):
         else:
             scores = ridge_router(statistics.tokens, token_residuals(statistics.tokens, left, ups, downs))
         return torch.from_numpy(normalise_router(scores, statistics.tokens)).to(torch.float16)
+
+
+def frequent_channels(statistics: InputStatistics) -> np.ndarray:
+    """Channels by the number of tokens that they are important to, most first; only those that are to any."""
+    lists = _lists(statistics)
+    return split_channels(lists, len(statistics.abs_mean), len(statistics.abs_mean), 0).independent
+
+
+def undominated(candidates: list[Candidate]) -> list[Candidate]:
+    """Candidates that no other one beats or equals in loss, stored and read bits together, cheapest first."""
+    kept: list[Candidate] = []
+    for one in sorted(candidates, key=lambda item: (item.stored, item.read, item.loss)):
+        if all(one.loss < other.loss or one.read < other.read for other in kept):
+            kept.append(one)
+    return kept
+
+
+def _lists(statistics: InputStatistics) -> np.ndarray:
+    """The top-k lists, or lists that name no channel."""
+    if statistics.importance is None:
+        return np.full((statistics.count, 1), -1, np.int32)
+    return statistics.importance
+
+
+def _guard_tokens(statistics: InputStatistics) -> Tensor:
+    return torch.from_numpy(statistics.tokens[:: max(1, len(statistics.tokens) // GUARD_TOKENS)])
+
+
+def _activation_rounding(tokens: Tensor, branch: MainBranch, bits: int) -> Tensor:
+    """What rounding the activations takes from the main branch's output on `tokens`, `[n, out]`."""
+    main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
+    return (main - fake_quantize_activation(main, bits)) @ branch.weight.decode().T

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.grids import QuantizedWeight, WeightGrid, quantize_weight
+from qe_edge.grids import QuantizedWeight, WeightGrid
 from qe_edge.linear import Adapters
 from qe_edge.reconstruction.factors import AdapterDtype, fit_down_factor, store_factor, store_up_factors
+from qe_edge.reconstruction.rounding import Rounding
 
 ChannelMode = Literal["drop", "scale"]
+NEAREST = Rounding()
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class MainBranch:
     Attributes:
         weight: Codes; the columns that were left out are exactly zero.
         inv_omega: `[in]` float16 factor on the branch's input, or None.
-        error: `[out, in]` float64, `W - W_q`; whole columns where they were left out.
+        error: `[out, in]` float64, what the branch's weight lacks of `W`; whole columns where they were left out.
     """
 
     weight: QuantizedWeight
@@ -32,7 +34,13 @@ class MainBranch:
 
 
 def leave_out_channels(
-    weight: Tensor, grid: WeightGrid, channels: np.ndarray, abs_mean: np.ndarray, mode: ChannelMode
+    weight: Tensor,
+    grid: WeightGrid,
+    channels: np.ndarray,
+    abs_mean: np.ndarray,
+    mode: ChannelMode,
+    rounding: Rounding = NEAREST,
+    gram: np.ndarray | None = None,
 ) -> MainBranch:
     """Quantize `weight` `[out, in]` without the input channels `channels` (specification 5.1, 5.2, 5.5).
 
@@ -42,17 +50,27 @@ def leave_out_channels(
         channels: Indices of the channels that the correction is to carry; may be empty.
         abs_mean: `[in]` mean |x|.
         mode: What the branch's input does with them: "drop" zeroes them, "scale" divides them down to the smallest.
+        rounding: How the codes are chosen.
+        gram: `[in, in]`; plain nearest rounding does without it.
     """
+    left_out = torch.from_numpy(channels.copy())
     kept = weight.clone()
-    kept[:, torch.from_numpy(channels.copy())] = 0.0
-    quantized = quantize_weight(kept, grid)
-    inv_omega = None
+    kept[:, left_out] = 0.0
+    if gram is not None and len(channels):
+        # a channel that the main branch does not carry can make up for no other one
+        gram = gram.copy()
+        gram[channels, :] = 0.0
+        gram[:, channels] = 0.0
+    quantized, inv_omega = rounding(kept, grid, gram, abs_mean)
+    decoded = quantized.decode().double()
+    if inv_omega is not None:
+        decoded *= inv_omega.double()
     if len(channels):
-        factor = np.ones(kept.shape[1])
+        factor = np.ones(kept.shape[1]) if inv_omega is None else inv_omega.double().numpy()
         mean = np.maximum(abs_mean[channels], 1e-8)
         factor[channels] = 0.0 if mode == "drop" else mean.min() / mean
         inv_omega = torch.from_numpy(factor).to(torch.float16)
-    return MainBranch(quantized, inv_omega, (weight.double() - quantized.decode().double()).numpy())
+    return MainBranch(quantized, inv_omega, (weight.double() - decoded).numpy())
 
 
 def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterDtype) -> Adapters | None:

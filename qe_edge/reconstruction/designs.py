@@ -1,0 +1,153 @@
+"""What a low-rank correction of every size would leave, measured before any is chosen.
+
+Static corrections of all ranks come from one eigenproblem: rank r leaves the sum of the eigenvalues beyond the r-th.
+Routed ones are tried: experts and router are fitted on one half of the sampled tokens and judged on the other, in the
+space of the leading eigenvectors, against the static correction of the rank that one token uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
+from qe_edge.calibration.importance import split_channels
+from qe_edge.calibration.statistics import InputStatistics
+from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
+from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, residual_energy
+from qe_edge.reconstruction.router import ridge_router
+
+TRIAL_TOKENS = 4096  # sampled tokens of a trial, half to fit and half to judge
+TRIAL_ROUNDS = 3  # of assignment and fit
+
+
+@dataclass(frozen=True)
+class ErrorSpectrum:
+    """An error's output energy by direction.
+
+    Attributes:
+        space: The error in coordinates of its smaller side.
+        vectors: `[side, k]` leading directions in these coordinates.
+        captured: `[k + 1]` energy per token that the first 0, 1, ... k directions capture.
+        total: Energy per token of all directions.
+    """
+
+    space: ErrorSpace
+    vectors: np.ndarray
+    captured: np.ndarray
+    total: float
+
+    @classmethod
+    def of(cls, error: np.ndarray, gram: np.ndarray, rank: int) -> ErrorSpectrum:
+        """Spectrum of `error` `[out, in]` under `gram` `[in, in]`, with the leading `rank` directions."""
+        space = ErrorSpace.of(error)
+        covariance = space.covariance(gram)
+        vectors = top_eigenvectors(covariance, rank)
+        energy = np.einsum("ij,ij->j", vectors, covariance @ vectors)
+        captured = np.concatenate(([0.0], np.cumsum(np.maximum(energy, 0.0))))
+        return cls(space, vectors, captured, max(float(np.trace(covariance)), float(captured[-1])))
+
+    @property
+    def largest_rank(self) -> int:
+        """Rank up to which losses are known."""
+        return self.vectors.shape[1]
+
+    def left(self, rank: int) -> float:
+        """Energy per token that the optimal static correction of this rank leaves."""
+        return self.total - float(self.captured[rank])
+
+
+@dataclass(frozen=True)
+class RoutedDesign:
+    """Sizes of a correction with routed experts.
+
+    Attributes:
+        shared: Rank for all tokens.
+        routed: Rank of every expert.
+        experts: Their number.
+    """
+
+    shared: int
+    routed: int
+    experts: int
+
+
+def routed_losses(
+    spectrum: ErrorSpectrum,
+    statistics: InputStatistics,
+    channel_weight: np.ndarray,
+    important: int,
+    designs: Sequence[RoutedDesign],
+    seed: int,
+) -> list[float]:
+    """Energy per token that every design leaves.
+
+    Args:
+        spectrum: Of the error to correct; a design whose shared and routed rank exceed it is not tried (infinity).
+        statistics: Of the layer's input, with tokens and top-k lists.
+        channel_weight: `[in]` mean |W|.
+        important: k, channels per token-independent set.
+        designs: What to try.
+        seed: Of the clustering.
+    """
+    if statistics.importance is None or len(statistics.tokens) < 2:
+        return [np.inf] * len(designs)
+    rows = slice(None, None, max(1, len(statistics.tokens) // TRIAL_TOKENS))
+    tokens = statistics.tokens[rows]
+    outputs = spectrum.space.outputs(tokens).astype(np.float64)
+    leading = outputs @ spectrum.vectors
+    beyond = np.maximum(np.square(outputs).sum(1) - np.square(leading).sum(1), 0.0)
+    starts: dict[int, np.ndarray] = {}
+    losses = []
+    for design in designs:
+        active = design.shared + design.routed
+        if active > spectrum.largest_rank:
+            losses.append(np.inf)
+            continue
+        if design.experts not in starts:
+            starts[design.experts] = _start(statistics, channel_weight, important, design.experts, seed)[rows]
+        static = np.square(leading[1::2, active:]).sum(1).mean() + beyond[1::2].mean()
+        chosen = _trial(leading[:, design.shared :], np.abs(tokens), starts[design.experts], design)
+        routed = chosen.mean() + beyond[1::2].mean()
+        losses.append(spectrum.left(active) * float(routed / static) if static > 0 else 0.0)
+    return losses
+
+
+def _start(
+    statistics: InputStatistics, channel_weight: np.ndarray, important: int, experts: int, seed: int
+) -> np.ndarray:
+    """Expert of every sampled token by co-occurrence of important channels; -1 where there is none."""
+    lists = statistics.importance
+    if lists is None:
+        raise ValueError("the statistics hold no important channels")
+    in_features = statistics.tokens.shape[1]
+    split = split_channels(lists, in_features, min(important, in_features // (experts + 1)), experts)
+    if len(split.dependent) < experts:
+        return np.full(len(statistics.tokens), -1)
+    labels = spectral_clusters(npmi(occurrence_matrix(lists, split.dependent, in_features)), experts, seed)
+    nothing = np.zeros((0, in_features))
+    return assign_by_mass(
+        ExpertProblem(nothing, statistics, split.dependent, labels, channel_weight, experts, rank=0, rho=0.0)
+    )
+
+
+def _trial(outputs: np.ndarray, magnitude: np.ndarray, start: np.ndarray, design: RoutedDesign) -> np.ndarray:
+    """Residual energy `[n / 2]` of the judged tokens, each with the expert that the router picks."""
+    fit, assigned = outputs[::2], start[::2]
+    everyone = fit.T @ fit / len(fit)
+    directions: list[np.ndarray] = []
+    for _ in range(TRIAL_ROUNDS):
+        directions = []
+        for expert in range(design.experts):
+            own = fit[assigned == expert]
+            covariance = 0.9 * (own.T @ own) / len(own) + 0.1 * everyone if len(own) else everyone
+            directions.append(top_eigenvectors(covariance, design.routed))
+        residual = residual_energy(fit, directions)
+        assigned = residual.argmin(1)
+    router = ridge_router(magnitude[::2], np.sqrt(residual_energy(fit, directions)))
+    judged = residual_energy(outputs[1::2], directions)
+    picked = (magnitude[1::2] @ router.T).argmin(1)
+    chosen: np.ndarray = judged[np.arange(len(judged)), picked]
+    return chosen
