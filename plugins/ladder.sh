@@ -5,7 +5,8 @@
 #   plugins/ladder.sh [--python PYTHON] [--jobs N]
 #
 # Everything is built in plugins/build. What is missing is fetched: Python packages and, when nvcc is not on PATH, CUDA's
-# compiler from PyPI into plugins/build/tools; g++, cmake, ninja and the aarch64 compiler with apt-get.
+# compiler from PyPI into plugins/build/tools; g++, cmake, ninja and the aarch64 compiler with apt-get. PYTHON has
+# qe-edge[rtx] installed: the last rungs build the demo's engines and compare its layers.
 set -u
 cd "$(dirname "$0")"
 python=python3
@@ -17,6 +18,7 @@ while [ $# -gt 0 ]; do
     *) echo "Unknown argument $1. Use --python PYTHON or --jobs N." >&2; exit 2 ;;
   esac
 done
+python=$(command -v "$python") || { echo "There is no Python '$python'. Give one with --python." >&2; exit 2; }
 mkdir -p build/logs
 failed=0
 tools=$PWD/build/tools
@@ -29,7 +31,7 @@ rung() { # rung NAME COMMAND...
   start=$(date +%s)
   if "$@" > "$log" 2>&1; then
     end=$(date +%s)
-    echo "ok      $name ($((end - start)) s): $(grep -E '(passed|cases|Success|All checks)' "$log" | tail -1)"
+    echo "ok      $name ($((end - start)) s): $(grep -E '(passed|cases|Success|All checks|plugin nodes)' "$log" | tail -1)"
   else
     failed=1
     echo "FAILED  $name, the end of plugins/$log:"
@@ -66,6 +68,22 @@ build_plugin() { # build_plugin FOLDER CMAKE_ARGUMENTS...
     -DQE_PTXAS12="$site/nvidia/cuda_nvcc/bin/ptxas" "$@" && cmake --build "$folder" -j "$jobs"
 }
 
+build_demo() { # the demo's three graphs as engines with the plugin that was just built
+  "$python" -c 'import qe_edge, tensorrt_rtx' || { echo "Install qe-edge[rtx] in $python."; return 1; }
+  rm -rf build/demo
+  # one process for the three commands: importing torch takes longer than building an engine
+  OMP_WAIT_POLICY=PASSIVE "$python" -c '
+import sys
+from qe_edge.cli import main
+for words in """
+quantize demo -o build/demo/checkpoint --modules language,visual,merger --samples 4 --set tokens=256 --set em_steps=1
+export build/demo/checkpoint -o build/demo/onnx
+build build/demo/onnx -o build/demo/engines --target rtx --plugin --plugin-library build/plugin/libqe_plugin.so
+""".strip().splitlines():
+    if code := main(words.split()):
+        sys.exit(code)'
+}
+
 rung "system tools" fetch_system_tools
 rung "python tools" fetch_python_tools
 site=$("$tools/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -89,7 +107,9 @@ rung "5 plugin aarch64" build_plugin build/plugin-aarch64 -DCMAKE_TOOLCHAIN_FILE
 rung "6 static gates" test tests/test_gates.py
 rung "6 library and fuzz" test tests/test_library.py
 rung "7 engines" test tests/test_engine.py
-rung "7 onnx to ptx" test tests/test_chain.py
+rung "7 demo" build_demo
+rung "7 demo engines" test tests/test_demo_engines.py
+rung "7 onnx to ptx" test tests/test_chain.py tests/test_exported_layers.py
 rung "8 self-test emulated" test tests/test_self_test.py
 echo "not run 8 on the device: see plugins/DEVICE.md (not yet run on hardware)"
 exit $failed

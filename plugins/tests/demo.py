@@ -1,0 +1,78 @@
+"""The demo model as the ladder's rung "7 demo" leaves it: quantized, exported, and built with the plugin."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper
+
+from emulator.build import BUILD
+
+ONNX, ENGINES = BUILD / "demo/onnx", BUILD / "demo/engines"
+
+
+class DemoMissingError(FileNotFoundError):
+    """The rung that makes the demo did not run."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of the demo."""
+    if not path.is_file():
+        raise DemoMissingError(f"{path} is missing. Run plugins/ladder.sh, whose rung '7 demo' makes it.")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+@lru_cache
+def graph(name: str) -> onnx.ModelProto:
+    """One exported graph with its weights."""
+    read_json(ONNX / "manifest.json")
+    return onnx.load(str(ONNX / f"{name}.onnx"))
+
+
+def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """The model in ONNX Runtime, with exact products."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")  # or it quantizes x again
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def layer(name: str, node: str) -> onnx.ModelProto:
+    """The model that consists of one exported layer, with the function that defines it."""
+    model = graph(name)
+    found = next(each for each in model.graph.node if each.name == node)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    weight = constants[found.input[1]].dims
+    alone = helper.make_graph(
+        [found], "layer",
+        [helper.make_tensor_value_info(found.input[0], onnx.TensorProto.FLOAT, [1, "S", weight[0]])],
+        [helper.make_tensor_value_info(found.output[0], onnx.TensorProto.FLOAT, [1, "S", weight[1]])],
+        [constants[value] for value in found.input[1:] if value],
+    )  # fmt: skip
+    return helper.make_model(
+        alone, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version
+    )
+
+
+def layer_inputs(name: str, node: str) -> NDArray[np.float32]:
+    """What the layer reads inside the exported graph, ``[tokens, in_features]``, in values that float16 holds."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph(name))
+    x = next(each for each in model.graph.node if each.name == node).input[0]
+    model.graph.output.append(helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, None))
+    profiles = read_json(ONNX / "manifest.json")["graphs"][name]["profiles"]
+    shapes = {key: typical for key, (_, typical, _) in next(iter(profiles.values())).items()}
+    rng, feeds = np.random.default_rng(0), {}
+    running = session(model)
+    for value in running.get_inputs():
+        shape = shapes[value.name]
+        real = rng.standard_normal(shape).astype(np.float32)
+        feeds[value.name] = np.ones(shape, np.int64) if value.type == "tensor(int64)" else real
+    found = running.run([x], feeds)[0]
+    return np.asarray(found.reshape(-1, found.shape[-1]).astype(np.float16).astype(np.float32))
