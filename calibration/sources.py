@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qe_edge.errors import CalibrationError
-from qe_edge.models.family import Sample
+from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import open_image
 
 DEMO = "demo"
@@ -24,8 +24,9 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
     """Draw samples from a source.
 
     Args:
-        source: "demo", a JSONL file of `image`, `question`, `answer`, or a folder with such a file or with pictures
-            (a `.txt` of the same name is a picture's caption).
+        source: "demo", a JSONL file, or a folder with such files or with pictures (a `.txt` of the same name is a
+            picture's caption). A line has `image`, `question` and `answer`, of which `answer` and one of the others
+            may be missing, or `text` alone: running text for a language model.
         count: How many to draw without replacement; None or more than there are takes all, in order.
         seed: Seed of the draw.
 
@@ -47,7 +48,7 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
                 f"There is no calibration source '{source}'.", "Give 'demo', a JSONL file or a folder of pictures."
             )
     if not samples:
-        raise CalibrationError(f"'{source}' holds no sample.", "Add pictures with questions.")
+        raise CalibrationError(f"'{source}' holds no sample.", "Add pictures with questions, or lines of text.")
     if count is not None and count < len(samples):
         chosen = np.random.default_rng(seed).choice(len(samples), count, replace=False)
         samples = [samples[index] for index in sorted(chosen)]
@@ -98,17 +99,24 @@ def hash_samples(samples: Sequence[Sample]) -> str:
         if sample.image is not None:
             picture = open_image(sample.image)
             digest.update(f"{picture.size}".encode() + picture.tobytes())
-        digest.update(json.dumps([sample.question, sample.answer]).encode())
+        # running text and a question of the same words become different tokens
+        kind = [TEXT] if sample.kind == TEXT else []
+        digest.update(json.dumps([sample.question, sample.answer, *kind]).encode())
     return digest.hexdigest()
 
 
 def _sample(entry: Any, path: Path, number: int) -> Sample:  # noqa: ANN401 - anything a JSON line may hold
     where = f"Line {number} of '{path}'"
-    if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
-        raise CalibrationError(
-            f"{where} is not a sample.", 'Each line is JSON: {"image": ..., "question": ..., "answer": ...}.'
-        )
+    entry = entry if isinstance(entry, dict) else {}
+    if isinstance(entry.get("text"), str) and entry["text"].strip() and not {"image", "question"} & entry.keys():
+        return Sample(None, entry["text"], kind=TEXT)
     image = entry.get("image")
+    question = entry.get("question", CAPTION_PROMPT if image is not None else None)
+    if not isinstance(question, str):
+        raise CalibrationError(
+            f"{where} is not a sample.",
+            'Each line is JSON: {"image": ..., "question": ..., "answer": ...}, or {"text": ...} alone.',
+        )
     if image is not None:
         folder = path.parent.resolve()
         target = (folder / str(image)).resolve()
@@ -120,7 +128,7 @@ def _sample(entry: Any, path: Path, number: int) -> Sample:  # noqa: ANN401 - an
     answer = entry.get("answer")
     return Sample(
         image,
-        entry["question"],
+        question,
         None if answer is None else str(answer),
         str(entry.get("kind", "")),
         str(entry.get("topic", "")),

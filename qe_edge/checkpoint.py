@@ -15,7 +15,8 @@ from qe_edge.atomic import atomic_folder
 from qe_edge.errors import ArtifactError
 from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.linear import quantized_linears
-from qe_edge.models.loading import LoadedModel, load_config, load_family
+from qe_edge.models.family import ModelFamily
+from qe_edge.models.loading import LoadedModel, auto_class, load_config, load_family
 from qe_edge.quantizer import set_module
 from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.safetensors_check import check_safetensors
@@ -91,7 +92,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
         tensors = {name: file.get_tensor(name) for name in header}
     layers = assemble_layers(section["layers"], section["shared"], header, tensors)
     family = load_family(str(folder))
-    model = _empty_model(str(folder), tensors)
+    model = _empty_model(str(folder), family, tensors)
     known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
         if name not in known:
@@ -128,14 +129,12 @@ def load_checkpoint_recipe(folder: Path) -> Recipe:
     return make_recipe(**values)
 
 
-def _empty_model(folder: str, tensors: dict[str, Tensor]) -> PreTrainedModel:
+def _empty_model(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -> PreTrainedModel:
     """The model with unset weights, in the precision that the checkpoint stores."""
-    from transformers import AutoModelForImageTextToText
-
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    model: PreTrainedModel = auto_class(family).from_config(config)
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)

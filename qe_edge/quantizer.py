@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qe_edge.blas import blas_threads
 from qe_edge.budget import Offer, allocate, output_sensitivity
+from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.sources import hash_samples, load_samples
 from qe_edge.calibration.statistics import (
     InputStatistics,
@@ -56,7 +57,7 @@ def quantize(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> tuple[LoadedModel, Recipe]:
-    """Quantize a vision-language model.
+    """Quantize a model.
 
     Args:
         model: "demo", a folder, a hub id, or a model in memory (which is changed in place).
@@ -78,12 +79,11 @@ def quantize(
     else:
         samples = list(calibration)
     if not samples:
-        raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question.")
+        raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question, or text.")
     spec = replace_calibration(recipe, calibration, samples)
-    chains = [chain for chain in chains_of(loaded.family.blocks(loaded.model)) if chain[0].group in spec.modules]
-    missing = set(spec.modules) - {chain[0].group for chain in chains}
-    if missing:
-        raise RecipeError(f"The model has no {sorted(missing)[0]} module.", "Leave it out of --modules.")
+    blocks = loaded.family.blocks(loaded.model)
+    check_modules(blocks, spec.modules)
+    chains = [chain for chain in chains_of(blocks) if chain[0].group in spec.modules]
     check_weights([block for chain in chains for block in chain])
     folder = WorkFolder.open(work, spec, model_fingerprint(loaded), resume=resume) if work else None
     total = sum(parameter.numel() for chain in chains for block in chain for parameter in block.module.parameters())
@@ -91,6 +91,20 @@ def quantize(
     with track(progress or Silent(), "Quantizing", total) as tracked:
         _Run(loaded, spec, samples, chains, folder, tracked).execute()
     return loaded, spec
+
+
+def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
+    """Refuse modules that a model with these blocks does not have.
+
+    Raises:
+        RecipeError: Naming those that it has.
+    """
+    present = list(dict.fromkeys(block.group for block in blocks))
+    missing = sorted(set(modules) - set(present))
+    if missing:
+        raise RecipeError(
+            f"The model has no {missing[0]} module.", f"Choose among those that it has: --modules {','.join(present)}."
+        )
 
 
 def quantize_linear(weight: Tensor, tokens: Tensor, recipe: Recipe, bias: Tensor | None = None) -> QELinear:
@@ -324,12 +338,16 @@ class _Run:
     ) -> list[Tensor]:
         """Run a block on every batch, feeding the collectors; returns its outputs."""
         valid: list[Tensor | None] = [None]
+        kinds: list[Tensor | None] = [None]
 
         def feed(collector: StatisticsCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 tokens = inputs[0]
                 mask = valid[0]
-                collector.update(tokens if mask is None else tokens[mask])
+                if mask is None:
+                    collector.update(tokens, torch.full(tokens.shape[:-1], IMAGE, dtype=torch.int8))
+                else:
+                    collector.update(tokens[mask], kinds[0])
 
             return hook
 
@@ -340,8 +358,9 @@ class _Run:
         try:
             outputs = []
             for batch, hidden in enumerate(chain.hidden):
-                mask = torch.from_numpy(self.batches[batch].attention_mask).bool()
-                valid[0] = mask if block.group == "language" else None
+                if block.group == "language":
+                    valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()
+                    kinds[0] = torch.from_numpy(token_kinds(self.batches[batch]))[valid[0]]
                 outputs.append(run_block(block.module, hidden, chain.calls[position][batch]))
         finally:
             for handle in handles:

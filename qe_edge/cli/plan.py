@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
-from qe_edge.errors import RecipeError
 from qe_edge.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.methods.base import AdapterSize
 from qe_edge.models.family import Block, ModelFamily, Sample
-from qe_edge.models.loading import load_family
-from qe_edge.quantizer import BATCH, LinearGroup, linear_groups
+from qe_edge.models.loading import auto_class, load_family
+from qe_edge.quantizer import BATCH, LinearGroup, check_modules, linear_groups
 from qe_edge.recipe import Recipe
 from qe_edge.schemes import Scheme
 from qe_edge.sizes import empty_linear
@@ -86,10 +85,9 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     """
     family = load_family(source)
     model = _shapes_only(family)
-    blocks = [block for block in family.blocks(model) if block.group in recipe.modules]
-    missing = set(recipe.modules) - {block.group for block in blocks}
-    if missing:
-        raise RecipeError(f"The model has no {sorted(missing)[0]} module.", "Leave it out of --modules.")
+    blocks = family.blocks(model)
+    check_modules(blocks, recipe.modules)
+    blocks = [block for block in blocks if block.group in recipe.modules]
     method, scheme = recipe.build_method(), recipe.get_scheme()
     linears: dict[str, QELinear] = {}
     adapters: dict[str, AdapterSize] = {}
@@ -121,10 +119,8 @@ def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, in
 
 
 def _shapes_only(family: ModelFamily) -> PreTrainedModel:
-    from transformers import AutoModelForImageTextToText
-
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(family.config)
+        model: PreTrainedModel = auto_class(family).from_config(family.config)
     return model
 
 

@@ -11,7 +11,9 @@ from qe_edge.registry import Registry
 FAMILIES: Registry[type[ModelFamily]] = Registry(
     "model family",
     {
+        "dinov2": "qe_edge.models.dinov2:Dinov2",
         "internvl": "qe_edge.models.internvl:InternVL",
+        "llama": "qe_edge.models.causal_lm:CausalLM",
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
     },
 )

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from qe_edge.errors import InputError, ModelError
-from qe_edge.models.family import Encoded, Sample
+from qe_edge.models.family import TEXT, Encoded, Sample
 from qe_edge.models.images import open_image
 
 
@@ -46,7 +46,7 @@ def prepare_pictures(image_processor: Any, samples: Sequence[Sample], **options:
 
 
 def encode_row(tokenizer: Any, sample: Sample, picture: tuple[int, list[int]], *, answer: bool) -> Row:  # noqa: ANN401
-    """Tokenize one sample in the form that the tokenizer's chat template gives it.
+    """Tokenize one sample in the form that the tokenizer's chat template gives it; running text as it is.
 
     Args:
         tokenizer: A tokenizer of transformers with a chat template.
@@ -59,24 +59,46 @@ def encode_row(tokenizer: Any, sample: Sample, picture: tuple[int, list[int]], *
         InputError: If the question or the answer itself holds image tokens.
     """
     image_token, picture_tokens = picture
+    if sample.kind == TEXT and sample.image is None:
+        ids = encode_text(tokenizer, sample.question)
+        if image_token in ids:
+            raise InputError("A text holds an image token.", "Leave image tokens out of it.")
+        return Row(ids, len(ids))
     content: list[dict[str, str]] = [{"type": "text", "text": sample.question}]
     if sample.image is not None:
         content.insert(0, {"type": "image"})
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if ids.count(image_token) != (sample.image is not None):
         raise InputError("The question holds an image token.", "Leave image tokens out of the question's text.")
     if sample.image is not None:
         at = ids.index(image_token)
         ids = [*ids[:at], *picture_tokens, *ids[at + 1 :]]
-    reply: list[int] = []
-    if answer and sample.answer is not None:
-        reply = [*tokenizer(sample.answer, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
-        if image_token in reply:
-            raise InputError("An answer holds an image token.", "Leave image tokens out of the answer's text.")
+    reply = answer_tokens(tokenizer, sample) if answer else []
+    if image_token in reply:
+        raise InputError("An answer holds an image token.", "Leave image tokens out of the answer's text.")
     return Row([*ids, *reply], len(ids))
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
+    """Running text with the special tokens that the tokenizer puts around text, no chat template.
+
+    Raises:
+        InputError: If it has no token.
+    """
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # its length is the family's to check
+    if not ids:
+        raise InputError("A text is empty.", "Leave empty texts out.")
+    return ids
+
+
+def answer_tokens(tokenizer: Any, sample: Sample) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
+    """The reference answer closed by the end-of-turn token; empty where there is none."""
+    if sample.answer is None:
+        return []
+    return [*tokenizer(sample.answer, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
 
 
 def check_chat_template(tokenizer: Any, folder: str, image_token: int) -> None:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""What the rest of QE-Edge needs to know about a family of vision-language models."""
+"""What the rest of QE-Edge needs to know about a family of models: vision-language, language only, vision only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+TEXT = "text"  # kind of a sample that is running text, not a question to be put into a chat template
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with a question, and what is known about the answer.
+    """A picture with a question, and what is known about the answer; or running text; or a picture alone.
 
     Attributes:
         image: Path of the picture, or a PIL image; None for a text-only sample.
-        question: The question or instruction.
+        question: The question or instruction; the text itself where `kind` is "text".
         answer: The reference answer, or None.
-        kind: "open", "yesno" or "" when unknown; accuracy is reported apart.
+        kind: "open", "yesno" or "" when unknown; accuracy is reported apart. "text" for running text.
         topic: Free label, for example "color".
     """
 
@@ -99,10 +101,12 @@ class GraphSpec:
 
 
 class ModelFamily(ABC):
-    """A family of vision-language models that share their code in transformers.
+    """A family of models that share their code in transformers.
 
     Class attributes:
         model_type: `model_type` of the family's config.json.
+        auto_class: The class of transformers that loads the family's models.
+        writes_text: Whether the models answer; others are compared by their features only.
         siblings: Names of linear layers of one parent module that read the same input.
 
     Args:
@@ -110,6 +114,8 @@ class ModelFamily(ABC):
     """
 
     model_type: ClassVar[str]
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    writes_text: ClassVar[bool] = True
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -121,7 +127,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_processor(self, folder: str) -> Any:  # noqa: ANN401 - each family has its own processor type
-        """Tokenizer and image processor from a local folder or hub id; never runs remote code."""
+        """Tokenizer and image processor, as far as there are such, from a folder or hub id; never runs remote code."""
 
     @abstractmethod
     def encode(self, processor: Any, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:  # noqa: ANN401
@@ -133,7 +139,7 @@ class ModelFamily(ABC):
             answers: Whether the reference answer follows the prompt (for calibration and teacher forcing).
 
         Raises:
-            InputError: If a picture cannot be read.
+            InputError: If a picture cannot be read, or the family takes no such samples.
         """
 
     @abstractmethod

@@ -23,7 +23,7 @@ DEMO = "demo"
 
 @dataclass
 class LoadedModel:
-    """A vision-language model in memory.
+    """A model in memory.
 
     Attributes:
         model: transformers' own class, in evaluation mode.
@@ -67,7 +67,7 @@ def load_config(source: str) -> Any:  # noqa: ANN401 - transformers' configurati
     """The model's configuration.
 
     Raises:
-        ModelError: If it cannot be read, or is no vision-language model that QE-Edge knows.
+        ModelError: If it cannot be read, or is no model that QE-Edge knows.
     """
     from transformers import AutoConfig
 
@@ -81,7 +81,7 @@ def load_config(source: str) -> Any:  # noqa: ANN401 - transformers' configurati
         ) from error
     if config.model_type not in FAMILIES:
         raise ModelError(
-            f"'{source}' is a '{config.model_type}' model, not a vision-language model that QE-Edge supports.",
+            f"'{source}' is a '{config.model_type}' model, which QE-Edge does not support.",
             f"Supported: {', '.join(FAMILIES)}.",
         )
     return config
@@ -104,20 +104,23 @@ def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel
         ModelError: If the model cannot be loaded.
         ResourceError: If it does not fit into memory.
     """
-    from transformers import AutoModelForImageTextToText
-
     source = resolve_model(reference)
     family = load_family(source)
     check_memory(source, dtype)
     try:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False
-        )
+        model: PreTrainedModel = auto_class(family).from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."
         ) from error
     return LoadedModel(model.eval(), family, family.load_processor(source), source)
+
+
+def auto_class(family: ModelFamily) -> Any:  # noqa: ANN401 - transformers' auto classes share no public base
+    """The class of transformers whose `from_pretrained` and `from_config` make the family's models."""
+    import transformers
+
+    return getattr(transformers, family.auto_class)
 
 
 def check_memory(source: str, dtype: torch.dtype | str) -> None:

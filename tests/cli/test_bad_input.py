@@ -35,9 +35,9 @@ def test_a_misspelt_relative_path_is_not_looked_up_in_the_hub(
     assert_two_lines(cli("quantize", "models/nosuch", "-o", out), "no model folder 'models/nosuch'", "config.json")
 
 
-def test_a_text_only_model(cli: Run, out: Path, model: Path) -> None:
-    (model / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    assert_two_lines(cli("quantize", model, "-o", out), "is a 'llama' model, not a vision-language model", "qwen2_vl")
+def test_a_model_of_another_kind(cli: Run, out: Path, model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    assert_two_lines(cli("quantize", model, "-o", out), "is a 'bert' model, which QE-Edge does not support", "qwen2_vl")
     assert_nothing_written(out)
 
 

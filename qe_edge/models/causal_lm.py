@@ -1,0 +1,121 @@
+"""Decoder-only language models of the Llama architecture: text in, text out, no pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qe_edge.errors import InputError, ModelError
+from qe_edge.models.batching import Row, answer_tokens, encode_text, left_pad
+from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+NO_IMAGE_TOKEN = -1  # equals no token
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """A tokenizer alone."""
+
+    tokenizer: Any
+
+
+class CausalLM(ModelFamily):
+    """Any `LlamaForCausalLM` of transformers.
+
+    Samples of kind "text" are running text, tokenized as they are; all others are put into the tokenizer's chat
+    template, or taken as they are where it has none.
+    """
+
+    model_type = "llama"
+    auto_class = "AutoModelForCausalLM"
+
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
+        """Decoder layers."""
+        return [
+            Block(name, module, "language")
+            for name, module in model.named_modules()
+            if type(module).__name__.endswith("DecoderLayer")
+        ]
+
+    def load_processor(self, folder: str) -> TextProcessor:
+        """Tokenizer of `folder`."""
+        from transformers import AutoTokenizer
+
+        try:
+            return TextProcessor(AutoTokenizer.from_pretrained(folder))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"'{folder}' has no usable tokenizer: {error}.",
+                "Copy tokenizer.json and tokenizer_config.json from the original model.",
+            ) from error
+
+    def save_processor(self, processor: TextProcessor, folder: Path) -> None:
+        """Write the tokenizer beside a checkpoint."""
+        processor.tokenizer.save_pretrained(folder)
+
+    def encode(self, processor: TextProcessor, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
+        """One left-padded batch of texts or chat prompts.
+
+        Raises:
+            InputError: If a sample has a picture, or is longer than the model's context.
+        """
+        rows = [self._row(processor.tokenizer, sample, answers=answers) for sample in samples]
+        longest = max(len(row.ids) for row in rows)
+        if longest > self.config.max_position_embeddings:
+            raise InputError(
+                f"A text has {longest} tokens; the model reads {self.config.max_position_embeddings}.",
+                "Cut it into pieces, one a line.",
+            )
+        return left_pad(rows, processor.tokenizer, NO_IMAGE_TOKEN, {})
+
+    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Arguments of `LlamaForCausalLM.forward`."""
+        import torch  # the engine runtime works without torch
+
+        return {
+            "input_ids": torch.from_numpy(encoded.input_ids),
+            "attention_mask": torch.from_numpy(encoded.attention_mask),
+            # forward alone would count padding too, generate would not
+            "position_ids": torch.from_numpy(self.position_ids(encoded)),
+        }
+
+    def position_ids(self, encoded: Encoded) -> np.ndarray:
+        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
+        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
+        return positions
+
+    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:  # noqa: ARG002 - a family's interface
+        """There is no visual encoder.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError("A 'llama' model has no visual encoder.", "Leave the pictures out.")
+
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
+        """The language model alone, with its KV cache."""
+        from qe_edge.export.decoder import decoder_graph
+
+        return [decoder_graph(model.get_decoder(), model.get_output_embeddings())]
+
+    def _row(self, tokenizer: Any, sample: Sample, *, answers: bool) -> Row:  # noqa: ANN401 - tokenizers share no base
+        if sample.image is not None:
+            raise InputError(
+                "A 'llama' model reads no pictures.", 'Give lines of {"text": ...}, or questions without an image.'
+            )
+        if sample.kind == TEXT or tokenizer.chat_template is None:
+            ids = encode_text(tokenizer, sample.question)
+        else:
+            turn = [{"role": "user", "content": sample.question}]
+            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        reply = answer_tokens(tokenizer, sample) if answers else []
+        return Row([*ids, *reply], len(ids))

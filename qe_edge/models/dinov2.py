@@ -1,0 +1,98 @@
+"""DINOv2: a vision encoder alone; pictures in, features out, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qe_edge.errors import InputError, ModelError
+from qe_edge.models.batching import prepare_pictures
+from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PictureProcessor:
+    """An image processor alone."""
+
+    image_processor: Any
+
+
+class Dinov2(ModelFamily):
+    """Any `Dinov2Model` of transformers. Samples are pictures; questions and answers are not read."""
+
+    model_type = "dinov2"
+    auto_class = "AutoModel"
+    writes_text = False
+    siblings = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
+        """Encoder layers."""
+        return [
+            Block(name, module, "visual")
+            for name, module in model.named_modules()
+            if type(module).__name__ == "Dinov2Layer"
+        ]
+
+    def load_processor(self, folder: str) -> PictureProcessor:
+        """The PIL image processor of `folder`."""
+        from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+        try:
+            return PictureProcessor(BitImageProcessorPil.from_pretrained(folder))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"'{folder}' has no usable image processor: {error}.",
+                "Copy preprocessor_config.json from the original model.",
+            ) from error
+
+    def save_processor(self, processor: PictureProcessor, folder: Path) -> None:
+        """Write the image processor beside a checkpoint."""
+        processor.image_processor.save_pretrained(folder)
+
+    def encode(self, processor: PictureProcessor, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:  # noqa: ARG002
+        """Pixels of a batch of pictures; the token arrays are `[batch, 0]`.
+
+        Raises:
+            InputError: If a sample has no picture, or one that cannot be read.
+        """
+        if any(sample.image is None for sample in samples):
+            raise InputError("A 'dinov2' model reads pictures only.", "Leave samples without a picture out.")
+        pixels = prepare_pictures(processor.image_processor, samples)
+        tokens = np.zeros((len(samples), 0), np.int64)
+        return Encoded(tokens, tokens, tokens.astype(bool), tokens.astype(bool), pixels)
+
+    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """`pixel_values` float32 `[batch, 3, height, width]`."""
+        import torch
+
+        return {"pixel_values": torch.from_numpy(self.visual_feeds(encoded)["pixel_values"])}
+
+    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
+        """`pixel_values` float32 `[batch, 3, height, width]`."""
+        return {"pixel_values": np.ascontiguousarray(encoded.pixels["pixel_values"], np.float32)}
+
+    def position_ids(self, encoded: Encoded) -> np.ndarray:  # noqa: ARG002 - a family's interface
+        """There are no text tokens.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError("A 'dinov2' model has no text tokens.", "Use a vision-language model for questions.")
+
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:  # noqa: ARG002 - a family's interface
+        """Not exported: engines are vision-language models or language models.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(
+            "A 'dinov2' model alone cannot be exported.", "Load the checkpoint with qe_edge.load_quantized in PyTorch."
+        )
