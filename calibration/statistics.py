@@ -7,7 +7,7 @@ whatever the number of tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class InputStatistics:
         tokens: `[sample, in]` float32, a sample in stream order; all tokens when there are few.
         importance: `[T, k]` int32 important channels of every token, or None.
         token_rows: `[sample]` int64, the row of `importance` that belongs to every sampled token.
+        token_kind: `[sample]` int8, what every sampled token is: 1 image, 2 reference answer, 0 anything else.
     """
 
     count: int
@@ -56,6 +57,7 @@ class InputStatistics:
     tokens: np.ndarray
     importance: np.ndarray | None
     token_rows: np.ndarray
+    token_kind: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
 
 
 class StatisticsCollector:
@@ -89,14 +91,16 @@ class StatisticsCollector:
         self._tokens = np.zeros((0, in_features), np.float32)
         self._priority = np.zeros(0)
         self._rows = np.zeros(0, np.int64)
+        self._kinds = np.zeros(0, np.int8)
 
-    def update(self, x: Tensor) -> None:
-        """Add a chunk `[..., in]` of valid tokens (padding already removed)."""
+    def update(self, x: Tensor, kind: Tensor | None = None) -> None:
+        """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8."""
         tokens = x.detach().float().cpu().reshape(-1, self._abs_sum.shape[0])
+        kinds = torch.zeros(len(tokens), dtype=torch.int8) if kind is None else kind.cpu().reshape(-1)
         finite = torch.isfinite(tokens).all(1)
         if not bool(finite.all()):
             self._dropped += int((~finite).sum())
-            tokens = tokens[finite]
+            tokens, kinds = tokens[finite], kinds[finite]
         if not len(tokens):
             return
         array = tokens.contiguous().numpy()
@@ -108,7 +112,7 @@ class StatisticsCollector:
         if self.request.important:
             for lists, weight in zip(self._importance, self._channel_weight, strict=True):
                 lists.append(top_channels(magnitude * weight, self.request.important))
-        self._sample(array)
+        self._sample(array, kinds.numpy())
         self._count += len(array)
 
     def finish(self) -> list[InputStatistics]:
@@ -141,11 +145,12 @@ class StatisticsCollector:
                 tokens=self._tokens[order],
                 importance=np.concatenate(lists) if lists else None,
                 token_rows=self._rows[order],
+                token_kind=self._kinds[order],
             )
             for lists in self._importance
         ]
 
-    def _sample(self, array: np.ndarray) -> None:
+    def _sample(self, array: np.ndarray, kinds: np.ndarray) -> None:
         """Keep the tokens with the smallest random priorities: a uniform sample of the stream."""
         if not self.request.tokens:
             return
@@ -153,17 +158,18 @@ class StatisticsCollector:
         rows = np.arange(self._count, self._count + len(array))
         if len(self._priority) >= self.request.tokens:
             keep = priority < self._priority.max()
-            array, priority, rows = array[keep], priority[keep], rows[keep]
+            array, priority, rows, kinds = array[keep], priority[keep], rows[keep], kinds[keep]
         self._tokens = np.concatenate((self._tokens, array))
         self._priority = np.concatenate((self._priority, priority))
         self._rows = np.concatenate((self._rows, rows))
+        self._kinds = np.concatenate((self._kinds, kinds))
         self._trim(self.request.tokens)
 
     def _trim(self, size: int) -> None:
         if len(self._priority) > size:
             keep = np.sort(np.argpartition(self._priority, size - 1)[:size]) if size else np.zeros(0, np.int64)
             self._tokens, self._priority = self._tokens[keep], self._priority[keep]
-            self._rows = self._rows[keep]
+            self._rows, self._kinds = self._rows[keep], self._kinds[keep]
 
 
 def top_channels(score: Tensor, k: int) -> np.ndarray:

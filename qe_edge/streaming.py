@@ -96,7 +96,7 @@ class Streamer:
     @contextmanager
     def _replaying(self, batch: int) -> Iterator[None]:
         """Blocks of finished chains pass their input through; the last one returns the chain's recorded output."""
-        with _patched(
+        with patched(
             [
                 (block.module, _replay(chain.hidden[chain.batches.index(batch)] if block is chain.blocks[-1] else None))
                 for chain in self._finished
@@ -146,7 +146,7 @@ def _recording(chain: Chain) -> Iterator[None]:
 
         return forward
 
-    with _patched([(block.module, recorder(position)) for position, block in enumerate(chain.blocks)]):
+    with patched([(block.module, recorder(position)) for position, block in enumerate(chain.blocks)]):
         yield
 
 
@@ -157,7 +157,7 @@ def _stop(*_args: Any, **_kwargs: Any) -> Tensor:  # noqa: ANN401
 @contextmanager
 def _stopping(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The forward pass ends at any of `modules`: a batch that did not touch the chain got past it."""
-    with _patched([(module, _stop) for module in modules]):
+    with patched([(module, _stop) for module in modules]):
         yield
 
 
@@ -169,7 +169,7 @@ def _replay(output: Tensor | None) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _patched(replacements: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+def patched(replacements: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
     """Replace the forward of modules for the duration of the context."""
     for module, forward in replacements:
         module.__dict__["forward"] = forward

@@ -1,0 +1,312 @@
+"""Gradients of the loss at the outputs of linear layers: how much an error there costs, and for which modality.
+
+One backward pass per calibration batch. Blocks run in float32 one at a time (each is converted, run and put back, and
+runs once more when the gradient comes back to it), so memory is the model, one block in float32 with its
+activations, and the hidden states between the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from qe_edge.errors import ArtifactError, CalibrationError, ModelError, NumericalError
+from qe_edge.models.family import Encoded
+from qe_edge.models.loading import LoadedModel
+from qe_edge.progress import Progress, Silent, track
+from qe_edge.safetensors_check import check_safetensors
+from qe_edge.streaming import first_tensor, patched
+
+IMAGE, ANSWER = 1, 2  # kinds of tokens besides 0, any other
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Gradients of the loss L at one linear layer's output y, over valid calibration tokens.
+
+    L is the cross-entropy of the reference answer, summed over its tokens and over samples; where a sample has no
+    answer, that of all its text tokens.
+
+    Attributes:
+        vision: Mean of |dL/dy| over image tokens and outputs (MBQ); 0 without such tokens.
+        answer: The same over tokens of the reference answers; 0 at layers that see none, as in the vision encoder.
+        energy: Sum over tokens of (dL/dy)^2, per sample and output: (tokens / samples) * mean(channels). Times a mean
+            square error summed over outputs, per token, it is twice the loss per sample that this error costs to second
+            order, where errors and gradients of different tokens and outputs are uncorrelated; so it makes layers
+            comparable that see different numbers of tokens.
+        channels: `[out]` float32, mean of (dL/dy)^2 over tokens: the diagonal Fisher information of the outputs.
+        tokens: Number of tokens that were averaged over.
+    """
+
+    vision: float
+    answer: float
+    energy: float
+    channels: np.ndarray
+    tokens: int
+
+
+def has_loss(loaded: LoadedModel) -> bool:
+    """Whether a model predicts tokens, so that there is a loss to take gradients of; a lone vision encoder does not."""
+    return loaded.model.get_output_embeddings() is not None
+
+
+def output_gradients(
+    loaded: LoadedModel, batches: Sequence[Encoded], names: Sequence[str], progress: Progress | None = None
+) -> dict[str, Sensitivity]:
+    """Sensitivities of the linear layers `names` on calibration batches; the model is left as it was.
+
+    All tokens of the vision encoder and of the merger count as image tokens.
+
+    Args:
+        loaded: The model, in any precision; computed in float32.
+        batches: Encoded with answers.
+        names: Dotted names of linear layers inside the family's blocks.
+        progress: Where to report progress.
+
+    Raises:
+        ModelError: If the model has no loss (see `has_loss`), or a name is no linear layer of a block.
+        CalibrationError: If no sample has a token to predict.
+        NumericalError: If gradients are not finite, or a layer got none.
+    """
+    if not has_loss(loaded):
+        raise ModelError(
+            "This model predicts no tokens, so there is no loss to take gradients of.",
+            "Choose a method without gradients, for example qe, aser or gptq.",
+        )
+    language = _linears_of_blocks(loaded, names)
+    meters = {name: _Meter(in_language) for name, in_language in language.items()}
+    samples = sum(len(encoded.input_ids) for encoded in batches)
+    with _measuring(loaded, meters), track(progress or Silent(), "Measuring gradients", len(batches)) as tracked:
+        for encoded in batches:
+            for meter in meters.values():
+                meter.begin(encoded)
+            loss = _loss(loaded, encoded)
+            if loss is not None and loss.requires_grad:  # a batch without pictures does not reach the vision encoder
+                torch.autograd.backward(loss)
+            tracked.advance(1, "gradients")
+    if all(meter.tokens == 0 for meter in meters.values()):
+        raise CalibrationError("No calibration sample has a token to predict.", "Use samples with text and answers.")
+    return {name: meter.finish(name, samples) for name, meter in meters.items()}
+
+
+def labels_of(encoded: Encoded) -> np.ndarray:
+    """Which tokens the loss is over, bool `[batch, sequence]`: the answer's, or without one all text but the first."""
+    valid = encoded.attention_mask.astype(bool)
+    text = valid & ~encoded.image_mask
+    answered = encoded.answer_mask.any(1, keepdims=True)
+    labels: np.ndarray = np.where(answered, encoded.answer_mask, text)
+    labels[:, 0] = False
+    labels[:, 1:] &= valid[:, :-1]  # the first token has nothing that predicts it
+    return labels
+
+
+def token_kinds(encoded: Encoded) -> np.ndarray:
+    """1 on image tokens, 2 on answer tokens, 0 elsewhere; int8 `[batch, sequence]`."""
+    return np.where(encoded.image_mask, IMAGE, np.where(encoded.answer_mask, ANSWER, 0)).astype(np.int8)
+
+
+def save_sensitivities(path: Path, found: dict[str, Sensitivity]) -> None:
+    """Write sensitivities to a safetensors file."""
+    tensors = {f"{name}.channels": one.channels for name, one in found.items()}
+    for name, one in found.items():
+        tensors[f"{name}.scalars"] = np.array([one.vision, one.answer, one.energy, one.tokens], np.float64)
+    save_file(tensors, path)
+
+
+def load_sensitivities(path: Path) -> dict[str, Sensitivity]:
+    """Read what `save_sensitivities` wrote.
+
+    Raises:
+        ArtifactError: If the file is damaged.
+    """
+    header = check_safetensors(path)
+    with safe_open(path, framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in header}
+    try:
+        found = {}
+        for name, values in tensors.items():
+            layer, _, kind = name.rpartition(".")
+            if kind == "channels":
+                vision, answer, energy, tokens = (float(value) for value in tensors[f"{layer}.scalars"])
+                found[layer] = Sensitivity(vision, answer, energy, values, int(tokens))
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(f"'{path}' holds no sensitivities.", "Delete it and run again.") from error
+    return found
+
+
+class _Meter:
+    """Sums over the gradients at one layer's output."""
+
+    def __init__(self, in_language: bool) -> None:
+        self.in_language = in_language
+        self.tokens = 0
+        self._squares: Tensor | None = None
+        self._magnitude = dict.fromkeys((IMAGE, ANSWER), 0.0)
+        self._count = dict.fromkeys((IMAGE, ANSWER), 0)
+        self._valid: Tensor | None = None
+        self._kinds: Tensor | None = None
+
+    def begin(self, encoded: Encoded) -> None:
+        """Masks of the batch to come; packed patches have none, and all of them are vision."""
+        if self.in_language:
+            self._valid = torch.from_numpy(encoded.attention_mask).bool().reshape(-1)
+            self._kinds = torch.from_numpy(token_kinds(encoded)).reshape(-1)
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient `[..., out]` of one call."""
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])
+        kinds = torch.full((len(rows),), IMAGE, dtype=torch.int8)
+        if self._valid is not None and self._kinds is not None:
+            rows, kinds = rows[self._valid.to(rows.device)], self._kinds[self._valid]
+        squares = rows.square().sum(0, dtype=torch.float64).cpu()
+        self._squares = squares if self._squares is None else self._squares + squares
+        self.tokens += len(rows)
+        for kind in (IMAGE, ANSWER):
+            chosen = rows[(kinds == kind).to(rows.device)]
+            self._magnitude[kind] += float(chosen.abs().sum(dtype=torch.float64))
+            self._count[kind] += chosen.numel()
+
+    def finish(self, name: str, samples: int) -> Sensitivity:
+        """The means."""
+        if self._squares is None or not bool(torch.isfinite(self._squares).all()):
+            what = "no gradient" if self._squares is None else "gradients that are NaN or infinite"
+            raise NumericalError(
+                f"The loss gives '{name}' {what}.",
+                "Check the model in its original precision and the calibration data.",
+            )
+        channels = (self._squares / self.tokens).numpy()
+        return Sensitivity(
+            vision=self._magnitude[IMAGE] / max(self._count[IMAGE], 1),
+            answer=self._magnitude[ANSWER] / max(self._count[ANSWER], 1),
+            energy=float(channels.mean()) * self.tokens / samples,
+            channels=channels.astype(np.float32),
+            tokens=self.tokens,
+        )
+
+
+def _linears_of_blocks(loaded: LoadedModel, names: Sequence[str]) -> dict[str, bool]:
+    """For every name whether it lies in the language model.
+
+    Raises:
+        ModelError: If it is no linear layer of a block.
+    """
+    blocks = loaded.family.blocks(loaded.model)
+    modules = dict(loaded.model.named_modules())
+    found = {}
+    for name in names:
+        block = next((block for block in blocks if name.startswith(f"{block.name}.")), None)
+        if block is None or not isinstance(modules.get(name), nn.Linear):
+            raise ModelError(f"'{name}' is no linear layer of the model's blocks.", "Give names of linear layers.")
+        found[name] = block.group == "language"
+    return found
+
+
+def _loss(loaded: LoadedModel, encoded: Encoded) -> Tensor | None:
+    """Cross-entropy summed over the label tokens of a batch; None where there is none."""
+    labels = labels_of(encoded)
+    if not labels.any():
+        return None
+    rows, columns = (torch.from_numpy(index) for index in np.nonzero(labels))
+    length = labels.shape[1]
+    keep = length - int(columns.min()) + 1  # logits from the position before the first label on
+    inputs = loaded.family.torch_inputs(encoded)
+    logits = loaded.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+    predicted = logits[rows, columns - 1 - (length - keep)]
+    wanted = torch.from_numpy(encoded.input_ids)[rows, columns].to(predicted.device)
+    return nn.functional.cross_entropy(predicted.float(), wanted, reduction="sum")
+
+
+@contextmanager
+def _measuring(loaded: LoadedModel, meters: dict[str, _Meter]) -> Iterator[None]:
+    """Blocks run in float32 and are run again for their gradients; the layers of `meters` report theirs."""
+    blocks = loaded.family.blocks(loaded.model)
+    wanted = {block.name for block in blocks if any(name.startswith(f"{block.name}.") for name in meters)}
+
+    def hook(meter: _Meter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def note(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(meter.add)
+
+        return note
+
+    with ExitStack() as stack:
+        parameters = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+        stack.callback(lambda: [parameter.requires_grad_(True) for parameter in parameters])
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        streamed = {id(module) for block in blocks for module in block.module.modules()}
+        stack.enter_context(_in_float32([m for m in loaded.model.modules() if id(m) not in streamed]))
+        modules = dict(loaded.model.named_modules())
+        for name, meter in meters.items():
+            stack.callback(modules[name].register_forward_hook(hook(meter)).remove)
+        replaced = [(block.module, _recomputed(block.module, block.name in wanted)) for block in blocks]
+        stack.enter_context(patched(replaced))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _recomputed(block: nn.Module, wanted: bool) -> Callable[..., Tensor]:
+    """A block's forward that keeps only its input; `wanted` blocks ask for gradients even where nothing before does."""
+    original, modules = block.forward, list(block.modules())
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        if wanted and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        run = _Run(modules, lambda hidden: first_tensor(original(hidden, *args, **kwargs)))
+        result: Tensor = _Recompute.apply(hidden_states, run)
+        return result
+
+    return forward
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a block: its modules, and the call as a function of the hidden states."""
+
+    modules: list[nn.Module]
+    call: Callable[[Tensor], Tensor]
+
+
+class _Recompute(torch.autograd.Function):
+    """Runs without a graph, and again with one when the gradient arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, run: _Run) -> Tensor:  # noqa: ANN401 - torch's own
+        """Run the block without a graph."""
+        ctx.run = run
+        ctx.save_for_backward(hidden)
+        with _in_float32(run.modules):
+            return run.call(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # noqa: ANN401
+        """Run the block with a graph, and go back through it."""
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        with _in_float32(ctx.run.modules), torch.enable_grad():
+            torch.autograd.backward(ctx.run.call(hidden), gradient)
+        return hidden.grad, None
+
+
+@contextmanager
+def _in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Own parameters and buffers of `modules` in float32; afterwards the very tensors from before are back."""
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in modules:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32 and id(tensor) not in kept:
+                kept[id(tensor)] = (tensor, tensor.data)
+                tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in kept.values():
+            tensor.data = data
