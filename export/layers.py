@@ -41,13 +41,13 @@ class Form:
         present: Inputs that all nodes have.
         act_bits: Activation bits of all nodes.
         per_channel: Whether no layer has groups or zero points; else a layer without groups has one of its width.
-        int8: Whether all factors are INT8; if only some are, all become float.
+        coded: Whether all factors are INT8 or INT4; if only some are, all become float.
     """
 
     present: tuple[str, ...]
     act_bits: int
     per_channel: bool
-    int8: bool
+    coded: bool
 
     @classmethod
     def of(cls, layers: list[QELinear]) -> Form:
@@ -63,15 +63,15 @@ class Form:
                 "Quantize the model with one scheme.",
             )
         corrected = [layer for layer in layers if layer.down is not None]
-        int8 = all(layer.down_scale is not None and layer.up_scale is not None for layer in corrected)
+        coded = all(layer.down_scale is not None and layer.up_scale is not None for layer in corrected)
         present = {key for key in INPUTS[1:] for layer in layers if getattr(layer, key) is not None}
-        if not int8:
+        if not coded:
             present -= {"down_scale", "up_scale"}
         return cls(
             present=("x", *(key for key in INPUTS if key in present)),
             act_bits=widths.pop(),
             per_channel=all(layer.group_size == PER_CHANNEL and layer.zeros is None for layer in layers),
-            int8=int8,
+            coded=coded,
         )
 
 
@@ -163,17 +163,17 @@ def _tensor(key: str, layer: QELinear, form: Form) -> ir.TensorProtocol:
     if key == "qweight":
         return int4(layer.codes().T)
     factor = key in ("down", "up")
-    tensor = getattr(layer, key)
+    tensor = {"down": layer.down_codes, "up": layer.up_codes}[key]() if factor else getattr(layer, key)
     if tensor is None:
         tensor = NEUTRAL[key](layer)
-    elif factor and not form.int8:
+    elif factor and not form.coded:
         scale = getattr(layer, f"{key}_scale")  # one per rank of down, per output of up: rows in PyTorch either way
         tensor = (tensor if scale is None else tensor.float() * scale.float().unsqueeze(1)).T
     elif tensor.ndim == 2:
         tensor = tensor.T
-    if key == "zeros":
+    if key == "zeros" or (factor and layer.packed_factors and form.coded):
         return int4(tensor)
-    if factor and form.int8:
+    if factor and form.coded:
         return ir.tensor(tensor.to(torch.int8).contiguous())
     return ir.tensor(tensor.detach().float().contiguous())
 

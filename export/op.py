@@ -11,10 +11,10 @@ qweight  INT4 `[K, N]`                INT3 values live in INT4
 scales   T `[K/g, N]`                 one row per output channel grid
 zeros    INT4 `[K/g, N]`, optional    asymmetric grids only
 inv_omega    T `[K]`, optional        factor on the input of the quantized branch
-down         T or INT8 `[K, r]`, optional
-up           T or INT8 `[r, N]`, optional
-down_scale   T `[r]`, optional        goes with INT8 `down`
-up_scale     T `[N]`, optional        goes with INT8 `up`
+down         T, INT8 or INT4 `[K, r]`, optional
+up           T, INT8 or INT4 `[r, N]`, optional
+down_scale   T `[r]`, optional        goes with an integer `down`
+up_scale     T `[N]`, optional        goes with an integer `up`
 router       T `[K, E]`, optional     scores on |x| in float32; lowest wins, ties to the lowest index
 bias         T `[N]`, optional
 ======== ============================ ==========================================================
@@ -100,7 +100,7 @@ class Forms(Protocol):
         """`x @ W` with the decoded INT4 weight."""
 
     def factor(self, ops: tape.Tape, x: ir.Value, factor: ir.Value, scale: ir.Value | None) -> ir.Value:
-        """`x @ factor`, where an INT8 factor has one scale per column."""
+        """`x @ factor`, where an integer factor has one scale per column."""
 
     def rank_table(self, ops: tape.Tape, down: ir.Value) -> ir.Value:
         """Float `[E, r]`: 1 on the shared rank and on each expert's own, 0 elsewhere; `down` is `[K, r]`."""

@@ -37,6 +37,7 @@ class LayerGeometry(BaseModel):
     rank_shared: int = Field(ge=0, le=MAX_RANK)
     rank_routed: int = Field(ge=0, le=MAX_RANK)
     num_experts: int = Field(ge=0, le=256)
+    packed_factors: bool = False
 
     @classmethod
     def of(cls, layer: QELinear) -> LayerGeometry:
@@ -48,7 +49,6 @@ class LayerGeometry(BaseModel):
         rank = self.rank_shared + self.num_experts * self.rank_routed
         groups = 1 if self.group_size == PER_CHANNEL else self.in_features // max(self.group_size, 1)
         half, real = (torch.float16,), (torch.float16, torch.float32)
-        factor = (torch.int8, *real)
         table = {
             "qweight": ((self.out_features, (self.in_features + 1) // 2), (torch.uint8,), True),
             "scales": ((self.out_features, groups), half, True),
@@ -57,9 +57,11 @@ class LayerGeometry(BaseModel):
             "bias": ((self.out_features,), (*real, torch.bfloat16), False),
         }
         if rank:
+            packed = self.packed_factors
+            factor = (torch.uint8,) if packed else (torch.int8, *real)
             table |= {
-                "down": ((rank, self.in_features), factor, True),
-                "up": ((self.out_features, rank), factor, True),
+                "down": ((rank, (self.in_features + 1) // 2 if packed else self.in_features), factor, True),
+                "up": ((self.out_features, (rank + 1) // 2 if packed else rank), factor, True),
                 "down_scale": ((rank,), half, False),
                 "up_scale": ((self.out_features,), half, False),
             }
@@ -136,8 +138,8 @@ def check_layer(name: str, geometry: LayerGeometry, header: dict[str, tuple[str,
         if found != shape or TORCH_DTYPES.get(dtype) not in dtypes:
             raise _wrong(name, f"tensor '{key}' is {dtype}{list(found)} and should be {list(shape)}")
     for factor, scale in (("down", "down_scale"), ("up", "up_scale")):
-        if (factor in header and header[factor][0] == "I8") != (scale in header):
-            raise _wrong(name, f"'{scale}' must go with int8 '{factor}', and only with it")
+        if (factor in header and header[factor][0] in ("I8", "U8")) != (scale in header):
+            raise _wrong(name, f"'{scale}' must go with an integer '{factor}', and only with it")
 
 
 def parse_geometry(name: str, values: object) -> LayerGeometry:

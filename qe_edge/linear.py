@@ -19,9 +19,12 @@ from qe_edge.grids import QuantizedWeight, decode_weight, fake_quantize_activati
 class Adapters:
     """Low-rank correction of a linear layer; all factors lie side by side, the shared expert first.
 
+    Both factors are stored alike: as real numbers, as int8 codes, or as INT4 codes two a byte along the rows.
+
     Attributes:
-        down: `[rank, in]` float, or int8 with `down_scale`; rank = rank_shared + num_experts * rank_routed.
-        up: `[out, rank]` float, or int8 with `up_scale`.
+        down: `[rank, in]` float or int8, or uint8 `[rank, ceil(in / 2)]`; rank = rank_shared + num_experts *
+            rank_routed.
+        up: `[out, rank]` float or int8, or uint8 `[out, ceil(rank / 2)]`.
         down_scale: `[rank]` float16, or None for float factors.
         up_scale: `[out]` float16, or None for float factors.
         rank_shared: Rank of the shared expert.
@@ -142,13 +145,27 @@ class QELinear(nn.Module):
         if not keep:
             self._decoded = None
 
+    @property
+    def packed_factors(self) -> bool:
+        """Whether the low-rank factors are INT4 codes, two a byte."""
+        return self.down is not None and self.down.dtype == torch.uint8
+
+    def down_codes(self) -> Tensor | None:
+        """Down factor `[rank, in]` as stored, INT4 codes unpacked to int8; None without one."""
+        return unpack_int4(self.down, self.in_features) if self.packed_factors and self.down is not None else self.down
+
+    def up_codes(self) -> Tensor | None:
+        """Up factor `[out, rank]` as stored, INT4 codes unpacked to int8; None without one."""
+        rank = self.rank_shared + self.num_experts * self.rank_routed
+        return unpack_int4(self.up, rank) if self.packed_factors and self.up is not None else self.up
+
     def down_matrix(self) -> Tensor | None:
         """Real-valued down factor float32 `[rank, in]`, or None."""
-        return _real_factor(self.down, self.down_scale)
+        return _real_factor(self.down_codes(), self.down_scale)
 
     def up_matrix(self) -> Tensor | None:
         """Real-valued up factor float32 `[out, rank]`, or None."""
-        return _real_factor(self.up, self.up_scale)
+        return _real_factor(self.up_codes(), self.up_scale)
 
     def expert_index(self, x: Tensor) -> Tensor | None:
         """Routed expert of every token of `x` `[..., in]`, or None without a router; ties go to the lowest index."""

@@ -38,12 +38,14 @@ def empty_linear(
     rank = size.rank_shared + experts * size.rank_routed
     if not rank:
         return QuantizedLinear(weight, scheme.activation_bits, inv_omega)
-    dtype = {8: torch.int8, 16: torch.float16, 32: torch.float32}[size.factor_bits]
+    dtype = {4: torch.uint8, 8: torch.int8, 16: torch.float16, 32: torch.float32}[size.factor_bits]
+    entries = 2 if size.factor_bits == 4 else 1  # of a row in one element
+    integers = size.factor_bits <= 8
     adapters = Adapters(
-        down=empty(rank, in_features, dtype),
-        up=empty(out_features, rank, dtype),
-        down_scale=empty(rank, 0, torch.float16) if dtype == torch.int8 else None,
-        up_scale=empty(out_features, 0, torch.float16) if dtype == torch.int8 else None,
+        down=empty(rank, -(-in_features // entries), dtype),
+        up=empty(out_features, -(-rank // entries), dtype),
+        down_scale=empty(rank, 0, torch.float16) if integers else None,
+        up_scale=empty(out_features, 0, torch.float16) if integers else None,
         rank_shared=size.rank_shared,
         rank_routed=size.rank_routed if experts else 0,
         num_experts=experts,

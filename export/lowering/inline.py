@@ -6,7 +6,7 @@ blocks, and zero points move out of the weight: `x @ ((q - z) s) = x @ (q s) - (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -76,6 +76,7 @@ def inline_layers(model: ir.Model) -> list[str]:
         names.append(node.name or "")
         ops = tape.Tape()
         operands, attributes = without_neutral(operands_of(node), Attributes.of(node))
+        operands = replace(operands, down=_widened(model.graph, operands.down), up=_widened(model.graph, operands.up))
         y = linear_body(ops, operands, attributes.act_bits, _forms(model.graph, node, operands, attributes))
         weights = {value for value in operands.values() if value is not None and value is not operands.router}
         for number, inner in enumerate(ops.nodes):
@@ -146,6 +147,14 @@ def _forms(graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attri
         zeros = array_of(operands.zeros).astype(np.float32)
         offsets = add_initializer(graph, f"{node.name}.offsets", zeros * scales)
     return TensorRTForms(attributes, block, repeated, offsets)
+
+
+def _widened(graph: ir.Graph, factor: ir.Value | None) -> ir.Value | None:
+    """An INT4 factor as INT8 of the same codes, because TensorRT reads INT4 only in blocks; others as they are."""
+    if factor is None or factor.dtype != ir.DataType.INT4:
+        return factor
+    name = f"{factor.name}.int8"
+    return graph.initializers.get(name) or add_initializer(graph, name, array_of(factor).astype(np.int8))
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

@@ -25,7 +25,15 @@ from qe_edge.reconstruction.branches import MainBranch, leave_out_channels
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
 from qe_edge.reconstruction.directions import whitened_directions
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
-from qe_edge.reconstruction.factors import fit_down_factor, join_down_factors, store_factor, store_up_factors
+from qe_edge.reconstruction.factors import (
+    FACTOR_BITS,
+    AdapterDtype,
+    fit_down_factor,
+    join_down_factors,
+    store_factor,
+    store_up_factors,
+)
+from qe_edge.reconstruction.packed_factors import pack_correction, packing_loss
 from qe_edge.reconstruction.ranks import RANK_STEP, scale_rank
 from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
@@ -33,8 +41,6 @@ from qe_edge.sizes import predicted_bits, with_group
 
 GUARD_TOKENS = 2048  # tokens on which the guard compares, about
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
-
-FACTOR_BITS = {"int8": 8, "float16": 16, "float32": 32}
 
 # what a budget chooses from
 BUDGET_RANK = 128  # largest rank, where half the layer's smaller side allows it; what the kernels take
@@ -82,7 +88,7 @@ class QuantExpertsOptions(MethodOptions):
     cs_guard: bool = True
     rounding: Literal["nearest", "awq", "gptq"] = "gptq"
     clip: bool = True
-    adapter_dtype: Literal["int8", "float16", "float32"] = "int8"
+    adapter_dtype: AdapterDtype = "int8"
     stack_siblings: bool = True
     tokens: int = Field(8192, ge=1)
 
@@ -175,8 +181,9 @@ class QuantExperts(Method):
         statistics = problem.measured()
         size, choice = self._size(problem), problem.choice
         split = split_channels(_lists(statistics), problem.weight.shape[1], size.important_channels, size.experts)
-        # channels are taken from the main branch only when there is a shared expert that can carry them
-        left_out = split.independent if size.shared_rank else split.independent[:0]
+        # channels are taken from the main branch only when there is a shared expert that can carry them: INT4 cannot
+        carried = size.shared_rank and self.options.adapter_dtype != "int4"
+        left_out = split.independent if carried else split.independent[:0]
         if choice:
             left_out = frequent_channels(statistics)[: choice.left_out]
         shared = self._shared_expert(problem, statistics, left_out, size)
@@ -204,27 +211,32 @@ class QuantExperts(Method):
                 branch = self._branch(problem, scheme.weight, left_out)
                 noise = self._activation_noise(problem, branch)
                 spectrum = ErrorSpectrum.of(branch.error, problem.gram(), largest)
-                sizes, losses = self._losses(problem, spectrum)
-                for size, loss in zip(sizes, losses, strict=True):
+                for size, loss in self._losses(problem, branch, spectrum):
                     bits = predicted_bits(*problem.weight.shape, scheme, size, scaled=branch.inv_omega is not None)
                     stored = bits.stored_bits * bits.weights
                     choice = Choice(size, len(left_out), group_size)
                     found.append(Candidate(choice, loss + noise, stored, bits.read))
         return undominated(found)
 
-    def _losses(self, problem: LinearProblem, spectrum: ErrorSpectrum) -> tuple[list[AdapterSize], list[float]]:
+    def _losses(
+        self, problem: LinearProblem, branch: MainBranch, spectrum: ErrorSpectrum
+    ) -> list[tuple[AdapterSize, float]]:
         """Corrections of every size, static and routed, and the energy per token that each leaves."""
-        bits = FACTOR_BITS[self.options.adapter_dtype]
         ranks = range(0, spectrum.largest_rank + 1, RANK_STEP)
-        sizes = [AdapterSize(rank_shared=rank, factor_bits=bits) for rank in ranks]
-        losses = [spectrum.left(rank) for rank in ranks]
+        static = [(RoutedDesign(rank, 0, 0), spectrum.left(rank)) for rank in ranks]
+        routed: list[tuple[RoutedDesign, float]] = []
         if self.options.experts:
-            statistics = problem.measured()
             k = shrink_to_layer(self.options, *problem.weight.shape).important_channels
             weight = problem.weight.abs().mean(0).double().numpy()
-            losses += routed_losses(spectrum, statistics, weight, k, BUDGET_DESIGNS, problem.seed)
-            sizes += [AdapterSize(design.shared, design.routed, design.experts, bits) for design in BUDGET_DESIGNS]
-        return sizes, losses
+            trials = routed_losses(spectrum, problem.measured(), weight, k, BUDGET_DESIGNS, problem.seed)
+            routed = list(zip(BUDGET_DESIGNS, trials, strict=True))
+        found = []
+        for dtype in dict.fromkeys((self.options.adapter_dtype, "int4")):
+            excess = packing_loss(branch.error, problem.gram(), spectrum) if dtype == "int4" else 0.0
+            for design, loss in (*static, *routed):
+                size = AdapterSize(design.shared, design.routed, design.experts, FACTOR_BITS[dtype])
+                found.append((size, loss + excess * (spectrum.total - loss)))
+        return found
 
     def _size(self, problem: LinearProblem) -> LayerSize:
         """Ranks and experts: what a budget gives, or the options shrunk to the layer."""
@@ -272,21 +284,27 @@ class QuantExperts(Method):
         """Shared and routed factors in storage precision, and the router (5.4, 6, 7)."""
         error = shared.branch.error
         experts = min(size.experts, len(dependent))
-        parts = [shared.directions]
+        parts, assigned = [shared.directions], None
         if experts > 1:
             left = error - shared.directions @ (shared.directions.T @ error)
-            parts += self._routed_directions(problem, statistics, left, dependent, experts, size.routed_rank)
+            routed, assigned = self._routed_directions(problem, statistics, left, dependent, experts, size.routed_rank)
+            parts += routed
         if sum(part.shape[1] for part in parts) == 0:
             return None
-        dtype = self.options.adapter_dtype
-        up, rounded = store_up_factors(parts, dtype)
-        shared_down = store_factor(fit_down_factor(rounded[0], error), dtype)
-        left = error - rounded[0] @ shared_down.real()
-        routed_downs = [store_factor(fit_down_factor(part, left), dtype) for part in rounded[1:]]
+        dtype = self._adapter_dtype(problem)
+        if dtype == "int4":
+            tokens = [None, *(statistics.tokens[assigned == expert] for expert in range(len(parts) - 1))]
+            packed = pack_correction(parts, error, problem.gram(), tokens)
+            up, down, rounded, downs = packed.up, packed.down, packed.ups, packed.downs
+        else:
+            up, rounded = store_up_factors(parts, dtype)
+            stored = [store_factor(fit_down_factor(rounded[0], error), dtype)]
+            left = error - rounded[0] @ stored[0].real()
+            stored += [store_factor(fit_down_factor(part, left), dtype) for part in rounded[1:]]
+            down, downs = join_down_factors(stored), [part.real() for part in stored]
         router = None
-        if routed_downs:
-            router = self._router(statistics, left, rounded[1:], [down.real() for down in routed_downs])
-        down = join_down_factors([shared_down, *routed_downs])
+        if len(parts) > 1:
+            router = self._router(statistics, error - rounded[0] @ downs[0], rounded[1:], downs[1:])
         return Adapters(
             down=down.codes,
             up=up.codes,
@@ -294,9 +312,16 @@ class QuantExperts(Method):
             up_scale=up.scale,
             rank_shared=parts[0].shape[1],
             rank_routed=parts[1].shape[1] if len(parts) > 1 else 0,
-            num_experts=len(routed_downs),
+            num_experts=len(parts) - 1,
             router=router,
         )
+
+    def _adapter_dtype(self, problem: LinearProblem) -> AdapterDtype:
+        """Storage of the factors: what a budget gives, or the option."""
+        if problem.choice is None:
+            return self.options.adapter_dtype
+        bits = problem.choice.adapters.factor_bits
+        return next(name for name, width in FACTOR_BITS.items() if width == bits)
 
     def _routed_directions(
         self,
@@ -306,8 +331,8 @@ class QuantExperts(Method):
         dependent: np.ndarray,
         experts: int,
         rank: int,
-    ) -> list[np.ndarray]:
-        """Directions `[out, rank]` of every routed expert."""
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Directions `[out, rank]` of every routed expert, and the expert of every sampled token."""
         if statistics.importance is None:
             raise NumericalError(f"No important channels were recorded for '{problem.name}'.", "Raise k above 0.")
         occurrence = occurrence_matrix(statistics.importance, dependent, left.shape[1])
@@ -323,8 +348,8 @@ class QuantExperts(Method):
         )
         assigned = assign_by_mass(fit)
         if self.options.expert_weighting == "gram":
-            return gram_experts(fit, assigned, self.options.em_steps)[0]
-        return diagonal_experts(fit, assigned, self.options.expert_weighting)
+            return gram_experts(fit, assigned, self.options.em_steps)
+        return diagonal_experts(fit, assigned, self.options.expert_weighting), assigned
 
     def _router(
         self, statistics: InputStatistics, left: np.ndarray, ups: list[np.ndarray], downs: list[np.ndarray]

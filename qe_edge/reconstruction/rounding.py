@@ -135,45 +135,50 @@ def gptq_round(
     Raises:
         NumericalError: If the damped Gram matrix is still not positive definite.
     """
-    w = weight.double().clone()
     hessian = gram.double().clone()
     importance = hessian.diagonal().float()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
-    w[:, dead] = 0.0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    factor = _inverse_factor(hessian)
-    in_features = w.shape[1]
+    factor = _inverse_factor(hessian).float()
+    pivots = factor.diagonal().tolist()
+    # inputs lie along the rows, so that a column of the weight is contiguous
+    w = weight.float().T.contiguous()
+    w[dead] = 0.0
+    in_features = len(w)
     group = grid.resolve_group(in_features)
     width = in_features if group == PER_CHANNEL else group
     codes = torch.empty(w.shape, dtype=torch.int8)
     scales: list[Tensor] = []
     zeros: list[Tensor] = []
     low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
+    whole = replace(grid, group_size=PER_CHANNEL)
+    scale = zero = torch.zeros(w.shape[1])
     for start in range(0, in_features, BLOCK):
         stop = min(start + BLOCK, in_features)
-        errors = torch.zeros(w.shape[0], stop - start, dtype=torch.float64)
+        errors = torch.zeros(stop - start, w.shape[1])
         for column in range(start, stop):
             if column % width == 0:
                 # later columns of the group may lie beyond this block and still wait for its updates
-                pending = errors[:, : column - start] @ factor[start:column, column : column + width]
-                part = w[:, column : column + width].clone()
-                part[:, stop - column :] -= pending[:, stop - column :]
-                span, whole = importance[column : column + width], replace(grid, group_size=PER_CHANNEL)
-                found = clipped_round(part.float(), whole, span) if clip else quantize_weight(part.float(), whole)
+                span = slice(column, column + width)
+                part = w[span].clone()
+                pending = factor[start:column, span].T @ errors[: column - start]
+                part[stop - column :] -= pending[stop - column :]
+                columns = part.T.contiguous()
+                found = clipped_round(columns, whole, importance[span]) if clip else quantize_weight(columns, whole)
                 scales.append(found.scales)
+                scale = found.scales[:, 0].float()
                 if found.zeros is not None:
                     zeros.append(found.zeros)
-            scale = scales[-1][:, 0].double()
-            zero = zeros[-1][:, 0].double() if zeros else torch.zeros_like(scale)
-            code = (torch.round(w[:, column] / scale) + zero).clamp(low, high)
-            codes[:, column] = code.to(torch.int8)
-            error = (w[:, column] - (code - zero) * scale) / factor[column, column]
-            errors[:, column - start] = error
-            w[:, column + 1 : stop] -= error[:, None] * factor[column, column + 1 : stop]
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
+                    zero = found.zeros[:, 0].float()
+            code = torch.round(w[column] / scale).add_(zero).clamp_(low, high)
+            codes[column] = code
+            error = (w[column] - (code - zero) * scale).div_(pivots[column])
+            errors[column - start] = error
+            w[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+        w[stop:] -= factor[start:stop, stop:].T @ errors
     joined = torch.cat(zeros, dim=1) if zeros else None
-    return QuantizedWeight(codes, torch.cat(scales, dim=1), joined, grid.bits, group)
+    return QuantizedWeight(codes.T.contiguous(), torch.cat(scales, dim=1), joined, grid.bits, group)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.op import DOMAIN, NAME, OPSET
 from qe_edge.export.tracing import LAYER
-from qe_edge.grids import WeightGrid, quantize_int8, quantize_weight
+from qe_edge.grids import WeightGrid, pack_int4, quantize_int8, quantize_weight
 from qe_edge.linear import Adapters, QELinear, QuantizedLinear
 
 
@@ -27,7 +27,7 @@ class Variant:
     act_bits: int = 8
     group_size: int = -1
     symmetric: bool = True
-    factors: Literal["none", "float", "int8"] = "int8"
+    factors: Literal["none", "float", "int8", "int4"] = "int8"
     rank_shared: int = 8
     rank_routed: int = 8
     experts: int = 4
@@ -61,6 +61,9 @@ def _adapters(variant: Variant, experts: int, rank: int) -> Adapters:
         down, down_scale = quantize_int8(down, 0)
         up, up_scale = quantize_int8(up, 0)
         scales = (down_scale, up_scale)
+    if variant.factors == "int4":
+        scales = (torch.rand(rank).half(), torch.rand(variant.out_features).half())
+        down, up = (pack_int4(torch.randint(-8, 8, factor.shape, dtype=torch.int8)) for factor in (down, up))
     return Adapters(
         down=down,
         up=up,

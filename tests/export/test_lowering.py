@@ -25,6 +25,7 @@ VARIANTS = {
     "groups": Variant(in_features=96, group_size=32, act_bits=0),
     "groups, asymmetric": Variant(in_features=96, group_size=32, symmetric=False, act_bits=0),
     "one block": Variant(in_features=48, factors="float"),
+    "int4 factors": Variant(factors="int4", rank_shared=3),
     "neither experts nor bias": Variant(experts=0, bias=False, inv_omega=False),
     "rounding only": Variant(factors="none", bias=False, inv_omega=False),
 }
