@@ -1,10 +1,12 @@
 """What the plugin's kernels cost, read from their compiled code, beside the figures of TensorRT Edge-LLM's kernels.
 
     python benchmarks/kernel_static.py [--chip sm_87]
+    python benchmarks/kernel_static.py --write qe_edge/predict/instructions.json
 
 Needs the plugin built (plugins/ladder.sh) and cuobjdump and nvdisasm on PATH. Instructions are those that one warp
 issues in the loop over K: per 1000 multiply-accumulates in prefill, per KiB of 4-bit weights in decode. These are
-static counts of what the assembler emitted; nothing here was run on hardware.
+static counts of what the assembler emitted; nothing here was run on hardware. `--write` stores the counts of all chips
+for `qe-edge predict`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "plugins"))
 
+from gates.costs import EDGE_LLM, instruction_costs
 from gates.cubins import CHIPS, cubin, disassemble
 from gates.limits import loop_of, variant
 
-# TensorRT Edge-LLM 0.11, W4A16, disassembled for sm_86: its GEMM, and its decode kernel for one token.
-EDGE_LLM_PER_1000_MAC, EDGE_LLM_PER_KIB = 4.04, 198
+EDGE_LLM_PER_1000_MAC, EDGE_LLM_PER_KIB = EDGE_LLM["prefill_per_1000_mac"], EDGE_LLM["decode_per_kib"]["1"]
 GOAL_PER_1000_MAC, GOAL_PER_KIB = 2.0, 80
 
 
@@ -28,7 +30,13 @@ def main() -> int:
     """Print one row per kernel and one JSON line."""
     parser = argparse.ArgumentParser(description="Static cost of the QELinear kernels.")
     parser.add_argument("--chip", choices=CHIPS, default="sm_87")
-    chip = parser.parse_args().chip
+    parser.add_argument("--write", type=Path, metavar="FILE", help="store the counts of all chips")
+    arguments = parser.parse_args()
+    if arguments.write is not None:
+        arguments.write.write_text(json.dumps(instruction_costs(), indent=1) + "\n", encoding="utf-8")
+        print(f"Wrote {arguments.write}.")
+        return 0
+    chip = arguments.chip
     shipped = cubin(chip)
     code = disassemble(shipped)
     rows = []

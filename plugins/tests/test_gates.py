@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from emulator.build import ptx
+from emulator.build import ROOT, ptx
 from emulator.ptx_text import PtxFile
+from gates.costs import EDGE_LLM, chip_costs
 from gates.cubins import CHIPS, PLUGIN_BUILD, cubin, disassemble
 from gates.limits import broken, loop_of
 from gates.loops import hot_loop
+
+STORED = json.loads((ROOT.parent / "qe_edge/predict/instructions.json").read_text(encoding="utf-8"))
 
 
 def test_the_verified_ptx_is_the_one_that_ships() -> None:
@@ -22,6 +27,11 @@ def test_every_kernel_keeps_its_limits(chip: str) -> None:
     names = PtxFile(ptx().read_text()).names
     assert sorted(shipped.usage) == sorted(code) == sorted(names)
     assert [line for name in names for line in broken(shipped, name, loop_of(name, code[name]))] == []
+    # after a change of the kernels: python benchmarks/kernel_static.py --write qe_edge/predict/instructions.json
+    assert {phase: STORED[phase][chip] for phase in ("prefill_per_1000_mac", "decode_per_kib")} == chip_costs(
+        shipped, code
+    )
+    assert STORED["edge_llm"] == EDGE_LLM
 
 
 @pytest.mark.parametrize("chip", CHIPS[:5])

@@ -11,7 +11,19 @@ from qe_edge.cli.options import write_example
 from qe_edge.cli.outcome import Interrupted
 from qe_edge.errors import UnknownNameError
 
-COMMANDS = ("deploy", "quantize", "export", "build", "build-plugin", "validate", "report", "run", "bench", "doctor")
+COMMANDS = (
+    "deploy",
+    "quantize",
+    "export",
+    "build",
+    "build-plugin",
+    "validate",
+    "report",
+    "run",
+    "bench",
+    "predict",
+    "doctor",
+)
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 EXAMPLE = """\
 qe-edge deploy demo -o out

@@ -1,0 +1,1 @@
+"""Predicted latency: what launches, bytes, tensor cores and instruction issue allow. Never measured on a device."""

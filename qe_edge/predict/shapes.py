@@ -1,0 +1,140 @@
+"""The linear layers of a vision-language model, from its config.json or from the table of the paper's models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qe_edge.errors import ModelError, UnknownNameError
+from qe_edge.predict.tables import model_table
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stack(_Strict):
+    """Equal transformer blocks.
+
+    Attributes:
+        hidden: Width.
+        layers: Number of blocks.
+        mlp: Width inside the MLP.
+        kv: Width of all keys of a token, 0 if it is `hidden`.
+        vocabulary: Logits, 0 for a visual encoder.
+        gated: Whether the MLP has a gate.
+    """
+
+    hidden: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    mlp: int = Field(gt=0)
+    kv: int = Field(0, ge=0)
+    vocabulary: int = Field(0, ge=0)
+    gated: bool
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys of a token."""
+        return self.kv or self.hidden
+
+
+class ModelShape(_Strict):
+    """Everything that a prediction needs to know of a model.
+
+    Attributes:
+        title: Its name.
+        text: The language model.
+        vision: The visual encoder.
+        merger: in_features and out_features of the layers between them.
+        patches_per_token: Patches of a picture that become one token.
+    """
+
+    title: str
+    text: Stack
+    vision: Stack
+    merger: tuple[tuple[int, int], ...]
+    patches_per_token: int = Field(gt=0)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Layers that read the same input.
+
+    Attributes:
+        in_features: K.
+        parts: out_features of each.
+    """
+
+    in_features: int
+    parts: tuple[int, ...]
+
+    @property
+    def out_features(self) -> int:
+        """N of the layers joined to one."""
+        return sum(self.parts)
+
+
+def block_linears(stack: Stack) -> list[Linear]:
+    """The linear layers of one block: q/k/v, output, MLP."""
+    up = (stack.mlp, stack.mlp) if stack.gated else (stack.mlp,)
+    return [
+        Linear(stack.hidden, (stack.hidden, stack.keys, stack.keys)),
+        Linear(stack.hidden, (stack.hidden,)),
+        Linear(stack.hidden, up),
+        Linear(stack.mlp, (stack.hidden,)),
+    ]
+
+
+def find_model(reference: str) -> ModelShape:
+    """Shapes of 'demo', of a folder with a config.json, or of a model of the paper.
+
+    Raises:
+        ModelError: If the folder's configuration is missing or of another family.
+        UnknownNameError: If it is neither a folder nor a known name.
+    """
+    known = model_table()
+    name = reference.lower().rpartition("/")[2].removesuffix("-instruct")
+    if name in known:
+        return ModelShape.model_validate(known[name])
+    folder = Path(reference)
+    if reference == "demo":
+        from qe_edge.demo import model_path
+
+        folder = model_path()
+    if not folder.is_dir():
+        raise UnknownNameError("folder or model", reference, ["demo", *known])
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _from_config(config, reference)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise ModelError(
+            f"'{folder}' has no config.json of a Qwen2-VL or InternVL model.", "Give another folder, or 'qwen2-vl-2b'."
+        ) from error
+
+
+def _from_config(config: dict[str, Any], title: str) -> ModelShape:
+    text, vision = config.get("text_config", config), config["vision_config"]
+    heads = text["num_attention_heads"]
+    head = text.get("head_dim") or text["hidden_size"] // heads
+    language = Stack(
+        hidden=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        mlp=text["intermediate_size"],
+        kv=text.get("num_key_value_heads", heads) * head,
+        vocabulary=text["vocab_size"],
+        gated=True,
+    )
+    if "embed_dim" in vision:  # Qwen2-VL
+        width, together = vision["embed_dim"], vision.get("spatial_merge_size", 2) ** 2
+        encoder = Stack(hidden=width, layers=vision["depth"], mlp=int(width * vision["mlp_ratio"]), gated=False)
+        inner = width * together
+    else:  # InternVL
+        width, together = vision["hidden_size"], round(1 / config.get("downsample_ratio", 0.5) ** 2)
+        encoder = Stack(hidden=width, layers=vision["num_hidden_layers"], mlp=vision["intermediate_size"], gated=False)
+        inner = language.hidden
+    merger = ((width * together, inner), (inner, language.hidden))
+    return ModelShape(title=title, text=language, vision=encoder, merger=merger, patches_per_token=together)

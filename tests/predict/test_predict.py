@@ -1,0 +1,177 @@
+"""The roofline: what it may never do, and that it gives the figures of the plan that it was made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qe_edge.errors import ModelError, UnknownNameError
+from qe_edge.predict.roofline import PHASES, Request, predict, seconds, weight_bytes
+from qe_edge.predict.shapes import block_linears, find_model
+from qe_edge.predict.tables import Device, device_table, get_device, instruction_table, model_table
+from qe_edge.predict.variants import WAYS, Adapters, Work, kernel_variant
+from qe_edge.schemes import SCHEMES, get_scheme
+
+DEVICES, MODELS = sorted(device_table().devices), sorted(model_table())
+SLACK = 1 + 1e-9
+
+
+def request(model: str = "qwen2-vl-2b", device: str = "orin-agx", scheme: str = "w4a8", **choices: object) -> Request:
+    made = Request(find_model(model), get_device(device), get_scheme(scheme), launches="graph")
+    return replace(made, **choices)  # type: ignore[arg-type]
+
+
+def times(wanted: Request) -> list[float]:
+    return [row.milliseconds for ways in predict(wanted).values() for row in ways.values()]
+
+
+@given(
+    st.sampled_from(MODELS), st.sampled_from(DEVICES), st.sampled_from(sorted(SCHEMES)),
+    st.sampled_from(["bandwidth_gbs", "multiprocessors", "clock_ghz", "int8_macs", "fp16_macs"]), st.integers(2, 9),
+)  # fmt: skip
+def test_more_of_anything_is_never_slower(model: str, device: str, scheme: str, what: str, times_more: int) -> None:
+    slow = request(model, device, scheme)
+    fast = replace(slow, device=slow.device.model_copy(update={what: getattr(slow.device, what) * times_more}))
+    assert all(after <= before * SLACK for before, after in zip(times(slow), times(fast), strict=True))
+
+
+@given(st.sampled_from(DEVICES), st.integers(1, 4000), st.integers(1, 500))
+def test_more_tokens_are_never_faster_in_prefill_or_with_more_context(device: str, tokens: int, more: int) -> None:
+    for phase, field in (("prefill", "prompt"), ("visual", "patches"), ("decode", "context")):
+        if field != "context" and tokens <= 16:
+            continue  # the decode kernel runs there
+        less = predict(request(device=device, **{field: tokens}))[phase]
+        longer = predict(request(device=device, **{field: tokens + more}))[phase]
+        assert all(less[way].milliseconds <= longer[way].milliseconds * SLACK for way in WAYS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["qwen2-vl-2b", "qwen2-vl-7b", "internvl2-8b"])
+def test_decoding_in_fp16_is_bytes_over_bandwidth_and_launches(model: str, device: str) -> None:
+    wanted = request(model, device)
+    row, table = predict(wanted)["decode"]["fp16"], device_table()
+    assert row.bound == "memory"
+    streaming = row.work.bytes / (wanted.device.bandwidth_gbs * 1e6 * table.efficiency.bandwidth)
+    assert row.milliseconds == pytest.approx(streaming + row.work.launches * wanted.device.launch_us.graph / 1000)
+    text = wanted.shape.text
+    weights = 2 * text.layers * sum(each.in_features * each.out_features for each in block_linears(text))
+    assert 0 < row.work.bytes - weights - 2 * text.hidden * text.vocabulary < 0.1 * weights  # activations and cache
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_beats_a_peak(device: str) -> None:
+    wanted = request("qwen2-vl-7b", device)
+    for ways in predict(wanted).values():
+        for row in ways.values():
+            peak = wanted.device
+            assert row.milliseconds > 1000 * row.work.bytes / (peak.bandwidth_gbs * 1e9)
+            assert row.milliseconds > 1000 * row.work.int8_macs / peak.per_second(peak.int8_macs)
+            assert row.milliseconds > 1000 * row.work.instructions / peak.per_second(4)
+
+
+def test_each_resource_can_be_the_bound() -> None:
+    device, share = get_device("orin-agx"), device_table().efficiency
+    for work, bound in (
+        (Work(bytes=1e9, int8_macs=1, instructions=1), "memory"),
+        (Work(bytes=1, int8_macs=1e12, instructions=1), "tensor cores"),
+        (Work(bytes=1, int8_macs=1, instructions=1e9), "instruction issue"),
+    ):
+        needed = seconds(work, device, share, 4)
+        assert max(needed, key=lambda name: needed[name]) == bound
+
+
+def test_the_figures_of_the_plan() -> None:
+    """Orin AGX, CUDA graph: W4A16 decodes Qwen2-VL-2B in 7.5 ms; three launches a layer cost Quant Experts about 9."""
+    decode = predict(request())["decode"]
+    assert decode["w4a16"].milliseconds == pytest.approx(7.5, rel=0.05)
+    assert decode["plugin"].milliseconds == pytest.approx(9.0, rel=0.08)
+    assert decode["naive"].milliseconds > 1.2 * decode["plugin"].milliseconds
+    prefill = predict(request())["prefill"]
+    assert prefill["plugin"].milliseconds < 0.7 * prefill["fp16"].milliseconds
+
+
+@pytest.mark.parametrize("way", ["plugin", "naive"])
+def test_adapters_cost_something(way: str) -> None:
+    bare = Adapters(shared=0, routed=0, experts=0)
+    for phase in PHASES:
+        with_them, without = (predict(request(adapters=each))[phase][way] for each in (Adapters(), bare))  # type: ignore[index]
+        assert with_them.work.bytes > without.work.bytes
+
+
+def test_separate_launches_are_never_better() -> None:
+    for device in DEVICES:
+        for ways in predict(request(device=device)).values():
+            assert ways["naive"].milliseconds > ways["plugin"].milliseconds
+            assert ways["naive"].work.launches > 2 * ways["plugin"].work.launches
+
+
+def test_every_device_and_scheme_has_its_instruction_counts() -> None:
+    table = instruction_table()
+    for name, device in device_table().devices.items():
+        assert "https://" in device.source, name
+        for scheme in SCHEMES.values():
+            kind = kernel_variant(scheme)
+            assert table.prefill_per_1000_mac[device.chip][kind] > 0
+            assert table.decode_per_kib[device.chip][f"{kind}_t8"] < table.decode_per_kib[device.chip][f"{kind}_t16"]
+    assert table.edge_llm.decode(1) == 198
+    assert table.edge_llm.decode(3) == 316
+    assert table.edge_llm.decode(7) is None
+
+
+def test_quantized_weights_are_smaller() -> None:
+    wanted = request("qwen2-vl-7b")
+    sizes = {way: weight_bytes(wanted, way) for way in WAYS}
+    assert sizes["w4a16"] < sizes["plugin"] < sizes["fp16"] / 2
+    assert sizes["fp16"] == pytest.approx(2 * 7.75e9, rel=0.05)  # parameters without the embedding table
+
+
+QWEN = {
+    "model_type": "qwen2_vl", "hidden_size": 1536, "num_hidden_layers": 28, "intermediate_size": 8960,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+    "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "spatial_merge_size": 2, "hidden_size": 1536},
+}  # fmt: skip
+INTERNVL = {
+    "model_type": "internvl", "downsample_ratio": 0.5,
+    "text_config": {
+        "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "vocab_size": 92553,
+    },
+    "vision_config": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "name"), [(QWEN, "qwen2-vl-2b"), (INTERNVL, "internvl2-2b")])
+def test_a_folder_gives_the_shapes_of_the_table(config: dict[str, object], name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found, known = find_model(str(tmp_path)), find_model(name)
+    assert found.model_copy(update={"title": known.title}) == known
+
+
+def test_names_of_the_hub_and_the_demo_are_known() -> None:
+    assert find_model("Qwen/Qwen2-VL-7B-Instruct") == find_model("qwen2-vl-7b")
+    assert find_model("demo").text.layers == 4
+
+
+def test_what_cannot_be_predicted(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="There is no device 'orin'") as caught:
+        get_device("orin")
+    assert all(name in caught.value.remedy for name in DEVICES)
+    with pytest.raises(UnknownNameError, match="no folder or model 'qwen3'") as caught:
+        find_model("qwen3")
+    assert "qwen2-vl-72b" in caught.value.remedy
+    for text in ("{", "[]", "{}", '{"vision_config": {}}'):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ModelError, match=r"no config\.json of a Qwen2-VL or InternVL"):
+            find_model(str(tmp_path))
+
+
+def test_a_device_needs_every_figure() -> None:
+    values = get_device("thor").model_dump()
+    del values["bandwidth_gbs"]
+    with pytest.raises(ValueError, match="bandwidth_gbs"):
+        Device.model_validate(values)
