@@ -11,9 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qe_edge.atomic import atomic_file
 from qe_edge.blas import blas_threads
 from qe_edge.budget import Offer, allocate, output_sensitivity
-from qe_edge.calibration.sensitivity import IMAGE, token_kinds
+from qe_edge.calibration.modality import modality_ratios
+from qe_edge.calibration.sensitivity import (
+    IMAGE,
+    Sensitivity,
+    has_loss,
+    load_sensitivities,
+    output_gradients,
+    save_sensitivities,
+    token_kinds,
+)
 from qe_edge.calibration.sources import hash_samples, load_samples
 from qe_edge.calibration.statistics import (
     InputStatistics,
@@ -208,14 +218,23 @@ class _Run:
             for start in range(0, len(samples), BATCH)
         ]
         self.choices: dict[str, Choice] = {}
+        self.modality_ratios: dict[str, float] = {}
 
     def execute(self) -> None:
         dtypes = {name: tensor.dtype for name, tensor in self.loaded.model.state_dict().items()}
         self._float_outside_blocks()
+        if self.method.needs_gradients:
+            self._weigh_modalities()
         if self.recipe.budget:
             self._spend_budget(dtypes)
         self._walk(self._block)
         restore_dtypes(self.loaded.model, dtypes)
+
+    def _weigh_modalities(self) -> None:
+        """Measure what errors on image tokens cost, where those and answers go through the same layers."""
+        blocks = [block for chain in self.chains for block in chain if block.group == "language"]
+        if blocks:
+            self.modality_ratios = modality_ratios(blocks, self._gradients())
 
     def _walk(self, visit: Callable[[Chain, int, Block], None]) -> None:
         """Visit every block in data-flow order with its recorded inputs."""
@@ -260,13 +279,36 @@ class _Run:
                 offers[problem.name] = Offer(weight.numel(), output_sensitivity(problem), candidates)
         return offers
 
+    def _gradients(self) -> dict[str, Sensitivity]:
+        """Gradients at the outputs of every layer; none for a model without a loss."""
+        if not has_loss(self.loaded):
+            return {}
+        path = self.folder.path / "gradients.safetensors" if self.folder else None
+        if path and path.is_file():
+            return load_sensitivities(path)
+        blocks = [block for chain in self.chains for block in chain]
+        groups = [group for block in blocks for group in linear_groups(block, self.loaded.family.siblings)]
+        found = output_gradients(self.loaded, self.batches, [name for group in groups for name in group.names])
+        if path:
+            with atomic_file(path) as part:
+                save_sensitivities(part, found)
+        return found
+
     def _problem(
         self, group: LinearGroup, members: list[int], weight: Tensor, statistics: InputStatistics | None
     ) -> LinearProblem:
         """The linear problem of some members of a group."""
         name = group.names[members[0]]
         own = self._own_statistics(statistics, weight) if statistics else None
-        return LinearProblem(name, weight, self.recipe.get_scheme(), own, self._seed(name), self.choices.get(name))
+        return LinearProblem(
+            name,
+            weight,
+            self.recipe.get_scheme(),
+            own,
+            self._seed(name),
+            self.choices.get(name),
+            self.modality_ratios.get(name, 1.0),
+        )
 
     def _forward(self, batch: int) -> object:
         return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)

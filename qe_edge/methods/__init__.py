@@ -15,6 +15,7 @@ METHODS: Registry[type[Method]] = Registry(
         "rtn": "qe_edge.methods.rtn:RoundToNearest",
         "smoothquant": "qe_edge.methods.smoothquant:SmoothQuant",
         "awq": "qe_edge.methods.awq:AWQ",
+        "mbq": "qe_edge.methods.mbq:MBQ",
         "gptq": "qe_edge.methods.gptq:GPTQ",
         "lorc": "qe_edge.methods.lorc:LoRC",
         "lqer": "qe_edge.methods.lqer:LQER",

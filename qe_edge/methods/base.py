@@ -82,6 +82,8 @@ class LinearProblem:
         statistics: What was measured on the layer's calibration input, or None if the method asked for nothing.
         seed: Seed of everything random in this layer.
         choice: What a budget gives it; None where the method's own options decide.
+        modality_ratio: Weight of an error on image tokens where one on answer tokens has weight 1; other than 1 only
+            for methods that ask for gradients.
     """
 
     name: str
@@ -90,6 +92,7 @@ class LinearProblem:
     statistics: InputStatistics | None
     seed: int
     choice: Choice | None = None
+    modality_ratio: float = 1.0
 
     def measured(self) -> InputStatistics:
         """The statistics of a method that asked for some.
@@ -130,6 +133,11 @@ class Method(ABC):
     @property
     def stack_siblings(self) -> bool:
         """Whether layers that read the same input are handed over as one stacked problem."""
+        return False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients of the loss are to be measured on the original model before the first layer."""
         return False
 
     def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:  # noqa: ARG002 - for subclasses

@@ -9,6 +9,7 @@ from torch import Tensor
 from qe_edge.methods.base import Method
 
 LARGEST_SCALE = 1e3  # either way: far inside float16's range
+SMALLEST_SCALE = 1e-4  # of AWQ's and MBQ's search, before it is normalised
 
 
 class ChannelScaling(Method):
@@ -18,6 +19,12 @@ class ChannelScaling(Method):
     def stack_siblings(self) -> bool:
         """One scale for all consumers of an input."""
         return True
+
+
+def power_scale(abs_mean: np.ndarray, power: float) -> np.ndarray:
+    """AWQ's candidate `[in]` float64: a power of the mean magnitudes, its extremes brought around 1."""
+    scale: np.ndarray = np.maximum(np.maximum(abs_mean, 1e-12) ** power, SMALLEST_SCALE)
+    return scale / np.sqrt(scale.max() * scale.min())
 
 
 def storable_inverse(scale: np.ndarray) -> Tensor:

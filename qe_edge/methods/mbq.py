@@ -1,0 +1,78 @@
+"""MBQ (CVPR 2025): AWQ's channel scales, searched with image and answer tokens weighed by the gradients of the loss.
+
+The search minimises the mean absolute error of the output of the layers that read the input (the original: of their
+attention or MLP module), over a sample of the calibration tokens, through both quantizers where activations are
+quantized. The scale is an operand of our layer, so every linear can have one. Prompt text has weight zero, as in the
+original; a layer that sees no image and no answer token weighs all tokens alike.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qe_edge.calibration.sensitivity import ANSWER, IMAGE
+from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
+from qe_edge.grids import fake_quantize_activation, quantize_weight
+from qe_edge.linear import QuantizedLinear
+from qe_edge.methods.awq import AWQOptions
+from qe_edge.methods.base import LinearProblem, MethodOptions
+from qe_edge.methods.scaling import ChannelScaling, power_scale, storable_inverse
+
+
+class MBQOptions(AWQOptions):
+    """Options of MBQ.
+
+    Attributes:
+        tokens: Size of the token sample that the error is measured on.
+    """
+
+    tokens: int = Field(4096, ge=1, le=1 << 20)
+
+
+class MBQ(ChannelScaling):
+    """Channel scales for the loss `(sum_answer |dy| + lambda sum_image |dy|) / entries`."""
+
+    Options: ClassVar[type[MethodOptions]] = MBQOptions
+    options: MBQOptions
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Lambda comes from gradients."""
+        return True
+
+    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+        """Channel means and a token sample."""
+        return StatisticsRequest(gram=False, tokens=self.options.tokens)
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Search the scale, then round."""
+        measured = problem.measured()
+        tokens, weighing = weigh_tokens(measured, problem.modality_ratio)
+        target = tokens @ problem.weight.T
+        best: tuple[float, QuantizedLinear] | None = None
+        for step in range(self.options.grid):
+            inverse = storable_inverse(power_scale(measured.abs_mean, step / self.options.grid))
+            codes = quantize_weight(problem.weight / inverse.float(), problem.scheme.weight)
+            x = fake_quantize_activation(tokens * inverse.float(), problem.scheme.activation_bits)
+            error = (x @ codes.decode().T).sub_(target).abs_().sum(1, dtype=torch.float64)
+            loss = float(error @ weighing)
+            if best is None or loss < best[0]:
+                best = loss, QuantizedLinear(codes, problem.scheme.activation_bits, inverse)
+        if best is None:
+            raise ValueError("grid must be positive")
+        return best[1]
+
+
+def weigh_tokens(measured: InputStatistics, ratio: float) -> tuple[Tensor, Tensor]:
+    """The sampled tokens that count, `[n, in]` float32, and their weights `[n]` float64: images `ratio`, answers 1."""
+    kinds = measured.token_kind
+    weights = np.where(kinds == IMAGE, ratio, (kinds == ANSWER).astype(np.float64))
+    if not weights.any():
+        return torch.from_numpy(measured.tokens), torch.ones(len(measured.tokens), dtype=torch.float64)
+    counted = weights > 0
+    return torch.from_numpy(measured.tokens[counted]), torch.from_numpy(weights[counted])
