@@ -2,25 +2,29 @@
 
 Every layer offers candidates with a loss, the bits it stores and the bits that a decoded token reads. One is taken of
 each, so that the sum of losses is least and the means of stored and read bits stay inside the budget. Layers are made
-comparable by the mean square gradient of the loss at their outputs. scipy's HiGHS solves it.
+comparable by the mean square gradient of the loss at their outputs, to second order the loss that an error costs; a
+model without a loss takes relative errors instead. scipy's HiGHS solves it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
+from torch import Tensor
 
 from qe_edge.errors import RecipeError
+from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 
 GAP = 1e-4  # relative distance to the proven optimum at which the solver may stop
+LARGEST_STEP = 4  # binary digits by which an output is scaled at most
 SECONDS = 120.0  # after which it stops with the best allocation found
 
 
@@ -88,8 +92,38 @@ def allocate(offers: Mapping[str, Offer], budget: Budget) -> dict[str, Choice]:
     return {name: candidate.choice for name, candidate in zip(offers, taken, strict=True)}
 
 
-def output_sensitivity(problem: LinearProblem) -> float:
-    """One over the energy of the layer's output: losses become relative errors, for want of a gradient."""
+def output_factors(channels: np.ndarray) -> np.ndarray:
+    """Powers of two `[out]` that scale a layer's outputs so that an error costs about the same in each.
+
+    A layer is quantized with its rows scaled, and scaled back afterwards, which for powers of two is exact.
+
+    Args:
+        channels: `[out]` mean square gradient of the loss at the outputs.
+    """
+    mean = max(float(channels.mean()), 1e-300)
+    ratio = np.clip(channels / mean, 2.0 ** (-2 * LARGEST_STEP), 2.0 ** (2 * LARGEST_STEP))
+    factors: np.ndarray = np.exp2(np.round(np.log2(ratio) / 2))
+    return factors
+
+
+def scaled_back(linear: QuantizedLinear, factors: Tensor) -> QuantizedLinear:
+    """A layer that was quantized with rows scaled by `factors` `[out]`, for the outputs as they are."""
+    weight = replace(linear.weight, scales=_divided(linear.weight.scales, factors))
+    adapters = linear.adapters
+    if adapters is not None and adapters.up_scale is not None:
+        adapters = replace(adapters, up_scale=_divided(adapters.up_scale, factors))
+    elif adapters is not None:
+        adapters = replace(adapters, up=_divided(adapters.up, factors))
+    return replace(linear, weight=weight, adapters=adapters)
+
+
+def _divided(rows: Tensor, factors: Tensor) -> Tensor:
+    shape = (-1, *[1] * (rows.ndim - 1))
+    return (rows.float() / factors.reshape(shape)).to(rows.dtype)
+
+
+def relative_sensitivity(problem: LinearProblem) -> float:
+    """One over the energy of the layer's output: losses become relative errors, where there is no gradient."""
     weight = problem.weight.double().numpy()
     energy = float(np.einsum("ij,ij->", weight @ problem.gram(), weight))
     return 1.0 / energy if energy > 0 else 0.0

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qe_edge.atomic import atomic_file
 from qe_edge.blas import blas_threads
-from qe_edge.budget import Offer, allocate, output_sensitivity
+from qe_edge.budget import Offer, allocate, output_factors, relative_sensitivity, scaled_back
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
     IMAGE,
@@ -219,6 +220,7 @@ class _Run:
         ]
         self.choices: dict[str, Choice] = {}
         self.modality_ratios: dict[str, float] = {}
+        self.gradients: dict[str, Sensitivity] = {}
 
     def execute(self) -> None:
         dtypes = {name: tensor.dtype for name, tensor in self.loaded.model.state_dict().items()}
@@ -248,6 +250,7 @@ class _Run:
     def _spend_budget(self, dtypes: dict[str, torch.dtype]) -> None:
         """Measure what every layer offers on the original model, and choose inside the budget."""
         offers: dict[str, Offer] = {}
+        self.gradients = self._gradients()
 
         def visit(chain: Chain, position: int, block: Block) -> None:
             weight = sum(parameter.numel() for parameter in block.module.parameters())
@@ -276,7 +279,7 @@ class _Run:
                 problem = self._problem(group, members, weight, measured[position])
                 with blas_threads(max(weight.shape)):
                     candidates = self.method.candidates(problem)
-                offers[problem.name] = Offer(weight.numel(), output_sensitivity(problem), candidates)
+                offers[problem.name] = Offer(weight.numel(), self._sensitivity(group, members, problem), candidates)
         return offers
 
     def _gradients(self) -> dict[str, Sensitivity]:
@@ -293,6 +296,21 @@ class _Run:
             with atomic_file(path) as part:
                 save_sensitivities(part, found)
         return found
+
+    def _sensitivity(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> float:
+        """What makes a problem's losses comparable with those of other layers."""
+        if not self.gradients:
+            return relative_sensitivity(problem)
+        found = [self.gradients[group.names[member]] for member in members]
+        outputs = [group.linears[member].out_features for member in members]
+        return float(np.average([one.energy for one in found], weights=outputs))
+
+    def _output_factors(self, group: LinearGroup, members: list[int]) -> Tensor | None:
+        """Powers of two that weigh the outputs of a problem, where gradients are known."""
+        if not self.gradients:
+            return None
+        channels = np.concatenate([self.gradients[group.names[member]].channels for member in members])
+        return torch.from_numpy(output_factors(channels)).float()
 
     def _problem(
         self, group: LinearGroup, members: list[int], weight: Tensor, statistics: InputStatistics | None
@@ -366,9 +384,12 @@ class _Run:
     def _problems(self, group: LinearGroup) -> list[tuple[list[int], Tensor]]:
         """Members and weight of every linear problem of a group: one stacked problem, or one per layer."""
         weights = [linear.weight.detach().float() for linear in group.linears]
-        if self.method.stack_siblings:
-            return [(list(range(len(weights))), torch.cat(weights))]
-        return [([index], weight) for index, weight in enumerate(weights)]
+        together = [list(range(len(weights)))] if self.method.stack_siblings else [[i] for i in range(len(weights))]
+        problems = []
+        for members in together:
+            weight, factors = torch.cat([weights[member] for member in members]), self._output_factors(group, members)
+            problems.append((members, weight if factors is None else weight * factors.unsqueeze(1)))
+        return problems
 
     def _run(
         self,
@@ -417,6 +438,9 @@ class _Run:
             problem = self._problem(group, members, weight, measured[number] if measured else None)
             with blas_threads(max(weight.shape)):
                 result: QuantizedLinear = self.method.quantize(problem)
+            factors = self._output_factors(group, members)
+            if factors is not None:
+                result = scaled_back(result, factors)
             parts = result.split([group.linears[member].out_features for member in members])
             for member, part in zip(members, parts, strict=True):
                 layers[group.names[member]] = QELinear(part, group.linears[member].bias)

@@ -56,6 +56,10 @@ def pack_correction(
     left = error
     codes, scales, downs, fitted, weighing = [], [], [], [], []
     for vectors, own in zip(directions, tokens, strict=True):
+        if not vectors.shape[1]:
+            downs.append(vectors.T @ left)
+            fitted.append(vectors)
+            continue
         inputs = gram
         if own is not None and len(own):
             inputs = (1.0 - GLOBAL_SHARE) * (own.T @ own).astype(np.float64) / len(own) + GLOBAL_SHARE * gram
