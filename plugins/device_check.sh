@@ -12,7 +12,7 @@ out=$(cd "$1" && pwd)
 cd "$(dirname "$0")"
 command -v nvcc > /dev/null || { echo "nvcc is not on PATH. Install the CUDA toolkit, or add its bin folder." >&2; exit 1; }
 python=build/device/bin/python
-[ -x $python ] || { python3 -m venv --system-site-packages build/device; $python -m pip install numpy; }
+[ -x $python ] || { python3 -m venv --system-site-packages build/device; $python -m pip install numpy onnx; }
 if [ ! -f build/plugin/cuda13.fatbin ]; then
   $python -m pip install --no-deps kernel-lens==2.0.1
   headers=$($python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kernel_lens/include/tensorrt

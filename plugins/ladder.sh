@@ -109,6 +109,7 @@ rung "6 library and fuzz" test tests/test_library.py
 rung "7 engines" test tests/test_engine.py
 rung "7 demo" build_demo
 rung "7 demo engines" test tests/test_demo_engines.py
+rung "7 device kit" test tests/test_device_kit.py
 rung "7 onnx to ptx" test tests/test_chain.py tests/test_exported_layers.py
 rung "8 self-test emulated" test tests/test_self_test.py
 echo "not run 8 on the device: see plugins/DEVICE.md (not yet run on hardware)"

@@ -3,7 +3,8 @@
     python -m device.check OUT.json [--quick]
 
 Runs every mode of the emulator tests against the float64 reference, twice (two runs must be bit-identical), then times
-the linears of Qwen2-VL-2B and 7B beside a float16 matrix product (torch and cuBLAS) where torch with CUDA is installed.
+the linears of Qwen2-VL-2B and 7B beside a float16 matrix product (torch and cuBLAS) where torch with CUDA is installed,
+and beside TensorRT's own INT4 weight-only product where its Python module is.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import argparse
 import json
 import platform
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from device.int4 import times as int4_times
 from device.machine import DeviceMachine
 from emulator.build import BUILD, source_emulator
-from emulator.plan import Buffers, Planner, Tactic
+from emulator.plan import Buffers, Launch, Planner, Tactic
 from emulator.session import WEIGHTS, problem_of, run_linear
 from prepack.floats import to_bits
 from prepack.linear import CanonicalLinear
@@ -90,14 +93,20 @@ def _time(
     tactics = [Tactic(0, warps) for warps in (2, 4, 8)]
     if tokens > 16:
         tactics = [Tactic(rows, 0) for rows in (32, 64, 96, 128) if mode.act_bits or rows < 128]
+    plans = [(tactic, planner.launches(problem, buffers, tactic)) for tactic in tactics]
     return [
         {
             "model": model, "mode": mode.name, "k": layer.in_features, "n": layer.out_features, "tokens": tokens,
             "block_rows": tactic.block_rows, "decode_warps": tactic.decode_warps,
-            "microseconds": machine.microseconds(planner.launches(problem, buffers, tactic), 50),
+            "microseconds": machine.microseconds(partial(_launch_all, machine, launches), 50),
         }
-        for tactic in tactics
+        for tactic, launches in plans
     ]  # fmt: skip
+
+
+def _launch_all(machine: DeviceMachine, launches: list[Launch]) -> None:
+    for launch in launches:
+        machine.queue(launch)
 
 
 def float16_times() -> list[dict[str, Any]]:
@@ -136,15 +145,17 @@ def main() -> int:
     arguments = parser.parse_args()
     machine, planner = DeviceMachine(BUILD / "plugin"), Planner.load(source_emulator())
     rows = numerics(machine, planner)
+    int4, reason = ([], "--quick was given.") if arguments.quick else int4_times(machine, SHAPES)
     report = {
         "kind": "qe_edge.device_check", "device": machine.name, "capability": machine.capability, "cuda": machine.cuda,
         "host": platform.machine(), "numerics": rows,
         "timings": [] if arguments.quick else timings(machine, planner),
         "float16": [] if arguments.quick else float16_times(),
+        "tensorrt_int4": int4, "skipped": {"TensorRT's INT4 weight-only product": reason} if reason else {},
     }  # fmt: skip
-    partial = arguments.out.with_suffix(".tmp")
-    partial.write_text(json.dumps(report, indent=1))
-    partial.replace(arguments.out)
+    part = arguments.out.with_suffix(".tmp")
+    part.write_text(json.dumps(report, indent=1))
+    part.replace(arguments.out)
     wrong = [row for row in rows if not row["passed"]]
     print(f"{machine.name}: {len(rows) - len(wrong)} of {len(rows)} results right; {arguments.out}")
     for row in wrong:

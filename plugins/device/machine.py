@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,15 @@ class DeviceMachine:
         grid = (int(launch.grid_x), int(launch.grid_y), 1, int(launch.threads), 1, 1)
         self._call("cuLaunchKernel", function, *grid, int(launch.shared_bytes), None, arguments, None)
 
-    def microseconds(self, launches: list[Launch], repeats: int) -> float:
-        """Median time of running the launches one after the other, between events, after a warm-up."""
+    def microseconds(self, queue: Callable[[], object], repeats: int) -> float:
+        """Median time of what `queue` starts on the default stream, between events, after a warm-up."""
         start, stop, elapsed = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
         self._call("cuEventCreate", ctypes.byref(start), 0)
         self._call("cuEventCreate", ctypes.byref(stop), 0)
         times = []
         for _ in range(repeats + 3):
             self._call("cuEventRecord", start, None)
-            for launch in launches:
-                self.queue(launch)
+            queue()
             self._call("cuEventRecord", stop, None)
             self._call("cuEventSynchronize", stop)
             self._call("cuEventElapsedTime", ctypes.byref(elapsed), start, stop)

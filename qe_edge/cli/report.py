@@ -12,8 +12,14 @@ from qe_edge.cli.options import Command, output_option, overwrite_option
 @click.command("report", cls=Command, example="qe-edge report report.json -o report.html")
 @click.argument("file", metavar="FILE.json", type=click.Path(path_type=Path))
 @output_option("File for the page.")
+@click.option(
+    "--device-json",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What the plugin's device kit wrote on a GPU (plugins/DEVICE.md); shown in the page.",
+)
 @overwrite_option()
-def command(file: Path, output: Path, overwrite: bool) -> None:
+def command(file: Path, output: Path, device_json: Path | None, overwrite: bool) -> None:
     """Make a page of a report's data.
 
     FILE.json comes from 'validate' or 'deploy'; the page is one self-contained HTML file.
@@ -23,7 +29,8 @@ def command(file: Path, output: Path, overwrite: bool) -> None:
 
     source = find_report(file)
     check_output_file(output, overwrite=overwrite)
-    from qe_edge.report import load_report, write_page
+    from qe_edge.report import load_device_check, load_report, write_page
 
-    write_page(load_report(source), output)
+    device = load_device_check(device_json) if device_json is not None else None
+    write_page(load_report(source), output, device)
     click.echo(f"Wrote '{output}'.")

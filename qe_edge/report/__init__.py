@@ -8,12 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qe_edge.report.device_check import load_device_check
     from qe_edge.report.page import load_report, render_page, write_page, write_report
 
-__all__ = ["load_report", "render_page", "write_page", "write_report"]
+__all__ = ["load_device_check", "load_report", "render_page", "write_page", "write_report"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "load_device_check":
+        from qe_edge.report import device_check
+
+        return device_check.load_device_check
     if name in __all__:
         from qe_edge.report import page
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from qe_edge.atomic import atomic_file
 from qe_edge.errors import ArtifactError
 from qe_edge.report import figures, wording
+from qe_edge.report.device_check import DeviceCheck
 from qe_edge.validate.schema import Report
 
 MAX_REPORT_BYTES = 256 << 20
@@ -28,13 +29,13 @@ def write_report(report: Report, json_path: Path, html_path: Path) -> None:
     write_page(report, html_path)
 
 
-def write_page(report: Report, html_path: Path) -> None:
-    """Write the page alone.
+def write_page(report: Report, html_path: Path, device: DeviceCheck | None = None) -> None:
+    """Write the page alone, with what a device check found if there is one.
 
     Raises:
         ResourceError: If the disk is full.
     """
-    page = render_page(report)
+    page = render_page(report, device)
     with atomic_file(html_path) as part:
         part.write_text(page, encoding="utf-8")
 
@@ -57,7 +58,7 @@ def load_report(path: Path) -> Report:
         ) from error
 
 
-def render_page(report: Report) -> str:
+def render_page(report: Report, device: DeviceCheck | None = None) -> str:
     """The page as text; everything that comes from the report is escaped."""
     environment = Environment(
         loader=PackageLoader("qe_edge.report", ""),
@@ -70,6 +71,7 @@ def render_page(report: Report) -> str:
     style = files("qe_edge.report").joinpath("style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
         report=report,
+        device=device,
         style=Markup(style),  # noqa: S704 - our own file
         cards=wording.headline(report),
         limits=wording.limits(report),

@@ -48,6 +48,8 @@ def significant(value: float | None, digits: int = 3) -> str:
     """A number with so many significant digits; small ones as powers of ten."""
     if value is None:
         return NONE
+    if not math.isfinite(value):
+        return str(value)
     if value == 0:
         return "0"
     mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
