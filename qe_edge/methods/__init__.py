@@ -19,6 +19,7 @@ METHODS: Registry[type[Method]] = Registry(
         "gptq": "qe_edge.methods.gptq:GPTQ",
         "lorc": "qe_edge.methods.lorc:LoRC",
         "lqer": "qe_edge.methods.lqer:LQER",
+        "svdquant": "qe_edge.methods.svdquant:SVDQuant",
         "aser": "qe_edge.methods.aser:ASER",
         "qe": "qe_edge.methods.qe:QuantExperts",
     },
