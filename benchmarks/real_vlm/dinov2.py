@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 out of an ONNX graph, under the names of transformers' InternVL vision encoder."""
+"""DINOv2 ViT-S/14 out of an ONNX graph, under its own names and those of transformers' InternVL vision encoder."""
 
 from __future__ import annotations
 
@@ -33,16 +33,7 @@ def read_dinov2(path: Path, grid: int) -> dict[str, Tensor]:
         path: The ONNX file; its linear weights are the constant operands of nodes named after the modules.
         grid: Patches per side; the position embeddings of the original 37 x 37 are resized (bicubic), as DINOv2 does.
     """
-    graph = onnx.load(str(path)).graph
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    # "/backbone/encoder/layer.0/mlp/fc1/MatMul" -> "backbone.encoder.layer.0.mlp.fc1"
-    weights = {
-        node.name.strip("/").replace("/", ".").removesuffix(".MatMul"): tensors[operand].T
-        for node in graph.node
-        if node.op_type == "MatMul"
-        for operand in node.input
-        if operand in tensors
-    }
+    tensors, weights = _read_graph(path)
     state: dict[str, np.ndarray] = {}
     for layer in range(LAYERS):
         old, new = f"backbone.encoder.layer.{layer}", f"encoder.layer.{layer}"
@@ -63,6 +54,40 @@ def read_dinov2(path: Path, grid: int) -> dict[str, Tensor]:
     first, others = (torch.from_numpy(tensors[name].copy()) for name in (CLASS_POSITION, PATCH_POSITIONS))
     resized["embeddings.position_embeddings"] = torch.cat((first, _resize_positions(others, grid)), dim=1)
     return resized
+
+
+def read_dinov2_checkpoint(path: Path) -> dict[str, Tensor]:
+    """State dict of `Dinov2Model` under the names of released checkpoints, for the original's 37 x 37 patches.
+
+    Args:
+        path: The ONNX file.
+    """
+    tensors, weights = _read_graph(path)
+    state = {f"{name}.weight": array for name, array in weights.items()} | tensors
+    kept = {
+        name.removeprefix("backbone."): torch.from_numpy(array.copy())
+        for name, array in state.items()
+        if name.startswith("backbone.")
+    }
+    positions = [torch.from_numpy(tensors[name].copy()) for name in (CLASS_POSITION, PATCH_POSITIONS)]
+    kept["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    kept["embeddings.mask_token"] = torch.zeros(1, positions[0].shape[-1])  # of training only, not in the graph
+    return kept
+
+
+def _read_graph(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Constants by name, and linear weights `[out, in]` by module: "backbone.encoder.layer.0.mlp.fc1"."""
+    graph = onnx.load(str(path)).graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    # nodes are called "/backbone/encoder/layer.0/mlp/fc1/MatMul"
+    weights = {
+        node.name.strip("/").replace("/", ".").removesuffix(".MatMul"): tensors[operand].T
+        for node in graph.node
+        if node.op_type == "MatMul"
+        for operand in node.input
+        if operand in tensors
+    }
+    return tensors, weights
 
 
 def _resize_positions(positions: Tensor, grid: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""How far the features of a vision encoder are from the original's, and what a linear probe still reads from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qe_edge.errors import CalibrationError
+from qe_edge.models.family import Sample
+from qe_edge.models.loading import LoadedModel
+
+BATCH = 16
+MAX_STEPS = 2000  # of the probe's solver
+
+
+@dataclass(frozen=True)
+class Features:
+    """Outputs of a vision encoder.
+
+    Attributes:
+        picture: Of the class token, float32 `[pictures, features]`.
+        patches: Of the patches, float32 `[pictures, patches, features]`.
+    """
+
+    picture: Tensor
+    patches: Tensor
+
+
+def extract_features(loaded: LoadedModel, samples: Sequence[Sample]) -> Features:
+    """Features of pictures that all have one size after the image processor.
+
+    Raises:
+        InputError: If a picture cannot be read.
+        CalibrationError: If there is no picture.
+    """
+    if not samples:
+        raise CalibrationError("There is no picture to measure on.", "Give lines that name pictures.")
+    outputs = []
+    for start in range(0, len(samples), BATCH):
+        encoded = loaded.family.encode(loaded.processor, samples[start : start + BATCH])
+        with torch.no_grad():
+            outputs.append(loaded.model(**loaded.family.torch_inputs(encoded)).last_hidden_state.float())
+    tokens = torch.cat(outputs)
+    return Features(tokens[:, 0], tokens[:, 1:])
+
+
+def mean_cosine(original: Features, other: Features) -> dict[str, float]:
+    """Mean cosine between both models' features, 1 for the same direction: of class tokens and of patches."""
+    return {
+        "cosine_cls": _cosine(original.picture, other.picture),
+        "cosine_patches": _cosine(original.patches, other.patches),
+    }
+
+
+class LinearProbe:
+    """Logistic regressions on the class token's features of the original model, one for each label.
+
+    Args:
+        features: Of the pictures that it learns from.
+        labels: For every name of a label, the label of every picture.
+    """
+
+    def __init__(self, features: Features, labels: Mapping[str, Sequence[str]]) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        inputs = features.picture.numpy()
+        self._probes: dict[str, Any] = {
+            name: make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_STEPS)).fit(inputs, list(known))
+            for name, known in labels.items()
+        }
+
+    def accuracy(self, features: Features, labels: Mapping[str, Sequence[str]]) -> dict[str, float]:
+        """Share of pictures, 0 to 1, whose label is read rightly from features of the original or another model."""
+        inputs = features.picture.numpy()
+        return {
+            name: float(np.mean(probe.predict(inputs) == np.asarray(labels[name])))
+            for name, probe in self._probes.items()
+        }
+
+
+def _cosine(wanted: Tensor, found: Tensor) -> float:
+    return float(functional.cosine_similarity(wanted.double(), found.double(), dim=-1).mean())

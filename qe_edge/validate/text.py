@@ -1,0 +1,169 @@
+"""How well a language model predicts known tokens, and how far its predictions are from the original's.
+
+Hidden states before the head are kept, not logits: 85 times less to remember of an original with 49,152 tokens. The
+measures are `perplexity` and `mean_kl` on running text, and `mean_kl` and `exact_answers` on reference answers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qe_edge.errors import CalibrationError, ModelError
+from qe_edge.models.family import Encoded
+from qe_edge.models.loading import LoadedModel
+from qe_edge.validate.comparison import predicting_positions
+from qe_edge.validate.metrics import LogitsDistance
+
+WINDOW = 256  # tokens
+ROWS = 256  # predictions whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts at chosen positions.
+
+    Attributes:
+        hidden: Hidden states before the head, float32 `[positions, hidden]`.
+        head: The head, float32.
+        targets: The tokens that follow, int64 `[positions]`.
+        samples: Number of the sample that a position belongs to, int64 `[positions]`.
+    """
+
+    hidden: Tensor
+    head: nn.Module
+    targets: Tensor
+    samples: Tensor
+
+    def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits `[rows, vocabulary]` and targets `[rows]`, a few positions at a time."""
+        with torch.no_grad():
+            for start in range(0, len(self.hidden), ROWS):
+                yield self.head(self.hidden[start : start + ROWS]), self.targets[start : start + ROWS]
+
+
+def text_windows(
+    tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
+    texts: Sequence[str],
+    *,
+    length: int = WINDOW,
+    limit: int | None = None,
+    batch: int = 4,
+) -> list[Encoded]:
+    """Texts, one after the other, cut into windows; every window starts without a past.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        texts: Running text.
+        length: Tokens of a window; the last one may be shorter and is padded on the right, outside the mask.
+        limit: Most windows.
+        batch: Windows of a batch.
+
+    Raises:
+        CalibrationError: If there are not even two tokens.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens.extend(tokenizer(f"{text}\n\n", add_special_tokens=False, verbose=False)["input_ids"])
+        if limit is not None and len(tokens) >= limit * length:
+            break
+    windows = [tokens[start : start + length] for start in range(0, len(tokens), length)][:limit]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise CalibrationError("There is no text to measure on.", "Give lines with at least two tokens.")
+    return [_window_batch(windows[start : start + batch], length) for start in range(0, len(windows), batch)]
+
+
+def predict(loaded: LoadedModel, batches: Sequence[Encoded], where: Literal["text", "answer"]) -> Predictions:
+    """Run a model over batches and keep what it predicts; teacher-forced, in the precision of the model's weights.
+
+    Args:
+        loaded: A model that writes text.
+        batches: What it reads.
+        where: "text": every text token that follows another token; "answer": tokens of the reference answers, with
+            the one that ends them. Padding is never counted.
+
+    Raises:
+        ModelError: If the model writes no text.
+        CalibrationError: If there is nothing to predict.
+    """
+    if not loaded.family.writes_text:
+        raise ModelError(f"A '{loaded.family.model_type}' model predicts no tokens.", "Compare its features instead.")
+    hidden, targets, samples, first = [], [], [], 0
+    for encoded in batches:
+        mask = predicting_positions(encoded)[where]
+        states = _last_hidden(loaded, encoded)[:, :-1]
+        hidden.append(states[torch.from_numpy(mask)].float())
+        targets.append(encoded.input_ids[:, 1:][mask])
+        samples.append(first + np.nonzero(mask)[0])
+        first += len(mask)
+    if not any(map(len, targets)):
+        raise CalibrationError(f"There is no {where} to predict.", "Give samples with answers, or longer texts.")
+    head: Any = loaded.model.get_output_embeddings()
+    return Predictions(
+        torch.cat(hidden),
+        copy.deepcopy(head).float(),
+        torch.from_numpy(np.concatenate(targets)),
+        torch.from_numpy(np.concatenate(samples)),
+    )
+
+
+def perplexity(predictions: Predictions) -> float:
+    """Perplexity: e to the mean negative log-likelihood of the true tokens in nats. 1 is certain and right."""
+    total = sum(
+        float(nn.functional.cross_entropy(logits, targets, reduction="sum")) for logits, targets in predictions.logits()
+    )
+    return float(np.exp(total / len(predictions.targets)))
+
+
+def mean_kl(original: Predictions, other: Predictions) -> float:
+    """Mean KL(original || other) of the predicted distributions, in nats per token."""
+    distance = LogitsDistance()
+    for (wanted, _), (found, _) in zip(original.logits(), other.logits(), strict=True):
+        distance.add(wanted, found)
+    return distance.divergence / distance.positions
+
+
+def exact_answers(predictions: Predictions, samples: int) -> np.ndarray:
+    """Whether each token of a sample's reference answer, and its end, is the most likely one: bool `[samples]`.
+
+    That is when greedy generation gives that very answer. A sample without an answer counts as wrong.
+    """
+    right = torch.cat([logits.argmax(-1) == targets for logits, targets in predictions.logits()]).numpy()
+    rows = predictions.samples.numpy()
+    total, correct = np.bincount(rows, minlength=samples), np.bincount(rows, right, minlength=samples)
+    found: np.ndarray = (total > 0) & (correct == total)
+    return found
+
+
+def _window_batch(windows: Sequence[list[int]], length: int) -> Encoded:
+    ids = np.zeros((len(windows), length), np.int64)
+    mask = np.zeros((len(windows), length), np.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = window
+        mask[row, : len(window)] = 1
+    nowhere = np.zeros(ids.shape, bool)
+    return Encoded(ids, mask, nowhere, nowhere)
+
+
+def _last_hidden(loaded: LoadedModel, encoded: Encoded) -> Tensor:
+    """Hidden states `[batch, sequence, hidden]` that leave the decoder; the head runs for the last position only."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401 - transformers' output classes
+        found.append(output.last_hidden_state)
+
+    decoder: Any = loaded.model.get_decoder()
+    handle = decoder.register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            loaded.model(**loaded.family.torch_inputs(encoded), use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return found[0]
