@@ -213,6 +213,18 @@ def _gpu(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
         yield Finding(
             "GPU", "nvcc", MISSING, "not found", "Only for compiling the TensorRT plugin: install the CUDA toolkit."
         )
+    yield _plugin()
+
+
+def _plugin() -> Finding:
+    """Whether `qe-edge build --plugin` finds its library."""
+    from qe_edge.errors import TargetError
+    from qe_edge.runtime.plugin_library import find_plugin_library
+
+    try:
+        return Finding("GPU", "TensorRT plugin", OK, f"{find_plugin_library()}, not yet run on hardware")
+    except TargetError as error:
+        return Finding("GPU", "TensorRT plugin", MISSING, error.problem, f"Only for 'build --plugin': {error.remedy}")
 
 
 def _items(value: object) -> list[object]:

@@ -86,6 +86,15 @@ def test_an_unsupported_python_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     assert (finding.state, finding.remedy) == (WRONG, "Use Python 3.10, 3.11, 3.12 or 3.13.")
 
 
+def test_the_plugin_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QE_EDGE_PLUGIN_LIBRARY", str(tmp_path / "libqe_plugin.so"))
+    finding = doctor._plugin()
+    assert finding.state == MISSING
+    assert "qe-edge build-plugin" in finding.remedy
+    (tmp_path / "libqe_plugin.so").touch()
+    assert doctor._plugin().state == OK
+
+
 def test_a_jetson_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     release = "# R36 (release), REVISION: 4.0"
     monkeypatch.setattr(doctor, "_first_line", lambda path: release if path == Path("/etc/nv_tegra_release") else None)

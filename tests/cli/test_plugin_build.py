@@ -124,6 +124,16 @@ def test_what_does_not_compile(machine: Machine, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["build.log"]
 
 
+def test_build_without_a_library(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.export.targets.Target.build_problem", lambda _target: None)
+    words = ["build", tmp_path / "onnx", "-o", tmp_path / "engines"]
+    gone = tmp_path / "gone.so"
+    assert_two_lines(
+        cli(*words, "--target", "jetson-orin", "--plugin", "--plugin-library", gone), f"'{gone}'", "build-plugin"
+    )
+    assert_two_lines(cli(*words, "--target", "cpu", "--plugin"), "takes no TensorRT plugin", "Leave --plugin out")
+
+
 def test_the_command(cli: Run, machine: Machine, tmp_path: Path) -> None:
     outcome = cli("build-plugin", "-o", tmp_path / "out", "--tensorrt-include", machine.headers)
     assert outcome.code == 0, outcome.err
