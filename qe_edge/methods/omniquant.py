@@ -1,0 +1,145 @@
+"""OmniQuant's learned weight clipping (ICLR 2024): the range of every scale is trained, codes follow by rounding.
+
+`s = (g max W - b min W) / (2^bits - 1)` with `g, b = sigmoid(theta)`, theta starting at 4; symmetric grids have one
+such share of the largest magnitude. Adam on theta, straight through the rounding.
+
+Same as the original: parametrisation, start, optimizer. Different: the objective is the output error of the linear
+under the input's Gram matrix, so of all calibration tokens at every step, in place of the block's output on one
+sample at a time; that takes fewer and larger steps. Every output channel keeps the best ranges that it met, and plain
+rounding where those are no better. The learned equivalent transformation (channel scales and shifts) is not built:
+SmoothQuant, AWQ and MBQ are the methods with scales here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qe_edge.calibration.statistics import StatisticsRequest
+from qe_edge.grids import MIN_RANGE, PER_CHANNEL, WeightGrid, quantize_weight
+from qe_edge.linear import QuantizedLinear
+from qe_edge.methods.base import LinearProblem, Method, MethodOptions
+
+START = 4.0  # sigmoid(4) = 0.98 of the whole range
+MOMENTS = (0.9, 0.999)
+
+
+class OmniQuantOptions(MethodOptions):
+    """Options of OmniQuant.
+
+    Attributes:
+        steps: Steps of the optimizer.
+        rate: Its learning rate; the original takes 0.01 or less and twenty passes over the data.
+    """
+
+    steps: int = Field(100, ge=1, le=10_000)
+    rate: float = Field(0.05, gt=0, le=1)
+
+
+class OmniQuant(Method):
+    """Learned clipping of the weights, layer by layer."""
+
+    Options: ClassVar[type[MethodOptions]] = OmniQuantOptions
+    options: OmniQuantOptions
+
+    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+        """The Gram matrix."""
+        return StatisticsRequest(gram=True, tokens=0)
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Learn the ranges, then round."""
+        gram = torch.from_numpy(problem.gram()).float()
+        ranges = _Ranges.of(problem.weight, problem.scheme.weight)
+        shares = learn_shares(ranges, gram / gram.diagonal().mean().clamp_min(1e-30), self.options)
+        clipped = ranges.clipped(shares)
+        plain = quantize_weight(problem.weight, problem.scheme.weight)
+        learned = quantize_weight(clipped, problem.scheme.weight)
+        losses = [row_losses(codes.decode() - problem.weight, gram) for codes in (plain, learned)]
+        better = (losses[1] < losses[0]).unsqueeze(1)
+        # a row's ranges depend on that row alone, so rows can be mixed
+        return QuantizedLinear(
+            quantize_weight(torch.where(better, clipped, problem.weight), problem.scheme.weight),
+            problem.scheme.activation_bits,
+        )
+
+
+@dataclass(frozen=True)
+class _Ranges:
+    """Weights by scale group, and the whole range of each.
+
+    Attributes:
+        groups: `[out, groups, width]` float32.
+        high: `[out, groups, 1]` largest weight, at least 0; the largest magnitude on a symmetric grid.
+        low: `[out, groups, 1]` smallest weight, at most 0; minus `high` on a symmetric grid.
+        grid: Grid of the codes.
+    """
+
+    groups: Tensor
+    high: Tensor
+    low: Tensor
+    grid: WeightGrid
+
+    @classmethod
+    def of(cls, weight: Tensor, grid: WeightGrid) -> _Ranges:
+        """Groups of `weight` `[out, in]`."""
+        size = grid.resolve_group(weight.shape[1])
+        groups = weight.reshape(len(weight), -1, weight.shape[1] if size == PER_CHANNEL else size)
+        if grid.symmetric:
+            high = groups.abs().amax(-1, keepdim=True)
+            return cls(groups, high, -high, grid)
+        return cls(groups, groups.amax(-1, keepdim=True).clamp_min(0), groups.amin(-1, keepdim=True).clamp_max(0), grid)
+
+    def clipped(self, shares: Tensor) -> Tensor:
+        """The weight `[out, in]` inside the learned shares `[out, groups, 2]` of its ranges."""
+        inside = self.groups.clamp(self.low * shares[..., 1:], self.high * shares[..., :1])
+        return inside.reshape(len(self.groups), -1)
+
+    def soft_decoded(self, shares: Tensor) -> Tensor:
+        """Rounded weight `[out, in]` for these shares, differentiable in them."""
+        bits = self.grid.bits
+        if self.grid.symmetric:
+            top = 2 ** (bits - 1) - 1
+            scale = (self.high * shares[..., :1]).clamp_min(MIN_RANGE) / top
+            codes = _round(self.groups / scale).clamp(-top - 1, top)
+            return (codes * scale).reshape(len(self.groups), -1)
+        top = 2**bits - 1
+        low = self.low * shares[..., 1:]
+        scale = (self.high * shares[..., :1] - low).clamp_min(MIN_RANGE) / top
+        zero = torch.round(-low / scale).detach().clamp(0, top)
+        codes = (_round(self.groups / scale) + zero).clamp(0, top)
+        return ((codes - zero) * scale).reshape(len(self.groups), -1)
+
+
+def learn_shares(ranges: _Ranges, gram: Tensor, options: OmniQuantOptions) -> Tensor:
+    """The shares of the range `[out, groups, 2]` (of the largest, of the smallest weight) that lost least, by row."""
+    count = ranges.groups.shape[1]
+    weight = ranges.groups.reshape(len(ranges.groups), -1)
+    theta = torch.full((len(weight), count, 2), START, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=options.rate, betas=MOMENTS)
+    energy = row_losses(weight, gram).clamp_min(1e-30)
+    least = torch.full((len(weight),), torch.inf)
+    best = theta.detach().clone()
+    with torch.enable_grad():
+        for _ in range(options.steps + 1):
+            losses = row_losses(ranges.soft_decoded(theta.sigmoid()) - weight, gram) / energy
+            better = losses.detach() < least
+            least = torch.where(better, losses.detach(), least)
+            best = torch.where(better[:, None, None], theta.detach(), best)
+            optimizer.zero_grad()
+            torch.autograd.backward(losses.sum())
+            optimizer.step()
+    return best.sigmoid()
+
+
+def row_losses(error: Tensor, gram: Tensor) -> Tensor:
+    """`diag(E G E^T)` `[out]`: the square error of every output per token."""
+    return ((error @ gram) * error).sum(1)
+
+
+def _round(x: Tensor) -> Tensor:
+    """Rounding whose gradient is that of the identity."""
+    return x + (torch.round(x) - x).detach()
