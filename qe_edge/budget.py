@@ -66,8 +66,12 @@ def allocate(offers: Mapping[str, Offer], budget: Budget) -> dict[str, Choice]:
     Raises:
         RecipeError: If even the cheapest candidates together exceed it.
     """
-    check_affordable(offers, budget)
     weights = sum(offer.weights for offer in offers.values())
+    stored, read = (
+        sum(min(getattr(one, cost) for one in offer.candidates) for offer in offers.values())
+        for cost in ("stored", "read")
+    )
+    check_affordable(budget, weights, stored, read)
     pairs = [(row, candidate) for row, offer in enumerate(offers.values()) for candidate in offer.candidates]
     losses = np.array(
         [offer.sensitivity * candidate.loss for offer in offers.values() for candidate in offer.candidates]
@@ -129,15 +133,20 @@ def relative_sensitivity(problem: LinearProblem) -> float:
     return 1.0 / energy if energy > 0 else 0.0
 
 
-def check_affordable(offers: Mapping[str, Offer], budget: Budget) -> None:
-    """Refuse a budget below what the model needs at least.
+def check_affordable(budget: Budget, weights: int, stored: float, read: float) -> None:
+    """Refuse a budget below what the layers need without any correction.
+
+    Args:
+        budget: What is asked for.
+        weights: Number of weights of all layers.
+        stored: Least bits that they store together.
+        read: Least bits that a decoded token reads of them together.
 
     Raises:
         RecipeError: Naming the least that works.
     """
-    weights = sum(offer.weights for offer in offers.values())
-    for limit, cost, option in ((budget.bits, "stored", "--bits"), (budget.read_bits, "read", "--read-bits")):
-        least = sum(min(getattr(one, cost) for one in offer.candidates) for offer in offers.values()) / weights
+    for limit, total, option in ((budget.bits, stored, "--bits"), (budget.read_bits, read, "--read-bits")):
+        least = total / max(weights, 1)
         if limit is not None and limit < least:
             raise RecipeError(
                 f"A budget of {limit:g} bits per weight cannot be met: codes and scales alone take {least:.3f}.",

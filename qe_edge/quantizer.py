@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qe_edge.accounting import add_counts
 from qe_edge.atomic import atomic_file
 from qe_edge.blas import blas_threads
-from qe_edge.budget import Offer, allocate, output_factors, relative_sensitivity, scaled_back
+from qe_edge.budget import Offer, allocate, check_affordable, output_factors, relative_sensitivity, scaled_back
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
     IMAGE,
@@ -35,11 +36,12 @@ from qe_edge.calibration.statistics import (
 from qe_edge.errors import CalibrationError, NumericalError, RecipeError
 from qe_edge.linear import QELinear, QuantizedLinear
 from qe_edge.methods import LinearProblem, Method
-from qe_edge.methods.base import Choice
+from qe_edge.methods.base import AdapterSize, Choice
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
+from qe_edge.sizes import predicted_bits
 from qe_edge.streaming import Chain, Streamer, chains_of, run_block
 from qe_edge.workfolder import WorkFolder
 
@@ -250,6 +252,7 @@ class _Run:
     def _spend_budget(self, dtypes: dict[str, torch.dtype]) -> None:
         """Measure what every layer offers on the original model, and choose inside the budget."""
         offers: dict[str, Offer] = {}
+        self._check_budget()
         self.gradients = self._gradients()
 
         def visit(chain: Chain, position: int, block: Block) -> None:
@@ -269,6 +272,17 @@ class _Run:
 
         self._walk(visit)
         self.choices = allocate(offers, self.recipe.budget)
+
+    def _check_budget(self) -> None:
+        """Refuse a budget that cannot be met, before anything is measured."""
+        scheme, blocks = self.recipe.get_scheme(), [block for chain in self.chains for block in chain]
+        groups = [group for block in blocks for group in linear_groups(block, self.loaded.family.siblings)]
+        least = add_counts(
+            predicted_bits(linear.out_features, linear.in_features, scheme, AdapterSize())
+            for group in groups
+            for linear in group.linears
+        )
+        check_affordable(self.recipe.budget, least.weights, least.stored_bits * least.weights, least.read)
 
     def _offers(self, groups: list[LinearGroup], collectors: dict[int, StatisticsCollector]) -> dict[str, Offer]:
         """Candidates of every linear problem of a block."""

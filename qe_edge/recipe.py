@@ -69,7 +69,11 @@ class Recipe(BaseModel):
         for module in self.modules:
             if module not in MODULES:
                 raise UnknownNameError("module", module, MODULES)
-        self.build_method()
+        if not self.build_method().spends_budget and self.budget:
+            raise RecipeError(
+                f"The method '{self.method}' cannot spend a budget: its options alone give its size.",
+                "Use --method qe with --bits or --read-bits.",
+            )
         return self
 
     def build_method(self) -> Method:

@@ -109,6 +109,12 @@ def recipe_options(function: Function) -> Function:
         click.option(
             "--modules", metavar="NAMES", help="Parts of the model, with commas: language (default), visual, merger."
         ),
+        click.option(
+            "--bits", type=float, metavar="B", help="Budget: mean stored bits per weight, spent over layers by gain."
+        ),
+        click.option(
+            "--read-bits", type=float, metavar="B", help="Budget: mean bits per weight that one decoded token reads."
+        ),
         click.option("--preset", metavar="NAME", help="Named defaults of the method, for example 'paper'."),
         click.option(
             "--set",

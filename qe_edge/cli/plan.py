@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
+from qe_edge.budget import check_affordable
 from qe_edge.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.methods.base import AdapterSize
@@ -22,12 +23,12 @@ from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.loading import auto_class, load_family
 from qe_edge.quantizer import BATCH, LinearGroup, check_modules, linear_groups
 from qe_edge.recipe import Recipe
-from qe_edge.schemes import Scheme
 from qe_edge.sizes import empty_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
 LIBRARIES = 600 * 2**20  # what Python, torch and transformers take before any model is loaded
 
 
@@ -88,13 +89,13 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     blocks = family.blocks(model)
     check_modules(blocks, recipe.modules)
     blocks = [block for block in blocks if block.group in recipe.modules]
-    method, scheme = recipe.build_method(), recipe.get_scheme()
+    method = recipe.build_method()
     linears: dict[str, QELinear] = {}
     adapters: dict[str, AdapterSize] = {}
     groups: dict[str, str] = {}
     for block in blocks:
         for group in linear_groups(block, family.siblings):
-            linears |= _planned_group(group, method, scheme, adapters)
+            linears |= _planned_group(group, method, recipe, adapters)
             groups |= dict.fromkeys(group.names, block.group)
     counts = layer_counts(linears)
     layers = [
@@ -103,6 +104,10 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     ]
     total = add_counts(counts.values())
     stored = round(total.stored_bits * total.weights / 8)
+    if recipe.budget:
+        check_affordable(recipe.budget, total.weights, 8 * stored, total.read)
+        largest = recipe.budget.bits or LARGEST_BITS
+        stored = round(largest * total.weights / 8)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     checkpoint = stored + (parameters - total.weights) * _itemsize(family)
     memory = _memory(source, family, model, blocks, method, samples)
@@ -125,15 +130,15 @@ def _shapes_only(family: ModelFamily) -> PreTrainedModel:
 
 
 def _planned_group(
-    group: LinearGroup, method: Method, scheme: Scheme, adapters: dict[str, AdapterSize]
+    group: LinearGroup, method: Method, recipe: Recipe, adapters: dict[str, AdapterSize]
 ) -> dict[str, QELinear]:
-    """The layers of one input as they will be, without data; notes their adapters."""
+    """The layers of one input as they will be, without data; notes their adapters. A budget gives those later."""
     together = [list(range(len(group.names)))] if method.stack_siblings else [[i] for i in range(len(group.names))]
     layers = {}
     for members in together:
         sizes = [group.linears[member].out_features for member in members]
-        size = method.adapter_size(sum(sizes), group.linears[0].in_features)
-        parts = empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
+        size = AdapterSize() if recipe.budget else method.adapter_size(sum(sizes), group.linears[0].in_features)
+        parts = empty_linear(sum(sizes), group.linears[0].in_features, recipe.get_scheme(), size).split(sizes)
         for member, part in zip(members, parts, strict=True):
             layers[group.names[member]] = QELinear(part)
             adapters[group.names[member]] = size

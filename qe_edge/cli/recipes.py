@@ -19,6 +19,8 @@ def read_recipe(
     modules: str | None = None,
     calibration: str | None = None,
     samples: int | None = None,
+    bits: float | None = None,
+    read_bits: float | None = None,
     **values: object,
 ) -> Recipe:
     """Merge the file with the options and validate the result.
@@ -29,6 +31,8 @@ def read_recipe(
         modules: Names with commas between them.
         calibration: Source of the calibration samples.
         samples: How many of them.
+        bits: Budget of stored bits per weight.
+        read_bits: Budget of bits per weight that a decoded token reads.
         values: The other keys of a recipe (method, scheme, preset, seed); None where the user gave none.
 
     Raises:
@@ -41,6 +45,8 @@ def read_recipe(
     merged.update({key: value for key, value in values.items() if value is not None})
     if modules is not None:
         merged["modules"] = [name.strip() for name in modules.split(",") if name.strip()]
+    limits = {"bits": bits, "read_bits": read_bits}
+    _merge(merged, "budget", {key: value for key, value in limits.items() if value is not None})
     drawn = {"source": calibration, "samples": samples}
     _merge(merged, "calibration", {key: value for key, value in drawn.items() if value is not None})
     _merge(merged, "options", dict(_setting(text) for text in settings))

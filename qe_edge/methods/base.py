@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
-from qe_edge.errors import NumericalError, RecipeError
+from qe_edge.errors import NumericalError
 from qe_edge.linear import QuantizedLinear
 from qe_edge.schemes import Scheme
 
@@ -156,13 +156,11 @@ class Method(ABC):
             NumericalError: If weights or statistics are not finite.
         """
 
-    def candidates(self, problem: LinearProblem) -> list[Candidate]:
-        """Everything that a budget may choose from for one linear problem.
+    @property
+    def spends_budget(self) -> bool:
+        """Whether the method offers candidates for a bit budget."""
+        return type(self).candidates is not Method.candidates
 
-        Raises:
-            RecipeError: If the method knows only one size.
-        """
-        raise RecipeError(
-            f"This method cannot spend a budget on '{problem.name}': its size is fixed.",
-            "Use --method qe with --bits or --read-bits.",
-        )
+    def candidates(self, problem: LinearProblem) -> list[Candidate]:
+        """Everything that a budget may choose from for one linear problem; only where `spends_budget`."""
+        raise NotImplementedError(f"'{problem.name}': this method has no candidates")

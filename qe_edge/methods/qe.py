@@ -18,11 +18,10 @@ from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clu
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.errors import NumericalError
-from qe_edge.grids import PER_CHANNEL, WeightGrid, fake_quantize_activation
+from qe_edge.grids import WeightGrid
 from qe_edge.linear import Adapters, QuantizedLinear
-from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem, Method, MethodOptions
-from qe_edge.reconstruction.branches import MainBranch, leave_out_channels
-from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
+from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
+from qe_edge.reconstruction.branches import MainBranch, activation_rounding, leave_out_channels, some_tokens
 from qe_edge.reconstruction.directions import whitened_directions
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
 from qe_edge.reconstruction.factors import (
@@ -33,23 +32,14 @@ from qe_edge.reconstruction.factors import (
     store_factor,
     store_up_factors,
 )
-from qe_edge.reconstruction.packed_factors import pack_correction, packing_loss
-from qe_edge.reconstruction.ranks import RANK_STEP, scale_rank
+from qe_edge.reconstruction.offers import offer_candidates
+from qe_edge.reconstruction.packed_factors import pack_correction
+from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
-from qe_edge.sizes import predicted_bits, with_group
+from qe_edge.sizes import with_group
 
-GUARD_TOKENS = 2048  # tokens on which the guard compares, about
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
-
-# what a budget chooses from
-BUDGET_RANK = 128  # largest rank, where half the layer's smaller side allows it; what the kernels take
-BUDGET_LEFT_OUT = (0, 8, 16, 32)  # channels left to the correction, where activations are quantized
-BUDGET_DESIGNS = tuple(
-    RoutedDesign(shared, routed, experts)
-    for shared in (0, 16, 32)
-    for routed, experts in ((8, 4), (8, 8), (16, 8))
-)  # fmt: skip
 
 
 class QuantExpertsOptions(MethodOptions):
@@ -196,47 +186,14 @@ class QuantExperts(Method):
 
     def candidates(self, problem: LinearProblem) -> list[Candidate]:
         """Ranks, experts, channels left out and group sizes, with their costs; none that another one dominates."""
-        statistics = problem.measured()
-        side, in_features = min(problem.weight.shape), problem.weight.shape[1]
-        group = problem.scheme.weight.group_size
-        groups = (group,) if group == PER_CHANNEL else (group, group // 2)
-        counts = BUDGET_LEFT_OUT if problem.scheme.activation_bits else (0,)
-        counts = tuple(count for count in counts if count <= in_features // 8)
-        largest = min(BUDGET_RANK, side // 2 // RANK_STEP * RANK_STEP)
-        found: list[Candidate] = []
-        for group_size in groups:
-            scheme = with_group(problem.scheme, group_size)
-            for count in counts:
-                left_out = frequent_channels(statistics)[:count]
-                branch = self._branch(problem, scheme.weight, left_out)
-                noise = self._activation_noise(problem, branch)
-                spectrum = ErrorSpectrum.of(branch.error, problem.gram(), largest)
-                for size, loss in self._losses(problem, branch, spectrum):
-                    bits = predicted_bits(*problem.weight.shape, scheme, size, scaled=branch.inv_omega is not None)
-                    stored = bits.stored_bits * bits.weights
-                    choice = Choice(size, len(left_out), group_size)
-                    found.append(Candidate(choice, loss + noise, stored, bits.read))
-        return undominated(found)
-
-    def _losses(
-        self, problem: LinearProblem, branch: MainBranch, spectrum: ErrorSpectrum
-    ) -> list[tuple[AdapterSize, float]]:
-        """Corrections of every size, static and routed, and the energy per token that each leaves."""
-        ranks = range(0, spectrum.largest_rank + 1, RANK_STEP)
-        static = [(RoutedDesign(rank, 0, 0), spectrum.left(rank)) for rank in ranks]
-        routed: list[tuple[RoutedDesign, float]] = []
-        if self.options.experts:
-            k = shrink_to_layer(self.options, *problem.weight.shape).important_channels
-            weight = problem.weight.abs().mean(0).double().numpy()
-            trials = routed_losses(spectrum, problem.measured(), weight, k, BUDGET_DESIGNS, problem.seed)
-            routed = list(zip(BUDGET_DESIGNS, trials, strict=True))
-        found = []
-        for dtype in dict.fromkeys((self.options.adapter_dtype, "int4")):
-            excess = packing_loss(branch.error, problem.gram(), spectrum) if dtype == "int4" else 0.0
-            for design, loss in (*static, *routed):
-                size = AdapterSize(design.shared, design.routed, design.experts, FACTOR_BITS[dtype])
-                found.append((size, loss + excess * (spectrum.total - loss)))
-        return found
+        frequent = frequent_channels(problem.measured())
+        return offer_candidates(
+            problem,
+            lambda grid, count: self._branch(problem, grid, frequent[:count]),
+            dtypes=dict.fromkeys((self.options.adapter_dtype, "int4")),
+            important=shrink_to_layer(self.options, *problem.weight.shape).important_channels,
+            routed=self.options.experts > 0,
+        )
 
     def _size(self, problem: LinearProblem) -> LayerSize:
         """Ranks and experts: what a budget gives, or the options shrunk to the layer."""
@@ -253,11 +210,6 @@ class QuantExperts(Method):
         rounding = Rounding(options.rounding, options.clip)
         return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, problem.gram())
 
-    def _activation_noise(self, problem: LinearProblem, branch: MainBranch) -> float:
-        """Energy per token of the output error that rounding the activations causes."""
-        rounding = _activation_rounding(_guard_tokens(problem.measured()), branch, problem.scheme.activation_bits)
-        return float(rounding.square().sum(dtype=torch.float64)) / max(len(rounding), 1)
-
     def _shared_expert(
         self, problem: LinearProblem, statistics: InputStatistics, left_out: np.ndarray, size: LayerSize
     ) -> SharedExpert:
@@ -267,8 +219,8 @@ class QuantExperts(Method):
             grid = with_group(problem.scheme, problem.choice.group_size).weight
         branch = self._branch(problem, grid, left_out)
         directions = whitened_directions(branch.error, problem.gram(), size.shared_rank + size.routed_rank)
-        tokens = _guard_tokens(statistics)
-        rounding = _activation_rounding(tokens, branch, problem.scheme.activation_bits)
+        tokens = some_tokens(statistics)
+        rounding = activation_rounding(tokens, branch, problem.scheme.activation_bits)
         left = torch.from_numpy((branch.error - directions @ (directions.T @ branch.error)).astype(np.float32))
         objective = float((tokens @ left.T + rounding).square().sum(dtype=torch.float64))
         return SharedExpert(branch, directions[:, : size.shared_rank], objective)
@@ -368,27 +320,8 @@ def frequent_channels(statistics: InputStatistics) -> np.ndarray:
     return split_channels(lists, len(statistics.abs_mean), len(statistics.abs_mean), 0).independent
 
 
-def undominated(candidates: list[Candidate]) -> list[Candidate]:
-    """Candidates that no other one beats or equals in loss, stored and read bits together, cheapest first."""
-    kept: list[Candidate] = []
-    for one in sorted(candidates, key=lambda item: (item.stored, item.read, item.loss)):
-        if all(one.loss < other.loss or one.read < other.read for other in kept):
-            kept.append(one)
-    return kept
-
-
 def _lists(statistics: InputStatistics) -> np.ndarray:
     """The top-k lists, or lists that name no channel."""
     if statistics.importance is None:
         return np.full((statistics.count, 1), -1, np.int32)
     return statistics.importance
-
-
-def _guard_tokens(statistics: InputStatistics) -> Tensor:
-    return torch.from_numpy(statistics.tokens[:: max(1, len(statistics.tokens) // GUARD_TOKENS)])
-
-
-def _activation_rounding(tokens: Tensor, branch: MainBranch, bits: int) -> Tensor:
-    """What rounding the activations takes from the main branch's output on `tokens`, `[n, out]`."""
-    main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
-    return (main - fake_quantize_activation(main, bits)) @ branch.weight.decode().T

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.grids import QuantizedWeight, WeightGrid
+from qe_edge.calibration.statistics import InputStatistics
+from qe_edge.grids import QuantizedWeight, WeightGrid, fake_quantize_activation
 from qe_edge.linear import Adapters
 from qe_edge.reconstruction.factors import AdapterDtype, fit_down_factor, store_factor, store_up_factors
 from qe_edge.reconstruction.rounding import Rounding
 
 ChannelMode = Literal["drop", "scale"]
 NEAREST = Rounding()
+SOME_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,14 @@ def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterD
         num_experts=0,
         router=None,
     )
+
+
+def some_tokens(statistics: InputStatistics) -> Tensor:
+    """About `SOME_TOKENS` of the sampled tokens `[n, in]`, spread evenly."""
+    return torch.from_numpy(statistics.tokens[:: max(1, len(statistics.tokens) // SOME_TOKENS)])
+
+
+def activation_rounding(tokens: Tensor, branch: MainBranch, bits: int) -> Tensor:
+    """What rounding the activations takes from the main branch's output on `tokens` `[n, in]`, `[n, out]`."""
+    main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
+    return (main - fake_quantize_activation(main, bits)) @ branch.weight.decode().T

@@ -1,0 +1,116 @@
+"""What one layer offers to a budget: every size of correction with its costs and the error that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from qe_edge.grids import PER_CHANNEL, WeightGrid
+from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
+from qe_edge.reconstruction.branches import MainBranch, activation_rounding, some_tokens
+from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
+from qe_edge.reconstruction.factors import FACTOR_BITS, AdapterDtype
+from qe_edge.reconstruction.packed_factors import packing_loss
+from qe_edge.reconstruction.ranks import RANK_STEP
+from qe_edge.schemes import Scheme
+from qe_edge.sizes import predicted_bits, with_group
+
+LARGEST_RANK = 128  # what the kernels take; on small layers half the smaller side
+LEFT_OUT = (0, 8, 16, 32)  # channels that the main branch may leave to the correction where it rounds activations
+DESIGNS = tuple(
+    RoutedDesign(shared, routed, experts) for shared in (0, 16, 32) for routed, experts in ((8, 4), (8, 8), (16, 8))
+)
+TYPICAL_RANK = 16  # at which main branches are compared for the trials of routing
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One main branch.
+
+    Attributes:
+        scheme: Its number grids.
+        left_out: Channels left to the correction.
+        branch: The branch.
+        noise: Energy per token that rounding its activations costs.
+        spectrum: Of what it leaves.
+    """
+
+    scheme: Scheme
+    left_out: int
+    branch: MainBranch
+    noise: float
+    spectrum: ErrorSpectrum
+
+    def typical(self) -> float:
+        """Energy per token left by a static correction of the typical rank."""
+        return self.noise + self.spectrum.left(min(TYPICAL_RANK, self.spectrum.largest_rank))
+
+
+def offer_candidates(
+    problem: LinearProblem,
+    make_branch: Callable[[WeightGrid, int], MainBranch],
+    *,
+    dtypes: Iterable[AdapterDtype],
+    important: int,
+    routed: bool,
+) -> list[Candidate]:
+    """Candidates of one linear problem, none that another one dominates.
+
+    Args:
+        problem: With a Gram matrix, tokens and top-k lists.
+        make_branch: Main branch for a grid and a number of channels left out.
+        dtypes: Storages of the factors.
+        important: k, channels per token-independent set.
+        routed: Whether routed experts are tried, on the main branch that is best without them.
+    """
+    variants = list(_variants(problem, make_branch))
+    best = min(variants, key=_Variant.typical)
+    found = []
+    for variant in variants:
+        spectrum = variant.spectrum
+        ranks = range(0, spectrum.largest_rank + 1, RANK_STEP)
+        losses = [(RoutedDesign(rank, 0, 0), spectrum.left(rank)) for rank in ranks]
+        if routed and variant is best:
+            weight = problem.weight.abs().mean(0).double().numpy()
+            trials = routed_losses(spectrum, problem.measured(), weight, important, DESIGNS, problem.seed)
+            losses += zip(DESIGNS, trials, strict=True)
+        for dtype in dtypes:
+            excess = packing_loss(variant.branch.error, problem.gram(), spectrum) if dtype == "int4" else 0.0
+            for design, loss in losses:
+                size = AdapterSize(design.shared, design.routed, design.experts, FACTOR_BITS[dtype])
+                left = loss + excess * (spectrum.total - loss) + variant.noise
+                found.append(_candidate(problem, variant, size, left))
+    return undominated(found)
+
+
+def undominated(candidates: list[Candidate]) -> list[Candidate]:
+    """Candidates that no other one beats or equals in loss, stored and read bits together, cheapest first."""
+    kept: list[Candidate] = []
+    for one in sorted(candidates, key=lambda item: (item.stored, item.read, item.loss)):
+        if all(one.loss < other.loss or one.read < other.read for other in kept):
+            kept.append(one)
+    return kept
+
+
+def _variants(problem: LinearProblem, make_branch: Callable[[WeightGrid, int], MainBranch]) -> Iterable[_Variant]:
+    out_features, in_features = problem.weight.shape
+    group = problem.scheme.weight.group_size
+    largest = min(LARGEST_RANK, min(out_features, in_features) // 2 // RANK_STEP * RANK_STEP)
+    tokens, bits = some_tokens(problem.measured()), problem.scheme.activation_bits
+    for group_size in (group,) if group == PER_CHANNEL else (group, group // 2):
+        scheme = with_group(problem.scheme, group_size)
+        for count in LEFT_OUT if bits else (0,):
+            if count > in_features // 8:
+                continue
+            branch = make_branch(scheme.weight, count)
+            rounding = activation_rounding(tokens, branch, bits)
+            noise = float(rounding.square().sum(dtype=torch.float64)) / max(len(tokens), 1)
+            yield _Variant(scheme, count, branch, noise, ErrorSpectrum.of(branch.error, problem.gram(), largest))
+
+
+def _candidate(problem: LinearProblem, variant: _Variant, size: AdapterSize, loss: float) -> Candidate:
+    bits = predicted_bits(*problem.weight.shape, variant.scheme, size, scaled=variant.branch.inv_omega is not None)
+    choice = Choice(size, variant.left_out, variant.scheme.weight.group_size)
+    return Candidate(choice, loss, bits.stored_bits * bits.weights, bits.read)
