@@ -81,7 +81,13 @@ export build/demo/checkpoint -o build/demo/onnx
 build build/demo/onnx -o build/demo/engines --target rtx --plugin --plugin-library build/plugin/libqe_plugin.so
 """.strip().splitlines():
     if code := main(words.split()):
-        sys.exit(code)'
+        sys.exit(code)
+# the nodes as the engine got them, for the chain from ONNX to PTX
+import onnx_ir
+from qe_edge.export.lowering.plugin import pack_layers
+model = onnx_ir.load("build/demo/onnx/language.onnx")
+pack_layers(model)
+onnx_ir.save(model, "build/demo/packed.onnx", external_data="packed.onnx.data")'
 }
 
 rung "system tools" fetch_system_tools

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,10 +33,10 @@ def _siblings(graph: ir.Graph) -> Iterator[list[ir.Node]]:
 
 
 def _key(node: ir.Node) -> tuple[object, ...]:
-    """What siblings have in common; arrays by their content, because neutral ones are made for every node."""
+    """What siblings have in common; arrays by a hash of their content, because neutral ones are made for every node."""
     operands = operands_of(node)
     shared = (getattr(operands, name) for name in INPUTS[1:] if name not in JOINED)
-    contents = (None if value is None else array_of(value).tobytes() for value in shared)
+    contents = (None if value is None else hashlib.sha256(array_of(value).tobytes()).digest() for value in shared)
     groups = shape_of(operands.scales)[0]
     return operands.x, Attributes.of(node), operands.present(), groups, *contents
 

@@ -15,7 +15,7 @@ from onnx import helper
 
 from emulator.build import BUILD
 
-ONNX, ENGINES = BUILD / "demo/onnx", BUILD / "demo/engines"
+ONNX, ENGINES, PACKED = BUILD / "demo/onnx", BUILD / "demo/engines", BUILD / "demo/packed.onnx"
 
 
 class DemoMissingError(FileNotFoundError):
@@ -58,6 +58,16 @@ def layer(name: str, node: str) -> onnx.ModelProto:
     return helper.make_model(
         alone, opset_imports=model.opset_import, functions=model.functions, ir_version=model.ir_version
     )
+
+
+def packed_layer(node: str) -> onnx.ModelProto:
+    """One layer of the language model as `qe-edge build --plugin` gave it to TensorRT; siblings are joined."""
+    if not PACKED.is_file():
+        raise DemoMissingError(f"{PACKED} is missing. Run plugins/ladder.sh, whose rung '7 demo' makes it.")
+    model = onnx.load(str(PACKED))
+    found = next(each for each in model.graph.node if each.name == node)
+    constants = [tensor for tensor in model.graph.initializer if tensor.name in found.input]
+    return helper.make_model(helper.make_graph([found], "layer", [], [], constants))
 
 
 def layer_inputs(name: str, node: str) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from emulator.session import DTYPE_CODE, WEIGHTS, aligned
 from prepack.floats import from_bits, to_bits
 from prepack.lower import lower
 from tests.cases import LIMIT, relative_error
-from tests.demo import layer, layer_inputs, session
+from tests.demo import layer, layer_inputs, packed_layer, session
 
 # a bias; four experts; a channel scale and three times as many inputs
 LAYERS = [
@@ -73,6 +73,23 @@ def test_ptx_and_onnx_runtime_agree(
     error = relative_error(y, expected.astype(np.float64))
     print(f"{node}, {tokens} tokens: {error:.2e}")
     assert error <= LIMIT["f16"]
+
+
+@pytest.mark.parametrize(
+    ("first", "others"), [("self_attn.q_proj", ["k_proj", "v_proj"]), ("mlp.gate_proj", ["up_proj"])]
+)
+def test_joined_siblings_and_onnx_runtime_agree(
+    first: str, others: list[str], planner: Planner, ptx_machine: PtxMachine
+) -> None:
+    """Layers that are one node in the engine are apart in the exported graph."""
+    block = "model.language_model.layers.2."
+    nodes = [f"{block}{first}", *(f"{block}{first.partition('.')[0]}.{other}" for other in others)]
+    x = layer_inputs("language", nodes[0])[:17]
+    alone = (layer("language", node) for node in nodes)
+    expected = np.concatenate([session(each).run(None, {each.graph.input[0].name: x[None]})[0][0] for each in alone], 1)
+    y, errors = run_lowered(ptx_machine, planner, packed_layer("+".join([nodes[0], *others])), x)
+    assert errors == []
+    assert relative_error(y, expected.astype(np.float64)) <= LIMIT["f16"]
 
 
 def test_the_comparison_notices_a_wrong_weight(planner: Planner, ptx_machine: PtxMachine) -> None:

@@ -15,7 +15,7 @@ from qe_edge.export.build import build_engines
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCT, lower_for_tensorrt
-from tests.conftest import Exported
+from tests.conftest import Exported, Exports
 from tests.export.single_layers import Variant, layers_graph, make_layer
 
 NODES = {"visual": 4, "merger": 2, "language": 8}  # q/k/v and gate/up count once
@@ -39,8 +39,10 @@ def run(model: ir.Model, seed: int = 0) -> list[np.ndarray]:
     return list(session.run(None, feeds))
 
 
-def test_joined_siblings_compute_the_same(exported: Exported) -> None:
-    apart, joined = (ir.load(exported.onnx / "language.onnx") for _ in range(2))
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a16"])
+def test_joined_siblings_compute_the_same(exports: Exports, scheme: str) -> None:
+    """With one scale per channel, and with groups and zero points."""
+    apart, joined = (ir.load(exports("qe", scheme).onnx / "language.onnx") for _ in range(2))
     join_siblings(joined)
     assert kinds(joined)["QELinear"] == NODES["language"] < kinds(apart)["QELinear"]
     assert kinds(joined)["Split"] == kinds(apart)["Split"] + 4
