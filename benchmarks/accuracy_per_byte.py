@@ -1,0 +1,260 @@
+r"""Error against bytes: every method on the three real models, and Quant Experts inside budgets of bits.
+
+    python benchmarks/assemble_real_models.py smollm2 out/smollm2
+    python benchmarks/assemble_real_models.py dinov2 out/dinov2
+    python benchmarks/assemble_real_vlm.py out/vlm
+    python benchmarks/accuracy_per_byte.py out --results out/accuracy.json --plot out/accuracy.png
+
+Finished rows are kept in the results file, so a stopped run goes on where it was. All methods see the same calibration
+samples, number grids and modules. Bits count everything that belongs to a layer: codes in 4-bit containers, scales,
+adapters, router. The last table names, for every budget, the best method of others that fits it, and ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from real_models import REAL_MODELS, RealModel
+
+from qe_edge.accounting import count_bits
+from qe_edge.atomic import atomic_file
+from qe_edge.errors import QEError
+from qe_edge.quantizer import quantize
+from qe_edge.recipe import Recipe, make_recipe
+from qe_edge.validate.subjects import block_groups
+
+SCHEMES = ("w4a8", "w4a6", "w3a16")
+BUDGETS = (4.25, 4.5, 5.0)
+ERRORS = {"smollm2": "kl", "vlm": "kl", "dinov2": "cosine_loss"}  # what is compared, 0 for the original itself
+OTHERS = (
+    "rtn", "smoothquant", "awq", "mbq", "gptq", "omniquant", "quarot", "lorc", "lqer", "svdquant", "aser", "aser:plain",
+    "aser:memory",
+)  # fmt: skip
+PAPER = "qe:paper"
+ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
+LANGUAGE_ONLY = ("mbq", "quarot")  # need a loss, or a stream of residuals between RMSNorms
+ASER_MEMORY = {"rank": 288}  # r_s + N_r r_r of the paper: its memory, in one static correction
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured quantization.
+
+    Attributes:
+        model: Key in `REAL_MODELS`.
+        scheme: Number grids.
+        name: Method and preset, or our budget.
+        stored: Bits per weight of the checkpoint's quantized layers.
+        read: Bits per weight that one token reads.
+        error: The model's error measure.
+        measures: All measures by name.
+        seconds: Time to quantize.
+        routed: Share of the weights in layers with routed experts.
+    """
+
+    model: str
+    scheme: str
+    name: str
+    stored: float
+    read: float
+    error: float
+    measures: dict[str, float]
+    seconds: float
+    routed: float
+
+    @property
+    def ours(self) -> bool:
+        """Whether a budget of ours made it."""
+        return self.name.startswith("ours")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to measure: its name, and the recipe's keys."""
+
+    name: str
+    keys: dict[str, Any]
+
+
+def jobs(model: str, scheme: str, methods: Sequence[str]) -> Iterator[Job]:
+    """Every row of one model and scheme."""
+    for name in methods:
+        method, _, preset = name.partition(":")
+        if (method in ACTIVATIONS_ONLY and scheme.endswith("a16")) or (method in LANGUAGE_ONLY and model == "dinov2"):
+            continue
+        if preset == "memory":
+            yield Job(name, {"method": method, "options": ASER_MEMORY})
+        else:
+            yield Job(name, {"method": method, "preset": preset or "default"})
+    for bits in BUDGETS:
+        yield Job(f"ours, {bits:g} stored", {"method": "qe", "budget": {"bits": bits}})
+    for bits in BUDGETS:
+        yield Job(f"ours, {bits:g} read", {"method": "qe", "budget": {"read_bits": bits}})
+        yield Job(f"static, {bits:g} read", {"method": "qe", "budget": {"read_bits": bits}, "options": {"experts": 0}})
+
+
+def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
+    """Quantize one way and measure; what budgets measure first is kept in `offers` for the next one."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        quantized, _ = quantize(real.folder, recipe, real.calibration, work=_prepared(work / "run", offers))
+        seconds = time.perf_counter() - started
+        offers.mkdir(parents=True, exist_ok=True)
+        for path in (work / "run").iterdir():
+            if _measured(path):
+                shutil.copy(path, offers)
+    counted = count_bits(quantized.model, block_groups(quantized))
+    routed = sum(layer.bits.weights for layer in counted.layers if layer.bits.router)
+    measures = real.measure(quantized)
+    bits = counted.total
+    error = measures[ERRORS[real.name]]
+    share = routed / bits.weights
+    return Row(real.name, recipe.scheme, name, bits.stored_bits, bits.read_bits, error, measures, seconds, share)
+
+
+def _prepared(work: Path, offers: Path) -> Path:
+    work.mkdir()
+    for path in offers.iterdir() if offers.is_dir() else ():
+        shutil.copy(path, work)
+    return work
+
+
+def _measured(path: Path) -> bool:
+    return path.name.endswith(".offers.json") or path.name == "gradients.safetensors"
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Measure all rows that the results file lacks."""
+    rows = [Row(**row) for row in _read(options.results)]
+    for name in options.models:
+        real: RealModel | None = None
+        for scheme in options.schemes:
+            for job in jobs(name, scheme, options.methods):
+                if any((row.model, row.scheme, row.name) == (name, scheme, job.name) for row in rows):
+                    continue
+                if real is None:
+                    real = REAL_MODELS[name](options.folder / name, options.samples, options.questions)
+                    print(name, "original", {key: f"{value:.4g}" for key, value in real.original.items()}, flush=True)
+                recipe = make_recipe(scheme=scheme, modules=real.modules, **job.keys)
+                kind = "static" if job.name.startswith("static") else "all"
+                row = measure(real, recipe, job.name, options.results.with_suffix("") / name / scheme / kind)
+                rows.append(row)
+                _write(options.results, rows)
+                print(
+                    f"{name:8} {scheme:6} {job.name:18} {row.stored:6.3f} {row.read:6.3f} {row.error:.3e} "
+                    f"{row.seconds:6.1f} s", flush=True,
+                )  # fmt: skip
+    return rows
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    with atomic_file(path) as part:
+        part.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+def best(rows: Sequence[Row], cost: Callable[[Row], float], limit: float) -> Row | None:
+    """The row of least error whose cost keeps the limit."""
+    return min((row for row in rows if cost(row) <= limit + 1e-6), key=lambda row: row.error, default=None)
+
+
+def print_tables(rows: Sequence[Row]) -> None:
+    """All rows, then the contest at every budget."""
+    groups = list(dict.fromkeys((row.model, row.scheme) for row in rows))
+    for model, scheme in groups:
+        print(f"\n{model} {scheme}: {'':12} stored   read  {ERRORS[model]:>10}  quantized in")
+        for row in rows:
+            if (row.model, row.scheme) == (model, scheme):
+                others = {key: f"{value:.4g}" for key, value in row.measures.items() if key != ERRORS[model]}
+                bits = f"{row.stored:6.3f} {row.read:6.3f}"
+                print(f"  {row.name:22} {bits}  {row.error:10.3e}  {row.seconds:6.0f} s  {others}")
+    print("\nbest of others inside a budget, and ours; ratio of errors")
+    for model, scheme in groups:
+        group = [row for row in rows if (row.model, row.scheme) == (model, scheme)]
+        for title, cost in (("stored", _stored), ("read", _read_bits)):
+            for limit in BUDGETS:
+                other = best([row for row in group if not row.ours and not row.name.startswith("static")], cost, limit)
+                ours = best([row for row in group if row.ours], cost, limit)
+                if other and ours:
+                    print(
+                        f"  {model:8} {scheme:6} {title:6} {limit:5.2f}: {other.name:16} {other.error:.3e}  "
+                        f"{ours.name:18} {ours.error:.3e}  x {other.error / max(ours.error, 1e-12):.2f}"
+                    )
+
+
+def _stored(row: Row) -> float:
+    return row.stored
+
+
+def _read_bits(row: Row) -> float:
+    return row.read
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Error against stored bits, one panel a model and scheme."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    schemes = list(dict.fromkeys(row.scheme for row in rows))
+    figure, axes = plt.subplots(
+        len(models), len(schemes), figsize=(4.2 * len(schemes), 3.2 * len(models)), squeeze=False
+    )
+    for axis, (model, scheme) in zip(axes.flat, ((m, s) for m in models for s in schemes), strict=True):
+        group = [row for row in rows if (row.model, row.scheme) == (model, scheme)]
+        others = [row for row in group if not row.ours and not row.name.startswith("static")]
+        axis.scatter([row.stored for row in others], [row.error for row in others], color="0.45", s=18)
+        for row in others:
+            axis.annotate(row.name, (row.stored, row.error), fontsize=6, xytext=(3, 2), textcoords="offset points")
+        ours = sorted((row for row in group if row.ours and row.name.endswith("stored")), key=_stored)
+        axis.plot(
+            [row.stored for row in ours], [row.error for row in ours], "o-", color="tab:blue", label="QE-Edge, budget"
+        )
+        axis.set(yscale="log", title=f"{model}, {scheme}", xlabel="stored bits per weight", ylabel=ERRORS[model])
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Measure what is missing, print all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the assembled models lie, under their names")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file of finished rows")
+    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--models", nargs="+", choices=list(REAL_MODELS), default=list(REAL_MODELS))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--methods", nargs="*", default=[*OTHERS, PAPER], help="methods of others, and the paper's")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=200, help="default: %(default)s")
+    options = parser.parse_args()
+    try:
+        rows = run(options)
+    except QEError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print_tables(rows)
+    if options.plot:
+        plot(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
