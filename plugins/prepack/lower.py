@@ -58,24 +58,29 @@ def _values(tensor: TensorProto) -> NDArray[Any]:
     return array.astype(np.float32)
 
 
-def _lower_node(
-    node: onnx.NodeProto, constants: dict[str, TensorProto]
-) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+def read_node(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> CanonicalLinear:
+    """The layer that a canonical node describes, without what changes nothing. Raises PackError if a weight is missing."""
     named = {role: name for role, name in zip(INPUTS, node.input, strict=False) if name}
     missing = [role for role, name in named.items() if role != "x" and name not in constants]
     if missing or "qweight" not in named or "scales" not in named:
         what = ", ".join(missing) or "qweight or scales"
         raise PackError(f"{node.name}: {what} is no initializer of the graph. Export the weights as initializers.")
-    kind = constants[named["scales"]].data_type
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     fields: dict[str, Any] = {role: _values(constants[name]) for role, name in named.items() if role != "x"}
     fields |= {key: int(attributes.get(key, default)) for key, default in _INTEGERS.items()}
-    linear = CanonicalLinear(**without_neutral(fields))
+    return CanonicalLinear(**without_neutral(fields))
+
+
+def _lower_node(
+    node: onnx.NodeProto, constants: dict[str, TensorProto]
+) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    linear = read_node(node, constants)
+    kind = constants[node.input[INPUTS.index("scales")]].data_type
     packed = pack(linear, _DTYPES.get(kind, "f16"))
     tensors = [_tensor(f"{node.name or node.output[0]}.packed.{role}", role, packed) for role in _present(packed)]
     lowered = helper.make_node(
         OP,
-        [named["x"], *(tensor.name for tensor in tensors)],
+        [node.input[0], *(tensor.name for tensor in tensors)],
         list(node.output),
         name=node.name,
         domain=DOMAIN,

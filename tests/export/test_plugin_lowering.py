@@ -11,11 +11,14 @@ import onnxruntime as ort
 import pytest
 
 from qe_edge.errors import InputError, TargetError
-from qe_edge.export.build import build_engines
+from qe_edge.export.build import _is_listed, build_engines
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCT, lower_for_tensorrt
-from tests.conftest import Exported, Exports
+from qe_edge.prepack.lower import read_node
+from qe_edge.prepack.reference import qe_linear
+from tests.conftest import Exported
+from tests.export import single_layers
 from tests.export.single_layers import Variant, layers_graph, make_layer
 
 NODES = {"visual": 4, "merger": 2, "language": 8}  # q/k/v and gate/up count once
@@ -39,15 +42,69 @@ def run(model: ir.Model, seed: int = 0) -> list[np.ndarray]:
     return list(session.run(None, feeds))
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "w3a16"])
-def test_joined_siblings_compute_the_same(exports: Exports, scheme: str) -> None:
-    """With one scale per channel, and with groups and zero points."""
-    apart, joined = (ir.load(exports("qe", scheme).onnx / "language.onnx") for _ in range(2))
+def test_joined_siblings_of_a_model_compute_the_same(exported: Exported) -> None:
+    apart, joined = (ir.load(exported.onnx / "language.onnx") for _ in range(2))
     join_siblings(joined)
     assert kinds(joined)["QELinear"] == NODES["language"] < kinds(apart)["QELinear"]
     assert kinds(joined)["Split"] == kinds(apart)["Split"] + 4
     for before, after in zip(run(apart), run(joined), strict=True):
         assert np.abs(before - after).max() <= 2e-5 * np.abs(before).max()
+
+
+VARIANTS = [
+    Variant(),
+    Variant(factors="int4"),
+    Variant(factors="float", inv_omega=False),
+    Variant(factors="none", bias=False),
+    Variant(experts=0, rank_routed=0),
+    Variant(in_features=256, group_size=128, symmetric=False, act_bits=0),
+    Variant(in_features=192, bits=3, group_size=64, symmetric=False, act_bits=6, factors="int4"),
+]
+
+
+def random_input(features: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((1, 9, features)).astype(np.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_joined_siblings_compute_the_same(variant: Variant) -> None:
+    def graph() -> ir.Model:
+        model = layers_graph({name: make_layer(variant) for name in ("q", "k", "v")})
+        for node in list(model.graph)[1:]:
+            node.replace_input_with(0, model.graph.inputs[0])
+        del model.graph.inputs[1:]
+        return model
+
+    apart, joined = graph(), graph()
+    join_siblings(joined)
+    assert kinds(joined) == {"QELinear": 1, "Split": 1}
+    feeds = {"q.x": random_input(variant.in_features)}
+    before, after = (single_layers.run(model, feeds) for model in (apart, joined))
+    assert list(before) == list(after)
+    for name, y in before.items():
+        assert np.abs(y - after[name]).max() <= 1e-5 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_what_is_packed_computes_what_was_exported(variant: Variant) -> None:
+    """The plugin's float64 reference on the layer that prepack reads, and the exported graph in ONNX Runtime."""
+    model = layers_graph({"layer": make_layer(variant)})
+    x = random_input(variant.in_features)
+    (expected,) = single_layers.run(model, {"layer.x": x}).values()
+    proto = ir.to_proto(model)
+    (node,) = proto.graph.node
+    linear = read_node(node, {tensor.name: tensor for tensor in proto.graph.initializer})
+    y = qe_linear(linear, x[0], "f16")
+    limit = 1e-6 if variant.act_bits else 1e-3  # without quantization, the reference rounds x to float16
+    assert np.linalg.norm(y - expected[0]) <= limit * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "listed"),
+    [("a.mlp", True), ("a.mlp_myl0_2", True), ("a.mlp2_myl0_2", False), ("__myl_MulAdd_myl0_1", False)],
+)
+def test_a_node_in_an_engines_layer_list(layer: str, listed: bool) -> None:
+    assert _is_listed("a.mlp", {layer: "custom_layer"}) is listed
 
 
 def test_only_layers_that_read_the_same_are_joined() -> None:
