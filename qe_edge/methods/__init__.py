@@ -17,6 +17,7 @@ METHODS: Registry[type[Method]] = Registry(
         "awq": "qe_edge.methods.awq:AWQ",
         "mbq": "qe_edge.methods.mbq:MBQ",
         "gptq": "qe_edge.methods.gptq:GPTQ",
+        "quarot": "qe_edge.methods.quarot:QuaRot",
         "omniquant": "qe_edge.methods.omniquant:OmniQuant",
         "lorc": "qe_edge.methods.lorc:LoRC",
         "lqer": "qe_edge.methods.lqer:LQER",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +14,9 @@ from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.errors import NumericalError
 from qe_edge.linear import QuantizedLinear
 from qe_edge.schemes import Scheme
+
+if TYPE_CHECKING:
+    from qe_edge.models.loading import LoadedModel
 
 
 class MethodOptions(BaseModel):
@@ -143,6 +146,13 @@ class Method(ABC):
     def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:  # noqa: ARG002 - for subclasses
         """Ranks and experts for a layer of this shape, as far as they are known before calibration; none by default."""
         return AdapterSize()
+
+    def transform(self, loaded: LoadedModel, seed: int) -> None:  # noqa: B027 - most methods leave the model alone
+        """Change the original model in place, before anything is measured on it, to one that computes the same.
+
+        Raises:
+            ModelError: If this model does not allow it.
+        """
 
     @abstractmethod
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:

@@ -1,0 +1,203 @@
+"""A rotated language model computes what it did before, survives a checkpoint, and others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qe_edge.calibration.sources import load_evaluation
+from qe_edge.checkpoint import load_quantized, save_quantized
+from qe_edge.errors import ModelError
+from qe_edge.models.causal_lm import CausalLM
+from qe_edge.models.family import Encoded, Sample
+from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.rotation import hadamard_like, random_rotation, rotate_language_model
+from qe_edge.quantizer import quantize
+from qe_edge.recipe import make_recipe
+from tests.small_vlm import write_small_vlm
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
+
+
+def logits(loaded: LoadedModel, encoded: Encoded) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = loaded.model(**loaded.family.torch_inputs(encoded), use_cache=False).logits
+    return found[torch.from_numpy(encoded.attention_mask).bool()]
+
+
+def uneven_gains(loaded: LoadedModel) -> None:
+    """Norms whose gains are far from one, and biases where there are such, so that nothing folds away by itself."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in loaded.model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.data = parameter.data * (0.3 + 2 * torch.rand(parameter.shape, generator=generator))
+
+
+def tiny_llama() -> LoadedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=90, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=20, attention_bias=True, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.2)
+    return LoadedModel(model, CausalLM(config), None, "")
+
+
+def encoded_for(loaded: LoadedModel, samples: list[Sample]) -> Encoded:
+    if loaded.processor is not None:
+        return loaded.family.encode(loaded.processor, samples, answers=True)
+    ids = np.random.default_rng(0).integers(0, 90, (3, 11))
+    mask = np.ones_like(ids)
+    mask[0, :4] = 0
+    nothing = np.zeros(ids.shape, bool)
+    return Encoded(ids, mask, nothing, nothing)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 12, 20, 48, 7, 1536])
+def test_rotations_are_orthogonal_and_spread(size: int) -> None:
+    for matrix in (hadamard_like(size), random_rotation(size, np.random.default_rng(0))):
+        assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+        assert matrix.abs().max() <= (2 / size) ** 0.5 + 1e-12
+    if size & (size - 1) == 0:
+        assert torch.allclose(hadamard_like(size).abs(), torch.tensor(size**-0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "internvl", "llama"])
+def test_the_rotated_model_computes_the_same(kind: str, small: str, tiny_internvl: Path, samples: list[Sample]) -> None:
+    makers: dict[str, Callable[[], LoadedModel]] = {
+        "qwen2_vl": lambda: load_model(small, torch.float32),
+        "internvl": lambda: load_model(str(tiny_internvl), torch.float32),
+        "llama": tiny_llama,
+    }
+    loaded = makers[kind]()
+    uneven_gains(loaded)
+    encoded = encoded_for(loaded, samples)
+    before = logits(loaded, encoded)
+    stream: dict[str, Tensor] = {}
+    last = [block for block in loaded.family.blocks(loaded.model) if block.group == "language"][-1]
+    for step in ("plain", "rotated"):
+        handle = last.module.register_forward_hook(lambda _m, _i, y, step=step: stream.update({step: y}))
+        logits(loaded, encoded)
+        handle.remove()
+        if step == "plain":
+            rotate_language_model(loaded, 3)
+    after = logits(loaded, encoded)
+    assert (after - before).norm() <= 1e-4 * before.norm()
+    # it is the stream that has been rotated, by the rotation of this seed
+    rotation = random_rotation(stream["plain"].shape[-1], np.random.default_rng(3)).float()
+    assert torch.allclose(stream["plain"] @ rotation, stream["rotated"], atol=1e-3 * stream["plain"].abs().max())
+    assert not torch.allclose(stream["plain"], stream["rotated"], atol=0.1)
+    head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
+    assert head.data_ptr() != embedding.data_ptr()
+    assert not loaded.family.config.get_text_config().tie_word_embeddings
+    again = makers[kind]()
+    uneven_gains(again)
+    rotate_language_model(again, 3)
+    assert torch.equal(after, logits(again, encoded))
+
+
+def test_outliers_of_the_stream_are_spread() -> None:
+    loaded = tiny_llama()
+    loaded.model.get_input_embeddings().weight.data[:, 5] *= 30
+    encoded = encoded_for(loaded, [])
+    peaks = []
+    for seed in (None, 0):
+        if seed is not None:
+            rotate_language_model(loaded, seed)
+        embedded = loaded.model.get_input_embeddings()(torch.from_numpy(encoded.input_ids)).detach()
+        peaks.append(float((embedded.abs().amax(-1) / embedded.norm(dim=-1)).mean()))
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+@pytest.mark.parametrize("change", ["layer norm", "offset gains", "extra norm", "other mlp"])
+def test_other_decoders_are_refused_and_left_as_they_are(change: str) -> None:
+    class OffsetNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(48))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + self.weight)
+
+    loaded = tiny_llama()
+    layer = loaded.model.model.layers[1]
+    if change == "layer norm":
+        layer.post_attention_layernorm = nn.LayerNorm(48)
+    elif change == "offset gains":
+        layer.input_layernorm = OffsetNorm()
+    elif change == "extra norm":
+        layer.pre_feedforward_layernorm = nn.RMSNorm(48)
+    else:
+        layer.mlp.extra_proj = nn.Linear(4, 4)
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    with pytest.raises(ModelError, match="cannot be rotated"):
+        rotate_language_model(loaded, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+class StopAfter:
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+
+    def start(self, title: str, total: float) -> None:
+        pass
+
+    def advance(self, amount: float, note: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KilledError
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "internvl"])
+def test_a_resumed_run_rotates_alike_and_the_checkpoint_is_bit_identical(
+    kind: str, small: str, tiny_internvl: Path, tmp_path: Path
+) -> None:
+    source = small if kind == "qwen2_vl" else str(tiny_internvl)
+    recipe = make_recipe(method="quarot", scheme="w4a8", modules=("language", "merger"), calibration={"samples": 4})
+    whole, spec = quantize(source, recipe)
+    save_quantized(whole, spec, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        quantize(source, recipe, work=tmp_path / "work", progress=StopAfter(2))
+    resumed, spec = quantize(source, recipe, work=tmp_path / "work", resume=True)
+    save_quantized(resumed, spec, tmp_path / "resumed")
+    for name in ("model.safetensors", "config.json", "recipe.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+    again = load_quantized(tmp_path / "whole")
+    before, after = whole.model.state_dict(), again.model.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    head, embedding = again.model.get_output_embeddings().weight, again.model.get_input_embeddings().weight
+    assert head.data_ptr() != embedding.data_ptr()
+
+
+@pytest.mark.parametrize(("preset", "scheme"), [("default", "w4a8"), ("rtn", "w4a8"), ("default", "w3a16")])
+def test_the_quantized_rotated_model_stays_near_the_original(small: str, preset: str, scheme: str) -> None:
+    original = load_model(small, torch.float32)
+    encoded = encoded_for(original, load_evaluation("demo")[:4])
+    recipe = make_recipe(method="quarot", preset=preset, scheme=scheme, calibration={"samples": 4})
+    loaded, _ = quantize(small, recipe)
+    loaded.model.float()
+    before = logits(original, encoded)
+    assert 0 < (logits(loaded, encoded) - before).norm() < 0.25 * before.norm()
