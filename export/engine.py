@@ -50,6 +50,7 @@ class EngineFacts:
     Attributes:
         version: Of the library.
         errors: What the library complained about; empty if the engine was built.
+        remedy: What to do, where the first error is not about the graph.
         seconds: Time to parse and build.
         size: Bytes of the engine.
         layers: Layers of the parsed network.
@@ -59,6 +60,7 @@ class EngineFacts:
 
     version: str
     errors: list[str] = field(default_factory=list)
+    remedy: str = ""
     seconds: float = 0.0
     size: int = 0
     layers: int = 0
@@ -96,6 +98,8 @@ def build_engine(request: EngineRequest) -> EngineFacts:
         raise TargetError(f"{request.backend} built '{name}' and reported nothing.", REMEDY) from error
     finally:
         request.facts.unlink(missing_ok=True)
+    if facts.errors and facts.remedy:
+        raise TargetError(facts.errors[0], facts.remedy)
     if facts.errors:
         raise TargetError(f"{request.backend} refuses the graph '{name}': {_first_line(facts.errors)}", REMEDY)
     return facts

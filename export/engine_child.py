@@ -32,7 +32,7 @@ def build(request: EngineRequest) -> EngineFacts:
         try:
             load_plugin_library(trt, request.plugin_library)
         except TargetError as error:
-            return EngineFacts(version=trt.__version__, errors=[error.problem, *logger.errors])
+            return EngineFacts(version=trt.__version__, errors=[error.problem], remedy=error.remedy)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(request.onnx)):

@@ -51,9 +51,9 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
-    embedding = loaded.model.get_input_embeddings().get_parameter("weight").detach()
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
+        embedding = loaded.model.get_input_embeddings().get_parameter("weight").detach()
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
             for spec in specs:

@@ -59,7 +59,7 @@ def _values(tensor: TensorProto) -> NDArray[Any]:
 
 
 def read_node(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> CanonicalLinear:
-    """The layer that a canonical node describes, without its neutral operands. Raises PackError if a weight is missing."""
+    """The layer that a canonical node describes, without its neutral operands. Raises PackError if one is missing."""
     named = {role: name for role, name in zip(INPUTS, node.input, strict=False) if name}
     missing = [role for role, name in named.items() if role != "x" and name not in constants]
     if missing or "qweight" not in named or "scales" not in named:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -88,6 +89,15 @@ def test_what_tensorrt_refuses(tmp_path: Path) -> None:
     (tmp_path / "layer.onnx").write_bytes(b"no graph")
     with pytest.raises(TargetError, match="tensorrt_rtx refuses the graph 'layer'"):
         build_engine(request(tmp_path, "tensorrt_rtx", {}))
+
+
+@needs_rtx
+def test_a_library_that_is_no_plugin(tmp_path: Path) -> None:
+    library = tmp_path / "libqe_plugin.so"
+    library.write_text("no library", encoding="utf-8")
+    with pytest.raises(TargetError, match="cannot load the plugin library '") as caught:
+        build_engine(replace(request(tmp_path, "tensorrt_rtx", {}), plugin_library=library))
+    assert "qe-edge build-plugin" in caught.value.remedy
 
 
 @needs_rtx
