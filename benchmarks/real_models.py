@@ -39,8 +39,8 @@ from qe_edge.validate.subjects import block_groups, in_float32
 from qe_edge.validate.text import exact_answers, mean_kl, perplexity, predict, text_windows
 
 CALIBRATION = 128  # samples
-QUESTIONS = 200  # questions of the vision-language model, pictures of the encoder
-WIKI_WINDOWS, NEWS_WINDOWS = 12, 4  # of 256 tokens
+QUESTIONS = 200  # questions of the vision-language model, two a picture of the encoder
+WIKI_WINDOWS, NEWS_WINDOWS = 8, 4  # of 256 tokens
 LABELS = ("shape", "color")
 Measures = dict[str, float]
 
@@ -112,12 +112,13 @@ def vlm(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS) ->
 
 
 def dinov2(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS) -> RealModel:
-    """DINOv2 ViT-S/14 on pictures; `questions` is the number of pictures for each of cosine and probe."""
+    """DINOv2 ViT-S/14 on pictures: the probe answers `questions` about half as many, the cosine is of others."""
+    pictures = max(questions // len(LABELS), 1)
     loaded = in_float32(load_model(str(folder)))
-    seen = load_samples(str(_data(folder, "evaluation")), questions)
+    seen = load_samples(str(_data(folder, "evaluation")), pictures)
     wanted = extract_features(loaded, seen)
     training, training_labels = _labelled(folder, "probe_train")
-    tested, labels = _labelled(folder, "probe_test", questions)
+    tested, labels = _labelled(folder, "probe_test", pictures)
     probe = LinearProbe(extract_features(loaded, training), training_labels)
 
     def read(model: LoadedModel) -> Measures:

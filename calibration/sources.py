@@ -1,4 +1,4 @@
-"""Named sources of calibration and evaluation samples: the demo set, a folder, a JSONL file."""
+"""Named sources of calibration and evaluation samples: the demo set, a folder, a JSONL file, public captions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from qe_edge.calibration.captions import CAPTION_PROMPT, is_caption_source, load_captions
 from qe_edge.errors import CalibrationError
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import open_image
 
 DEMO = "demo"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CAPTION_PROMPT = "Describe the picture."
 MAX_LINE = 1 << 20
 
 
@@ -24,9 +24,10 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
     """Draw samples from a source.
 
     Args:
-        source: "demo", a JSONL file, or a folder with such files or with pictures (a `.txt` of the same name is a
-            picture's caption). A line has `image`, `question` and `answer`, of which `answer` and one of the others
-            may be missing, or `text` alone: running text for a language model.
+        source: "demo", a JSONL file, a folder with such files or with pictures (a `.txt` of the same name is a
+            picture's caption), or public captions (see `qe_edge.calibration.captions`). A line has `image`,
+            `question` and `answer`, of which `answer` and one of the others may be missing, or `text` alone: running
+            text for a language model.
         count: How many to draw without replacement; None or more than there are takes all, in order.
         seed: Seed of the draw.
 
@@ -37,6 +38,8 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
         from qe_edge.demo import calibration_path
 
         samples = read_jsonl(calibration_path())
+    elif is_caption_source(source):
+        return load_captions(source, count, seed)
     else:
         path = Path(source)
         if path.is_file():
@@ -45,7 +48,8 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
             samples = _read_folder(path)
         else:
             raise CalibrationError(
-                f"There is no calibration source '{source}'.", "Give 'demo', a JSONL file or a folder of pictures."
+                f"There is no calibration source '{source}'.",
+                "Give 'demo', a JSONL file, a folder of pictures, 'coco' or 'sharegpt4v:FOLDER'.",
             )
     if not samples:
         raise CalibrationError(f"'{source}' holds no sample.", "Add pictures with questions, or lines of text.")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qe_edge.errors import ModelError
 from qe_edge.linear import QELinear
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel
@@ -25,9 +26,21 @@ class Subject(Protocol):
 
 
 class TorchSubject:
-    """A PyTorch model as a subject; computes in the precision that its weights have."""
+    """A PyTorch model as a subject; computes in the precision that its weights have.
+
+    Args:
+        loaded: The model.
+
+    Raises:
+        ModelError: If it writes no text.
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
+        if not loaded.family.writes_text:
+            raise ModelError(
+                f"A '{loaded.family.model_type}' model writes no text, so it has no answers to compare.",
+                "Compare its features: qe_edge.validate.features.",
+            )
         self._loaded = loaded
 
     def logits(self, encoded: Encoded) -> np.ndarray:

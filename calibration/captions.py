@@ -1,0 +1,125 @@
+"""Public pictures with captions: ShareGPT4V on COCO, as in the paper, and COCO with its own captions.
+
+The package `datasets` reads both. `sharegpt4v:FOLDER` and `coco:FOLDER` take FOLDER for a copy in the hub's layout:
+
+- sharegpt4v: `coco/train2017/000000000009.jpg`, ... and `sharegpt4v_instruct_gpt4-vision_cap100k.json`, or only the
+  pictures: captions then come from the hub. Pictures are not in that data set: COCO's `train2017.zip` holds them.
+- coco: the Parquet files of lmms-lab/COCO-Caption2017 (`data/val-*.parquet`), pictures included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qe_edge.errors import CalibrationError
+from qe_edge.models.family import Sample
+
+CAPTION_PROMPT = "Describe the picture."
+SOURCES = ("sharegpt4v", "coco")
+SHAREGPT4V, SHAREGPT4V_FILE = "Lin-Chen/ShareGPT4V", "sharegpt4v_instruct_gpt4-vision_cap100k.json"
+COCO, COCO_SPLIT = "lmms-lab/COCO-Caption2017", "val"
+COCO_PICTURES = "coco/"  # ShareGPT4V's captions of other pictures are left out
+IMAGE_MARK = "<image>"
+
+
+def is_caption_source(source: str) -> bool:
+    """Whether `source` is "sharegpt4v", "coco", or one of them with a folder behind a colon."""
+    return source.partition(":")[0] in SOURCES
+
+
+def load_captions(source: str, count: int | None, seed: int) -> list[Sample]:
+    """Draw pictures with captions.
+
+    Args:
+        source: "sharegpt4v:FOLDER", "coco" or "coco:FOLDER".
+        count: How many to draw without replacement; None or more than there are takes all, in order.
+        seed: Seed of the draw.
+
+    Raises:
+        CalibrationError: If `datasets` is missing, the hub does not answer, or data or pictures are missing.
+    """
+    name, _, place = source.partition(":")
+    folder = Path(place) if place else None
+    if folder is not None and not folder.is_dir():
+        raise CalibrationError(f"There is no folder '{folder}' for '{name}'.", "Check the path behind the colon.")
+    return _sharegpt4v(folder, count, seed) if name == "sharegpt4v" else _coco(folder, count, seed)
+
+
+def _sharegpt4v(folder: Path | None, count: int | None, seed: int) -> list[Sample]:
+    if folder is None:
+        raise CalibrationError(
+            "'sharegpt4v' has captions, and its pictures lie elsewhere.",
+            "Unpack COCO's train2017.zip to FOLDER/coco/train2017 and give 'sharegpt4v:FOLDER'.",
+        )
+    captions = folder / SHAREGPT4V_FILE
+    rows = _load("json", data_files=str(captions)) if captions.is_file() else _load(SHAREGPT4V, "ShareGPT4V")
+    _check_columns(rows, ("image", "conversations"), "sharegpt4v")
+    usable = [index for index, image in enumerate(rows["image"]) if str(image).startswith(COCO_PICTURES)]
+    samples = []
+    for index in _draw(usable, count, seed, "sharegpt4v"):
+        row = rows[index]
+        picture = (folder / row["image"]).resolve()
+        if not picture.is_relative_to(folder.resolve()) or not picture.is_file():
+            raise CalibrationError(
+                f"There is no picture '{row['image']}' in '{folder}'.", "Unpack COCO's train2017.zip there."
+            )
+        turns = {turn["from"]: turn["value"] for turn in reversed(row["conversations"])}  # the first of each side
+        question = turns.get("human", "").replace(IMAGE_MARK, "").strip()
+        samples.append(Sample(picture, question or CAPTION_PROMPT, turns.get("gpt")))
+    return samples
+
+
+def _coco(folder: Path | None, count: int | None, seed: int) -> list[Sample]:
+    if folder is None:
+        rows = _load(COCO, split=COCO_SPLIT)
+    else:
+        files = sorted(str(path) for path in folder.rglob(f"{COCO_SPLIT}-*.parquet"))
+        if not files:
+            raise CalibrationError(f"'{folder}' holds no {COCO_SPLIT}-*.parquet.", f"Copy the data set {COCO} there.")
+        rows = _load("parquet", data_files=files)
+    _check_columns(rows, ("image", "answer"), "coco")
+    chosen = _draw(range(len(rows)), count, seed, "coco")
+    return [_coco_sample(rows[index]) for index in chosen]
+
+
+def _coco_sample(row: dict[str, Any]) -> Sample:
+    captions = row["answer"]  # usually five of each picture
+    captions = [captions] if isinstance(captions, str) else captions
+    return Sample(row["image"], CAPTION_PROMPT, str(captions[0]) if captions else None)
+
+
+def _draw(usable: Iterable[int], count: int | None, seed: int, name: str) -> list[int]:
+    indices = list(usable)
+    if not indices:
+        raise CalibrationError(f"'{name}' holds no picture of COCO with a caption.", "Download the data again.")
+    if count is None or count >= len(indices):
+        return indices
+    drawn = np.random.default_rng(seed).choice(len(indices), count, replace=False)
+    return [indices[position] for position in sorted(drawn)]
+
+
+def _check_columns(rows: Any, wanted: Iterable[str], name: str) -> None:  # noqa: ANN401 - datasets has no types
+    missing = [column for column in wanted if column not in rows.column_names]
+    if missing:
+        raise CalibrationError(f"The data of '{name}' have no column '{missing[0]}'.", "Download the data again.")
+
+
+def _load(path: str, name: str | None = None, *, split: str = "train", **options: Any) -> Any:  # noqa: ANN401
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            "Captions are read by the package 'datasets', which is not installed.", 'Run: pip install "datasets>=3.0"'
+        ) from error
+    try:
+        return datasets.load_dataset(path, name, split=split, **options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"The data set '{path}' cannot be loaded: {reason.rstrip('.')}.",
+            "Check the network, or copy the data set and give its folder: 'coco:FOLDER', 'sharegpt4v:FOLDER'.",
+        ) from error

@@ -1,0 +1,90 @@
+"""A vision encoder alone: encoding, quantizing, checkpoint, and clear refusals of what needs text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from qe_edge.checkpoint import load_quantized, save_quantized
+from qe_edge.errors import InputError, ModelError, RecipeError
+from qe_edge.export.exporter import export_model
+from qe_edge.linear import quantized_linears
+from qe_edge.models.family import Sample
+from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.quantizer import linear_groups, quantize
+from qe_edge.recipe import make_recipe
+from qe_edge.validate.subjects import TorchSubject
+from qe_edge.validate.text import predict
+from tests.small_models import LAYERS, write_small_dinov2
+
+LINEARS = LAYERS * 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_dinov2(tmp_path_factory.mktemp("dinov2") / "model")
+
+
+@pytest.fixture
+def pictures(picture: Callable[[int, int], Image.Image]) -> list[Sample]:
+    """Of different sizes, with questions or without."""
+    return [Sample(picture(64, 64), ""), Sample(picture(90, 40), "what?", "that"), Sample(picture(30, 100), "")]
+
+
+def features_of(loaded: LoadedModel, samples: list[Sample]) -> torch.Tensor:
+    inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, samples, answers=True))
+    with torch.no_grad():
+        hidden: torch.Tensor = loaded.model(**inputs).last_hidden_state
+    return hidden
+
+
+def test_siblings_share_their_input(folder: Path) -> None:
+    loaded = load_model(str(folder))
+    blocks = loaded.family.blocks(loaded.model)
+    assert [block.group for block in blocks] == ["visual"] * LAYERS
+    assert sorted(len(group.names) for group in linear_groups(blocks[0], loaded.family.siblings)) == [1, 1, 1, 3]
+
+
+@pytest.mark.parametrize("method", ["rtn", "qe"])
+def test_quantize_save_and_reload(folder: Path, pictures: list[Sample], tmp_path: Path, method: str) -> None:
+    original = features_of(load_model(str(folder)), pictures)
+    options = {"tokens": 128, "em_steps": 1} if method == "qe" else {}
+    recipe = make_recipe(method=method, modules=("visual",), options=options)
+    loaded, recipe = quantize(str(folder), recipe, pictures * 4)
+    assert len(quantized_linears(loaded.model)) == LINEARS
+    features = features_of(loaded, pictures)
+    assert 0 < (features - original).square().mean() / original.square().mean() < 0.2
+    save_quantized(loaded, recipe, tmp_path / "checkpoint")
+    assert torch.equal(features_of(load_quantized(tmp_path / "checkpoint"), pictures), features)
+
+
+def test_language_is_refused_and_visual_named(folder: Path, pictures: list[Sample]) -> None:
+    with pytest.raises(RecipeError, match=r"no language module.*--modules visual"):
+        quantize(str(folder), make_recipe(method="rtn"), pictures)
+
+
+def test_what_needs_text_is_refused(folder: Path, pictures: list[Sample], tmp_path: Path) -> None:
+    loaded = load_model(str(folder))
+    encoded = loaded.family.encode(loaded.processor, pictures)
+    with pytest.raises(InputError, match="pictures only"):
+        loaded.family.encode(loaded.processor, [Sample(None, "what?")])
+    with pytest.raises(ModelError, match="no text"):
+        TorchSubject(loaded)
+    with pytest.raises(ModelError, match="predicts no tokens"):
+        predict(loaded, [encoded], "text")
+    with pytest.raises(ModelError, match="cannot be exported"):
+        export_model(loaded, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_folder_without_image_processor_is_refused(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(ModelError, match="image processor"):
+        load_model(str(bare))
