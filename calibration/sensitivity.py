@@ -234,7 +234,7 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter]) -> Iterator[None]
     def hook(meter: _Meter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def note(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(meter.add)
+                output.register_hook(meter.add)  # type: ignore[no-untyped-call]
 
         return note
 
@@ -262,7 +262,7 @@ def _recomputed(block: nn.Module, wanted: bool) -> Callable[..., Tensor]:
         if wanted and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
         run = _Run(modules, lambda hidden: first_tensor(original(hidden, *args, **kwargs)))
-        result: Tensor = _Recompute.apply(hidden_states, run)
+        result: Tensor = _Recompute.apply(hidden_states, run)  # type: ignore[no-untyped-call]
         return result
 
     return forward

@@ -105,13 +105,15 @@ class _Ranges:
             top = 2 ** (bits - 1) - 1
             scale = (self.high * shares[..., :1]).clamp_min(MIN_RANGE) / top
             codes = _round(self.groups / scale).clamp(-top - 1, top)
-            return (codes * scale).reshape(len(self.groups), -1)
+            decoded: Tensor = codes * scale
+            return decoded.reshape(len(self.groups), -1)
         top = 2**bits - 1
         low = self.low * shares[..., 1:]
         scale = (self.high * shares[..., :1] - low).clamp_min(MIN_RANGE) / top
         zero = torch.round(-low / scale).detach().clamp(0, top)
         codes = (_round(self.groups / scale) + zero).clamp(0, top)
-        return ((codes - zero) * scale).reshape(len(self.groups), -1)
+        decoded = (codes - zero) * scale
+        return decoded.reshape(len(self.groups), -1)
 
 
 def learn_shares(ranges: _Ranges, gram: Tensor, options: OmniQuantOptions) -> Tensor:

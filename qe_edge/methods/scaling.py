@@ -24,7 +24,8 @@ class ChannelScaling(Method):
 def power_scale(abs_mean: np.ndarray, power: float) -> np.ndarray:
     """AWQ's candidate `[in]` float64: a power of the mean magnitudes, its extremes brought around 1."""
     scale: np.ndarray = np.maximum(np.maximum(abs_mean, 1e-12) ** power, SMALLEST_SCALE)
-    return scale / np.sqrt(scale.max() * scale.min())
+    scale /= np.sqrt(scale.max() * scale.min())
+    return scale
 
 
 def storable_inverse(scale: np.ndarray) -> Tensor:

@@ -50,7 +50,7 @@ class SVDQuantOptions(StaticOptions):
     grid: int = Field(20, ge=0, le=100)
     iterations: int = Field(100, ge=1, le=1000)
     rounding: Literal["nearest", "gptq"] = "nearest"
-    tokens: int = Field(2048, ge=1, le=1 << 20)
+    tokens: int = Field(1024, ge=1, le=1 << 20)
 
 
 class SVDQuant(StaticCorrection):
@@ -182,4 +182,5 @@ def _sketched(weight: Tensor, inverse: Tensor, sketch: np.ndarray, rank: int) ->
     reduced = basis.T @ smoothed
     values, vectors = torch.linalg.eigh((reduced @ reduced.T).double())
     top = basis @ vectors[:, torch.argsort(values, descending=True)[:rank]].float()
-    return (top @ (top.T @ smoothed)) * inverse.float()
+    low_rank: Tensor = (top @ (top.T @ smoothed)) * inverse.float()
+    return low_rank
