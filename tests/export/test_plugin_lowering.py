@@ -12,14 +12,19 @@ import pytest
 
 from qe_edge.errors import InputError, TargetError
 from qe_edge.export.build import _is_listed, build_engines
+from qe_edge.export.lowering import tensorrt
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCT, lower_for_tensorrt
+from qe_edge.models.family import Sample
 from qe_edge.prepack.lower import read_node
 from qe_edge.prepack.reference import qe_linear
+from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.manifest import GRAPHS
 from tests.conftest import Exported
 from tests.export import single_layers
 from tests.export.single_layers import Variant, layers_graph, make_layer
+from tests.export.test_lowering import HalfSession
 
 NODES = {"visual": 4, "merger": 2, "language": 8}  # q/k/v and gate/up count once
 
@@ -129,6 +134,46 @@ def test_layers_become_nodes_of_the_plugin(exported: Exported, graph: str) -> No
         assert node.inputs[1].shape.numpy() == (-(-rows // 128), -(-columns // 32) * 32 * 128 // 2)
     left = {name for name in model.graph.initializers if name.endswith((".qweight", ".down", ".up"))}
     assert {name for name in left if ".packed." not in name} == set()
+
+
+def lowered_with_stand_ins(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower as for the plugin, with the canonical function between casts where the plugin would compute."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt, "pack_layers", join_siblings)
+        lower_for_tensorrt(model, plugin=True)
+    for node in [node for node in model.graph if is_packed(node)]:
+        x, y = node.inputs[0], node.outputs[0]
+        assert x is not None
+        assert {x.dtype, y.dtype} == {ir.DataType.FLOAT16}
+        widened = ir.node("Cast", [x], {"to": ir.DataType.FLOAT.value}, name=f"{node.name}/widen")
+        widened.outputs[0].name = f"{node.name}/wide"
+        users = list(y.uses())
+        narrowed = ir.node("Cast", [y], {"to": ir.DataType.FLOAT16.value}, name=f"{node.name}/narrow")
+        narrowed.outputs[0].name = f"{node.name}/narrowed"
+        node.replace_input_with(0, widened.outputs[0])
+        model.graph.insert_before(node, widened)
+        model.graph.insert_after(node, narrowed)
+        for user, index in users:
+            user.replace_input_with(index, narrowed.outputs[0])
+        y.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def test_the_graph_around_the_plugin_answers_alike(
+    exported: Exported, tmp_path: Path, held_out: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = VisionLanguageEngine.load(exported.onnx, threads=1)
+    sessions = {}
+    for name in GRAPHS:
+        model = ir.load(exported.onnx / f"{name}.onnx")
+        lowered_with_stand_ins(model, monkeypatch)
+        ir.save(model, tmp_path / f"{name}.onnx", external_data=f"{name}.onnx.data")
+        sessions[name] = HalfSession(tmp_path / f"{name}.onnx")
+    lowered = VisionLanguageEngine(engine.manifest, engine.family, engine.processor, engine._embedding, sessions)
+    encoded = engine.encode(held_out, answers=True)
+    valid = encoded.attention_mask == 1
+    difference = lowered.logits(encoded)[valid] - engine.logits(encoded)[valid]
+    assert np.linalg.norm(difference) < 2e-2 * np.linalg.norm(engine.logits(encoded)[valid])
+    assert lowered.generate(held_out, 4) == engine.generate(held_out, 4)
 
 
 def test_a_layer_that_the_kernels_cannot_run() -> None:
