@@ -13,9 +13,11 @@ import pytest
 from qe_edge.errors import InputError, TargetError
 from qe_edge.export.build import _is_listed, build_engines
 from qe_edge.export.lowering import tensorrt
+from qe_edge.export.lowering.inline import array_of, operands_of
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCT, lower_for_tensorrt
+from qe_edge.linear import QELinear
 from qe_edge.models.family import Sample
 from qe_edge.prepack.lower import read_node
 from qe_edge.prepack.reference import qe_linear
@@ -71,16 +73,18 @@ def random_input(features: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((1, 9, features)).astype(np.float32)
 
 
+def siblings_graph(layers: dict[str, QELinear]) -> ir.Model:
+    """Layers that read the same input, `<first name>.x`."""
+    model = layers_graph(layers)
+    for node in list(model.graph)[1:]:
+        node.replace_input_with(0, model.graph.inputs[0])
+    del model.graph.inputs[1:]
+    return model
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_joined_siblings_compute_the_same(variant: Variant) -> None:
-    def graph() -> ir.Model:
-        model = layers_graph({name: make_layer(variant) for name in ("q", "k", "v")})
-        for node in list(model.graph)[1:]:
-            node.replace_input_with(0, model.graph.inputs[0])
-        del model.graph.inputs[1:]
-        return model
-
-    apart, joined = graph(), graph()
+    apart, joined = (siblings_graph({name: make_layer(variant) for name in "qkv"}) for _ in range(2))
     join_siblings(joined)
     assert kinds(joined) == {"QELinear": 1, "Split": 1}
     feeds = {"q.x": random_input(variant.in_features)}
@@ -110,6 +114,18 @@ def test_what_is_packed_computes_what_was_exported(variant: Variant) -> None:
 )
 def test_a_node_in_an_engines_layer_list(layer: str, listed: bool) -> None:
     assert _is_listed("a.mlp", {layer: "custom_layer"}) is listed
+
+
+@pytest.mark.parametrize("operand", ["down", "router", "inv_omega", "down_scale"])
+def test_layers_that_share_only_their_input_stay_apart(operand: str) -> None:
+    layers = {"q": make_layer(Variant()), "k": make_layer(Variant())}
+    model = siblings_graph(layers)
+    value = getattr(operands_of(list(model.graph)[1]), operand)
+    changed = array_of(value).copy()
+    changed.flat[3] += 1
+    value.const_value = ir.tensor(changed, name=value.name)
+    join_siblings(model)
+    assert kinds(model) == {"QELinear": 2}
 
 
 def test_only_layers_that_read_the_same_are_joined() -> None:
