@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from real_models import REAL_MODELS, RealModel
 
 from qe_edge.accounting import count_bits
 from qe_edge.atomic import atomic_file
+from qe_edge.budget import offers_from_json, offers_to_json
 from qe_edge.errors import QEError
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import Recipe, make_recipe
@@ -36,12 +37,14 @@ from qe_edge.validate.subjects import block_groups
 
 SCHEMES = ("w4a8", "w4a6", "w3a16")
 BUDGETS = (4.25, 4.5, 5.0)
+READ_BUDGET = 4.5  # limits only what a token reads, with routed experts and without
 ERRORS = {"smollm2": "kl", "vlm": "kl", "dinov2": "cosine_loss"}  # what is compared, 0 for the original itself
 OTHERS = (
     "rtn", "smoothquant", "awq", "mbq", "gptq", "omniquant", "quarot", "lorc", "lqer", "svdquant", "aser", "aser:plain",
     "aser:memory",
 )  # fmt: skip
 PAPER = "qe:paper"
+STATIC = "static"  # our budget again, but without routed experts
 ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
 LANGUAGE_ONLY = ("mbq", "quarot")  # need a loss, or a stream of residuals between RMSNorms
 ASER_MEMORY = {"rank": 288}  # r_s + N_r r_r of the paper: its memory, in one static correction
@@ -99,21 +102,24 @@ def jobs(model: str, scheme: str, methods: Sequence[str]) -> Iterator[Job]:
             yield Job(name, {"method": method, "preset": preset or "default"})
     for bits in BUDGETS:
         yield Job(f"ours, {bits:g} stored", {"method": "qe", "budget": {"bits": bits}})
-    for bits in BUDGETS:
-        yield Job(f"ours, {bits:g} read", {"method": "qe", "budget": {"read_bits": bits}})
-        yield Job(f"static, {bits:g} read", {"method": "qe", "budget": {"read_bits": bits}, "options": {"experts": 0}})
+    for name in ("ours", STATIC):
+        yield Job(f"{name}, {READ_BUDGET:g} read", {"method": "qe", "budget": {"read_bits": READ_BUDGET}})
 
 
 def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
     """Quantize one way and measure; what budgets measure first is kept in `offers` for the next one."""
     started = time.perf_counter()
+    static = name.startswith(STATIC)
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        quantized, _ = quantize(real.folder, recipe, real.calibration, work=_prepared(work / "run", offers))
+        work = Path(temporary) / "run"
+        shutil.copytree(offers, work) if offers.is_dir() else work.mkdir()
+        for path in work.glob("*.offers.json") if static else ():
+            path.write_text(_without_experts(path.read_text(encoding="utf-8")), encoding="utf-8")
+        quantized, _ = quantize(real.folder, recipe, real.calibration, work=work)
         seconds = time.perf_counter() - started
-        offers.mkdir(parents=True, exist_ok=True)
-        for path in (work / "run").iterdir():
-            if _measured(path):
+        if recipe.budget and not static:
+            offers.mkdir(parents=True, exist_ok=True)
+            for path in (*work.glob("*.offers.json"), *work.glob("gradients.safetensors")):
                 shutil.copy(path, offers)
     counted = count_bits(quantized.model, block_groups(quantized))
     routed = sum(layer.bits.weights for layer in counted.layers if layer.bits.router)
@@ -124,15 +130,14 @@ def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
     return Row(real.name, recipe.scheme, name, bits.stored_bits, bits.read_bits, error, measures, seconds, share)
 
 
-def _prepared(work: Path, offers: Path) -> Path:
-    work.mkdir()
-    for path in offers.iterdir() if offers.is_dir() else ():
-        shutil.copy(path, work)
-    return work
-
-
-def _measured(path: Path) -> bool:
-    return path.name.endswith(".offers.json") or path.name == "gradients.safetensors"
+def _without_experts(text: str) -> str:
+    """Offers without candidates that route."""
+    offers = offers_from_json(text)
+    static = {
+        name: replace(offer, candidates=[one for one in offer.candidates if not one.choice.adapters.experts])
+        for name, offer in offers.items()
+    }
+    return offers_to_json(static)
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -148,8 +153,7 @@ def run(options: argparse.Namespace) -> list[Row]:
                     real = REAL_MODELS[name](options.folder / name, options.samples, options.questions)
                     print(name, "original", {key: f"{value:.4g}" for key, value in real.original.items()}, flush=True)
                 recipe = make_recipe(scheme=scheme, modules=real.modules, **job.keys)
-                kind = "static" if job.name.startswith("static") else "all"
-                row = measure(real, recipe, job.name, options.results.with_suffix("") / name / scheme / kind)
+                row = measure(real, recipe, job.name, options.results.with_suffix("") / name / scheme)
                 rows.append(row)
                 _write(options.results, rows)
                 print(
@@ -188,7 +192,7 @@ def print_tables(rows: Sequence[Row]) -> None:
         group = [row for row in rows if (row.model, row.scheme) == (model, scheme)]
         for title, cost in (("stored", _stored), ("read", _read_bits)):
             for limit in BUDGETS:
-                other = best([row for row in group if not row.ours and not row.name.startswith("static")], cost, limit)
+                other = best([row for row in group if not row.ours and not row.name.startswith(STATIC)], cost, limit)
                 ours = best([row for row in group if row.ours], cost, limit)
                 if other and ours:
                     print(
@@ -219,7 +223,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     )
     for axis, (model, scheme) in zip(axes.flat, ((m, s) for m in models for s in schemes), strict=True):
         group = [row for row in rows if (row.model, row.scheme) == (model, scheme)]
-        others = [row for row in group if not row.ours and not row.name.startswith("static")]
+        others = [row for row in group if not row.ours and not row.name.startswith(STATIC)]
         axis.scatter([row.stored for row in others], [row.error for row in others], color="0.45", s=18)
         for row in others:
             axis.annotate(row.name, (row.stored, row.error), fontsize=6, xytext=(3, 2), textcoords="offset points")
