@@ -1,0 +1,144 @@
+r"""Time and peak memory of quantizing one decoder layer of Qwen2-VL-2B's shapes, against llm-compressor's GPTQ.
+
+    python -m venv out/peer && out/peer/bin/pip install torch llmcompressor
+    python benchmarks/quantizer_speed.py --peer out/peer/bin/python
+
+A model of one Llama decoder layer with random weights (hidden 1536, MLP 8960, 12 heads, 2 for keys and values) sees
+random tokens, 128 x 512 by default. Every quantizer runs in a process of its own, one after the other; timed is the
+call that quantizes, without imports and loading. Peak memory is that of the whole process. With `--repeat` the median
+of several runs is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPE = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+VOCABULARY = 1000
+UNKNOWN = "t0"
+OURS = {
+    "QE, defaults": {"method": "qe"},
+    "QE, nearest rounding": {"method": "qe", "options": {"rounding": "nearest", "clip": False}},
+    "QE, as in the paper": {"method": "qe", "preset": "paper"},
+    "our GPTQ": {"method": "gptq"},
+}
+PEER = "llm-compressor GPTQ"
+
+
+def make_model(folder: Path, samples: int, tokens: int) -> None:
+    """Write the model, its tokenizer and the calibration texts."""
+    import numpy as np
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPE, num_hidden_layers=1, vocab_size=VOCABULARY, max_position_embeddings=max(tokens, 512), dtype="bfloat16"
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    words = {f"t{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=UNKNOWN, unk_token=UNKNOWN).save_pretrained(folder)
+    drawn = np.random.default_rng(0).integers(1, VOCABULARY, (samples, tokens))
+    texts = [" ".join(f"t{index}" for index in row) for row in drawn]
+    (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def quantize_ours(folder: Path, name: str, scheme: str) -> float:
+    """Seconds of `qe_edge.quantize`."""
+    from qe_edge.models.family import TEXT, Sample
+    from qe_edge.models.loading import load_model
+    from qe_edge.quantizer import quantize
+    from qe_edge.recipe import make_recipe
+
+    texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+    keys: dict[str, Any] = {**OURS[name], "scheme": scheme}
+    loaded = load_model(str(folder))
+    samples = [Sample(None, text, kind=TEXT) for text in texts]
+    started = time.perf_counter()
+    quantize(loaded, make_recipe(**keys), samples)
+    return time.perf_counter() - started
+
+
+def quantize_peer(folder: Path, scheme: str) -> float:
+    """Seconds of llm-compressor's `oneshot` with GPTQ."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer(text, add_special_tokens=False) for text in texts]
+    data = Dataset.from_list([{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    modifier = GPTQModifier(
+        targets="Linear", scheme={"w4a16": "W4A16_ASYM", "w4a8": "W4A8"}[scheme], ignore=["lm_head"]
+    )
+    length = len(rows[0]["input_ids"])
+    started = time.perf_counter()
+    oneshot(
+        model=model, dataset=data, recipe=modifier, max_seq_length=length, num_calibration_samples=len(texts),
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    return time.perf_counter() - started
+
+
+def run_child(python: str, arguments: list[str]) -> dict[str, float]:
+    """Run this script in a role; returns what it prints last."""
+    done = subprocess.run([python, __file__, *arguments], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def main() -> int:
+    """Run everything, print a table and a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="python of an environment with llmcompressor")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--scheme", choices=("w4a16", "w4a8"), default="w4a16")
+    parser.add_argument("--role", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role:
+        name, folder = options.role[0], Path(options.role[1])
+        seconds = quantize_peer(folder, options.scheme) if name == PEER else quantize_ours(folder, name, options.scheme)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"seconds": seconds, "peak_gib": peak}))
+        return 0
+    names = [*OURS, *([PEER] if options.peer else [])]
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), options.samples, options.tokens)
+        for name in names:
+            python = options.peer if name == PEER else sys.executable
+            arguments = ["--role", name, folder, "--scheme", options.scheme]
+            runs = [run_child(python, arguments) for _ in range(options.repeat)]
+            found[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            print(f"{name:24} {found[name]['seconds']:7.1f} s   peak {found[name]['peak_gib']:.2f} GiB", flush=True)
+    if PEER in found:
+        for name in OURS:
+            print(f"{name:24} x {found[PEER]['seconds'] / found[name]['seconds']:.2f} as fast as {PEER}")
+    print(
+        json.dumps({"script": "quantizer_speed", "samples": options.samples, "tokens": options.tokens, "rows": found})
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
