@@ -22,3 +22,34 @@ def typed_layer(out_features: int, in_features: int, tokens: int, seed: int = 0)
         own = channels[4 + 8 * number : 12 + 8 * number]
         x[np.ix_(kind == number, own)] *= 10
     return torch.from_numpy(weight).float(), torch.from_numpy(x).float()
+
+
+def outlier_layer(
+    out_features: int, in_features: int, tokens: int, *, types: int = 8, strength: float = 1.0, seed: int = 0
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """A weight `[out, in]`, tokens `[n, in]` and the type `[n]` of every token, less tidy than `typed_layer`.
+
+    Tokens are correlated over channels; some channels are large for nearly all of them, and each type (of Zipf
+    distributed sizes) has outlier channels of its own, `strength` large and present in four of five of its tokens.
+    """
+    rng = np.random.default_rng(seed)
+    always, own = max(in_features // 42, 2), max(in_features // 36, 3)
+    mixing = rng.standard_normal((96, in_features)) * (0.9 ** np.arange(96))[:, None]
+    x = rng.standard_normal((tokens, 96)) @ mixing * 0.5 + 0.6 * rng.standard_normal((tokens, in_features))
+    x *= np.exp(0.4 * rng.standard_normal(in_features))
+    channels = rng.permutation(in_features)
+
+    def outliers(count: int, rows: int, low: float, high: float, share: float) -> np.ndarray:
+        amplitude = rng.uniform(low, high, count) * rng.choice([-1, 1], count)
+        present = rng.random((rows, count)) < share
+        return present * amplitude * np.exp(0.3 * rng.standard_normal((rows, count)))
+
+    x[:, channels[:always]] += outliers(always, tokens, 12, 40, 0.95)
+    size = 1.0 / (1 + np.arange(types)) ** 0.6
+    kind = rng.choice(types, tokens, p=size / size.sum())
+    for number in range(types):
+        rows = np.flatnonzero(kind == number)
+        chosen = rng.choice(channels[always:], own, replace=False)
+        x[np.ix_(rows, chosen)] += strength * outliers(own, len(rows), 5, 18, 0.8)
+    weight = rng.standard_t(6, (out_features, in_features)) / np.sqrt(in_features)
+    return torch.from_numpy(weight).float(), torch.from_numpy(x).float(), kind

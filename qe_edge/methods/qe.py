@@ -35,6 +35,7 @@ from qe_edge.reconstruction.factors import (
 from qe_edge.reconstruction.offers import offer_candidates
 from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.ranks import scale_rank
+from qe_edge.reconstruction.refinement import Refinement, refine
 from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
 from qe_edge.sizes import with_group
@@ -63,6 +64,15 @@ class QuantExpertsOptions(MethodOptions):
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
         tokens: Calibration tokens kept per layer for experts and router.
+        refine: Train by gradient descent, kept where it helps (`reconstruction.refinement`): "router" the router alone,
+            "all" the routed factors and the router (paper).
+        refine_epochs: Epochs.
+        refine_iterations: Steps of an epoch.
+        refine_rate: Initial learning rate.
+        refine_batch: Tokens of a step.
+        refine_tau: Temperature of the routing loss.
+        refine_alpha: Weight of the regression loss.
+        refine_beta: Weight of the routing loss.
     """
 
     shared_rank: int = Field(32, ge=0, le=512)
@@ -81,6 +91,29 @@ class QuantExpertsOptions(MethodOptions):
     adapter_dtype: AdapterDtype = "int8"
     stack_siblings: bool = True
     tokens: int = Field(8192, ge=1)
+    refine: Literal["none", "router", "all"] = "none"
+    refine_epochs: int = Field(16, ge=0, le=1000)
+    refine_iterations: int = Field(100, ge=0, le=10000)
+    refine_rate: float = Field(1e-4, gt=0, le=1)
+    refine_batch: int = Field(256, ge=1, le=1 << 16)
+    refine_tau: float = Field(1.0, gt=0)
+    refine_alpha: float = Field(1.0, ge=0)
+    refine_beta: float = Field(1.0, ge=0)
+
+    def refinement(self) -> Refinement | None:
+        """Settings of the refinement; None for none."""
+        if self.refine == "none":
+            return None
+        return Refinement(
+            factors=self.refine == "all",
+            epochs=self.refine_epochs,
+            iterations=self.refine_iterations,
+            rate=self.refine_rate,
+            tau=self.refine_tau,
+            alpha=self.refine_alpha,
+            beta=self.refine_beta,
+            batch=self.refine_batch,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +200,7 @@ class QuantExperts(Method):
         return StatisticsRequest(gram=True, tokens=self.options.tokens, important=size.important_channels)
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
-        """Quantize one linear problem (specification sections 4 to 7)."""
+        """Quantize one linear problem (specification sections 4 to 7, and 9)."""
         statistics = problem.measured()
         size, choice = self._size(problem), problem.choice
         split = split_channels(_lists(statistics), problem.weight.shape[1], size.important_channels, size.experts)
@@ -181,7 +214,13 @@ class QuantExperts(Method):
             plain = self._shared_expert(problem, statistics, left_out[:0], size)
             shared = plain if plain.objective < shared.objective else shared
         adapters = self._adapters(problem, statistics, shared, split.dependent, size)
-        branch = shared.branch
+        branch, refinement = shared.branch, self.options.refinement()
+        if adapters and refinement:
+            tokens = torch.from_numpy(statistics.tokens)
+            target = tokens @ torch.from_numpy(branch.error).float().T
+            target += activation_rounding(tokens, branch, problem.scheme.activation_bits)
+            gram = torch.from_numpy(problem.gram())
+            adapters = refine(adapters, tokens, target, gram, refinement, problem.seed)
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)
 
     def candidates(self, problem: LinearProblem) -> list[Candidate]:
