@@ -20,6 +20,7 @@ PHASES = {"visual": "Picture of {patches} patches", "prefill": "Prompt of {promp
 @click.command("predict", cls=Command, example="qe-edge predict qwen2-vl-2b --device orin-agx")
 @click.argument("model")
 @click.option("--device", metavar="NAME", required=True, help="For example orin-agx; a name that is unknown lists all.")
+@click.option("--scheme", metavar="NAME", default="w4a8", show_default=True, help="Scheme of the quantized model.")
 @click.option("--patches", type=click.IntRange(1), metavar="N", default=1024, show_default=True, help="Of the picture.")
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), metavar="N", default=1024, show_default=True, help="To prefill."
