@@ -66,6 +66,9 @@ def read_node(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> Canoni
         what = ", ".join(missing) or "qweight or scales"
         raise PackError(f"{node.name}: {what} is no initializer of the graph. Export the weights as initializers.")
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    unknown = sorted(attributes.keys() - _KNOWN) or list(node.input[len(INPUTS) :])
+    if unknown:
+        raise PackError(f"{node.name}: {unknown[0]} is nothing that the kernels know. Build without --plugin.")
     fields: dict[str, Any] = {role: _values(constants[name]) for role, name in named.items() if role != "x"}
     fields |= {key: int(attributes.get(key, default)) for key, default in _INTEGERS.items()}
     return CanonicalLinear(**without_neutral(fields))
@@ -112,6 +115,7 @@ def _with_casts(node: onnx.NodeProto, kind: int) -> list[onnx.NodeProto]:
 
 
 _INTEGERS = {"act_bits": 0, "group_size": -1, "rank_shared": 0, "rank_routed": 0, "num_experts": 0}
+_KNOWN = {*_INTEGERS, "weight_bits", "plugin_version", "plugin_namespace"}
 
 
 def _present(packed: PackedLinear) -> list[str]:

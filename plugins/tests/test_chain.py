@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from emulator.plan import Planner
 from emulator.ptx import PtxMachine
 from emulator.session import run_linear
-from prepack.linear import CanonicalLinear
+from prepack.linear import CanonicalLinear, PackError
 from prepack.lower import lower
 from prepack.neutral import without_neutral
 from prepack.reference import dequantize_weight
@@ -96,6 +96,17 @@ def test_neutral_operands_are_dropped() -> None:
     assert (kept.group_size, kept.rank, kept.num_experts) == (-1, 0, 0)
     assert kept.zeros is kept.inv_omega is kept.bias is kept.down is kept.router is None
     assert np.array_equal(dequantize_weight(kept), dequantize_weight(linear))
+
+
+def test_what_the_kernels_do_not_know_is_refused() -> None:
+    model = canonical_model([Mode("w4a8")], [256, 256])
+    model.graph.node[0].attribute.append(helper.make_attribute("rotation", 1))
+    with pytest.raises(PackError, match="rotation is nothing that the kernels know"):
+        lower(model)
+    model = canonical_model([Mode("w4a8")], [256, 256])
+    model.graph.node[0].input.append("layer0.more")
+    with pytest.raises(PackError, match="more is nothing that the kernels know"):
+        lower(model)
 
 
 def test_a_float32_model_is_lowered_between_casts() -> None:

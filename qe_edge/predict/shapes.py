@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qe_edge.errors import ModelError, UnknownNameError
 from qe_edge.predict.tables import model_table
 
+FAMILIES = ("qwen2_vl", "internvl")
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -128,11 +130,13 @@ def _from_config(config: dict[str, Any], title: str) -> ModelShape:
         vocabulary=text["vocab_size"],
         gated=True,
     )
-    if "embed_dim" in vision:  # Qwen2-VL
+    if config["model_type"] not in FAMILIES:
+        raise ValueError("another family")
+    if config["model_type"] == "qwen2_vl":
         width, together = vision["embed_dim"], vision.get("spatial_merge_size", 2) ** 2
         encoder = Stack(hidden=width, layers=vision["depth"], mlp=int(width * vision["mlp_ratio"]), gated=False)
         inner = width * together
-    else:  # InternVL
+    else:
         width, together = vision["hidden_size"], round(1 / config.get("downsample_ratio", 0.5) ** 2)
         encoder = Stack(hidden=width, layers=vision["num_hidden_layers"], mlp=vision["intermediate_size"], gated=False)
         inner = language.hidden

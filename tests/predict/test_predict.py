@@ -164,7 +164,7 @@ def test_what_cannot_be_predicted(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no folder or model 'qwen3'") as caught:
         find_model("qwen3")
     assert "qwen2-vl-72b" in caught.value.remedy
-    for text in ("{", "[]", "{}", '{"vision_config": {}}'):
+    for text in ("{", "[]", "{}", '{"vision_config": {}}', json.dumps({**INTERNVL, "model_type": "llava"})):
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ModelError, match=r"no config\.json of a Qwen2-VL or InternVL"):
             find_model(str(tmp_path))
