@@ -28,7 +28,7 @@ from qe_edge.accounting import count_bits
 from qe_edge.checkpoint import is_checkpoint, load_quantized
 from qe_edge.errors import InputError, QEError
 from qe_edge.linear import quantized_linears
-from qe_edge.models.family import TEXT, Encoded, Sample
+from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.validate.subjects import block_groups, in_float32
@@ -58,11 +58,11 @@ class QEEdge(lmms):  # type: ignore[misc] # lmms-eval has no types
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """None of the paper's tasks asks twice."""
-        raise NotImplementedError(f"{len(requests)} questions of several rounds")
+        raise InputError(f"{len(requests)} questions have several rounds.", "Choose a task that asks once.")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of continuations in nats, and whether greedy generation gives them; text only."""
-        return [self._likelihood(*request.args) for request in tqdm(requests, desc="continuations")]
+        """All of the paper's tasks can be asked as questions; how lmms-eval ranks losses differs between versions."""
+        raise InputError(f"{len(requests)} continuations are to be rated, not generated.", "Choose a generative task.")
 
     def _answer(
         self,
@@ -93,22 +93,6 @@ class QEEdge(lmms):  # type: ignore[misc] # lmms-eval has no types
         for end in [ends] if isinstance(ends, str) else ends:
             answer = answer.split(end)[0] if end else answer
         return str(answer).strip()
-
-    def _likelihood(
-        self, context: str, continuation: str, pictures_of: Callable[[Any], Any] | None, *document: int | str
-    ) -> tuple[float, bool]:
-        number, task, split = document
-        if not isinstance(continuation, str) or (pictures_of and pictures_of(self.task_dict[task][split][number])):
-            raise InputError(f"Task '{task}' rates continuations after pictures.", "Choose a task that generates.")
-        family, processor = self.loaded.family, self.loaded.processor
-        whole = family.encode(processor, [Sample(None, context + continuation, kind=TEXT)])
-        start = family.encode(processor, [Sample(None, context, kind=TEXT)]).input_ids.shape[1]
-        with torch.no_grad():
-            logits = self.loaded.model(**self._inputs(whole), use_cache=False).logits
-        predicted = logits[0, start - 1 : -1].float().log_softmax(-1)
-        targets = torch.from_numpy(whole.input_ids[0, start:]).to(self.device)
-        chosen = predicted.gather(1, targets[:, None])
-        return float(chosen.sum()), bool((predicted.argmax(-1) == targets).all())
 
     def _inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.device) for name, tensor in self.loaded.family.torch_inputs(encoded).items()}

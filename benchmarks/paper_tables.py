@@ -61,7 +61,7 @@ TASKS = {
         Task("InfoVQA", "infovqa_val", "anls"),
         Task("MMStar", "mmstar", "average"),
         Task("MuirBench", "muirbench", "muirbench_score_overall"),
-        Task("MMLU", "mmlu", "acc"),
+        Task("MMLU", "mmlu_generative", "exact_match"),
     )
 }
 
@@ -185,21 +185,32 @@ def read_result(result: Path, model: str, limit: int | None) -> dict[str, Any] |
 
 
 def score_of(found: dict[str, Any], task: Task) -> float:
-    """The task's metric, whatever filter lmms-eval put the answers through; of several filters the last.
+    """The task's metric; of a group that does not say it, the mean over the questions of all its tasks.
 
     Raises:
         ArtifactError: If the result lacks it.
     """
-    numbers = found["results"].get(task.name, {})
-    values = [value for key, value in numbers.items() if key.partition(",")[0] == task.metric]
-    values = [value for value in values if isinstance(value, int | float)]
-    if not values:
-        known = sorted({key.partition(",")[0] for key in numbers} - {"alias"})
+    results = found["results"]
+    whole = metric_of(results.get(task.name, {}), task.metric)
+    if whole is not None:
+        return whole
+    sizes = {name: size["effective"] for name, size in found.get("samples", {}).items()}
+    parts = {name: metric_of(numbers, task.metric) for name, numbers in results.items() if sizes.get(name)}
+    known = {name: value for name, value in parts.items() if value is not None}
+    if not known:
+        names = sorted({key.partition(",")[0] for key in results.get(task.name, {})} - {"alias"})
         raise ArtifactError(
-            f"The result of {task.title} has no number for '{task.metric}', only for {', '.join(known) or 'nothing'}.",
+            f"The result of {task.title} has no number for '{task.metric}', only for {', '.join(names) or 'nothing'}.",
             f"Name the metric: --tasks '{task.title}={task.name}:METRIC'.",
         )
-    return float(values[-1])
+    return sum(value * sizes[name] for name, value in known.items()) / sum(sizes[name] for name in known)
+
+
+def metric_of(numbers: dict[str, Any], metric: str) -> float | None:
+    """A metric, whatever filter lmms-eval put the answers through; of several filters the last."""
+    values = [value for key, value in numbers.items() if key.partition(",")[0] == metric]
+    values = [value for value in values if isinstance(value, int | float)]
+    return float(values[-1]) if values else None
 
 
 def cells(row: Row, tasks: Sequence[Task]) -> list[str]:
