@@ -10,11 +10,12 @@ from torch import Tensor
 from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest, collect_statistics
 from qe_edge.grids import WeightGrid, fake_quantize_activation, quantize_weight
+from qe_edge.methods import qe
 from qe_edge.methods.qe import QuantExpertsOptions, shrink_to_layer
 from qe_edge.reconstruction.directions import ErrorSpace, whitened_directions
 from qe_edge.reconstruction.experts import ExpertProblem, gram_experts, residual_energy
 from qe_edge.reconstruction.router import token_residuals, triangle_router
-from tests.layers import typed_layer
+from tests.layers import outlier_layer, typed_layer
 from tests.reference.whitened_svd import scaled_svd, whitened_svd
 
 EXACT = {"adapter_dtype": "float32", "shrink": False, "cs_guard": False}
@@ -318,3 +319,31 @@ def test_small_layers_get_smaller_ranks_by_the_stated_rule(
     assert (size.shared_rank, size.routed_rank, size.experts, size.important_channels) == expected
     adapters = (size.shared_rank + size.experts * size.routed_rank) * sum(shape)
     assert adapters <= 0.5 * shape[0] * shape[1]
+
+
+def test_T17_ablations_fall_into_the_papers_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x, _ = outlier_layer(256, 256, 4500)
+    calibration, held_out = x[:3000], x[3000:]
+
+    def error(method: str, **options: object) -> float:
+        made = make_recipe(method=method, scheme="w4a8", options=options)
+        return relative(quantize_linear(weight, calibration, made)(held_out), held_out @ weight.T)
+
+    static = {"rank": 32, "shrink": False, "adapter_dtype": "float16"}
+    routed = {
+        "shared_rank": 16, "routed_rank": 16, "experts": 8, "important_channels": 8, "shrink": False,
+        "adapter_dtype": "float16", "cs_guard": False, "rounding": "nearest", "clip": False,
+    }  # fmt: skip
+    ours = error("qe", **routed)
+    assert ours < 0.9 * error("aser", outliers=8, **static)
+    assert error("aser", outliers=8, **static) < 0.9 * error("aser", outliers=0, **static)
+    assert error("aser", outliers=0, **static) < 0.9 * error("lqer", **static)
+    assert error("lqer", **static) < 0.9 * error("rtn")
+    clusters = np.random.default_rng(0).integers(0, 8, 3000)
+    as_built = error("qe", **routed, em_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(qe, "assign_by_mass", lambda problem: clusters)
+        assert as_built < 0.95 * error("qe", **routed, em_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(QELinear, "expert_index", lambda layer, tokens: torch.from_numpy(clusters[: len(tokens)]))
+        assert ours < 0.8 * error("qe", **routed)

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
-from qe_edge.errors import NumericalError
+from qe_edge.errors import NumericalError, RecipeError
 from qe_edge.grids import WeightGrid
 from qe_edge.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
@@ -32,6 +32,7 @@ from qe_edge.reconstruction.factors import (
     store_factor,
     store_up_factors,
 )
+from qe_edge.reconstruction.modality import assign_by_modality
 from qe_edge.reconstruction.offers import offer_candidates
 from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.ranks import scale_rank
@@ -52,6 +53,8 @@ class QuantExpertsOptions(MethodOptions):
         experts: Number N_r of routed experts; 0 for none.
         important_channels: Important channels k per token.
         shrink: Shrink ranks, k and the number of experts on small layers (see `shrink_to_layer`).
+        assignment: Which tokens share an expert at first: those with the same important channels ("cooccurrence",
+            paper), or of the same modality before that ("modality", see `reconstruction.modality`).
         expert_weighting: What weighs the routed experts' fit.
         rho: Global share in every expert's covariance.
         em_steps: Polishing rounds of token assignment and fit.
@@ -80,6 +83,7 @@ class QuantExpertsOptions(MethodOptions):
     experts: int = Field(8, ge=0, le=64)
     important_channels: int = Field(32, ge=0, le=1024)
     shrink: bool = True
+    assignment: Literal["cooccurrence", "modality"] = "cooccurrence"
     expert_weighting: Literal["gram", "condmean", "omega", "lqeromega", "mask"] = "gram"
     rho: float = Field(0.05, ge=0, lt=1)
     em_steps: int = Field(3, ge=0, le=50)
@@ -99,6 +103,15 @@ class QuantExpertsOptions(MethodOptions):
     refine_tau: float = Field(1.0, gt=0)
     refine_alpha: float = Field(1.0, ge=0)
     refine_beta: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _modality_needs_token_weights(self) -> QuantExpertsOptions:
+        if self.assignment == "modality" and self.expert_weighting not in ("gram", "condmean"):
+            raise RecipeError(
+                f"The expert weighting '{self.expert_weighting}' reads clusters of channels, which 'modality' lacks.",
+                "Choose expert_weighting 'gram' or 'condmean', or assignment 'cooccurrence'.",
+            )
+        return self
 
     def refinement(self) -> Refinement | None:
         """Settings of the refinement; None for none."""
@@ -337,7 +350,8 @@ class QuantExperts(Method):
             rank=rank,
             rho=self.options.rho,
         )
-        assigned = assign_by_mass(fit)
+        by_modality = self.options.assignment == "modality"
+        assigned = assign_by_modality(fit, problem.seed) if by_modality else assign_by_mass(fit)
         if self.options.expert_weighting == "gram":
             return gram_experts(fit, assigned, self.options.em_steps)
         return diagonal_experts(fit, assigned, self.options.expert_weighting), assigned

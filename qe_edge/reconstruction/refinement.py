@@ -225,9 +225,9 @@ class _Task:
         return settings.alpha * regression + settings.beta * routing_loss(d, tokens.abs() @ router.T, settings.tau)
 
     def _all_distances(self, experts: RoutedFactors) -> Tensor:
-        parts = zip(self.tokens.split(CHUNK), self.left.split(CHUNK), strict=True)
+        parts = [slice(start, start + CHUNK) for start in range(0, len(self.tokens), CHUNK)]
         with torch.no_grad():
-            return torch.cat([distances(experts, tokens, left) for tokens, left in parts])
+            return torch.cat([distances(experts, self.tokens[part], self.left[part]) for part in parts])
 
 
 def _balance(experts: RoutedFactors) -> Tensor:
