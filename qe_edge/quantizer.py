@@ -98,8 +98,9 @@ def quantize(
     check_modules(blocks, spec.modules)
     chains = [chain for chain in chains_of(blocks) if chain[0].group in spec.modules]
     check_weights([block for chain in chains for block in chain])
-    folder = WorkFolder.open(work, spec, model_fingerprint(loaded), resume=resume) if work else None
+    fingerprint = model_fingerprint(loaded) if work else ""
     spec.build_method().transform(loaded, spec.seed)
+    folder = WorkFolder.open(work, spec, fingerprint, resume=resume) if work else None
     total = sum(parameter.numel() for chain in chains for block in chain for parameter in block.module.parameters())
     total *= 2 if spec.budget else 1  # measured first, then quantized
     with track(progress or Silent(), "Quantizing", total) as tracked:

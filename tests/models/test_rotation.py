@@ -148,6 +148,15 @@ def test_other_decoders_are_refused_and_left_as_they_are(change: str) -> None:
     assert loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
 
 
+def test_a_refused_model_leaves_no_unfinished_run(tmp_path: Path) -> None:
+    loaded = tiny_llama()
+    loaded.model.model.norm = nn.LayerNorm(48)
+    recipe = make_recipe(method="quarot", modules=("language",))
+    with pytest.raises(ModelError, match="cannot be rotated"):
+        quantize(loaded, recipe, [Sample(None, "?", "!")], work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 class KilledError(Exception):
     """Stands for a kill."""
 
