@@ -17,7 +17,7 @@ from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild, PluginBuild
-from qe_edge.runtime.manifest import GRAPHS, MANIFEST, GraphEntry, read_manifest
+from qe_edge.runtime.manifest import MANIFEST, GraphEntry, read_manifest
 from qe_edge.runtime.plugin_library import digest
 
 DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
@@ -55,11 +55,11 @@ def build_engines(
                 f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
             )
     chosen.check()
-    sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in GRAPHS}
+    sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in manifest.graphs}
     with atomic_folder(out) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
         _copy_runtime_files(onnx, part)
         entries, builds, versions = {}, {}, set()
-        for name in GRAPHS:
+        for name in manifest.graphs:
             entries[name], builds[name], library = _build_graph(
                 chosen, onnx, part, name, manifest.graphs[name], plugin_library
             )

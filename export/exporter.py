@@ -35,8 +35,9 @@ KEPT_INLINE = 1024  # bytes up to which a constant stays in the .onnx file
 def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progress | None = None) -> None:
     """Write the ONNX folder of a model; it appears only when it is complete, and replaces an older one.
 
-    `visual.onnx`, `merger.onnx` and `language.onnx` with their `.onnx.data`, `embedding.safetensors`, `manifest.json`,
-    config.json, generation_config.json, tokenizer, image processor, and recipe.json of a quantized model.
+    `visual.onnx`, `merger.onnx` and `language.onnx` (of a language model the last alone) with their `.onnx.data`,
+    `embedding.safetensors`, `manifest.json`, config.json, generation_config.json, tokenizer, image processor, and
+    recipe.json of a quantized model.
 
     Args:
         checkpoint: Folder that `qe-edge quantize` wrote, or a model in memory (an unquantized one gives the same
@@ -120,7 +121,7 @@ def _manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, Gra
         quantization="none" if recipe is None else f"{recipe.method} {recipe.scheme}",
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        image_token_id=config.image_token_id,
+        image_token_id=getattr(config, "image_token_id", None),
         eos_token_ids=tuple(ends),
         pad_token_id=ends[0] if pad is None else pad,
         kv=KVLayout(

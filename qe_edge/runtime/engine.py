@@ -13,7 +13,7 @@ from qe_edge.errors import ArtifactError, InputError
 from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
 from qe_edge.runtime.embedding import TokenEmbedding
 from qe_edge.runtime.engine_info import read_engine_info
-from qe_edge.runtime.manifest import GRAPHS, Manifest, read_manifest
+from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.sessions import ACCURACY_LEVELS, Array, OrtSession, Session
 
 
@@ -197,14 +197,14 @@ class VisionLanguageEngine:
 def _open_sessions(
     folder: Path, manifest: Manifest, accuracy_level: int, threads: int | None, plugin_library: Path | None
 ) -> dict[str, Session]:
-    """The three graphs in the backend that they were built for."""
+    """The graphs in the backend that they were built for."""
     info = read_engine_info(folder)
     if info is None or info.backend == "onnxruntime":
-        return {name: OrtSession(folder, manifest.graphs[name], accuracy_level, threads) for name in GRAPHS}
+        return {name: OrtSession(folder, entry, accuracy_level, threads) for name, entry in manifest.graphs.items()}
     from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
 
     device = Device(info, plugin_library)
-    return {name: TensorRTSession(device, folder, manifest.graphs[name]) for name in GRAPHS}
+    return {name: TensorRTSession(device, folder, entry) for name, entry in manifest.graphs.items()}
 
 
 def load_family(folder: Path, model_type: str) -> ModelFamily:

@@ -14,6 +14,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
 GRAPHS = ("visual", "merger", "language")
+TEXT_ONLY = ("language",)
 
 DType = Literal["float32", "float16", "int64"]
 Dimension = int | str
@@ -85,11 +86,11 @@ class Manifest(_Strict):
         quantization: Method and scheme such as "qe w4a8", or "none".
         hidden_size: Width of the language model.
         vocab_size: Number of logits.
-        image_token_id: Token at whose places image features stand.
+        image_token_id: Token at whose places image features stand; None in a language model without pictures.
         eos_token_ids: Tokens that end an answer.
         pad_token_id: Token that fills up finished rows.
         kv: Layout of the KV cache.
-        graphs: "visual", "merger" and "language".
+        graphs: "visual", "merger" and "language", or "language" alone.
     """
 
     format_version: int
@@ -97,7 +98,7 @@ class Manifest(_Strict):
     quantization: str
     hidden_size: int = Field(ge=1, le=1 << 20)
     vocab_size: int = Field(ge=1, le=1 << 24)
-    image_token_id: int = Field(ge=0)
+    image_token_id: int | None = Field(None, ge=0)
     eos_token_ids: tuple[int, ...] = Field(min_length=1)
     pad_token_id: int = Field(ge=0)
     kv: KVLayout
@@ -105,8 +106,9 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
-        if set(self.graphs) != set(GRAPHS):
-            raise ValueError(f"it must list the graphs {', '.join(GRAPHS)}")
+        wanted = TEXT_ONLY if self.image_token_id is None else GRAPHS
+        if set(self.graphs) != set(wanted):
+            raise ValueError(f"it must list the graphs {', '.join(wanted)}")
         return self
 
     def write(self, folder: Path) -> None:

@@ -12,12 +12,15 @@ from PIL import Image
 from qe_edge.checkpoint import load_quantized, save_quantized
 from qe_edge.cli.plan import make_plan
 from qe_edge.errors import InputError, ModelError, RecipeError
+from qe_edge.export.build import build_engines
+from qe_edge.export.exporter import export_model
 from qe_edge.linear import quantized_linears
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
-from qe_edge.validate.subjects import in_float32
+from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.validate.subjects import TorchSubject, in_float32
 from tests.small_models import CONTEXT, LAYERS, write_small_llama
 
 LINEARS = LAYERS * 7
@@ -106,3 +109,23 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path, tmp_path: Path) -> 
         (bare / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(ModelError, match="tokenizer"):
         load_model(str(bare))
+
+
+@pytest.mark.slow
+def test_export_build_and_answer(folder: Path, tmp_path: Path) -> None:
+    """The language graph alone, quantized: engine and PyTorch agree on logits and on greedy answers."""
+    samples = [LONG, SHORT, CHAT]
+    save_quantized(*quantize(str(folder), make_recipe(method="rtn", scheme="w4a16"), samples), tmp_path / "checkpoint")
+    export_model(tmp_path / "checkpoint", tmp_path / "onnx")
+    assert not (tmp_path / "onnx" / "visual.onnx").exists()
+    engine = VisionLanguageEngine.load(build_engines(tmp_path / "onnx", tmp_path / "engines", "cpu"), threads=1)
+    loaded = load_quantized(tmp_path / "checkpoint")
+    wanted = logits_of(loaded, samples).numpy()
+    encoded = engine.encode(samples, answers=True)
+    valid = encoded.attention_mask.astype(bool)
+    assert np.abs(engine.logits(encoded)[valid] - wanted[valid]).max() < 1e-4 * np.abs(wanted[valid]).max()
+    tokens = TorchSubject(loaded).generate_ids(loaded.family.encode(loaded.processor, [CHAT, SHORT]), 5)
+    texts = loaded.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert engine.generate([CHAT, SHORT], max_new_tokens=5) == [text.strip() for text in texts]
+    with pytest.raises(InputError, match="no pictures"):
+        engine.generate([Sample(Image.new("RGB", (8, 8)), "what?")])
