@@ -17,7 +17,7 @@ from torch import Tensor
 from qe_edge.grids import quantize_int8
 
 AdapterDtype = Literal["int4", "int8", "float16", "float32"]
-FACTOR_BITS = {"int4": 4, "int8": 8, "float16": 16, "float32": 32}
+FACTOR_BITS: dict[AdapterDtype, int] = {"int4": 4, "int8": 8, "float16": 16, "float32": 32}
 _FLOAT = {"float16": torch.float16, "float32": torch.float32}
 
 

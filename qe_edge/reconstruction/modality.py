@@ -74,4 +74,5 @@ def _inside(problem: ExpertProblem, rows: np.ndarray, experts: int, seed: int) -
         labels=spectral_clusters(npmi(occurrence_matrix(lists, channels, in_features)), experts, seed),
         experts=experts,
     )
-    return np.maximum(assign_by_mass(own), 0)
+    inside: np.ndarray = np.maximum(assign_by_mass(own), 0)
+    return inside
