@@ -111,6 +111,8 @@ def _variants(problem: LinearProblem, make_branch: Callable[[WeightGrid, int], M
 
 
 def _candidate(problem: LinearProblem, variant: _Variant, size: AdapterSize, loss: float) -> Candidate:
-    bits = predicted_bits(*problem.weight.shape, variant.scheme, size, scaled=variant.branch.inv_omega is not None)
+    out_features, in_features = problem.weight.shape
+    scaled = variant.branch.inv_omega is not None
+    bits = predicted_bits(out_features, in_features, variant.scheme, size, scaled=scaled)
     choice = Choice(size, variant.left_out, variant.scheme.weight.group_size)
     return Candidate(choice, loss, bits.stored_bits * bits.weights, bits.read)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from qe_edge.accounting import LayerBits
 from qe_edge.report.drawing import (
     ENGINE,
     GROUPS,
@@ -34,7 +36,7 @@ STEPS = {"encode": "Prepare", "visual": "Visual", "merger": "Merger", "prefill":
 
 def draw_all(report: Report) -> dict[str, Markup]:
     """Every plot that the report has data for, by name."""
-    plots = {"layers": layer_errors(report), "bits": bits_and_stream(report)}
+    plots = {"layers": layer_errors(report), "bits": bits_and_stream(report), "allocation": allocation(report)}
     if report.routing:
         plots["routing"] = routing_map(report.routing)
     if report.latency:
@@ -118,6 +120,34 @@ def bits_and_stream(report: Report) -> Markup:
                 16,
             )
         )
+    return drawing.svg
+
+
+def allocation(report: Report) -> Markup:
+    """What every layer's stored bits are spent on: codes, scales, low-rank factors, router; a mark where it routes."""
+    layers = report.bits.layers
+    parts = {
+        "codes": (ORIGINAL, [layer.bits.codes / layer.bits.weights for layer in layers]),
+        "scales": (MUTED, [layer.bits.scales / layer.bits.weights for layer in layers]),
+        "low-rank factors": (QUANTIZED, [layer.bits.adapters / layer.bits.weights for layer in layers]),
+        "router": (ENGINE, [layer.bits.router / layer.bits.weights for layer in layers]),
+    }
+    alt = "Stacked bars of the stored bits per weight of every layer: codes, scales, low-rank factors and router."
+    with Drawing("allocation", alt, (WIDTH, 3.8)) as drawing:
+        (axes,) = drawing.axes
+        axes.set_title("Where the bits went, layer by layer; a dot marks a layer with routed experts")
+        floor = np.zeros(len(layers))
+        for label, (colour, heights) in parts.items():
+            if any(heights):
+                axes.bar(range(len(layers)), heights, 0.8, bottom=floor, color=colour, linewidth=0, label=label)
+                floor = floor + heights
+        routed = [place for place, layer in enumerate(layers) if layer.bits.router]
+        axes.scatter(routed, floor[routed] + 0.15, s=14, color=INK, linewidths=0)
+        axes.axhline(report.bits.total.stored_bits, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_ylabel("stored bits per weight")
+        _block_ticks(axes, layers)
+        axes.set_ylim(0, float(floor.max(initial=1.0)) * 1.25)
+        axes.legend(loc="upper left", ncols=4, handlelength=1, columnspacing=1.4)
     return drawing.svg
 
 
@@ -215,7 +245,7 @@ def _as_percent(value: float, _place: object) -> str:
     return f"{100 * value:.3g} %"
 
 
-def _block_ticks(axes: Axes, layers: Sequence[LayerErrors]) -> None:
+def _block_ticks(axes: Axes, layers: Sequence[LayerErrors | LayerBits]) -> None:
     """A tick in the middle of every block, and a thin line between groups."""
     blocks: dict[str, list[int]] = {}
     for place, layer in enumerate(layers):

@@ -121,7 +121,7 @@ def test_parts_that_are_missing_leave_no_trace(report: Report) -> None:
 def test_figures_have_words_for_those_who_cannot_see_them(report: Report) -> None:
     tags = Elements(render_page(report)).tags
     drawings = [attributes for tag, attributes in tags if tag == "svg"]
-    assert len(drawings) == 4
+    assert len(drawings) == 5
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in drawings)
     assert all(attributes["alt"] for tag, attributes in tags if tag == "img")
 
