@@ -124,7 +124,9 @@ def recipe_options(function: Function) -> Function:
             help="One option of the method, for example --set experts=4. May be repeated.",
         ),
         click.option(
-            "--calibration", metavar="SOURCE", help="Calibration samples: 'demo' (default), a JSONL file or a folder."
+            "--calibration",
+            metavar="SOURCE",
+            help="Calibration samples: 'demo' (default), a JSONL file, a folder, 'coco' or 'sharegpt4v:FOLDER'.",
         ),
         click.option("--samples", type=click.IntRange(min=1), metavar="N", help="How many of them to draw (128)."),
         click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of everything drawn at random (0)."),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
 LIBRARIES = 600 * 2**20  # what Python, torch and transformers take before any model is loaded
+SMALLEST_PATCH = 14  # pixels per side, of vision encoders without text
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ def _memory(
     pixels = sum(array.nbytes for array in encoded.pixels.values()) * batches
     image_grids = encoded.pixels.get("image_grid_thw")
     patches = text if image_grids is None else int(image_grids.prod(1).sum()) * batches
+    if not family.writes_text:
+        patches = pixels // (4 * 3 * SMALLEST_PATCH**2)
     peak = 0
     for block in blocks:
         tokens = text if block.group == "language" else patches

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from qe_edge.checkpoint import load_quantized, save_quantized
+from qe_edge.cli.plan import make_plan
 from qe_edge.errors import InputError, ModelError, RecipeError
 from qe_edge.export.exporter import export_model
 from qe_edge.linear import quantized_linears
@@ -19,7 +20,7 @@ from qe_edge.quantizer import linear_groups, quantize
 from qe_edge.recipe import make_recipe
 from qe_edge.validate.subjects import TorchSubject
 from qe_edge.validate.text import predict
-from tests.small_models import LAYERS, write_small_dinov2
+from tests.small_models import LAYERS, PATCH, PICTURE, write_small_dinov2
 
 LINEARS = LAYERS * 6
 
@@ -60,6 +61,14 @@ def test_quantize_save_and_reload(folder: Path, pictures: list[Sample], tmp_path
     assert 0 < (features - original).square().mean() / original.square().mean() < 0.2
     save_quantized(loaded, recipe, tmp_path / "checkpoint")
     assert torch.equal(features_of(load_quantized(tmp_path / "checkpoint"), pictures), features)
+
+
+def test_plan_counts_layers_and_the_memory_of_patches(folder: Path, pictures: list[Sample]) -> None:
+    recipe = make_recipe(method="rtn", modules=("visual",))
+    few, many = (make_plan(str(folder), recipe, pictures * count) for count in (8, 800))
+    assert len(few.layers) == LINEARS
+    patches = (PICTURE // PATCH) ** 2 * len(pictures) * (800 - 8)
+    assert many.memory_bytes - few.memory_bytes > patches * (4 * 3 * PATCH**2 + 4 * 32)
 
 
 def test_language_is_refused_and_visual_named(folder: Path, pictures: list[Sample]) -> None:
