@@ -79,11 +79,14 @@ metric_list:
 metadata:
   - version: 0.0
 """
+# two halves of a picture: joined side by side they are the picture that the demo knows
 VISUALS = """
 from PIL import Image
 
 def pictures(doc):
-    return [Image.open(doc["image"]).convert("RGB")]
+    picture = Image.open(doc["image"]).convert("RGB")
+    middle = picture.width // 2
+    return [picture.crop((0, 0, middle, picture.height)), picture.crop((middle, 0, picture.width, picture.height))]
 """
 
 
