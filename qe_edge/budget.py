@@ -23,7 +23,7 @@ from qe_edge.errors import RecipeError
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 
-GAP = 1e-4  # relative distance to the proven optimum at which the solver may stop
+GAP = 1e-3  # relative distance to the proven optimum at which the solver may stop
 LARGEST_STEP = 4  # binary digits by which an output is scaled at most
 SECONDS = 120.0  # after which it stops with the best allocation found
 
@@ -82,7 +82,7 @@ def allocate(offers: Mapping[str, Offer], budget: Budget) -> dict[str, Choice]:
     for limit, cost in ((budget.bits, "stored"), (budget.read_bits, "read")):
         if limit is not None:
             costs = np.array([getattr(candidate, cost) for _, candidate in pairs])
-            constraints.append(LinearConstraint(costs[None] / weights, -np.inf, limit))
+            constraints.append(LinearConstraint(costs[None] / (limit * weights), -np.inf, 1))
     found = milp(
         losses / max(losses.max(), 1e-300),
         integrality=np.ones(len(pairs)),
