@@ -52,7 +52,7 @@ class ErrorSpectrum:
     @property
     def largest_rank(self) -> int:
         """Rank up to which losses are known."""
-        return self.vectors.shape[1]
+        return int(self.vectors.shape[1])
 
     def left(self, rank: int) -> float:
         """Energy per token that the optimal static correction of this rank leaves."""
