@@ -1,6 +1,6 @@
 r"""Accuracy and divergence of every method beside its bits per weight, on one model.
 
-    python benchmarks/methods.py demo --schemes w4a8 w3a16
+    python benchmarks/methods.py demo --schemes w4a8 w3a16 --methods rtn gptq qe@4.25 qe qe:paper
     python benchmarks/assemble_real_vlm.py out/real
     python benchmarks/methods.py out/real --methods rtn awq gptq aser qe --samples 128 \
         --calibration out/real/data/calibration.jsonl --evaluation out/real/data/evaluation.jsonl
@@ -108,17 +108,22 @@ def recipes(setting: Setting, methods: Sequence[str], schemes: Sequence[str]) ->
     Raises:
         QEError: If there is no such method or preset.
     """
-    wanted = [(scheme, *method.partition(":")) for scheme in schemes for method in methods]
-    return [
-        make_recipe(
-            method=method,
-            preset=preset or "default",
-            scheme=scheme,
-            modules=setting.modules,
-            calibration={"source": setting.calibration, "samples": setting.count},
-        )
-        for scheme, method, _, preset in wanted
-    ]
+    wanted = []
+    for scheme in schemes:
+        for text in methods:
+            named, _, bits = text.partition("@")
+            method, _, preset = named.partition(":")
+            keys: dict[str, object] = {"budget": {"bits": bits}} if bits else {}
+            recipe = make_recipe(
+                method=method,
+                preset=preset or "default",
+                scheme=scheme,
+                modules=setting.modules,
+                calibration={"source": setting.calibration, "samples": setting.count},
+                **keys,
+            )
+            wanted.append(recipe)
+    return wanted
 
 
 def measure(setting: Setting, recipe: Recipe) -> Row:
@@ -133,7 +138,9 @@ def measure(setting: Setting, recipe: Recipe) -> Row:
     distance = comparison.distances["quantized"]
     accuracy = setting.accuracy(quantized, setting.samples)
     return Row(
-        name=f"{recipe.method} {recipe.scheme}" + ("" if recipe.preset == "default" else f" ({recipe.preset})"),
+        name=f"{recipe.method} {recipe.scheme}"
+        + ("" if recipe.preset == "default" else f" ({recipe.preset})")
+        + (f", {recipe.budget.bits:g} bits" if recipe.budget.bits else ""),
         kl_answer=distance.answer.mean_divergence(),
         kl_text=distance.text.mean_divergence(),
         top1=distance.text.agreement(),
@@ -160,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="'demo', a folder or a hub id")
     parser.add_argument(
-        "--methods", nargs="+", default=DEFAULT_METHODS, metavar="NAME[:PRESET]", help="default: %(default)s"
+        "--methods", nargs="+", default=DEFAULT_METHODS, metavar="NAME[:PRESET][@BITS]", help="default: %(default)s"
     )
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=["w4a8"])
     parser.add_argument("--modules", nargs="+", default=["language"])

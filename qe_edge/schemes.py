@@ -32,7 +32,9 @@ SCHEMES = {
         Scheme("w4a8", WeightGrid(4, PER_CHANNEL, symmetric=True), 8),
         Scheme("w4a6", WeightGrid(4, PER_CHANNEL, symmetric=True), 6),
         Scheme("w4a16", WeightGrid(4, 128, symmetric=False), 0),
+        Scheme("w3a8", WeightGrid(3, PER_CHANNEL, symmetric=True), 8),
         Scheme("w3a16", WeightGrid(3, 128, symmetric=False), 0),
+        Scheme("w2a16", WeightGrid(2, 64, symmetric=False), 0),  # an experiment: what a correction can still repair
     )
 }
 

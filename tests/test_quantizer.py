@@ -59,7 +59,7 @@ def saved(small: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, L
     return folder, loaded
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a6", "w4a16", "w3a16"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a6", "w4a16", "w3a16", "w3a8", "w2a16"])
 @pytest.mark.parametrize("method", ["rtn", "qe"])
 def test_every_scheme_stays_near_the_original(
     small: str, method: str, scheme: str, samples: list[Sample], original_logits: torch.Tensor

@@ -104,7 +104,9 @@ def recipe_options(function: Function) -> Function:
             "--method", metavar="NAME", help="How to quantize, for example 'qe' (Quant Experts, default) or 'rtn'."
         ),
         click.option(
-            "--scheme", metavar="NAME", help="Bits of weights and activations: w4a8 (default), w4a6, w4a16 or w3a16."
+            "--scheme",
+            metavar="NAME",
+            help="Bits of weights and activations: w4a8 (default), w4a6, w4a16, w3a8, w3a16, w2a16.",
         ),
         click.option(
             "--modules", metavar="NAMES", help="Parts of the model, with commas: language (default), visual, merger."
