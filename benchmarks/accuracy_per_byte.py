@@ -216,12 +216,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = list(dict.fromkeys(row.model for row in rows))
-    schemes = list(dict.fromkeys(row.scheme for row in rows))
-    figure, axes = plt.subplots(
-        len(models), len(schemes), figsize=(4.2 * len(schemes), 3.2 * len(models)), squeeze=False
-    )
-    for axis, (model, scheme) in zip(axes.flat, ((m, s) for m in models for s in schemes), strict=True):
+    groups = list(dict.fromkeys((row.model, row.scheme) for row in rows))
+    columns = min(len(groups), len(SCHEMES))
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.2 * lines), squeeze=False)
+    for axis in list(axes.flat)[len(groups) :]:
+        axis.set_axis_off()
+    for axis, (model, scheme) in zip(axes.flat, groups, strict=False):
         group = [row for row in rows if (row.model, row.scheme) == (model, scheme)]
         others = [row for row in group if not row.ours and not row.name.startswith(STATIC)]
         axis.scatter([row.stored for row in others], [row.error for row in others], color="0.45", s=18)
@@ -243,6 +244,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where the assembled models lie, under their names")
     parser.add_argument("--results", type=Path, required=True, help="JSON file of finished rows")
     parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--print-only", action="store_true", help="measure nothing, print and draw the finished rows")
     parser.add_argument("--models", nargs="+", choices=list(REAL_MODELS), default=list(REAL_MODELS))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--methods", nargs="*", default=[*OTHERS, PAPER], help="methods of others, and the paper's")
@@ -250,7 +252,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=200, help="default: %(default)s")
     options = parser.parse_args()
     try:
-        rows = run(options)
+        rows = [Row(**row) for row in _read(options.results)] if options.print_only else run(options)
     except QEError as error:
         print(error, file=sys.stderr)
         return error.exit_code
