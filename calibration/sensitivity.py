@@ -1,14 +1,14 @@
 """Gradients of the loss at the outputs of linear layers: how much an error there costs, and for which modality.
 
-One backward pass per calibration batch. Blocks run in float32 one at a time (each is converted, run and put back, and
-runs once more when the gradient comes back to it), so memory is the model, one block in float32 with its
-activations, and the hidden states between the blocks.
+One backward pass per calibration batch. Blocks run in float32 one at a time (each is read if it is on disk, converted,
+run and put back, and all that once more when the gradient comes back to it), so memory is the model as far as it is in
+memory, one block in float32 with its activations, and the hidden states between the blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from qe_edge.errors import ArtifactError, CalibrationError, ModelError, NumericalError
-from qe_edge.models.family import Encoded
+from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.safetensors_check import check_safetensors
@@ -248,20 +248,25 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter]) -> Iterator[None]
         modules = dict(loaded.model.named_modules())
         for name, meter in meters.items():
             stack.callback(modules[name].register_forward_hook(hook(meter)).remove)
-        replaced = [(block.module, _recomputed(block.module, block.name in wanted)) for block in blocks]
+        replaced = [(block.module, _recomputed(loaded, block, block.name in wanted)) for block in blocks]
         stack.enter_context(patched(replaced))
         stack.enter_context(torch.enable_grad())
         yield
 
 
-def _recomputed(block: nn.Module, wanted: bool) -> Callable[..., Tensor]:
+def _recomputed(loaded: LoadedModel, block: Block, wanted: bool) -> Callable[..., Tensor]:
     """A block's forward that keeps only its input; `wanted` blocks ask for gradients even where nothing before does."""
-    original, modules = block.forward, list(block.modules())
+    original, modules = block.module.forward, list(block.module.modules())
+
+    @contextmanager
+    def ready() -> Iterator[None]:
+        with loaded.stored.held(block.name, block.module), _in_float32(modules):
+            yield
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         if wanted and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
-        run = _Run(modules, lambda hidden: first_tensor(original(hidden, *args, **kwargs)))
+        run = _Run(ready, lambda hidden: first_tensor(original(hidden, *args, **kwargs)))
         result: Tensor = _Recompute.apply(hidden_states, run)  # type: ignore[no-untyped-call]
         return result
 
@@ -270,9 +275,9 @@ def _recomputed(block: nn.Module, wanted: bool) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of a block: its modules, and the call as a function of the hidden states."""
+    """One call of a block: a context in which its weights are there in float32, and the hidden states' function."""
 
-    modules: list[nn.Module]
+    ready: Callable[[], AbstractContextManager[None]]
     call: Callable[[Tensor], Tensor]
 
 
@@ -284,14 +289,14 @@ class _Recompute(torch.autograd.Function):
         """Run the block without a graph."""
         ctx.run = run
         ctx.save_for_backward(hidden)
-        with _in_float32(run.modules):
+        with run.ready():
             return run.call(hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # noqa: ANN401
         """Run the block with a graph, and go back through it."""
         hidden = ctx.saved_tensors[0].detach().requires_grad_()
-        with _in_float32(ctx.run.modules), torch.enable_grad():
+        with ctx.run.ready(), torch.enable_grad():
             torch.autograd.backward(ctx.run.call(hidden), gradient)
         return hidden.grad, None
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qe_edge.atomic import atomic_folder
@@ -20,6 +19,7 @@ from qe_edge.models.loading import LoadedModel, auto_class, load_config, load_fa
 from qe_edge.quantizer import set_module
 from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.safetensors_check import check_safetensors
+from qe_edge.safetensors_write import write_tensors
 from qe_edge.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ RECIPE = "recipe.json"
 def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
     """Write a checkpoint folder; it appears only when it is complete, and replaces an older one.
 
+    Tensors that are not in memory are read one by one while they are written.
+
     Raises:
         ResourceError: If the disk is full.
     """
@@ -42,7 +44,7 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
     prefixes = tuple(f"{name}." for name in layers)
     plain = {name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefixes)}
     tied = _tied_names(plain)
-    tensors |= {name: tensor.contiguous() for name, tensor in plain.items() if name not in tied}
+    tensors |= {name: tensor for name, tensor in plain.items() if name not in tied}
     config = json.loads(loaded.family.config.to_json_string(use_diff=True))
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
@@ -56,7 +58,7 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         "tied": tied,
     }
     with atomic_folder(folder) as part:
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(tensors, part / WEIGHTS, loaded.stored.value, metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if getattr(loaded.model, "generation_config", None) is not None:

@@ -195,7 +195,7 @@ def quantize_to_folder(
     from qe_edge.workfolder import WorkFolder
 
     work = work_folder(output)
-    loaded, resolved = quantize(model, recipe, work=work, resume=resume, progress=progress)
+    loaded, resolved = quantize(model, recipe, work=work, resume=resume, on_disk=True, progress=progress)
     save_quantized(loaded, resolved, output)
     WorkFolder(work).remove()
 

@@ -71,7 +71,7 @@ class LayerGeometry(BaseModel):
 
 
 def layer_tensors(layers: dict[str, QELinear]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of layers by full name, each storage once, and which names share another's tensor.
+    """Tensors of layers themselves by full name, each once, and which names share another's tensor.
 
     Stacked siblings read one down factor and one router; those are the same tensor object in memory and stay so.
     """
@@ -88,7 +88,7 @@ def layer_tensors(layers: dict[str, QELinear]) -> tuple[dict[str, Tensor], dict[
                 shared[name] = owner[id(tensor)]
             else:
                 owner[id(tensor)] = name
-                tensors[name] = tensor.detach().contiguous()
+                tensors[name] = tensor.detach()
     return tensors, shared
 
 
@@ -161,7 +161,14 @@ def write_layers(path: Path, layers: dict[str, QELinear]) -> None:
     geometry = {name: LayerGeometry.of(layer).model_dump() for name, layer in layers.items()}
     metadata = {"layers": json.dumps(geometry), "shared": json.dumps(shared)}
     with atomic_file(path) as part:
-        save_file(tensors, part, metadata=metadata)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+
+
+def stored_keys(path: Path) -> dict[str, str]:
+    """For every tensor of the layers in a file that `write_layers` wrote the name under which it is stored."""
+    with safe_open(path, framework="pt") as file:
+        own, shared = list(file.keys()), json.loads((file.metadata() or {})["shared"])
+    return {**{name: name for name in own}, **shared}
 
 
 def read_layers(path: Path) -> dict[str, QELinear]:
@@ -173,7 +180,7 @@ def read_layers(path: Path) -> dict[str, QELinear]:
     header = check_safetensors(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in header}
+        tensors = {name: file.get_tensor(name).clone() for name in header}  # not a view of the file
     try:
         geometries, shared = json.loads(metadata["layers"]), json.loads(metadata["shared"])
     except (KeyError, ValueError) as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,11 +35,13 @@ from qe_edge.calibration.statistics import (
     collect_statistics,
 )
 from qe_edge.errors import CalibrationError, NumericalError, RecipeError
+from qe_edge.heap import trim_heap
 from qe_edge.linear import QELinear, QuantizedLinear
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.methods.base import AdapterSize, Choice
 from qe_edge.models.family import Block, Encoded, Sample
-from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.loading import LoadedModel, load_outside_blocks
+from qe_edge.models.stored import StoredWeights
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
 from qe_edge.sizes import predicted_bits
@@ -68,9 +71,14 @@ def quantize(
     *,
     work: Path | None = None,
     resume: bool = False,
+    on_disk: bool = False,
     progress: Progress | None = None,
 ) -> tuple[LoadedModel, Recipe]:
     """Quantize a model.
+
+    A model given by name stays on disk but for what is outside its blocks and the block at work; only a method that
+    transforms the whole model beforehand (QuaRot) has all of it read. Budgets read every block once more. Gradients
+    (budgets, MBQ) read every block twice for every batch of `BATCH` samples.
 
     Args:
         model: "demo", a folder, a hub id, or a model in memory (which is changed in place).
@@ -78,6 +86,8 @@ def quantize(
         calibration: Source name, or the samples themselves; None takes the recipe's source.
         work: Folder for finished blocks, so that a stopped run can be resumed.
         resume: Continue from the finished blocks in `work`.
+        on_disk: Leave finished blocks in `work`, and blocks that are not quantized in the model's files, as
+            placeholders that `save_quantized` follows. Otherwise the model that is returned is all in memory.
         progress: Where to report progress.
 
     Returns:
@@ -86,7 +96,8 @@ def quantize(
     Raises:
         QEError: Of the kinds that its parts raise: unknown model, bad recipe, NaN in weights, no calibration data.
     """
-    loaded = load_model(model) if isinstance(model, str) else model
+    on_disk = on_disk and work is not None
+    loaded = load_outside_blocks(model) if isinstance(model, str) else model
     if calibration is None or isinstance(calibration, str):
         samples = load_samples(calibration or recipe.calibration.source, recipe.calibration.samples, recipe.seed)
     else:
@@ -96,15 +107,21 @@ def quantize(
     spec = replace_calibration(recipe, calibration, samples)
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, spec.modules)
-    chains = [chain for chain in chains_of(blocks) if chain[0].group in spec.modules]
-    check_weights([block for chain in chains for block in chain])
+    chosen = [block for block in blocks if block.group in spec.modules]
+    check_weights(loaded, chosen)
     fingerprint = model_fingerprint(loaded) if work else ""
-    spec.build_method().transform(loaded, spec.seed)
+    method = spec.build_method()
+    if method.transforms_model:
+        loaded.stored.read("", loaded.model)
+        loaded.stored = StoredWeights()  # the files hold what the model was before
+        method.transform(loaded, spec.seed)
     folder = WorkFolder.open(work, spec, fingerprint, resume=resume) if work else None
-    total = sum(parameter.numel() for chain in chains for block in chain for parameter in block.module.parameters())
+    total = sum(parameter.numel() for block in chosen for parameter in block.module.parameters())
     total *= 2 if spec.budget else 1  # measured first, then quantized
     with track(progress or Silent(), "Quantizing", total) as tracked:
-        _Run(loaded, spec, samples, chains, folder, tracked).execute()
+        _Run(loaded, spec, samples, folder, tracked, on_disk=on_disk).execute()
+    if not on_disk:
+        loaded.stored.read("", loaded.model)
     return loaded, spec
 
 
@@ -158,7 +175,7 @@ def replace_calibration(recipe: Recipe, calibration: object, samples: Sequence[S
     return recipe.resolved().model_copy(update={"calibration": spec})
 
 
-def check_weights(blocks: Sequence[Block]) -> None:
+def check_weights(loaded: LoadedModel, blocks: Sequence[Block]) -> None:
     """Refuse NaN and infinity before any long work.
 
     Raises:
@@ -166,9 +183,10 @@ def check_weights(blocks: Sequence[Block]) -> None:
     """
     for block in blocks:
         for name, parameter in block.module.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            full = f"{block.name}.{name}"
+            if not bool(torch.isfinite(loaded.stored.value(full, parameter)).all()):
                 raise NumericalError(
-                    f"The weights '{block.name}.{name}' hold NaN or infinity.",
+                    f"The weights '{full}' hold NaN or infinity.",
                     "The checkpoint is damaged or diverged in training; get a sound one.",
                 )
 
@@ -195,28 +213,36 @@ def model_fingerprint(loaded: LoadedModel) -> str:
     digest = hashlib.sha256(loaded.family.config.to_json_string(use_diff=False).encode())
     for name, tensor in loaded.model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1)[:64].float().numpy().tobytes())
+        digest.update(loaded.stored.value(name, tensor).reshape(-1)[:64].float().numpy().tobytes())
     return digest.hexdigest()
 
 
 class _Run:
-    """One quantization run over the selected chains."""
+    """One quantization run over the chains up to the last one that the recipe selects."""
 
     def __init__(
         self,
         loaded: LoadedModel,
         recipe: Recipe,
         samples: Sequence[Sample],
-        chains: list[list[Block]],
         folder: WorkFolder | None,
         progress: Progress,
+        *,
+        on_disk: bool,
     ) -> None:
         self.loaded = loaded
         self.recipe = recipe
         self.method: Method = recipe.build_method()
-        self.chains = chains
+        self.blocks = loaded.family.blocks(loaded.model)
+        chains = chains_of(self.blocks)
+        while chains and chains[-1][0].group not in recipe.modules:
+            chains.pop()
+        self.walked = chains
+        self.chains = [chain for chain in chains if chain[0].group in recipe.modules]
         self.folder = folder
+        self.on_disk = on_disk
         self.progress = progress
+        self.dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
         family, processor = loaded.family, loaded.processor
         self.batches: list[Encoded] = [
             family.encode(processor, samples[start : start + BATCH], answers=True)
@@ -227,14 +253,13 @@ class _Run:
         self.gradients: dict[str, Sensitivity] = {}
 
     def execute(self) -> None:
-        dtypes = {name: tensor.dtype for name, tensor in self.loaded.model.state_dict().items()}
         self._float_outside_blocks()
         if self.method.needs_gradients:
             self._weigh_modalities()
         if self.recipe.budget:
-            self._spend_budget(dtypes)
+            self._spend_budget()
         self._walk(self._block)
-        restore_dtypes(self.loaded.model, dtypes)
+        restore_dtypes(self.loaded.model, self.dtypes)
 
     def _weigh_modalities(self) -> None:
         """Measure what errors on image tokens cost, where those and answers go through the same layers."""
@@ -243,15 +268,33 @@ class _Run:
             self.modality_ratios = modality_ratios(blocks, self._gradients())
 
     def _walk(self, visit: Callable[[Chain, int, Block], None]) -> None:
-        """Visit every block in data-flow order with its recorded inputs."""
-        streamer = Streamer(self.loaded.model, self.chains, len(self.batches), self._forward)
-        for index in range(len(self.chains)):
+        """Visit every selected block in data-flow order with its recorded inputs; the others before them only run."""
+        streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward)
+        for index in range(len(self.walked)):
             chain = streamer.record(index)
             for position, block in enumerate(chain.blocks):
-                visit(chain, position, block)
+                if block.group in self.recipe.modules:
+                    visit(chain, position, block)
+                    continue
+                with self._original(block):
+                    chain.hidden = self._run(chain, position, block, [], {})
+                chain.calls[position] = []
             streamer.finish(chain)
 
-    def _spend_budget(self, dtypes: dict[str, torch.dtype]) -> None:
+    @contextmanager
+    def _original(self, block: Block) -> Iterator[None]:
+        """A block is in memory and in float32 while the context is open; afterwards it is as it was before."""
+        with self.loaded.stored.held(block.name, block.module):
+            block.module.float()
+            yield
+            self._restore_block(block)
+
+    def _restore_block(self, block: Block) -> None:
+        names = block.module.state_dict()
+        dtypes = {name: self.dtypes[f"{block.name}.{name}"] for name in names if f"{block.name}.{name}" in self.dtypes}
+        restore_dtypes(block.module, dtypes)
+
+    def _spend_budget(self) -> None:
         """Measure what every layer offers on the original model, and choose inside the budget."""
         offers: dict[str, Offer] = {}
         self._check_budget()
@@ -259,17 +302,17 @@ class _Run:
 
         def visit(chain: Chain, position: int, block: Block) -> None:
             weight = sum(parameter.numel() for parameter in block.module.parameters())
-            block.module.float()
             groups = linear_groups(block, self.loaded.family.siblings)
             known = self.folder.load_offers(block.name) if self.folder else None
-            collectors = {} if known else self._collectors(groups)
-            chain.hidden = self._run(chain, position, block, groups, collectors)
-            chain.calls[position] = []
-            found = known or self._offers(groups, collectors)
+            with self._original(block):
+                collectors = {} if known else self._collectors(groups)
+                chain.hidden = self._run(chain, position, block, groups, collectors)
+                chain.calls[position] = []
+                found = known or self._offers(groups, collectors)
             if self.folder and not known:
                 self.folder.save_offers(block.name, found)
             offers.update(found)
-            restore_dtypes(block.module, {name: dtypes[f"{block.name}.{name}"] for name in block.module.state_dict()})
+            trim_heap()
             self.progress.advance(weight, f"{block.name}: measuring")
 
         self._walk(visit)
@@ -349,7 +392,7 @@ class _Run:
 
     def _float_outside_blocks(self) -> None:
         """Everything that is not streamed computes in float32; streamed blocks follow one by one."""
-        streamed = {block.module for chain in self.chains for block in chain}
+        streamed = {block.module for block in self.blocks}
 
         def visit(module: nn.Module) -> None:
             if module in streamed:
@@ -364,6 +407,7 @@ class _Run:
 
     def _block(self, chain: Chain, position: int, block: Block) -> None:
         weight = sum(parameter.numel() for parameter in block.module.parameters())
+        self.loaded.stored.read(block.name, block.module)
         block.module.float()
         groups = linear_groups(block, self.loaded.family.siblings)
         finished = self.folder.load(block.name) if self.folder else None
@@ -379,6 +423,11 @@ class _Run:
         if self.recipe.flow == "sequential":
             outputs = self._run(chain, position, block, [], {})
         chain.hidden, chain.calls[position] = outputs, []
+        self._restore_block(block)
+        if self.on_disk and self.folder:
+            self.loaded.stored.wrote(self.folder.sources(block.name))
+            self.loaded.stored.release(block.name, block.module)
+        trim_heap()
         self.progress.advance(weight, block.name)
 
     def _collectors(self, groups: list[LinearGroup]) -> dict[int, StatisticsCollector]:

@@ -11,8 +11,9 @@ import qe_edge
 from qe_edge.atomic import atomic_file
 from qe_edge.budget import Offer, offers_from_json, offers_to_json
 from qe_edge.errors import ArtifactError
-from qe_edge.layer_files import read_layers, write_layers
+from qe_edge.layer_files import read_layers, stored_keys, write_layers
 from qe_edge.linear import QELinear
+from qe_edge.models.stored import Source
 from qe_edge.recipe import Recipe
 
 MANIFEST = "run.json"
@@ -62,6 +63,11 @@ class WorkFolder:
     def save(self, block: str, layers: dict[str, QELinear]) -> None:
         """Write a block's layers; the file appears only when it is complete."""
         write_layers(self._file(block), layers)
+
+    def sources(self, block: str) -> dict[str, Source]:
+        """Where the tensors of a block's finished layers lie."""
+        path = self._file(block)
+        return {name: Source(path, key) for name, key in stored_keys(path).items()}
 
     def load_offers(self, block: str) -> dict[str, Offer] | None:
         """What a block's layers offer to a budget, or None where that was not measured or cannot be read."""

@@ -9,7 +9,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,13 +19,10 @@ from qe_edge.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.methods.base import AdapterSize
 from qe_edge.models.family import Block, ModelFamily, Sample
-from qe_edge.models.loading import auto_class, load_family
+from qe_edge.models.loading import load_family, shapes_only
 from qe_edge.quantizer import BATCH, LinearGroup, check_modules, linear_groups
 from qe_edge.recipe import Recipe
 from qe_edge.sizes import empty_linear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
 LIBRARIES = 600 * 2**20  # what Python, torch and transformers take before any model is loaded
@@ -86,7 +82,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         RecipeError: If the model lacks one of the recipe's modules.
     """
     family = load_family(source)
-    model = _shapes_only(family)
+    model = shapes_only(family)
     blocks = family.blocks(model)
     check_modules(blocks, recipe.modules)
     blocks = [block for block in blocks if block.group in recipe.modules]
@@ -122,12 +118,6 @@ def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, in
         name = re.sub(r"\.\d+\.", ".*.", layer.name)
         rows[name, layer.in_features, layer.out_features, layer.adapter].append(layer)
     return [(str(key[0]) if len(found) > 1 else found[0].name, found[0], len(found)) for key, found in rows.items()]
-
-
-def _shapes_only(family: ModelFamily) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(family).from_config(family.config)
-    return model
 
 
 def _planned_group(

@@ -147,6 +147,11 @@ class Method(ABC):
         """Ranks and experts for a layer of this shape, as far as they are known before calibration; none by default."""
         return AdapterSize()
 
+    @property
+    def transforms_model(self) -> bool:
+        """Whether `transform` changes anything, so that the whole model has to be in memory."""
+        return type(self).transform is not Method.transform
+
     def transform(self, loaded: LoadedModel, seed: int) -> None:  # noqa: B027 - most methods leave the model alone
         """Change the original model in place, before anything is measured on it, to one that computes the same.
 

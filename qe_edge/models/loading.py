@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import nn
 
 from qe_edge.errors import ModelError, ResourceError
 from qe_edge.models import FAMILIES
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
 from qe_edge.safetensors_check import check_safetensors
 
 if TYPE_CHECKING:
@@ -30,12 +35,14 @@ class LoadedModel:
         family: What QE-Edge knows about it.
         processor: Tokenizer and image processor, as `family.load_processor` returns them.
         source: Folder or hub id that it came from; tokenizer and processor files are copied from there.
+        stored: Weights that are on disk only until they are needed; none of a model that was loaded as a whole.
     """
 
     model: PreTrainedModel
     family: ModelFamily
     processor: Any
     source: str
+    stored: StoredWeights = field(default_factory=StoredWeights)
 
 
 def resolve_model(reference: str) -> str:
@@ -107,13 +114,147 @@ def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel
     source = resolve_model(reference)
     family = load_family(source)
     check_memory(source, dtype)
+    model = _from_pretrained(source, family, dtype)
+    return LoadedModel(model, family, family.load_processor(source), source)
+
+
+def load_outside_blocks(reference: str) -> LoadedModel:
+    """Load a model without the weights of its blocks, which are read from their safetensors files when needed.
+
+    A checkpoint whose tensors transformers does not only rename but also changes for this architecture is loaded as a
+    whole, and so is one that is not in safetensors files.
+
+    Args:
+        reference: "demo", a folder or a hub id.
+
+    Raises:
+        ModelError: If the model cannot be loaded.
+        ResourceError: If what has to be in memory does not fit.
+    """
+    source = resolve_model(reference)
+    family = load_family(source)
+    sources = _checkpoint_tensors(source, family)
+    if sources is None:
+        return load_model(reference)
+    # which tensor of the file becomes which of the model only transformers knows: let it load placeholders
+    given = {key: placeholder(shape, dtype) for key, (_, shape, dtype) in sources.items()}
+    key_at = {tensor.data_ptr(): key for key, tensor in given.items()}
+    with _quiet_transformers():
+        model = _from_pretrained(source, family, "auto", dict(given))
+    blocks = family.blocks(model)
+    inside = {
+        f"{block.name}.{name}": key_at.get(tensor.data_ptr())
+        for block in blocks
+        for name, tensor in block.module.state_dict().items()
+    }
+    if None in inside.values():
+        return load_model(reference)
+    _check_memory_outside(model, [block.module for block in blocks])
+    del model, blocks
+    keys = {name: key for name, key in inside.items() if key is not None}
+    streamed = set(keys.values())
+    outside = read_tensors({key: place for key, (place, _, _) in sources.items() if key not in streamed})
+    model = _from_pretrained(source, family, "auto", {key: outside.pop(key, given[key]) for key in given})
+    stored = StoredWeights(
+        {name: sources[key][0] for name, key in keys.items()}, {name: given[key] for name, key in keys.items()}
+    )
+    return LoadedModel(model, family, family.load_processor(source), source, stored)
+
+
+def _from_pretrained(
+    source: str, family: ModelFamily, dtype: torch.dtype | str, tensors: dict[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """The model in evaluation mode, from its files or from `tensors` in their stead."""
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = auto_class(family).from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        if tensors is None:
+            model = auto_class(family).from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        else:
+            model_class: Any = type(shapes_only(family))  # the automatic class takes no tensors
+            config = copy.deepcopy(family.config)  # a dtype is noted in it
+            model = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors)
+            model.config.name_or_path = source
+            _take_generation_config(model, source)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."
         ) from error
-    return LoadedModel(model.eval(), family, family.load_processor(source), source)
+    model.eval()
+    return model
+
+
+def _take_generation_config(model: PreTrainedModel, source: str) -> None:
+    """What ends an answer, among others, where a folder says more about it than config.json."""
+    from transformers import GenerationConfig
+
+    if model.can_generate():
+        with suppress(OSError):  # most folders have none
+            model.generation_config = GenerationConfig.from_pretrained(source)
+
+
+def _checkpoint_tensors(
+    source: str, family: ModelFamily
+) -> dict[str, tuple[Source, tuple[int, ...], torch.dtype]] | None:
+    """Place, shape and dtype in memory of every tensor of a checkpoint; None if it is not in safetensors files."""
+    files = _checkpoint_files(source)
+    if files is None:
+        return None
+    wanted = getattr(family.config, "dtype", None)
+    found = {}
+    for path in files:
+        for key, (name, shape) in check_safetensors(path).items():
+            dtype = TORCH_DTYPES.get(name)
+            if dtype is None:
+                return None
+            if isinstance(wanted, torch.dtype) and dtype.is_floating_point:
+                dtype = wanted  # as transformers reads it
+            found[key] = (Source(path, key), shape, dtype)
+    return found
+
+
+def _checkpoint_files(source: str) -> list[Path] | None:
+    """The safetensors files that transformers would read, in its order of preference; None if there are none."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file
+
+    def find(name: str) -> Path | None:
+        if Path(source).is_dir():
+            path = Path(source) / name
+            return path if path.is_file() else None
+        try:
+            found = cached_file(source, name)
+        except (OSError, ValueError):
+            return None
+        return Path(found) if found else None
+
+    single = find(SAFE_WEIGHTS_NAME)
+    if single:
+        return [single]
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return None
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    files = [find(name) for name in names]
+    return None if None in files else [path for path in files if path]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar and no report of a load that is repeated."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def auto_class(family: ModelFamily) -> Any:  # noqa: ANN401 - transformers' auto classes share no public base
@@ -121,6 +262,13 @@ def auto_class(family: ModelFamily) -> Any:  # noqa: ANN401 - transformers' auto
     import transformers
 
     return getattr(transformers, family.auto_class)
+
+
+def shapes_only(family: ModelFamily) -> PreTrainedModel:
+    """The model on PyTorch's meta device, which has shapes and no data."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(family).from_config(copy.deepcopy(family.config))
+    return model
 
 
 def check_memory(source: str, dtype: torch.dtype | str) -> None:
@@ -133,7 +281,22 @@ def check_memory(source: str, dtype: torch.dtype | str) -> None:
     if not folder.is_dir():
         return
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    needed = size * (2 if dtype == torch.float32 else 1)
+    _check_free(size * (2 if dtype == torch.float32 else 1))
+
+
+def _check_memory_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Refuse a model of which what is outside the blocks, with the largest block, exceeds the free memory in float32.
+
+    Raises:
+        ResourceError: If it does.
+    """
+    inside = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
+    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    largest = max((sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=0)
+    _check_free(4 * (outside + largest))
+
+
+def _check_free(needed: int) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(

@@ -62,11 +62,11 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     assert cli(*WORDS, "-o", out).code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def full(_tensors: object, path: Path, **_keywords: object) -> None:
+    def full(_tensors: object, path: Path, *_arguments: object, **_keywords: object) -> None:
         path.write_bytes(b"the first half")
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("qe_edge.checkpoint.save_file", full)
+    monkeypatch.setattr("qe_edge.checkpoint.write_tensors", full)
     outcome = cli(*WORDS, "-o", out, "--overwrite")
     assert outcome.code == 2
     assert "The disk is full" in outcome.err.splitlines()[-2]

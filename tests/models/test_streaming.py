@@ -1,18 +1,27 @@
-"""Blocks that run one by one on recorded inputs put out what they put out inside the model, in both families."""
+"""Blocks that run one by one on recorded inputs put out what they do inside the model; the others stay on disk."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qe_edge.calibration.sources import load_evaluation
+from qe_edge.checkpoint import save_quantized
 from qe_edge.errors import ModelError
-from qe_edge.models.family import Block, Encoded, Sample
-from qe_edge.models.loading import LoadedModel
+from qe_edge.models.family import TEXT, Block, Encoded, Sample
+from qe_edge.models.loading import LoadedModel, load_family, load_model, load_outside_blocks, resolve_model
+from qe_edge.quantizer import quantize
+from qe_edge.recipe import make_recipe
+from qe_edge.safetensors_write import write_tensors
 from qe_edge.streaming import Streamer, chains_of, first_tensor, run_block
+from tests.small_models import write_small_dinov2, write_small_llama
 
 
 @contextmanager
@@ -99,3 +108,139 @@ def test_a_block_that_returns_a_tuple_is_refused() -> None:
 
     with pytest.raises(ModelError, match="tuple"):
         run_block(Old(), torch.zeros(1, 2, 3), BlockCall((), {}))
+
+
+def absent_blocks(loaded: LoadedModel) -> list[str]:
+    """Names of the blocks of which nothing is in memory."""
+    return [
+        block.name
+        for block in loaded.family.blocks(loaded.model)
+        if all(loaded.stored.is_absent(tensor) for tensor in block.module.state_dict().values())
+    ]
+
+
+@pytest.fixture(params=["demo", "internvl", "llama", "dinov2", "sharded llama"])
+def folder(request: pytest.FixtureRequest, tiny_internvl: Path, tmp_path: Path) -> str:
+    """A model of every family, and one in several files."""
+    if request.param in ("demo", "internvl"):
+        return "demo" if request.param == "demo" else str(tiny_internvl)
+    if request.param == "dinov2":
+        return str(write_small_dinov2(tmp_path / "model"))
+    whole = str(write_small_llama(tmp_path / "model"))
+    if request.param == "llama":
+        return whole
+    loaded = load_model(whole)
+    loaded.model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    loaded.family.save_processor(loaded.processor, tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    return str(tmp_path / "sharded")
+
+
+def test_blocks_stay_on_disk_and_are_the_same_when_they_are_read(folder: str) -> None:
+    plain, streamed = load_model(folder), load_outside_blocks(folder)
+    blocks = streamed.family.blocks(streamed.model)
+    assert absent_blocks(streamed) == [block.name for block in blocks]
+    assert str(streamed.model.config) == str(plain.model.config)
+    assert str(streamed.family.config) == str(plain.family.config)
+    with streamed.stored.held(blocks[0].name, blocks[0].module):
+        assert absent_blocks(streamed) == [block.name for block in blocks[1:]]
+    assert absent_blocks(streamed) == [block.name for block in blocks]
+    values = plain.model.state_dict()
+    assert list(streamed.model.state_dict()) == list(values)
+    for name, tensor in streamed.model.state_dict().items():
+        assert torch.equal(streamed.stored.value(name, tensor), values[name]), name
+        assert tensor.dtype == values[name].dtype, name
+    streamed.stored.read("", streamed.model)
+    assert absent_blocks(streamed) == []
+    parts = zip(streamed.model.named_parameters(), plain.model.named_parameters(), strict=True)
+    buffers = zip(streamed.model.named_buffers(), plain.model.named_buffers(), strict=True)
+    for (name, tensor), (other, expected) in [*parts, *buffers]:
+        assert name == other
+        assert torch.equal(tensor, expected), name
+
+
+def test_what_is_computed_with_a_block_that_is_on_disk_is_nan(samples: list[Sample]) -> None:
+    streamed = load_outside_blocks("demo")
+    inputs = streamed.family.torch_inputs(streamed.family.encode(streamed.processor, samples[:1]))
+    with torch.no_grad():
+        assert streamed.model(**inputs).logits.isnan().all()
+
+
+def test_weights_that_are_read_in_another_precision(tmp_path: Path) -> None:
+    """config.json says float32, the file holds bfloat16: blocks that are read later are converted too."""
+    folder = write_small_llama(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    plain, streamed = load_model(str(folder)), load_outside_blocks(str(folder))
+    assert absent_blocks(streamed) != []
+    streamed.stored.read("", streamed.model)
+    for name, tensor in streamed.model.state_dict().items():
+        assert tensor.dtype == torch.float32, name
+        assert torch.equal(tensor, plain.model.state_dict()[name]), name
+
+
+def test_no_more_than_one_block_is_in_memory(tmp_path: Path) -> None:
+    """Through all that a budget does: weights, gradients, offers, choices; and until the checkpoint is written."""
+    opened = load_outside_blocks("demo")
+    blocks = opened.family.blocks(opened.model)
+    most = 0
+
+    def count(_module: nn.Module, _inputs: object) -> None:
+        nonlocal most
+        most = max(most, len(blocks) - len(absent_blocks(opened)))
+
+    for block in blocks:
+        for linear in (module for module in block.module.modules() if isinstance(module, nn.Linear)):
+            linear.register_forward_pre_hook(count)
+    recipe = make_recipe(
+        method="qe",
+        modules=("language", "merger"),
+        budget={"bits": 4.6},
+        options={"tokens": 64, "em_steps": 0},
+        calibration={"samples": 2},
+    )
+    quantized, spec = quantize(opened, recipe, work=tmp_path / "work", on_disk=True)
+    assert most == 1
+    assert absent_blocks(quantized) == [block.name for block in blocks]
+    save_quantized(quantized, spec, tmp_path / "streamed")
+    assert absent_blocks(quantized) == [block.name for block in blocks]
+    save_quantized(*quantize(load_model("demo"), recipe), tmp_path / "whole")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", ["quarot", "mbq", "rtn"])
+def test_a_model_on_disk_becomes_the_checkpoint_of_one_in_memory(method: str, folder: str, tmp_path: Path) -> None:
+    family = load_family(resolve_model(folder))
+    if method != "rtn" and family.model_type in ("dinov2", "internvl"):
+        pytest.skip("no loss, or nothing that the other families do not show")
+    pictures = family.model_type != "llama"
+    given = load_evaluation("demo")[:4] if pictures else [Sample(None, "A text.", kind=TEXT), Sample(None, "?", "No.")]
+    modules = ("visual",) if family.model_type == "dinov2" else ("language",)
+    recipe = make_recipe(method=method, modules=modules)
+    save_quantized(*quantize(load_model(folder), recipe, given), tmp_path / "whole")
+    save_quantized(*quantize(folder, recipe, given, work=tmp_path / "work", on_disk=True), tmp_path / "streamed")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "streamed").iterdir()
+    }
+    returned, _ = quantize(folder, recipe, given)
+    assert not any(returned.stored.is_absent(tensor) for tensor in returned.model.state_dict().values())
+
+
+def test_a_file_written_tensor_by_tensor_is_the_librarys(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(1.5),
+        "Ä": torch.arange(6).reshape(2, 3),
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.randn(4).half(),
+        "c": torch.randn(4, 3).T,
+        "d": torch.ones(3, dtype=torch.bool),
+        "e": torch.zeros(0, 4, dtype=torch.uint8),
+        "f": torch.zeros(5, dtype=torch.int8),
+        "g": torch.zeros(5, dtype=torch.float64),
+        "h": torch.zeros(5, dtype=torch.int32),
+        "i": torch.zeros(5, dtype=torch.int16),
+    }
+    write_tensors(tensors, tmp_path / "ours", lambda _, tensor: tensor, {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

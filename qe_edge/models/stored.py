@@ -1,0 +1,130 @@
+"""Weights that stay in safetensors files until they are needed.
+
+In memory a placeholder stands for each of them: a tensor of its shape and dtype that repeats one NaN, so that it takes
+no memory, and whatever is computed with it by mistake is NaN.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor lies.
+
+    Attributes:
+        path: A safetensors file.
+        key: Its name in there.
+    """
+
+    path: Path
+    key: str
+
+
+def placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that takes the memory of one number; NaN where the dtype has that."""
+    value = torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+    return value.expand(shape)
+
+
+def read_tensors(sources: Mapping[str, Source]) -> dict[str, Tensor]:
+    """Tensors by the names that `sources` gives them, in memory of their own; every file is opened once."""
+    by_file: dict[Path, dict[str, str]] = defaultdict(dict)
+    for name, source in sources.items():
+        by_file[source.path][name] = source.key
+    found: dict[str, Tensor] = {}
+    for path, keys in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(key).clone() for name, key in keys.items()}
+    return found
+
+
+class StoredWeights:
+    """Which tensors of a model lie in which files, and which of them are not in memory now.
+
+    A model that was loaded as a whole has none; then nothing here does anything.
+
+    Args:
+        sources: By the tensors' full names in the model.
+        placeholders: Those tensors of the model that are placeholders already.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, Source] | None = None, placeholders: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._sources = dict(sources or {})
+        # kept, so that no other tensor gets the address of one
+        self._placeholders = {(name, tensor.dtype): tensor.detach() for name, tensor in (placeholders or {}).items()}
+        self._addresses = {tensor.data_ptr() for tensor in self._placeholders.values()}
+
+    def is_absent(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the model is a placeholder."""
+        return tensor.data_ptr() in self._addresses
+
+    def value(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor itself, or what its placeholder stands for, read for the caller alone."""
+        if not self.is_absent(tensor):
+            return tensor.detach()
+        return read_tensors({name: self._sources[name]})[name].to(tensor.dtype)
+
+    def read(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Bring the tensors of a module into memory.
+
+        Args:
+            name: The module's dotted path from the model's root, "" for the model itself.
+            module: The module.
+
+        Returns:
+            Those that were not there, by full name.
+        """
+        absent = {full: tensor for full, tensor in _tensors(name, module).items() if self.is_absent(tensor)}
+        found = read_tensors({full: self._sources[full] for full in absent})
+        for full, tensor in absent.items():
+            tensor.data = found.pop(full).to(tensor.dtype)
+        return absent
+
+    def release(self, name: str, module: nn.Module) -> None:
+        """Put placeholders in place of all tensors of a module that lie in a file."""
+        self._release({full: tensor for full, tensor in _tensors(name, module).items() if full in self._sources})
+
+    @contextmanager
+    def held(self, name: str, module: nn.Module) -> Iterator[None]:
+        """A module is in memory while the context is open; what was not there before is released."""
+        absent = self.read(name, module)
+        try:
+            yield
+        finally:
+            self._release(absent)
+
+    def wrote(self, sources: Mapping[str, Source]) -> None:
+        """Note in which files tensors of the model lie now, so that they can be released."""
+        self._sources |= sources
+
+    def _release(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not self.is_absent(tensor):
+                made = self._placeholders.setdefault(
+                    (name, tensor.dtype), placeholder(tuple(tensor.shape), tensor.dtype)
+                )
+                self._addresses.add(made.data_ptr())
+                tensor.data = made
+
+
+def _tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and persistent buffers themselves, by full name."""
+    prefix = f"{name}." if name else ""
+    return {f"{prefix}{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
