@@ -1,0 +1,97 @@
+"""Roundings of the main branch, alone and under Quant Experts' correction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qe_edge import QELinear, make_recipe, quantize_linear
+from qe_edge.errors import NumericalError
+from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight
+from qe_edge.reconstruction.branches import leave_out_channels
+from qe_edge.reconstruction.rounding import Rounding, clipped_round
+from tests.layers import typed_layer
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(2, 4),
+    group=st.sampled_from([PER_CHANNEL, 16, 32]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_searched_range_is_never_worse(bits: int, group: int, symmetric: bool, seed: int) -> None:
+    """Scale by scale, in the norm that the search minimises."""
+    torch.manual_seed(seed)
+    weight = torch.randn(5, 64) * torch.rand(64).exp()
+    weight[0] = 0
+    importance = torch.rand(64)
+    grid = WeightGrid(bits, group, symmetric)
+    size = 64 if group == PER_CHANNEL else group
+
+    def losses(decoded: Tensor) -> Tensor:
+        return ((decoded - weight).square() * importance).reshape(5, -1, size).sum(-1)
+
+    plain, searched = quantize_weight(weight, grid), clipped_round(weight, grid, importance)
+    assert torch.all(losses(searched.decode()) <= losses(plain.decode()) * (1 + 1e-5) + 1e-12)
+    assert not searched.decode()[0].any()
+    assert searched.scales.shape == plain.scales.shape
+
+
+def correlated_layer(out_features: int, in_features: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """A layer whose inputs depend on each other, as those of real models do."""
+    weight, x = typed_layer(out_features, in_features, tokens)
+    mixing = torch.from_numpy(np.random.default_rng(1).standard_normal((in_features, in_features))).float()
+    return weight, x @ (torch.eye(in_features) + 2 * mixing / in_features**0.5)
+
+
+def output_error(rounding: Rounding, weight: Tensor, x: Tensor, channels: np.ndarray) -> tuple[float, Tensor]:
+    gram = (x.double().T @ x.double() / len(x)).numpy()
+    mean = x.abs().double().mean(0).numpy()
+    grid = WeightGrid(4, PER_CHANNEL)
+    branch = leave_out_channels(weight, grid, channels, mean, "drop", rounding, gram)
+    factor = torch.ones(weight.shape[1]) if branch.inv_omega is None else branch.inv_omega.float()
+    decoded = branch.weight.decode()
+    found = weight.double() - decoded.double() * factor.double()
+    assert np.allclose(found.numpy(), branch.error, atol=1e-12)
+    return float(np.sqrt(np.einsum("ij,ij->", branch.error @ gram, branch.error))), decoded
+
+
+@pytest.mark.parametrize("channels", [[], [3, 17, 40]])
+def test_second_order_rounding_leaves_less(channels: list[int]) -> None:
+    weight, x = correlated_layer(80, 64, 600)
+    left_out = np.array(channels, np.int64)
+    errors = {}
+    for kind, clip in (("nearest", False), ("nearest", True), ("awq", False), ("gptq", False), ("gptq", True)):
+        errors[kind, clip], decoded = output_error(Rounding(kind, clip), weight, x, left_out)
+        assert not decoded[:, channels].any()  # what the branch leaves out makes up for no other channel
+    nearest = errors["nearest", False]
+    assert errors["gptq", False] < 0.9 * nearest
+    assert errors["gptq", True] < 0.9 * nearest
+    assert errors["awq", False] <= nearest * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a16"])
+def test_the_correction_follows_any_rounding(scheme: str) -> None:
+    """GPTQ or AWQ under Quant Experts: at the same bits, better than nearest rounding under the same correction."""
+    weight, x = correlated_layer(96, 128, 2000)
+    exact = x @ weight.T
+
+    def error(**options: object) -> float:
+        layer = quantize_linear(weight, x, make_recipe(method="qe", scheme=scheme, options=options))
+        assert isinstance(layer, QELinear)
+        return float((layer(x) - exact).norm() / exact.norm())
+
+    nearest = error(rounding="nearest", clip=False)
+    assert error(rounding="gptq", clip=False) < nearest
+    assert error(rounding="gptq", clip=True) < nearest
+    assert error(rounding="awq", clip=False) < 1.1 * nearest
+
+
+def test_what_needs_a_gram_matrix_says_so() -> None:
+    with pytest.raises(NumericalError, match="Rounding 'gptq' needs the Gram matrix"):
+        Rounding("gptq")(torch.ones(4, 16), WeightGrid(4, PER_CHANNEL), None, np.ones(16))
