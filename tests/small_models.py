@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,18 +21,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_small_llama(folder: Path) -> Path:
-    """Two decoder layers with the demo's tokenizer."""
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-    )
+def write_small_llama(folder: Path, **sizes: int) -> Path:
+    """Two decoder layers with the demo's tokenizer; `sizes` are those of its configuration that differ."""
+    values: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+    }
+    config = LlamaConfig(**{**values, **sizes})
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     _spread(model)

@@ -9,9 +9,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget import check_affordable
@@ -24,8 +24,11 @@ from qe_edge.quantizer import BATCH, LinearGroup, check_modules, linear_groups
 from qe_edge.recipe import Recipe
 from qe_edge.sizes import empty_linear
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
-LIBRARIES = 600 * 2**20  # what Python, torch and transformers take before any model is loaded
+LIBRARIES = 480 * 2**20  # what Python, torch and transformers take with the smallest model
 SMALLEST_PATCH = 14  # pixels per side, of vision encoders without text
 
 
@@ -139,15 +142,19 @@ def _planned_group(
 def _memory(
     source: str,
     family: ModelFamily,
-    model: nn.Module,
+    model: PreTrainedModel,
     blocks: Sequence[Block],
     method: Method,
     samples: Sequence[Sample],
 ) -> int:
-    """Libraries, the model (one block and all that is not streamed in float32), hidden states, statistics."""
+    """Libraries, the model as far as it is in memory (all outside the blocks and one block), hidden states, statistics.
+
+    A method that transforms the whole model has all blocks in memory too; gradients need one block at a time.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in blocks]
-    weights = 4 * (parameters - sum(sizes)) + _itemsize(family) * sum(sizes) + 12 * max(sizes)
+    sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
+    weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
+    weights += _itemsize(family) * sum(sizes) if method.transforms_model else 0
     encoded = family.encode(family.load_processor(source), samples[:BATCH], answers=True)
     batches = -(-len(samples) // BATCH)
     text = encoded.input_ids.size * batches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from qe_edge.linear import quantized_linears
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from tests.cli.running import Run
+from tests.small_models import write_small_llama
 
 
 @pytest.mark.parametrize("method", ["rtn", "qe"])
@@ -71,3 +74,28 @@ def test_a_dry_run_shows_everything_and_writes_nothing(cli: Run, tmp_path: Path)
 def test_a_dry_run_may_name_a_folder_in_use(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     assert cli("quantize", "demo", "-o", tmp_path, "--dry-run", "--samples", "1").code == 0
+
+
+MEASURED = """
+import sys
+from qe_edge.cli import main
+code = main()
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_predicted_memory_is_that_of_a_streamed_model(tmp_path: Path) -> None:
+    """The blocks of this model are 400 MB; in memory as a whole they would exceed the prediction."""
+    model = write_small_llama(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12)
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "A few words."}\n', encoding="utf-8")
+    words = [str(model), "--method", "rtn", "--calibration", str(data), "-o", str(tmp_path / "checkpoint")]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "quantize", *words], capture_output=True, text=True, check=True
+    )
+    recipe = make_recipe(method="rtn", calibration={"source": str(data)})
+    plan = make_plan(str(model), recipe, load_samples(str(data)))
+    assert 1024 * int(done.stdout.splitlines()[-1]) == pytest.approx(plan.memory_bytes, rel=0.25)
