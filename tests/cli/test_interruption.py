@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 import signal
 import subprocess
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import CHILD, SHORT, Outcome, Run
+from tests.small_vlm import write_small_vlm
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +85,32 @@ def test_a_killed_run_resumes_to_the_identical_checkpoint_and_with_no_other_reci
     assert resumed.code == 0, resumed.err
     assert contents(out) == whole
     assert not out.with_name("checkpoint.work").exists()
+
+
+def test_ten_kills_at_random_moments_leave_no_trace(child: Run, tmp_path: Path) -> None:
+    """In a run with a budget, which writes gradients, offers and finished blocks before the checkpoint."""
+    model = write_small_vlm(tmp_path / "model")
+    words = ["quantize", str(model), *SHORT, "--bits", "4.5"]
+    begun = time.monotonic()
+    assert child(*words, "-o", tmp_path / "whole").code == 0
+    seconds, whole = time.monotonic() - begun, contents(tmp_path / "whole")
+    out, moments = tmp_path / "checkpoint", random.Random(0)
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen(
+            [*CHILD, *words, "-o", str(out), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            process.wait(moments.uniform(0.15, 0.5) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        errors = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        if process.returncode == 0:
+            assert contents(out) == whole
+            shutil.rmtree(out)
+    resumed = child(*words, "-o", out, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert contents(out) == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "checkpoint"}
