@@ -42,9 +42,10 @@ class Predictions:
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits `[rows, vocabulary]` and targets `[rows]`, a few positions at a time."""
-        with torch.no_grad():
-            for start in range(0, len(self.hidden), ROWS):
-                yield self.head(self.hidden[start : start + ROWS]), self.targets[start : start + ROWS]
+        for start in range(0, len(self.hidden), ROWS):
+            with torch.no_grad():  # not around the yield: it would hold for whoever reads the rows, and after
+                rows = self.head(self.hidden[start : start + ROWS])
+            yield rows, self.targets[start : start + ROWS]
 
 
 def text_windows(

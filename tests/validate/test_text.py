@@ -127,3 +127,11 @@ def test_pictures_are_counted_out(picture_of: Callable[[int], Image.Image]) -> N
 @pytest.fixture
 def picture_of() -> Callable[[int], Image.Image]:
     return lambda size: Image.new("RGB", (size, size), (200, 30, 30))
+
+
+def test_reading_predictions_leaves_gradients_on(original: LoadedModel) -> None:
+    predicted = predict(original, text_windows(original.processor.tokenizer, TEXTS), "text")
+    for (rows, _), _other in zip(predicted.logits(), predicted.logits(), strict=True):
+        assert torch.is_grad_enabled()
+        assert not rows.requires_grad
+    assert torch.is_grad_enabled()
