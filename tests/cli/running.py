@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CHILD = [sys.executable, "-c", "import sys; from qe_edge.cli import main; sys.exit(main())"]
+# a shell that runs the tests in the background has its children ignore Ctrl-C; here they must not
+HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+CHILD = [sys.executable, "-c", f"{HEED_CTRL_C}; import sys; from qe_edge.cli import main; sys.exit(main())"]
 # a quantization of a few seconds that still goes through every part of the method
 SHORT = ["--samples", "2", "--set", "tokens=128", "--set", "em_steps=0", "--set", "experts=2"]
 
