@@ -234,7 +234,7 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter]) -> Iterator[None]
     def hook(meter: _Meter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def note(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(meter.add)  # type: ignore[no-untyped-call]
+                output.register_hook(meter.add)  # type: ignore[no-untyped-call] # torch has no types here
 
         return note
 
@@ -267,7 +267,7 @@ def _recomputed(loaded: LoadedModel, block: Block, wanted: bool) -> Callable[...
         if wanted and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
         run = _Run(ready, lambda hidden: first_tensor(original(hidden, *args, **kwargs)))
-        result: Tensor = _Recompute.apply(hidden_states, run)  # type: ignore[no-untyped-call]
+        result: Tensor = _Recompute.apply(hidden_states, run)  # type: ignore[no-untyped-call] # torch has no types here
         return result
 
     return forward

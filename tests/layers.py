@@ -53,3 +53,10 @@ def outlier_layer(
         x[np.ix_(rows, chosen)] += strength * outliers(own, len(rows), 5, 18, 0.8)
     weight = rng.standard_t(6, (out_features, in_features)) / np.sqrt(in_features)
     return torch.from_numpy(weight).float(), torch.from_numpy(x).float(), kind
+
+
+def correlated_layer(out_features: int, in_features: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """A layer whose inputs depend on each other, as those of real models do."""
+    weight, x = typed_layer(out_features, in_features, tokens)
+    mixing = torch.from_numpy(np.random.default_rng(1).standard_normal((in_features, in_features))).float()
+    return weight, x @ (torch.eye(in_features) + 2 * mixing / in_features**0.5)

@@ -31,7 +31,7 @@ from qe_edge.linear import QELinear
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 from qe_edge.sizes import predicted_bits
 from qe_edge.validate.subjects import block_groups
-from tests.layers import typed_layer
+from tests.layers import correlated_layer, typed_layer
 from tests.small_vlm import write_small_vlm
 
 QUICK = {"tokens": 128, "em_steps": 1}
@@ -80,10 +80,10 @@ def test_the_allocation_is_the_best_of_all(offers: list[Offer], bits: float | No
             allocate(named, budget)
         return
     found = allocate(named, budget)
-    losses = [
-        next(one.loss for one in offer.candidates if one.choice is found[name]) * offer.sensitivity
-        for name, offer in named.items()
-    ]
+    taken = [next(one for one in offer.candidates if one.choice is found[name]) for name, offer in named.items()]
+    for limit, used in ((bits, sum(one.stored for one in taken)), (read, sum(one.read for one in taken))):
+        assert limit is None or used <= limit * weights * (1 + 1e-6)
+    losses = [one.loss * offer.sensitivity for one, offer in zip(taken, offers, strict=True)]
     largest = max(one.loss * offer.sensitivity for offer in offers for one in offer.candidates)
     assert sum(losses) <= best + GAP * best + 1e-6 * largest
 
@@ -202,7 +202,7 @@ def test_scaling_rows_by_powers_of_two_is_exact(dtype: str, scheme: str) -> None
 
 
 def test_int4_factors_hold_twice_the_rank_and_survive_the_disk(tmp_path: Path) -> None:
-    weight, x = typed_layer(96, 128, 1200)
+    weight, x = correlated_layer(96, 128, 1200)
     outputs = x @ weight.T
     errors, bits = {}, {}
     for dtype, rank in (("int8", 8), ("int4", 16), ("float32", 16)):

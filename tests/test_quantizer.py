@@ -19,6 +19,7 @@ from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantizer import linear_groups, quantize
 from qe_edge.recipe import Recipe, load_recipe, make_recipe
 from tests.small_vlm import write_small_vlm
+from tests.stopping import KilledError, StopAfter
 
 ALL = ("language", "visual", "merger")
 FEW = {"samples": 4}
@@ -152,26 +153,6 @@ def test_weights_are_packed_on_disk(saved: tuple[Path, LoadedModel]) -> None:
     assert (
         sum(tensor.numel() for tensor in packed) == sum(layer.in_features * layer.out_features for layer in layers) // 2
     )
-
-
-class KilledError(Exception):
-    """Stands for a kill: raised from the progress report in the middle of a run."""
-
-
-class StopAfter:
-    def __init__(self, blocks: int) -> None:
-        self.left = blocks
-
-    def start(self, title: str, total: float) -> None:
-        pass
-
-    def advance(self, amount: float, note: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KilledError
-
-    def finish(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("flow", ["parallel", "sequential"])

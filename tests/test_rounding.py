@@ -14,7 +14,7 @@ from qe_edge.errors import NumericalError
 from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight
 from qe_edge.reconstruction.branches import leave_out_channels
 from qe_edge.reconstruction.rounding import Rounding, clipped_round
-from tests.layers import typed_layer
+from tests.layers import correlated_layer
 
 
 @settings(max_examples=40, deadline=None)
@@ -40,13 +40,6 @@ def test_a_searched_range_is_never_worse(bits: int, group: int, symmetric: bool,
     assert torch.all(losses(searched.decode()) <= losses(plain.decode()) * (1 + 1e-5) + 1e-12)
     assert not searched.decode()[0].any()
     assert searched.scales.shape == plain.scales.shape
-
-
-def correlated_layer(out_features: int, in_features: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """A layer whose inputs depend on each other, as those of real models do."""
-    weight, x = typed_layer(out_features, in_features, tokens)
-    mixing = torch.from_numpy(np.random.default_rng(1).standard_normal((in_features, in_features))).float()
-    return weight, x @ (torch.eye(in_features) + 2 * mixing / in_features**0.5)
 
 
 def output_error(rounding: Rounding, weight: Tensor, x: Tensor, channels: np.ndarray) -> tuple[float, Tensor]:

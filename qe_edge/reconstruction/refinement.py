@@ -191,7 +191,7 @@ class _Task:
             rows = torch.randint(len(self.tokens), (settings.batch,), generator=generator)
             optimizer.zero_grad()
             with torch.enable_grad():
-                self._loss(current, groups[0][0], rows, known).backward()  # type: ignore[no-untyped-call]
+                self._loss(current, groups[0][0], rows, known).backward()  # type: ignore[no-untyped-call] # torch has no types here
             for group in groups:
                 torch.nn.utils.clip_grad_norm_(group, LARGEST_GRADIENT)
             optimizer.step()

@@ -21,6 +21,7 @@ from qe_edge.models.rotation import hadamard_like, random_rotation, rotate_langu
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from tests.small_vlm import write_small_vlm
+from tests.stopping import KilledError, StopAfter
 
 
 @pytest.fixture(scope="module")
@@ -155,26 +156,6 @@ def test_a_refused_model_leaves_no_unfinished_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be rotated"):
         quantize(loaded, recipe, [Sample(None, "?", "!")], work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
-class StopAfter:
-    def __init__(self, blocks: int) -> None:
-        self.left = blocks
-
-    def start(self, title: str, total: float) -> None:
-        pass
-
-    def advance(self, amount: float, note: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KilledError
-
-    def finish(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "internvl"])
