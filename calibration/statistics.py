@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
 from qe_edge.errors import NumericalError
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
+DOUBLE_WIDTH = 4096  # inputs up to which the Gram matrix is added up in float64; wider ones take half the memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class InputStatistics:
         dropped: Tokens left out because they held NaN or infinity.
         abs_mean: `[in]` float64, mean of |x|.
         abs_max: `[in]` float64, largest |x|.
-        gram: `[in, in]` float64 `X^T X / T`, or None.
+        gram: `[in, in]` `X^T X / T`, float64 up to `DOUBLE_WIDTH` inputs and float32 beyond, or None.
         tokens: `[sample, in]` float32, a sample in stream order; all tokens when there are few.
         importance: `[T, k]` int32 important channels of every token, or None.
         token_rows: `[sample]` int64, the row of `importance` that belongs to every sampled token.
@@ -80,7 +82,7 @@ class StatisticsCollector:
         self.name = name
         self.request = request
         self._channel_weight = [weight.detach().float().abs().mean(0).cpu() for weight in weights]
-        self._gram = np.zeros((in_features, in_features), np.float64) if request.gram else None
+        self._gram = GramMatrix(in_features) if request.gram else None
         self._abs_sum = np.zeros(in_features, np.float64)
         self._abs_max = np.zeros(in_features, np.float64)
         self._count = 0
@@ -88,10 +90,10 @@ class StatisticsCollector:
         self._importance: list[list[np.ndarray]] = [[] for _ in weights]
         # priorities come from one stream, so the sample does not depend on how the tokens are cut into chunks
         self._random = np.random.default_rng(seed)
-        self._tokens = np.zeros((0, in_features), np.float32)
-        self._priority = np.zeros(0)
-        self._rows = np.zeros(0, np.int64)
-        self._kinds = np.zeros(0, np.int8)
+        size = request.tokens
+        self._tokens = np.empty((size, in_features), np.float32)  # memory that is never written is never taken
+        self._priority, self._rows, self._kinds = np.empty(size), np.empty(size, np.int64), np.empty(size, np.int8)
+        self._filled = 0
 
     def update(self, x: Tensor, kind: Tensor | None = None) -> None:
         """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8."""
@@ -105,7 +107,7 @@ class StatisticsCollector:
             return
         array = tokens.contiguous().numpy()
         if self._gram is not None:
-            self._gram += array.T @ array  # numpy recognises X^T X and calls the symmetric BLAS routine
+            self._gram.add(array)
         magnitude = tokens.abs()
         self._abs_sum += magnitude.sum(0, dtype=torch.float64).numpy()
         np.maximum(self._abs_max, magnitude.amax(0).numpy(), out=self._abs_max)
@@ -116,7 +118,7 @@ class StatisticsCollector:
         self._count += len(array)
 
     def finish(self) -> list[InputStatistics]:
-        """The statistics of every problem.
+        """The statistics of every problem; ends the collection.
 
         Raises:
             NumericalError: If the layer saw no valid token, or more than 1 % of its tokens were not finite.
@@ -132,9 +134,10 @@ class StatisticsCollector:
                 f"No calibration token reached '{self.name}'.",
                 "Use calibration data with pictures and text that exercise every part of the model.",
             )
-        self._trim(self.request.tokens)
-        order = np.argsort(self._rows, kind="stable")
-        gram = None if self._gram is None else self._gram / self._count
+        order = np.argsort(self._rows[: self._filled], kind="stable")
+        gram = None if self._gram is None else self._gram.mean(self._count)
+        tokens, rows, kinds = self._tokens[order], self._rows[order], self._kinds[order]
+        del self._tokens
         return [
             InputStatistics(
                 count=self._count,
@@ -142,34 +145,75 @@ class StatisticsCollector:
                 abs_mean=self._abs_sum / self._count,
                 abs_max=self._abs_max,
                 gram=gram,
-                tokens=self._tokens[order],
+                tokens=tokens,
                 importance=np.concatenate(lists) if lists else None,
-                token_rows=self._rows[order],
-                token_kind=self._kinds[order],
+                token_rows=rows,
+                token_kind=kinds,
             )
             for lists in self._importance
         ]
 
     def _sample(self, array: np.ndarray, kinds: np.ndarray) -> None:
         """Keep the tokens with the smallest random priorities: a uniform sample of the stream."""
-        if not self.request.tokens:
+        size = self.request.tokens
+        if not size:
             return
         priority = self._random.random(len(array))
         rows = np.arange(self._count, self._count + len(array))
-        if len(self._priority) >= self.request.tokens:
-            keep = priority < self._priority.max()
-            array, priority, rows, kinds = array[keep], priority[keep], rows[keep], kinds[keep]
-        self._tokens = np.concatenate((self._tokens, array))
-        self._priority = np.concatenate((self._priority, priority))
-        self._rows = np.concatenate((self._rows, rows))
-        self._kinds = np.concatenate((self._kinds, kinds))
-        self._trim(self.request.tokens)
+        room = min(size - self._filled, len(array))
+        if room:
+            span = slice(self._filled, self._filled + room)
+            self._tokens[span], self._priority[span] = array[:room], priority[:room]
+            self._rows[span], self._kinds[span] = rows[:room], kinds[:room]
+            self._filled += room
+            array, priority, rows, kinds = array[room:], priority[room:], rows[room:], kinds[room:]
+        if not len(array):
+            return
+        # whoever is among the `size` smallest takes the place of one that no longer is
+        kept = np.argpartition(np.concatenate((self._priority, priority)), size - 1)[:size]
+        new = kept[kept >= size] - size
+        free = np.setdiff1d(np.arange(size), kept, assume_unique=True)
+        self._tokens[free] = array[new]
+        self._priority[free], self._rows[free], self._kinds[free] = priority[new], rows[new], kinds[new]
 
-    def _trim(self, size: int) -> None:
-        if len(self._priority) > size:
-            keep = np.sort(np.argpartition(self._priority, size - 1)[:size]) if size else np.zeros(0, np.int64)
-            self._tokens, self._priority = self._tokens[keep], self._priority[keep]
-            self._rows, self._kinds = self._rows[keep], self._kinds[keep]
+
+class GramMatrix:
+    """The sum of `x^T x` over chunks, one triangle of it, at the rate of the symmetric BLAS routine.
+
+    Args:
+        in_features: Width of the tokens.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        double = in_features <= DOUBLE_WIDTH
+        self._sum = np.zeros((in_features, in_features), np.float64 if double else np.float32, order="F")
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Add a chunk `[n, in]` float32, C-contiguous."""
+        if self._sum.dtype == np.float32:
+            self._sum = ssyrk(1.0, tokens.T, beta=1.0, c=self._sum, lower=1, overwrite_c=1)
+        else:
+            self._sum += ssyrk(1.0, tokens.T, lower=1)
+
+    def mean(self, count: int) -> np.ndarray:
+        """The whole symmetric matrix over `count` tokens `[in, in]`; ends the sum, which is not there twice."""
+        gram = mirror_triangle(self._sum)
+        del self._sum
+        gram /= count
+        return gram.T  # symmetric; this view is C-contiguous
+
+
+def mirror_triangle(matrix: np.ndarray, tile: int = 512) -> np.ndarray:
+    """Copy the lower triangle of a square matrix over the upper one, in place, tile by tile; returns it."""
+    size = len(matrix)
+    for row in range(0, size, tile):
+        rows = slice(row, row + tile)
+        diagonal = np.tril(matrix[rows, rows])
+        matrix[rows, rows] = diagonal + np.tril(diagonal, -1).T
+        for column in range(0, row, tile):
+            columns = slice(column, column + tile)
+            matrix[columns, rows] = matrix[rows, columns].T
+    return matrix
 
 
 def top_channels(score: Tensor, k: int) -> np.ndarray:
@@ -177,7 +221,16 @@ def top_channels(score: Tensor, k: int) -> np.ndarray:
 
     Tokens whose score is zero everywhere get the list of -1: they have no important channel.
     """
-    order = torch.argsort(score, dim=1, descending=True, stable=True)[:, :k].to(torch.int32)
+    k = min(k, score.shape[1])
+    values, order = torch.topk(score, k, dim=1, sorted=False)
+    least = values.amin(1, keepdim=True)
+    order, ascending = order.sort(dim=1)
+    values, by_value = values.gather(1, ascending).sort(dim=1, descending=True, stable=True)
+    order = order.gather(1, by_value).to(torch.int32)
+    # topk takes any of the channels that tie for the last places
+    tied = ((score == least).sum(1) > (values == least).sum(1)).nonzero()[:, 0]
+    if len(tied):
+        order[tied] = torch.argsort(score[tied], dim=1, descending=True, stable=True)[:, :k].to(torch.int32)
     order[score.amax(1) <= 0] = -1
     return order.numpy()
 

@@ -38,6 +38,11 @@ class WeightGrid:
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise RecipeError(f"Group size {self.group_size} is too small.", "Choose -1 (per channel) or at least 16.")
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest code, in the signed container."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
     def resolve_group(self, in_features: int) -> int:
         """Group size that divides `in_features`: the largest power of two up to the wanted one, never padding.
 
@@ -122,24 +127,43 @@ def quantize_weight(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:
         raise NumericalError(
             "A weight matrix holds NaN or infinity.", "Check the checkpoint; it cannot be quantized as it is."
         )
-    out_features, in_features = w.shape
-    group_size = grid.resolve_group(in_features)
-    groups = w.reshape(out_features, 1 if group_size == PER_CHANNEL else in_features // group_size, -1)
-    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
+    groups = split_groups(w, grid)
+    scales, zeros = scales_of_range(groups.amin(-1), groups.amax(-1), grid)
+    return round_on_grid(w, scales, zeros, grid)
+
+
+def split_groups(weight: Tensor, grid: WeightGrid) -> Tensor:
+    """A weight `[out, in]` as `[out, groups, width]`, the weights of one scale together."""
+    out_features, in_features = weight.shape
+    group = grid.resolve_group(in_features)
+    return weight.reshape(out_features, -1, in_features if group == PER_CHANNEL else group)
+
+
+def scales_of_range(smallest: Tensor, largest: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor | None]:
+    """Scales float16 and zero points int8 (None on a symmetric grid) that cover ranges of weights.
+
+    Args:
+        smallest: Lower end of every range, any shape; an asymmetric one is extended to include zero.
+        largest: Upper end.
+        grid: Bits and symmetry.
+    """
+    low, high = grid.limits
     if grid.symmetric:
-        scales = _storable(groups.abs().amax(-1).clamp_min(MIN_RANGE) / high)
-        codes = torch.round(groups / scales.float().unsqueeze(-1)).clamp_(low, high)
-        zeros = None
-    else:
-        largest, smallest = groups.amax(-1).clamp_min(0.0), groups.amin(-1).clamp_max(0.0)
-        scales = _storable((largest - smallest).clamp_min(MIN_RANGE) / (2**grid.bits - 1))
-        # codes and zero points are shifted by `low` into the signed container; the shift cancels in decoding
-        point = torch.round(-smallest / scales.float()).clamp_(0, 2**grid.bits - 1) + low
-        codes = (torch.round(groups / scales.float().unsqueeze(-1)) + point.unsqueeze(-1)).clamp_(low, high)
-        zeros = point.to(torch.int8)
-    return QuantizedWeight(
-        codes.to(torch.int8).reshape(out_features, in_features), scales, zeros, grid.bits, group_size
-    )
+        return _storable(torch.maximum(-smallest, largest).clamp_min(MIN_RANGE) / high), None
+    smallest, largest = smallest.clamp_max(0.0), largest.clamp_min(0.0)
+    scales = _storable((largest - smallest).clamp_min(MIN_RANGE) / (high - low))
+    # codes and zero points are shifted by `low` into the signed container; the shift cancels in decoding
+    return scales, (torch.round(-smallest / scales.float()).clamp_(0, high - low) + low).to(torch.int8)
+
+
+def round_on_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, grid: WeightGrid) -> QuantizedWeight:
+    """The nearest codes of a weight `[out, in]` float32 on given scales and zero points `[out, groups]`."""
+    low, high = grid.limits
+    codes = torch.round(split_groups(weight, grid) / scales.float().unsqueeze(-1))
+    if zeros is not None:
+        codes += zeros.float().unsqueeze(-1)
+    codes = codes.clamp_(low, high).to(torch.int8).reshape(weight.shape)
+    return QuantizedWeight(codes, scales, zeros, grid.bits, grid.resolve_group(weight.shape[1]))
 
 
 def _storable(scales: Tensor) -> Tensor:
@@ -147,12 +171,17 @@ def _storable(scales: Tensor) -> Tensor:
     return scales.clamp_max(torch.finfo(SCALE_DTYPE).max).to(SCALE_DTYPE)
 
 
+def rounds_activations(bits: int) -> bool:
+    """Whether activations of this width are rounded; 0, and 16 and more, mean that they are not."""
+    return 0 < bits < 16
+
+
 def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
     """Per-token symmetric dynamic quantization of `x` `[..., features]`, returned on the real axis.
 
     `bits` of 0 (or 16 and more) means no quantization and returns `x` unchanged.
     """
-    if bits == 0 or bits >= 16:
+    if not rounds_activations(bits):
         return x
     largest = 2 ** (bits - 1) - 1
     scale = x.abs().amax(-1, keepdim=True).clamp_min(MIN_RANGE) / largest

@@ -108,9 +108,28 @@ class Streamer:
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """One block on one batch; returns the hidden states that leave it."""
-    with torch.no_grad():
+    """One block on one batch; returns the hidden states that leave it.
+
+    Linear layers in float32 on the CPU are computed by numpy's BLAS: torch's is half as fast on some processors.
+    """
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad(), patched([(linear, _blas_linear(linear)) for linear in linears]):
         return first_tensor(block(hidden, *call.args, **call.kwargs))
+
+
+def _blas_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A linear layer's forward, without gradients."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight = linear.weight.detach()
+        if not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu":
+            return nn.functional.linear(x, weight, linear.bias)
+        y = torch.from_numpy(x.detach().reshape(-1, x.shape[-1]).numpy() @ weight.numpy().T)
+        if linear.bias is not None:
+            y += linear.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+    return forward
 
 
 def first_tensor(output: Any) -> Tensor:  # noqa: ANN401 - checked here

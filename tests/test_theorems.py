@@ -12,9 +12,14 @@ from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest, c
 from qe_edge.grids import WeightGrid, fake_quantize_activation, quantize_weight
 from qe_edge.methods import qe
 from qe_edge.methods.qe import QuantExpertsOptions, shrink_to_layer
-from qe_edge.reconstruction.directions import ErrorSpace, whitened_directions
+from qe_edge.reconstruction.directions import (
+    ErrorSpace,
+    leading_directions,
+    top_eigenvectors,
+    whitened_directions,
+)
 from qe_edge.reconstruction.experts import ExpertProblem, gram_experts, residual_energy
-from qe_edge.reconstruction.router import token_residuals, triangle_router
+from qe_edge.reconstruction.router import routed_residuals, triangle_router
 from tests.layers import outlier_layer, typed_layer
 from tests.reference.whitened_svd import scaled_svd, whitened_svd
 
@@ -128,8 +133,32 @@ def test_T6_triangle_router_bounds_the_residual() -> None:
     directions, _ = gram_experts(problem, np.arange(len(x)) % 4, 0)
     downs = [direction.T @ problem.error for direction in directions]
     router = triangle_router(problem.error, [u @ d for u, d in zip(directions, downs, strict=True)])
-    residuals = token_residuals(x, problem.error, directions, downs)
+    residuals = np.stack(
+        [np.abs(x @ (problem.error - u @ d).T).mean(1) for u, d in zip(directions, downs, strict=True)], axis=1
+    )
     assert (np.abs(x) @ router.T >= residuals * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residuals_for_the_router_are_those_of_the_rounded_experts(shape: tuple[int, int]) -> None:
+    error, x = rounding_error(shape)
+    drawn = np.random.default_rng(0)
+    ups = [drawn.standard_normal((shape[0], rank)) for rank in (6, 4, 4)]
+    downs = [up.T @ error / 50 + 0.1 * drawn.standard_normal((up.shape[1], shape[1])) for up in ups]
+    left = error - ups[0] @ downs[0]
+    expected = [np.linalg.norm(x @ (left - up @ down).T, axis=1) for up, down in zip(ups[1:], downs[1:], strict=True)]
+    found = routed_residuals(ErrorSpace.of(error), x, ups, downs)
+    np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-9)
+
+
+def test_krylov_directions_capture_what_the_eigenvectors_do() -> None:
+    drawn = np.random.default_rng(0)
+    outputs = drawn.standard_normal((700, 600)) / np.sqrt(np.arange(1, 601))
+    matrix = outputs.T @ outputs
+    exact, found = top_eigenvectors(matrix, 24), leading_directions(matrix.astype(np.float32), np.zeros((600, 0)), 24)
+    energy, best = (float(np.trace(u.T @ matrix @ u)) for u in (found, exact))
+    assert energy > (1 - 1e-3) * best
+    np.testing.assert_allclose(found.T @ found, np.eye(24), atol=1e-5)
 
 
 def test_T7_scaling_zeroed_channels_changes_only_the_token_scale() -> None:
@@ -299,8 +328,10 @@ def test_error_space_keeps_the_smaller_side() -> None:
     error = np.random.default_rng(0).standard_normal((30, 12))
     space = ErrorSpace.of(error)
     assert space.side == 12
-    assert space.basis is not None
-    np.testing.assert_allclose(space.basis @ space.reduced, error, atol=1e-12)
+    basis = space.lift(np.eye(12))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=1e-12)
+    np.testing.assert_allclose(basis @ space.reduced, error, atol=1e-12)
+    np.testing.assert_allclose(space.coordinates(error), space.reduced, atol=1e-12)
 
 
 @pytest.mark.parametrize(

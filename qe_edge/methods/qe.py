@@ -18,18 +18,17 @@ from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clu
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.errors import NumericalError, RecipeError
-from qe_edge.grids import WeightGrid
+from qe_edge.grids import WeightGrid, rounds_activations
 from qe_edge.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, leave_out_channels, some_tokens
-from qe_edge.reconstruction.directions import whitened_directions
+from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
 from qe_edge.reconstruction.factors import (
     FACTOR_BITS,
     AdapterDtype,
-    fit_down_factor,
     join_down_factors,
-    store_factor,
+    store_down_factors,
     store_up_factors,
 )
 from qe_edge.reconstruction.modality import assign_by_modality
@@ -38,7 +37,7 @@ from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.reconstruction.refinement import Refinement, refine
 from qe_edge.reconstruction.rounding import Rounding
-from qe_edge.reconstruction.router import normalise_router, ridge_router, token_residuals, triangle_router
+from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router
 from qe_edge.sizes import with_group
 
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
@@ -167,14 +166,25 @@ class SharedExpert:
 
     Attributes:
         branch: The quantized weight and what it leaves.
-        directions: `[out, r_s]` of the shared expert, before rounding.
-        objective: Sum of squared output errors on the sampled tokens, corrected with the rank that one token uses
-            (shared and routed); what decides whether leaving channels out pays.
+        space: Of the branch's error.
+        vectors: `[side, r_s + r_r]` its leading directions in that space; the first r_s are the shared expert's.
     """
 
     branch: MainBranch
-    directions: np.ndarray
-    objective: float
+    space: ErrorSpace
+    vectors: np.ndarray
+
+    def objective(self, tokens: Tensor, bits: int) -> float:
+        """Sum of squared output errors on tokens `[n, in]`, corrected with the rank that one token uses.
+
+        It decides whether leaving channels out pays.
+        """
+        directions = self.space.lift(self.vectors)
+        hidden = directions.T.astype(self.branch.error.dtype) @ self.branch.error
+        left = tokens.numpy() @ self.branch.error.T.astype(np.float32)
+        left -= (tokens.numpy() @ hidden.T.astype(np.float32)) @ directions.T.astype(np.float32)
+        left += activation_rounding(tokens, self.branch, bits).numpy()
+        return float(np.square(left, out=left).sum(dtype=np.float64))
 
 
 class QuantExperts(Method):
@@ -220,12 +230,15 @@ class QuantExperts(Method):
         # channels are taken from the main branch only when there is a shared expert that can carry them: INT4 cannot
         carried = size.shared_rank and self.options.adapter_dtype != "int4"
         left_out = split.independent if carried else split.independent[:0]
+        bits = problem.scheme.activation_bits
         if choice:
             left_out = frequent_channels(statistics)[: choice.left_out]
-        shared = self._shared_expert(problem, statistics, left_out, size)
+        elif self.options.cs_guard and not rounds_activations(bits):
+            left_out = left_out[:0]  # it is the rounding of activations that suffers from large channels
+        shared = self._shared_expert(problem, left_out, size)
         if self.options.cs_guard and len(left_out) and not choice:
-            plain = self._shared_expert(problem, statistics, left_out[:0], size)
-            shared = plain if plain.objective < shared.objective else shared
+            plain, tokens = self._shared_expert(problem, left_out[:0], size), some_tokens(statistics)
+            shared = min(plain, shared, key=lambda one: one.objective(tokens, bits))
         adapters = self._adapters(problem, statistics, shared, split.dependent, size)
         branch, refinement = shared.branch, self.options.refinement()
         if adapters and refinement:
@@ -262,20 +275,15 @@ class QuantExperts(Method):
         rounding = Rounding(options.rounding, options.clip)
         return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, problem.gram())
 
-    def _shared_expert(
-        self, problem: LinearProblem, statistics: InputStatistics, left_out: np.ndarray, size: LayerSize
-    ) -> SharedExpert:
+    def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
         grid = problem.scheme.weight
         if problem.choice:
             grid = with_group(problem.scheme, problem.choice.group_size).weight
         branch = self._branch(problem, grid, left_out)
-        directions = whitened_directions(branch.error, problem.gram(), size.shared_rank + size.routed_rank)
-        tokens = some_tokens(statistics)
-        rounding = activation_rounding(tokens, branch, problem.scheme.activation_bits)
-        left = torch.from_numpy((branch.error - directions @ (directions.T @ branch.error)).astype(np.float32))
-        objective = float((tokens @ left.T + rounding).square().sum(dtype=torch.float64))
-        return SharedExpert(branch, directions[:, : size.shared_rank], objective)
+        space = ErrorSpace.of(branch.error)
+        vectors = top_eigenvectors(space.covariance(problem.gram()), size.shared_rank + size.routed_rank)
+        return SharedExpert(branch, space, vectors)
 
     def _adapters(
         self,
@@ -286,29 +294,27 @@ class QuantExperts(Method):
         size: LayerSize,
     ) -> Adapters | None:
         """Shared and routed factors in storage precision, and the router (5.4, 6, 7)."""
-        error = shared.branch.error
+        error, space = shared.branch.error, shared.space
+        own = shared.vectors[:, : size.shared_rank]
         experts = min(size.experts, len(dependent))
-        parts, assigned = [shared.directions], None
+        parts, assigned = [space.lift(own)], None
         if experts > 1:
-            left = error - shared.directions @ (shared.directions.T @ error)
+            reduced = own.astype(space.reduced.dtype)
+            left = space.reduced - reduced @ (reduced.T @ space.reduced)
             routed, assigned = self._routed_directions(problem, statistics, left, dependent, experts, size.routed_rank)
-            parts += routed
+            parts += [space.lift(directions) for directions in routed]
         if sum(part.shape[1] for part in parts) == 0:
             return None
         dtype = self._adapter_dtype(problem)
         if dtype == "int4":
             tokens = [None, *(statistics.tokens[assigned == expert] for expert in range(len(parts) - 1))]
             packed = pack_correction(parts, error, problem.gram(), tokens)
-            up, down, rounded, downs = packed.up, packed.down, packed.ups, packed.downs
+            up, down, ups, downs = packed.up, packed.down, packed.ups, packed.downs
         else:
-            up, rounded = store_up_factors(parts, dtype)
-            stored = [store_factor(fit_down_factor(rounded[0], error), dtype)]
-            left = error - rounded[0] @ stored[0].real()
-            stored += [store_factor(fit_down_factor(part, left), dtype) for part in rounded[1:]]
+            up, ups = store_up_factors(parts, dtype)
+            stored = store_down_factors(ups, error, dtype)
             down, downs = join_down_factors(stored), [part.real() for part in stored]
-        router = None
-        if len(parts) > 1:
-            router = self._router(statistics, error - rounded[0] @ downs[0], rounded[1:], downs[1:])
+        router = self._router(statistics, space, ups, downs) if len(parts) > 1 else None
         return Adapters(
             down=down.codes,
             up=up.codes,
@@ -336,7 +342,16 @@ class QuantExperts(Method):
         experts: int,
         rank: int,
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Directions `[out, rank]` of every routed expert, and the expert of every sampled token."""
+        """Directions `[side, rank]` of every routed expert, and the expert of every sampled token.
+
+        Args:
+            problem: The layer.
+            statistics: Of its input.
+            left: `[side, in]` what the shared expert leaves, in the error's coordinates.
+            dependent: Token-dependent channels.
+            experts: Number of experts.
+            rank: Rank of each.
+        """
         if statistics.importance is None:
             raise NumericalError(f"No important channels were recorded for '{problem.name}'.", "Raise k above 0.")
         occurrence = occurrence_matrix(statistics.importance, dependent, left.shape[1])
@@ -357,13 +372,15 @@ class QuantExperts(Method):
         return diagonal_experts(fit, assigned, self.options.expert_weighting), assigned
 
     def _router(
-        self, statistics: InputStatistics, left: np.ndarray, ups: list[np.ndarray], downs: list[np.ndarray]
+        self, statistics: InputStatistics, space: ErrorSpace, ups: list[np.ndarray], downs: list[np.ndarray]
     ) -> Tensor:
         """Router `[experts, in]` float16; one common factor keeps it in range without changing any argmin."""
         if self.options.router == "tri":
-            scores = triangle_router(left, [up @ down for up, down in zip(ups, downs, strict=True)])
+            corrections = [up @ down for up, down in zip(ups, downs, strict=True)]
+            error = space.error()
+            scores = triangle_router(error - corrections[0], corrections[1:])
         else:
-            scores = ridge_router(statistics.tokens, token_residuals(statistics.tokens, left, ups, downs))
+            scores = ridge_router(statistics.tokens, routed_residuals(space, statistics.tokens, ups, downs))
         return torch.from_numpy(normalise_router(scores, statistics.tokens)).to(torch.float16)
 
 

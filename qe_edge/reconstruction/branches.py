@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qe_edge.blas import working_dtype
 from qe_edge.calibration.statistics import InputStatistics
-from qe_edge.grids import QuantizedWeight, WeightGrid, fake_quantize_activation
+from qe_edge.grids import QuantizedWeight, WeightGrid, fake_quantize_activation, rounds_activations
 from qe_edge.linear import Adapters
 from qe_edge.reconstruction.factors import AdapterDtype, fit_down_factor, store_factor, store_up_factors
 from qe_edge.reconstruction.rounding import Rounding
@@ -27,7 +28,8 @@ class MainBranch:
     Attributes:
         weight: Codes; the columns that were left out are exactly zero.
         inv_omega: `[in]` float16 factor on the branch's input, or None.
-        error: `[out, in]` float64, what the branch's weight lacks of `W`; whole columns where they were left out.
+        error: `[out, in]`, what the branch's weight lacks of `W`; whole columns where they were left out. float32 in
+            large layers (`working_dtype`), else float64.
     """
 
     weight: QuantizedWeight
@@ -64,22 +66,24 @@ def leave_out_channels(
         gram[channels, :] = 0.0
         gram[:, channels] = 0.0
     quantized, inv_omega = rounding(kept, grid, gram, abs_mean)
-    decoded = quantized.decode().double()
+    dtype = torch.float64 if working_dtype(weight.numel()) is np.float64 else torch.float32
+    error = quantized.decode().to(dtype)
     if inv_omega is not None:
-        decoded *= inv_omega.double()
+        error *= inv_omega.to(dtype)
+    torch.sub(weight.to(dtype), error, out=error)
     if len(channels):
         factor = np.ones(kept.shape[1]) if inv_omega is None else inv_omega.double().numpy()
         mean = np.maximum(abs_mean[channels], 1e-8)
         factor[channels] = 0.0 if mode == "drop" else mean.min() / mean
         inv_omega = torch.from_numpy(factor).to(torch.float16)
-    return MainBranch(quantized, inv_omega, (weight.double() - decoded).numpy())
+    return MainBranch(quantized, inv_omega, error.numpy())
 
 
 def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterDtype) -> Adapters | None:
     """The correction `U U^T E` in storage precision, for every token the same; None for rank 0.
 
     Args:
-        error: `[out, in]` float64.
+        error: `[out, in]`.
         directions: `U` `[out, rank]`.
         dtype: Storage of the factors.
     """
@@ -107,4 +111,7 @@ def some_tokens(statistics: InputStatistics) -> Tensor:
 def activation_rounding(tokens: Tensor, branch: MainBranch, bits: int) -> Tensor:
     """What rounding the activations takes from the main branch's output on `tokens` `[n, in]`, `[n, out]`."""
     main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
-    return (main - fake_quantize_activation(main, bits)) @ branch.weight.decode().T
+    if not rounds_activations(bits):
+        return torch.zeros(len(tokens), branch.weight.out_features)
+    lost = main - fake_quantize_activation(main, bits)
+    return torch.from_numpy(lost.numpy() @ branch.weight.decode().numpy().T)

@@ -1,8 +1,9 @@
 """Best output directions for a low-rank correction, without inverses or damping (specification 5.3).
 
 The optimal rank-r correction of an error `E` under the Gram matrix `G` is `U U^T E`, with `U` the top eigenvectors of
-`E G E^T`. When there are more outputs than inputs the same problem is solved in the column space of `E`
-(`E = B R`, thin QR), so the eigenproblem always has the smaller side's size and a singular Gram matrix is fine.
+`E G E^T`. When there are more outputs than inputs the same problem is solved in the column space of `E` (`E = B R`, R
+the Cholesky factor of `E^T E`), so the eigenproblem always has the smaller side's size and a singular Gram matrix is
+fine.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import eigh, qr
+from scipy.linalg import eigh, qr, solve_triangular
+from scipy.linalg.lapack import dpotrf
 
 from qe_edge.blas import one_lapack_thread
 
-DOUBLE_LIMIT = 4096 * 4096  # entries of the Gram matrix up to which products are formed in float64
+STEEPEST = 1e5  # ratio of pivots of R up to which E R^{-1} is orthonormal enough to be finished by one QR
+EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
+KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
 
 
 @dataclass(frozen=True)
@@ -22,27 +26,41 @@ class ErrorSpace:
     """An error matrix in coordinates of its smaller side.
 
     Attributes:
-        basis: `[out, side]` orthonormal columns, or None when the coordinates are the outputs themselves.
         reduced: `[side, in]`, `error = basis @ reduced`.
+        basis: `[out, side]` orthonormal columns, or None.
+        tall: `[out, in]` the error itself, where the basis is `tall @ inv(reduced)` and never formed; or None. Without
+            either, the coordinates are the outputs themselves.
     """
 
-    basis: np.ndarray | None
     reduced: np.ndarray
+    basis: np.ndarray | None = None
+    tall: np.ndarray | None = None
 
     @classmethod
     def of(cls, error: np.ndarray) -> ErrorSpace:
         """Coordinates for `error` `[out, in]`."""
         out_features, in_features = error.shape
         if out_features <= in_features:
-            return cls(None, error)
-        with one_lapack_thread():
-            basis, reduced = qr(error, mode="economic")
-        return cls(basis, reduced)
+            return cls(error)
+        wide = error.astype(np.float64)
+        upper, failed = dpotrf(wide.T @ wide, lower=0, clean=1)
+        pivots = np.abs(upper.diagonal())
+        if failed or pivots.max() > STEEPEST * pivots.min():
+            with one_lapack_thread():
+                basis, reduced = qr(wide, mode="economic")
+            return cls(reduced, basis=basis)
+        return cls(upper, tall=error)
 
     @property
     def side(self) -> int:
         """Size of the eigenproblem, min(out, in)."""
         return len(self.reduced)
+
+    def error(self) -> np.ndarray:
+        """The error itself, `[out, in]`."""
+        if self.tall is not None:
+            return self.tall
+        return self.reduced if self.basis is None else self.basis @ self.reduced
 
     def outputs(self, tokens: np.ndarray) -> np.ndarray:
         """Reduced coordinates `[n, side]` of the error's output on tokens `[n, in]`."""
@@ -51,13 +69,30 @@ class ErrorSpace:
 
     def covariance(self, gram: np.ndarray) -> np.ndarray:
         """`E G E^T` in reduced coordinates, `[side, side]` float64."""
-        dtype = np.float64 if gram.size <= DOUBLE_LIMIT else np.float32
-        left = self.reduced.astype(dtype)
-        return np.asarray(left @ gram.astype(dtype) @ left.T, np.float64)
+        left = self.reduced
+        return np.asarray(left @ gram.astype(left.dtype, copy=False) @ left.T, np.float64)
 
     def lift(self, directions: np.ndarray) -> np.ndarray:
-        """Directions `[side, r]` as orthonormal columns in output coordinates `[out, r]`."""
-        return directions if self.basis is None else self.basis @ directions
+        """Orthonormal directions `[side, r]` as orthonormal columns in output coordinates `[out, r]`, float64."""
+        if self.basis is not None:
+            lifted: np.ndarray = self.basis @ directions
+            return lifted
+        if self.tall is None or not directions.shape[1]:
+            return np.zeros((len(self.tall), 0)) if self.tall is not None else directions
+        inner = solve_triangular(self.reduced, directions).astype(self.tall.dtype)
+        with one_lapack_thread():
+            columns, mixing = qr((self.tall @ inner).astype(np.float64), mode="economic")
+        return np.asarray(columns * np.sign(mixing.diagonal()))
+
+    def coordinates(self, columns: np.ndarray) -> np.ndarray:
+        """Inner products `[side, r]` of the basis with columns `[out, r]` in output coordinates."""
+        if self.basis is not None:
+            inner: np.ndarray = self.basis.T @ columns
+            return inner
+        if self.tall is None:
+            return columns
+        products = self.tall.T @ columns.astype(self.tall.dtype)
+        return np.asarray(solve_triangular(self.reduced, products, trans="T"))
 
 
 def top_eigenvectors(matrix: np.ndarray, rank: int) -> np.ndarray:
@@ -76,11 +111,43 @@ def top_eigenvectors(matrix: np.ndarray, rank: int) -> np.ndarray:
     return flipped
 
 
+def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int) -> np.ndarray:
+    """Directions `[n, rank]` that capture about as much of a positive matrix as its top eigenvectors.
+
+    Block Krylov iteration (Musco and Musco, NeurIPS 2015) from directions close to the wanted ones; below `EXACT_SIDE`
+    the eigenvectors themselves. Several of them are wanted of many matrices here, and each step costs a product.
+
+    Args:
+        matrix: `[n, n]` symmetric, float32 or float64.
+        start: `[n, k]` directions to start from, in any number; random ones fill them up.
+        rank: Wanted number of directions.
+    """
+    size = len(matrix)
+    width = min(rank, size) + KRYLOV_EXTRA
+    if size <= EXACT_SIDE or width * (KRYLOV_STEPS + 1) > size:
+        return top_eigenvectors(matrix, rank)
+    if start.shape[1] < width:
+        more = np.random.default_rng(0).standard_normal((size, width - start.shape[1]))
+        start = np.concatenate((start, more / np.sqrt(size)), axis=1)
+    with one_lapack_thread():
+        block = qr(start[:, :width].astype(matrix.dtype), mode="economic")[0]
+        space = block
+        for _ in range(KRYLOV_STEPS):
+            block = matrix @ block
+            for _ in range(2):  # once leaves what rounding makes of nearly dependent columns
+                block = block - space @ (space.T @ block)
+                block = qr(block, mode="economic")[0]
+            space = np.concatenate((space, block), axis=1)
+        inner = top_eigenvectors((space.T @ (matrix @ space)).astype(np.float64), rank)
+    directions: np.ndarray = space.astype(np.float64) @ inner
+    return directions
+
+
 def whitened_directions(error: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarray:
     """Directions `U` `[out, r]` of the rank-r correction `U U^T E` that is optimal for `||(E - L) X||_F`.
 
     Args:
-        error: `[out, in]` float64.
+        error: `[out, in]`.
         gram: `[in, in]`, `X^T X` up to a factor; may be singular.
         rank: Wanted rank; capped at min(out, in).
     """
@@ -90,5 +157,5 @@ def whitened_directions(error: np.ndarray, gram: np.ndarray, rank: int) -> np.nd
 
 def diagonal_directions(error: np.ndarray, weights: np.ndarray, rank: int) -> np.ndarray:
     """Directions `[out, r]` of the best rank-r correction of `E diag(weights)` (plain SVD weighting)."""
-    space = ErrorSpace.of(error * weights)
-    return space.lift(top_eigenvectors(space.reduced @ space.reduced.T, rank))
+    space = ErrorSpace.of(error * weights.astype(error.dtype))
+    return space.lift(top_eigenvectors((space.reduced @ space.reduced.T).astype(np.float64), rank))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qe_edge.blas import working_dtype
 from qe_edge.calibration.statistics import InputStatistics
-from qe_edge.reconstruction.directions import ErrorSpace, diagonal_directions, top_eigenvectors
+from qe_edge.reconstruction.directions import ErrorSpace, diagonal_directions, leading_directions
 
 WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
 FEW_TOKENS = 4  # times the expert's rank: fewer tokens than this lean on the global statistics
@@ -19,7 +20,7 @@ class ExpertProblem:
     """Everything the construction of routed experts reads.
 
     Attributes:
-        error: `[out, in]` float64, what the shared expert left.
+        error: `[side, in]`, what the shared expert left, in any orthonormal coordinates of the outputs.
         statistics: Calibration statistics of the input.
         channels: Token-dependent channels C_r.
         labels: Cluster of every entry of `channels`.
@@ -61,46 +62,55 @@ def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) ->
     """Experts that are optimal for their own tokens, polished by EM (6.2, 6.3).
 
     Returns:
-        Directions `[out, rank]` of every expert, and the final assignment `[sample]`.
+        Directions `[side, rank]` of every expert, and the final assignment `[sample]`.
     """
     space = ErrorSpace.of(problem.error)
-    outputs = space.outputs(problem.statistics.tokens.astype(np.float64))
+    outputs = space.outputs(problem.statistics.tokens.astype(working_dtype(problem.error.size), copy=False))
     gram = problem.statistics.gram
     everyone = outputs.T @ outputs / max(len(outputs), 1) if gram is None else space.covariance(gram)
-    directions = _fit(outputs, assigned, everyone, problem)
+    everyone = everyone.astype(outputs.dtype, copy=False)
+    energy = np.square(outputs).sum(1, keepdims=True)
+    directions = _fit(outputs, assigned, everyone, problem, None)
     previous = np.inf
     for _ in range(em_steps):
-        residual = residual_energy(outputs, directions)
-        total = float(residual.min(1).sum())
+        residual = residual_energy(outputs, directions, energy)
+        total = float(residual.min(1).sum(dtype=np.float64))
         if previous - total < EM_GAIN * previous and np.isfinite(previous):
             break
         previous, assigned = total, residual.argmin(1)
-        directions = _fit(outputs, assigned, everyone, problem)
+        directions = _fit(outputs, assigned, everyone, problem, directions)
     return [space.lift(direction) for direction in directions], assigned
 
 
-def residual_energy(outputs: np.ndarray, directions: list[np.ndarray]) -> np.ndarray:
-    """`||(I - U_i U_i^T) z_t||^2` for every token and expert, `[tokens, experts]`."""
-    energy = np.square(outputs).sum(1, keepdims=True)
-    explained = [np.square(outputs @ direction).sum(1) for direction in directions]
+def residual_energy(outputs: np.ndarray, directions: list[np.ndarray], energy: np.ndarray | None = None) -> np.ndarray:
+    """`||(I - U_i U_i^T) z_t||^2` for every token and expert, `[tokens, experts]`; `energy` is `||z_t||^2` if known."""
+    if energy is None:
+        energy = np.square(outputs).sum(1, keepdims=True)
+    explained = [np.square(outputs @ direction.astype(outputs.dtype)).sum(1) for direction in directions]
     residual: np.ndarray = np.maximum(energy - np.stack(explained, axis=1), 0.0)
     return residual
 
 
-def _fit(outputs: np.ndarray, assigned: np.ndarray, everyone: np.ndarray, problem: ExpertProblem) -> list[np.ndarray]:
+def _fit(
+    outputs: np.ndarray,
+    assigned: np.ndarray,
+    everyone: np.ndarray,
+    problem: ExpertProblem,
+    previous: list[np.ndarray] | None,
+) -> list[np.ndarray]:
     """Top directions of every expert's own covariance, mixed with the global one; empty ones take global directions."""
-    spare = None
+    spare = leading_directions(everyone, np.zeros((len(everyone), 0)), problem.rank)
     directions = []
     for expert in range(problem.experts):
         own = outputs[assigned == expert]
         if len(own) == 0:
-            if spare is None:
-                spare = top_eigenvectors(everyone, problem.rank)
             directions.append(spare)
             continue
         rho = 0.5 if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
-        covariance = (1 - rho) * (own.T @ own) / len(own) + rho * everyone
-        directions.append(top_eigenvectors(covariance, problem.rank))
+        covariance = own.T @ own
+        covariance *= (1 - rho) / len(own)
+        covariance += rho * everyone
+        directions.append(leading_directions(covariance, previous[expert] if previous else spare, problem.rank))
     return directions
 
 

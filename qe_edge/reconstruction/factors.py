@@ -7,6 +7,7 @@ the rounded up factor, `down = pinv(up) E`, which is optimal under any Gram matr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,8 +60,31 @@ def store_up_factors(parts: list[np.ndarray], dtype: AdapterDtype) -> tuple[Stor
 
 
 def fit_down_factor(up: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """The down factor `[rank, in]` that fits `error` best for a given up factor `[out, rank]`."""
-    solution: np.ndarray = np.linalg.lstsq(up.T @ up, up.T @ error, rcond=1e-12)[0]
+    """The down factor `[rank, in]` that fits `error` `[out, in]` best for a given up factor `[out, rank]`."""
+    return _solve(up, up.T.astype(error.dtype) @ error)
+
+
+def store_down_factors(ups: Sequence[np.ndarray], error: np.ndarray, dtype: AdapterDtype) -> list[StoredFactor]:
+    """Down factors of all experts, each fitted to its rounded up factor.
+
+    Args:
+        ups: `[out, rank]` of the shared expert (first; rank 0 for none), which is fitted to the error, and of every
+            routed one, fitted to what the stored shared expert leaves.
+        error: `[out, in]`.
+        dtype: Storage.
+    """
+    edges = np.cumsum([up.shape[1] for up in ups])[:-1]
+    products = np.split(np.concatenate(ups, axis=1).T.astype(error.dtype) @ error, edges)
+    stored = [store_factor(_solve(ups[0], products[0]), dtype)]
+    shared = stored[0].real()
+    for up, product in zip(ups[1:], products[1:], strict=True):
+        stored.append(store_factor(_solve(up, product - (up.T @ ups[0]) @ shared), dtype))
+    return stored
+
+
+def _solve(up: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Least-squares `[rank, in]` from the products `up^T error`."""
+    solution: np.ndarray = np.linalg.lstsq(up.T @ up, products.astype(np.float64), rcond=1e-12)[0]
     return solution
 
 

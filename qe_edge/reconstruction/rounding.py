@@ -10,13 +10,26 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpotrf
 from torch import Tensor
 
 from qe_edge.errors import NumericalError
-from qe_edge.grids import PER_CHANNEL, QuantizedWeight, WeightGrid, quantize_weight
+from qe_edge.grids import (
+    PER_CHANNEL,
+    QuantizedWeight,
+    WeightGrid,
+    quantize_weight,
+    round_on_grid,
+    scales_of_range,
+    split_groups,
+)
 from qe_edge.methods.scaling import storable_inverse
+from qe_edge.parallel import map_rows
 
 BLOCK = 128  # columns whose updates GPTQ applies to the rest at once
+SMALL_BLOCK = 32  # columns whose updates it applies to the rest of the block at once
+ROWS = 4096  # output channels that GPTQ rounds at a time
+CACHED = 1 << 17  # weights whose range is searched at a time: their float32 values stay in a core's cache
 SMALLEST_SCALE = 1e-4  # of AWQ's search, before it is normalised
 AWQ_STEPS = 20
 CLIP_STEPS, CLIP_LEAST = 25, 0.5  # ranges tried: from the whole down to half of it
@@ -70,24 +83,43 @@ def clipped_round(weight: Tensor, grid: WeightGrid, importance: Tensor) -> Quant
         grid: Grid of the codes.
         importance: `[in]` mean square of every input, which weighs the squared errors.
     """
-    out_features, in_features = weight.shape
-    group = grid.resolve_group(in_features)
-    groups = weight.reshape(out_features, -1, in_features if group == PER_CHANNEL else group)
-    weighing = importance.reshape(1, *groups.shape[1:])
-    if grid.symmetric:
-        high = groups.abs().amax(-1, keepdim=True)
-        low = -high
-    else:
-        high, low = groups.amax(-1, keepdim=True).clamp_min(0), groups.amin(-1, keepdim=True).clamp_max(0)
-    least = torch.full(groups.shape[:2], torch.inf)
+    scales, zeros = search_range(weight, grid, importance)
+    return round_on_grid(weight, scales, zeros, grid)
+
+
+def search_range(weight: Tensor, grid: WeightGrid, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points `[out, groups]` of the ranges that lose least; arguments as of `clipped_round`."""
+    groups = split_groups(weight, grid)
+    weighing = importance.reshape(groups.shape[1:])
+    piece = max(1, CACHED // weight.shape[1])
+    found = map_rows(lambda rows: _search_rows(groups[rows], grid, weighing), len(weight), piece)
+    scales, zeros = zip(*found, strict=True)
+    return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
+
+
+def _search_rows(groups: Tensor, grid: WeightGrid, weighing: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`search_range` for few groups `[rows, groups, width]`; their errors are weighed by `[groups, width]`."""
+    smallest, largest = groups.amin(-1), groups.amax(-1)
+    if not grid.symmetric:  # a range that is cut down keeps its zero
+        smallest, largest = smallest.clamp_max(0.0), largest.clamp_min(0.0)
+    low, high = grid.limits
+    least = torch.full(smallest.shape, torch.inf)
     best = torch.ones_like(least)
-    for share in torch.linspace(1.0, CLIP_LEAST, CLIP_STEPS):
-        codes = quantize_weight(groups.clamp(low * share, high * share).reshape_as(weight), grid)
-        loss = ((codes.decode().reshape_as(groups) - groups).square() * weighing).sum(-1)
+    errors = torch.empty_like(groups)
+    for share in torch.linspace(1.0, CLIP_LEAST, CLIP_STEPS).tolist():
+        scales, zeros = scales_of_range(smallest * share, largest * share, grid)
+        scale = scales.float().unsqueeze(-1)
+        torch.mul(groups, scale.reciprocal(), out=errors).round_()
+        if zeros is None:
+            errors.clamp_(low, high)
+        else:
+            point = zeros.float().unsqueeze(-1)
+            errors.clamp_(low - point, high - point)
+        errors.mul_(scale).sub_(groups).square_()
+        loss = torch.einsum("rgw,gw->rg", errors, weighing)
         best = torch.where(loss < least, share, best)
         least = torch.minimum(loss, least)
-    best = best.unsqueeze(-1)
-    return quantize_weight(groups.clamp(low * best, high * best).reshape_as(weight), grid)
+    return scales_of_range(smallest * best, largest * best, grid)
 
 
 def search_scale(
@@ -123,11 +155,16 @@ def search_scale(
 def gptq_round(
     weight: Tensor, gram: Tensor, grid: WeightGrid, damping: float, *, clip: bool = False
 ) -> QuantizedWeight:
-    """GPTQ (ICLR 2023) without column reordering: the error of each column is spread over those to come.
+    """GPTQ (ICLR 2023) without column reordering: the error of each column is made up for by those to come.
+
+    The same codes as with the inverse of the Hessian `H`, without it: with `H = R R^T`, R upper triangular, the loss is
+    a sum over columns j of `(R_jj e_j + sum_{i < j} R_ij e_i)^2`, `e` the errors. So column j is rounded after adding
+    `sum_{i < j} R_ij / R_jj e_i` (Babai's nearest plane; Chen et al., arXiv 2507.18553). One Cholesky factor is a
+    quarter of the work that inverting and factoring again is.
 
     Args:
         weight: `[out, in]` float32.
-        gram: `[in, in]` float64, `X^T X` up to a factor.
+        gram: `[in, in]`, `X^T X` up to a factor.
         grid: Grid; the scale of a group is found when the group is reached, from the weights as updated so far.
         damping: Relative to the mean of the Gram matrix's diagonal.
         clip: Search the range of every scale, as `clipped_round`.
@@ -135,56 +172,77 @@ def gptq_round(
     Raises:
         NumericalError: If the damped Gram matrix is still not positive definite.
     """
-    hessian = gram.double().clone()
-    importance = hessian.diagonal().float()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    factor = _inverse_factor(hessian).float()
-    pivots = factor.diagonal().tolist()
+    dead = gram.diagonal() == 0
+    coupling = torch.from_numpy(_coupling(gram.numpy(), damping))
+    importance = gram.diagonal().float() if clip else None
+    kept = weight.float().masked_fill(dead, 0.0)
+    parts = map_rows(lambda rows: _round_rows(kept[rows], coupling, grid, importance), len(kept), ROWS)
+    codes, scales, zeros = zip(*parts, strict=True)
+    joined = None if grid.symmetric else torch.cat(zeros)
+    return QuantizedWeight(torch.cat(codes), torch.cat(scales), joined, grid.bits, grid.resolve_group(weight.shape[1]))
+
+
+def _round_rows(
+    weight: Tensor, coupling: Tensor, grid: WeightGrid, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`gptq_round` for some rows, which do not depend on each other: codes, scales and zero points."""
     # inputs lie along the rows, so that a column of the weight is contiguous
-    w = weight.float().T.contiguous()
-    w[dead] = 0.0
-    in_features = len(w)
+    original = weight.T.contiguous()
+    w = original.clone()
+    in_features, out_features = w.shape
     group = grid.resolve_group(in_features)
     width = in_features if group == PER_CHANNEL else group
-    codes = torch.empty(w.shape, dtype=torch.int8)
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
-    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
+    codes, errors = torch.empty(w.shape, dtype=torch.int8), torch.empty_like(w)
+    found: list[tuple[Tensor, Tensor | None]] = []
+    low, high = grid.limits
+    scale, point = torch.ones(out_features), torch.zeros(out_features)
+    for block in range(0, in_features, BLOCK):
+        block_stop = min(block + BLOCK, in_features)
+        for start in range(block, block_stop, SMALL_BLOCK):
+            stop = min(start + SMALL_BLOCK, block_stop)
+            for column in range(start, stop):
+                if column % width == 0:
+                    # a group's size is a power of two or the whole width: none of its columns waits for an update
+                    span = slice(column, column + width)
+                    columns = _expected(original[span], w[span], coupling[span, span]) if column else w[span]
+                    weighing = None if importance is None else importance[span]
+                    found.append(_group_range(columns.T.contiguous(), grid, weighing))
+                    scale, point = (part[:, 0].float() if part is not None else point for part in found[-1])
+                code = torch.round(w[column] / scale).add_(point).clamp_(low, high)
+                codes[column] = code
+                torch.sub(original[column], code.sub_(point).mul_(scale), out=errors[column])
+                w[column + 1 : stop].addr_(coupling[column, column + 1 : stop], errors[column])
+            w[stop:block_stop].addmm_(coupling[start:stop, stop:block_stop].T, errors[start:stop])
+        w[block_stop:].addmm_(coupling[block:block_stop, block_stop:].T, errors[block:block_stop])
+    scales = torch.cat([part[0] for part in found], dim=1)
+    zeros = [part[1] for part in found if part[1] is not None]
+    return codes.T.contiguous(), scales, torch.cat(zeros, dim=1) if zeros else None
+
+
+def _expected(original: Tensor, w: Tensor, coupling: Tensor) -> Tensor:
+    """What the columns of a group `[width, out]` are going to be when their turn comes, were none of them rounded."""
+    return original + torch.linalg.solve_triangular(coupling.T, w - original, upper=False, unitriangular=True)
+
+
+def _group_range(columns: Tensor, grid: WeightGrid, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point `[out, 1]` of one group `[out, width]`, in a searched range where errors have a weight."""
     whole = replace(grid, group_size=PER_CHANNEL)
-    scale = zero = torch.zeros(w.shape[1])
-    for start in range(0, in_features, BLOCK):
-        stop = min(start + BLOCK, in_features)
-        errors = torch.zeros(stop - start, w.shape[1])
-        for column in range(start, stop):
-            if column % width == 0:
-                # later columns of the group may lie beyond this block and still wait for its updates
-                span = slice(column, column + width)
-                part = w[span].clone()
-                pending = factor[start:column, span].T @ errors[: column - start]
-                part[stop - column :] -= pending[stop - column :]
-                columns = part.T.contiguous()
-                found = clipped_round(columns, whole, importance[span]) if clip else quantize_weight(columns, whole)
-                scales.append(found.scales)
-                scale = found.scales[:, 0].float()
-                if found.zeros is not None:
-                    zeros.append(found.zeros)
-                    zero = found.zeros[:, 0].float()
-            code = torch.round(w[column] / scale).add_(zero).clamp_(low, high)
-            codes[column] = code
-            error = (w[column] - (code - zero) * scale).div_(pivots[column])
-            errors[column - start] = error
-            w[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        w[stop:] -= factor[start:stop, stop:].T @ errors
-    joined = torch.cat(zeros, dim=1) if zeros else None
-    return QuantizedWeight(codes.T.contiguous(), torch.cat(scales, dim=1), joined, grid.bits, group)
+    if importance is not None:
+        return search_range(columns, whole, importance)
+    return scales_of_range(columns.amin(1, keepdim=True), columns.amax(1, keepdim=True), whole)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse."""
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if int(failed):
+def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
+    """`R_ij / R_jj` `[in, in]` float32, unit upper triangular, of the damped Gram matrix `R R^T`.
+
+    The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards.
+    """
+    hessian = gram[::-1, ::-1].astype(np.float64, order="C").T  # symmetric: this is LAPACK's order of the same matrix
+    diagonal = np.einsum("ii->i", hessian)
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    lower, failed = dpotrf(hessian, lower=1, clean=1, overwrite_a=1)
+    if failed:
         raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return upper
+    lower /= lower.diagonal().copy()
+    return lower[::-1, ::-1].astype(np.float32, order="F")

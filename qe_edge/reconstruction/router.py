@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.linalg import solve
 
+from qe_edge.reconstruction.directions import ErrorSpace
+
 KINDS = ("ridge", "tri")
 RIDGE = 1e-2  # damping relative to the mean diagonal of |X||X|^T
+SPREAD_TOKENS = 1024  # scores of so many tokens give the factor that scales a router
+DUAL_TOKENS = 4096  # of a layer with more inputs than this, so many tokens are regressed on
 
 
 def triangle_router(error: np.ndarray, corrections: list[np.ndarray]) -> np.ndarray:
@@ -26,42 +32,61 @@ def ridge_router(tokens: np.ndarray, residuals: np.ndarray) -> np.ndarray:
     """Ridge regression from |x| to the centred residual of every expert.
 
     Args:
-        tokens: `[n, in]` calibration tokens.
-        residuals: `[n, experts]` mean absolute residual of every expert on every token.
+        tokens: `[n, in]` calibration tokens; of a wide layer `DUAL_TOKENS` evenly spread ones are used.
+        residuals: `[n, experts]` norm of every expert's residual on every token.
 
     Returns:
         `[experts, in]` float64.
     """
-    magnitude = np.abs(tokens).astype(np.float64)
-    normal = magnitude.T @ magnitude
-    damping = RIDGE * np.trace(normal) / len(normal)
+    in_features = tokens.shape[1]
+    if len(tokens) > DUAL_TOKENS and in_features > DUAL_TOKENS:
+        rows = np.linspace(0, len(tokens) - 1, DUAL_TOKENS).astype(np.int64)
+        tokens, residuals = tokens[rows], residuals[rows]
+    magnitude = np.abs(tokens)
+    dual = len(tokens) < in_features
+    # products in float32 are far more precise than the damping is large
+    normal = np.asarray(magnitude @ magnitude.T if dual else magnitude.T @ magnitude, np.float64)
+    damping = RIDGE * np.trace(normal) / in_features
     if damping <= 0:
-        return np.zeros((residuals.shape[1], tokens.shape[1]))
+        return np.zeros((residuals.shape[1], in_features))
     normal[np.diag_indices_from(normal)] += damping
     centred = residuals - residuals.mean(1, keepdims=True)
-    weights: np.ndarray = solve(normal, magnitude.T @ centred, assume_a="pos").T
+    if dual:
+        weights: np.ndarray = solve(normal, centred, assume_a="pos").T @ magnitude
+    else:
+        weights = solve(normal, magnitude.T @ centred, assume_a="pos").T
     return weights
 
 
-def token_residuals(
-    tokens: np.ndarray, error: np.ndarray, ups: list[np.ndarray], downs: list[np.ndarray], chunk: int = 2048
+def routed_residuals(
+    space: ErrorSpace, tokens: np.ndarray, ups: Sequence[np.ndarray], downs: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Mean absolute residual `(1/out) ||(E_S - L_i) x||_1` `[n, experts]`, with `L_i = up_i @ down_i`.
+    """Norm of what every routed expert leaves of the error's output, `||E x - up_s down_s x - up_i down_i x||`.
 
-    Computed in the precision of `tokens`; float32 is ample for scores that a ridge regression smooths anyway.
+    Args:
+        space: Of the error `E` `[out, in]`.
+        tokens: `[n, in]`.
+        ups: `[out, rank]` of the shared expert (first; any rank) and of every routed one.
+        downs: `[rank, in]` likewise.
+
+    Returns:
+        `[n, experts]`, without the shared expert.
     """
-    error_t = error.T.astype(tokens.dtype)
-    factors = [(up.T.astype(tokens.dtype), down.T.astype(tokens.dtype)) for up, down in zip(ups, downs, strict=True)]
-    result = np.empty((len(tokens), len(ups)))
-    for start in range(0, len(tokens), chunk):
-        part = tokens[start : start + chunk]
-        outputs = part @ error_t
-        for expert, (up_t, down_t) in enumerate(factors):
-            result[start : start + chunk, expert] = np.abs(outputs - (part @ down_t) @ up_t).mean(1)
-    return result
+    outputs = space.outputs(tokens)
+    hidden = [tokens @ down.T.astype(tokens.dtype) for down in downs]
+    along = [outputs @ space.coordinates(up).astype(outputs.dtype) for up in ups]
+    shared, inner = hidden[0], [ups[0].T @ up for up in ups]
+    left = np.square(outputs).sum(1) + np.einsum("nr,nr->n", shared, shared @ inner[0] - 2 * along[0])
+    result = np.empty((len(tokens), len(ups) - 1))
+    for expert in range(1, len(ups)):
+        own = hidden[expert]
+        energy = own @ (ups[expert].T @ ups[expert]) - 2 * (along[expert] - shared @ inner[expert])
+        result[:, expert - 1] = left + np.einsum("nr,nr->n", own, energy)
+    return np.sqrt(np.maximum(result, 0.0))
 
 
 def normalise_router(router: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Scale all scores by one factor so that they spread by about 1 over the experts; the argmin stays the same."""
+    tokens = tokens[:: max(1, len(tokens) // SPREAD_TOKENS)]
     spread = (np.abs(tokens) @ router.T).std(1).mean() if len(tokens) else 0.0
     return router / spread if spread > 0 else router

@@ -1,0 +1,30 @@
+"""Work on the rows of a matrix in threads of our own, each of which computes with one.
+
+torch's and OpenBLAS' threads wait for each other in a busy loop after every operation: thousands of small operations
+become a hundred times slower as soon as something else runs on the machine. Threads that each have whole rows to
+themselves meet once, at the end. How the rows are cut does not depend on the number of threads, so neither do the
+results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def map_rows(work: Callable[[slice], Result], rows: int, piece: int) -> list[Result]:
+    """Call `work` for slices of at most `piece` rows, in order of the rows; results in the same order."""
+    slices = [slice(start, min(start + piece, rows)) for start in range(0, rows, piece)]
+    threads = torch.get_num_threads()
+    if len(slices) <= 1 or threads == 1:
+        return [work(part) for part in slices]
+    try:
+        with ThreadPoolExecutor(min(threads, len(slices)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, slices))
+    finally:
+        torch.set_num_threads(threads)  # what new threads of other libraries start with
