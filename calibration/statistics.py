@@ -99,8 +99,9 @@ class StatisticsCollector:
         """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8."""
         tokens = x.detach().float().cpu().reshape(-1, self._abs_sum.shape[0])
         kinds = torch.zeros(len(tokens), dtype=torch.int8) if kind is None else kind.cpu().reshape(-1)
-        finite = torch.isfinite(tokens).all(1)
+        finite = torch.isfinite(tokens.sum(1))  # NaN and infinity stay what they are in a sum
         if not bool(finite.all()):
+            finite = torch.isfinite(tokens).all(1)
             self._dropped += int((~finite).sum())
             tokens, kinds = tokens[finite], kinds[finite]
         if not len(tokens):
@@ -109,7 +110,7 @@ class StatisticsCollector:
         if self._gram is not None:
             self._gram.add(array)
         magnitude = tokens.abs()
-        self._abs_sum += magnitude.sum(0, dtype=torch.float64).numpy()
+        self._abs_sum += np.ones(len(array), np.float32) @ magnitude.numpy()
         np.maximum(self._abs_max, magnitude.amax(0).numpy(), out=self._abs_max)
         if self.request.important:
             for lists, weight in zip(self._importance, self._channel_weight, strict=True):
@@ -222,16 +223,16 @@ def top_channels(score: Tensor, k: int) -> np.ndarray:
     Tokens whose score is zero everywhere get the list of -1: they have no important channel.
     """
     k = min(k, score.shape[1])
-    values, order = torch.topk(score, k, dim=1, sorted=False)
-    least = values.amin(1, keepdim=True)
+    # topk takes any of the channels that tie for the last places: one more tells where they do
+    values, order = torch.topk(score, min(k + 1, score.shape[1]), dim=1)
+    tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0] if values.shape[1] > k else torch.zeros(0).long()
+    values, order = values[:, :k], order[:, :k]
     order, ascending = order.sort(dim=1)
     values, by_value = values.gather(1, ascending).sort(dim=1, descending=True, stable=True)
     order = order.gather(1, by_value).to(torch.int32)
-    # topk takes any of the channels that tie for the last places
-    tied = ((score == least).sum(1) > (values == least).sum(1)).nonzero()[:, 0]
     if len(tied):
         order[tied] = torch.argsort(score[tied], dim=1, descending=True, stable=True)[:, :k].to(torch.int32)
-    order[score.amax(1) <= 0] = -1
+    order[values[:, 0] <= 0] = -1
     return order.numpy()
 
 

@@ -475,7 +475,7 @@ class _Run:
                 if mask is None:
                     collector.update(tokens, torch.full(tokens.shape[:-1], IMAGE, dtype=torch.int8))
                 else:
-                    collector.update(tokens[mask], kinds[0])
+                    collector.update(tokens if bool(mask.all()) else tokens[mask], kinds[0])
 
             return hook
 

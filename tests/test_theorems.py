@@ -147,7 +147,8 @@ def test_residuals_for_the_router_are_those_of_the_rounded_experts(shape: tuple[
     downs = [up.T @ error / 50 + 0.1 * drawn.standard_normal((up.shape[1], shape[1])) for up in ups]
     left = error - ups[0] @ downs[0]
     expected = [np.linalg.norm(x @ (left - up @ down).T, axis=1) for up, down in zip(ups[1:], downs[1:], strict=True)]
-    found = routed_residuals(ErrorSpace.of(error), x, ups, downs)
+    space = ErrorSpace.of(error)
+    found = routed_residuals(space, x, space.outputs(x), ups, downs)
     np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-9)
 
 

@@ -6,7 +6,7 @@ option, and the preset "paper" selects the paper's choices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from qe_edge.blas import working_dtype
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
@@ -167,11 +168,13 @@ class SharedExpert:
     Attributes:
         branch: The quantized weight and what it leaves.
         space: Of the branch's error.
-        vectors: `[side, r_s + r_r]` its leading directions in that space; the first r_s are the shared expert's.
+        covariance: `[side, side]` of the error's output, in that space.
+        vectors: `[side, r_s + r_r]` its leading directions; the first r_s are the shared expert's.
     """
 
     branch: MainBranch
     space: ErrorSpace
+    covariance: np.ndarray
     vectors: np.ndarray
 
     def objective(self, tokens: Tensor, bits: int) -> float:
@@ -282,8 +285,10 @@ class QuantExperts(Method):
             grid = with_group(problem.scheme, problem.choice.group_size).weight
         branch = self._branch(problem, grid, left_out)
         space = ErrorSpace.of(branch.error)
-        vectors = top_eigenvectors(space.covariance(problem.gram()), size.shared_rank + size.routed_rank)
-        return SharedExpert(branch, space, vectors)
+        covariance = space.covariance(problem.gram())
+        return SharedExpert(
+            branch, space, covariance, top_eigenvectors(covariance, size.shared_rank + size.routed_rank)
+        )
 
     def _adapters(
         self,
@@ -296,12 +301,11 @@ class QuantExperts(Method):
         """Shared and routed factors in storage precision, and the router (5.4, 6, 7)."""
         error, space = shared.branch.error, shared.space
         own = shared.vectors[:, : size.shared_rank]
-        experts = min(size.experts, len(dependent))
-        parts, assigned = [space.lift(own)], None
-        if experts > 1:
-            reduced = own.astype(space.reduced.dtype)
-            left = space.reduced - reduced @ (reduced.T @ space.reduced)
-            routed, assigned = self._routed_directions(problem, statistics, left, dependent, experts, size.routed_rank)
+        size = replace(size, experts=min(size.experts, len(dependent)))
+        parts, assigned, outputs = [space.lift(own)], None, np.zeros(0)
+        if size.experts > 1:
+            outputs = space.outputs(statistics.tokens.astype(working_dtype(error.size), copy=False))
+            routed, assigned = self._routed_directions(problem, statistics, shared, outputs, dependent, size)
             parts += [space.lift(directions) for directions in routed]
         if sum(part.shape[1] for part in parts) == 0:
             return None
@@ -314,7 +318,7 @@ class QuantExperts(Method):
             up, ups = store_up_factors(parts, dtype)
             stored = store_down_factors(ups, error, dtype)
             down, downs = join_down_factors(stored), [part.real() for part in stored]
-        router = self._router(statistics, space, ups, downs) if len(parts) > 1 else None
+        router = self._router(statistics, space, outputs, ups, downs) if len(parts) > 1 else None
         return Adapters(
             down=down.codes,
             up=up.codes,
@@ -337,33 +341,38 @@ class QuantExperts(Method):
         self,
         problem: LinearProblem,
         statistics: InputStatistics,
-        left: np.ndarray,
+        shared: SharedExpert,
+        outputs: np.ndarray,
         dependent: np.ndarray,
-        experts: int,
-        rank: int,
+        size: LayerSize,
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Directions `[side, rank]` of every routed expert, and the expert of every sampled token.
 
         Args:
             problem: The layer.
             statistics: Of its input.
-            left: `[side, in]` what the shared expert leaves, in the error's coordinates.
+            shared: What goes before.
+            outputs: `[sample, side]` the error's output on the sampled tokens, in its own space.
             dependent: Token-dependent channels.
-            experts: Number of experts.
-            rank: Rank of each.
+            size: Number of experts and their rank.
         """
         if statistics.importance is None:
             raise NumericalError(f"No important channels were recorded for '{problem.name}'.", "Raise k above 0.")
-        occurrence = occurrence_matrix(statistics.importance, dependent, left.shape[1])
+        reduced = shared.space.reduced
+        own = shared.vectors[:, : size.shared_rank]
+        captured = own @ (own.T @ shared.covariance)  # the top eigenvectors commute with the covariance
+        occurrence = occurrence_matrix(statistics.importance, dependent, reduced.shape[1])
         fit = ExpertProblem(
-            error=left,
+            error=reduced - (own @ (own.T @ reduced)).astype(reduced.dtype),
             statistics=statistics,
             channels=dependent,
-            labels=spectral_clusters(npmi(occurrence), experts, problem.seed),
+            labels=spectral_clusters(npmi(occurrence), size.experts, problem.seed),
             channel_weight=problem.weight.abs().mean(0).double().numpy(),
-            experts=experts,
-            rank=rank,
+            experts=size.experts,
+            rank=size.routed_rank,
             rho=self.options.rho,
+            outputs=outputs - (outputs @ own.astype(outputs.dtype)) @ own.T.astype(outputs.dtype),
+            covariance=shared.covariance - (captured + captured.T) / 2,
         )
         by_modality = self.options.assignment == "modality"
         assigned = assign_by_modality(fit, problem.seed) if by_modality else assign_by_mass(fit)
@@ -372,7 +381,12 @@ class QuantExperts(Method):
         return diagonal_experts(fit, assigned, self.options.expert_weighting), assigned
 
     def _router(
-        self, statistics: InputStatistics, space: ErrorSpace, ups: list[np.ndarray], downs: list[np.ndarray]
+        self,
+        statistics: InputStatistics,
+        space: ErrorSpace,
+        outputs: np.ndarray,
+        ups: list[np.ndarray],
+        downs: list[np.ndarray],
     ) -> Tensor:
         """Router `[experts, in]` float16; one common factor keeps it in range without changing any argmin."""
         if self.options.router == "tri":
@@ -380,7 +394,7 @@ class QuantExperts(Method):
             error = space.error()
             scores = triangle_router(error - corrections[0], corrections[1:])
         else:
-            scores = ridge_router(statistics.tokens, routed_residuals(space, statistics.tokens, ups, downs))
+            scores = ridge_router(statistics.tokens, routed_residuals(space, statistics.tokens, outputs, ups, downs))
         return torch.from_numpy(normalise_router(scores, statistics.tokens)).to(torch.float16)
 
 

@@ -28,6 +28,8 @@ class ExpertProblem:
         experts: Number of experts.
         rank: Rank of each.
         rho: Share of the global covariance mixed into every expert's own.
+        outputs: `[sample, side]` the error's output on every sampled token, if it is known already.
+        covariance: `[side, side]` the error's output covariance over all tokens, if it is known already.
     """
 
     error: np.ndarray
@@ -38,6 +40,8 @@ class ExpertProblem:
     experts: int
     rank: int
     rho: float
+    outputs: np.ndarray | None = None
+    covariance: np.ndarray | None = None
 
 
 def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
@@ -65,9 +69,12 @@ def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) ->
         Directions `[side, rank]` of every expert, and the final assignment `[sample]`.
     """
     space = ErrorSpace.of(problem.error)
-    outputs = space.outputs(problem.statistics.tokens.astype(working_dtype(problem.error.size), copy=False))
-    gram = problem.statistics.gram
-    everyone = outputs.T @ outputs / max(len(outputs), 1) if gram is None else space.covariance(gram)
+    outputs = problem.outputs
+    if outputs is None:
+        outputs = space.outputs(problem.statistics.tokens.astype(working_dtype(problem.error.size), copy=False))
+    everyone, gram = problem.covariance, problem.statistics.gram
+    if everyone is None:
+        everyone = outputs.T @ outputs / max(len(outputs), 1) if gram is None else space.covariance(gram)
     everyone = everyone.astype(outputs.dtype, copy=False)
     energy = np.square(outputs).sum(1, keepdims=True)
     directions = _fit(outputs, assigned, everyone, problem, None)
@@ -99,12 +106,12 @@ def _fit(
     previous: list[np.ndarray] | None,
 ) -> list[np.ndarray]:
     """Top directions of every expert's own covariance, mixed with the global one; empty ones take global directions."""
-    spare = leading_directions(everyone, np.zeros((len(everyone), 0)), problem.rank)
+    spare = previous[0] if previous else leading_directions(everyone, np.zeros((len(everyone), 0)), problem.rank)
     directions = []
     for expert in range(problem.experts):
         own = outputs[assigned == expert]
         if len(own) == 0:
-            directions.append(spare)
+            directions.append(leading_directions(everyone, spare, problem.rank))
             continue
         rho = 0.5 if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
         covariance = own.T @ own

@@ -233,7 +233,7 @@ def _group_range(columns: Tensor, grid: WeightGrid, importance: Tensor | None) -
 
 
 def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
-    """`R_ij / R_jj` `[in, in]` float32, unit upper triangular, of the damped Gram matrix `R R^T`.
+    """`R_ij / R_jj` `[in, in]` float32 of the damped Gram matrix `R R^T`; what is below the diagonal means nothing.
 
     The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards.
     """
@@ -241,8 +241,8 @@ def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
     diagonal = np.einsum("ii->i", hessian)
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
-    lower, failed = dpotrf(hessian, lower=1, clean=1, overwrite_a=1)
+    lower, failed = dpotrf(hessian, lower=1, clean=0, overwrite_a=1)
     if failed:
         raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
-    lower /= lower.diagonal().copy()
-    return lower[::-1, ::-1].astype(np.float32, order="F")
+    coupling = np.empty(lower.shape, np.float32, order="F")
+    return np.divide(lower[::-1, ::-1], lower.diagonal()[::-1], out=coupling, casting="same_kind")

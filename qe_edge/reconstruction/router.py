@@ -59,20 +59,20 @@ def ridge_router(tokens: np.ndarray, residuals: np.ndarray) -> np.ndarray:
 
 
 def routed_residuals(
-    space: ErrorSpace, tokens: np.ndarray, ups: Sequence[np.ndarray], downs: Sequence[np.ndarray]
+    space: ErrorSpace, tokens: np.ndarray, outputs: np.ndarray, ups: Sequence[np.ndarray], downs: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Norm of what every routed expert leaves of the error's output, `||E x - up_s down_s x - up_i down_i x||`.
 
     Args:
         space: Of the error `E` `[out, in]`.
         tokens: `[n, in]`.
+        outputs: `[n, side]` the error's output on them, in that space.
         ups: `[out, rank]` of the shared expert (first; any rank) and of every routed one.
         downs: `[rank, in]` likewise.
 
     Returns:
         `[n, experts]`, without the shared expert.
     """
-    outputs = space.outputs(tokens)
     hidden = [tokens @ down.T.astype(tokens.dtype) for down in downs]
     along = [outputs @ space.coordinates(up).astype(outputs.dtype) for up in ups]
     shared, inner = hidden[0], [ups[0].T @ up for up in ups]
