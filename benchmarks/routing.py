@@ -41,12 +41,13 @@ from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.sources import load_samples
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector
 from qe_edge.errors import ModelError, QEError
+from qe_edge.groups import LinearGroup, linear_groups
 from qe_edge.linear import QELinear
 from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.qe import QuantExperts, QuantExpertsOptions, shrink_to_layer
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import BATCH, LinearGroup, linear_groups
+from qe_edge.quantizer import BATCH
 from qe_edge.schemes import SCHEMES, get_scheme
 from qe_edge.validate.subjects import in_float32
 

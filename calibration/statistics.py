@@ -14,6 +14,7 @@ import torch
 from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
+from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
@@ -97,26 +98,26 @@ class StatisticsCollector:
 
     def update(self, x: Tensor, kind: Tensor | None = None) -> None:
         """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8."""
-        tokens = x.detach().float().cpu().reshape(-1, self._abs_sum.shape[0])
+        tokens = x.detach().float().reshape(-1, self._abs_sum.shape[0])
         kinds = torch.zeros(len(tokens), dtype=torch.int8) if kind is None else kind.cpu().reshape(-1)
         finite = torch.isfinite(tokens.sum(1))  # NaN and infinity stay what they are in a sum
         if not bool(finite.all()):
             finite = torch.isfinite(tokens).all(1)
             self._dropped += int((~finite).sum())
-            tokens, kinds = tokens[finite], kinds[finite]
+            tokens, kinds = tokens[finite], kinds[finite.cpu()]
         if not len(tokens):
             return
-        array = tokens.contiguous().numpy()
+        tokens = tokens.contiguous()
         if self._gram is not None:
-            self._gram.add(array)
+            self._gram.add(tokens)
         magnitude = tokens.abs()
-        self._abs_sum += np.ones(len(array), np.float32) @ magnitude.numpy()
-        np.maximum(self._abs_max, magnitude.amax(0).numpy(), out=self._abs_max)
+        self._abs_sum += (magnitude.new_ones(len(tokens)) @ magnitude).cpu().numpy()
+        np.maximum(self._abs_max, magnitude.amax(0).cpu().numpy(), out=self._abs_max)
         if self.request.important:
             for lists, weight in zip(self._importance, self._channel_weight, strict=True):
-                lists.append(top_channels(magnitude * weight, self.request.important))
-        self._sample(array, kinds.numpy())
-        self._count += len(array)
+                lists.append(top_channels(magnitude * weight.to(tokens.device), self.request.important))
+        self._sample(tokens, kinds.numpy())
+        self._count += len(tokens)
 
     def finish(self) -> list[InputStatistics]:
         """The statistics of every problem; ends the collection.
@@ -154,27 +155,35 @@ class StatisticsCollector:
             for lists in self._importance
         ]
 
-    def _sample(self, array: np.ndarray, kinds: np.ndarray) -> None:
+    def _sample(self, tokens: Tensor, kinds: np.ndarray) -> None:
         """Keep the tokens with the smallest random priorities: a uniform sample of the stream."""
         size = self.request.tokens
         if not size:
             return
-        priority = self._random.random(len(array))
-        rows = np.arange(self._count, self._count + len(array))
-        room = min(size - self._filled, len(array))
-        if room:
-            span = slice(self._filled, self._filled + room)
-            self._tokens[span], self._priority[span] = array[:room], priority[:room]
-            self._rows[span], self._kinds[span] = rows[:room], kinds[:room]
-            self._filled += room
-            array, priority, rows, kinds = array[room:], priority[room:], rows[room:], kinds[room:]
-        if not len(array):
+        priority = self._random.random(len(tokens))
+        rows = np.arange(self._count, self._count + len(tokens))
+        room = min(size - self._filled, len(tokens))
+        free, new = np.arange(self._filled, self._filled + room), np.arange(room)
+        self._filled += room
+        self._keep(free, new, tokens, priority, rows, kinds)
+        if room == len(tokens):
             return
         # whoever is among the `size` smallest takes the place of one that no longer is
-        kept = np.argpartition(np.concatenate((self._priority, priority)), size - 1)[:size]
-        new = kept[kept >= size] - size
+        kept = np.argpartition(np.concatenate((self._priority, priority[room:])), size - 1)[:size]
         free = np.setdiff1d(np.arange(size), kept, assume_unique=True)
-        self._tokens[free] = array[new]
+        self._keep(free, kept[kept >= size] - size + room, tokens, priority, rows, kinds)
+
+    def _keep(
+        self,
+        free: np.ndarray,
+        new: np.ndarray,
+        tokens: Tensor,
+        priority: np.ndarray,
+        rows: np.ndarray,
+        kinds: np.ndarray,
+    ) -> None:
+        """Put the tokens `new` of a chunk at the places `free` of the sample."""
+        self._tokens[free] = tokens[torch.from_numpy(new).to(tokens.device)].cpu().numpy()
         self._priority[free], self._rows[free], self._kinds[free] = priority[new], rows[new], kinds[new]
 
 
@@ -188,18 +197,30 @@ class GramMatrix:
     def __init__(self, in_features: int) -> None:
         double = in_features <= DOUBLE_WIDTH
         self._sum = np.zeros((in_features, in_features), np.float64 if double else np.float32, order="F")
+        self._elsewhere: Tensor | None = None
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Add a chunk `[n, in]` float32, C-contiguous."""
-        if self._sum.dtype == np.float32:
-            self._sum = ssyrk(1.0, tokens.T, beta=1.0, c=self._sum, lower=1, overwrite_c=1)
+    def add(self, tokens: Tensor) -> None:
+        """Add a chunk `[n, in]` float32; one on a GPU is added up there."""
+        if tokens.device != CPU:
+            self.add_there(tokens)
+        elif self._sum.dtype == np.float32:
+            self._sum = ssyrk(1.0, tokens.numpy().T, beta=1.0, c=self._sum, lower=1, overwrite_c=1)
         else:
-            self._sum += ssyrk(1.0, tokens.T, lower=1)
+            self._sum += ssyrk(1.0, tokens.numpy().T, lower=1)
+
+    def add_there(self, tokens: Tensor) -> None:
+        """Add a chunk by torch, where it is. On GPUs: not yet run on hardware."""
+        if self._elsewhere is None:
+            dtype = torch.float64 if self._sum.dtype == np.float64 else torch.float32
+            self._elsewhere = torch.zeros(self._sum.shape, dtype=dtype, device=tokens.device)
+        self._elsewhere += tokens.T @ tokens
 
     def mean(self, count: int) -> np.ndarray:
         """The whole symmetric matrix over `count` tokens `[in, in]`; ends the sum, which is not there twice."""
+        if self._elsewhere is not None:
+            self._sum += self._elsewhere.cpu().numpy()
         gram = mirror_triangle(self._sum)
-        del self._sum
+        del self._sum, self._elsewhere
         gram /= count
         return gram.T  # symmetric; this view is C-contiguous
 
@@ -225,7 +246,7 @@ def top_channels(score: Tensor, k: int) -> np.ndarray:
     k = min(k, score.shape[1])
     # topk takes any of the channels that tie for the last places: one more tells where they do
     values, order = torch.topk(score, min(k + 1, score.shape[1]), dim=1)
-    tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0] if values.shape[1] > k else torch.zeros(0).long()
+    tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0] if values.shape[1] > k else order.new_zeros(0)
     values, order = values[:, :k], order[:, :k]
     order, ascending = order.sort(dim=1)
     values, by_value = values.gather(1, ascending).sort(dim=1, descending=True, stable=True)
@@ -233,7 +254,7 @@ def top_channels(score: Tensor, k: int) -> np.ndarray:
     if len(tied):
         order[tied] = torch.argsort(score[tied], dim=1, descending=True, stable=True)[:, :k].to(torch.int32)
     order[values[:, 0] <= 0] = -1
-    return order.numpy()
+    return order.cpu().numpy()
 
 
 def collect_statistics(

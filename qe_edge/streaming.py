@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qe_edge.device import CPU, to_device
 from qe_edge.errors import ModelError
 from qe_edge.models.family import Block
+
+LARGE_PRODUCT = 1 << 28  # multiplications from which numpy's BLAS computes a linear layer: about a millisecond
 
 
 @dataclass
@@ -107,14 +110,16 @@ class Streamer:
             yield
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """One block on one batch; returns the hidden states that leave it.
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, device: torch.device = CPU) -> Tensor:
+    """One block, which is on `device`, on one batch; returns the hidden states that leave it, in the CPU's memory.
 
-    Linear layers in float32 on the CPU are computed by numpy's BLAS: torch's is half as fast on some processors.
+    Large products in float32 on the CPU are computed by numpy's BLAS: torch's is half as fast on some processors.
     """
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     with torch.no_grad(), patched([(linear, _blas_linear(linear)) for linear in linears]):
-        return first_tensor(block(hidden, *call.args, **call.kwargs))
+        arguments = to_device(call.args, device)
+        output = block(hidden.to(device), *arguments, **to_device(call.kwargs, device))
+        return first_tensor(output).to(CPU)
 
 
 def _blas_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -122,7 +127,8 @@ def _blas_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         weight = linear.weight.detach()
-        if not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu":
+        float_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device == CPU
+        if not float_on_cpu or x.numel() * len(weight) < LARGE_PRODUCT:
             return nn.functional.linear(x, weight, linear.bias)
         y = torch.from_numpy(x.detach().reshape(-1, x.shape[-1]).numpy() @ weight.numpy().T)
         if linear.bias is not None:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from qe_edge.calibration.sources import load_evaluation, load_samples
 from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized, save_quantized
 from qe_edge.errors import ArtifactError, CalibrationError, NumericalError, QEError, RecipeError, UnknownNameError
+from qe_edge.groups import linear_groups
 from qe_edge.linear import QELinear, quantized_linears
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import linear_groups, quantize
+from qe_edge.quantizer import quantize
 from qe_edge.recipe import Recipe, load_recipe, make_recipe
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter

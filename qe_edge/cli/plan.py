@@ -15,12 +15,14 @@ import torch
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget import check_affordable
+from qe_edge.groups import LinearGroup, linear_groups
 from qe_edge.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.methods.base import AdapterSize
 from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.loading import load_family, shapes_only
-from qe_edge.quantizer import BATCH, LinearGroup, check_modules, linear_groups
+from qe_edge.preflight import check_modules
+from qe_edge.quantizer import BATCH
 from qe_edge.recipe import Recipe
 from qe_edge.sizes import empty_linear
 

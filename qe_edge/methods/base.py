@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
+from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
 from qe_edge.linear import QuantizedLinear
 from qe_edge.schemes import Scheme
@@ -87,6 +89,7 @@ class LinearProblem:
         choice: What a budget gives it; None where the method's own options decide.
         modality_ratio: Weight of an error on image tokens where one on answer tokens has weight 1; other than 1 only
             for methods that ask for gradients.
+        device: Where GPTQ chooses codes; everything that is passed and returned is in the CPU's memory.
     """
 
     name: str
@@ -96,6 +99,7 @@ class LinearProblem:
     seed: int
     choice: Choice | None = None
     modality_ratio: float = 1.0
+    device: torch.device = CPU
 
     def measured(self) -> InputStatistics:
         """The statistics of a method that asked for some.

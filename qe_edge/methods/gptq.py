@@ -38,7 +38,6 @@ class GPTQ(Method):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Round the weight of `problem` column by column."""
-        weight = gptq_round(
-            problem.weight, torch.from_numpy(problem.gram()), problem.scheme.weight, self.options.damping
-        )
+        gram, grid = torch.from_numpy(problem.gram()), problem.scheme.weight
+        weight = gptq_round(problem.weight, gram, grid, self.options.damping, device=problem.device)
         return QuantizedLinear(weight, problem.scheme.activation_bits)

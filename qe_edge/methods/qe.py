@@ -275,7 +275,7 @@ class QuantExperts(Method):
     def _branch(self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray) -> MainBranch:
         """The main branch without the channels `left_out`."""
         options, abs_mean = self.options, problem.measured().abs_mean
-        rounding = Rounding(options.rounding, options.clip)
+        rounding = Rounding(options.rounding, options.clip, device=problem.device)
         return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, problem.gram())
 
     def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:

@@ -13,6 +13,7 @@ import torch
 from scipy.linalg.lapack import dpotrf
 from torch import Tensor
 
+from qe_edge.device import CPU, to_device
 from qe_edge.errors import NumericalError
 from qe_edge.grids import (
     PER_CHANNEL,
@@ -43,11 +44,13 @@ class Rounding:
         kind: "nearest", "awq" (searched channel scales, then nearest) or "gptq".
         clip: Search the range of every scale for "nearest" and "gptq".
         damping: Of GPTQ's Hessian, relative to the mean of its diagonal.
+        device: Where GPTQ computes.
     """
 
     kind: Literal["nearest", "awq", "gptq"] = "nearest"
     clip: bool = False
     damping: float = 0.01
+    device: torch.device = CPU
 
     def __call__(
         self, weight: Tensor, grid: WeightGrid, gram: np.ndarray | None, abs_mean: np.ndarray
@@ -71,7 +74,7 @@ class Rounding:
         if self.kind == "awq":
             return search_scale(weight, abs_mean, matrix.float(), grid, AWQ_STEPS)
         if self.kind == "gptq":
-            return gptq_round(weight, matrix, grid, self.damping, clip=self.clip), None
+            return gptq_round(weight, matrix, grid, self.damping, clip=self.clip, device=self.device), None
         return clipped_round(weight, grid, matrix.diagonal().float()), None
 
 
@@ -103,7 +106,7 @@ def _search_rows(groups: Tensor, grid: WeightGrid, weighing: Tensor) -> tuple[Te
     if not grid.symmetric:  # a range that is cut down keeps its zero
         smallest, largest = smallest.clamp_max(0.0), largest.clamp_min(0.0)
     low, high = grid.limits
-    least = torch.full(smallest.shape, torch.inf)
+    least = torch.full_like(smallest, torch.inf)
     best = torch.ones_like(least)
     errors = torch.empty_like(groups)
     for share in torch.linspace(1.0, CLIP_LEAST, CLIP_STEPS).tolist():
@@ -153,7 +156,13 @@ def search_scale(
 
 
 def gptq_round(
-    weight: Tensor, gram: Tensor, grid: WeightGrid, damping: float, *, clip: bool = False
+    weight: Tensor,
+    gram: Tensor,
+    grid: WeightGrid,
+    damping: float,
+    *,
+    clip: bool = False,
+    device: torch.device = CPU,
 ) -> QuantizedWeight:
     """GPTQ (ICLR 2023) without column reordering: the error of each column is made up for by those to come.
 
@@ -168,16 +177,18 @@ def gptq_round(
         grid: Grid; the scale of a group is found when the group is reached, from the weights as updated so far.
         damping: Relative to the mean of the Gram matrix's diagonal.
         clip: Search the range of every scale, as `clipped_round`.
+        device: Where codes are chosen; the result is in the CPU's memory.
 
     Raises:
         NumericalError: If the damped Gram matrix is still not positive definite.
     """
     dead = gram.diagonal() == 0
-    coupling = torch.from_numpy(_coupling(gram.numpy(), damping))
-    importance = gram.diagonal().float() if clip else None
-    kept = weight.float().masked_fill(dead, 0.0)
-    parts = map_rows(lambda rows: _round_rows(kept[rows], coupling, grid, importance), len(kept), ROWS)
-    codes, scales, zeros = zip(*parts, strict=True)
+    coupling = torch.from_numpy(_coupling(gram.numpy(), damping)).to(device)
+    importance = gram.diagonal().float().to(device) if clip else None
+    kept = weight.float().masked_fill(dead, 0.0).to(device)
+    piece = ROWS if device == CPU else len(kept)
+    parts = map_rows(lambda rows: _round_rows(kept[rows], coupling, grid, importance), len(kept), piece)
+    codes, scales, zeros = zip(*to_device(parts, CPU), strict=True)
     joined = None if grid.symmetric else torch.cat(zeros)
     return QuantizedWeight(torch.cat(codes), torch.cat(scales), joined, grid.bits, grid.resolve_group(weight.shape[1]))
 
@@ -189,13 +200,13 @@ def _round_rows(
     # inputs lie along the rows, so that a column of the weight is contiguous
     original = weight.T.contiguous()
     w = original.clone()
-    in_features, out_features = w.shape
+    in_features = len(w)
     group = grid.resolve_group(in_features)
     width = in_features if group == PER_CHANNEL else group
-    codes, errors = torch.empty(w.shape, dtype=torch.int8), torch.empty_like(w)
+    codes, errors = torch.empty_like(w, dtype=torch.int8), torch.empty_like(w)
     found: list[tuple[Tensor, Tensor | None]] = []
     low, high = grid.limits
-    scale, point = torch.ones(out_features), torch.zeros(out_features)
+    scale, point = torch.ones_like(w[0]), torch.zeros_like(w[0])
     for block in range(0, in_features, BLOCK):
         block_stop = min(block + BLOCK, in_features)
         for start in range(block, block_stop, SMALL_BLOCK):

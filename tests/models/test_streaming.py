@@ -43,6 +43,30 @@ def outputs_of(blocks: list[Block]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+def test_large_products_by_numpy_equal_the_plain_model(
+    loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qe_edge.streaming.LARGE_PRODUCT", 0)
+    batch = loaded.family.encode(loaded.processor, samples[:2], answers=True)
+    block = loaded.family.blocks(loaded.model)[-1]
+    chains = chains_of(loaded.family.blocks(loaded.model))
+
+    def forward(_index: int) -> None:
+        with torch.no_grad():
+            loaded.model(**loaded.family.torch_inputs(batch), use_cache=False)
+
+    streamer = Streamer(loaded.model, chains, 1, forward)
+    for index in range(len(chains)):
+        chain = streamer.record(index)
+        for position, one in enumerate(chain.blocks):
+            chain.hidden = [run_block(one.module, chain.hidden[0], chain.calls[position][0])]
+        streamer.finish(chain)
+    with outputs_of([block]) as outputs:
+        forward(0)
+    wanted, found = outputs[block.name], chain.hidden[0]
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
 def test_streamed_blocks_equal_the_plain_model(loaded: LoadedModel, samples: list[Sample]) -> None:
     # the second batch has no picture and never reaches the vision blocks
     parts = [samples[:2], [samples[2]], samples[3:]]

@@ -1,0 +1,70 @@
+"""Which device computes, and how data gets there and back. Not yet run on hardware other than the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qe_edge.errors import ResourceError
+
+CPU = torch.device("cpu")
+Moved = TypeVar("Moved")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name: "auto" (the first GPU, else the CPU), "cpu", or "cuda" with or without a number.
+
+    Raises:
+        ResourceError: If torch does not see that GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ResourceError(f"There is no device '{name}'.", "Choose auto, cpu, cuda or, for the second GPU, cuda:1.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(
+            f"torch sees no GPU for '{name}'.",
+            "Choose --device cpu, or install a CUDA build of torch; 'qe-edge doctor' tells what is missing.",
+        )
+    return device
+
+
+@contextmanager
+def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module is on a device while the context is open, and in the CPU's memory again afterwards.
+
+    Raises:
+        ResourceError: If the device's memory does not suffice.
+    """
+    if device == CPU:
+        yield
+        return
+    try:
+        module.to(device)
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(
+            f"The memory of {device} does not hold one block and its activations.", "Choose --device cpu."
+        ) from error
+    finally:
+        module.to(CPU)
+
+
+def to_device(value: Moved, device: torch.device) -> Moved:
+    """A value with all tensors in its tuples, lists and mappings on a device."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = value.to(device)
+    elif isinstance(value, Mapping):
+        found = {key: to_device(one, device) for key, one in value.items()}
+    elif isinstance(value, (tuple, list)):
+        found = type(value)(to_device(one, device) for one in value)
+    return found

@@ -1,0 +1,140 @@
+"""Walks the blocks of a model in the order of the data, each on its recorded calibration inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qe_edge.calibration.sensitivity import IMAGE, token_kinds
+from qe_edge.calibration.statistics import StatisticsCollector
+from qe_edge.device import moved
+from qe_edge.models.family import Block, Encoded
+from qe_edge.models.loading import LoadedModel
+from qe_edge.streaming import Chain, Streamer, chains_of, run_block
+
+
+class BlockWalk:
+    """The chains of a model up to the last one that is selected, and how their blocks run.
+
+    Args:
+        loaded: The model; what is not streamed is brought to float32.
+        modules: Groups of blocks that are selected.
+        batches: Encoded calibration samples.
+        device: Where blocks compute. Between two blocks everything is in the CPU's memory.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, modules: Sequence[str], batches: Sequence[Encoded], device: torch.device
+    ) -> None:
+        self.loaded = loaded
+        self.batches = batches
+        self.device = device
+        self.modules = modules
+        self.blocks = loaded.family.blocks(loaded.model)
+        walked = chains_of(self.blocks)
+        while walked and walked[-1][0].group not in modules:
+            walked.pop()
+        self.walked = walked
+        self.chains = [chain for chain in walked if chain[0].group in modules]
+        self._dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
+        self._float_outside_blocks()
+
+    def __iter__(self) -> Iterator[tuple[Chain, int, Block]]:
+        """Every selected block with its recorded inputs; the others before them only run.
+
+        Whoever takes a block has to leave its outputs in the chain (`hand_on`) before the next one.
+        """
+        streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward)
+        for index in range(len(self.walked)):
+            chain = streamer.record(index)
+            for position, block in enumerate(chain.blocks):
+                if block.group in self.modules:
+                    yield chain, position, block
+                    continue
+                with self.original(block):
+                    self.hand_on(chain, position, self.run(chain, position, block, {}))
+            streamer.finish(chain)
+
+    @staticmethod
+    def hand_on(chain: Chain, position: int, outputs: list[Tensor]) -> None:
+        """The outputs of a chain's block become the inputs of the next one; its further arguments are done with."""
+        chain.hidden, chain.calls[position] = outputs, []
+
+    @contextmanager
+    def original(self, block: Block) -> Iterator[None]:
+        """A block is in memory and in float32 while the context is open; afterwards it is as it was before."""
+        with self.loaded.stored.held(block.name, block.module):
+            block.module.float()
+            yield
+            self.restore_block(block)
+
+    def restore_block(self, block: Block) -> None:
+        """Bring what was not quantized of a block back to its original precision."""
+        names = block.module.state_dict()
+        known = {name: self._dtypes.get(f"{block.name}.{name}") for name in names}
+        restore_dtypes(block.module, {name: dtype for name, dtype in known.items() if dtype})
+
+    def restore(self) -> None:
+        """Bring everything that was not quantized back to its original precision."""
+        restore_dtypes(self.loaded.model, self._dtypes)
+
+    def run(
+        self, chain: Chain, position: int, block: Block, collectors: Mapping[nn.Module, StatisticsCollector]
+    ) -> list[Tensor]:
+        """Run a block on every batch, feeding each collector with the inputs of its layer; returns the outputs."""
+        valid: list[Tensor | None] = [None]
+        kinds: list[Tensor | None] = [None]
+
+        def feed(collector: StatisticsCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                tokens = inputs[0]
+                mask = valid[0]
+                if mask is None:
+                    collector.update(tokens, torch.full(tokens.shape[:-1], IMAGE, dtype=torch.int8))
+                else:
+                    collector.update(tokens if bool(mask.all()) else tokens[mask.to(tokens.device)], kinds[0])
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(feed(collector)) for layer, collector in collectors.items()]
+        try:
+            outputs = []
+            with moved(block.module, self.device):
+                for batch, hidden in enumerate(chain.hidden):
+                    if block.group == "language":
+                        valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()
+                        kinds[0] = torch.from_numpy(token_kinds(self.batches[batch]))[valid[0]]
+                    outputs.append(run_block(block.module, hidden, chain.calls[position][batch], self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def _forward(self, batch: int) -> object:
+        return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)
+
+    def _float_outside_blocks(self) -> None:
+        """Everything that is not streamed computes in float32; streamed blocks follow one by one."""
+        streamed = {block.module for block in self.blocks}
+
+        def visit(module: nn.Module) -> None:
+            if module in streamed:
+                return
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+            for child in module.children():
+                visit(child)
+
+        visit(self.loaded.model)
+
+
+def restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Bring everything that was not quantized back to its original precision."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = dtypes.get(name)
+        if wanted is not None and tensor.dtype != wanted:
+            tensor.data = tensor.data.to(wanted)
