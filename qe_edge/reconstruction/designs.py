@@ -17,7 +17,7 @@ from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics
 from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, residual_energy
-from qe_edge.reconstruction.router import ridge_router
+from qe_edge.reconstruction.router import RidgeRegression
 
 TRIAL_TOKENS = 4096  # sampled tokens of a trial, half to fit and half to judge
 TRIAL_ROUNDS = 3  # of assignment and fit
@@ -99,6 +99,7 @@ def routed_losses(
     outputs = spectrum.space.outputs(tokens).astype(np.float64)
     leading = outputs @ spectrum.vectors
     beyond = np.maximum(np.square(outputs).sum(1) - np.square(leading).sum(1), 0.0)
+    regression, magnitude = RidgeRegression(tokens[::2]), np.abs(tokens[1::2])
     starts: dict[int, np.ndarray] = {}
     losses = []
     for design in designs:
@@ -109,7 +110,7 @@ def routed_losses(
         if design.experts not in starts:
             starts[design.experts] = _start(statistics, channel_weight, important, design.experts, seed)[rows]
         static = np.square(leading[1::2, active:]).sum(1).mean() + beyond[1::2].mean()
-        chosen = _trial(leading[:, design.shared :], np.abs(tokens), starts[design.experts], design)
+        chosen = _trial(leading[:, design.shared :], regression, magnitude, starts[design.experts], design)
         routed = chosen.mean() + beyond[1::2].mean()
         losses.append(spectrum.left(active) * float(routed / static) if static > 0 else 0.0)
     return losses
@@ -133,8 +134,18 @@ def _start(
     )
 
 
-def _trial(outputs: np.ndarray, magnitude: np.ndarray, start: np.ndarray, design: RoutedDesign) -> np.ndarray:
-    """Residual energy `[n / 2]` of the judged tokens, each with the expert that the router picks."""
+def _trial(
+    outputs: np.ndarray, regression: RidgeRegression, magnitude: np.ndarray, start: np.ndarray, design: RoutedDesign
+) -> np.ndarray:
+    """Residual energy `[n / 2]` of the judged tokens, each with the expert that the router picks.
+
+    Args:
+        outputs: `[n, k]` of all tokens; even ones are fitted to, odd ones judged.
+        regression: On the even tokens.
+        magnitude: `[n / 2, in]` |x| of the odd ones.
+        start: `[n]` first expert of every token.
+        design: Sizes.
+    """
     fit, assigned = outputs[::2], start[::2]
     everyone = fit.T @ fit / len(fit)
     directions: list[np.ndarray] = []
@@ -146,8 +157,8 @@ def _trial(outputs: np.ndarray, magnitude: np.ndarray, start: np.ndarray, design
             directions.append(top_eigenvectors(covariance, design.routed))
         residual = residual_energy(fit, directions)
         assigned = residual.argmin(1)
-    router = ridge_router(magnitude[::2], np.sqrt(residual_energy(fit, directions)))
+    router = regression.router(np.sqrt(residual_energy(fit, directions)))
     judged = residual_energy(outputs[1::2], directions)
-    picked = (magnitude[1::2] @ router.T).argmin(1)
+    picked = (magnitude @ router.T.astype(magnitude.dtype)).argmin(1)
     chosen: np.ndarray = judged[np.arange(len(judged)), picked]
     return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import solve
+from scipy.linalg import cho_factor, cho_solve
 
 from qe_edge.reconstruction.directions import ErrorSpace
 
@@ -28,34 +28,45 @@ def triangle_router(error: np.ndarray, corrections: list[np.ndarray]) -> np.ndar
     return np.stack([np.abs(error - correction).mean(0) for correction in corrections])
 
 
-def ridge_router(tokens: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-    """Ridge regression from |x| to the centred residual of every expert.
+class RidgeRegression:
+    """Ridge regression from |x| to the centred residuals of experts; factored once, for any number of sets of experts.
 
     Args:
         tokens: `[n, in]` calibration tokens; of a wide layer `DUAL_TOKENS` evenly spread ones are used.
-        residuals: `[n, experts]` norm of every expert's residual on every token.
-
-    Returns:
-        `[experts, in]` float64.
     """
-    in_features = tokens.shape[1]
-    if len(tokens) > DUAL_TOKENS and in_features > DUAL_TOKENS:
-        rows = np.linspace(0, len(tokens) - 1, DUAL_TOKENS).astype(np.int64)
-        tokens, residuals = tokens[rows], residuals[rows]
-    magnitude = np.abs(tokens)
-    dual = len(tokens) < in_features
-    # products in float32 are far more precise than the damping is large
-    normal = np.asarray(magnitude @ magnitude.T if dual else magnitude.T @ magnitude, np.float64)
-    damping = RIDGE * np.trace(normal) / in_features
-    if damping <= 0:
-        return np.zeros((residuals.shape[1], in_features))
-    normal[np.diag_indices_from(normal)] += damping
-    centred = residuals - residuals.mean(1, keepdims=True)
-    if dual:
-        weights: np.ndarray = solve(normal, centred, assume_a="pos").T @ magnitude
-    else:
-        weights = solve(normal, magnitude.T @ centred, assume_a="pos").T
-    return weights
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        in_features = tokens.shape[1]
+        self._rows = np.arange(len(tokens))
+        if len(tokens) > DUAL_TOKENS and in_features > DUAL_TOKENS:
+            self._rows = np.linspace(0, len(tokens) - 1, DUAL_TOKENS).astype(np.int64)
+            tokens = tokens[self._rows]
+        self._magnitude = np.abs(tokens)
+        self._dual = len(tokens) < in_features
+        # products in float32 are far more precise than the damping is large
+        left = self._magnitude if self._dual else self._magnitude.T
+        normal = np.asarray(left @ left.T, np.float64)
+        damping = RIDGE * np.trace(normal) / in_features
+        self._empty = damping <= 0
+        normal[np.diag_indices_from(normal)] += damping if damping > 0 else 1.0
+        self._factor = cho_factor(normal, lower=True, overwrite_a=True, check_finite=False)
+
+    def router(self, residuals: np.ndarray) -> np.ndarray:
+        """Router `[experts, in]` float64 for the norms of every expert's residual on every token `[n, experts]`."""
+        if self._empty:
+            return np.zeros((residuals.shape[1], self._magnitude.shape[1]))
+        centred = residuals[self._rows]
+        centred = centred - centred.mean(1, keepdims=True)
+        if self._dual:
+            weights: np.ndarray = cho_solve(self._factor, centred).T @ self._magnitude
+        else:
+            weights = cho_solve(self._factor, self._magnitude.T @ centred).T
+        return weights
+
+
+def ridge_router(tokens: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """Ridge regression from |x| `[n, in]` to the centred residual norms `[n, experts]`; `[experts, in]` float64."""
+    return RidgeRegression(tokens).router(residuals)
 
 
 def routed_residuals(
