@@ -43,6 +43,7 @@ class PlannedLayer:
         out_features: Width of the output.
         adapter: Ranks and experts of its low-rank correction.
         bits: Predicted bits, stored and read.
+        joint_outputs: Output channels of all layers that read the same input.
     """
 
     name: str
@@ -51,6 +52,7 @@ class PlannedLayer:
     out_features: int
     adapter: AdapterSize
     bits: BitCount
+    joint_outputs: int
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,17 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     linears: dict[str, QELinear] = {}
     adapters: dict[str, AdapterSize] = {}
     groups: dict[str, str] = {}
+    joint: dict[str, int] = {}
     for block in blocks:
         for group in linear_groups(block, family.siblings):
             linears |= _planned_group(group, method, recipe, adapters)
             groups |= dict.fromkeys(group.names, block.group)
+            joint |= dict.fromkeys(group.names, sum(linear.out_features for linear in group.linears))
     counts = layer_counts(linears)
     layers = [
-        PlannedLayer(name, groups[name], layer.in_features, layer.out_features, adapters[name], counts[name])
+        PlannedLayer(
+            name, groups[name], layer.in_features, layer.out_features, adapters[name], counts[name], joint[name]
+        )
         for name, layer in linears.items()
     ]
     total = add_counts(counts.values())

@@ -18,23 +18,24 @@ from qe_edge.models.loading import DEMO, LoadedModel, load_model
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.validate.answers import answer_all, answer_length, score
 from qe_edge.validate.comparison import Comparison, distance_of
 from qe_edge.validate.examples import choose_examples
 from qe_edge.validate.latency import measure_latency
 from qe_edge.validate.machine import busy_note, describe_machine
-from qe_edge.validate.schema import Contender, EngineAgreement, EvaluationData, Report, Role
+from qe_edge.validate.schema import Contender, EngineAgreement, EvaluationData, Latency, Report, Role
 from qe_edge.validate.shuffling import shuffle_pictures
 from qe_edge.validate.sizes import model_size, stage_sizes
 from qe_edge.validate.subjects import Subject, TorchSubject, block_groups, in_float32
-from qe_edge.validate.targets import target_states
+from qe_edge.validate.targets import runtime_name, target_states
 
 NO_CALIBRATION = "The calibration samples could not be read again, so layer errors are given on held-out samples only."
 NO_SHUFFLE = "The pictures cannot be exchanged among these questions, so the shuffled-images row is missing."
 LIMITED = "Only the first {count} questions were used."
 
 
-def validate(
+def validate(  # noqa: PLR0913 - everything that a report tells of
     original: str,
     checkpoint: Path,
     engines: Path | None,
@@ -42,6 +43,7 @@ def validate(
     *,
     onnx: Path | None = None,
     not_run: Sequence[Path] = (),
+    plugin_library: Path | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -54,11 +56,13 @@ def validate(
         evaluation: Source of held-out questions with answers.
         onnx: Folder of the exported graphs, for their sizes; None to leave them out.
         not_run: Folders of further targets that were built and cannot run here; the report says so.
+        plugin_library: For engines with the plugin: its library, None for the one that is found.
         limit: Use only the first questions; None uses all.
         progress: Where to report progress.
 
     Raises:
         CalibrationError: If there is no question with an answer.
+        TargetError: If this machine cannot run the engine.
         QEError: Of other kinds, if a part cannot be loaded.
     """
     progress = progress or Silent()
@@ -67,7 +71,9 @@ def validate(
     if not samples:
         raise CalibrationError(f"'{evaluation}' holds no question.", "Add questions with answers, or raise the limit.")
     recipe = load_checkpoint_recipe(checkpoint)
-    engine = VisionLanguageEngine.load(engines, accuracy_level=0) if engines is not None else None
+    engine = None
+    if engines is not None:
+        engine = VisionLanguageEngine.load(engines, accuracy_level=0, plugin_library=plugin_library)
     reference = in_float32(load_model(original))
     quantized = load_quantized(checkpoint)
     bits = count_bits(quantized.model, block_groups(quantized))
@@ -89,7 +95,11 @@ def validate(
         ask = _asker(reference, samples, tracked)
         answers = {role: ask(role, subject, samples) for role, subject in subjects.items()}
         blind = {role: ask(role, subject, shuffled) for role, subject in subjects.items()} if shuffled else {}
-    latency = measure_latency(engines, samples[0], original=original, progress=progress) if engines else []
+    latency: list[Latency] = []
+    if engines is not None:
+        latency = measure_latency(
+            engines, samples[0], original=original, plugin_library=plugin_library, progress=progress
+        )
     busy = busy_note() if latency else None
     notes += [busy] if busy else []
     sizes = stage_sizes(reference.source, checkpoint, onnx, engines)
@@ -111,7 +121,10 @@ def validate(
         layers=comparison.layer_errors(),
         stream=comparison.stream_errors(),
         routing=comparison.routing_loads(),
-        contenders=[_contender(role, comparison, sizes, samples, answers[role], blind.get(role)) for role in subjects],
+        contenders=[
+            _contender(role, _runtime(role, engines), comparison, sizes, samples, answers[role], blind.get(role))
+            for role in subjects
+        ],
         engine=_agreement(comparison, answers) if engine is not None else None,
         latency=latency,
         targets=target_states(engines, not_run),
@@ -152,8 +165,17 @@ def _asker(
     return ask
 
 
+def _runtime(role: Role, engines: Path | None) -> str:
+    """What ran a model, with its precision."""
+    if role != "engine" or engines is None:
+        return "PyTorch, float32"
+    name = runtime_name(read_engine_info(engines))
+    return f"{name}, accuracy level 0" if name == "ONNX Runtime" else name
+
+
 def _contender(
     role: Role,
+    runtime: str,
     comparison: Comparison,
     sizes: Sequence[FileSize],
     samples: Sequence[Sample],
@@ -163,7 +185,7 @@ def _contender(
     distance = comparison.distances.get(role)
     return Contender(
         role=role,
-        runtime="ONNX Runtime, accuracy level 0" if role == "engine" else "PyTorch, float32",
+        runtime=runtime,
         accuracy=score(samples, answers),
         shuffled=None if blind is None else score(samples, blind),
         answer_tokens=None if distance is None else distance_of(distance.answer),
