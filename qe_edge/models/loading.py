@@ -307,7 +307,7 @@ def check_memory(source: str, dtype: torch.dtype | str) -> None:
     if not folder.is_dir():
         return
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    _check_free(size * (2 if dtype == torch.float32 else 1))
+    check_free(size * (2 if dtype == torch.float32 else 1))
 
 
 def _check_memory_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -319,10 +319,15 @@ def _check_memory_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> None
     inside = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
     outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     largest = max((sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=0)
-    _check_free(4 * (outside + largest))
+    check_free(4 * (outside + largest))
 
 
-def _check_free(needed: int) -> None:
+def check_free(needed: int) -> None:
+    """Refuse a model that needs more bytes than are free.
+
+    Raises:
+        ResourceError: If it does.
+    """
     free = psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(

@@ -13,7 +13,7 @@ BACKENDS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 def target_states(validated: Path | None, not_run: Sequence[Path]) -> list[TargetState]:
-    """Targets by the names of their folders.
+    """Targets by their names; a folder that says nothing of a target, such as one of graphs, by its own.
 
     Raises:
         ArtifactError: If the description of an engine is damaged.
@@ -21,12 +21,12 @@ def target_states(validated: Path | None, not_run: Sequence[Path]) -> list[Targe
     folders = ([(validated, True)] if validated else []) + [(folder, False) for folder in not_run]
     return [
         TargetState(
-            name=folder.resolve().name,
+            name=info.target if info else folder.resolve().name,
             size=sum(file.size for file in file_sizes("engines", folder)),
             validated=ran,
-            plugin_nodes=plugin_nodes(read_engine_info(folder)),
+            plugin_nodes=plugin_nodes(info),
         )
-        for folder, ran in folders
+        for folder, ran, info in ((folder, ran, read_engine_info(folder)) for folder, ran in folders)
     ]
 
 
