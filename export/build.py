@@ -10,9 +10,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qe_edge.atomic import atomic_folder
-from qe_edge.errors import ArtifactError, InputError
+from qe_edge.errors import ArtifactError
 from qe_edge.export.engine import EngineRequest, build_engine
+from qe_edge.export.lowering.plugin import layer_forms
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
+from qe_edge.export.plugin_check import check_forms, check_plugin_target
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
 from qe_edge.progress import Progress, Silent, track
@@ -40,7 +42,7 @@ def build_engines(
 
     Raises:
         UnknownNameError: If there is no such target.
-        TargetError: If it cannot be built on this machine, or its library refuses the model.
+        TargetError: If it cannot be built on this machine, or its library or the plugin's refuses the model.
         InputError: If the target takes no plugin.
         ArtifactError: If `onnx` is no ONNX folder or is damaged.
         ResourceError: If disk or memory do not suffice.
@@ -55,6 +57,9 @@ def build_engines(
                 f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
             )
     chosen.check()
+    if plugin_library is not None:
+        graphs = [ir.load(onnx / entry.file) for entry in manifest.graphs.values()]
+        check_forms([chosen], plugin_library, [form for graph in graphs for form in layer_forms(graph)])
     sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in manifest.graphs}
     with atomic_folder(out) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
         _copy_runtime_files(onnx, part)
@@ -121,19 +126,6 @@ def _build_graph(
         plugin_layers=tuple(node for node in facts.plugin_nodes if _is_listed(node, facts.engine_layers)),
     )
     return built, build, facts.version
-
-
-def check_plugin_target(target: Target) -> None:
-    """Refuse a target whose backend takes no plugin.
-
-    Raises:
-        InputError: If it is one.
-    """
-    if target.backend == "onnxruntime":
-        raise InputError(
-            f"Target '{target.name}' is {target.title}, which takes no TensorRT plugin.",
-            "Leave --plugin out, or build for another target.",
-        )
 
 
 def _plugin_build(library: Path | None) -> PluginBuild | None:

@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -22,16 +22,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: If the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with no_space_explained(path):
+    with _parent_of(path), no_space_explained(path):
+        _remove_stale(path)
+        try:
             yield temporary
             _readable(temporary)
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -41,12 +40,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: If the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        with no_space_explained(path):
+    with _parent_of(path), no_space_explained(path):
+        _remove_stale(path)
+        try:
             temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
@@ -54,9 +52,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.replace(old)
             temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _parent_of(path: Path) -> Iterator[None]:
+    """The folders above `path` exist inside the context; those made for it vanish if it fails and leaves them empty."""
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from qe_edge.c_output import silent_c_stdout
 from qe_edge.errors import RecipeError
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
@@ -83,13 +84,15 @@ def allocate(offers: Mapping[str, Offer], budget: Budget) -> dict[str, Choice]:
         if limit is not None:
             costs = np.array([getattr(candidate, cost) for _, candidate in pairs])
             constraints.append(LinearConstraint(costs[None] / (limit * weights), -np.inf, 1))
-    found = milp(
-        losses / max(losses.max(), 1e-300),
-        integrality=np.ones(len(pairs)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-    )
+    # where HiGHS repairs a solution it prints the name of a function of its own, whatever its options say
+    with silent_c_stdout():
+        found = milp(
+            losses / max(losses.max(), 1e-300),
+            integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
     if found.x is None:
         raise RecipeError(f"The budget could not be allocated: {found.message}", "Ask for a few more bits.")
     taken = [candidate for share, (_, candidate) in zip(found.x, pairs, strict=True) if share > 0.5]

@@ -82,6 +82,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     recipe: Recipe,
     targets: Sequence[str] = DEFAULT_TARGETS,
     *,
+    plugin_library: Path | None = None,
     evaluation: str = "demo",
     limit: int | None = None,
     resume: bool = False,
@@ -95,6 +96,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         out: Folder for everything; what an earlier deployment left there is replaced, or kept with `resume`.
         recipe: How to quantize.
         targets: Names of the targets to build for; the first that runs here is validated.
+        plugin_library: Build TensorRT targets with this plugin library; None builds all without the plugin.
         evaluation: Source of held-out questions with answers.
         limit: Use only the first questions.
         resume: Skip stages whose output is complete and was made from the same model, recipe and data.
@@ -102,8 +104,9 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         announce: Receives one line when a stage begins or is skipped.
 
     Raises:
-        InputError: If `out` holds other files; raised, as the next one, before anything else is done.
-        TargetError: If a target cannot be built here.
+        InputError: If `out` holds other files, or no target takes the plugin; raised, as the next one, before anything
+            else is done.
+        TargetError: If a target cannot be built here, or the plugin library does not serve.
         QEError: As the stages raise.
     """
     from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
@@ -113,6 +116,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     from qe_edge.validate import validate
 
     runnable = check_targets(targets)
+    plugins = {} if plugin_library is None else _plugins(targets, plugin_library)
     if out.is_dir() and any(out.iterdir()) and not is_deployment(out):
         raise InputError(f"'{out}' holds files that 'deploy' did not write.", "Choose another folder.")
     layout = Layout(out)
@@ -130,12 +134,13 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     if ledger.begin("onnx", key, layout.onnx, announce):
         export_model(layout.checkpoint, layout.onnx, progress=progress)
         ledger.finish("onnx", key)
-    for target in targets:
-        built = _hash(key, target)
+    builds = {target: _hash(key, target, *_digests(plugins.get(target))) for target in targets}
+    for target, built in builds.items():
         if ledger.begin(f"engines/{target}", built, layout.engines / target, announce):
-            build_engines(layout.onnx, layout.engines / target, target, progress=progress)
+            library = plugins.get(target)
+            build_engines(layout.onnx, layout.engines / target, target, plugin_library=library, progress=progress)
             ledger.finish(f"engines/{target}", built)
-    key = _hash(key, *targets, questions, str(limit))
+    key = _hash(key, *builds.values(), questions, str(limit))
     if not ledger.begin("report", key, layout.report, announce):
         return load_report(layout.report)
     chosen = next(iter(runnable), None)
@@ -146,6 +151,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         evaluation,
         onnx=layout.onnx,
         not_run=[layout.engines / target for target in targets if target != chosen],
+        plugin_library=plugin_library,
         limit=limit,
         progress=progress,
     )
@@ -166,6 +172,22 @@ def check_targets(targets: Sequence[str]) -> list[str]:
     for name in targets:
         get_target(name).check()
     return [name for name in targets if get_target(name).run_problem() is None]
+
+
+def _plugins(targets: Sequence[str], library: Path) -> dict[str, Path]:
+    """The plugin library for every target that takes one, checked."""
+    from qe_edge.export.plugin_check import choose_plugin, takes_plugin
+    from qe_edge.export.targets import get_target
+
+    found = choose_plugin(targets, library)
+    return {name: found for name in targets if takes_plugin(get_target(name))}
+
+
+def _digests(library: Path | None) -> list[str]:
+    """What a build with a library was made from besides: its hash."""
+    from qe_edge.runtime.plugin_library import digest
+
+    return [] if library is None else [digest(library)]
 
 
 def is_deployment(folder: Path) -> bool:

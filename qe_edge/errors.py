@@ -25,6 +25,10 @@ class QEError(Exception):
         return type(self), (self.problem, self.remedy)
 
 
+class QENotice(UserWarning):
+    """Something that a user should know, in one line; the command line prints it, elsewhere Python warns."""
+
+
 class UnknownNameError(QEError):
     """A method, scheme, module, model family, target or recipe key that does not exist."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qe_edge import make_recipe, quantize, quantize_linear
+from qe_edge import budget, make_recipe, quantize, quantize_linear
 from qe_edge.accounting import count_bits
 from qe_edge.budget import (
     GAP,
@@ -40,6 +41,22 @@ QUICK = {"tokens": 128, "em_steps": 1}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
+
+
+def test_what_the_solver_prints_is_not_seen(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints from C, into a buffer that outlives the call where standard output is a file."""
+    library, solve = ctypes.CDLL(None), budget.milp
+
+    def milp(*arguments: object, **keywords: object) -> object:
+        library.printf(b"HighsMipSolverData::something\n")
+        return solve(*arguments, **keywords)
+
+    monkeypatch.setattr(budget, "milp", milp)
+    library.printf(b"before\n")
+    allocate({"layer": Offer(1, 1.0, [candidate(1.0, 4.0, 4.0)])}, Budget(bits=8))
+    library.printf(b"after\n")
+    library.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 def candidate(loss: float, stored: float, read: float) -> Candidate:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from qe_edge.errors import TargetError
+from qe_edge.export.lowering.inline import operands_of, shape_of
 from qe_edge.export.lowering.siblings import join_siblings
-from qe_edge.export.op import DOMAIN, NAME
+from qe_edge.export.op import DOMAIN, NAME, Attributes
+from qe_edge.export.plugin_check import LayerForm, refusal
+from qe_edge.grids import PER_CHANNEL
 from qe_edge.prepack.linear import PackError
 from qe_edge.prepack.lower import lower
 
@@ -46,8 +51,39 @@ def pack_layers(model: ir.Model) -> list[str]:
     return names
 
 
+def layer_forms(model: ir.Model) -> list[LayerForm]:
+    """What the plugin has to run of a canonical graph; neutral operands are left out, as they are when it is packed.
+
+    Layers that read the same input may be joined to one, so each is given the outputs of all of them: what only one of
+    them breaks is found when they are packed.
+    """
+    nodes = [node for node in model.graph if is_packed(node)]
+    outputs: Counter[ir.Value] = Counter()
+    for node in nodes:
+        operands = operands_of(node)
+        outputs[operands.x] += shape_of(operands.qweight)[1]
+    return [_form(node, outputs) for node in nodes]
+
+
+def _form(node: ir.Node, outputs: Mapping[ir.Value, int]) -> LayerForm:
+    operands, attributes = operands_of(node), Attributes.of(node)
+    width = shape_of(operands.qweight)[0]
+    routed = attributes.num_experts > 1 and attributes.rank_routed > 0
+    joined = attributes.num_experts * attributes.rank_routed
+    return LayerForm(
+        node.name or "",
+        width,
+        outputs[operands.x],
+        act_bits=attributes.act_bits,
+        group_size=PER_CHANNEL if attributes.group_size == width else attributes.group_size,
+        rank_shared=attributes.rank_shared + (0 if routed else joined),
+        rank_routed=attributes.rank_routed if routed else 0,
+        num_experts=attributes.num_experts if routed else 0,
+    )
+
+
 def is_packed(node: ir.Node) -> bool:
-    """Whether a node is the plugin's."""
+    """Whether a node is the plugin's, or will be: lowering changes its operands, not its kind."""
     return (node.domain, node.op_type) == (DOMAIN, NAME)
 
 
@@ -58,10 +94,7 @@ def _packed(node: ir.Node) -> tuple[list[ir.Attr], list[ir.TensorProtocol]]:
     try:
         lowered = lower(helper.make_model(graph)).graph
     except PackError as error:
-        problem, _, remedy = str(error).partition(". ")
-        raise TargetError(
-            f"The plugin cannot run the layer '{node.name}': {problem}.", remedy or "Build without --plugin."
-        ) from error
+        raise refusal(node.name or "", str(error)) from error
     (found,) = (each for each in lowered.node if each.op_type == NAME)
     tensors = {tensor.name: tensor for tensor in lowered.initializer}
     attributes = [ir.serde.deserialize_attribute(attribute) for attribute in found.attribute]

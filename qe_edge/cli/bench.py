@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qe_edge.cli.options import Command, target_option
+from qe_edge.cli.options import Command, plugin_library_option, target_option
 
 
 @click.command("bench", cls=Command, example="qe-edge bench engines --image picture.png")
@@ -16,9 +16,16 @@ from qe_edge.cli.options import Command, target_option
 @click.option("--prompt", metavar="TEXT", default="What is in the picture?", show_default=True, help="Question to ask.")
 @click.option("--original", metavar="MODEL", help="Measure the original model in PyTorch too.")
 @target_option("Engine to use, where the folder holds several; the first that runs here by default.")
+@plugin_library_option()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    folder: Path, image: Path | None, prompt: str, original: str | None, target: str | None, as_json: bool
+    folder: Path,
+    image: Path | None,
+    prompt: str,
+    original: str | None,
+    target: str | None,
+    plugin_library: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure speed and memory of engines.
 
@@ -36,7 +43,13 @@ def command(
     from qe_edge.console import ConsoleProgress
     from qe_edge.validate.latency import measure_latency
 
-    found = measure_latency(engines, Sample(picture, prompt), original=source, progress=ConsoleProgress())
+    found = measure_latency(
+        engines,
+        Sample(picture, prompt),
+        original=source,
+        plugin_library=plugin_library,
+        progress=ConsoleProgress(),
+    )
     if as_json:
         click.echo(json.dumps([latency.model_dump(mode="json") for latency in found], indent=2))
         return

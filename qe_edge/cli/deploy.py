@@ -12,6 +12,7 @@ from qe_edge.cli.options import (
     evaluation_options,
     output_option,
     overwrite_option,
+    plugin_options,
     recipe_options,
     resume_option,
     target_option,
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
 @click.argument("model")
 @output_option("Folder for checkpoint, onnx, engines/<target>, report.json and report.html.")
 @target_option("What to build for; may be repeated. [default: cpu]", multiple=True)
+@plugin_options
 @recipe_options
 @evaluation_options()
 @resume_option("Continue a run that was stopped; stages that are complete and were made from the same are kept.")
 @overwrite_option()
-def command(
+def command(  # noqa: PLR0913 - an argument for every option
+    *,
     model: str,
     output: Path,
     target: tuple[str, ...],
+    plugin: bool,
+    plugin_library: Path | None,
     evaluation: str,
     limit: int | None,
     resume: bool,
@@ -42,17 +47,19 @@ def command(
     """Do everything, from the model to the report.
 
     MODEL is 'demo', a folder or a hub id. It is quantized, exported, built for every target and validated; the stages'
-    outputs lie in one folder, where the other commands find them.
+    outputs lie in one folder, where the other commands find them. --plugin is for the TensorRT targets among them.
     """
     from qe_edge.cli.inputs import open_model
     from qe_edge.cli.outputs import check_disk, check_output_folder
+    from qe_edge.cli.plugin import check_planned_layers, print_plugin_nodes, read_plugin
     from qe_edge.cli.recipes import read_recipe
-    from qe_edge.deploy import DEFAULT_TARGETS, check_targets, deploy, is_deployment
+    from qe_edge.deploy import DEFAULT_TARGETS, Layout, check_targets, deploy, is_deployment
 
     targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
     check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
     recipe = read_recipe(**choices)
     check_targets(targets)
+    library = read_plugin(targets, plugin, plugin_library)
     from qe_edge.calibration.sources import load_evaluation, load_samples
 
     samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
@@ -62,12 +69,15 @@ def command(
     from qe_edge.console import ConsoleProgress
 
     plan = make_plan(source, recipe, samples)
+    if library is not None:
+        check_planned_layers(targets, library, plan, recipe)
     check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)
     report = deploy(
         model,
         output,
         recipe,
         targets,
+        plugin_library=library,
         evaluation=evaluation,
         limit=limit,
         resume=resume,
@@ -75,6 +85,8 @@ def command(
         announce=lambda line: click.secho(line, bold=True, err=True),
     )
     print_summary(report)
+    if library is not None:
+        print_plugin_nodes([Layout(output).engines / name for name in targets])
     click.echo(f"Wrote '{output}'; look at '{output / 'report.html'}'.")
     click.echo(f'Next: qe-edge run {output} --image FILE --prompt "What is this?"')
 

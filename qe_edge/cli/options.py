@@ -79,6 +79,14 @@ def plugin_library_option() -> Decorator:
     )
 
 
+def plugin_options(function: Function) -> Function:
+    """`--plugin` and `--plugin-library`, of commands that build engines."""
+    function = plugin_library_option()(function)
+    return click.option(
+        "--plugin", is_flag=True, help="Run quantized layers in the TensorRT plugin; not yet run on hardware."
+    )(function)
+
+
 def evaluation_options() -> Decorator:
     """`--evaluation` and `--limit`."""
 

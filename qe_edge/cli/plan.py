@@ -9,9 +9,10 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget import check_affordable
@@ -45,6 +46,7 @@ class PlannedLayer:
         out_features: Width of the output.
         adapter: Ranks and experts of its low-rank correction.
         bits: Predicted bits, stored and read.
+        joint_outputs: Output channels of all layers that read the same input.
     """
 
     name: str
@@ -53,6 +55,7 @@ class PlannedLayer:
     out_features: int
     adapter: AdapterSize
     bits: BitCount
+    joint_outputs: int
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,17 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     linears: dict[str, QELinear] = {}
     adapters: dict[str, AdapterSize] = {}
     groups: dict[str, str] = {}
+    joint: dict[str, int] = {}
     for block in blocks:
         for group in linear_groups(block, family.siblings):
             linears |= _planned_group(group, method, recipe, adapters)
             groups |= dict.fromkeys(group.names, block.group)
+            joint |= dict.fromkeys(group.names, sum(linear.out_features for linear in group.linears))
     counts = layer_counts(linears)
     layers = [
-        PlannedLayer(name, groups[name], layer.in_features, layer.out_features, adapters[name], counts[name])
+        PlannedLayer(
+            name, groups[name], layer.in_features, layer.out_features, adapters[name], counts[name], joint[name]
+        )
         for name, layer in linears.items()
     ]
     total = add_counts(counts.values())
@@ -110,7 +117,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         check_affordable(recipe.budget, total.weights, 8 * stored, total.read)
         largest = recipe.budget.bits or LARGEST_BITS
         stored = round(largest * total.weights / 8)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + _untied(model, method)
     checkpoint = stored + (parameters - total.weights) * _itemsize(family)
     memory = _memory(source, family, model, blocks, method, samples)
     return Plan(layers, total, checkpoint, checkpoint + stored, memory)
@@ -153,7 +160,7 @@ def _memory(
 
     A method that transforms the whole model has all blocks in memory too; gradients need one block at a time.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + _untied(model, method)
     sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
     weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
     weights += _itemsize(family) * sum(sizes) if method.transforms_model else 0
@@ -171,6 +178,14 @@ def _memory(
         width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
         peak = max(peak, 8 * tokens * width + _statistics(block, family, method, tokens))
     return LIBRARIES + weights + pixels + peak
+
+
+def _untied(model: PreTrainedModel, method: Method) -> int:
+    """Numbers of the head's own weight, which a method that transforms the model gives it where it shares another's."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    shared = isinstance(head, nn.Module) and head.weight is embedding.weight
+    return int(embedding.weight.numel()) if method.transforms_model and shared else 0
 
 
 def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Keeps other libraries' warnings and progress bars off the terminal."""
+"""Keeps other libraries' warnings and progress bars off the terminal, except those of downloads; shows our notices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
+
+import click
+
+from qe_edge.errors import QENotice
 
 # Read by the libraries when they are imported; what the user has set wins.
 SETTINGS = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -20,7 +24,8 @@ SETTINGS = {
 def quiet_libraries(verbose: bool) -> Iterator[None]:
     """Silence transformers, torch and everything that warns through Python, unless `verbose`."""
     if verbose:
-        yield
+        with _notices():
+            yield
         return
     import logging
 
@@ -30,14 +35,38 @@ def quiet_libraries(verbose: bool) -> Iterator[None]:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            with _notices():
+                yield
     finally:
         logging.disable(disabled)
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Print a `QENotice` as one line, every time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", QENotice)
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, QENotice):
+                click.secho(f"Note: {message}", fg="yellow", err=True)
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qe_edge.cli.options import Command, evaluation_options, output_option, overwrite_option
+from qe_edge.cli.options import Command, evaluation_options, output_option, overwrite_option, plugin_library_option
 
 
 @click.command("validate", cls=Command, example="qe-edge validate demo checkpoint --engines engines -o report.json")
@@ -16,14 +16,17 @@ from qe_edge.cli.options import Command, evaluation_options, output_option, over
     "--engines", type=click.Path(path_type=Path), metavar="ENGINES", help="Engines to validate too, of one target."
 )
 @click.option("--onnx", type=click.Path(path_type=Path), metavar="ONNX", help="Exported graphs, for their sizes.")
+@plugin_library_option()
 @output_option("File for the report as JSON; the page for reading is written beside it as .html.")
 @evaluation_options()
 @overwrite_option()
-def command(
+def command(  # noqa: PLR0913 - an argument for every option
+    *,
     model: str,
     checkpoint: Path,
     engines: Path | None,
     onnx: Path | None,
+    plugin_library: Path | None,
     output: Path,
     evaluation: str,
     limit: int | None,
@@ -67,6 +70,10 @@ def command(
     elif is_manifest_folder(checkpoint / ONNX):
         onnx = checkpoint / ONNX
     source = open_model(model)
+    if chosen is not None:
+        from qe_edge.runtime.engine import check_runnable
+
+        check_runnable(chosen, plugin_library)
     from qe_edge.console import ConsoleProgress
     from qe_edge.report import write_report
     from qe_edge.validate import validate
@@ -78,6 +85,7 @@ def command(
         evaluation,
         onnx=onnx,
         not_run=others,
+        plugin_library=plugin_library,
         limit=limit,
         progress=ConsoleProgress(),
     )

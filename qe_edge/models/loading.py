@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ import psutil
 import torch
 from torch import nn
 
-from qe_edge.errors import ModelError, ResourceError
+from qe_edge.errors import ModelError, QENotice, ResourceError
 from qe_edge.models import FAMILIES
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
@@ -135,7 +137,7 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     family = load_family(source)
     sources = _checkpoint_tensors(source, family)
     if sources is None:
-        return load_model(reference)
+        return _load_whole(reference, "its weights are in no safetensors files of known types")
     # which tensor of the file becomes which of the model only transformers knows: let it load placeholders
     given = {key: placeholder(shape, dtype) for key, (_, shape, dtype) in sources.items()}
     key_at = {tensor.data_ptr(): key for key, tensor in given.items()}
@@ -148,7 +150,9 @@ def load_outside_blocks(reference: str) -> LoadedModel:
         for name, tensor in block.module.state_dict().items()
     }
     if None in inside.values():
-        return load_model(reference)
+        changed = next(name for name, key in inside.items() if key is None)
+        del model, blocks
+        return _load_whole(reference, f"its files do not hold '{changed}' as transformers has it")
     _check_memory_outside(model, [block.module for block in blocks])
     del model, blocks
     keys = {name: key for name, key in inside.items() if key is not None}
@@ -161,20 +165,30 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     return LoadedModel(model, family, family.load_processor(source), source, stored)
 
 
+def _load_whole(reference: str, reason: str) -> LoadedModel:
+    """The model in memory as a whole; the user is told why."""
+    warnings.warn(f"All of '{reference}' is in memory at once, since {reason}.", QENotice, stacklevel=3)
+    return load_model(reference)
+
+
 def _from_pretrained(
     source: str, family: ModelFamily, dtype: torch.dtype | str, tensors: dict[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
     """The model in evaluation mode, from its files or from `tensors` in their stead."""
+    from transformers.utils import logging as transformers_logging
+
     model: PreTrainedModel
+    silent = transformers_logging.get_verbosity() >= logging.ERROR
     try:
-        if tensors is None:
-            model = auto_class(family).from_pretrained(source, dtype=dtype, trust_remote_code=False)
-        else:
-            model_class: Any = type(shapes_only(family))  # the automatic class takes no tensors
-            config = copy.deepcopy(family.config)  # a dtype is noted in it
-            model = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors)
-            model.config.name_or_path = source
-            _take_generation_config(model, source)
+        with _quiet_transformers() if silent else nullcontext():
+            if tensors is None:
+                model = auto_class(family).from_pretrained(source, dtype=dtype, trust_remote_code=False)
+            else:
+                model_class: Any = type(shapes_only(family))  # the automatic class takes no tensors
+                config = copy.deepcopy(family.config)  # a dtype is noted in it
+                model = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors)
+                model.config.name_or_path = source
+                _take_generation_config(model, source)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."
@@ -215,17 +229,12 @@ def _checkpoint_tensors(
 def _checkpoint_files(source: str) -> list[Path] | None:
     """The safetensors files that transformers would read, in its order of preference; None if there are none."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-    from transformers.utils.hub import cached_file
 
     def find(name: str) -> Path | None:
         if Path(source).is_dir():
             path = Path(source) / name
             return path if path.is_file() else None
-        try:
-            found = cached_file(source, name)
-        except (OSError, ValueError):
-            return None
-        return Path(found) if found else None
+        return _hub_file(source, name)
 
     single = find(SAFE_WEIGHTS_NAME)
     if single:
@@ -241,20 +250,37 @@ def _checkpoint_files(source: str) -> list[Path] | None:
     return None if None in files else [path for path in files if path]
 
 
+def _hub_file(source: str, name: str) -> Path | None:
+    """A file of a model on the hub, downloaded if it is not here yet; None if there is none.
+
+    On a terminal the hub's own bar shows the download, elsewhere the notice is all there is.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import cached_file
+
+    if try_to_load_from_cache(source, name) is None:  # it may be there, and is not here
+        warnings.warn(f"Looking for {name} of '{source}' on the hub, to download it.", QENotice, stacklevel=2)
+    try:
+        found = cached_file(source, name)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bar and no report of a load that is repeated."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def auto_class(family: ModelFamily) -> Any:  # noqa: ANN401 - transformers' auto classes share no public base
@@ -281,7 +307,7 @@ def check_memory(source: str, dtype: torch.dtype | str) -> None:
     if not folder.is_dir():
         return
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    _check_free(size * (2 if dtype == torch.float32 else 1))
+    check_free(size * (2 if dtype == torch.float32 else 1))
 
 
 def _check_memory_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -293,10 +319,15 @@ def _check_memory_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> None
     inside = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
     outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     largest = max((sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=0)
-    _check_free(4 * (outside + largest))
+    check_free(4 * (outside + largest))
 
 
-def _check_free(needed: int) -> None:
+def check_free(needed: int) -> None:
+    """Refuse a model that needs more bytes than are free.
+
+    Raises:
+        ResourceError: If it does.
+    """
     free = psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(

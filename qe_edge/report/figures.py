@@ -23,7 +23,7 @@ from qe_edge.report.drawing import (
     VISUAL,
     Drawing,
 )
-from qe_edge.report.wording import significant
+from qe_edge.report.wording import RUNTIMES, significant
 from qe_edge.validate.schema import LayerErrors, Report, RoutingLoad, Timing
 
 WIDTH = 15.0  # inches; the page scales figures to its column
@@ -277,7 +277,7 @@ def _router_label(row: RoutingLoad) -> str:
 
 
 def _runtime_label(runtime: str, setting: str) -> str:
-    names = {"onnxruntime": "ONNX Runtime", "pytorch": "PyTorch original"}
+    names = {**RUNTIMES, "pytorch": "PyTorch original"}
     return _short(f"{names.get(runtime, runtime)}, {setting}")
 
 

@@ -77,6 +77,7 @@ def render_page(report: Report, device: DeviceCheck | None = None) -> str:
         limits=wording.limits(report),
         figures=figures.draw_all(report),
         roles=wording.ROLES,
+        runtimes=wording.RUNTIMES,
         kinds=wording.KINDS,
         kind_names=wording.kind_names(report),
         stages=wording.by_stage(report.sizes),

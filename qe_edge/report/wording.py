@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from qe_edge.accounting import FileSize
-from qe_edge.validate.schema import Accuracy, Contender, Latency, Report, Role
+from qe_edge.validate.schema import Accuracy, Contender, Latency, Report, Role, TargetState
 
 ROLES: dict[Role, str] = {"original": "Original", "quantized": "Quantized", "engine": "Engine"}
+RUNTIMES = {
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT-RTX",
+    "pytorch": "PyTorch, original",
+}
 KINDS = {"open": "Open", "yesno": "Yes/no", "": "Other"}
 SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 NONE = "\u2013"
@@ -176,25 +182,40 @@ def limits(report: Report) -> list[str]:
         )
     if report.latency:
         row = report.latency[0]
-        found.append(
-            f"Speed was measured on {report.machine.processor} with {row.threads} "
-            f"thread{'s' if row.threads != 1 else ''}, one question of {row.prompt_tokens} tokens at a time. Accuracy "
-            "level 4 of ONNX Runtime rounds activations once more; accuracy and KL on this page are for level 0. Peak "
-            "memory counts the whole process; Python and its libraries are nearly all of it for a small model."
-        )
+        found.append(_how_speed_was_measured(report, row))
     else:
         found.append("No engine was run, so this page says nothing about speed.")
-    found += [
-        f"The engine for '{target.name}' was built, and has not yet been run on hardware."
-        for target in report.targets
-        if not target.validated
-    ]
+    found += [_state(target) for target in report.targets if target.plugin_nodes or not target.validated]
     if report.model == "demo":
         found.append(
             "The demo model is small and insensitive to quantization: it shows that every stage works, not which "
             "method is better."
         )
     return found
+
+
+def _how_speed_was_measured(report: Report, row: Latency) -> str:
+    where = report.machine.processor
+    if row.runtime == "onnxruntime":
+        levels = (
+            "Accuracy level 4 of ONNX Runtime rounds activations once more; accuracy and KL on this page are for "
+            "level 0. "
+        )
+    else:
+        where, levels = f"the GPU of this machine ({where})", ""
+    return (
+        f"Speed was measured on {where} with {row.threads} thread{'s' if row.threads != 1 else ''}, one question of "
+        f"{row.prompt_tokens} tokens at a time. {levels}Peak memory counts the whole process; Python and its libraries "
+        "are nearly all of it for a small model."
+    )
+
+
+def _state(target: TargetState) -> str:
+    """How far a target came, and what its engines need."""
+    plugin = f" with {target.plugin_nodes} nodes of the TensorRT plugin" if target.plugin_nodes else ""
+    if target.validated:
+        return f"The engine for '{target.name}' was built{plugin}."
+    return f"The engine for '{target.name}' was built{plugin}, and has not yet been run on hardware."
 
 
 def _kl(row: Contender) -> str:

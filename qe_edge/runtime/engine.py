@@ -86,6 +86,7 @@ class VisionLanguageEngine:
             raise InputError(f"There is no accuracy level {accuracy_level}.", "Choose 0 (exact) or 4 (faster).")
         if threads is not None and threads < 1:
             raise InputError(f"{threads} threads cannot run anything.", "Choose at least 1.")
+        check_runnable(folder, plugin_library)
         manifest = read_manifest(folder)
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family = load_family(folder, manifest.model_type)
@@ -205,6 +206,25 @@ def _open_sessions(
 
     device = Device(info, plugin_library)
     return {name: TensorRTSession(device, folder, entry) for name, entry in manifest.graphs.items()}
+
+
+def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
+    """Refuse engines that this machine cannot run, before any long work.
+
+    Args:
+        folder: An engine or ONNX folder.
+        plugin_library: For engines with the plugin: its library, None for the one that is found.
+
+    Raises:
+        TargetError: If a GPU, a library or the plugin is missing.
+        ArtifactError: If the folder's description is damaged.
+    """
+    info = read_engine_info(folder)
+    if info is None or info.backend == "onnxruntime":
+        return
+    from qe_edge.runtime.tensorrt_session import check_device
+
+    check_device(info, plugin_library)
 
 
 def load_family(folder: Path, model_type: str) -> ModelFamily:

@@ -38,19 +38,35 @@ class Device:
     def __init__(self, info: EngineInfo, plugin_library: Path | None = None) -> None:
         self.info = info
         self.driver = Driver()
-        try:
-            self.trt: Any = importlib.import_module(info.backend)
-        except ImportError as error:
-            raise TargetError(
-                f"These engines need the Python module {info.backend}, which is not installed.",
-                f"Install it in version {info.version}, or use the 'cpu' target.",
-            ) from error
+        self.trt = _library_of(info)
         if info.plugin is not None:
             load_plugin_library(self.trt, find_plugin_library(plugin_library))
         self.driver.open_context()
         self.stream = self.driver.create_stream()
         self.logger = self.trt.Logger(self.trt.Logger.ERROR)
         self.runtime = self.trt.Runtime(self.logger)
+
+
+def check_device(info: EngineInfo, plugin_library: Path | None = None) -> None:
+    """Refuse engines that this machine cannot run, before anything of them is loaded.
+
+    Raises:
+        TargetError: If there is no GPU, or a library is missing.
+    """
+    Driver()
+    _library_of(info)
+    if info.plugin is not None:
+        find_plugin_library(plugin_library)
+
+
+def _library_of(info: EngineInfo) -> Any:  # noqa: ANN401 - an untyped extension module
+    try:
+        return importlib.import_module(info.backend)
+    except ImportError as error:
+        raise TargetError(
+            f"These engines need the Python module {info.backend}, which is not installed.",
+            f"Install it in version {info.version}, or use the 'cpu' target.",
+        ) from error
 
 
 @dataclass

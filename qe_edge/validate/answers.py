@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from qe_edge.models.family import Sample
+from qe_edge.models.family import ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.validate.schema import Accuracy
 from qe_edge.validate.subjects import Subject
@@ -14,12 +16,25 @@ BATCH = 25  # samples per forward pass
 SPARE_TOKENS = 4  # room beyond the longest reference answer, so that a longer answer is not cut to a right one
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What encodes the questions, the same for all models.
+
+    Attributes:
+        family: The original's family.
+        processor: Its tokenizer and image processor.
+    """
+
+    family: ModelFamily
+    processor: Any
+
+
 def batches(samples: Sequence[Sample], size: int = BATCH) -> list[Sequence[Sample]]:
     """Cut samples into batches."""
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
-def answer_length(source: LoadedModel, samples: Sequence[Sample]) -> int:
+def answer_length(source: Reader | LoadedModel, samples: Sequence[Sample]) -> int:
     """Tokens to generate: the longest reference answer and a little more."""
     encode, processor = source.family.encode, source.processor
     longest = max(int(encode(processor, part, answers=True).answer_mask.sum(1).max()) for part in batches(samples))
@@ -28,7 +43,7 @@ def answer_length(source: LoadedModel, samples: Sequence[Sample]) -> int:
 
 def answer_all(
     subject: Subject,
-    source: LoadedModel,
+    source: Reader | LoadedModel,
     samples: Sequence[Sample],
     max_new_tokens: int,
     done: Callable[[int], None],

@@ -15,6 +15,8 @@ from qe_edge.errors import ResourceError
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.progress import Progress, Silent, track
+from qe_edge.runtime.engine import check_runnable
+from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.validate.schema import Latency
 
 ACCURACY_LEVELS = (0, 4)
@@ -26,7 +28,8 @@ class Measurement:
     """What a child process measures.
 
     Attributes:
-        runtime: "onnxruntime" or "pytorch".
+        runtime: "onnxruntime", "tensorrt", "tensorrt_rtx" or "pytorch".
+        setting: What distinguishes it from others of the same runtime.
         model: Engine folder, or the original model's folder or hub id.
         accuracy_level: Of ONNX Runtime.
         threads: Threads to use.
@@ -35,9 +38,11 @@ class Measurement:
         repeats: Most repeats.
         seconds: Stop repeating after this time, but not before three repeats.
         new_tokens: Tokens decoded after the first in every repeat.
+        plugin_library: Library of engines that need the plugin, None for the one that is found.
     """
 
     runtime: str
+    setting: str
     model: str
     accuracy_level: int
     threads: int
@@ -46,38 +51,60 @@ class Measurement:
     repeats: int = 20
     seconds: float = 5.0
     new_tokens: int = 8
+    plugin_library: str | None = None
 
 
 def measure_latency(
-    engines: Path, sample: Sample, *, original: str | None = None, progress: Progress | None = None
+    engines: Path,
+    sample: Sample,
+    *,
+    original: str | None = None,
+    plugin_library: Path | None = None,
+    progress: Progress | None = None,
 ) -> list[Latency]:
-    """Time one question on an engine at every accuracy level, and on the original model in PyTorch.
+    """Time one question on an engine, in ONNX Runtime at every accuracy level, and on the original model in PyTorch.
 
     Args:
         engines: Folder of the engine.
         sample: The question, asked again and again.
         original: Original model for comparison; None leaves it out.
+        plugin_library: For engines with the plugin: its library, None for the one that is found.
         progress: Where to report progress.
 
     Raises:
+        TargetError: If this machine cannot run the engine.
         ResourceError: If a measuring process dies, most often for want of memory.
     """
+    check_runnable(engines, plugin_library)
+    info = read_engine_info(engines)
     threads = psutil.cpu_count(logical=False) or 1
     with tempfile.TemporaryDirectory() as folder:
         picture = None
         if sample.image is not None:
             picture = str(Path(folder) / "picture.png")
             open_image(sample.image).save(picture)
-        engine = Measurement("onnxruntime", str(engines), 0, threads, sample.question, picture)
-        wanted = [replace(engine, accuracy_level=level) for level in ACCURACY_LEVELS]
+        first = Measurement(
+            "onnxruntime", "", str(engines), 0, threads, sample.question, picture, plugin_library=_text(plugin_library)
+        )
+        if info is None or info.backend == "onnxruntime":
+            wanted = [
+                replace(first, accuracy_level=level, setting=f"accuracy level {level}") for level in ACCURACY_LEVELS
+            ]
+        else:
+            setting = f"{info.version}, {'with' if info.plugin else 'without'} the plugin"
+            wanted = [replace(first, runtime=info.backend, setting=setting)]
         if original is not None:
-            wanted.append(replace(engine, runtime="pytorch", model=original))
+            wanted.append(replace(first, runtime="pytorch", setting="float32", model=original))
         found = []
         with track(progress or Silent(), "Measuring speed", len(wanted)) as tracked:
             for measurement in wanted:
                 found.append(_in_child(measurement))
                 tracked.advance(1, measurement.runtime)
     return found
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _in_child(measurement: Measurement) -> Latency:

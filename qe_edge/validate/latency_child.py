@@ -23,7 +23,7 @@ Times = dict[str, list[float]]
 def measure(request: Measurement) -> Latency:
     """Measure in this process."""
     sample = Sample(Path(request.picture) if request.picture else None, request.question)
-    once, prompt_tokens = (_engine if request.runtime == "onnxruntime" else _pytorch)(request, sample)
+    once, prompt_tokens = (_pytorch if request.runtime == "pytorch" else _engine)(request, sample)
     for _ in range(WARM_UP):
         once({})
     times: Times = {}
@@ -31,7 +31,7 @@ def measure(request: Measurement) -> Latency:
         once(times)
     return Latency(
         runtime=request.runtime,
-        setting=f"accuracy level {request.accuracy_level}" if request.runtime == "onnxruntime" else "float32",
+        setting=request.setting,
         steps={step: _timing(values) for step, values in times.items()},
         prompt_tokens=prompt_tokens,
         threads=request.threads,
@@ -53,7 +53,12 @@ def peak_memory() -> int:
 def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], None], int]:
     from qe_edge.runtime.engine import VisionLanguageEngine
 
-    engine = VisionLanguageEngine.load(request.model, accuracy_level=request.accuracy_level, threads=request.threads)
+    engine = VisionLanguageEngine.load(
+        request.model,
+        accuracy_level=request.accuracy_level,
+        threads=request.threads,
+        plugin_library=Path(request.plugin_library) if request.plugin_library else None,
+    )
 
     def once(times: Times) -> None:
         start = time.perf_counter()

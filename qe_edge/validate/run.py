@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import qe_edge
-from qe_edge.accounting import FileSize, count_bits
+from qe_edge.accounting import FileSize
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
-from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized
+from qe_edge.checkpoint import load_checkpoint_recipe
 from qe_edge.demo import model_path
 from qe_edge.errors import CalibrationError
 from qe_edge.models.family import Sample
-from qe_edge.models.loading import DEMO, LoadedModel, load_model
-from qe_edge.progress import Progress, Silent, track
+from qe_edge.models.loading import DEMO
+from qe_edge.progress import Progress, Silent
 from qe_edge.recipe import Recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
-from qe_edge.validate.answers import answer_all, answer_length, score
-from qe_edge.validate.comparison import Comparison, distance_of
+from qe_edge.runtime.engine_info import read_engine_info
+from qe_edge.validate.answers import score
+from qe_edge.validate.comparison import distance_of
+from qe_edge.validate.evaluation import Comparisons, Questions, evaluate
 from qe_edge.validate.examples import choose_examples
 from qe_edge.validate.latency import measure_latency
 from qe_edge.validate.machine import busy_note, describe_machine
-from qe_edge.validate.schema import Contender, EngineAgreement, EvaluationData, Report, Role
+from qe_edge.validate.schema import Contender, EngineAgreement, EvaluationData, Latency, Report, Role
 from qe_edge.validate.shuffling import shuffle_pictures
 from qe_edge.validate.sizes import model_size, stage_sizes
-from qe_edge.validate.subjects import Subject, TorchSubject, block_groups, in_float32
-from qe_edge.validate.targets import target_states
+from qe_edge.validate.targets import runtime_name, target_states
 
 NO_CALIBRATION = "The calibration samples could not be read again, so layer errors are given on held-out samples only."
 NO_SHUFFLE = "The pictures cannot be exchanged among these questions, so the shuffled-images row is missing."
 LIMITED = "Only the first {count} questions were used."
 
 
-def validate(
+def validate(  # noqa: PLR0913 - everything that a report tells of
     original: str,
     checkpoint: Path,
     engines: Path | None,
@@ -42,6 +43,7 @@ def validate(
     *,
     onnx: Path | None = None,
     not_run: Sequence[Path] = (),
+    plugin_library: Path | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -54,11 +56,13 @@ def validate(
         evaluation: Source of held-out questions with answers.
         onnx: Folder of the exported graphs, for their sizes; None to leave them out.
         not_run: Folders of further targets that were built and cannot run here; the report says so.
+        plugin_library: For engines with the plugin: its library, None for the one that is found.
         limit: Use only the first questions; None uses all.
         progress: Where to report progress.
 
     Raises:
         CalibrationError: If there is no question with an answer.
+        TargetError: If this machine cannot run the engine.
         QEError: Of other kinds, if a part cannot be loaded.
     """
     progress = progress or Silent()
@@ -67,37 +71,30 @@ def validate(
     if not samples:
         raise CalibrationError(f"'{evaluation}' holds no question.", "Add questions with answers, or raise the limit.")
     recipe = load_checkpoint_recipe(checkpoint)
-    engine = VisionLanguageEngine.load(engines, accuracy_level=0) if engines is not None else None
-    reference = in_float32(load_model(original))
-    quantized = load_quantized(checkpoint)
-    bits = count_bits(quantized.model, block_groups(quantized))
-    in_float32(quantized)
+    engine = None
+    if engines is not None:
+        engine = VisionLanguageEngine.load(engines, accuracy_level=0, plugin_library=plugin_library)
     calibration = calibration_of(recipe)
     shuffled = shuffle_pictures(samples)
     notes = [] if calibration else [NO_CALIBRATION]
     notes += [] if shuffled else [NO_SHUFFLE]
     notes += [LIMITED.format(count=len(samples))] if len(samples) < len(every) else []
-    subjects: dict[Role, Subject] = {"original": TorchSubject(reference), "quantized": TorchSubject(quantized)}
-    if engine is not None:
-        subjects["engine"] = engine
-    work = len(samples) * (1 + len(subjects) * (2 if shuffled else 1)) + len(calibration or [])
-    with track(progress, "Validating", work) as tracked:
-        comparison = Comparison(reference, quantized, engine)
-        comparison.measure_heldout(samples, lambda count: tracked.advance(count, "logits and layers"))
-        if calibration:
-            comparison.measure_calibration(calibration, lambda count: tracked.advance(count, "layers"))
-        ask = _asker(reference, samples, tracked)
-        answers = {role: ask(role, subject, samples) for role, subject in subjects.items()}
-        blind = {role: ask(role, subject, shuffled) for role, subject in subjects.items()} if shuffled else {}
-    latency = measure_latency(engines, samples[0], original=original, progress=progress) if engines else []
+    found = evaluate(original, checkpoint, engine, Questions(samples, shuffled, calibration), progress)
+    compared, answers, blind = found.compared, found.answers, found.blind
+    del engine  # its memory is for the processes that measure speed
+    latency: list[Latency] = []
+    if engines is not None:
+        latency = measure_latency(
+            engines, samples[0], original=original, plugin_library=plugin_library, progress=progress
+        )
     busy = busy_note() if latency else None
     notes += [busy] if busy else []
-    sizes = stage_sizes(reference.source, checkpoint, onnx, engines)
+    sizes = stage_sizes(found.source, checkpoint, onnx, engines)
     return Report(
         qe_edge=qe_edge.__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=model_name(original),
-        model_type=reference.family.model_type,
+        model_type=found.model_type,
         recipe=recipe.model_dump(mode="json"),
         machine=describe_machine(),
         evaluation=EvaluationData(
@@ -106,13 +103,16 @@ def validate(
             kinds=dict(Counter(sample.kind for sample in samples)),
             sha256=hash_samples(samples),
         ),
-        bits=bits,
+        bits=found.bits,
         sizes=sizes,
-        layers=comparison.layer_errors(),
-        stream=comparison.stream_errors(),
-        routing=comparison.routing_loads(),
-        contenders=[_contender(role, comparison, sizes, samples, answers[role], blind.get(role)) for role in subjects],
-        engine=_agreement(comparison, answers) if engine is not None else None,
+        layers=compared.layers,
+        stream=compared.stream,
+        routing=compared.routing,
+        contenders=[
+            _contender(role, _runtime(role, engines), compared, sizes, samples, answers[role], blind.get(role))
+            for role in answers
+        ],
+        engine=_agreement(compared, answers),
         latency=latency,
         targets=target_states(engines, not_run),
         examples=choose_examples(samples, answers),
@@ -138,32 +138,27 @@ def calibration_of(recipe: Recipe) -> list[Sample] | None:
     return samples if spec.sha256 in (None, hash_samples(samples)) else None
 
 
-def _asker(
-    source: LoadedModel, samples: Sequence[Sample], progress: Progress
-) -> Callable[[Role, Subject, Sequence[Sample]], list[str]]:
-    """A function that collects a model's answers, all models under the same limit of tokens."""
-    length = answer_length(source, samples)
-
-    def ask(role: Role, subject: Subject, questions: Sequence[Sample]) -> list[str]:
-        return answer_all(
-            subject, source, questions, length, lambda count: progress.advance(count, f"answers of the {role}")
-        )
-
-    return ask
+def _runtime(role: Role, engines: Path | None) -> str:
+    """What ran a model, with its precision."""
+    if role != "engine" or engines is None:
+        return "PyTorch, float32"
+    name = runtime_name(read_engine_info(engines))
+    return f"{name}, accuracy level 0" if name == "ONNX Runtime" else name
 
 
 def _contender(
     role: Role,
-    comparison: Comparison,
+    runtime: str,
+    compared: Comparisons,
     sizes: Sequence[FileSize],
     samples: Sequence[Sample],
     answers: Sequence[str],
     blind: Sequence[str] | None,
 ) -> Contender:
-    distance = comparison.distances.get(role)
+    distance = compared.distances.get(role)
     return Contender(
         role=role,
-        runtime="ONNX Runtime, accuracy level 0" if role == "engine" else "PyTorch, float32",
+        runtime=runtime,
         accuracy=score(samples, answers),
         shuffled=None if blind is None else score(samples, blind),
         answer_tokens=None if distance is None else distance_of(distance.answer),
@@ -172,9 +167,11 @@ def _contender(
     )
 
 
-def _agreement(comparison: Comparison, answers: Mapping[Role, Sequence[str]]) -> EngineAgreement:
+def _agreement(compared: Comparisons, answers: Mapping[Role, Sequence[str]]) -> EngineAgreement | None:
+    if compared.engine_error is None:
+        return None
     pairs = list(zip(answers["quantized"], answers["engine"], strict=True))
     return EngineAgreement(
         same_answers=sum(one == other for one, other in pairs) / len(pairs),
-        logits_error=comparison.engine_error.value() or 0.0,
+        logits_error=compared.engine_error,
     )

@@ -155,7 +155,7 @@ class Contender(Part):
 
     Attributes:
         role: "original", "quantized" (PyTorch) or "engine".
-        runtime: What ran it, for example "PyTorch float32".
+        runtime: What ran it, for example "PyTorch, float32".
         accuracy: On the held-out questions.
         shuffled: The same questions with the pictures of others; None if not measured.
         answer_tokens: Distance on the tokens of the reference answers; None for the original.
@@ -204,7 +204,7 @@ class Latency(Part):
     """Speed and memory of one runtime on one question at a time.
 
     Attributes:
-        runtime: "onnxruntime" or "pytorch".
+        runtime: "onnxruntime", "tensorrt", "tensorrt_rtx" or "pytorch".
         setting: What distinguishes runs of the same runtime, for example "accuracy level 4".
         steps: Timings by step: visual, merger, prefill, decode (one token), first_token (all up to the first token).
         prompt_tokens: Length of the prompt, picture included.
@@ -259,11 +259,13 @@ class TargetState(Part):
         name: Name in the target table.
         size: Bytes of its files.
         validated: Whether this report's engine rows ran on it.
+        plugin_nodes: How many nodes of its engines the TensorRT plugin runs.
     """
 
     name: str
     size: int
     validated: bool
+    plugin_nodes: int = 0
 
 
 class Report(Part):
@@ -285,7 +287,7 @@ class Report(Part):
         routing: Load of the routed experts.
         contenders: Accuracy and distance, original first.
         engine: Engine against PyTorch, or None if there is no engine.
-        latency: Speed of the engine at every accuracy level.
+        latency: Speed of the engine, in ONNX Runtime at every accuracy level.
         targets: What was built.
         examples: Some questions with all answers.
         notes: What a reader must know about gaps of this report.

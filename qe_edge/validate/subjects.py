@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.errors import ModelError
-from qe_edge.linear import QELinear
+from qe_edge.heap import trim_heap
+from qe_edge.linear import QELinear, quantized_linears
 from qe_edge.models.family import Encoded
-from qe_edge.models.loading import LoadedModel
+from qe_edge.models.loading import LoadedModel, check_free, load_outside_blocks
+from qe_edge.models.stored import StoredWeights
 
 
 class Subject(Protocol):
@@ -66,18 +68,58 @@ def block_groups(loaded: LoadedModel) -> dict[str, str]:
     return {block.name: block.group for block in loaded.family.blocks(loaded.model)}
 
 
-def in_float32(loaded: LoadedModel) -> LoadedModel:
-    """Convert a model in place to compute in float32; the tensors of quantized layers stay as they are stored."""
+def load_float32(reference: str) -> LoadedModel:
+    """A model in float32, read and converted block by block, so that no more of it is in memory twice.
 
-    def convert(module: nn.Module) -> None:
-        if isinstance(module, QELinear):
-            module.keep_decoded(keep=True)
-            return
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.float()
-        for child in module.children():
-            convert(child)
+    Args:
+        reference: "demo", a folder or a hub id.
 
-    convert(loaded.model)
+    Raises:
+        ModelError: If the model cannot be loaded.
+        ResourceError: If it does not fit into memory.
+    """
+    loaded = load_outside_blocks(reference)
+    check_free(4 * sum(parameter.numel() for parameter in loaded.model.parameters()))
+    for block in loaded.family.blocks(loaded.model):
+        loaded.stored.read(block.name, block.module)
+        _convert(block.module, "", {})
+    loaded.stored.read("", loaded.model)
+    loaded.stored = StoredWeights()  # the files may hold another precision
+    return in_float32(loaded)
+
+
+def in_float32(loaded: LoadedModel, *, like: LoadedModel | None = None, decoded: bool = True) -> LoadedModel:
+    """Convert a model in place to compute in float32; the tensors of quantized layers stay as they are stored.
+
+    Args:
+        loaded: The model.
+        like: A model in float32 whose tensors are used where they are the same, so that they take no further memory.
+        decoded: Whether quantized layers keep their float32 weights between calls: faster, and 4 bytes a weight.
+    """
+    known = {} if like is None else {**dict(like.model.named_parameters()), **dict(like.model.named_buffers())}
+    _convert(loaded.model, "", known)
+    for layer in quantized_linears(loaded.model).values():
+        layer.keep_decoded(decoded)
     return loaded
+
+
+def decode_layers(loaded: LoadedModel) -> None:
+    """Decode the weights of all quantized layers once and for all."""
+    for layer in quantized_linears(loaded.model).values():
+        layer.keep_decoded(keep=True)
+        layer.decoded_weight()
+        trim_heap()  # or what decoding takes meanwhile stays between the decoded weights
+
+
+def _convert(module: nn.Module, prefix: str, known: Mapping[str, Tensor]) -> None:
+    """Parameters and buffers in float32; one that equals its namesake in `known` becomes that. `prefix` is the path."""
+    if isinstance(module, QELinear):
+        return
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+            other = known.get(f"{prefix}{name}")
+            if other is not None and torch.equal(other.data, tensor.data):
+                tensor.data = other.data
+    for name, child in module.named_children():
+        _convert(child, f"{prefix}{name}.", known)

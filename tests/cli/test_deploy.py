@@ -12,6 +12,7 @@ import pytest
 from qe_edge import deploy as deployment
 from qe_edge.deploy import LEDGER, deploy, is_deployment, model_fingerprint
 from qe_edge.errors import InputError
+from qe_edge.export import plugin_check
 from qe_edge.recipe import make_recipe
 from tests.cli.running import Outcome, Run
 
@@ -23,11 +24,12 @@ class Stages:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[str] = []
+        self.libraries: dict[str, Path | None] = {}
         self.fail_in = ""
         monkeypatch.setattr(deployment, "quantize_to_folder", lambda _m, _r, out, **_k: self._folder("quantize", out))
         for module, attributes in {
             "qe_edge.export.exporter": {"export_model": lambda _c, out, **_k: self._folder("export", out)},
-            "qe_edge.export.build": {"build_engines": lambda _o, out, target, **_k: self._folder(target, out)},
+            "qe_edge.export.build": {"build_engines": self._build},
             "qe_edge.validate": {"validate": lambda *_a, **_k: "report"},
             "qe_edge.report": {"write_report": self._report, "load_report": lambda path: path.read_text()},
         }.items():
@@ -41,6 +43,10 @@ class Stages:
             raise KeyboardInterrupt
         out.mkdir(parents=True, exist_ok=True)
         self.ran.append(stage)
+
+    def _build(self, _onnx: Path, out: Path, target: str, plugin_library: Path | None, **_others: object) -> None:
+        self.libraries[target] = plugin_library
+        self._folder(target, out)
 
     def _report(self, report: str, path: Path, page: Path) -> None:
         path.write_text(report)
@@ -101,6 +107,25 @@ def test_a_further_target_is_built_beside_the_first(stages: Stages, tmp_path: Pa
     stages.take()
     deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], resume=True)
     assert stages.take() == ["rtx", "report"]
+
+
+def test_only_targets_that_take_the_plugin_are_built_with_it(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin_check, "choose_plugin", lambda _targets, library: library)
+    library, out = tmp_path / "libqe_plugin.so", tmp_path / "out"
+    library.write_text("one")
+    deploy("demo", out, RECIPE, ["cpu", "rtx"], plugin_library=library)
+    assert stages.libraries == {"cpu": None, "rtx": library}
+    stages.take()
+    deploy("demo", out, RECIPE, ["cpu", "rtx"], plugin_library=library, resume=True)
+    assert stages.take() == []
+    library.write_text("another")
+    deploy("demo", out, RECIPE, ["cpu", "rtx"], plugin_library=library, resume=True)
+    assert stages.take() == ["rtx", "report"]
+    deploy("demo", out, RECIPE, ["cpu", "rtx"], resume=True)
+    assert stages.take() == ["rtx", "report"]
+    assert stages.libraries == {"cpu": None, "rtx": None}
 
 
 def test_model_fingerprint_follows_every_file(model: Path) -> None:

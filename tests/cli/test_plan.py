@@ -52,6 +52,19 @@ def test_predicted_size_of_the_checkpoint(tmp_path: Path) -> None:
     assert sum(layer.bits.weights for layer in plan.layers) == plan.total.weights
 
 
+def test_the_head_that_quarot_unties_is_counted(tmp_path: Path) -> None:
+    plans, found = {}, {}
+    for method in ("rtn", "quarot"):
+        recipe = make_recipe(method=method, options={"rounding": "nearest"} if method == "quarot" else {})
+        plans[method] = make_plan(str(model_path()), recipe, load_samples("demo", 1))
+        quantize_to_folder("demo", recipe, tmp_path / method)
+        found[method] = folder_bytes(tmp_path / method)
+    more = plans["quarot"].checkpoint_bytes - plans["rtn"].checkpoint_bytes
+    assert more > 100_000
+    assert more == pytest.approx(found["quarot"] - found["rtn"], rel=0.02)
+    assert plans["quarot"].memory_bytes - plans["rtn"].memory_bytes > 2 * more  # float32 outside the blocks
+
+
 def test_layers_of_all_blocks_are_one_row() -> None:
     plan = make_plan(str(model_path()), make_recipe(method="rtn"), load_samples("demo", 1))
     rows = collapse(plan.layers)

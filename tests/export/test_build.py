@@ -134,8 +134,12 @@ def test_a_failed_build_leaves_nothing(exported: Exported, tmp_path: Path, monke
     monkeypatch.setattr("qe_edge.export.build.build_engine", crash)
     monkeypatch.setattr(targets.Target, "build_problem", lambda _target: None)
     with pytest.raises(TargetError, match=re.escape("It crashed.")):
-        build_engines(exported.onnx, tmp_path / "rtx", "rtx")
+        build_engines(exported.onnx, tmp_path / "engines" / "new" / "rtx", "rtx")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "engines").mkdir()  # what was there before stays, even if it is empty
+    with pytest.raises(TargetError, match=re.escape("It crashed.")):
+        build_engines(exported.onnx, tmp_path / "engines" / "new" / "rtx", "rtx")
+    assert [path.name for path in tmp_path.rglob("*")] == ["engines"]
 
 
 def test_engines_cannot_be_built_from_engines(exported: Exported, tmp_path: Path) -> None:

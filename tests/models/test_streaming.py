@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qe_edge.calibration.sources import load_evaluation
 from qe_edge.checkpoint import save_quantized
-from qe_edge.errors import ModelError
-from qe_edge.models.family import TEXT, Block, Encoded, Sample
+from qe_edge.errors import ModelError, QENotice
+from qe_edge.models import loading
+from qe_edge.models.family import TEXT, Block, Encoded, ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel, load_family, load_model, load_outside_blocks, resolve_model
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
@@ -181,6 +184,40 @@ def test_blocks_stay_on_disk_and_are_the_same_when_they_are_read(folder: str) ->
     for (name, tensor), (other, expected) in [*parts, *buffers]:
         assert name == other
         assert torch.equal(tensor, expected), name
+
+
+def test_a_model_whose_tensors_are_converted_is_loaded_whole_and_the_user_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = loading._from_pretrained
+
+    def converting(
+        source: str, family: ModelFamily, dtype: torch.dtype | str, tensors: dict[str, Tensor] | None = None
+    ) -> PreTrainedModel:
+        model = load(source, family, dtype, tensors)
+        if tensors is not None:
+            parameter = next(family.blocks(model)[-1].module.parameters())
+            parameter.data = parameter.data + 0
+        return model
+
+    monkeypatch.setattr(loading, "_from_pretrained", converting)
+    with pytest.warns(
+        QENotice, match=r"All of 'demo' is in memory at once, since its files do not hold 'model\."
+    ) as told:
+        loaded = load_outside_blocks("demo")
+    assert len(told) == 1
+    assert absent_blocks(loaded) == []
+
+
+def test_a_download_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda _source, name: str(tmp_path / name))
+    here = {"here": str(tmp_path)}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, _name: here.get(source))
+    with pytest.warns(QENotice, match="Looking for a.safetensors of 'owner/name' on the hub"):
+        assert loading._hub_file("owner/name", "a.safetensors") == tmp_path / "a.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loading._hub_file("here", "a.safetensors") == tmp_path / "a.safetensors"
 
 
 def test_what_is_computed_with_a_block_that_is_on_disk_is_nan(samples: list[Sample]) -> None:

@@ -1,0 +1,46 @@
+"""Asks a plugin library: `python -m qe_edge.export.plugin_check_child < question.json`; the last line is the answer."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from qe_edge.errors import TargetError
+from qe_edge.export.plugin_check import LayerForm, Question, Verdict
+from qe_edge.runtime.plugin_library import CREATOR, load_plugin_library
+
+OPTIONAL = ("has_zeros", "has_inv_omega", "adapter_int8")  # operands that any layer may have
+
+
+def answer(question: Question) -> Verdict:
+    """Load the library and make one plugin for every form; why it refuses one goes to standard error."""
+    trt = importlib.import_module(question.backend)
+    try:
+        load_plugin_library(trt, question.library)
+    except TargetError as error:
+        return Verdict(error.problem, error.remedy)
+    creator = trt.get_plugin_registry().get_creator(*CREATOR)
+    for number, form in enumerate(question.forms):
+        if _make(trt, creator, form, question.layout_version) is None:
+            return Verdict(refused=number)
+    return Verdict()
+
+
+def _make(trt: Any, creator: Any, form: LayerForm, layout_version: int) -> object | None:  # noqa: ANN401 - untyped
+    numbers = {key: value for key, value in asdict(form).items() if key != "name"}
+    numbers |= {"layout_version": layout_version, **dict.fromkeys(OPTIONAL, 0)}
+    fields = [
+        trt.PluginField(key, np.array([value], np.int32), trt.PluginFieldType.INT32) for key, value in numbers.items()
+    ]
+    made: object | None = creator.create_plugin(form.name, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
+    return made
+
+
+if __name__ == "__main__":
+    found = answer(TypeAdapter(Question).validate_json(sys.stdin.read()))
+    sys.stdout.write(f"\n{TypeAdapter(Verdict).dump_json(found).decode()}\n")

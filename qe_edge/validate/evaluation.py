@@ -1,0 +1,171 @@
+"""Everything that needs the models themselves; no more than one of them is held in float32.
+
+The original answers first. It stays while the quantized model's layers are compared with its own: until then these
+decode their weights at every call, and whatever was not quantized is the same memory in both models. Then the original
+goes, and the quantized model keeps its weights decoded while it answers. What comes back holds no model.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qe_edge.accounting import ModelBits, count_bits
+from qe_edge.checkpoint import load_quantized
+from qe_edge.heap import trim_heap
+from qe_edge.models.family import Sample
+from qe_edge.models.loading import LoadedModel
+from qe_edge.progress import Progress, track
+from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.validate.answers import Reader, answer_all, answer_length
+from qe_edge.validate.comparison import Comparison, TeacherForced
+from qe_edge.validate.schema import LayerErrors, Role, RoutingLoad, StreamErrors
+from qe_edge.validate.subjects import Subject, TorchSubject, block_groups, decode_layers, in_float32, load_float32
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What all models are asked.
+
+    Attributes:
+        heldout: Questions with answers.
+        shuffled: The same with the pictures of others, or None.
+        calibration: The samples that the checkpoint was calibrated on, or None.
+    """
+
+    heldout: Sequence[Sample]
+    shuffled: Sequence[Sample] | None
+    calibration: Sequence[Sample] | None
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What running the models side by side showed.
+
+    Attributes:
+        layers: Errors of every quantized layer.
+        stream: Errors of the hidden states behind every block.
+        routing: Load of the routed experts.
+        distances: Of the predictions of "quantized" and "engine" from the original's.
+        engine_error: Relative error of the engine's logits, None without one.
+    """
+
+    layers: list[LayerErrors]
+    stream: list[StreamErrors]
+    routing: list[RoutingLoad]
+    distances: dict[Role, TeacherForced]
+    engine_error: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that the models were needed for.
+
+    Attributes:
+        source: Folder or hub id of the original.
+        model_type: Its family.
+        bits: Bits per weight of the checkpoint.
+        compared: What running them side by side showed.
+        answers: Answers to the held-out questions.
+        blind: Answers to the questions with exchanged pictures; empty without those.
+    """
+
+    source: str
+    model_type: str
+    bits: ModelBits
+    compared: Comparisons
+    answers: dict[Role, list[str]]
+    blind: dict[Role, list[str]]
+
+
+def evaluate(
+    original: str,
+    checkpoint: Path,
+    engine: VisionLanguageEngine | None,
+    questions: Questions,
+    progress: Progress,
+) -> Evaluation:
+    """Compare the models and collect their answers.
+
+    Args:
+        original: The original model: "demo", a folder or a hub id.
+        checkpoint: Folder of the quantized checkpoint.
+        engine: The engine built from it, or None.
+        questions: What to ask.
+        progress: Where to report progress.
+
+    Raises:
+        QEError: If a model cannot be loaded.
+    """
+    quantized = load_quantized(checkpoint)  # first: while it is opened it takes as much as an unquantized one
+    bits = count_bits(quantized.model, block_groups(quantized))
+    _give_back()
+    reference = load_float32(original)
+    in_float32(quantized, like=reference, decoded=False)
+    source, model_type = reference.source, reference.family.model_type
+    rounds = 2 if questions.shuffled else 1
+    work = len(questions.heldout) * (1 + rounds * (2 if engine is None else 3)) + len(questions.calibration or [])
+    answers: dict[Role, list[str]] = {}
+    blind: dict[Role, list[str]] = {}
+    with track(progress, "Validating", work) as tracked:
+        ask = _asker(Reader(reference.family, reference.processor), questions.heldout, tracked)
+
+        def collect(role: Role, subject: Subject) -> None:
+            answers[role] = ask(role, subject, questions.heldout)
+            if questions.shuffled:
+                blind[role] = ask(role, subject, questions.shuffled)
+
+        collect("original", TorchSubject(reference))
+        compared = _compare(reference, quantized, engine, questions, tracked)
+        del reference
+        _give_back()
+        decode_layers(quantized)
+        collect("quantized", TorchSubject(quantized))
+        del quantized
+        _give_back()
+        if engine is not None:
+            collect("engine", engine)
+    return Evaluation(source, model_type, bits, compared, answers, blind)
+
+
+def _compare(
+    reference: LoadedModel,
+    quantized: LoadedModel,
+    engine: Subject | None,
+    questions: Questions,
+    progress: Progress,
+) -> Comparisons:
+    """Run the models side by side; what comes back holds none of them."""
+    comparison = Comparison(reference, quantized, engine)
+    comparison.measure_heldout(questions.heldout, lambda count: progress.advance(count, "logits and layers"))
+    if questions.calibration:
+        comparison.measure_calibration(questions.calibration, lambda count: progress.advance(count, "layers"))
+    return Comparisons(
+        comparison.layer_errors(),
+        comparison.stream_errors(),
+        comparison.routing_loads(),
+        comparison.distances,
+        None if engine is None else comparison.engine_error.value() or 0.0,
+    )
+
+
+def _asker(
+    reader: Reader, samples: Sequence[Sample], progress: Progress
+) -> Callable[[Role, Subject, Sequence[Sample]], list[str]]:
+    """A function that collects a model's answers, all models under the same limit of tokens."""
+    length = answer_length(reader, samples)
+
+    def ask(role: Role, subject: Subject, questions: Sequence[Sample]) -> list[str]:
+        return answer_all(
+            subject, reader, questions, length, lambda count: progress.advance(count, f"answers of the {role}")
+        )
+
+    return ask
+
+
+def _give_back() -> None:
+    """Memory of a model that is no longer used, to the system."""
+    gc.collect()
+    trim_heap()
