@@ -86,6 +86,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     evaluation: str = "demo",
     limit: int | None = None,
     resume: bool = False,
+    device: str = "auto",
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _line: None,
 ) -> Report:
@@ -100,6 +101,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         evaluation: Source of held-out questions with answers.
         limit: Use only the first questions.
         resume: Skip stages whose output is complete and was made from the same model, recipe and data.
+        device: Where to quantize, as of `qe_edge.quantize`.
         progress: Where to report progress.
         announce: Receives one line when a stage begins or is skipped.
 
@@ -127,7 +129,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     if ledger.begin("checkpoint", key, layout.checkpoint, announce):
         if not resume:
             shutil.rmtree(work_folder(layout.checkpoint), ignore_errors=True)
-        quantize_to_folder(model, recipe, layout.checkpoint, resume=resume, progress=progress)
+        quantize_to_folder(model, recipe, layout.checkpoint, resume=resume, device=device, progress=progress)
         layout.clear_after_checkpoint()
         ledger.finish("checkpoint", key)
     key = _hash(key, "onnx")
@@ -198,7 +200,13 @@ def is_deployment(folder: Path) -> bool:
 
 
 def quantize_to_folder(
-    model: str, recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None
+    model: str,
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> None:
     """Quantize a model and write the checkpoint; finished blocks lie in `<output>.work` until it is complete.
 
@@ -207,6 +215,7 @@ def quantize_to_folder(
         recipe: What to do.
         output: Folder of the checkpoint; it appears when it is complete.
         resume: Continue from the finished blocks of a stopped run.
+        device: As of `qe_edge.quantize`.
         progress: Where to report progress.
 
     Raises:
@@ -217,7 +226,7 @@ def quantize_to_folder(
     from qe_edge.workfolder import WorkFolder
 
     work = work_folder(output)
-    loaded, resolved = quantize(model, recipe, work=work, resume=resume, on_disk=True, progress=progress)
+    loaded, resolved = quantize(model, recipe, work=work, resume=resume, on_disk=True, device=device, progress=progress)
     save_quantized(loaded, resolved, output)
     WorkFolder(work).remove()
 

@@ -9,6 +9,7 @@ import click
 
 from qe_edge.cli.options import (
     Command,
+    device_option,
     evaluation_options,
     output_option,
     overwrite_option,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @target_option("What to build for; may be repeated. [default: cpu]", multiple=True)
 @plugin_options
 @recipe_options
+@device_option
 @evaluation_options()
 @resume_option("Continue a run that was stopped; stages that are complete and were made from the same are kept.")
 @overwrite_option()
@@ -38,6 +40,7 @@ def command(  # noqa: PLR0913 - an argument for every option
     target: tuple[str, ...],
     plugin: bool,
     plugin_library: Path | None,
+    device: str,
     evaluation: str,
     limit: int | None,
     resume: bool,
@@ -81,6 +84,7 @@ def command(  # noqa: PLR0913 - an argument for every option
         evaluation=evaluation,
         limit=limit,
         resume=resume,
+        device=device,
         progress=ConsoleProgress(),
         announce=lambda line: click.secho(line, bold=True, err=True),
     )

@@ -64,6 +64,26 @@ def resume_option(help_text: str) -> Decorator:
     return click.option("--resume", is_flag=True, help=help_text)
 
 
+def device_option(function: Function) -> Function:
+    """`--device`, checked at once."""
+
+    def check(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+        if value not in ("auto", "cpu"):  # those need no look at torch
+            from qe_edge.device import choose_device
+
+            choose_device(value)
+        return value
+
+    return click.option(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        callback=check,
+        help="Where to quantize: auto (a GPU if there is one), cpu, cuda. GPUs: not yet run on hardware.",
+    )(function)
+
+
 def target_option(help_text: str, **keywords: Any) -> Decorator:  # noqa: ANN401 - click's own
     """`--target`."""
     return click.option("--target", metavar="NAME", help=help_text, **keywords)

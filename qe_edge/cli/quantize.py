@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qe_edge.cli.options import Command, output_option, overwrite_option, recipe_options, resume_option
+from qe_edge.cli.options import Command, device_option, output_option, overwrite_option, recipe_options, resume_option
 
 if TYPE_CHECKING:
     from qe_edge.models.family import Sample
@@ -20,10 +20,20 @@ if TYPE_CHECKING:
 @click.argument("model")
 @output_option("Folder for the quantized checkpoint.")
 @recipe_options
+@device_option
 @click.option("--dry-run", is_flag=True, help="Show recipe, layers, bits, memory and disk; do nothing.")
 @resume_option("Continue a run that was stopped, from the blocks that it had finished.")
 @overwrite_option()
-def command(model: str, output: Path, dry_run: bool, resume: bool, overwrite: bool, **choices: Any) -> None:  # noqa: ANN401
+def command(
+    *,
+    model: str,
+    output: Path,
+    device: str,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    **choices: Any,  # noqa: ANN401 - the recipe's options
+) -> None:
     """Quantize a model to a checkpoint.
 
     MODEL is 'demo', a folder or a hub id. Finished blocks are kept in '<output>.work' until the checkpoint is
@@ -52,7 +62,7 @@ def command(model: str, output: Path, dry_run: bool, resume: bool, overwrite: bo
         print_plan(recipe, plan, len(samples))
         return
     check_disk(output, plan.disk_bytes)
-    run_quantize(source, recipe, output, resume=resume, overwrite=overwrite)
+    run_quantize(source, recipe, output, device=device, resume=resume, overwrite=overwrite)
     click.echo(f"Wrote '{output}'. Next: qe-edge export {output} -o ONNX")
 
 
@@ -99,7 +109,7 @@ def already_complete(output: Path, recipe: Recipe, samples: list[Sample]) -> boo
     return True
 
 
-def run_quantize(source: str, recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> None:
+def run_quantize(source: str, recipe: Recipe, output: Path, *, device: str, resume: bool, overwrite: bool) -> None:
     """Quantize with progress on stderr; `overwrite` throws an unfinished run away."""
     import shutil
 
@@ -108,4 +118,4 @@ def run_quantize(source: str, recipe: Recipe, output: Path, *, resume: bool, ove
 
     if overwrite and not resume:
         shutil.rmtree(work_folder(output), ignore_errors=True)
-    quantize_to_folder(source, recipe, output, resume=resume, progress=ConsoleProgress())
+    quantize_to_folder(source, recipe, output, resume=resume, device=device, progress=ConsoleProgress())

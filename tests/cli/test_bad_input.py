@@ -208,3 +208,10 @@ def test_memory_that_runs_out_while_quantizing(cli: Run, out: Path, monkeypatch:
 
     monkeypatch.setattr("qe_edge.cli.plan.make_plan", greedy)
     assert_two_lines(cli("quantize", "demo", "-o", out), "Memory ran out", "--samples")
+
+
+@pytest.mark.parametrize("command", ["quantize", "deploy"])
+@pytest.mark.parametrize(("name", "remedy"), [("cuda:99", "--device cpu"), ("tpu", "Choose auto, cpu, cuda")])
+def test_a_device_that_is_not_there(cli: Run, out: Path, command: str, name: str, remedy: str) -> None:
+    assert_two_lines(cli(command, "demo", "-o", out, "--device", name), f"'{name}'", remedy)
+    assert_nothing_written(out)
