@@ -2,11 +2,13 @@ r"""Time and peak memory of quantizing one decoder layer of Qwen2-VL-2B's shapes
 
     python -m venv out/peer && out/peer/bin/pip install torch llmcompressor
     python benchmarks/quantizer_speed.py --peer out/peer/bin/python
+    python benchmarks/quantizer_speed.py --whole out/vlm     # a whole model, made by assemble_real_vlm.py
 
 A model of one Llama decoder layer with random weights (hidden 1536, MLP 8960, 12 heads, 2 for keys and values) sees
 random tokens, 128 x 512 by default. Every quantizer runs in a process of its own, one after the other; timed is the
 call that quantizes, without imports and loading. Peak memory is that of the whole process. With `--repeat` the median
-of several runs is shown.
+of several runs is shown. `--whole` times the language layers of a model in a folder instead, with its own calibration
+samples, from its files as `qe-edge quantize` does it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ OURS = {
     "QE, nearest rounding": {"method": "qe", "options": {"rounding": "nearest", "clip": False}},
     "QE, as in the paper": {"method": "qe", "preset": "paper"},
     "our GPTQ": {"method": "gptq"},
+}
+WHOLE = {
+    "RTN": {"method": "rtn"},
+    "our GPTQ": {"method": "gptq"},
+    "QE, defaults": {"method": "qe"},
+    "QE, --bits 4.25": {"method": "qe", "budget": {"bits": 4.25}},
 }
 PEER = "llm-compressor GPTQ"
 
@@ -69,6 +77,20 @@ def quantize_ours(folder: Path, name: str, scheme: str) -> float:
     started = time.perf_counter()
     quantize(loaded, make_recipe(**keys), samples)
     return time.perf_counter() - started
+
+
+def quantize_whole(folder: Path, name: str, scheme: str, count: int) -> float:
+    """Seconds of `qe_edge.quantize` for the language layers of the model in a folder."""
+    from qe_edge.calibration.sources import load_samples
+    from qe_edge.quantizer import quantize
+    from qe_edge.recipe import make_recipe
+
+    keys: dict[str, Any] = {**WHOLE[name], "scheme": scheme}
+    samples = load_samples(str(folder / "data" / "calibration.jsonl"), count)
+    with tempfile.TemporaryDirectory() as work:
+        started = time.perf_counter()
+        quantize(str(folder), make_recipe(**keys), samples, work=Path(work), on_disk=True)
+        return time.perf_counter() - started
 
 
 def quantize_peer(folder: Path, scheme: str) -> float:
@@ -114,20 +136,29 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--scheme", choices=("w4a16", "w4a8"), default="w4a16")
     parser.add_argument("--role", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--whole", type=Path, metavar="FOLDER", help="a model to quantize as a whole instead")
     options = parser.parse_args()
     if options.role:
         name, folder = options.role[0], Path(options.role[1])
-        seconds = quantize_peer(folder, options.scheme) if name == PEER else quantize_ours(folder, name, options.scheme)
+        if options.whole:
+            seconds = quantize_whole(folder, name, options.scheme, options.samples)
+        elif name == PEER:
+            seconds = quantize_peer(folder, options.scheme)
+        else:
+            seconds = quantize_ours(folder, name, options.scheme)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({"seconds": seconds, "peak_gib": peak}))
         return 0
-    names = [*OURS, *([PEER] if options.peer else [])]
+    names = list(WHOLE) if options.whole else [*OURS, *([PEER] if options.peer else [])]
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), options.samples, options.tokens)
+        if not options.whole:
+            make_model(Path(folder), options.samples, options.tokens)
         for name in names:
             python = options.peer if name == PEER else sys.executable
-            arguments = ["--role", name, folder, "--scheme", options.scheme]
+            arguments = ["--role", name, str(options.whole or folder), "--scheme", options.scheme]
+            if options.whole:
+                arguments += ["--whole", str(options.whole), "--samples", str(options.samples)]
             runs = [run_child(python, arguments) for _ in range(options.repeat)]
             found[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             print(f"{name:24} {found[name]['seconds']:7.1f} s   peak {found[name]['peak_gib']:.2f} GiB", flush=True)
