@@ -16,6 +16,7 @@ from torch import nn
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget import check_affordable
+from qe_edge.calibration.statistics import DOUBLE_WIDTH
 from qe_edge.groups import LinearGroup, linear_groups
 from qe_edge.linear import QELinear
 from qe_edge.methods import Method
@@ -197,7 +198,8 @@ def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) 
         shapes = [sum(outputs)] if method.stack_siblings else outputs
         requests = [request for size in shapes if (request := method.request(size, width))]
         if requests:
-            total += 8 * width**2 if any(request.gram for request in requests) else 0
+            size = 8 if width <= DOUBLE_WIDTH else 4
+            total += size * width**2 if any(request.gram for request in requests) else 0
             total += 4 * width * min(tokens, max(request.tokens for request in requests))
             total += sum(4 * tokens * request.important for request in requests)
     return total
