@@ -15,6 +15,7 @@ from qe_edge.methods.gptq import gptq_round
 from qe_edge.methods.smoothquant import smoothing_scale
 from tests.layers import typed_layer
 from tests.reference.gptq import gptq
+from tests.reference.scaling import awq, smoothquant
 from tests.reference.whitened_svd import scaled_svd, whitened_svd
 
 EXACT = {"adapter_dtype": "float32", "shrink": False, "rank": 12}
@@ -100,6 +101,31 @@ def test_gptq_loses_less_than_rounding_and_survives_dead_channels() -> None:
     rounded = quantize_weight(weight, WeightGrid(3, 128, symmetric=False)).decode()
     assert ((layer(x) - x @ weight.T).norm() < 0.95 * (x @ (rounded - weight).T).norm()).item()
     assert (layer.decoded_weight()[:, 5] == 0).all()
+
+
+@pytest.mark.parametrize(("scheme", "bits", "group", "symmetric"), [("w4a8", 4, None, True), ("w3a16", 3, 64, False)])
+def test_awq_equals_the_float64_reference(scheme: str, bits: int, group: int | None, symmetric: bool) -> None:
+    layer, weight, x = quantized("awq", (24, 64), scheme)
+    w, tokens = weight.double().numpy(), x.double().numpy()
+    expected, losses = awq(w, tokens, 20, bits, group, symmetric=symmetric)
+    found = (layer.decoded_weight() * layer.inv_omega.float()).double().numpy() if layer.inv_omega is not None else w
+    # the best candidate, or one that a float32 sum cannot tell from it
+    assert np.square((w - found) @ tokens.T).sum() <= min(losses) * (1 + 1e-4)
+    differing = np.abs(found - expected) > 1e-6 * np.abs(expected).max()
+    assert differing.mean() < 0.01  # a half-way point may fall on either side
+
+
+@pytest.mark.parametrize(("scheme", "bits", "group", "symmetric"), [("w4a8", 4, None, True), ("w4a6", 4, None, True)])
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+def test_smoothquant_equals_the_float64_reference(
+    alpha: float, scheme: str, bits: int, group: int | None, symmetric: bool
+) -> None:
+    layer, weight, x = quantized("smoothquant", (24, 64), scheme, alpha=alpha)
+    assert layer.inv_omega is not None
+    found = (layer.decoded_weight() * layer.inv_omega.float()).double().numpy()
+    expected = smoothquant(weight.double().numpy(), x.double().numpy(), alpha, bits, group, symmetric=symmetric)
+    differing = np.abs(found - expected) > 1e-6 * np.abs(expected).max()
+    assert differing.mean() < 0.01
 
 
 def test_smoothquant_follows_its_formula_and_changes_no_product() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qe_edge import quantizer
 from qe_edge.calibration.sources import load_evaluation, load_samples
 from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized, save_quantized
 from qe_edge.errors import ArtifactError, CalibrationError, NumericalError, QEError, RecipeError, UnknownNameError
@@ -169,6 +170,28 @@ def test_a_stopped_run_resumes_to_the_identical_checkpoint(small: str, tmp_path:
     save_quantized(resumed, spec, tmp_path / "resumed")
     for name in ("model.safetensors", "config.json", "recipe.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+def test_threads_change_no_bit_and_batches_nothing_but_roundings(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(batch: int, threads: int) -> dict[str, QELinear]:
+        monkeypatch.setattr(quantizer, "BATCH", batch)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return quantized_linears(quantize(small, quick_recipe(modules=ALL))[0].model)
+        finally:
+            torch.set_num_threads(before)
+
+    wanted, other_threads, other_batches = layers(8, 2), layers(8, 1), layers(3, 2)
+    linears = dict(load_model(small).model.named_modules())
+    for name, layer in wanted.items():
+        state, same = layer.state_dict(), other_threads[name].state_dict()
+        assert all(torch.equal(tensor, same[key]) for key, tensor in state.items()), name
+        # a last bit that differs can turn a code, and GPTQ every code after it: as good, but not the same
+        tokens = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
+        original = linears[name].float()(tokens)
+        one, other = ((found(tokens) - original).norm() for found in (layer, other_batches[name]))
+        assert abs(float(one - other)) < 0.2 * float(one), name
 
 
 def test_resuming_another_recipe_is_refused(small: str, tmp_path: Path) -> None:
