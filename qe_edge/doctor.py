@@ -217,14 +217,14 @@ def _gpu(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
 
 
 def _plugin() -> Finding:
-    """Whether `qe-edge build --plugin` finds its library."""
+    """Whether `--plugin` finds its library."""
     from qe_edge.errors import TargetError
     from qe_edge.runtime.plugin_library import find_plugin_library
 
     try:
         return Finding("GPU", "TensorRT plugin", OK, f"{find_plugin_library()}, not yet run on hardware")
     except TargetError as error:
-        return Finding("GPU", "TensorRT plugin", MISSING, error.problem, f"Only for 'build --plugin': {error.remedy}")
+        return Finding("GPU", "TensorRT plugin", MISSING, error.problem, f"Only for --plugin: {error.remedy}")
 
 
 def _items(value: object) -> list[object]:
