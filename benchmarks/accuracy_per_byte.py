@@ -201,6 +201,19 @@ def print_tables(rows: Sequence[Row]) -> None:
                     )
 
 
+def print_markdown(rows: Sequence[Row]) -> None:
+    """One table: a line a method, a column a model and scheme, error and stored bits in every cell."""
+    columns = list(dict.fromkeys((row.model, row.scheme) for row in rows))
+    print("\n| | " + " | ".join(f"{model}, {scheme.upper()}" for model, scheme in columns) + " |")
+    print("| --- " * (len(columns) + 1) + "|")
+    for name in sorted({row.name for row in rows}, key=lambda name: min(r.stored for r in rows if r.name == name)):
+        cells = []
+        for column in columns:
+            row = next((row for row in rows if (row.model, row.scheme, row.name) == (*column, name)), None)
+            cells.append(f"{row.error:.2g} ({row.stored:.2f})" if row else "")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def _stored(row: Row) -> float:
     return row.stored
 
@@ -244,6 +257,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where the assembled models lie, under their names")
     parser.add_argument("--results", type=Path, required=True, help="JSON file of finished rows")
     parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--markdown", action="store_true", help="print all rows as one table in Markdown, too")
     parser.add_argument("--print-only", action="store_true", help="measure nothing, print and draw the finished rows")
     parser.add_argument("--models", nargs="+", choices=list(REAL_MODELS), default=list(REAL_MODELS))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
@@ -257,6 +271,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     print_tables(rows)
+    if options.markdown:
+        print_markdown(rows)
     if options.plot:
         plot(rows, options.plot)
     return 0
