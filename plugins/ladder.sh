@@ -118,7 +118,7 @@ rung "0 emulators built" python -m emulator.build
 rung "1 layout and reference" test tests/test_layout.py tests/test_reference.py tests/test_fragments.py tests/test_plan.py
 rung "1 triton oracle" test_oracle
 rung "2 source emulator" test tests/test_source_emulator.py
-rung "3 ptx emulator" test tests/test_ptx_emulator.py
+rung "3 ptx emulator" test tests/test_ptx_memory.py tests/test_ptx_emulator.py
 rung "4 planted bugs" test tests/test_planted_bugs.py
 rung "5 plugin x86_64" build_plugin build/plugin -DQE_FUZZ=ON
 rung "5 plugin aarch64" build_plugin build/plugin-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64.cmake" \
