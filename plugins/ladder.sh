@@ -6,7 +6,8 @@
 #
 # Everything is built in plugins/build. What is missing is fetched: Python packages and, when nvcc is not on PATH, CUDA's
 # compiler from PyPI into plugins/build/tools; g++, cmake, ninja and the aarch64 compiler with apt-get. PYTHON has
-# qe-edge[rtx] installed: the last rungs build the demo's engines and compare its layers.
+# qe-edge[rtx,dev] installed: the last rungs build the demo's engines and compare its layers, and the Triton oracle
+# computes on torch.
 set -u
 cd "$(dirname "$0")"
 python=python3
@@ -68,6 +69,16 @@ build_plugin() { # build_plugin FOLDER CMAKE_ARGUMENTS...
     -DQE_PTXAS12="$site/nvidia/cuda_nvcc/bin/ptxas" "$@" && cmake --build "$folder" -j "$jobs"
 }
 
+test_oracle() { # Triton (188 MB) once, then its interpreter in PYTHON
+  "$python" -c 'import pytest, torch, xdist' || { echo "Install qe-edge[dev] in $python."; return 1; }
+  if ! cmp -s requirements-oracle.txt build/triton/requirements-oracle.txt; then
+    rm -rf build/triton
+    "$python" -m pip install --no-deps --target build/triton -r requirements-oracle.txt &&
+      cp requirements-oracle.txt build/triton || return 1
+  fi
+  OPENBLAS_NUM_THREADS=1 PYTHONPATH=$PWD/build/triton "$python" -m pytest -q -n "$jobs" tests/test_oracle.py
+}
+
 build_demo() { # the demo's three graphs as engines with the plugin that was just built
   "$python" -c 'import qe_edge, tensorrt_rtx' || { echo "Install qe-edge[rtx] in $python."; return 1; }
   rm -rf build/demo
@@ -99,13 +110,15 @@ nvcc=$(command -v nvcc)
 # A wrapper on PATH hides where its toolkit is; ask it.
 toolkit=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ _HERE_=//p' | head -1)
 [ -n "$toolkit" ] && [ -x "$toolkit/nvcc" ] && nvcc=$toolkit/nvcc
-test() { python -m pytest -q -n "$jobs" "$@"; }
+# The matrices are small and the tests run side by side: threads of BLAS would only wait for each other.
+test() { OPENBLAS_NUM_THREADS=1 python -m pytest -q -n "$jobs" "$@"; }
 
-rung "0 style and types" sh -c 'ruff check . && ruff format --check . && mypy --config-file mypy.ini prepack emulator gates device tests'
+rung "0 style and types" sh -c 'ruff check . && ruff format --check . && mypy --config-file mypy.ini prepack emulator gates device oracle tests'
 rung "0 emulators built" python -m emulator.build
 rung "1 layout and reference" test tests/test_layout.py tests/test_reference.py tests/test_fragments.py tests/test_plan.py
+rung "1 triton oracle" test_oracle
 rung "2 source emulator" test tests/test_source_emulator.py
-rung "3 ptx emulator" test tests/test_ptx_emulator.py
+rung "3 ptx emulator" test tests/test_ptx_memory.py tests/test_ptx_emulator.py
 rung "4 planted bugs" test tests/test_planted_bugs.py
 rung "5 plugin x86_64" build_plugin build/plugin -DQE_FUZZ=ON
 rung "5 plugin aarch64" build_plugin build/plugin-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64.cmake" \

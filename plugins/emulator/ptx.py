@@ -1,8 +1,9 @@
 """The PTX emulator: runs the very PTX that ships, on numpy, as a Machine.
 
 It covers what the source emulator replaces: the inline PTX of kernels/prim_ptx.cuh and what the compiler made of the
-rest. One warp is one vector; warps of a block are interleaved at random, a new order per seed. Not modelled: time,
-caches, races inside one warp, and weak memory order between blocks.
+rest. Warp w of several blocks is one vector, because numpy takes as long for 32 lanes as for a few hundred; the warps
+of a block are interleaved at random, a new order per seed. Not modelled: time, caches, races inside one warp, and weak
+memory order between blocks.
 """
 
 from __future__ import annotations
@@ -21,20 +22,25 @@ from emulator.ptx_memory import GlobalMemory, SharedMemory
 from emulator.ptx_memory_ops import memory
 from emulator.ptx_ops import Step, arithmetic
 from emulator.ptx_text import Instruction, Kernel, PtxError, PtxFile
-from emulator.ptx_warp import LANES, Lanes, Mask, Warp
+from emulator.ptx_warp import LANES, MOST_BLOCKS, Lanes, Mask, Warp
 
 _MOST_ERRORS = 20
 
 
-class Block:
-    """One thread block: its warps, its shared memory and the errors seen in it."""
+class Blocks:
+    """Thread blocks that run in step: their warps, their shared memory and the errors seen in them."""
 
-    def __init__(self, machine: PtxMachine, launch: Launch, parameters: bytes, x: int, y: int) -> None:
+    def __init__(self, machine: PtxMachine, launch: Launch, parameters: bytes, places: list[tuple[int, int]]) -> None:
         self.memory, self.parameters = machine.memory, parameters
-        self.number = y * launch.grid_x + x
+        self.count = len(places)
+        x, y = (np.repeat(np.array(place, np.uint32), LANES) for place in zip(*places, strict=True))
+        self.number = y.astype(np.int64) * launch.grid_x + x
         self.errors: list[str] = []
-        self.shared = SharedMemory(launch.shared_bytes, self.report)
-        self._place = {"%ctaid.x": x, "%ctaid.y": y, "%ntid.x": launch.threads, "%nctaid.x": launch.grid_x}
+        self.shared = SharedMemory(launch.shared_bytes, self.count, self.report)
+        same = {"%ntid.x": launch.threads, "%nctaid.x": launch.grid_x}
+        self._place = {"%ctaid.x": x, "%ctaid.y": y} | {
+            name: np.full(x.size, value, np.uint32) for name, value in same.items()
+        }
         self.warps = [Warp(self, i) for i in range(launch.threads // LANES)]
 
     def report(self, what: str) -> None:
@@ -48,18 +54,21 @@ class Block:
             return warp.thread.astype(np.uint32)
         if register not in self._place:
             raise PtxError(f"special register {register}")
-        return np.full(LANES, self._place[register], np.uint32)
+        return self._place[register]
 
     def release_barrier(self) -> bool:
-        """Let the waiting warps go on. False when there is nobody left."""
-        waiting = [warp for warp in self.warps if warp.at_barrier]
-        if not waiting:
+        """Let the waiting warps go on. False when there is nobody left.
+
+        Only called when no warp can run, so that every block is at a barrier as a whole or has left.
+        """
+        waiting = np.stack([warp.waiting.reshape(-1, LANES).any(axis=1) for warp in self.warps])
+        if not waiting.any():
             return False
-        if len(waiting) < len(self.warps):
+        if (waiting.any(axis=0) & ~waiting.all(axis=0)).any():
             self.report("barrier: some warps have already left the kernel")
         self.shared.epoch += 1
-        for warp in waiting:
-            warp.at_barrier = False
+        for warp in self.warps:
+            warp.resume()
         return True
 
 
@@ -69,7 +78,6 @@ class PtxMachine:
     def __init__(self, path: Path) -> None:
         self.file = PtxFile(path.read_text())
         self.memory = GlobalMemory()
-        self.instructions = 0
         self._steps: dict[str, list[Step | None]] = {}
 
     def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
@@ -90,42 +98,41 @@ class PtxMachine:
         parameters = bytes(launch.args)[: launch.args_bytes]
         self.memory.start_launch()
         order = random.Random(seed)
-        blocks = [(x, y) for y in range(launch.grid_y) for x in range(launch.grid_x)]
-        order.shuffle(blocks)
+        places = [(x, y) for y in range(launch.grid_y) for x in range(launch.grid_x)]
+        order.shuffle(places)
         errors: list[str] = []
         with np.errstate(all="ignore"):
-            for x, y in blocks:
-                block = Block(self, launch, parameters, x, y)
-                self._run(block, kernel, order)
-                errors += [error for error in block.errors if error not in errors]
+            for start in range(0, len(places), MOST_BLOCKS):
+                blocks = Blocks(self, launch, parameters, places[start : start + MOST_BLOCKS])
+                self._run(blocks, kernel, order)
+                errors += [error for error in blocks.errors if error not in errors]
         return errors
 
-    def _run(self, block: Block, kernel: Kernel, order: random.Random) -> None:
+    def _run(self, blocks: Blocks, kernel: Kernel, order: random.Random) -> None:
         while True:
-            runnable = [warp for warp in block.warps if not (warp.at_barrier or warp.done)]
+            runnable = [warp for warp in blocks.warps if warp.can_run]
             if runnable:
                 self._advance(order.choice(runnable), kernel, order.randrange(30, 300))
-            elif not block.release_barrier():
+            elif not blocks.release_barrier():
                 return
 
     def _advance(self, warp: Warp, kernel: Kernel, count: int) -> None:
         """Execute up to `count` instructions of one warp."""
         steps = self._steps.setdefault(kernel.name, [None] * len(kernel.code))
         for _ in range(count):
-            if warp.done or warp.at_barrier:
+            if not warp.can_run:
                 return
-            self.instructions += 1
             pc, mask = warp.where()
             instruction = kernel.code[pc]
             active = mask
             if instruction.guard is not None:
                 taken = warp.registers[instruction.guard] ^ instruction.guard_negated
-                active = taken if mask is None else mask & taken
-                if mask is None and taken.all():
-                    active = None
-                elif not active.any():
+                among = taken if mask is None else taken[mask]
+                if not among.any():
                     warp.goto(pc + 1, mask)
                     continue
+                if not among.all():
+                    active = taken if mask is None else mask & taken
             control = _CONTROL.get(instruction.op[0])
             if control is not None:
                 control(warp, kernel, instruction, pc, mask, active)
@@ -138,24 +145,24 @@ class PtxMachine:
 
 
 def _branch(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
-    if active is not mask:
-        warp.goto(pc + 1, mask)
-        if warp.lane_pc is None:
-            warp.lane_pc = np.full(LANES, pc + 1)
-    warp.goto(kernel.labels[instruction.operands[0]], active)
+    target = kernel.labels[instruction.operands[0]]
+    if active is mask:
+        warp.goto(target, mask)
+    else:
+        warp.split(pc + 1, mask, target, active)
 
 
 def _return(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
     if active is not mask:
         warp.goto(pc + 1, mask)
-    warp.leave(active)
+    warp.stop(active)
 
 
 def _barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
-    if mask is not None:
-        warp.block.report("barrier: lanes diverge")
-    warp.at_barrier = True
-    warp.goto(pc + 1, mask)
+    warp.together(active, "barrier")
+    if active is not mask:
+        warp.goto(pc + 1, mask)
+    warp.wait(pc + 1, active)
 
 
 # Given the lanes that stand at the instruction and those of them whose guard holds.

@@ -12,44 +12,43 @@ import numpy as np
 from emulator.ptx_memory_ops import _pointer as pointer_of
 from emulator.ptx_ops import Step
 from emulator.ptx_text import Instruction, Kernel, PtxError, vector
-from emulator.ptx_warp import LANE, LANES, Lanes, Mask, Warp, reader, writer
+from emulator.ptx_warp import LANES, Lanes, Mask, Warp, reader, writer
 from prepack.floats import from_bits
 
+LANE = np.arange(LANES)
 GROUP, PAIR = LANE // 4, LANE % 4
 
 
-def _together(warp: Warp, mask: Mask, what: str) -> None:
-    if mask is not None:
-        warp.block.report(f"{what}: lanes diverge")
+def _places(width: int) -> tuple[Lanes, Lanes]:
+    """Where A's and B's elements are among all lanes' registers of `width` elements: ``[16, 8w]`` and ``[8w, 8]``."""
+    a, b = np.zeros((16, 8 * width), np.int64), np.zeros((8 * width, 8), np.int64)
+    element = np.arange(width)
+    for register in range(4):
+        k = PAIR[:, None] * width + element + 4 * width * (register // 2)
+        a[(GROUP + 8 * (register % 2))[:, None], k] = (LANE[:, None] * 4 + register) * width + element
+    for register in range(2):
+        k = PAIR[:, None] * width + element + 4 * width * register
+        b[k, GROUP[:, None]] = (LANE[:, None] * 2 + register) * width + element
+    return a, b
+
+
+_PLACES = {"s8": _places(4), "f16": _places(2), "bf16": _places(2)}
+_ROWS, _COLUMNS = GROUP[:, None] + 8 * (np.arange(4) // 2), PAIR[:, None] * 2 + np.arange(4) % 2
 
 
 def _operand(words: list[Lanes], kind: str) -> Lanes:
-    """Registers as ``[lane, register, element]`` values."""
-    raw = np.ascontiguousarray(np.stack(words, 1))
+    """Registers as ``[warp, lane * register * element]`` values."""
+    raw = np.ascontiguousarray(np.stack(words, 1)).reshape(-1, LANES * len(words))
     if kind == "s8":
-        return raw.view(np.int8).reshape(LANES, len(words), 4).astype(np.int64)
-    bits = raw.view(np.uint16)
-    return from_bits(np.ascontiguousarray(bits), "f16" if kind == "f16" else "bf16").reshape(LANES, len(words), 2)
+        return raw.view(np.int8).astype(np.float32)
+    return from_bits(raw.view(np.uint16), "f16" if kind == "f16" else "bf16")
 
 
 def multiply(a_words: list[Lanes], b_words: list[Lanes], c: Lanes, kind: str) -> Lanes:
-    """``D[lane, 4]`` of one mma; `c` is ``[lane, 4]``."""
-    width = 4 if kind == "s8" else 2  # elements of one register
-    depth = 8 * width
-    number = np.int64 if kind == "s8" else np.float32
-    a, b = np.zeros((16, depth), number), np.zeros((depth, 8), number)
-    element = np.arange(width)
-    a_values, b_values = _operand(a_words, kind), _operand(b_words, kind)
-    for register in range(4):
-        k = PAIR[:, None] * width + element + 4 * width * (register // 2)
-        a[(GROUP + 8 * (register % 2))[:, None], k] = a_values[:, register]
-    for register in range(2):
-        k = PAIR[:, None] * width + element + 4 * width * register
-        b[k, GROUP[:, None]] = b_values[:, register]
-    rows = GROUP[:, None] + 8 * (np.arange(4) // 2)
-    columns = PAIR[:, None] * 2 + np.arange(4) % 2
-    product = (a @ b)[rows, columns]
-    return np.asarray((c.astype(number) + product).astype(c.dtype))
+    """``D[lane, 4]`` of one mma in every warp; `c` is ``[lane, 4]``."""
+    a, b = (_operand(words, kind)[:, at] for words, at in zip((a_words, b_words), _PLACES[kind], strict=True))
+    product = (a @ b)[:, _ROWS, _COLUMNS].reshape(-1, 4)  # exact for bytes: 32 products are below 2^24
+    return np.asarray(c + product.astype(c.dtype))
 
 
 def _mma(kernel: Kernel, instruction: Instruction) -> Step:
@@ -63,11 +62,11 @@ def _mma(kernel: Kernel, instruction: Instruction) -> Step:
     c = [reader(kernel, r, total) for r in vector(instruction.operands[3])]
 
     def step(warp: Warp, mask: Mask) -> None:
-        _together(warp, mask, "mma")
+        warp.together(mask, "mma")
         start = np.stack([read(warp) for read in c], 1)
         result = multiply([read(warp) for read in a], [read(warp) for read in b], start, kind)
         for i, store in enumerate(stores):
-            store(warp, np.ascontiguousarray(result[:, i]), None)
+            store(warp, np.ascontiguousarray(result[:, i]), mask)
 
     return step
 
@@ -79,11 +78,13 @@ def _load_matrix(kernel: Kernel, instruction: Instruction) -> Step:
     stores = [writer(kernel, register) for register in vector(instruction.operands[0])]
 
     def step(warp: Warp, mask: Mask) -> None:
-        _together(warp, mask, "ldmatrix")
-        rows = warp.block.shared.read(pointer(warp), 16, warp.index)
-        words = np.ascontiguousarray(rows).view(np.uint32)  # [row of all matrices, 4]
+        warp.together(mask, "ldmatrix")
+        lanes = warp.lanes_of(mask)
+        rows = np.zeros((warp.lanes.size, 16), np.uint8)
+        rows[lanes] = warp.blocks.shared.read(pointer(warp)[lanes], 16, warp.index, warp.slot[lanes])
+        words = rows.view(np.uint32).reshape(-1, LANES, 4)  # [warp, row of all matrices, 4]
         for matrix, store in enumerate(stores):
-            store(warp, words[matrix * 8 + GROUP, PAIR], None)
+            store(warp, words[:, matrix * 8 + GROUP, PAIR].reshape(-1), mask)
 
     return step
 
@@ -95,8 +96,8 @@ def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
     value, distance = (reader(kernel, operand, np.uint32) for operand in instruction.operands[1:3])
 
     def step(warp: Warp, mask: Mask) -> None:
-        _together(warp, mask, "shfl")
-        store(warp, value(warp)[LANE ^ distance(warp)], None)
+        warp.together(mask, "shfl")
+        store(warp, value(warp)[warp.lanes ^ distance(warp)], mask)
 
     return step
 
@@ -109,9 +110,10 @@ def _vote(kernel: Kernel, instruction: Instruction) -> Step:
     negated = instruction.operands[1].startswith("!")
 
     def step(warp: Warp, mask: Mask) -> None:
-        _together(warp, mask, "vote")
+        warp.together(mask, "vote")
         votes = value(warp) ^ negated
-        store(warp, np.full(LANES, int((votes.astype(np.int64) << LANE).sum()), np.uint32), None)
+        words = (votes.reshape(-1, LANES).astype(np.int64) << LANE).sum(axis=1).astype(np.uint32)
+        store(warp, np.repeat(words, LANES), mask)
 
     return step
 

@@ -17,6 +17,8 @@ Bytes = NDArray[np.uint8]
 Report = Callable[[str], None]
 
 _GAP = 1 << 20  # between buffers, so that a stray address falls into no other one
+_NOBODY, _SEVERAL = -1, -2
+_SEVERAL_WARPS = 255  # a block has at most 32
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Buffer:
     data: Bytes
     writable: bool
     written: NDArray[np.bool_]
-    writer: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    writer: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # block and thread
+    reader: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # block
 
 
 class GlobalMemory:
@@ -50,22 +53,26 @@ class GlobalMemory:
         self._buffers.clear()
 
     def start_launch(self) -> None:
-        """Forget who wrote what in the launch before."""
+        """Forget who wrote and read what in the launch before."""
         for buffer in self._buffers:
-            buffer.writer = np.full(buffer.data.size if buffer.writable else 0, -1, np.int64)
+            size = buffer.data.size if buffer.writable else 0
+            buffer.writer, buffer.reader = np.full(size, _NOBODY, np.int64), np.full(size, _NOBODY, np.int64)
 
     def _locate(self, at: Ints, size: int, what: str, report: Report) -> list[tuple[Buffer, NDArray[np.bool_], Ints]]:
         """Which lanes fall into which buffer, and the byte indices there."""
         if (at % size).any():
             report(f"global memory: misaligned {what} of {size} bytes")
-        found, rest = [], np.ones(at.size, bool)
-        for buffer in self._buffers:
-            inside = rest & (at >= buffer.base) & (at + size <= buffer.base + buffer.data.size)
-            if inside.any():
-                found.append((buffer, inside, (at[inside] - buffer.base)[:, None] + np.arange(size)))
-                rest &= ~inside
-        if rest.any():
-            report(f"global memory: {what} out of bounds{self._neighbour(int(at[rest][0]))}")
+        found = []
+        which = np.searchsorted([buffer.base for buffer in self._buffers], at, "right") - 1
+        for number in np.unique(which):
+            buffer, lanes = self._buffers[number], which == number
+            start = at[lanes] - buffer.base
+            inside = (start >= 0) & (start + size <= buffer.data.size)
+            if not inside.all():
+                report(f"global memory: {what} out of bounds{self._neighbour(int(at[lanes][~inside][0]))}")
+                lanes[lanes], start = inside, start[inside]
+            if start.size:
+                found.append((buffer, lanes, start[:, None] + np.arange(size)))
         return found
 
     def _neighbour(self, at: int) -> str:
@@ -74,27 +81,30 @@ class GlobalMemory:
                 return f" of {buffer.name}"
         return ""
 
-    def read(self, at: Ints, size: int, block: int, report: Report) -> Bytes:
-        """Bytes ``[lanes, size]`` at these addresses; zeros where nothing is."""
+    def read(self, at: Ints, size: int, block: Ints, report: Report) -> Bytes:
+        """Bytes ``[lanes, size]`` at these addresses, for one block number a lane; zeros where nothing is."""
         out = np.zeros((at.size, size), np.uint8)
         for buffer, lanes, index in self._locate(at, size, "read", report):
             out[lanes] = buffer.data[index]
             if buffer.writable:
                 if not buffer.written[index].all():
                     report(f"global memory: read of bytes of {buffer.name} that nobody wrote")
-                writer = buffer.writer[index]
-                if ((writer >= 0) & (writer >> 12 != block)).any():
+                writer, reader, who = buffer.writer[index], buffer.reader[index], block[lanes][:, None]
+                if ((writer >= 0) & (writer >> 12 != who)).any():
                     report(f"global memory: read of {buffer.name} that another block writes in the same launch")
+                buffer.reader[index] = np.where((reader == _NOBODY) | (reader == who), who, _SEVERAL)
         return out
 
-    def write(self, at: Ints, values: Bytes, block: int, threads: Ints, report: Report) -> None:
+    def write(self, at: Ints, values: Bytes, block: Ints, threads: Ints, report: Report) -> None:
         """Store one row of bytes per address."""
         for buffer, lanes, index in self._locate(at, values.shape[1], "write", report):
             if not buffer.writable:
                 report(f"global memory: write to the input {buffer.name}")
                 continue
-            who = np.broadcast_to(((block << 12) | threads[lanes])[:, None], index.shape)
-            before = buffer.writer[index]
+            who = np.broadcast_to(((block[lanes] << 12) | threads[lanes])[:, None], index.shape)
+            before, reader = buffer.writer[index], buffer.reader[index]
+            if ((reader != _NOBODY) & (reader != who >> 12)).any():
+                report(f"global memory: write to {buffer.name} that another block reads in the same launch")
             repeated = np.unique(index).size != index.size
             if ((before >= 0) & (before != who)).any() or repeated:
                 report(f"global memory: two threads write the same byte of {buffer.name}")
@@ -103,72 +113,68 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """One block's shared memory and what each byte remembers."""
+    """The shared memory of several blocks and what each byte remembers. `slot` says which block a lane belongs to."""
 
-    def __init__(self, size: int, report: Report) -> None:
-        self.data = np.full(size, 0xA5, np.uint8)
+    def __init__(self, size: int, blocks: int, report: Report) -> None:
+        self.data = np.full(size * blocks, 0xA5, np.uint8)
         self.epoch = 1
-        self._report = report
-        self._written = np.zeros(size, bool)
-        self._copied = np.zeros(size, bool)  # an asynchronous copy owns the byte
-        self._writer, self._write_epoch = np.full(size, -1), np.zeros(size, np.int64)
-        self._reader, self._read_epoch = np.full(size, -1), np.zeros(size, np.int64)
+        self._size, self._report = size, report
+        self._copied = np.zeros(size * blocks, bool)  # an asynchronous copy owns the byte
+        # The warp that last wrote or read a byte, plus 256 times the epoch.
+        self._writer, self._reader = np.zeros(size * blocks, np.int32), np.zeros(size * blocks, np.int32)
 
-    def _index(self, at: Ints, size: int, what: str) -> Ints:
+    def _index(self, at: Ints, size: int, slot: Ints, what: str) -> Ints:
         if (at % size).any():
             self._report(f"shared memory: misaligned {what} of {size} bytes")
-        bad = (at < 0) | (at + size > self.data.size)
+        bad = (at < 0) | (at + size > self._size)
         if bad.any():
             self._report(f"shared memory: {what} out of bounds")
-        return np.asarray(np.where(bad, 0, at)[:, None] + np.arange(size))
+            at = np.where(bad, 0, at)
+        return np.asarray((at + slot * self._size)[:, None] + np.arange(size))
 
     def _check_owner(self, index: Ints) -> None:
         if self._copied[index].any():
             self._report("shared memory: access to bytes that an asynchronous copy still owns")
 
-    def _written_by_other(self, index: Ints, warp: int) -> bool:
-        writer = self._writer[index]
-        return bool(((self._write_epoch[index] == self.epoch) & (writer >= 0) & (writer != warp)).any())
+    def _by_other(self, last: NDArray[np.int32], warp: int) -> NDArray[np.bool_]:
+        return np.asarray((last >> 8 == self.epoch) & (last != self.epoch << 8 | warp))
 
-    def _read_by_other(self, index: Ints, warp: int) -> bool:
-        return bool(((self._read_epoch[index] == self.epoch) & (self._reader[index] != warp)).any())
-
-    def read(self, at: Ints, size: int, warp: int) -> Bytes:
+    def read(self, at: Ints, size: int, warp: int, slot: Ints) -> Bytes:
         """Bytes ``[lanes, size]`` at these offsets."""
-        index = self._index(at, size, "read")
+        index = self._index(at, size, slot, "read")
         self._check_owner(index)
-        if not self._written[index].all():
+        writer = self._writer[index]
+        if not writer.all():
             self._report("shared memory: read of bytes that nobody wrote")
-        if self._written_by_other(index, warp):
+        if self._by_other(writer, warp).any():
             self._report("shared memory: race of a read with a write")
-        several = (self._read_epoch[index] == self.epoch) & (self._reader[index] != warp)
-        self._reader[index] = np.where(several, -2, warp)
-        self._read_epoch[index] = self.epoch
+        several = self._by_other(self._reader[index], warp)
+        self._reader[index] = self.epoch << 8 | np.where(several, _SEVERAL_WARPS, warp)
         return self.data[index]
 
-    def write(self, at: Ints, values: Bytes, warp: int) -> None:
+    def write(self, at: Ints, values: Bytes, warp: int, slot: Ints) -> None:
         """Store one row of bytes per offset."""
-        index = self._index(at, values.shape[1], "write")
+        index = self._index(at, values.shape[1], slot, "write")
         self._check_owner(index)
-        if self._written_by_other(index, warp):
+        if self._by_other(self._writer[index], warp).any():
             self._report("shared memory: race of two writes")
-        if self._read_by_other(index, warp):
+        if self._by_other(self._reader[index], warp).any():
             self._report("shared memory: race of a write with a read")
-        self._writer[index], self._write_epoch[index], self._written[index] = warp, self.epoch, True
+        self._writer[index] = self.epoch << 8 | warp
         self.data[index] = values
 
-    def issue_copy(self, at: Ints, size: int, warp: int) -> None:
+    def issue_copy(self, at: Ints, size: int, warp: int, slot: Ints) -> None:
         """An asynchronous copy may write its target from now until its thread waits for it."""
-        index = self._index(at, size, "asynchronous copy")
+        index = self._index(at, size, slot, "asynchronous copy")
         if self._copied[index].any():
             self._report("asynchronous copy: over bytes of another one in flight")
-        if self._read_by_other(index, warp):
+        if self._by_other(self._reader[index], warp).any():
             self._report("asynchronous copy: over bytes that another thread may still read")
-        if self._written_by_other(index, warp):
+        if self._by_other(self._writer[index], warp).any():
             self._report("asynchronous copy: over bytes that another thread writes")
         self._copied[index] = True
 
-    def land_copy(self, at: Ints, values: Bytes, warp: int) -> None:
+    def land_copy(self, at: Ints, values: Bytes, warp: int, slot: Ints) -> None:
         """The bytes of an asynchronous copy arrive."""
-        self._copied[self._index(at, values.shape[1], "asynchronous copy")] = False
-        self.write(at, values, warp)
+        self._copied[self._index(at, values.shape[1], slot, "asynchronous copy")] = False
+        self.write(at, values, warp, slot)

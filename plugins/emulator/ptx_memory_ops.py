@@ -8,7 +8,7 @@ import numpy as np
 
 from emulator.ptx_ops import Step
 from emulator.ptx_text import Instruction, Kernel, PtxError, address, vector
-from emulator.ptx_warp import LANES, Lanes, Mask, Reader, Warp, lanes_of, reader, writer
+from emulator.ptx_warp import Copies, Lanes, Mask, Reader, Warp, reader, writer
 
 
 def _pointer(kernel: Kernel, operand: str) -> Reader:
@@ -30,9 +30,9 @@ def _load_parameter(kernel: Kernel, instruction: Instruction) -> Step:
 
     def step(warp: Warp, mask: Mask) -> None:
         at = int(start(warp)[0]) + offset  # the argument block is the same for all lanes
-        values = np.frombuffer(warp.block.parameters, kind, count, at)
+        values = np.frombuffer(warp.blocks.parameters, kind, count, at)
         for store, value in zip(stores, values, strict=True):
-            store(warp, np.full(LANES, value, kind), mask)
+            store(warp, np.full(warp.lanes.size, value, kind), mask)
 
     return step
 
@@ -47,15 +47,17 @@ def _load(kernel: Kernel, instruction: Instruction) -> Step:
         raise PtxError(f"state space of `{instruction.text}`")
 
     def step(warp: Warp, mask: Mask) -> None:
-        lanes = lanes_of(mask)
+        lanes, blocks = warp.lanes_of(mask), warp.blocks
         at = pointer(warp)[lanes]
-        raw = np.zeros((LANES, size), np.uint8)
-        block = warp.block
-        raw[lanes] = (
-            block.shared.read(at, size, warp.index)
+        found = (
+            blocks.shared.read(at, size, warp.index, warp.slot[lanes])
             if shared
-            else block.memory.read(at, size, block.number, block.report)
+            else blocks.memory.read(at, size, blocks.number[lanes], blocks.report)
         )
+        raw = found
+        if mask is not None:
+            raw = np.zeros((warp.lanes.size, size), np.uint8)
+            raw[lanes] = found
         values = raw.view(kind)
         for i, store in enumerate(stores):
             store(warp, np.ascontiguousarray(values[:, i]), mask)
@@ -70,17 +72,27 @@ def _store(kernel: Kernel, instruction: Instruction) -> Step:
     shared = instruction.op[1] == "shared"
 
     def step(warp: Warp, mask: Mask) -> None:
-        lanes = lanes_of(mask)
+        lanes, blocks = warp.lanes_of(mask), warp.blocks
         at = pointer(warp)[lanes]
         values = np.stack([source(warp) for source in sources], 1)
-        raw = np.ascontiguousarray(values).view(np.uint8).reshape(LANES, -1)[lanes]
-        block = warp.block
+        raw = np.ascontiguousarray(values).view(np.uint8).reshape(warp.lanes.size, -1)[lanes]
         if shared:
-            block.shared.write(at, raw, warp.index)
+            blocks.shared.write(at, raw, warp.index, warp.slot[lanes])
         else:
-            block.memory.write(at, raw, block.number, warp.thread[lanes], block.report)
+            blocks.memory.write(at, raw, blocks.number[lanes], warp.thread[lanes], blocks.report)
 
     return step
+
+
+def _land(warp: Warp, copies: Copies, landed: Lanes) -> Copies | None:
+    """Let those copies arrive whose group is below their lane's number; what is still in flight comes back."""
+    done = copies.group < landed[copies.lanes]
+    if done.any():
+        slot = warp.slot[copies.lanes[done]]
+        warp.blocks.shared.land_copy(copies.at[done], copies.values[done], warp.index, slot)
+    if done.all():
+        return None
+    return Copies(copies.lanes[~done], copies.group[~done], copies.at[~done], copies.values[~done])
 
 
 def _copy(kernel: Kernel, instruction: Instruction) -> Step:
@@ -88,19 +100,18 @@ def _copy(kernel: Kernel, instruction: Instruction) -> Step:
     if "commit_group" in instruction.op:
 
         def commit(warp: Warp, mask: Mask) -> None:
-            if mask is not None:
-                warp.block.report("cp.async.commit_group: lanes diverge")
-            warp.copy_groups.append(warp.open_copies)
-            warp.open_copies = []
+            warp.together(mask, "cp.async.commit_group")
+            warp.committed[warp.lanes_of(mask)] += 1
 
         return commit
     if "wait_group" in instruction.op:
         pending = int(instruction.operands[0])
 
         def wait(warp: Warp, mask: Mask) -> None:
-            while len(warp.copy_groups) > pending:
-                for at, values in warp.copy_groups.pop(0):
-                    warp.block.shared.land_copy(at, values, warp.index)
+            landed = warp.committed - pending
+            if mask is not None:
+                landed = np.where(mask, landed, 0)
+            warp.copies = [rest for copies in warp.copies if (rest := _land(warp, copies, landed)) is not None]
 
         return wait
     if len(instruction.operands) != 3:
@@ -109,11 +120,11 @@ def _copy(kernel: Kernel, instruction: Instruction) -> Step:
     size = int(instruction.operands[2])
 
     def issue(warp: Warp, mask: Mask) -> None:
-        lanes, block = lanes_of(mask), warp.block
+        lanes, blocks = warp.lanes_of(mask), warp.blocks
         target: Lanes = to(warp)[lanes]
-        block.shared.issue_copy(target, size, warp.index)
-        values = block.memory.read(source(warp)[lanes], size, block.number, block.report)
-        warp.open_copies.append((target, values))
+        blocks.shared.issue_copy(target, size, warp.index, warp.slot[lanes])
+        values = blocks.memory.read(source(warp)[lanes], size, blocks.number[lanes], blocks.report)
+        warp.copies.append(Copies(lanes, warp.committed[lanes], target, values))
 
     return issue
 

@@ -1,8 +1,9 @@
-"""One warp as 32-wide numpy vectors: registers, divergence, and how operands are read and written."""
+"""Warps as numpy vectors: registers, divergence, and how operands are read and written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from numpy.typing import NDArray
 from emulator.ptx_text import Kernel, PtxError
 
 if TYPE_CHECKING:
-    from emulator.ptx import Block
+    from emulator.ptx import Blocks
 
 LANES = 32
-LANE = np.arange(LANES)
+MOST_BLOCKS = 16  # that run in step: beyond it the work grows with the lanes
 
 Lanes = NDArray[Any]
 Mask = NDArray[np.bool_] | None  # None: all lanes
@@ -23,52 +24,100 @@ Writer = Callable[["Warp", Lanes, Mask], None]
 
 
 class Warp:
-    """Registers and program counters. While all lanes agree, `pc` counts; once they diverge, `lane_pc` does.
+    """The warps of one index in all blocks that run in step: registers and program counters of ``32 * blocks`` lanes.
 
-    Divergence follows the lowest program counter first, which reconverges the structured code that nvcc emits.
+    While all running lanes agree, `pc` counts; once they diverge, `lane_pc` does. Divergence follows the lowest program
+    counter first, which reconverges the structured code that nvcc emits.
     """
 
-    def __init__(self, block: Block, index: int) -> None:
-        self.block, self.index = block, index
-        self.thread = index * LANES + LANE
+    def __init__(self, blocks: Blocks, index: int) -> None:
+        self.blocks, self.index = blocks, index
+        self.lanes = np.arange(LANES * blocks.count)
+        self.slot = self.lanes // LANES  # which of the blocks
+        self.thread = index * LANES + self.lanes % LANES
         self.registers: dict[str, Lanes] = {}
         self.pc = 0
         self.lane_pc: NDArray[np.int64] | None = None
-        self.alive = np.ones(LANES, bool)
-        self.at_barrier = self.done = False
-        self.open_copies: list[Any] = []
-        self.copy_groups: list[list[Any]] = []
+        self.running: Mask = None  # neither returned nor at a barrier
+        self.can_run = True
+        self.waiting = np.zeros(self.lanes.size, bool)
+        self._resume_at = np.zeros(self.lanes.size, np.int64)
+        self.committed = np.zeros(self.lanes.size, np.int64)  # groups of asynchronous copies
+        self.copies: list[Copies] = []
 
     def where(self) -> tuple[int, Mask]:
         """The next program counter and the lanes that stand there."""
         if self.lane_pc is None:
-            return self.pc, None
-        pc = int(self.lane_pc[self.alive].min())
-        return pc, self.alive & (self.lane_pc == pc)
+            return self.pc, self.running
+        standing = self.lane_pc if self.running is None else self.lane_pc[self.running]
+        pc = int(standing.min())
+        mask = self.lane_pc == pc
+        return pc, mask if self.running is None else mask & self.running
 
     def goto(self, target: int, mask: Mask) -> None:
-        """Send these lanes to the target; note when all agree again."""
+        """Send the lanes that `where` named to the target; note when all agree again."""
         if self.lane_pc is None:
-            if mask is None:
-                self.pc = target
-                return
-            self.lane_pc = np.full(LANES, self.pc)
-        self.lane_pc[self.alive if mask is None else mask] = target
-        living = self.lane_pc[self.alive]
-        if self.alive.all() and (living == living[0]).all():
-            self.pc, self.lane_pc = int(living[0]), None
+            self.pc = target
+            return
+        self.lane_pc[self.lanes_of(mask)] = target
+        self._reconverge()
 
-    def leave(self, mask: Mask) -> None:
-        """These lanes return from the kernel."""
-        self.alive = self.alive & (False if mask is None else ~mask)
-        self.done = not self.alive.any()
-        if not self.done and self.lane_pc is None:
-            self.lane_pc = np.full(LANES, self.pc)
+    def split(self, target: int, mask: Mask, other: int, active: Mask) -> None:
+        """Send the lanes of `mask` to the target, but those of `active` to the other one."""
+        if self.lane_pc is None:
+            self.lane_pc = np.full(self.lanes.size, self.pc)
+        self.lane_pc[self.lanes_of(mask)] = target
+        self.lane_pc[self.lanes_of(active)] = other
+        self._reconverge()
+
+    def stop(self, mask: Mask) -> None:
+        """These lanes run no further."""
+        going = np.ones(self.lanes.size, bool) if self.running is None else self.running.copy()
+        going[self.lanes_of(mask)] = False
+        self.running, self.can_run = going, bool(going.any())
+        if self.can_run and self.lane_pc is not None:
+            self._reconverge()
+
+    def wait(self, target: int, mask: Mask) -> None:
+        """These lanes stop until `resume`, and go on at the target then."""
+        lanes = self.lanes_of(mask)
+        self.waiting[lanes], self._resume_at[lanes] = True, target
+        self.stop(mask)
+
+    def resume(self) -> None:
+        """All waiting lanes go on. Nobody may be running."""
+        if self.waiting.any():
+            self.running, self.can_run = None if self.waiting.all() else self.waiting, True
+            self.lane_pc = self._resume_at.copy()
+            self.waiting = np.zeros(self.lanes.size, bool)
+            self._reconverge()
+
+    def _reconverge(self) -> None:
+        if self.lane_pc is not None:
+            running = self.lane_pc if self.running is None else self.lane_pc[self.running]
+            if (running == running[0]).all():
+                self.pc, self.lane_pc = int(running[0]), None
+
+    def lanes_of(self, mask: Mask) -> NDArray[np.int64]:
+        """The indices of the lanes in a mask."""
+        return self.lanes if mask is None else self.lanes[mask]
+
+    def together(self, mask: Mask, what: str) -> None:
+        """Report lanes of one warp that do not execute together what a whole warp must."""
+        if mask is not None:
+            warps = mask.reshape(-1, LANES)
+            if (warps.any(axis=1) & ~warps.all(axis=1)).any():
+                self.blocks.report(f"{what}: lanes diverge")
 
 
-def lanes_of(mask: Mask) -> NDArray[np.int64]:
-    """The indices of the lanes in a mask."""
-    return LANE if mask is None else LANE[mask]
+@dataclass
+class Copies:
+    """Asynchronous copies of one instruction: their lanes, the group of each, and what will land where."""
+
+    lanes: NDArray[np.int64]
+    group: NDArray[np.int64]
+    at: NDArray[np.int64]
+    values: NDArray[np.uint8]
 
 
 def _as_type(values: Lanes, wanted: type[Any]) -> Lanes:
@@ -91,17 +140,17 @@ def reader(kernel: Kernel, operand: str, wanted: type[Any]) -> Reader:
         def read_register(warp: Warp) -> Lanes:
             values = warp.registers.get(operand)
             if values is None:
-                warp.block.report(f"register {operand} is read before it is written")
-                values = np.zeros(LANES, kind)
+                warp.blocks.report(f"register {operand} is read before it is written")
+                values = np.zeros(warp.lanes.size, kind)
             return _as_type(values, wanted)
 
         return read_register
     if operand.startswith("%"):
-        return lambda warp: _as_type(warp.block.special(operand, warp), wanted)
+        return lambda warp: _as_type(warp.blocks.special(operand, warp), wanted)
     if operand in kernel.symbols or operand == kernel.parameter:  # both spaces start at their only symbol
-        return lambda _: np.zeros(LANES, wanted)
-    constant = np.full(LANES, _constant(operand, wanted))
-    return lambda _: constant
+        return lambda warp: np.zeros(warp.lanes.size, wanted)
+    constant = np.full(LANES * MOST_BLOCKS, _constant(operand, wanted))
+    return lambda warp: constant[: warp.lanes.size]
 
 
 def _constant(operand: str, wanted: type[Any]) -> Any:  # noqa: ANN401 - a scalar of the wanted type
@@ -131,6 +180,6 @@ def writer(kernel: Kernel, operand: str) -> Writer:
             warp.registers[operand] = values
         else:
             old = warp.registers.get(operand)
-            warp.registers[operand] = np.where(mask, values, np.zeros(LANES, kind) if old is None else old)
+            warp.registers[operand] = np.where(mask, values, np.zeros(len(mask), kind) if old is None else old)
 
     return write

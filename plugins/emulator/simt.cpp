@@ -77,7 +77,8 @@ void fiber_main() {
 
 void prepare_fiber(Fiber& f) {
 #if defined(__x86_64__)
-  void** sp = reinterpret_cast<void**>(f.stack + kStackBytes - 64);
+  // Stacks that all began at the same offset would share the same few sets of the cache.
+  void** sp = reinterpret_cast<void**>(f.stack + kStackBytes - 64 - f.thread % 64 * 1088);
   *--sp = nullptr;  // keeps the stack 16-byte aligned at entry
   *--sp = reinterpret_cast<void*>(fiber_main);
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
@@ -124,6 +125,7 @@ bool finish_collective(int first) {
 bool run_block(int threads) {
   std::vector<int> ready(static_cast<size_t>(threads));
   for (int t = 0; t < threads; ++t) ready[static_cast<size_t>(t)] = t;
+  std::vector<int> arrived(static_cast<size_t>(threads) / 32);  // lanes of each warp that wait for a collective
   for (;;) {
     while (!ready.empty()) {
       const size_t pick = random_number() % ready.size();
@@ -139,9 +141,9 @@ bool run_block(int threads) {
         ready.pop_back();
       }
       if (f.state != State::kInCollective) continue;
-      bool all = true;
-      for (int l = 0; l < 32; ++l) all = all && fibers[static_cast<size_t>(warp + l)].state == State::kInCollective;
-      if (!all) continue;
+      int& lanes = arrived[static_cast<size_t>(warp) / 32];
+      if (++lanes < 32) continue;
+      lanes = 0;
       if (!finish_collective(warp)) return report("warp collective: lanes wait at different places"), false;
       for (int l = 0; l < 32; ++l) {
         fibers[static_cast<size_t>(warp + l)].state = State::kRunnable;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+
+from prepack.floats import Dtype
 from tests.cases import Mode
 
 MODES = [
@@ -37,9 +40,49 @@ MODES = [
 """What the paper's settings and ours need: 3- and 4-bit weights, 6-, 8- and 16-bit activations, all scale shapes."""
 
 TOKENS = [1, 7, 16, 17, 65, 150]
+EXPERTS = [0, 1, 8, 16]
+
+
+def _combinations() -> list[tuple[Mode, int]]:
+    """Every combination of activations, types, groups, zero points and adapters, at every token count.
+
+    The number of experts rotates: at each token count every kind of activations and groups meets all of them, and so
+    does every kind of zero points and adapters.
+    """
+    cases = []
+    dtypes: tuple[Dtype, ...] = ("f16", "bf16")
+    kinds = product((8, 6, 0), dtypes, (-1, 128, 64), (False, True), (False, True))
+    for i, (act_bits, dtype, group_size, zeros, int8_adapters) in enumerate(kinds):
+        for j, tokens in enumerate(TOKENS):
+            experts = EXPERTS[(i + i // 4 + j) % len(EXPERTS)]
+            parts = [
+                f"a{act_bits or 16}",
+                dtype,
+                "channel" if group_size < 0 else f"g{group_size}",
+                "asym" if zeros else "sym",
+                "int8" if int8_adapters else "half",
+                f"e{experts}",
+            ]
+            mode = Mode(
+                "-".join(parts), act_bits, group_size, zeros, dtype=dtype, int8_adapters=int8_adapters, experts=experts
+            )
+            cases.append((mode, tokens))
+    return cases
+
+
+COMBINATIONS = _combinations()
+COMBINATION_IDS = [f"{mode.name}-{tokens}" for mode, tokens in COMBINATIONS]
 
 
 def shape_for(mode: Mode, tokens: int) -> tuple[int, int]:
-    """K and N with tails: K is no multiple of 128 unless groups ask for it, N none of 32 or 128."""
-    k = {-1: 264, 64: 320, 128: 256}[mode.group_size]
-    return k, 40 if tokens <= 16 else 136
+    """K and N with tails: K is no multiple of 128 unless groups ask for it, N none of 32 or 128.
+
+    At 17 tokens K is long enough for the tiled product to come back to the first stage of its pipeline; at 150 it is
+    short, because there the many blocks are the point.
+    """
+    k = (
+        {-1: 136, 64: 192, 128: 256}[mode.group_size]
+        if tokens == 150
+        else {-1: 264, 64: 320, 128: 256}[mode.group_size]
+    )
+    return k + (384 if tokens == 17 else 0), 40 if tokens <= 16 else 136
