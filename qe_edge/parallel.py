@@ -1,4 +1,4 @@
-"""Work on the rows of a matrix in threads of our own, each of which computes with one.
+"""Independent pieces of work, such as rows of a matrix, in threads of our own, each of which computes with one.
 
 torch's and OpenBLAS' threads wait for each other in a busy loop after every operation: thousands of small operations
 become a hundred times slower as soon as something else runs on the machine. Threads that each have whole rows to
@@ -8,23 +8,31 @@ results.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Call `work` for every item; results in their order.
+
+    Work that calls BLAS must do so with one thread (`blas.one_lapack_thread` around this call), or the threads double.
+    """
+    threads = torch.get_num_threads()
+    if len(items) <= 1 or threads == 1:
+        return [work(item) for item in items]
+    try:
+        with ThreadPoolExecutor(min(threads, len(items)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)  # what new threads of other libraries start with
 
 
 def map_rows(work: Callable[[slice], Result], rows: int, piece: int) -> list[Result]:
     """Call `work` for slices of at most `piece` rows, in order of the rows; results in the same order."""
-    slices = [slice(start, min(start + piece, rows)) for start in range(0, rows, piece)]
-    threads = torch.get_num_threads()
-    if len(slices) <= 1 or threads == 1:
-        return [work(part) for part in slices]
-    try:
-        with ThreadPoolExecutor(min(threads, len(slices)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, slices))
-    finally:
-        torch.set_num_threads(threads)  # what new threads of other libraries start with
+    return map_threads(work, [slice(start, min(start + piece, rows)) for start in range(0, rows, piece)])

@@ -101,12 +101,17 @@ def top_eigenvectors(matrix: np.ndarray, rank: int) -> np.ndarray:
     rank = min(rank, size)
     if rank == 0:
         return np.zeros((size, 0))
-    symmetric = (matrix + matrix.T) / 2
     with one_lapack_thread():
-        if rank == size:
-            vectors = eigh(symmetric, driver="evd")[1]
-        else:
-            vectors = eigh(symmetric, driver="evr", subset_by_index=[size - rank, size - 1])[1]
+        return _top(matrix, rank)
+
+
+def _top(matrix: np.ndarray, rank: int) -> np.ndarray:
+    """`top_eigenvectors` in as many threads as the caller allows, for a rank from 1 to n."""
+    size, symmetric = len(matrix), (matrix + matrix.T) / 2
+    if rank == size:
+        vectors = eigh(symmetric, driver="evd")[1]
+    else:
+        vectors = eigh(symmetric, driver="evr", subset_by_index=[size - rank, size - 1])[1]
     flipped: np.ndarray = vectors[:, ::-1]
     return flipped
 
@@ -115,7 +120,8 @@ def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int) -> np.n
     """Directions `[n, rank]` that capture about as much of a positive matrix as its top eigenvectors.
 
     Block Krylov iteration (Musco and Musco, NeurIPS 2015) from directions close to the wanted ones; below `EXACT_SIDE`
-    the eigenvectors themselves. Several of them are wanted of many matrices here, and each step costs a product.
+    the eigenvectors themselves. Several of them are wanted of many matrices here, and each step costs a product. The
+    caller limits the threads of LAPACK.
 
     Args:
         matrix: `[n, n]` symmetric, float32 or float64.
@@ -125,20 +131,19 @@ def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int) -> np.n
     size = len(matrix)
     width = min(rank, size) + KRYLOV_EXTRA
     if size <= EXACT_SIDE or width * (KRYLOV_STEPS + 1) > size:
-        return top_eigenvectors(matrix, rank)
+        return _top(matrix, min(rank, size))
     if start.shape[1] < width:
         more = np.random.default_rng(0).standard_normal((size, width - start.shape[1]))
         start = np.concatenate((start, more / np.sqrt(size)), axis=1)
-    with one_lapack_thread():
-        block = qr(start[:, :width].astype(matrix.dtype), mode="economic")[0]
-        space = block
-        for _ in range(KRYLOV_STEPS):
-            block = matrix @ block
-            for _ in range(2):  # once leaves what rounding makes of nearly dependent columns
-                block = block - space @ (space.T @ block)
-                block = qr(block, mode="economic")[0]
-            space = np.concatenate((space, block), axis=1)
-        inner = top_eigenvectors((space.T @ (matrix @ space)).astype(np.float64), rank)
+    block = qr(start[:, :width].astype(matrix.dtype), mode="economic")[0]
+    space = block
+    for _ in range(KRYLOV_STEPS):
+        block = matrix @ block
+        for _ in range(2):  # once leaves what rounding makes of nearly dependent columns
+            block = block - space @ (space.T @ block)
+            block = qr(block, mode="economic")[0]
+        space = np.concatenate((space, block), axis=1)
+    inner = _top((space.T @ (matrix @ space)).astype(np.float64), rank)
     directions: np.ndarray = space.astype(np.float64) @ inner
     return directions
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qe_edge.blas import working_dtype
+from qe_edge.blas import one_lapack_thread, working_dtype
 from qe_edge.calibration.statistics import InputStatistics
+from qe_edge.parallel import map_threads
 from qe_edge.reconstruction.directions import ErrorSpace, diagonal_directions, leading_directions
 
 WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
@@ -106,19 +107,22 @@ def _fit(
     previous: list[np.ndarray] | None,
 ) -> list[np.ndarray]:
     """Top directions of every expert's own covariance, mixed with the global one; empty ones take global directions."""
-    spare = previous[0] if previous else leading_directions(everyone, np.zeros((len(everyone), 0)), problem.rank)
-    directions = []
-    for expert in range(problem.experts):
+
+    def fit(expert: int) -> np.ndarray:
         own = outputs[assigned == expert]
+        start = previous[expert] if previous else spare
         if len(own) == 0:
-            directions.append(leading_directions(everyone, spare, problem.rank))
-            continue
+            return leading_directions(everyone, start, problem.rank)
         rho = 0.5 if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
         covariance = own.T @ own
         covariance *= (1 - rho) / len(own)
         covariance += rho * everyone
-        directions.append(leading_directions(covariance, previous[expert] if previous else spare, problem.rank))
-    return directions
+        return leading_directions(covariance, start, problem.rank)
+
+    with one_lapack_thread():
+        nothing = np.zeros((len(everyone), 0))
+        spare = nothing if previous else leading_directions(everyone, nothing, problem.rank)
+        return map_threads(fit, range(problem.experts))
 
 
 def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: str) -> list[np.ndarray]:
