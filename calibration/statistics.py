@@ -219,10 +219,10 @@ class GramMatrix:
         """The whole symmetric matrix over `count` tokens `[in, in]`; ends the sum, which is not there twice."""
         if self._elsewhere is not None:
             self._sum += self._elsewhere.cpu().numpy()
-        gram = mirror_triangle(self._sum)
+        gram: np.ndarray = mirror_triangle(self._sum).T  # symmetric; this view is C-contiguous
         del self._sum, self._elsewhere
         gram /= count
-        return gram.T  # symmetric; this view is C-contiguous
+        return gram
 
 
 def mirror_triangle(matrix: np.ndarray, tile: int = 512) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from qe_edge.errors import ResourceError
 
 CPU = torch.device("cpu")
-Moved = TypeVar("Moved")
 
 
 def choose_device(name: str) -> torch.device:
@@ -58,13 +57,12 @@ def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(CPU)
 
 
-def to_device(value: Moved, device: torch.device) -> Moved:
+def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - arguments of any block
     """A value with all tensors in its tuples, lists and mappings on a device."""
-    found: Any = value
     if isinstance(value, Tensor):
-        found = value.to(device)
-    elif isinstance(value, Mapping):
-        found = {key: to_device(one, device) for key, one in value.items()}
-    elif isinstance(value, (tuple, list)):
-        found = type(value)(to_device(one, device) for one in value)
-    return found
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(one, device) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(one, device) for one in value)
+    return value

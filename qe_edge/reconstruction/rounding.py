@@ -232,7 +232,8 @@ def _round_rows(
 
 def _expected(original: Tensor, w: Tensor, coupling: Tensor) -> Tensor:
     """What the columns of a group `[width, out]` are going to be when their turn comes, were none of them rounded."""
-    return original + torch.linalg.solve_triangular(coupling.T, w - original, upper=False, unitriangular=True)
+    ahead: Tensor = torch.linalg.solve_triangular(coupling.T, w - original, upper=False, unitriangular=True)
+    return original + ahead
 
 
 def _group_range(columns: Tensor, grid: WeightGrid, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -256,4 +257,5 @@ def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
     if failed:
         raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
     coupling = np.empty(lower.shape, np.float32, order="F")
-    return np.divide(lower[::-1, ::-1], lower.diagonal()[::-1], out=coupling, casting="same_kind")
+    np.divide(lower[::-1, ::-1], lower.diagonal()[::-1], out=coupling, casting="same_kind")
+    return coupling
