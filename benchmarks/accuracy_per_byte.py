@@ -30,7 +30,7 @@ from real_models import REAL_MODELS, RealModel
 from qe_edge.accounting import count_bits
 from qe_edge.atomic import atomic_file
 from qe_edge.budget import offers_from_json, offers_to_json
-from qe_edge.errors import QEError
+from qe_edge.errors import QEError, RecipeError
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.validate.subjects import block_groups
@@ -153,7 +153,11 @@ def run(options: argparse.Namespace) -> list[Row]:
                     real = REAL_MODELS[name](options.folder / name, options.samples, options.questions)
                     print(name, "original", {key: f"{value:.4g}" for key, value in real.original.items()}, flush=True)
                 recipe = make_recipe(scheme=scheme, modules=real.modules, **job.keys)
-                row = measure(real, recipe, job.name, options.results.with_suffix("") / name / scheme)
+                try:
+                    row = measure(real, recipe, job.name, options.results.with_suffix("") / name / scheme)
+                except RecipeError as error:  # groups of 64 and zero points alone may take more than the least budget
+                    print(f"{name:8} {scheme:6} {job.name:18} {error.args[0]}", flush=True)
+                    continue
                 rows.append(row)
                 _write(options.results, rows)
                 print(
