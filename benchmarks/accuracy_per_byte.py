@@ -206,16 +206,15 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 
 def print_markdown(rows: Sequence[Row]) -> None:
-    """One table: a line a method, a column a model and scheme, error and stored bits in every cell."""
+    """One table: a line a method with its least stored bits, a column a model and scheme with the errors."""
     columns = list(dict.fromkeys((row.model, row.scheme) for row in rows))
-    print("\n| | " + " | ".join(f"{model}, {scheme.upper()}" for model, scheme in columns) + " |")
-    print("| --- " * (len(columns) + 1) + "|")
-    for name in sorted({row.name for row in rows}, key=lambda name: min(r.stored for r in rows if r.name == name)):
-        cells = []
-        for column in columns:
-            row = next((row for row in rows if (row.model, row.scheme, row.name) == (*column, name)), None)
-            cells.append(f"{row.error:.2g} ({row.stored:.2f})" if row else "")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| | bits | " + " | ".join(f"{model}, {scheme.upper()}" for model, scheme in columns) + " |")
+    print("| --- " * (len(columns) + 2) + "|")
+    bits = {name: min(row.stored for row in rows if row.name == name) for name in {row.name for row in rows}}
+    for name in sorted(bits, key=lambda name: bits[name]):
+        found = {(row.model, row.scheme): row.error for row in rows if row.name == name}
+        cells = [f"{found[column]:.2g}" if column in found else "" for column in columns]
+        print(f"| {name} | {bits[name]:.2f} | " + " | ".join(cells) + " |")
 
 
 def _stored(row: Row) -> float:
