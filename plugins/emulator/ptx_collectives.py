@@ -1,6 +1,6 @@
 """Instructions that a whole warp executes together: mma, ldmatrix, shuffles and votes.
 
-Fragment maps: PTX ISA, "Matrix Fragments for mma.m16n8k32" and "mma.m16n8k16".
+Fragment maps: PTX ISA, "Matrix Fragments for mma.m16n8k32", "mma.m16n8k16" and "mma.m16n8k8".
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def _operand(words: list[Lanes], kind: str) -> Lanes:
 def multiply(a_words: list[Lanes], b_words: list[Lanes], c: Lanes, kind: str) -> Lanes:
     """``D[lane, 4]`` of one mma; `c` is ``[lane, 4]``."""
     width = 4 if kind == "s8" else 2  # elements of one register
-    depth = 8 * width
+    depth = 4 * width * len(b_words)
     number = np.int64 if kind == "s8" else np.float32
     a, b = np.zeros((16, depth), number), np.zeros((depth, 8), number)
     element = np.arange(width)
     a_values, b_values = _operand(a_words, kind), _operand(b_words, kind)
-    for register in range(4):
+    for register in range(len(a_words)):
         k = PAIR[:, None] * width + element + 4 * width * (register // 2)
         a[(GROUP + 8 * (register % 2))[:, None], k] = a_values[:, register]
-    for register in range(2):
+    for register in range(len(b_words)):
         k = PAIR[:, None] * width + element + 4 * width * register
         b[k, GROUP[:, None]] = b_values[:, register]
     rows = GROUP[:, None] + 8 * (np.arange(4) // 2)
@@ -55,7 +55,8 @@ def multiply(a_words: list[Lanes], b_words: list[Lanes], c: Lanes, kind: str) ->
 def _mma(kernel: Kernel, instruction: Instruction) -> Step:
     op = instruction.op
     kind = "s8" if "s8" in op else "f16" if "f16" in op else "bf16" if "bf16" in op else ""
-    if not kind or ("m16n8k32" if kind == "s8" else "m16n8k16") not in op or op[-1] not in ("s32", "f32"):
+    shapes = {"s8": ("m16n8k32",), "f16": ("m16n8k16", "m16n8k8"), "bf16": ("m16n8k16",)}
+    if not kind or not set(shapes[kind]) & set(op) or op[-1] not in ("s32", "f32"):
         raise PtxError(f"not modelled: `{instruction.text}`")
     total: type[Any] = np.int32 if kind == "s8" else np.float32
     stores = [writer(kernel, register) for register in vector(instruction.operands[0])]
