@@ -1,6 +1,6 @@
 // The kernels by name. The includer defines QE_PREPARE, QE_DOWN_DECODE, QE_DOWN_PREFILL, QE_MAIN_DECODE and
-// QE_MAIN_PREFILL; host/plan.cpp builds the same names. Parts: s8 = int8 activations, h = 16-bit ones; c = scale per channel, g128 and g64 = per group,
-// z = zero points; t8 and t16 = at most 8 or 16 tokens.
+// QE_MAIN_PREFILL; host/plan.cpp builds the same names. Their parts: s8 = int8 activations, h = 16-bit ones; c = scale
+// per channel, g128 and g64 = per group, z = zero points; t8 and t16 = at most 8 or 16 tokens.
 // QE_SUBSET keeps only what the planted-bug tests need, because they compile the kernels once per bug.
 #ifdef QE_SUBSET
 #define QE_FOR_BF16(...)

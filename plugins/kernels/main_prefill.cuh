@@ -1,6 +1,6 @@
-// Launch 3 for M > 16: a tiled GEMM with 16-byte asynchronous copies in three stages. Warp tile 64 x 32, four warps across
-// the 128 columns of a block, 1 or 2 across its 64 or 128 rows (chosen at launch: TensorRT times the choices). The warp
-// tile is tall because every unpacked weight then serves four matrix instructions.
+// Launch 3 for M > 16: a tiled GEMM with 16-byte asynchronous copies in three stages. Warp tile 64 x 32, four warps
+// across the 128 columns of a block, 1 or 2 across its 64 or 128 rows (chosen at launch: TensorRT times the choices). The
+// warp tile is tall because every unpacked weight then serves four matrix instructions.
 // Packed weights lie in the order of the tensor core's B fragments: a lane reads its 128 rows of a column tile at once.
 #pragma once
 #include "../include/qe_edge/args.h"
@@ -39,8 +39,10 @@ struct Loader {
     const int row0 = warp * 16 + lane / kPieces, piece = lane % kPieces, last_block = p.Np / kBlockColumns - 1;
     act = static_cast<const uint8_t*>(p.act) + piece * 16;
     QE_UNROLL
-    for (int j = 0; j < kCopies; ++j)
-      source[j] = static_cast<uint32_t>(token(p, m0 + row0 + j * kRowsAtOnce)) * static_cast<uint32_t>(chunks * kPieces);
+    for (int j = 0; j < kCopies; ++j) {
+      const int from = token(p, m0 + row0 + j * kRowsAtOnce);
+      source[j] = static_cast<uint32_t>(from) * static_cast<uint32_t>(chunks * kPieces);
+    }
     to_act = S::offset(row0, piece);
 
     const int tiles = kPrefillColumns / 8 / warps;  // of weights, of one warp
@@ -57,7 +59,8 @@ struct Loader {
   static QE_DEV const uint8_t* group_source(const uint8_t* from, int pieces, int n0, int last_block, int chunks) {
     if (pieces == 0) return from;
     const int block = n0 / kBlockColumns + thread_id() / pieces;
-    return from + (static_cast<size_t>(block < last_block ? block : last_block) * chunks * pieces + thread_id() % pieces) * 16;
+    const size_t first = static_cast<size_t>(block < last_block ? block : last_block) * chunks * pieces;
+    return from + (first + thread_id() % pieces) * 16;
   }
   static QE_DEV int token(const MainArgs& p, int m) {
     const int last = m < p.M ? m : p.M - 1;
@@ -68,8 +71,10 @@ struct Loader {
   // Copies the next chunk to the stage at s.
   QE_DEV void operator()(unsigned char* s) {
     QE_UNROLL
-    for (int j = 0; j < kCopies; ++j)  // the flip of S::offset for a row that is j * kRowsAtOnce further down
-      cp_async16(s + (to_act ^ (j * kRowsAtOnce % 8 << 4)) + j * kRowsAtOnce * S::kRowBytes, act + static_cast<size_t>(source[j]) * 16);
+    for (int j = 0; j < kCopies; ++j) {
+      const int down = j * kRowsAtOnce, flip = down % 8 << 4;  // as S::offset flips a row that is so much further down
+      cp_async16(s + (to_act ^ flip) + down * S::kRowBytes, act + static_cast<size_t>(source[j]) * 16);
+    }
     QE_UNROLL
     for (int i = 0; i < 4; ++i)
       if (i < 2 || block_threads() == 128) cp_async16(s + to_weights + i * kTileBytes, weight + i * kTileBytes);
@@ -86,7 +91,8 @@ struct Loader {
 QE_DEV void stage_scales(const unsigned char* scales, float (&s)[2][kColumnTiles]) {
   const u32x4 pairs = load16(scales + (thread_id() & 3) * 16);
   QE_UNROLL
-  for (int i = 0; i < 8; ++i) s[i / 4][i % 4] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
+  for (int i = 0; i < 8; ++i)
+    s[i / 4][i % 4] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
 }
 
 // A fragments of 16 rows from `row` on: 16-byte pieces first, first + 1, ... of each.
@@ -137,7 +143,8 @@ QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, Ac
     for (int j = 0; j < kColumnTiles; ++j) {
       if constexpr (Groups == 0) {
         QE_UNROLL
-        for (int step = 0; step < kSteps; ++step) mma_s8(acc[i][j], a[step], b[j][2 * step], b[j][2 * step + 1], acc[i][j]);
+        for (int step = 0; step < kSteps; ++step)
+          mma_s8(acc[i][j], a[step], b[j][2 * step], b[j][2 * step + 1], acc[i][j]);
       } else {
         int sum[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
         QE_UNROLL

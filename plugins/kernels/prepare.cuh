@@ -5,9 +5,9 @@
 // 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-28 of the largest. Every second
 // eight rows are divided by 16, because their weights come out 16 times too large (unpack_16).
 //
-// Zero points leave the loop over K: sum (q - z) x = sum q x - z sum x. `sums` holds sum x of every group: as int32 or, for
-// the groups of 16-bit activations, as minus the sum in two fp16 (the rest in the upper one), which `main` multiplies
-// by z on the tensor cores; for one group over all of K as int32 or float.
+// Zero points leave the loop over K: sum (q - z) x = sum q x - z sum x. `sums` holds sum x of every group: as int32 or,
+// for the groups of 16-bit activations, as minus the sum in two fp16 (the rest in the upper one), which `main`
+// multiplies by z on the tensor cores; for one group over all of K as int32 or float.
 #pragma once
 #include "../include/qe_edge/args.h"
 #include "prim.cuh"

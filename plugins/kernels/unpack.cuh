@@ -77,7 +77,8 @@ struct GroupPairs {
 };
 template <int Column>
 QE_DEV GroupPairs pairs_of(const u32x2& scales, uint32_t zeros) {
-  return {zero_pair<Column>(zeros), zero_pair<Column>(zeros << 4), pick_bytes<Column % 2 ? 0x3232 : 0x1010>(scales.v[Column / 2])};
+  return {zero_pair<Column>(zeros), zero_pair<Column>(zeros << 4),
+          pick_bytes<Column % 2 ? 0x3232 : 0x1010>(scales.v[Column / 2])};
 }
 QE_DEV void group_pairs(const u32x2& scales, uint32_t zeros, GroupPairs (&pairs)[4]) {
   pairs[0] = pairs_of<0>(scales, zeros), pairs[1] = pairs_of<1>(scales, zeros);

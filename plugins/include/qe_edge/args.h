@@ -14,7 +14,7 @@ struct PrepareArgs {
   const void* router;     // T [E, K] or null: transposed from the canonical [K, E] by prepack
   void* act;              // int8 or fp16 [M, Kp]: the operand of `main`
   float* token_scale;     // [M]: what one unit of `act` stands for
-  void* sums;             // sums of `act` over groups of rows, for zero points; null when there are none. See prepare.cuh
+  void* sums;             // sums of `act` over groups of rows, for zero points, or null; see prepare.cuh
   int32_t* expert;        // [M] or null
   int32_t M, K, Kp, E;
   int32_t act_max;        // 127 or 31; 0 keeps the activations in 16 bits
@@ -38,8 +38,8 @@ struct MainArgs {
   const float* token_scale;  // [M]
   const void* sums;          // of `act` over groups of rows, see prepare.cuh
   const uint8_t* weight;     // [Np/32, Kp/128, 4, 32 lanes, 16 bytes]
-  const void* scales;        // T [Np/32, Kp/g, 32], in the order of prepack/layout.py; null with one per output channel
-  const uint8_t* zeros;      // [Np/32, Kp/g or 1, 32] in that order: the zero point plus 8, times 8 for int8 activations
+  const void* scales;        // fp16 [Np/32, Kp/g, 32], in the order of prepack/layout.py, or null (one per column)
+  const uint8_t* zeros;      // [Np/32, Kp/g or 1, 32] in that order: zero point plus 8, times 8 for int8 activations
   const float* columns;      // [3, Np]: main scale, output scale, bias
   const float* partial;      // decode: [splits, M, rank]
   const void* h;             // prefill: T [M, rank]
