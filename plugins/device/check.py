@@ -92,7 +92,7 @@ def _time(
     )
     tactics = [Tactic(0, warps) for warps in (2, 4, 8)]
     if tokens > 16:
-        tactics = [Tactic(rows, 0) for rows in (32, 64, 96, 128) if mode.act_bits or rows < 128]
+        tactics = [Tactic(rows, 0) for rows in (64, 128) if mode.act_bits or rows < 128]
     plans = [(tactic, planner.launches(problem, buffers, tactic)) for tactic in tactics]
     return [
         {

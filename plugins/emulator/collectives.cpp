@@ -49,7 +49,8 @@ void mma_s8(const void* const (&in)[32], void* const (&out)[32]) {
     }
 }
 
-void mma_16(const void* const (&in)[32], void* const (&out)[32], float (*value)(uint32_t, int)) {
+// `depth` is 16, or 8 for the instruction that has the first half of the registers only.
+void mma_16(const void* const (&in)[32], void* const (&out)[32], float (*value)(uint32_t, int), int depth) {
   float a[16][16], b[16][8], c[16][8];
   for (int l = 0; l < 32; ++l) {
     const MmaIn& m = *static_cast<const MmaIn*>(in[l]);
@@ -63,7 +64,7 @@ void mma_16(const void* const (&in)[32], void* const (&out)[32], float (*value)(
     for (int i = 0; i < 4; ++i) {
       const int row = i < 2 ? l / 4 : l / 4 + 8, column = (l % 4) * 2 + i % 2;
       float sum = 0.f;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
       static_cast<float*>(out[l])[i] = c[row][column] + sum;
     }
 }
@@ -77,9 +78,11 @@ void run_collective(Collective kind, const void* const (&in)[32], void* const (&
     case Collective::kMmaS8:
       return mma_s8(in, out);
     case Collective::kMmaF16:
-      return mma_16(in, out, half_value);
+      return mma_16(in, out, half_value, 16);
     case Collective::kMmaBf16:
-      return mma_16(in, out, brain_value);
+      return mma_16(in, out, brain_value, 16);
+    case Collective::kMmaF16K8:
+      return mma_16(in, out, half_value, 8);
     case Collective::kShuffleXor: {
       float values[32];
       for (int l = 0; l < 32; ++l) values[l] = static_cast<const ShuffleIn*>(in[l])->value;

@@ -10,8 +10,7 @@
 #define QE_BOUNDS(...)
 #define QE_DYNAMIC_SHARED(name) unsigned char* name = qe_emu::shared_memory
 #define QE_UNROLL
-#define QE_UNROLL_BY_2
-#define QE_NO_UNROLL
+#define QE_UNROLL_BY(count)
 #define QE_EMU_OUT __attribute__((noinline, no_sanitize("thread")))
 #define QE_EMU_SITE __builtin_return_address(0)
 
@@ -49,19 +48,27 @@ template <class T>
 QE_DEV uint32_t pack2(float lo, float hi) {
   return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
 }
-template <class T>
-QE_DEV uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
-  float r[2];
-  for (int i = 0; i < 2; ++i) {
-    const int s = 16 * i;
-    r[i] = fmaf(to_float(T{static_cast<uint16_t>(a >> s)}), to_float(T{static_cast<uint16_t>(b >> s)}),
-                to_float(T{static_cast<uint16_t>(c >> s)}));
-  }
-  return pack2<T>(r[0], r[1]);
+QE_DEV float half_of(uint32_t pair, int i) { return to_float(f16_t{static_cast<uint16_t>(pair >> (16 * i))}); }
+QE_DEV uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  return pack2<f16_t>(half_of(a, 0) - half_of(b, 0), half_of(a, 1) - half_of(b, 1));
+}
+QE_DEV uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  return pack2<f16_t>(half_of(a, 0) * half_of(b, 0), half_of(a, 1) * half_of(b, 1));
 }
 
 QE_DEV uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) { return (a & mask) | base; }
+template <uint32_t Selector>
+QE_DEV uint32_t pick_bytes(uint32_t word) {
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = (Selector >> (4 * i)) & 7u;
+    if (from < 4) r |= ((word >> (8 * from)) & 0xFFu) << (8 * i);
+  }
+  return r;
+}
+QE_DEV uint32_t rotate_right(uint32_t v, uint32_t by) { return by ? (v >> by) | (v << (32 - by)) : v; }
 QE_DEV float int_bits_to_float(int v) { return bits_as<float>(v); }
+QE_DEV int float_to_int_bits(float v) { return bits_as<int>(v); }
 QE_DEV float divide_rn(float a, float b) { return a / b; }
 QE_DEV int round_to_int(float v) { return static_cast<int>(nearbyintf(v)); }
 QE_DEV float abs_f(float v) { return fabsf(v); }
@@ -118,6 +125,11 @@ template <class T>
 QE_DEV void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const qe_emu::MmaIn m = mma_operands(a, b0, b1, c);
   collective(sizeof(T) == 2 && __is_same(T, f16_t) ? qe_emu::Collective::kMmaF16 : qe_emu::Collective::kMmaBf16, &m, c);
+}
+QE_DEV void mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const uint32_t a[4] = {a0, a1, 0, 0};
+  const qe_emu::MmaIn m = mma_operands(a, b, 0, c);
+  collective(qe_emu::Collective::kMmaF16K8, &m, c);
 }
 QE_DEV float shuffle_xor(float v, int mask) {
   const qe_emu::ShuffleIn in{v, mask};

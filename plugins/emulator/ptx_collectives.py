@@ -1,10 +1,11 @@
 """Instructions that a whole warp executes together: mma, ldmatrix, shuffles and votes.
 
-Fragment maps: PTX ISA, "Matrix Fragments for mma.m16n8k32" and "mma.m16n8k16".
+Fragment maps: PTX ISA, "Matrix Fragments for mma.m16n8k32", "mma.m16n8k16" and "mma.m16n8k8".
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,20 +20,23 @@ LANE = np.arange(LANES)
 GROUP, PAIR = LANE // 4, LANE % 4
 
 
-def _places(width: int) -> tuple[Lanes, Lanes]:
-    """Where A's and B's elements are among all lanes' registers of `width` elements: ``[16, 8w]`` and ``[8w, 8]``."""
-    a, b = np.zeros((16, 8 * width), np.int64), np.zeros((8 * width, 8), np.int64)
+@lru_cache
+def _places(width: int, registers: int) -> tuple[Lanes, Lanes]:
+    """Where A's and B's elements are among all lanes' registers of `width` elements: ``[16, 4wr]`` and ``[4wr, 8]``.
+
+    B has `registers` registers a lane, and A twice as many.
+    """
+    a, b = np.zeros((16, 4 * width * registers), np.int64), np.zeros((4 * width * registers, 8), np.int64)
     element = np.arange(width)
-    for register in range(4):
+    for register in range(2 * registers):
         k = PAIR[:, None] * width + element + 4 * width * (register // 2)
-        a[(GROUP + 8 * (register % 2))[:, None], k] = (LANE[:, None] * 4 + register) * width + element
-    for register in range(2):
+        a[(GROUP + 8 * (register % 2))[:, None], k] = (LANE[:, None] * 2 * registers + register) * width + element
+    for register in range(registers):
         k = PAIR[:, None] * width + element + 4 * width * register
-        b[k, GROUP[:, None]] = (LANE[:, None] * 2 + register) * width + element
+        b[k, GROUP[:, None]] = (LANE[:, None] * registers + register) * width + element
     return a, b
 
 
-_PLACES = {"s8": _places(4), "f16": _places(2), "bf16": _places(2)}
 _ROWS, _COLUMNS = GROUP[:, None] + 8 * (np.arange(4) // 2), PAIR[:, None] * 2 + np.arange(4) % 2
 
 
@@ -46,7 +50,8 @@ def _operand(words: list[Lanes], kind: str) -> Lanes:
 
 def multiply(a_words: list[Lanes], b_words: list[Lanes], c: Lanes, kind: str) -> Lanes:
     """``D[lane, 4]`` of one mma in every warp; `c` is ``[lane, 4]``."""
-    a, b = (_operand(words, kind)[:, at] for words, at in zip((a_words, b_words), _PLACES[kind], strict=True))
+    places = _places(4 if kind == "s8" else 2, len(b_words))
+    a, b = (_operand(words, kind)[:, at] for words, at in zip((a_words, b_words), places, strict=True))
     product = (a @ b)[:, _ROWS, _COLUMNS].reshape(-1, 4)  # exact for bytes: 32 products are below 2^24
     return np.asarray(c + product.astype(c.dtype))
 
@@ -54,7 +59,8 @@ def multiply(a_words: list[Lanes], b_words: list[Lanes], c: Lanes, kind: str) ->
 def _mma(kernel: Kernel, instruction: Instruction) -> Step:
     op = instruction.op
     kind = "s8" if "s8" in op else "f16" if "f16" in op else "bf16" if "bf16" in op else ""
-    if not kind or ("m16n8k32" if kind == "s8" else "m16n8k16") not in op or op[-1] not in ("s32", "f32"):
+    shapes = {"s8": ("m16n8k32",), "f16": ("m16n8k16", "m16n8k8"), "bf16": ("m16n8k16",)}
+    if not kind or not set(shapes[kind]) & set(op) or op[-1] not in ("s32", "f32"):
         raise PtxError(f"not modelled: `{instruction.text}`")
     total: type[Any] = np.int32 if kind == "s8" else np.float32
     stores = [writer(kernel, register) for register in vector(instruction.operands[0])]

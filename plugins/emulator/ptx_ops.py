@@ -57,6 +57,14 @@ def _lookup(a: Lanes, b: Lanes, c: Lanes, table: Lanes) -> Lanes:
     return out
 
 
+def _funnel(low: Lanes, high: Lanes, amount: Lanes, *, left: bool) -> Lanes:
+    """`shf.wrap`: the half of ``high:low`` that a shift by `amount` modulo 32 leaves."""
+    joined = (high.astype(np.uint64) << np.uint64(32)) | low
+    by = (amount & np.uint32(31)).astype(np.uint64)
+    moved = (joined << by) >> np.uint64(32) if left else joined >> by
+    return np.asarray((moved & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+
+
 def _halves(word: Lanes, kind: str) -> Lanes:
     """Two packed values as float32 ``[lanes, 2]``."""
     bits = np.stack([word & np.uint32(0xFFFF), word >> np.uint32(16)], 1).astype(np.uint16)
@@ -90,6 +98,10 @@ def _wide(instruction: Instruction) -> Callable[[Lanes, Lanes], Lanes]:
     return lambda a, b: a.astype(double) * b.astype(double)
 
 
+# on float32, which holds both results exactly, so that _join rounds once
+_HALVES: dict[str, Callable[[Any, Any], Any]] = {"sub": np.subtract, "mul": np.multiply}
+
+
 def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[Any]]] | None:
     """What the instruction computes and the types of its sources; None for what is not arithmetic."""
     op, kind = instruction.op[0], instruction.op[-1]
@@ -99,8 +111,8 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
             return (lambda hi, lo: _join(np.stack([lo, hi], 1), packed)), [np.float32, np.float32]
         source = np.uint16 if kind in ("f16", "bf16") else TYPES[kind]
         return _convert(instruction), [source]
-    if op == "fma" and kind in ("f16x2", "bf16x2"):
-        return (lambda a, b, c: _join(_fma(*(_halves(v, kind) for v in (a, b, c))), kind)), [np.uint32] * 3
+    if op in _HALVES and kind == "f16x2":
+        return (lambda a, b: _join(_HALVES[op](_halves(a, kind), _halves(b, kind)), kind)), [np.uint32] * 2
     t = instruction.type
     table: dict[str, tuple[Callable[..., Any], list[type[Any]]]] = {
         "mov": (lambda a: a, [t]),
@@ -122,6 +134,7 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
         "fma": (_fma, [t, t, t]),
         "shl": (lambda v, n: _shift(v, n, left=True), [t, np.uint32]),
         "shr": (lambda v, n: _shift(v, n, left=False), [t, np.uint32]),
+        "shf": (lambda a, b, n: _funnel(a, b, n, left="l" in instruction.op), [np.uint32] * 3),
         "popc": (lambda v: np.bitwise_count(v).astype(np.uint32), [t]),
         "prmt": (_permute, [t, t, t]),
         "bfi": (_insert, [t, t, np.uint32, np.uint32]),
@@ -129,7 +142,13 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
         "selp": (lambda a, b, c: np.where(c, a, b), [t, t, np.bool_]),
         "setp": (_COMPARE.get(instruction.op[1], np.equal), [t, t]),
     }
-    if (op == "mul" and "hi" in instruction.op) or (op == "setp" and instruction.op[1] not in _COMPARE):
+    unknown = {
+        "shf": "wrap" not in instruction.op,
+        "mul": "hi" in instruction.op,
+        "mad": not {"lo", "f32"} & {*instruction.op},
+        "setp": instruction.op[1] not in _COMPARE,
+    }
+    if unknown.get(op):
         raise PtxError(f"not modelled: `{instruction.text}`")
     return table.get(op)
 

@@ -27,7 +27,7 @@ struct ThreadIndex {
 };
 extern ThreadIndex now;  // of the running fiber
 
-enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kShuffleXor, kBallot };
+enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuffleXor, kBallot };
 
 // Called by the primitives, from a fiber.
 void on_access(const void* p, size_t bytes, bool write, size_t alignment);

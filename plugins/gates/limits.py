@@ -6,19 +6,23 @@ from gates.cubins import Cubin
 from gates.loops import Loop, hot_loop
 
 DECODE_REGISTERS, GEMM_REGISTERS, OTHER_REGISTERS = 128, 184, 128
-GEMM_PER_MMA = 8.0
-INT8_GEMM_PER_1000_MAC, DECODE_PER_KIB = 2.0, 80.0
+GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_KIB = 8.0, 2.0, 80.0
 
-# Group scales join the float sums once per group: 8 float operations for 4 IMMA (128) or for 2 (64), and zero points
-# are taken off every weight first. Measured on all chips, plus 3 %.
-GEMM_PER_MMA_EXCEPTIONS = {"s8_g64": 10.4, "s8_g128z": 10.6, "s8_g64z": 13.2, "h_gz": 8.9}
-GEMM_REGISTER_EXCEPTIONS = {"s8_g128": 216, "s8_g128z": 216}
-DECODE_PER_KIB_EXCEPTIONS = {
-    "s8_cz_t16": 90.0, "s8_g128z_t8": 105.0, "s8_g128z_t16": 125.0, "s8_g64_t8": 88.0, "s8_g64_t16": 120.0,
-    "s8_g64z_t8": 130.0, "s8_g64z_t16": 160.0, "s8_g128_t16": 88.0,
-    # 16-bit activations: an HMMA eats half the weights of an IMMA and each must be made a float first.
-    "h_cz_t8": 123.0, "h_cz_t16": 143.0, "h_gz_t8": 160.0, "h_gz_t16": 185.0,
-}  # fmt: skip
+# Measured on all chips, plus 3 %, for what cannot keep the goals.
+#
+# s8_g64z: a group of 64 rows joins the float sums with an FADD and an FFMA for 2 IMMA and each of their 4 sums: 256
+# instructions for the 64 IMMA of a chunk. Zero points are taken off 32 registers of weights: mask and guard, subtract,
+# flip, and turn half of them first, 112. With the IMMA, 16 ldmatrix, 16 conversions of scales and 12 loads that makes
+# 476 of the 512 that the goal allows, and the copies of the next chunk need about 50.
+GEMM_PER_MMA_EXCEPTIONS = {"s8_g64z": 9.3}
+GEMM_PER_1000_MAC_EXCEPTIONS = {"s8_g64z": 2.27}
+# sm_120 wants an instruction between two HMMA, and where there is none ptxas puts a NOP: about 70 of them for 128 HMMA.
+SM_120_GEMM_PER_1000_MAC_EXCEPTIONS = {"h_g128z": 2.2, "h_g64z": 2.25}
+# 9 to 16 tokens have twice the sums of 1 to 8, and every group costs each of them an FFMA (16-bit activations), or
+# FADD, FFMA and IMAD (int8). In 2 KiB of weights with groups of 64: 80 to unpack, 32 HMMA, 32 FFMA, 8 HMMA and 8 PRMT
+# for zero points, 20 loads and 8 conversions are 188 of the 160 that the goal allows; 48 to unpack, 16 IMMA and 96 of
+# those three, with 28 loads and conversions, are 188 in int8.
+DECODE_PER_KIB_EXCEPTIONS = {"h_g128z_t16": 91.0, "h_g64z_t16": 108.0, "s8_g64_t16": 83.0, "s8_g64z_t16": 115.0}
 
 
 def variant(kernel: str) -> str:
@@ -27,21 +31,15 @@ def variant(kernel: str) -> str:
 
 
 def loop_of(kernel: str, code: list[str]) -> Loop | None:
-    """The loop over K of a GEMM or decode kernel; the 16-bit GEMM passes twice through its inner loop per chunk."""
-    if not kernel.startswith(("qe_prefill", "qe_decode")):
-        return None
-    return hot_loop(code, inner_passes=2 if kernel.startswith("qe_prefill_h") else 1)
+    """The loop over K of a GEMM or decode kernel."""
+    return hot_loop(code) if kernel.startswith(("qe_prefill", "qe_decode")) else None
 
 
 def broken(code: Cubin, kernel: str, loop: Loop | None) -> list[str]:
     """The limits that one kernel breaks on one chip."""
     usage, kind = code.usage[kernel], variant(kernel)
     gemm, decode = kernel.startswith("qe_prefill"), kernel.startswith("qe_decode")
-    registers = OTHER_REGISTERS
-    if gemm:
-        registers = GEMM_REGISTER_EXCEPTIONS.get(kind, GEMM_REGISTERS)
-    elif decode:
-        registers = DECODE_REGISTERS
+    registers = GEMM_REGISTERS if gemm else DECODE_REGISTERS if decode else OTHER_REGISTERS
     checks = {
         f"{usage.registers} registers, limit {registers}": usage.registers > registers,
         f"{usage.local_bytes} bytes of local memory": usage.local_bytes > 0,
@@ -55,8 +53,12 @@ def broken(code: Cubin, kernel: str, loop: Loop | None) -> list[str]:
             most = GEMM_PER_MMA_EXCEPTIONS.get(kind, GEMM_PER_MMA)
             checks["no asynchronous copies in the loop"] = loop.async_copies == 0
             checks[f"{loop.per_mma:.2f} instructions per MMA, limit {most}"] = loop.per_mma > most
-            zero_rows = loop.mma // 64 * (2 if kind == "s8_g64z" else 1) * 8  # the zero points are bytes by design
-            checks["byte-wide shared loads"] = loop.narrow_shared_loads > (zero_rows if kind.endswith("z") else 0)
+            exceptions = GEMM_PER_1000_MAC_EXCEPTIONS
+            if code.chip == "sm_120":
+                exceptions = exceptions | SM_120_GEMM_PER_1000_MAC_EXCEPTIONS
+            most = exceptions.get(kind, GEMM_PER_1000_MAC)
+            checks[f"{loop.per_1000_mac:.2f} instructions per 1000 MAC, limit {most}"] = loop.per_1000_mac > most
+            checks["byte-wide shared loads"] = loop.narrow_shared_loads > 0
         else:
             most = DECODE_PER_KIB_EXCEPTIONS.get(kind, DECODE_PER_KIB)
             checks["no streaming weight loads in the loop"] = loop.weight_loads == 0

@@ -22,7 +22,7 @@ class Loop:
 
     @property
     def mma(self) -> int:
-        """Matrix instructions of either kind."""
+        """Matrix instructions over the weights, of either kind."""
         return self.imma + self.hmma
 
     @property
@@ -51,7 +51,7 @@ def _count(bodies: list[str]) -> Loop:
     return Loop(
         instructions=len(ops),
         imma=sum(op.startswith("IMMA") for op in ops),
-        hmma=sum(op.startswith("HMMA") for op in ops),
+        hmma=sum(op.startswith("HMMA.16816") for op in ops),  # not those of 8 rows, which multiply zero points
         async_copies=sum(op.startswith("LDGSTS") for op in ops),
         weight_loads=sum((op.startswith("LDG") and ".NA" in op) or "NO_ALLOCATE" in op for op in ops),
         narrow_shared_loads=sum(op in ("LDS.U8", "LDS.S8") for op in ops),
@@ -69,21 +69,14 @@ def loops(code: list[str]) -> list[tuple[int, int]]:
     return found
 
 
-def hot_loop(code: list[str], inner_passes: int = 1) -> Loop:
+def hot_loop(code: list[str]) -> Loop:
     """The loop over K: the smallest that brings weights in (LDGSTS, or streaming loads) and multiplies."""
     bodies = [line.split(" ", 1)[1] for line in code]
     candidates = []
     for first, last in loops(code):
         loop = _count(bodies[first : last + 1])
         if loop.mma >= 8 and (loop.async_copies >= 4 or loop.weight_loads >= 4):
-            candidates.append((last - first, first, last))
+            candidates.append((last - first, loop))
     if not candidates:
         raise ValueError("no loop with both matrix instructions and weight loads. Look at the SASS.")
-    _, first, last = min(candidates)
-    repeated = [
-        body
-        for a, b in loops(code)
-        if first < a and b < last and _count(bodies[a : b + 1]).mma >= 8
-        for body in bodies[a : b + 1]
-    ]
-    return _count(bodies[first : last + 1] + repeated * (inner_passes - 1))
+    return min(candidates, key=lambda each: each[0])[1]

@@ -13,7 +13,7 @@ constexpr int kDecodeLimit = 16;      // tokens; above it the tiled GEMM runs
 constexpr int kMaxRank = 128;
 constexpr int kMaxExperts = 16;
 constexpr int kMaxSplits = 16;
-constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq stay exact below it
+constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq and of 8 * code * xq stay exact up to it
 constexpr int64_t kMaxPieces = int64_t{1} << 32;
 
 int RoundUp(int v, int to) { return (v + to - 1) / to * to; }
@@ -22,7 +22,7 @@ int Divide(int v, int by) { return (v + by - 1) / by; }
 // The problem as the kernels count it.
 struct Shape {
   int Kp, Np, shared_tiles, routed_tiles, experts;
-  bool int8, decode, prepare, lowrank;
+  bool int8, decode, lowrank;
 
   explicit Shape(const QeProblem& p) {
     Kp = RoundUp(p.K, 128);
@@ -34,13 +34,21 @@ struct Shape {
     routed_tiles = routed ? Divide(p.rank_routed, 16) : 0;
     int8 = p.act_bits != 0;
     decode = p.M <= kDecodeLimit;
-    prepare = int8 || experts || p.has_inv_omega || p.K != Kp;
     lowrank = shared_tiles + routed_tiles > 0;
   }
   int rank() const { return 16 * (shared_tiles + routed_tiles); }
   int down_tiles() const { return shared_tiles + experts * routed_tiles; }
-  bool writes_act(const QeProblem& p) const { return int8 || p.has_inv_omega || p.K != Kp; }
 };
+
+// Weights that are not centred on zero; with 16-bit activations all of them are.
+bool Zeros(const QeProblem& p) { return p.has_zeros || p.act_bits == 0; }
+
+// Sums of activations that `main` takes zero points off with: how many of a token. Groups of a GEMM need none, because
+// there the zero points are taken off the weights.
+int SumGroups(const QeProblem& p, const Shape& s) {
+  if (!Zeros(p) || (p.group_size > 0 && !s.decode)) return 0;
+  return p.group_size < 0 ? 1 : s.Kp / p.group_size;
+}
 
 // Slices of K in the decode down-projection: enough blocks to draw on all of the memory, each with work for its warps.
 int Splits(const QeProblem& p, const Shape& s) {
@@ -49,7 +57,7 @@ int Splits(const QeProblem& p, const Shape& s) {
 }
 
 struct Workspace {
-  size_t act, token_scale, expert, order, h, end;
+  size_t act, token_scale, sums, expert, order, h, end;
 };
 
 size_t Take(size_t& at, size_t bytes) {
@@ -62,8 +70,9 @@ Workspace Layout(const QeProblem& p, const Shape& s) {
   Workspace w{};
   size_t at = 0;
   const size_t m = static_cast<size_t>(p.M);
-  w.act = Take(at, s.writes_act(p) ? m * s.Kp * (s.int8 ? 1 : 2) : 0);
+  w.act = Take(at, m * s.Kp * (s.int8 ? 1 : 2));
   w.token_scale = Take(at, m * 4);
+  w.sums = Take(at, (p.group_size < 0 ? m : size_t{kDecodeLimit}) * SumGroups(p, s) * 4);
   w.expert = Take(at, m * 4);
   w.order = Take(at, m * 4);
   w.h = Take(at, s.decode ? m * s.rank() * 4 * Splits(p, s) : m * s.rank() * 2);
@@ -92,7 +101,7 @@ void Fill(QeLaunch& launch, const char* name, int gx, int gy, int threads, int s
 const char* Tag(const QeProblem& p) { return p.dtype == QE_F16 ? "f16" : "bf16"; }
 
 const char* Variant(const QeProblem& p) {
-  if (p.act_bits == 0) return p.group_size < 0 ? "h_cz" : "h_gz";
+  if (p.act_bits == 0) return p.group_size < 0 ? "h_cz" : p.group_size == 128 ? "h_g128z" : "h_g64z";
   if (p.group_size < 0) return p.has_zeros ? "s8_cz" : "s8_c";
   if (p.group_size == 128) return p.has_zeros ? "s8_g128z" : "s8_g128";
   return p.has_zeros ? "s8_g64z" : "s8_g64";
@@ -100,10 +109,8 @@ const char* Variant(const QeProblem& p) {
 
 // Bytes of one pipeline stage beyond the activation rows; mirrors Stage in kernels/main_prefill.cuh.
 int StageExtra(const QeProblem& p) {
-  const bool zeros = p.has_zeros || p.act_bits == 0;
-  const int scale_rows = p.group_size < 0 ? 0 : (p.act_bits ? 128 / p.group_size : 2);
-  const int zero_rows = zeros ? std::max(1, scale_rows) : 0;
-  return 128 * 64 + scale_rows * 256 + zero_rows * 128;
+  const int groups = p.group_size < 0 ? 0 : 128 / p.group_size;
+  return 128 * 64 + groups * 256 + (Zeros(p) ? groups * 128 : 0);
 }
 
 int PrefillShared(const QeProblem& p, int rows) { return 3 * (rows * (p.act_bits ? 128 : 256) + StageExtra(p)); }
@@ -113,11 +120,14 @@ void PlanPrepare(const QeProblem& p, const Shape& s, const QeBuffers& b, const W
   a.x = At<void>(b.x);
   a.inv_omega = p.has_inv_omega ? At<void>(b.inv_omega) : nullptr;
   a.router = s.experts ? At<void>(b.router) : nullptr;
-  a.act = s.writes_act(p) ? At<void>(b.workspace + w.act) : nullptr;
+  a.act = At<void>(b.workspace + w.act);
   a.token_scale = At<float>(b.workspace + w.token_scale);
+  a.sums = SumGroups(p, s) ? At<void>(b.workspace + w.sums) : nullptr;
   a.expert = s.experts ? At<int32_t>(b.workspace + w.expert) : nullptr;
   a.M = p.M, a.K = p.K, a.Kp = s.Kp, a.E = s.experts;
   a.act_max = p.act_bits == 8 ? 127 : p.act_bits == 6 ? 31 : 0;
+  a.decode_order = s.decode;
+  a.sum_rows = p.group_size < 0 ? 0 : p.group_size;
   // A lone token has one block to itself: more threads draw the router's weights faster.
   const int threads = p.M <= kDecodeLimit && p.K >= 4096 ? 512 : 256;
   char name[48];
@@ -156,10 +166,9 @@ void PlanDown(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
 void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, const QeTactic& t,
               QeLaunch& launch) {
   qe::MainArgs a{};
-  const bool own_act = s.writes_act(p);
-  a.act = own_act ? At<void>(b.workspace + w.act) : At<void>(b.x);
-  a.act_stride = own_act ? s.Kp : p.K;
+  a.act = At<void>(b.workspace + w.act);
   a.token_scale = At<float>(b.workspace + w.token_scale);
+  a.sums = At<void>(b.workspace + w.sums);
   a.weight = At<uint8_t>(b.weight);
   a.scales = At<void>(b.scales);
   a.zeros = At<uint8_t>(b.zeros);
@@ -171,7 +180,6 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   a.order = s.experts && !s.decode ? At<int32_t>(b.workspace + w.order) : nullptr;
   a.y = At<void>(b.y);
   a.M = p.M, a.N = p.N, a.Np = s.Np, a.Kp = s.Kp;
-  a.groups_per_chunk = p.group_size < 0 ? 0 : 128 / p.group_size;
   a.E = s.experts, a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
   a.splits = s.decode ? Splits(p, s) : 1;
   a.up_is_int8 = p.adapter_int8;
@@ -182,7 +190,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
     Fill(launch, name, Divide(p.N, 32), 1, warps * 32, warps * 2 * tokens8 * 4 * 128, a);
     return;
   }
-  const int rows = t.block_rows ? t.block_rows : (p.M <= 32 ? 32 : 64);
+  const int rows = t.block_rows ? t.block_rows : 64;
   snprintf(name, sizeof name, "qe_prefill_%s_%s", Variant(p), Tag(p));
   Fill(launch, name, Divide(p.N, 128), Divide(p.M, rows), rows * 2, PrefillShared(p, rows), a);
 }
@@ -232,13 +240,12 @@ const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const
   const QeTactic t = tactic ? *tactic : QeTactic{};
   if (t.decode_warps != 0 && t.decode_warps != 2 && t.decode_warps != 4 && t.decode_warps != 8)
     return "decode_warps is not 2, 4 or 8. Use a tactic from the plugin's list.";
-  const int most_rows = p.act_bits ? 128 : 96;
-  if (t.block_rows % 32 || t.block_rows < 0 || t.block_rows > most_rows)
-    return "block_rows is not a multiple of 32 that fits shared memory. Use a tactic from the plugin's list.";
+  if (t.block_rows != 0 && t.block_rows != 64 && (t.block_rows != 128 || !p.act_bits))
+    return "block_rows is not 64, or 128 with int8 activations. Use a tactic from the plugin's list.";
   const Shape s(p);
   const Workspace w = Layout(p, s);
   *plan = QePlan{};
-  if (s.prepare) PlanPrepare(p, s, *buffers, w, plan->launch[plan->count++]);
+  PlanPrepare(p, s, *buffers, w, plan->launch[plan->count++]);
   if (s.lowrank) PlanDown(p, s, *buffers, w, plan->launch[plan->count++]);
   PlanMain(p, s, *buffers, w, t, plan->launch[plan->count++]);
   return nullptr;

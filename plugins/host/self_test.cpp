@@ -17,7 +17,20 @@ int Weight(int k, int n) { return (k * 7 + n * 5 + k / 16) % 16 - 8; }
 int Activation(int m, int k) { return k == 3 ? 127 : (m * 31 + k * 11) % 201 - 100; }  // the maximum makes the scale 1
 float Down(int k, int r) { return k % kRank == r ? 0.25f : 0.f; }
 float Up(int r, int n) { return (r + n) % 3 == 0 ? 0.5f : -0.25f; }
+// Scales of groups differ, zero points too; without groups or zero points they are 1/64 and 0.
 constexpr float kScale = 0.015625f;
+float GroupScale(int group) { return kScale / static_cast<float>(1 << group % 3); }
+int Zero(int group, int n) { return (group * 5 + n * 3) % 16 - 8; }
+
+// What a layer of the self-test is like. 16-bit activations rest on tensor cores that multiply subnormal fp16 numbers,
+// with scales of groups and without.
+struct Kind {
+  int act_bits, group_size;
+  bool zeros;
+};
+constexpr Kind kKinds[] = {{8, -1, false}, {8, 64, true}, {0, -1, false}, {0, 128, true}};
+int GroupOf(const Kind& kind, int k) { return kind.group_size < 0 ? 0 : k / kind.group_size; }
+int Centred(const Kind& kind, int k, int n) { return Weight(k, n) - (kind.zeros ? Zero(GroupOf(kind, k), n) : 0); }
 
 uint16_t Half(float v) {
   if (v == 0.f) return 0;
@@ -35,23 +48,45 @@ float Value(uint16_t h) {
 }
 
 // The orders of prepack/layout.py, stated a second time.
-std::vector<uint8_t> PackWeight(bool sixteen_bit) {
-  std::vector<uint8_t> packed(kK * kN / 2, 0);
+std::vector<uint8_t> PackWeight(const Kind& kind) {
+  std::vector<uint32_t> words(kK * kN / 8, 0);
   for (int k = 0; k < kK; ++k)
     for (int n = 0; n < kN; ++n) {
       const int row = k % 128;
       int word, nibble, pair;
-      if (sixteen_bit) {
+      if (kind.act_bits == 0) {
         word = row / 32, pair = row % 8 / 2;
         nibble = (row % 32 / 16) * 2 + (row % 16 / 8) + (row % 2) * 4;
       } else {
         word = row % 64 / 16, pair = row % 16 / 4;
         nibble = row % 4 * 2 + row / 64;
       }
-      const int lane = n % 8 * 4 + pair, value = (sixteen_bit ? Weight(k, n) + 8 : Weight(k, n)) & 15;
-      packed[((k / 128 * (kN / 8) + n / 8) * 32 + lane) * 16 + word * 4 + nibble / 2] |=
-          static_cast<uint8_t>(value << (nibble % 2 * 4));
+      const bool offset = kind.act_bits == 0 || kind.zeros;
+      const uint32_t value = static_cast<uint32_t>(offset ? Weight(k, n) + 8 : Weight(k, n)) & 15u;
+      words[((k / 128 * 4 + n / 8) * 32 + n % 8 * 4 + pair) * 4 + word] |= value << (nibble * 4);
     }
+  std::vector<uint8_t> packed;
+  for (uint32_t w : words) {
+    if (kind.act_bits != 0 && kind.zeros) w = w << 3 | w >> 29;
+    for (int byte = 0; byte < 4; ++byte) packed.push_back(static_cast<uint8_t>(w >> (8 * byte)));
+  }
+  return packed;
+}
+
+// Scales in units of 2^-20, which puts the largest at 2^14, and zero points.
+int Groups(const Kind& kind) { return kind.group_size < 0 ? 1 : kK / kind.group_size; }
+std::vector<uint16_t> PackScales(const Kind& kind) {
+  std::vector<uint16_t> packed;
+  for (int group = 0; group < Groups(kind); ++group)
+    packed.insert(packed.end(), kN, Half(GroupScale(group) * 1048576.f));
+  return packed;
+}
+std::vector<uint8_t> PackZeros(const Kind& kind) {
+  std::vector<uint8_t> packed(static_cast<size_t>(Groups(kind)) * kN);
+  for (int group = 0; group < Groups(kind); ++group)
+    for (int n = 0; n < kN; ++n)
+      packed[static_cast<size_t>((group * 8 + n % 8) * 4 + n / 8)] =
+          static_cast<uint8_t>(((kind.zeros ? Zero(group, n) : 0) + 8) * (kind.act_bits ? 8 : 1));
   return packed;
 }
 
@@ -75,15 +110,16 @@ std::vector<uint16_t> PackUp() {
   return packed;
 }
 
-float Expected(int m, int n) {
+float Expected(const Kind& kind, int m, int n) {
   float sum = 0.f, correction = 0.f;
-  for (int k = 0; k < kK; ++k) sum += static_cast<float>(Activation(m, k) * Weight(k, n));
+  for (int k = 0; k < kK; ++k)
+    sum += static_cast<float>(Activation(m, k) * Centred(kind, k, n)) * GroupScale(GroupOf(kind, k));
   for (int r = 0; r < kRank; ++r) {
     float h = 0.f;
     for (int k = 0; k < kK; ++k) h += static_cast<float>(Activation(m, k)) * Down(k, r);
     correction += Value(Half(h)) * Up(r, n);
   }
-  return sum * kScale + correction + static_cast<float>(n);
+  return sum + correction + static_cast<float>(n);
 }
 
 template <class V>
@@ -91,31 +127,33 @@ uint64_t Put(Device& device, const std::vector<V>& values) {
   return device.Allocate(values.size() * sizeof(V), values.data());
 }
 
-const char* RunOne(Device& device, int tokens, int act_bits) {
+const char* RunOne(Device& device, int tokens, const Kind& kind) {
   QeProblem p{};
   p.dtype = QE_F16, p.M = tokens, p.N = kN, p.K = kK;
-  p.act_bits = act_bits, p.group_size = -1, p.rank_shared = kRank;
+  p.act_bits = kind.act_bits, p.group_size = kind.group_size, p.has_zeros = kind.zeros, p.rank_shared = kRank;
   std::vector<uint16_t> x(static_cast<size_t>(tokens) * kK);
   for (int m = 0; m < tokens; ++m)
     for (int k = 0; k < kK; ++k) x[static_cast<size_t>(m) * kK + k] = Half(static_cast<float>(Activation(m, k)));
+  const float code = kind.act_bits == 0 ? 16777216.f : kind.zeros ? 0.125f : 0.0625f;  // prepack/pack.py, _code_unit
   std::vector<float> columns(3 * kN);
   for (int n = 0; n < kN; ++n) {
-    columns[n] = kScale / (act_bits ? 16.f : 1.f);
+    columns[n] = code * (kind.group_size < 0 ? kScale : 1.f / 1048576.f);
     columns[kN + n] = 1.f;
     columns[2 * kN + n] = static_cast<float>(n);
   }
   QeBuffers b{};
   b.x = Put(device, x);
-  b.weight = Put(device, PackWeight(act_bits == 0));
+  b.weight = Put(device, PackWeight(kind));
+  b.scales = Put(device, PackScales(kind));
   b.columns = Put(device, columns);
-  b.zeros = Put(device, std::vector<uint8_t>(kN, 8));
+  b.zeros = Put(device, PackZeros(kind));
   b.down = Put(device, PackDown());
   b.down_scale = Put(device, std::vector<float>(kRank, 1.f));
   b.up = Put(device, PackUp());
   std::vector<uint16_t> y(static_cast<size_t>(tokens) * kN);
   b.y = device.Allocate(y.size() * 2, nullptr);
   b.workspace = device.Allocate(QeWorkspaceBytes(&p), nullptr);
-  for (const uint64_t address : {b.x, b.weight, b.columns, b.zeros, b.down, b.down_scale, b.up, b.y, b.workspace})
+  for (const uint64_t address : {b.x, b.weight, b.columns, b.scales, b.zeros, b.down, b.down_scale, b.up, b.y, b.workspace})
     if (!address) return kNoMemory;
   QePlan plan;
   if (const char* why = QeMakePlan(&p, &b, nullptr, &plan)) return why;
@@ -123,7 +161,7 @@ const char* RunOne(Device& device, int tokens, int act_bits) {
   if (!device.Read(b.y, y.data(), y.size() * 2)) return kWrong;
   for (int m = 0; m < tokens; ++m)
     for (int n = 0; n < kN; ++n) {
-      const float expected = Expected(m, n), got = Value(y[static_cast<size_t>(m) * kN + n]);
+      const float expected = Expected(kind, m, n), got = Value(y[static_cast<size_t>(m) * kN + n]);
       if (!(fabsf(got - expected) <= 0.001f * fabsf(expected) + 0.01f)) return kWrong;
     }
   return nullptr;
@@ -132,9 +170,9 @@ const char* RunOne(Device& device, int tokens, int act_bits) {
 }  // namespace
 
 const char* SelfTest(Device& device) {
-  for (const int act_bits : {8, 0})
+  for (const Kind& kind : kKinds)
     for (const int tokens : {1, 9, 33})  // both decode kernels and the GEMM with a tail
-      if (const char* why = RunOne(device, tokens, act_bits)) return why;
+      if (const char* why = RunOne(device, tokens, kind)) return why;
   return nullptr;
 }
 

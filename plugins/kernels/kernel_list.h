@@ -1,6 +1,6 @@
 // The kernels by name. The includer defines QE_PREPARE, QE_DOWN_DECODE, QE_DOWN_PREFILL, QE_MAIN_DECODE and
-// QE_MAIN_PREFILL; host/plan.cpp builds the same names. Suffixes: c = scale per channel, g128 and g64 = per group,
-// z = zero points; t8 and t16 = at most 8 or 16 tokens.
+// QE_MAIN_PREFILL; host/plan.cpp builds the same names. Their parts: s8 = int8 activations, h = 16-bit ones; c = scale
+// per channel, g128 and g64 = per group, z = zero points; t8 and t16 = at most 8 or 16 tokens.
 // QE_SUBSET keeps only what the planted-bug tests need, because they compile the kernels once per bug.
 #ifdef QE_SUBSET
 #define QE_FOR_BF16(...)
@@ -20,7 +20,8 @@
   QE_DOWN_DECODE(qe_down_decode_a16_t8_##tag, T, false, 1)          \
   QE_DOWN_PREFILL(qe_down_prefill_a16_##tag, T, false)              \
   QE_MAIN_VARIANT(s8_c, tag, T, qe::kInt8, 0, false)                \
-  QE_MAIN_VARIANT(h_gz, tag, T, qe::k16Bit, 1, true)                \
+  QE_MAIN_VARIANT(s8_g128z, tag, T, qe::kInt8, 1, true)             \
+  QE_MAIN_VARIANT(h_g128z, tag, T, qe::k16Bit, 1, true)             \
   QE_FOR_FULL(                                                      \
   QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, false, 2)         \
   QE_DOWN_DECODE(qe_down_decode_a8_t8_##tag, T, true, 1)            \
@@ -28,9 +29,9 @@
   QE_DOWN_PREFILL(qe_down_prefill_a8_##tag, T, true)                \
   QE_MAIN_VARIANT(s8_cz, tag, T, qe::kInt8, 0, true)                \
   QE_MAIN_VARIANT(s8_g128, tag, T, qe::kInt8, 1, false)             \
-  QE_MAIN_VARIANT(s8_g128z, tag, T, qe::kInt8, 1, true)             \
   QE_MAIN_VARIANT(s8_g64, tag, T, qe::kInt8, 2, false)              \
   QE_MAIN_VARIANT(s8_g64z, tag, T, qe::kInt8, 2, true)              \
+  QE_MAIN_VARIANT(h_g64z, tag, T, qe::k16Bit, 2, true)              \
   QE_MAIN_VARIANT(h_cz, tag, T, qe::k16Bit, 0, true))
 
 QE_KERNELS_OF(f16, f16_t)

@@ -2,122 +2,175 @@
 // from DRAM to registers; tokens are the 8-wide operand. Warps split K; their sums meet once, in a fixed order.
 #pragma once
 #include "../include/qe_edge/args.h"
+#include "prepare.cuh"
 #include "unpack.cuh"
 
 namespace qe {
 
-constexpr int kDecodeColumns = 32;  // output columns of one block
-constexpr int kDecodeTiles = 2;     // of 16 columns each
+constexpr int kDecodeColumns = kBlockColumns;  // output columns of one block
+constexpr int kDecodeTiles = 2;                // of 16 columns each
 
-template <class T>
-QE_DEV float group_scale(const MainArgs& p, size_t row, int column) {
-  return to_float(T{load2(static_cast<const uint16_t*>(p.scales) + row * p.Np + column)});
+// What one lane reads of a chunk; all strides from chunk to chunk are constants, so that the loop adds little.
+template <int Mode, int Groups, int Tokens8>
+struct Cursor {
+  static constexpr int kRowBytes = Mode == kInt8 ? kChunk : kChunk * 2;  // of one token in one chunk
+  const uint8_t *weight, *scales, *zeros, *sums;
+  const uint8_t* x[Tokens8];
+
+  QE_DEV Cursor(const MainArgs& p, int block, int chunk, const int (&token)[Tokens8]) {
+    const int lane = thread_id() & 31;
+    const size_t at = static_cast<size_t>(block) * (p.Kp / kChunk) + chunk;
+    weight = p.weight + at * kBlockBytes + lane * 16;
+    scales = static_cast<const uint8_t*>(p.scales) + at * (Groups * kBlockColumns * 2) + (lane >> 2) * 8;
+    zeros = p.zeros + at * (Groups * kBlockColumns) + (lane >> 2) * 4;
+    sums = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(chunk) * (Groups * kSumTokens * 4) +
+           (Mode == kInt8 ? (lane & 3) * 8 : (lane >> 2) * 4);
+    QE_UNROLL
+    for (int t = 0; t < Tokens8; ++t)
+      x[t] = static_cast<const uint8_t*>(p.act) +
+             (static_cast<size_t>(token[t]) * (p.Kp / kChunk) + chunk) * kRowBytes + (lane & 3) * (kRowBytes / 4);
+  }
+  QE_DEV void next() {
+    weight += kBlockBytes;
+    scales += Groups * kBlockColumns * 2;
+    zeros += Groups * kBlockColumns;
+    sums += Groups * kSumTokens * 4;
+    QE_UNROLL
+    for (int t = 0; t < Tokens8; ++t) x[t] += kRowBytes;
+  }
+};
+
+// Scales and zero points of the lane's columns c, c + 8, c + 16 and c + 24, which prepack put side by side.
+QE_DEV void lane_scales(const uint8_t* scales, int group, float (&s)[4]) {
+  const u32x2 pairs = load8(scales + group * kBlockColumns * 2);
+  QE_UNROLL
+  for (int i = 0; i < 4; ++i) s[i] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
 }
-QE_DEV uint32_t group_zero(const MainArgs& p, size_t row, int column) { return p.zeros[row * p.Np + column]; }
+QE_DEV void unpack_zeros(uint32_t zeros, int (&z)[4]) {
+  z[0] = zero_of<0>(zeros), z[1] = zero_of<1>(zeros), z[2] = zero_of<2>(zeros), z[3] = zero_of<3>(zeros);
+}
 
 // One 128-row chunk against int8 activations. Groups: scale rows in the chunk, 0 = the scale is per output channel.
-template <class T, int Groups, bool Zeros, int Tokens8, class Acc>
-QE_DEV void decode_chunk_s8(const MainArgs& p, int chunk, int column, const u32x4 (&w)[kDecodeTiles][2],
-                            const int (&token)[Tokens8], Acc (&acc)[kDecodeTiles][Tokens8][4]) {
-  const int lane = thread_id() & 31;
-  uint32_t x[Tokens8][8];  // four k32 steps of two registers
+template <int Groups, bool Zeros, int Tokens8, class Acc>
+QE_DEV void decode_chunk_s8(const Cursor<kInt8, Groups, Tokens8>& at, const u32x4 (&w)[kDecodeTiles][2],
+                            Acc (&acc)[kDecodeTiles][Tokens8][4]) {
+  int sum[kDecodeTiles][Tokens8][4];
   QE_UNROLL
-  for (int t = 0; t < Tokens8; ++t) {
-    const int8_t* row = static_cast<const int8_t*>(p.act) + static_cast<size_t>(token[t]) * p.act_stride;
+  for (int half = 0; half < 2; ++half) {
+    u32x4 x[Tokens8];  // two k32 steps of two registers
     QE_UNROLL
-    for (int c = 0; c < 8; ++c) x[t][c] = load4(row + chunk * kChunk + c * 16 + (lane & 3) * 4);
-  }
-  QE_UNROLL
-  for (int i = 0; i < kDecodeTiles; ++i) {
-    const int c0 = column + i * 16, c8 = c0 + 8;
-    int sum[Tokens8][4];
-    QE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      constexpr int kRows = Groups == 0 ? 1 : Groups;
-      const size_t row = Groups == 0 ? 0 : static_cast<size_t>(chunk) * kRows + (Groups == 2 ? half : 0);
-      uint32_t z0 = 0, z8 = 0;
-      if (Zeros) z0 = group_zero(p, row, c0) * 0x01010101u, z8 = group_zero(p, row, c8) * 0x01010101u;
+    for (int t = 0; t < Tokens8; ++t) x[t] = load16(at.x[t] + half * 16);
+    const int group = Groups == 2 ? half : 0;
+    if (Groups != 0 && (half == 0 || Groups == 2)) {
+      int z[4] = {0, 0, 0, 0};
+      if (Zeros) unpack_zeros(load4(at.zeros + group * kBlockColumns), z);
       QE_UNROLL
       for (int t = 0; t < Tokens8; ++t) {
+        u32x2 xs{};  // sums of the two tokens that this lane's accumulators belong to
+        if (Zeros) xs = load8(at.sums + (group * kSumTokens + t * 8) * 4);
         QE_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          const uint32_t u0 = w[i][0].v[2 * step], u1 = w[i][0].v[2 * step + 1];
-          const uint32_t v0 = w[i][1].v[2 * step], v1 = w[i][1].v[2 * step + 1];
-          uint32_t a[4];
-          a[0] = half ? unpack_high<Zeros>(u0, z0) : unpack_low<Zeros>(u0, z0);
-          a[1] = half ? unpack_high<Zeros>(v0, z8) : unpack_low<Zeros>(v0, z8);
-          a[2] = half ? unpack_high<Zeros>(u1, z0) : unpack_low<Zeros>(u1, z0);
-          a[3] = half ? unpack_high<Zeros>(v1, z8) : unpack_low<Zeros>(v1, z8);
-          const uint32_t b0 = x[t][half * 4 + 2 * step], b1 = x[t][half * 4 + 2 * step + 1];
+        for (int i = 0; i < kDecodeTiles; ++i)
+          QE_UNROLL
+          for (int j = 0; j < 4; ++j)
+            sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[j & 1]) : 0);
+      }
+    }
+    QE_UNROLL
+    for (int i = 0; i < kDecodeTiles; ++i)
+      QE_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t u0 = w[i][0].v[2 * step], u1 = w[i][0].v[2 * step + 1];
+        const uint32_t v0 = w[i][1].v[2 * step], v1 = w[i][1].v[2 * step + 1];
+        uint32_t a[4];
+        a[0] = half ? high_codes<Zeros>(u0) : low_codes<Zeros>(u0);
+        a[1] = half ? high_codes<Zeros>(v0) : low_codes<Zeros>(v0);
+        a[2] = half ? high_codes<Zeros>(u1) : low_codes<Zeros>(u1);
+        a[3] = half ? high_codes<Zeros>(v1) : low_codes<Zeros>(v1);
+        QE_UNROLL
+        for (int t = 0; t < Tokens8; ++t) {
           if constexpr (Groups == 0) {
-            mma_s8(acc[i][t], a, b0, b1, acc[i][t]);
-          } else if (step == 0 && (half == 0 || Groups == 2)) {
-            const int magic[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
-            mma_s8(sum[t], a, b0, b1, magic);
+            mma_s8(acc[i][t], a, x[t].v[2 * step], x[t].v[2 * step + 1], acc[i][t]);
           } else {
-            mma_s8(sum[t], a, b0, b1, sum[t]);
+            mma_s8(sum[i][t], a, x[t].v[2 * step], x[t].v[2 * step + 1], sum[i][t]);
           }
         }
       }
-      if constexpr (Groups != 0) {
-        if (half == 0 && Groups == 1) continue;
-        const float s0 = group_scale<T>(p, row, c0), s8 = group_scale<T>(p, row, c8);
+    if constexpr (Groups != 0) {
+      if (half == 0 && Groups == 1) continue;
+      float s[4];
+      lane_scales(at.scales, group, s);
+      QE_UNROLL
+      for (int i = 0; i < kDecodeTiles; ++i)
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t)
           QE_UNROLL
-          for (int j = 0; j < 4; ++j) acc[i][t][j] += (int_bits_to_float(sum[t][j]) - kMagic) * (j < 2 ? s0 : s8);
-      }
+          for (int j = 0; j < 4; ++j)
+            acc[i][t][j] += (int_bits_to_float(sum[i][t][j]) - kMagic) * s[2 * i + j / 2];
     }
   }
 }
 
 // One chunk against 16-bit activations: two halves of 64 rows, each two blocks of 32.
-template <class T, int Groups, int Tokens8>
-QE_DEV void decode_chunk_16(const MainArgs& p, int chunk, int column, const u32x4 (&w)[kDecodeTiles][2],
-                            const int (&token)[Tokens8], float (&acc)[kDecodeTiles][Tokens8][4]) {
-  const int lane = thread_id() & 31;
+template <int Groups, int Tokens8>
+QE_DEV void decode_chunk_16(const Cursor<k16Bit, Groups, Tokens8>& at, const u32x4 (&w)[kDecodeTiles][2],
+                            float (&acc)[kDecodeTiles][Tokens8][4]) {
+  float sum[kDecodeTiles][Tokens8][4];
   QE_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const size_t row =
-        Groups == 0 ? 0 : static_cast<size_t>(chunk) * p.groups_per_chunk + half * (p.groups_per_chunk - 1);
-    uint32_t x[Tokens8][8];  // four k16 steps of two registers
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) {
-      const T* row = static_cast<const T*>(p.act) + static_cast<size_t>(token[t]) * p.act_stride;
+    const int group = Groups == 2 ? half : 0;
+    if (Groups != 0 && (half == 0 || Groups == 2)) {
+      const uint32_t zeros = load4(at.zeros + group * kBlockColumns);
+      const uint32_t z[4] = {zero_pair<0>(zeros), zero_pair<1>(zeros), zero_pair<2>(zeros), zero_pair<3>(zeros)};
       QE_UNROLL
-      for (int c = 0; c < 8; ++c) x[t][c] = load4(row + chunk * kChunk + half * 64 + c * 8 + (lane & 3) * 2);
-    }
-    QE_UNROLL
-    for (int i = 0; i < kDecodeTiles; ++i) {
-      const int c0 = column + i * 16, c8 = c0 + 8;
-      const Unpack16<T> unpack0(group_zero(p, row, c0)), unpack8(group_zero(p, row, c8));
-      float sum[Tokens8][4];
-      QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t)
+      for (int t = 0; t < Tokens8; ++t) {
+        const uint32_t xs = load4(at.sums + (group * kSumTokens + t * 8) * 4);
         QE_UNROLL
-        for (int j = 0; j < 4; ++j) sum[t][j] = 0.f;
-      QE_UNROLL
-      for (int block = 0; block < 2; ++block) {
-        uint32_t u[4], v[4];  // [step * 2 + register]
-        unpack0(w[i][0].v[half * 2 + block], u);
-        unpack8(w[i][1].v[half * 2 + block], v);
-        QE_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          const uint32_t a[4] = {u[2 * step], v[2 * step], u[2 * step + 1], v[2 * step + 1]};
+        for (int i = 0; i < kDecodeTiles; ++i) {
           QE_UNROLL
-          for (int t = 0; t < Tokens8; ++t)
-            mma_16<T>(Groups == 0 ? acc[i][t] : sum[t], a, x[t][block * 4 + 2 * step], x[t][block * 4 + 2 * step + 1]);
+          for (int j = 0; j < 4; ++j) sum[i][t][j] = 0.f;
+          mma_f16_k8(sum[i][t], z[2 * i], z[2 * i + 1], xs);
         }
       }
-      if (Groups != 0) {
-        const float s0 = group_scale<T>(p, row, c0), s8 = group_scale<T>(p, row, c8);
+    }
+    QE_UNROLL
+    for (int block = 0; block < 2; ++block) {
+      u32x4 x[Tokens8];  // two k16 steps of two registers
+      QE_UNROLL
+      for (int t = 0; t < Tokens8; ++t) x[t] = load16(at.x[t] + half * 32 + block * 16);
+      QE_UNROLL
+      for (int i = 0; i < kDecodeTiles; ++i) {
+        QE_UNROLL
+        for (int step = 0; step < 2; ++step) {
+          uint32_t u[2], v[2];
+          unpack_16(w[i][0].v[half * 2 + block] >> (8 * step), u);
+          unpack_16(w[i][1].v[half * 2 + block] >> (8 * step), v);
+          const uint32_t a[4] = {u[0], v[0], u[1], v[1]};
+          QE_UNROLL
+          for (int t = 0; t < Tokens8; ++t)
+            mma_16<f16_t>(Groups == 0 ? acc[i][t] : sum[i][t], a, x[t].v[2 * step], x[t].v[2 * step + 1]);
+        }
+      }
+    }
+    if (Groups != 0 && (half == 1 || Groups == 2)) {
+      float s[4];
+      lane_scales(at.scales, group, s);
+      QE_UNROLL
+      for (int i = 0; i < kDecodeTiles; ++i)
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t)
           QE_UNROLL
-          for (int j = 0; j < 4; ++j) acc[i][t][j] += sum[t][j] * (j < 2 ? s0 : s8);
-      }
+          for (int j = 0; j < 4; ++j) acc[i][t][j] += sum[i][t][j] * s[2 * i + j / 2];
     }
   }
+}
+
+// An accumulator over all of K as a float, less the zero point's share when one zero point belongs to the whole column.
+template <int Mode, bool WholeColumn, class Acc>
+QE_DEV float without_zero(const MainArgs& p, Acc acc, int zero, int token) {
+  if (!WholeColumn) return static_cast<float>(acc);
+  const int sum = static_cast<int>(load4(static_cast<const uint32_t*>(p.sums) + token));
+  const float x = Mode == kInt8 ? static_cast<float>(sum) : int_bits_to_float(sum) * kCodeUnit;
+  return static_cast<float>(acc) - static_cast<float>(zero) * x;
 }
 
 // Two neighbouring ranks of one token's h: the slices of K are summed in their order, then rounded to T.
@@ -193,22 +246,29 @@ QE_DEV void main_decode(const MainArgs& p) {
     for (int t = 0; t < Tokens8; ++t)
       QE_UNROLL
       for (int j = 0; j < 4; ++j) acc[i][t][j] = 0;
-  const uint8_t* weight = p.weight + static_cast<size_t>(n0 / 8) * kTileBytes + lane * 16;
-  const size_t chunk_bytes = static_cast<size_t>(p.Np / 8) * kTileBytes;
-  QE_UNROLL_BY_2  // two chunks of weights in flight hide the latency of DRAM
-  for (int chunk = warp; chunk < chunks; chunk += warps) {
+  const int each = (chunks + warps - 1) / warps, first = warp * each;
+  const int count = chunks - first < each ? chunks - first : each;
+  Cursor<Mode, Groups, Tokens8> at(p, block_x(), first, token);
+  // Two chunks of weights in flight hide the latency of DRAM, where registers allow it.
+  constexpr int kAtOnce = Tokens8 == 2 && Groups != 0 && (Mode == k16Bit || (Groups == 2 && Zeros)) ? 1 : 2;
+  QE_UNROLL_BY(kAtOnce)
+  for (int chunk = 0; chunk < count; ++chunk) {
     u32x4 w[kDecodeTiles][2];
     QE_UNROLL
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
-      for (int j = 0; j < 2; ++j) w[i][j] = load16_stream(weight + chunk * chunk_bytes + (i * 2 + j) * kTileBytes);
+      for (int j = 0; j < 2; ++j) w[i][j] = load16_stream(at.weight + (i * 2 + j) * kTileBytes);
     if constexpr (Mode == kInt8) {
-      decode_chunk_s8<T, Groups, Zeros, Tokens8>(p, chunk, column, w, token, acc);
+      decode_chunk_s8<Groups, Zeros, Tokens8>(at, w, acc);
     } else {
-      decode_chunk_16<T, Groups, Tokens8>(p, chunk, column, w, token, acc);
+      decode_chunk_16<Groups, Tokens8>(at, w, acc);
     }
+    at.next();
   }
 
+  constexpr bool kWholeColumn = Zeros && Groups == 0;
+  int z[4] = {0, 0, 0, 0};
+  if (kWholeColumn && warp == 0) unpack_zeros(load4(p.zeros + n0 + (lane >> 2) * 4), z);  // once for all warps
   float out[kDecodeTiles][Tokens8][4];
   QE_UNROLL
   for (int i = 0; i < kDecodeTiles; ++i)
@@ -216,9 +276,9 @@ QE_DEV void main_decode(const MainArgs& p) {
     for (int t = 0; t < Tokens8; ++t)
       QE_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const int m = t * 8 + (lane & 3) * 2 + (j & 1);
-        const float sx = Mode == kInt8 ? p.token_scale[m < p.M ? m : p.M - 1] : 1.f;
-        out[i][t][j] = static_cast<float>(acc[i][t][j]) * (p.columns[column + i * 16 + (j >> 1) * 8] * sx);
+        const int m = t * 8 + (lane & 3) * 2 + (j & 1), at = m < p.M ? m : p.M - 1;
+        const float v = without_zero<Mode, kWholeColumn>(p, acc[i][t][j], z[2 * i + j / 2], at);
+        out[i][t][j] = v * (p.columns[column + i * 16 + (j >> 1) * 8] * p.token_scale[at]);
       }
   decode_lowrank<T, Tokens8>(p, n0 / 8, token, out);
 

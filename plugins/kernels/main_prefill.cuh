@@ -1,5 +1,6 @@
-// Launch 3 for M > 16: a tiled GEMM with 16-byte asynchronous copies in three stages. Warp tile 32 x 64, two warps across
-// the 128 columns of a block, 1 to 4 warps across its 32 to 128 rows (chosen at launch: TensorRT times the choices).
+// Launch 3 for M > 16: a tiled GEMM with 16-byte asynchronous copies in three stages. Warp tile 64 x 32, four warps
+// across the 128 columns of a block, 1 or 2 across its 64 or 128 rows (chosen at launch: TensorRT times the choices). The
+// warp tile is tall because every unpacked weight then serves four matrix instructions.
 // Packed weights lie in the order of the tensor core's B fragments: a lane reads its 128 rows of a column tile at once.
 #pragma once
 #include "../include/qe_edge/args.h"
@@ -7,191 +8,217 @@
 
 namespace qe {
 
-constexpr int kPrefillColumns = 128, kStages = 3, kRowTiles = 2, kColumnTiles = 8;
+constexpr int kPrefillColumns = 128, kStages = 3, kRowTiles = 4, kColumnTiles = 4, kWarpRows = 64, kWarpColumns = 32;
+constexpr int kWarpsAcross = kPrefillColumns / kWarpColumns;
 
+// One stage: activations of all rows of the block, weights, scales, zero points.
 template <int Mode, int Groups, bool Zeros>
 struct Stage {
   static constexpr int kRowBytes = Mode == kInt8 ? 128 : 256;  // activations of one token in one chunk
   static constexpr int kWeights = kPrefillColumns * 64;
-  static constexpr int kScaleRows = Groups == 0 ? 0 : (Mode == kInt8 ? Groups : 2);
-  static constexpr int kZeroRows = Zeros ? (kScaleRows == 0 ? 1 : kScaleRows) : 0;
-  static constexpr int kScales = kScaleRows * kPrefillColumns * 2;
-  static constexpr int kBytesBeyondRows = kWeights + kScales + kZeroRows * kPrefillColumns;
+  static constexpr int kScales = Groups * kPrefillColumns * 2;
+  static constexpr int kZeros = Zeros ? Groups * kPrefillColumns : 0;
+  static constexpr int kBytesBeyondRows = kWeights + kScales + kZeros;
   // Eight rows of one 16-byte column are read together: the flip sends them to different banks.
   static QE_DEV int offset(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
 };
 
-// Asynchronous copy of chunk `chunk` into its stage. Rows beyond M and columns beyond Np repeat the last valid one:
-// their results are never stored.
+// Asynchronous copies, chunk after chunk. Rows beyond M and columns beyond Np repeat the last valid ones: their results
+// are never stored. A thread copies the same places of every chunk, so that only a few pointers move.
 template <int Mode, int Groups, bool Zeros>
 struct Loader {
   using S = Stage<Mode, Groups, Zeros>;
-  const MainArgs& p;
-  unsigned char* shared;
-  int rows, stage_bytes, n0;
-  uint32_t source[S::kRowBytes / 32];  // where this thread's rows of the activations start, in 16-byte pieces
+  static constexpr int kPieces = S::kRowBytes / 16, kRowsAtOnce = 32 / kPieces, kCopies = 16 / kRowsAtOnce;
+  int rows;
+  int to_act, to_weights, to_group;  // bytes from the start of a stage
+  const uint8_t *act, *weight, *scales, *zeros;
+  uint32_t source[kCopies];  // where the rows of the activations start, in 16-byte pieces
 
-  static constexpr int kPieces = S::kRowBytes / 16;
-
-  QE_DEV Loader(const MainArgs& args, unsigned char* base, int block_rows, int m0, int column0)
-      : p(args), shared(base), rows(block_rows), stage_bytes(block_rows * S::kRowBytes + S::kBytesBeyondRows),
-        n0(column0) {
+  QE_DEV Loader(const MainArgs& p, int block_rows, int m0, int n0) : rows(block_rows) {
+    const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5, chunks = p.Kp / kChunk;
+    const int row0 = warp * 16 + lane / kPieces, piece = lane % kPieces, last_block = p.Np / kBlockColumns - 1;
+    act = static_cast<const uint8_t*>(p.act) + piece * 16;
     QE_UNROLL
-    for (int j = 0; j < S::kRowBytes / 32; ++j) {
-      const int m = m0 + row(j), last = m < p.M ? m : p.M - 1, token = p.order ? p.order[last] : last;
-      source[j] = static_cast<uint32_t>(token) * (p.act_stride / (Mode == kInt8 ? 16 : 8)) + piece();
+    for (int j = 0; j < kCopies; ++j) {
+      const int from = token(p, m0 + row0 + j * kRowsAtOnce);
+      source[j] = static_cast<uint32_t>(from) * static_cast<uint32_t>(chunks * kPieces);
     }
+    to_act = S::offset(row0, piece);
+
+    const int tiles = kPrefillColumns / 8 / warps;  // of weights, of one warp
+    const int first = warp * tiles, block = n0 / kBlockColumns + first / 4;
+    weight = p.weight + static_cast<size_t>(block < last_block ? block : last_block) * chunks * kBlockBytes +
+             first % 4 * kTileBytes + lane * 16;
+    to_weights = rows * S::kRowBytes + first * kTileBytes + lane * 16;
+
+    to_group = rows * S::kRowBytes + S::kWeights + thread_id() * 16;
+    scales = group_source(static_cast<const uint8_t*>(p.scales), S::kScales / 64, n0, last_block, chunks);
+    zeros = group_source(p.zeros, S::kZeros / 64, n0, last_block, chunks);
   }
-  // Block threads are 2 * rows: piece() is the same for all of a thread's copies.
-  QE_DEV int piece() const { return thread_id() % kPieces; }
-  QE_DEV int row(int j) const { return (thread_id() + j * block_threads()) / kPieces; }
-  QE_DEV unsigned char* stage(int chunk) const { return shared + (chunk % kStages) * stage_bytes; }
+  // Where this thread's 16 bytes of four blocks' scales or zero points start; a block has `pieces` of them in a chunk.
+  static QE_DEV const uint8_t* group_source(const uint8_t* from, int pieces, int n0, int last_block, int chunks) {
+    if (pieces == 0) return from;
+    const int block = n0 / kBlockColumns + thread_id() / pieces;
+    const size_t first = static_cast<size_t>(block < last_block ? block : last_block) * chunks * pieces;
+    return from + (first + thread_id() % pieces) * 16;
+  }
+  static QE_DEV int token(const MainArgs& p, int m) {
+    const int last = m < p.M ? m : p.M - 1;
+    return p.order ? p.order[last] : last;
+  }
+  QE_DEV int stage_bytes() const { return rows * S::kRowBytes + S::kBytesBeyondRows; }
 
-  QE_DEV void operator()(int chunk) const {
-    unsigned char* s = stage(chunk);
+  // Copies the next chunk to the stage at s.
+  QE_DEV void operator()(unsigned char* s) {
     QE_UNROLL
-    for (int j = 0; j < S::kRowBytes / 32; ++j)
-      cp_async16(s + S::offset(row(j), piece()),
-                 static_cast<const uint8_t*>(p.act) + static_cast<size_t>(source[j] + chunk * kPieces) * 16);
-    s += rows * S::kRowBytes;
-    const int last_tile = p.Np / 8 - 1;
-    for (int i = thread_id(); i < S::kWeights / 16; i += block_threads()) {
-      const int tile = n0 / 8 + i / 32;
-      cp_async16(s + i * 16, p.weight + (static_cast<size_t>(chunk) * (p.Np / 8) + (tile < last_tile ? tile : last_tile)) *
-                                            kTileBytes + (i & 31) * 16);
+    for (int j = 0; j < kCopies; ++j) {
+      const int down = j * kRowsAtOnce, flip = down % 8 << 4;  // as S::offset flips a row that is so much further down
+      cp_async16(s + (to_act ^ flip) + down * S::kRowBytes, act + static_cast<size_t>(source[j]) * 16);
     }
-    if (S::kScaleRows && thread_id() < p.groups_per_chunk * (kPrefillColumns / 8)) {
-      const int r = thread_id() / 16, c = thread_id() % 16, at = n0 + c * 8;
-      cp_async16(s + S::kWeights + r * 256 + c * 16,
-                 static_cast<const uint16_t*>(p.scales) +
-                     (static_cast<size_t>(chunk) * p.groups_per_chunk + r) * p.Np + (at < p.Np ? at : p.Np - 8));
-    }
-    const int zero_rows = Groups == 0 ? 1 : p.groups_per_chunk;
-    if (Zeros && thread_id() < zero_rows * (kPrefillColumns / 16)) {
-      const int r = thread_id() / 8, c = thread_id() % 8, at = n0 + c * 16;
-      const size_t from = Groups == 0 ? 0 : static_cast<size_t>(chunk) * zero_rows + r;
-      cp_async16(s + S::kWeights + S::kScales + r * 128 + c * 16,
-                 p.zeros + from * p.Np + (at < p.Np ? at : p.Np - 16));
-    }
+    QE_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (i < 2 || block_threads() == 128) cp_async16(s + to_weights + i * kTileBytes, weight + i * kTileBytes);
+    if (thread_id() < S::kScales / 16) cp_async16(s + to_group, scales);
+    if (thread_id() < S::kZeros / 16) cp_async16(s + to_group + S::kScales, zeros);
+    act += S::kRowBytes;
+    weight += kBlockBytes;
+    scales += S::kScales / 4;
+    zeros += S::kZeros / 4;
   }
 };
 
-// The scale of the two columns that this lane's accumulators hold.
-template <class T>
-QE_DEV void stage_scales(const unsigned char* scales, int row, int column, float (&s)[2]) {
-  const uint32_t pair = load4(scales + row * 256 + column * 2);
-  s[0] = to_float(T{static_cast<uint16_t>(pair)});
-  s[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
+// The scales of the eight columns that this lane's accumulators hold: [column & 1][column tile].
+QE_DEV void stage_scales(const unsigned char* scales, float (&s)[2][kColumnTiles]) {
+  const u32x4 pairs = load16(scales + (thread_id() & 3) * 16);
+  QE_UNROLL
+  for (int i = 0; i < 8; ++i)
+    s[i / 4][i % 4] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
 }
 
-template <class T, int Groups, bool Zeros, class Acc>
-QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
-  using S = Stage<kInt8, Groups, Zeros>;
-  constexpr int kGroups = Groups == 2 ? 2 : 1, kWords = 8 / kGroups;  // of 16 rows each, in one group
+// A fragments of 16 rows from `row` on: 16-byte pieces first, first + 1, ... of each.
+template <class S, int Steps>
+QE_DEV void load_rows(const unsigned char* s, int row, int first, uint32_t (&a)[Steps][4]) {
   const int lane = thread_id() & 31;
-  uint32_t a[kRowTiles][4][4];  // [row tile][k32 step][register]
   QE_UNROLL
-  for (int i = 0; i < kRowTiles; ++i)
-    QE_UNROLL
-    for (int step = 0; step < 4; ++step)
-      load_matrix(a[i][step], s + S::offset(wm + i * 16 + (lane & 15), step * 2 + (lane >> 4)));
-  const unsigned char* weights = s + rows * S::kRowBytes + wn * 64 + lane * 16;
-  const unsigned char* scales = s + rows * S::kRowBytes + S::kWeights;
-  const unsigned char* zeros = scales + S::kScales + wn + (lane >> 2);
+  for (int step = 0; step < Steps; ++step)
+    load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));
+}
+
+// One group of a chunk, or one half of a chunk that has no group of its own. The unpacked weights of the warp's columns
+// stay in registers while its rows pass: they take half of the registers that the rows would.
+template <int Groups, bool Zeros, int Part, class Acc>
+QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
+  using S = Stage<kInt8, Groups, Zeros>;
+  constexpr int kSteps = Groups == 1 ? 4 : 2, kFirst = Part * 2 * kSteps;  // k32 steps; the first 16-row word
+  const int lane = thread_id() & 31;
+  const unsigned char* weights = s + rows * S::kRowBytes;
+  const unsigned char* scales = weights + S::kWeights;
+  float scale[2][kColumnTiles];
+  uint32_t zeros = 0;
+  if constexpr (Groups != 0) {
+    stage_scales(scales + (wn * Groups + Part * kBlockColumns) * 2, scale);
+    if (Zeros) zeros = load4(scales + S::kScales + wn * Groups + Part * kBlockColumns + (lane >> 2) * 4);
+  }
+  const uint32_t zero[4] = {zero_bytes<0>(zeros), zero_bytes<1>(zeros), zero_bytes<2>(zeros), zero_bytes<3>(zeros)};
+  uint32_t b[kColumnTiles][2 * kSteps];
   QE_UNROLL
   for (int j = 0; j < kColumnTiles; ++j) {
-    const u32x4 w = load16(weights + j * kTileBytes);
+    const u32x4 w = load16(weights + wn * 64 + lane * 16 + j * kTileBytes);
     QE_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      const uint32_t zero = Zeros ? zeros[group * 128 + j * 8] * 0x01010101u : 0u;
-      uint32_t b[kWords];
-      QE_UNROLL
-      for (int c = 0; c < kWords; ++c)
-        b[c] = group * kWords + c < 4 ? unpack_low<Zeros>(w.v[c & 3], zero) : unpack_high<Zeros>(w.v[c & 3], zero);
-      float scale[2] = {1.f, 1.f};
-      if constexpr (Groups != 0) stage_scales<T>(scales, group, wn + j * 8 + (lane & 3) * 2, scale);
-      QE_UNROLL
-      for (int i = 0; i < kRowTiles; ++i) {
-        if constexpr (Groups == 0) {
-          QE_UNROLL
-          for (int step = 0; step < 4; ++step) mma_s8(acc[i][j], a[i][step], b[2 * step], b[2 * step + 1], acc[i][j]);
-        } else {
-          int sum[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
-          QE_UNROLL
-          for (int step = 0; step < kWords / 2; ++step)
-            mma_s8(sum, a[i][group * (kWords / 2) + step], b[2 * step], b[2 * step + 1], sum);
-          QE_UNROLL
-          for (int c = 0; c < 4; ++c) acc[i][j][c] += (int_bits_to_float(sum[c]) - kMagic) * scale[c & 1];
-        }
+    for (int c = 0; c < 2 * kSteps; ++c) {
+      const uint32_t word = w.v[(kFirst + c) & 3];
+      const bool high = kFirst + c >= 4;
+      if constexpr (Groups != 0 && Zeros) {
+        b[j][c] = high ? centred_codes<true>(word, zero[j]) : centred_codes<false>(word, zero[j]);
+      } else {
+        b[j][c] = high ? high_codes<Zeros>(word) : low_codes<Zeros>(word);
+      }
+    }
+  }
+  QE_UNROLL
+  for (int i = 0; i < kRowTiles; ++i) {
+    uint32_t a[kSteps][4];
+    load_rows<S>(s, wm + i * 16, kFirst, a);
+    QE_UNROLL
+    for (int j = 0; j < kColumnTiles; ++j) {
+      if constexpr (Groups == 0) {
+        QE_UNROLL
+        for (int step = 0; step < kSteps; ++step)
+          mma_s8(acc[i][j], a[step], b[j][2 * step], b[j][2 * step + 1], acc[i][j]);
+      } else {
+        int sum[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+        QE_UNROLL
+        for (int step = 0; step < kSteps; ++step) mma_s8(sum, a[step], b[j][2 * step], b[j][2 * step + 1], sum);
+        QE_UNROLL
+        for (int c = 0; c < 4; ++c) acc[i][j][c] += (int_bits_to_float(sum[c]) - kMagic) * scale[c & 1][j];
       }
     }
   }
 }
 
-template <class T, int Groups>
-QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int groups_per_chunk, int wm, int wn,
+template <int Groups, bool Zeros, class Acc>
+QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
+  prefill_part_s8<Groups, Zeros, 0>(s, rows, wm, wn, acc);
+  if constexpr (Groups != 1) prefill_part_s8<Groups, Zeros, 1>(s, rows, wm, wn, acc);
+}
+
+// Weights of a group become fp16 numbers (q - z) * scale before the product, as an ONNX DequantizeLinear of a float16
+// model would have them: sums of their own per group would cost more, in registers above all. Without groups, codes are
+// multiplied as they are.
+template <int Groups>
+QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wm, int wn,
                              float (&acc)[kRowTiles][kColumnTiles][4]) {
   using S = Stage<k16Bit, Groups, true>;
   const int lane = thread_id() & 31;
-  const unsigned char* weights = s + rows * S::kRowBytes + wn * 64 + lane * 16;
-  const unsigned char* scales = s + rows * S::kRowBytes + S::kWeights;
-  const unsigned char* zeros = scales + S::kScales + wn + (lane >> 2);
-  QE_NO_UNROLL  // unrolled, the compiler keeps both halves' loads in flight and needs 255 registers
+  const unsigned char* weights = s + rows * S::kRowBytes;
+  const unsigned char* scales = weights + S::kWeights + wn * Groups * 2 + (lane >> 2) * 8;
+  const unsigned char* zeros = weights + S::kWeights + S::kScales + wn * Groups + (lane >> 2) * 4;
+  GroupPairs group[kColumnTiles];
+  QE_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int group = Groups == 0 ? 0 : half * (groups_per_chunk - 1);
-    uint32_t a[kRowTiles][4][4];  // [row tile][k16 step][register]
+    if (Groups == 2 || (Groups == 1 && half == 0))
+      group_pairs(load8(scales + half * kBlockColumns * 2), load4(zeros + half * kBlockColumns), group);
     QE_UNROLL
-    for (int i = 0; i < kRowTiles; ++i)
+    for (int block = 0; block < 2; ++block) {
+      uint32_t b[kColumnTiles][2][2];  // [column tile][k16 step][register]
       QE_UNROLL
-      for (int step = 0; step < 4; ++step)
-        load_matrix(a[i][step], s + S::offset(wm + i * 16 + (lane & 15), half * 8 + step * 2 + (lane >> 4)));
-    QE_UNROLL
-    for (int j = 0; j < kColumnTiles; ++j) {
-      const u32x2 w = load8(weights + j * kTileBytes + half * 8);
-      const Unpack16<T> unpack(zeros[group * 128 + j * 8]);
-      float sum[kRowTiles][4];
-      QE_UNROLL
-      for (int i = 0; i < kRowTiles; ++i)
+      for (int j = 0; j < kColumnTiles; ++j) {
+        const uint32_t w = load4(weights + wn * 64 + lane * 16 + j * kTileBytes + half * 8 + block * 4);
         QE_UNROLL
-        for (int c = 0; c < 4; ++c) sum[i][c] = 0.f;
+        for (int step = 0; step < 2; ++step) {
+          unpack_16(w >> (8 * step), b[j][step]);
+          if (Groups != 0) group[j].dequantize(b[j][step]);
+        }
+      }
       QE_UNROLL
-      for (int block = 0; block < 2; ++block) {
-        uint32_t b[4];
-        unpack(w.v[block], b);
+      for (int i = 0; i < kRowTiles; ++i) {
+        uint32_t a[2][4];  // [k16 step][register]
+        load_rows<S>(s, wm + i * 16, half * 8 + block * 4, a);
         QE_UNROLL
         for (int step = 0; step < 2; ++step)
           QE_UNROLL
-          for (int i = 0; i < kRowTiles; ++i)
-            mma_16<T>(Groups == 0 ? acc[i][j] : sum[i], a[i][block * 2 + step], b[2 * step], b[2 * step + 1]);
-      }
-      if (Groups != 0) {
-        float scale[2];
-        stage_scales<T>(scales, group, wn + j * 8 + (lane & 3) * 2, scale);
-        QE_UNROLL
-        for (int i = 0; i < kRowTiles; ++i)
-          QE_UNROLL
-          for (int c = 0; c < 4; ++c) acc[i][j][c] += sum[i][c] * scale[c & 1];
+          for (int j = 0; j < kColumnTiles; ++j) mma_16<f16_t>(acc[i][j], a[step], b[j][step][0], b[j][step][1]);
       }
     }
   }
 }
 
-// h @ up for the 32 rows of a warp, 16 ranks at a time. Rows come sorted by expert, so most warps see one or two.
+// h @ up for the 64 rows of a warp, 16 ranks at a time. Rows come sorted by expert, so most warps see one or two.
 template <class T>
-QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2], int row0, int column0,
+QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2], int column0,
                             float (&out)[kRowTiles][kColumnTiles][4]) {
   const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), last_tile = p.Np / 8 - 1;
-  int expert[kRowTiles][2] = {{-1, -1}, {-1, -1}}, mine = -1;
-  if (p.E) {
-    const int m = row0 + lane < p.M ? row0 + lane : p.M - 1;
-    mine = p.expert[p.order ? p.order[m] : m];
+  int expert[kRowTiles][2] = {};
+  QE_UNROLL
+  for (int i = 0; i < kRowTiles; ++i)
     QE_UNROLL
-    for (int i = 0; i < kRowTiles; ++i)
-      QE_UNROLL
-      for (int h = 0; h < 2; ++h) expert[i][h] = p.expert[token[i][h]];
-  }
+    for (int h = 0; h < 2; ++h)
+      if (p.E) expert[i][h] = p.expert[token[i][h]];
   for (int e = -1; e < p.E; ++e) {
-    if (e >= 0 && !ballot(mine == e)) continue;
+    bool wanted = e < 0;
+    QE_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) wanted = wanted || expert[i][0] == e || expert[i][1] == e;
+    if (!ballot(wanted)) continue;
     const int tiles = e < 0 ? p.shared_tiles : p.routed_tiles;
     const int h0 = e < 0 ? 0 : p.shared_tiles, up0 = e < 0 ? 0 : p.shared_tiles + e * p.routed_tiles;
     for (int step = 0; step < tiles; ++step) {
@@ -222,9 +249,10 @@ template <class T, int Mode, int Groups, bool Zeros>
 QE_DEV void main_prefill(const MainArgs& p) {
   QE_DYNAMIC_SHARED(shared);
   const int lane = thread_id() & 31, warp = thread_id() >> 5, rows = block_threads() / 2;
-  const int wm = (warp >> 1) * 32, wn = (warp & 1) * 64, m0 = block_y() * rows, n0 = block_x() * kPrefillColumns;
-  const int chunks = p.Kp / kChunk;
-  const Loader<Mode, Groups, Zeros> load(p, shared, rows, m0, n0);
+  const int wm = warp / kWarpsAcross * kWarpRows, wn = warp % kWarpsAcross * kWarpColumns;
+  const int m0 = block_y() * rows, n0 = block_x() * kPrefillColumns, chunks = p.Kp / kChunk;
+  Loader<Mode, Groups, Zeros> load(p, rows, m0, n0);
+  const int stage_bytes = load.stage_bytes();
 
   typename Accumulator<Mode == kInt8 && Groups == 0>::type acc[kRowTiles][kColumnTiles][4];
   QE_UNROLL
@@ -234,40 +262,52 @@ QE_DEV void main_prefill(const MainArgs& p) {
       QE_UNROLL
       for (int c = 0; c < 4; ++c) acc[i][j][c] = 0;
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < chunks) load(s);
+    if (s < chunks) load(shared + s * stage_bytes);
     cp_async_commit();
   }
+  int read = 0, fill = (kStages - 1) * stage_bytes;  // where the stages of this chunk and of the next copy begin
   for (int chunk = 0; chunk < chunks; ++chunk) {
     cp_async_wait<kStages - 2>();
     block_sync();  // the stage has landed for every thread, and nobody still reads the one that is filled next
-    if (chunk + kStages - 1 < chunks) load(chunk + kStages - 1);
+    if (chunk + kStages - 1 < chunks) load(shared + fill);
     cp_async_commit();
     if constexpr (Mode == kInt8) {
-      prefill_chunk_s8<T, Groups, Zeros>(load.stage(chunk), rows, wm, wn, acc);
+      prefill_chunk_s8<Groups, Zeros>(shared + read, rows, wm, wn, acc);
     } else {
-      prefill_chunk_16<T, Groups>(load.stage(chunk), rows, p.groups_per_chunk, wm, wn, acc);
+      prefill_chunk_16<Groups>(shared + read, rows, wm, wn, acc);
     }
+    fill = read;
+    read = read == (kStages - 1) * stage_bytes ? 0 : read + stage_bytes;
   }
   cp_async_wait<0>();
 
+  constexpr bool kWholeColumn = Zeros && Groups == 0;
   int token[kRowTiles][2];
   float out[kRowTiles][kColumnTiles][4];
+  int z[2][4] = {};
+  if (kWholeColumn) {
+    const int at = n0 + wn < p.Np ? n0 + wn : p.Np - kWarpColumns;
+    const u32x2 zeros = load8(p.zeros + at + (lane & 3) * 8);
+    unpack_zeros(zeros.v[0], z[0]);
+    unpack_zeros(zeros.v[1], z[1]);
+  }
   QE_UNROLL
   for (int i = 0; i < kRowTiles; ++i)
     QE_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int m = m0 + wm + i * 16 + h * 8 + (lane >> 2), last = m < p.M ? m : p.M - 1;
       token[i][h] = p.order ? p.order[last] : last;
-      const float sx = Mode == kInt8 ? p.token_scale[token[i][h]] : 1.f;
+      const float sx = p.token_scale[token[i][h]];
       QE_UNROLL
       for (int j = 0; j < kColumnTiles; ++j) {
         const int at = n0 + wn + j * 8, n = (at < p.Np ? at : p.Np - 8) + (lane & 3) * 2;
         QE_UNROLL
         for (int c = 0; c < 2; ++c)
-          out[i][j][2 * h + c] = static_cast<float>(acc[i][j][2 * h + c]) * (p.columns[n + c] * sx);
+          out[i][j][2 * h + c] = without_zero<Mode, kWholeColumn>(p, acc[i][j][2 * h + c], z[c][j], token[i][h]) *
+                                 (p.columns[n + c] * sx);
       }
     }
-  prefill_lowrank<T>(p, token, m0 + wm, n0 + wn, out);
+  prefill_lowrank<T>(p, token, n0 + wn, out);
   QE_UNROLL
   for (int i = 0; i < kRowTiles; ++i)
     QE_UNROLL

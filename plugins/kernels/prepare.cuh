@@ -1,5 +1,13 @@
 // Launch 1, once per distinct input: channel scale, per-token absolute maximum, int8 or 6-bit values, router scores in
 // fp32 and their argmin (spec QE.md 3, 7 and 8). One block per token; every sum has a fixed order.
+//
+// 16-bit activations become fp16, whatever T is, in units of a power of two of their token that puts the largest below
+// 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-28 of the largest. Every second
+// eight rows are divided by 16, because their weights come out 16 times too large (unpack_16).
+//
+// Zero points leave the loop over K: sum (q - z) x = sum q x - z sum x. `sums` holds sum x of every group: as int32 or,
+// for the groups of 16-bit activations, as minus the sum in two fp16 (the rest in the upper one), which `main`
+// multiplies by z on the tensor cores; for one group over all of K as int32 or float.
 #pragma once
 #include "../include/qe_edge/args.h"
 #include "prim.cuh"
@@ -7,6 +15,7 @@
 namespace qe {
 
 constexpr int kMaxExperts = 16;
+constexpr int kSumTokens = 16;                  // tokens of `sums` in decode
 constexpr int kPrepareSlots = kMaxExperts + 1;  // the scores, then the maximum
 
 // Eight activations, and the same after the channel scale: a product of two 16-bit floats, exact in float32.
@@ -68,11 +77,55 @@ QE_DEV int choose_expert(const float* score, int experts) {
   return finite ? best : 0;
 }
 
+// The unit of a token's 16-bit activations, 2^exponent, and its inverse: both normal for every maximum, infinite
+// ones and zero included.
+QE_DEV void token_unit(float largest, float& unit, float& inverse) {
+  uint32_t exponent = (static_cast<uint32_t>(float_to_int_bits(largest)) >> 23) & 255u;
+  exponent = exponent < 8u ? 8u : exponent;
+  unit = int_bits_to_float(static_cast<int>((exponent - 7u) << 23));
+  inverse = int_bits_to_float(static_cast<int>((261u - exponent) << 23));
+}
+
+// Eight values from row k on, as the words of main_decode's lanes: a lane (of four) has its words of a chunk together.
+template <int Words>
+QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (&words)[Words]) {
+  constexpr int kBytes = Words * 4, kRowBytes = kBytes / 8;  // of the eight, of one
+  uint8_t* chunk = static_cast<uint8_t*>(p.act) + (static_cast<size_t>(token) * p.Kp + k / 128 * 128) * kRowBytes;
+  const int at = k % 128 * kRowBytes;  // in bytes; every 16 belong to four lanes
+  if (!p.decode_order) {
+    if constexpr (Words == 2) {
+      store8(chunk + at, {{words[0], words[1]}});
+    } else {
+      store16(chunk + at, {{words[0], words[1], words[2], words[3]}});
+    }
+    return;
+  }
+  QE_UNROLL
+  for (int i = 0; i < Words; ++i) store4(chunk + (at / 4 % 4 + i) * (32 * kRowBytes) + at / 16 * 4, words[i]);
+}
+
+// Writes one sum: a sum over all of K to [token], others to [group][token] for main_decode, and the last token's stand
+// for the tokens that are not there, because lanes read them.
+QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
+  uint32_t word = static_cast<uint32_t>(float_to_int_bits(sum));
+  if (p.act_max) {
+    word = static_cast<uint32_t>(round_to_int(sum));
+  } else if (p.sum_rows) {
+    const float share = -0.25f * sum;  // all four lanes of a token multiply it
+    const f16_t most = from_float<f16_t>(share);
+    word = most.bits | static_cast<uint32_t>(from_float<f16_t>(share - to_float(most)).bits) << 16;
+  }
+  uint32_t* to = static_cast<uint32_t*>(p.sums);
+  to += static_cast<size_t>(group) * kSumTokens;
+  const int last = p.sum_rows && token == p.M - 1 ? kSumTokens : token + 1;
+  for (int m = token; m < last; ++m) store4(to + m, word);
+}
+
 template <class T>
 QE_DEV void prepare(const PrepareArgs& p) {
   QE_DYNAMIC_SHARED(shared);
   float* slots = reinterpret_cast<float*>(shared);
-  const int token = block_x(), stride = block_threads() * 8;
+  const int token = block_x(), stride = block_threads() * 8, lane = thread_id() & 31, warp = thread_id() >> 5;
   const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
   const T* router = static_cast<const T*>(p.router);
   float raw[8], scaled[8];
@@ -97,29 +150,61 @@ QE_DEV void prepare(const PrepareArgs& p) {
   }
   reduce_block(score, largest, slots);
   if (thread_id() == 0 && p.expert) p.expert[token] = choose_expert(slots, p.E);
-  if (!p.act) return;
 
-  const float scale = p.act_max ? divide_rn(max_f(slots[kMaxExperts], 1e-5f), static_cast<float>(p.act_max)) : 1.f;
-  if (thread_id() == 0 && p.act_max) p.token_scale[token] = scale;
-  for (int k = thread_id() * 8; k < p.Kp; k += stride) {
-    load_scaled<T>(p, row, k, raw, scaled);
-    const size_t at = static_cast<size_t>(token) * p.Kp + k;
-    if (p.act_max) {
-      u32x2 packed{};
-      QE_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        int q = round_to_int(divide_rn(scaled[i], scale));
-        q = q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q;
-        packed.v[i / 4] |= (static_cast<uint32_t>(q) & 0xFFu) << (8 * (i & 3));
-      }
-      store8(static_cast<int8_t*>(p.act) + at, packed);
-    } else {
-      u32x4 packed{};
-      QE_UNROLL
-      for (int i = 0; i < 8; ++i) packed.v[i / 2] |= static_cast<uint32_t>(from_float<T>(scaled[i]).bits) << (16 * (i & 1));
-      store16(static_cast<T*>(p.act) + at, packed);
-    }
+  float scale, inverse = 1.f;
+  if (p.act_max) {
+    scale = divide_rn(max_f(slots[kMaxExperts], 1e-5f), static_cast<float>(p.act_max));
+  } else {
+    token_unit(slots[kMaxExperts], scale, inverse);
   }
+  if (thread_id() == 0) p.token_scale[token] = scale;
+  float total = 0.f;
+  for (int k = thread_id() * 8; k - lane * 8 < p.Kp; k += stride) {  // a warp stays together for the sums
+    float sum = 0.f;
+    if (k < p.Kp) {
+      load_scaled<T>(p, row, k, raw, scaled);
+      if (p.act_max) {
+        uint32_t packed[2] = {0u, 0u};
+        QE_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          int q = round_to_int(divide_rn(scaled[i], scale));
+          q = q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q;
+          packed[i / 4] |= (static_cast<uint32_t>(q) & 0xFFu) << (8 * (i & 3));
+          sum += static_cast<float>(q);
+        }
+        store_words(p, token, k, packed);
+      } else {
+        const float share = k & 8 ? 0.0625f : 1.f;
+        uint32_t packed[4];
+        QE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float lo = to_float(from_float<T>(scaled[2 * i])) * inverse;
+          const float hi = to_float(from_float<T>(scaled[2 * i + 1])) * inverse;
+          packed[i] = pack2<f16_t>(lo * share, hi * share);
+          sum += lo;
+          sum += hi;
+        }
+        store_words(p, token, k, packed);
+      }
+    }
+    if (p.sums && p.sum_rows) {
+      QE_UNROLL
+      for (int step = 1; step < 8; step <<= 1) sum += shuffle_xor(sum, step);
+      const float neighbour = shuffle_xor(sum, 8);
+      if (p.sum_rows == 128) sum += neighbour;
+      if (k < p.Kp && k % p.sum_rows == 0) store_sum(p, token, k / p.sum_rows, sum);
+    }
+    total += sum;
+  }
+  if (!p.sums || p.sum_rows) return;
+  QE_UNROLL
+  for (int step = 16; step > 0; step >>= 1) total += shuffle_xor(total, step);
+  if (lane == 0) slots[(1 + warp) * kPrepareSlots] = total;
+  block_sync();
+  if (thread_id() != 0) return;
+  total = slots[kPrepareSlots];
+  for (int w = 1; w < block_threads() >> 5; ++w) total += slots[(1 + w) * kPrepareSlots];
+  store_sum(p, token, 0, total);
 }
 
 }  // namespace qe

@@ -8,8 +8,8 @@
 #define QE_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define QE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define QE_UNROLL _Pragma("unroll")
-#define QE_UNROLL_BY_2 _Pragma("unroll 2")
-#define QE_NO_UNROLL _Pragma("unroll 1")
+#define QE_PRAGMA(text) _Pragma(#text)
+#define QE_UNROLL_BY(count) QE_PRAGMA(unroll count)
 
 namespace qe {
 
@@ -56,18 +56,14 @@ QE_DEV uint32_t pack2<bf16_t>(float lo, float hi) {
   return r;
 }
 
-template <class T>
-QE_DEV uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
-template <>
-QE_DEV uint32_t fma2<f16_t>(uint32_t a, uint32_t b, uint32_t c) {
+QE_DEV uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   uint32_t r;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
-template <>
-QE_DEV uint32_t fma2<bf16_t>(uint32_t a, uint32_t b, uint32_t c) {
+QE_DEV uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   uint32_t r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 
@@ -78,7 +74,14 @@ QE_DEV uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) {
   return r;
 }
 
+// Byte i of the selector's nibbles; 4 and above give zero.
+template <uint32_t Selector>
+QE_DEV uint32_t pick_bytes(uint32_t word) {
+  return __byte_perm(word, 0u, Selector);
+}
+QE_DEV uint32_t rotate_right(uint32_t v, uint32_t by) { return __funnelshift_r(v, v, by); }
 QE_DEV float int_bits_to_float(int v) { return __int_as_float(v); }
+QE_DEV int float_to_int_bits(float v) { return __float_as_int(v); }
 QE_DEV float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
 QE_DEV int round_to_int(float v) { return __float2int_rn(v); }
 QE_DEV float abs_f(float v) { return fabsf(v); }
@@ -147,6 +150,13 @@ QE_DEV void mma_16<bf16_t>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a[16 x 8] * b[8 x 8], fp16 operands, float sums.
+QE_DEV void mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
 }
 
 QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }

@@ -6,66 +6,84 @@ namespace qe {
 
 constexpr int kChunk = 128;           // rows of K in one packed weight tile
 constexpr int kTileBytes = 512;       // 128 rows x 8 columns of 4-bit weights
+constexpr int kBlockColumns = 32;     // columns whose weights, scales and zero points are together
+constexpr int kBlockBytes = 4 * kTileBytes;
 constexpr int kInt8 = 0, k16Bit = 1;  // activation modes of `main`
 
 // int32 sums of one group are read as floats: 1.5 * 2^23 as the start value makes the bit pattern of the sum that of
-// the float 12582912 + sum, exact while |sum| < 2^22 (16*8 * 128 * 128 rows = 2^21). It saves a quarter-rate I2F.
+// the float 12582912 + sum, exact while |sum| < 2^22 (16*8 or 8*15 times 128 times 128 rows = 2^21). It saves a
+// quarter-rate I2F.
 constexpr int kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;
 
-// Symmetric weights, four at a time, as 16 * q: masking only, because 1/16 is in the column scale.
-QE_DEV uint32_t low_times_16(uint32_t w) { return (w << 4) & 0xF0F0F0F0u; }
-QE_DEV uint32_t high_times_16(uint32_t w) { return w & 0xF0F0F0F0u; }
-
-// Asymmetric weights as q - zero. Nibbles hold q + 8, `zero` holds zero + 8 in every byte; the set top bits keep the
-// subtraction from borrowing across bytes, and flipping them back gives two's complement.
-QE_DEV uint32_t minus_zero(uint32_t nibbles, uint32_t zero) {
-  return (and_or(nibbles, 0x0F0F0F0Fu, 0x80808080u) - zero) ^ 0x80808080u;
-}
-
+// int8 activations. Symmetric weights become 16 * q: masking only. Weights with zero points are codes without sign, and
+// their words are stored turned left by 3 bits, so that 8 * code (at most 120) is masking only as well. The sixteenth
+// or eighth is in the column scale.
 template <bool Zeros>
-QE_DEV uint32_t unpack_low(uint32_t w, uint32_t zero) {
-  return Zeros ? minus_zero(w, zero) : low_times_16(w);
+QE_DEV uint32_t low_codes(uint32_t w) {
+  return Zeros ? w & 0x78787878u : (w << 4) & 0xF0F0F0F0u;
 }
 template <bool Zeros>
-QE_DEV uint32_t unpack_high(uint32_t w, uint32_t zero) {
-  return Zeros ? minus_zero(w >> 4, zero) : high_times_16(w);
+QE_DEV uint32_t high_codes(uint32_t w) {
+  return Zeros ? rotate_right(w, 4) & 0x78787878u : w & 0xF0F0F0F0u;
 }
 
-// 16-bit activations: eight nibbles of one word become the four registers of two k16 steps, exactly q - zero.
-// The nibble is planted in the mantissa of 1024 (fp16) or 128 (bf16), then the offset is taken away.
-template <class T>
-struct Unpack16;
+// 8 * (code - zero), four at a time: the set top bits keep the subtraction from borrowing across bytes, and flipping
+// them back gives two's complement.
+QE_DEV uint32_t minus_zero(uint32_t word, uint32_t zero) {
+  return (and_or(word, 0x78787878u, 0x80808080u) - zero) ^ 0x80808080u;
+}
+template <bool High>
+QE_DEV uint32_t centred_codes(uint32_t w, uint32_t zero) {
+  return minus_zero(High ? rotate_right(w, 4) : w, zero);
+}
 
-template <>
-struct Unpack16<f16_t> {
-  uint32_t offset_low, offset_high;
-  QE_DEV explicit Unpack16(uint32_t zero_plus_8) {
-    offset_low = 0xE400E400u + zero_plus_8 * 0x00010001u;   // -(1024 + zero + 8)
-    offset_high = 0xD400D400u + zero_plus_8 * 0x00100010u;  // -(64 + zero + 8), for nibbles that stand 4 bits higher
-  }
-  QE_DEV void operator()(uint32_t w, uint32_t (&r)[4]) const {
-    constexpr uint32_t kOne = 0x3C003C00u, kSixteenth = 0x2C002C00u, kBase = 0x64006400u;
-    const uint32_t upper = w >> 8;
-    r[0] = fma2<f16_t>(and_or(w, 0x000F000Fu, kBase), kOne, offset_low);
-    r[1] = fma2<f16_t>(and_or(w, 0x00F000F0u, kBase), kSixteenth, offset_high);
-    r[2] = fma2<f16_t>(and_or(upper, 0x000F000Fu, kBase), kOne, offset_low);
-    r[3] = fma2<f16_t>(and_or(upper, 0x00F000F0u, kBase), kSixteenth, offset_high);
+// 16-bit activations: four codes of one word become the two registers of a k16 step by masking only, and the four that
+// stand 8 bits higher those of the next step. A code in the
+// low bits of an fp16 is the subnormal code * 2^-24; four bits higher it is 16 times that, which `prepare` makes up for
+// in x. Tensor cores multiply subnormal fp16 numbers exactly (PTX ISA, mma, "subnormal numbers are supported"; Fasi,
+// Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021); the self-test would notice
+// one that does not. 2^24 is in the column scale.
+QE_DEV void unpack_16(uint32_t w, uint32_t (&r)[2]) {
+  r[0] = w & 0x000F000Fu;
+  r[1] = w & 0x00F000F0u;
+}
+constexpr float kCodeUnit = 1.f / 16777216.f;
+
+// The zero points of four columns that are 8 apart, byte by byte.
+template <int Column>
+QE_DEV int zero_of(uint32_t zeros) {
+  return static_cast<int>(pick_bytes<0x4440 + Column>(zeros));
+}
+// One of them as a pair of fp16 subnormals, the unit of `unpack_16`.
+template <int Column>
+QE_DEV uint32_t zero_pair(uint32_t zeros) {
+  return pick_bytes<0x4040 + 0x101 * Column>(zeros);
+}
+// One of them in every byte.
+template <int Column>
+QE_DEV uint32_t zero_bytes(uint32_t zeros) {
+  return pick_bytes<0x1111 * Column>(zeros);
+}
+
+// Zero point and scale of one column, in pairs, for weights that become numbers of their own (prefill). Scales are so
+// large (prepack/pack.py) that the product of a subnormal difference and a scale is a normal fp16, rounded once.
+struct GroupPairs {
+  uint32_t zero, zero_times_16, scale;
+  QE_DEV void dequantize(uint32_t (&r)[2]) const {
+    r[0] = mul_f16x2(sub_f16x2(r[0], zero), scale);
+    r[1] = mul_f16x2(sub_f16x2(r[1], zero_times_16), scale);
   }
 };
-
-template <>
-struct Unpack16<bf16_t> {
-  uint32_t offset;
-  QE_DEV explicit Unpack16(uint32_t zero_plus_8) {
-    offset = 0xC300C300u + zero_plus_8 * 0x00010001u;  // -(128 + zero + 8)
-  }
-  QE_DEV void operator()(uint32_t w, uint32_t (&r)[4]) const {
-    constexpr uint32_t kOne = 0x3F803F80u, kBase = 0x43004300u;
-    QE_UNROLL
-    for (int i = 0; i < 4; ++i) r[i] = fma2<bf16_t>(and_or(w >> (4 * i), 0x000F000Fu, kBase), kOne, offset);
-  }
-};
+template <int Column>
+QE_DEV GroupPairs pairs_of(const u32x2& scales, uint32_t zeros) {
+  return {zero_pair<Column>(zeros), zero_pair<Column>(zeros << 4),
+          pick_bytes<Column % 2 ? 0x3232 : 0x1010>(scales.v[Column / 2])};
+}
+QE_DEV void group_pairs(const u32x2& scales, uint32_t zeros, GroupPairs (&pairs)[4]) {
+  pairs[0] = pairs_of<0>(scales, zeros), pairs[1] = pairs_of<1>(scales, zeros);
+  pairs[2] = pairs_of<2>(scales, zeros), pairs[3] = pairs_of<3>(scales, zeros);
+}
 
 // Two int8 values (bytes 2*half and 2*half + 1) as two 16-bit floats. Planting the byte in the mantissa of 2^23 is
 // full rate, unlike a conversion.

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK = 128  # rows of K in one weight tile
-COLUMN_PAD = 32
+BLOCK = 32  # columns whose weights, scales and zero points lie together; N is padded to it
+TURN = 3  # bits by which words of codes with zero points are turned left, for int8 activations
 LANES = 32
 
 _LANE = np.arange(LANES)
@@ -49,24 +50,47 @@ def _nibble_rows(sixteen_bit: bool) -> NDArray[np.int64]:
     return rows
 
 
+def turn_words(packed: NDArray[np.uint8], left: int) -> NDArray[np.uint8]:
+    """Every 32-bit word rotated left by this many bits."""
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    left %= 32
+    turned = words if left == 0 else (words << np.uint32(left)) | (words >> np.uint32(32 - left))
+    return np.ascontiguousarray(turned).view(np.uint8)
+
+
 def pack_weight(nibbles: NDArray[np.uint8], sixteen_bit: bool) -> NDArray[np.uint8]:
-    """Pack ``[Kp, Np]`` nibbles (0 to 15) to bytes ``[Kp/128, Np/8, 32 lanes, 16]``."""
+    """Pack ``[Kp, Np]`` nibbles (0 to 15) to bytes ``[Np/32, Kp/128, 4 tiles, 32 lanes, 16]``."""
     kp, np_ = nibbles.shape
-    tiles = nibbles.reshape(kp // CHUNK, CHUNK, np_ // 8, 8).transpose(0, 2, 1, 3)
+    tiles = nibbles.reshape(kp // CHUNK, CHUNK, np_ // BLOCK, 4, 8).transpose(2, 0, 3, 1, 4)
     rows = _nibble_rows(sixteen_bit).reshape(LANES, 32)
-    lanes = tiles[:, :, rows, _GROUP[:, None]]  # [chunk, tile, lane, nibble]
+    lanes = tiles[:, :, :, rows, _GROUP[:, None]]  # [block, chunk, tile, lane, nibble]
     return np.ascontiguousarray(lanes[..., 0::2] | (lanes[..., 1::2] << 4)).astype(np.uint8)
 
 
 def unpack_weight(packed: NDArray[np.uint8], sixteen_bit: bool) -> NDArray[np.uint8]:
     """Inverse of `pack_weight`."""
-    chunks, columns = packed.shape[:2]
-    lanes = np.empty((chunks, columns, LANES, 32), np.uint8)
+    blocks, chunks = packed.shape[:2]
+    lanes = np.empty((blocks, chunks, 4, LANES, 32), np.uint8)
     lanes[..., 0::2], lanes[..., 1::2] = packed & 15, packed >> 4
-    tiles = np.empty((chunks, columns, CHUNK, 8), np.uint8)
+    tiles = np.empty((blocks, chunks, 4, CHUNK, 8), np.uint8)
     rows = _nibble_rows(sixteen_bit).reshape(LANES, 32)
-    tiles[:, :, rows, _GROUP[:, None]] = lanes
-    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(chunks * CHUNK, columns * 8)
+    tiles[:, :, :, rows, _GROUP[:, None]] = lanes
+    return np.ascontiguousarray(tiles.transpose(1, 3, 0, 2, 4)).reshape(chunks * CHUNK, blocks * BLOCK)
+
+
+def pack_groups(values: NDArray[Any]) -> NDArray[Any]:
+    """Pack ``[groups, Np]`` scales or zero points to ``[Np/32, groups, 8, 4]``: columns 8 apart side by side.
+
+    A lane of the decode kernel reads its four columns at once, a lane of the GEMM the eight of its accumulators.
+    """
+    groups, np_ = values.shape
+    return np.ascontiguousarray(values.reshape(groups, np_ // BLOCK, 4, 8).transpose(1, 0, 3, 2))
+
+
+def unpack_groups(packed: NDArray[Any]) -> NDArray[Any]:
+    """Inverse of `pack_groups`."""
+    blocks, groups = packed.shape[:2]
+    return np.ascontiguousarray(packed.transpose(1, 0, 3, 2)).reshape(groups, blocks * BLOCK)
 
 
 def _down_index() -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -18,7 +18,7 @@ from .neutral import without_neutral
 from .pack import PackedLinear, pack
 
 DOMAIN, OP = "qe_edge", "QELinear"
-LAYOUT_VERSION = 1  # the plugin refuses another one; tensorrt/fields.h has the same number
+LAYOUT_VERSION = 2  # the plugin refuses another one; tensorrt/fields.h has the same number
 
 INPUTS = ("x", "qweight", "scales", "zeros", "inv_omega", "down", "up", "down_scale", "up_scale", "router", "bias")
 _DTYPES: dict[int, Dtype] = {TensorProto.FLOAT16: "f16", TensorProto.BFLOAT16: "bf16"}
@@ -123,9 +123,9 @@ def _present(packed: PackedLinear) -> list[str]:
 
 
 def _tensor(name: str, role: str, packed: PackedLinear) -> TensorProto:
-    """Bytes become INT8 (the parser widens UINT8 to INT32), 16-bit patterns the model's own type."""
+    """Bytes become INT8 (the parser widens UINT8 to INT32), 16-bit patterns the model's own type, scales float16."""
     array: NDArray[Any] = getattr(packed, role)
-    half = TensorProto.FLOAT16 if packed.dtype == "f16" else TensorProto.BFLOAT16
+    half = TensorProto.FLOAT16 if packed.dtype == "f16" or role == "scales" else TensorProto.BFLOAT16
     kinds = {np.dtype(np.uint8): TensorProto.INT8, np.dtype(np.int8): TensorProto.INT8,
              np.dtype(np.uint16): half, np.dtype(np.float32): TensorProto.FLOAT}  # fmt: skip
     shape = (array.shape[0], array.size // array.shape[0])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .floats import Dtype, to_bits
-from .layout import CHUNK, COLUMN_PAD, pack_down, pack_up, pack_weight, pad_to, round_up
+from .layout import BLOCK, CHUNK, TURN, pack_down, pack_groups, pack_up, pack_weight, pad_to, round_up, turn_words
 from .linear import CanonicalLinear
 
 
@@ -18,10 +18,10 @@ class PackedLinear:
     """What one layer passes to the kernels besides x. Tensors that the layer does not need are None.
 
     Attributes:
-        weight: uint8 ``[Kp/128, Np/8, 32, 16]``.
+        weight: uint8 ``[Np/32, Kp/128, 4, 32, 16]``.
         columns: float32 ``[3, Np]``: factor of the quantized sum, factor of the output, bias.
-        scales: 16-bit patterns ``[Kp/g, Np]``, only with groups.
-        zeros: uint8 ``[Kp/g or 1, Np]``: the zero point plus 8.
+        scales: float16 patterns ``[Np/32, Kp/g, 8, 4]``, only with groups: in units of a power of two of their column.
+        zeros: uint8 ``[Np/32, Kp/g or 1, 8, 4]``: the zero point plus 8; times 8 for int8 activations.
     """
 
     dtype: Dtype
@@ -40,20 +40,21 @@ def pack(linear: CanonicalLinear, dtype: Dtype) -> PackedLinear:
     """Lay one layer out for the kernels. Raises PackError when the tensors do not fit together."""
     linear.check()
     k, n = linear.in_features, linear.out_features
-    kp, np_ = round_up(k, CHUNK), round_up(n, COLUMN_PAD)
+    kp, np_ = round_up(k, CHUNK), round_up(n, BLOCK)
     sixteen_bit = linear.act_bits == 0
     offset_binary = sixteen_bit or linear.zeros is not None  # nibbles hold q + 8 and a zero point is subtracted
 
     q = linear.qweight.astype(np.int16)
     nibbles = pad_to(q + 8 if offset_binary else q & 15, (kp, np_), fill=8 if offset_binary else 0)
-    zeros = _zeros(linear, kp, np_) if offset_binary else None
+    weight = pack_weight(nibbles.astype(np.uint8), sixteen_bit)
+    units = _scale_units(linear)
     down, down_scale, up, up_scale = _adapters(linear, dtype, np_)
     return PackedLinear(
         dtype=dtype,
-        weight=pack_weight(nibbles.astype(np.uint8), sixteen_bit),
-        columns=_columns(linear, up_scale, np_, sixteenth=not offset_binary),
-        scales=None if linear.group_size < 0 else to_bits(pad_to(linear.scales, (kp // linear.group_size, np_)), dtype),
-        zeros=zeros,
+        weight=turn_words(weight, TURN) if offset_binary and not sixteen_bit else weight,
+        columns=_columns(linear, up_scale, units * _code_unit(sixteen_bit, offset_binary), np_),
+        scales=None if linear.group_size < 0 else _scales(linear, units, kp, np_),
+        zeros=_zeros(linear, kp, np_) if offset_binary else None,
         inv_omega=None if linear.inv_omega is None else to_bits(linear.inv_omega, dtype),
         down=down,
         down_scale=down_scale,
@@ -69,17 +70,42 @@ def _routed(linear: CanonicalLinear) -> bool:
 def _zeros(linear: CanonicalLinear, kp: int, np_: int) -> NDArray[np.uint8]:
     zeros = np.zeros(linear.scales.shape, np.int8) if linear.zeros is None else linear.zeros
     rows = 1 if linear.group_size < 0 else kp // linear.group_size
-    return pad_to(zeros.astype(np.int16) + 8, (rows, np_), fill=8).astype(np.uint8)
+    padded = pad_to(zeros.astype(np.int16) + 8, (rows, np_), fill=8) * (8 if linear.act_bits else 1)
+    return pack_groups(padded.astype(np.uint8))
+
+
+def _scale_units(linear: CanonicalLinear) -> NDArray[np.float64]:
+    """The power of two ``[N]`` by which group scales are divided so that the largest of a column is 2^14 to 2^15.
+
+    Then they are float16 numbers whatever the model's type, and the kernels multiply them with subnormal codes.
+    """
+    largest = np.abs(linear.scales.astype(np.float64)).max(axis=0)
+    if linear.group_size < 0:
+        return np.ones_like(largest)
+    _, exponent = np.frexp(largest)
+    return np.asarray(np.where(largest > 0, np.ldexp(1.0, exponent - 15), 1.0))
+
+
+def _scales(linear: CanonicalLinear, units: NDArray[np.float64], kp: int, np_: int) -> NDArray[np.uint16]:
+    scales = (linear.scales / units).astype(np.float32)
+    return pack_groups(to_bits(pad_to(scales, (kp // linear.group_size, np_)), "f16"))
+
+
+def _code_unit(sixteen_bit: bool, offset_binary: bool) -> float:
+    """What the kernels multiply for a code of 1 is 16 or 8 (int8 activations), or the smallest float16 number."""
+    if sixteen_bit:
+        return 2.0**24
+    return 1 / 8 if offset_binary else 1 / 16
 
 
 def _columns(
-    linear: CanonicalLinear, up_scale: NDArray[np.float64], np_: int, *, sixteenth: bool
+    linear: CanonicalLinear, up_scale: NDArray[np.float64], units: NDArray[np.float64], np_: int
 ) -> NDArray[np.float32]:
     """The sum is multiplied by row 0 before the low-rank part joins it, and both by row 1 after."""
     n = linear.out_features
     main = np.ones(n) if linear.group_size > 0 else linear.scales[0].astype(np.float64)
     columns = np.zeros((3, np_), np.float32)
-    columns[0, :n] = main / up_scale / (16 if sixteenth else 1)
+    columns[0, :n] = main / up_scale * units
     columns[1, :n] = up_scale
     columns[2, :n] = 0 if linear.bias is None else linear.bias
     return columns

@@ -9,7 +9,7 @@
 
 namespace qe {
 
-constexpr int kLayoutVersion = 1;  // of the prepacked tensors; prepack/ writes the same number
+constexpr int kLayoutVersion = 2;  // of the prepacked tensors; prepack/ writes the same number
 constexpr int kFieldCount = 11;
 
 // The attributes that describe the layer; QeProblem's dtype and M are known only when tensors are.

@@ -11,14 +11,14 @@ namespace {
 
 using nvinfer1::DataType;
 
-// Tactic i + 1 for TensorRT, which wants positive numbers; 0 lets the plan choose. The last one needs less shared
-// memory per row than 16-bit activations leave, so they get 96 rows there.
-constexpr QeTactic kTactics[] = {{64, 8}, {64, 4}, {32, 4}, {32, 8}, {96, 2}, {128, 8}};
+// Tactic i + 1 for TensorRT, which wants positive numbers; 0 lets the plan choose. 128 rows of 16-bit activations do not
+// fit the shared memory of every chip.
+constexpr QeTactic kTactics[] = {{64, 8}, {64, 4}, {64, 2}, {128, 8}};
 constexpr int kTacticCount = sizeof(kTactics) / sizeof(kTactics[0]);
 
 QeTactic TacticFor(int32_t number, const QeProblem& problem) {
   QeTactic tactic = number > 0 ? kTactics[number - 1] : QeTactic{};
-  if (problem.act_bits == 0) tactic.block_rows = std::min(tactic.block_rows, 96);
+  if (problem.act_bits == 0) tactic.block_rows = std::min(tactic.block_rows, 64);
   return tactic;
 }
 

@@ -22,7 +22,7 @@ Signature::Signature(const QeProblem& p) {
   add(Role::kX, half, 0);
   add(Role::kWeight, DataType::kINT8, kp * np / 2);
   add(Role::kColumns, DataType::kFLOAT, 3 * np);
-  if (p.group_size > 0) add(Role::kScales, half, scale_rows * np);
+  if (p.group_size > 0) add(Role::kScales, DataType::kHALF, scale_rows * np);
   if (zeros) add(Role::kZeros, DataType::kINT8, scale_rows * np);
   if (p.has_inv_omega) add(Role::kInvOmega, half, p.K);
   if (columns) {

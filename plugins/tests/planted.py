@@ -24,9 +24,10 @@ class Planted:
 INT8 = Mode("w4a8", experts=4)
 HALF = Mode("w4a16_g128", act_bits=0, group_size=128, zeros=True, experts=4)
 LONE = Mode("w4a8_shared", experts=0)
+ZEROS = Mode("w4a8_g128_asym", group_size=128, zeros=True, experts=0)
 
 PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
-DOWN, PREPARE = "kernels/lowrank_down.cuh", "kernels/prepare.cuh"
+DOWN, PREPARE, UNPACK = "kernels/lowrank_down.cuh", "kernels/prepare.cuh", "kernels/unpack.cuh"
 
 PLANTED = [
     Planted("missing barrier in the pipeline", PREFILL, "    block_sync();  // the stage", "    // the stage", 40, LONE),
@@ -45,29 +46,40 @@ PLANTED = [
     ),
     Planted("waits for one copy too few", PREFILL, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>", 40, LONE),
     Planted("registers of the B fragment swapped", PREFILL,
-            "mma_s8(acc[i][j], a[i][step], b[2 * step], b[2 * step + 1], acc", "mma_s8(acc[i][j], a[i][step], b[2 * step + 1], b[2 * step], acc", 17, LONE),
+            "mma_s8(acc[i][j], a[step], b[j][2 * step], b[j][2 * step + 1], acc", "mma_s8(acc[i][j], a[step], b[j][2 * step + 1], b[j][2 * step], acc", 17, LONE),
     Planted("high nibbles read as low ones", DECODE,
-            "a[3] = half ? unpack_high<Zeros>(v1, z8)", "a[3] = half ? unpack_low<Zeros>(v1, z8)", 3, LONE),
-    Planted("misaligned copy", PREFILL, "cp_async16(s + i * 16, p.weight +", "cp_async16(s + i * 16, p.weight + (i == 7 ? 8 : 0) +", 17, LONE),
+            "a[3] = half ? high_codes<Zeros>(v1)", "a[3] = half ? low_codes<Zeros>(v1)", 3, LONE),
+    Planted("misaligned copy", PREFILL, "weight + i * kTileBytes);", "weight + i * kTileBytes + (i == 1 ? 8 : 0));", 17, LONE),
     Planted("lost tail of M", PREFILL,
-            "const int m = m0 + row(j), last = m < p.M ? m : p.M - 1", "const int m = m0 + row(j), last = m", 17, LONE),
+            "const int last = m < p.M ? m : p.M - 1;\n    return", "const int last = m;\n    return", 17, LONE),
     Planted("lost tail of N", PREFILL, "        if (n >= p.N) continue;\n        const float* scale", "        const float* scale", 17, LONE),
     Planted("lost tail of K in the down-projection", DOWN, "if (k < p.K) x[t] = load16", "x[t] = load16", 3, LONE),
     Planted("stale expert", PREFILL, "expert[i][h] = p.expert[token[i][h]];", "expert[i][h] = p.expert[token[i][0]];", 40, INT8),
     Planted("largest score wins", PREPARE, "if (score[e] < score[best]) best = e;", "if (score[e] > score[best]) best = e;", 3, INT8),
     Planted("reads a swizzle that was not written", PREFILL,
-            "load_matrix(a[i][step], s + S::offset(wm + i * 16 + (lane & 15), step * 2 + (lane >> 4)));",
-            "load_matrix(a[i][step], s + (wm + i * 16 + (lane & 15)) * 128 + (step * 2 + (lane >> 4)) * 16);", 17, LONE),
+            "load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));",
+            "load_matrix(a[step], s + (row + (lane & 15)) * S::kRowBytes + (first + step * 2 + (lane >> 4)) * 16);", 17, LONE),
     Planted("writes tokens of another window", DOWN, "if (hit && at >= 0 && at < kDownTokens)", "if (hit && at < kDownTokens)", 150, INT8),
-    Planted("scale of the wrong group", PREFILL,
-            "(static_cast<size_t>(chunk) * p.groups_per_chunk + r) * p.Np", "(static_cast<size_t>(0) * p.groups_per_chunk + r) * p.Np", 17, HALF),
-    Planted("zero point added", "kernels/unpack.cuh", "offset_low = 0xE400E400u + zero", "offset_low = 0xE400E400u - zero", 3, HALF),
+    Planted("scale of the wrong group", PREFILL, "scales += S::kScales / 4;", "scales += 0;", 17, HALF),
+    Planted("zero point added", UNPACK, "sub_f16x2(r[0], zero)", "sub_f16x2(r[0], zero ^ 0x80008000u)", 17, HALF),
+    Planted("zero point's sum with the wrong sign", PREPARE, "-0.25f * sum", "0.25f * sum", 3, HALF),
+    Planted("int8 zero point added", DECODE, "kMagicBits - (Zeros", "kMagicBits + (Zeros", 3, ZEROS),
+    Planted("a borrow crosses bytes", UNPACK, "0x80808080u) - zero) ^", "0x80808000u) - zero) ^", 17, ZEROS),
+    Planted("no sums for absent tokens", PREPARE, "token == p.M - 1 ? kSumTokens", "token == p.M ? kSumTokens", 3, HALF),
+    Planted("x in the order of the other phase", PREPARE, "if (!p.decode_order) {", "if (p.decode_order) {", 3, LONE),
+    Planted("units too small for the largest x", PREPARE, "(261u - exponent)", "(277u - exponent)", 17, HALF),
+    Planted("the sixteenth is missing", PREPARE, "k & 8 ? 0.0625f : 1.f", "k & 8 ? 1.f : 1.f", 17, HALF),
     Planted("asm: halves of a pair swapped", "kernels/prim_ptx.cuh",
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));',
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(lo), "f"(hi));', 17, LONE, "ptx"),
     Planted("asm: waits for one copy too few", "kernels/prim_ptx.cuh", '"n"(Pending)', '"n"(Pending + 1)', 40, LONE, "ptx"),
     Planted("asm: registers of the B fragment swapped", "kernels/prim_ptx.cuh",
             '"r"(a[3]), "r"(b0), "r"(b1), "r"(c[0])', '"r"(a[3]), "r"(b1), "r"(b0), "r"(c[0])', 3, LONE, "ptx"),
-    Planted("asm: wrong truth table", "kernels/prim_ptx.cuh", "0xEA;", "0xE8;", 3, HALF, "ptx"),
+    Planted("asm: wrong truth table", "kernels/prim_ptx.cuh", "0xEA;", "0xE8;", 17, ZEROS, "ptx"),
+    Planted("asm: the difference the wrong way", "kernels/prim_ptx.cuh",
+            '"sub.rn.f16x2 %0, %1, %2;"', '"sub.rn.f16x2 %0, %2, %1;"', 17, HALF, "ptx"),
+    Planted("asm: rows of the short A fragment swapped", "kernels/prim_ptx.cuh",
+            '"r"(a0), "r"(a1), "r"(b)', '"r"(a1), "r"(a0), "r"(b)', 3, HALF, "ptx"),
+    Planted("asm: turned the other way", "kernels/prim_ptx.cuh", "__funnelshift_r(v", "__funnelshift_l(v", 3, ZEROS, "ptx"),
     Planted("asm: the barrier is empty", "kernels/prim_ptx.cuh", "__syncthreads();", "", 3, LONE, "ptx"),
 ]  # fmt: skip

@@ -26,7 +26,7 @@ def test_every_quantized_layer_is_a_plugin_node_of_the_engine(name: str) -> None
 
 def test_the_engines_say_which_plugin_they_need() -> None:
     plugin = read_json(ENGINES / "engine.json")["plugin"]
-    assert plugin["layout_version"] == 1
+    assert plugin["layout_version"] == 2
     assert len(plugin["sha256"]) == 64
 
 

@@ -13,6 +13,7 @@ Layout = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], t
 CUTE: dict[str, tuple[Layout, Layout]] = {
     "s8": ((((4, 8), (4, 2, 2)), ((64, 1), (16, 8, 256))), (((4, 8), (4, 2)), ((32, 1), (8, 128)))),
     "f16": ((((4, 8), (2, 2, 2)), ((32, 1), (16, 8, 128))), (((4, 8), (2, 2)), ((16, 1), (8, 64)))),
+    "f16 k8": ((((4, 8), (2, 2)), ((32, 1), (16, 8))), (((4, 8), (2,)), ((16, 1), (8,)))),
 }
 ACCUMULATOR: Layout = (((4, 8), (2, 2)), ((32, 1), (16, 8)))
 
@@ -28,19 +29,23 @@ def index(layout: Layout, lane: int, value: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("kind", ["s8", "f16"])
-def test_mma_follows_the_documented_fragments(kind: str) -> None:
+@pytest.mark.parametrize("shape", CUTE)
+def test_mma_follows_the_documented_fragments(shape: str) -> None:
     rng = np.random.default_rng(0)
-    per_register, depth = (4, 32) if kind == "s8" else (2, 16)
+    kind = shape.split(maxsplit=1)[0]
+    per_register, depth = {"s8": (4, 32), "f16": (2, 16), "f16 k8": (2, 8)}[shape]
+    registers = depth // per_register // 4  # of the B fragment; the A fragment has twice as many
     element = np.int8 if kind == "s8" else np.float16
     a = rng.integers(-9, 10, (16, depth)).astype(element)
     b = rng.integers(-9, 10, (depth, 8)).astype(element)
-    a_layout, b_layout = CUTE[kind]
+    a_layout, b_layout = CUTE[shape]
     a_values = np.array(
-        [[a.flatten("F")[index(a_layout, lane, v)] for v in range(4 * per_register)] for lane in range(32)], element
+        [[a.flatten("F")[index(a_layout, lane, v)] for v in range(2 * registers * per_register)] for lane in range(32)],
+        element,
     )
     b_values = np.array(  # CuTe's B is [n, k]
-        [[b.T.flatten("F")[index(b_layout, lane, v)] for v in range(2 * per_register)] for lane in range(32)], element
+        [[b.T.flatten("F")[index(b_layout, lane, v)] for v in range(registers * per_register)] for lane in range(32)],
+        element,
     )
     a_words = list(np.ascontiguousarray(a_values).view(np.uint32).T.copy())
     b_words = list(np.ascontiguousarray(b_values).view(np.uint32).T.copy())

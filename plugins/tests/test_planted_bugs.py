@@ -15,7 +15,7 @@ from emulator.source import SourceMachine
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import shape_for
-from tests.planted import HALF, INT8, LONE, PLANTED, Planted
+from tests.planted import HALF, INT8, LONE, PLANTED, ZEROS, Planted
 
 SEEDS = (1, 2, 3)
 
@@ -46,7 +46,9 @@ def machine_of(root: Path, rung: str) -> Machine:
 
 
 @pytest.mark.parametrize("rung", ["source", "ptx"])
-@pytest.mark.parametrize(("mode", "tokens"), [(LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17)])
+@pytest.mark.parametrize(
+    ("mode", "tokens"), [(LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17), (ZEROS, 3), (ZEROS, 17)]
+)
 def test_clean_code_passes(mode: Mode, tokens: int, rung: str, planner: Planner) -> None:
     """Without this, a test that always complains would look like one that catches everything."""
     assert symptoms(machine_of(ROOT, rung), planner, mode, tokens) == []

@@ -37,7 +37,7 @@ def test_largest_tile(planner: Planner, ptx_machine: PtxMachine) -> None:
 
 def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine) -> None:
     names = ptx_machine.file.names
-    assert len(names) == len(set(names)) == 62
+    assert len(names) == len(set(names)) == 68
 
 
 def test_the_combinations_launch_every_kernel(planner: Planner, ptx_machine: PtxMachine) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from emulator.plan import Buffers, Planner, Tactic
 from emulator.session import problem_of, run_linear
 from emulator.source import SourceMachine
+from prepack.floats import Dtype, rounded
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for
@@ -55,10 +56,11 @@ def test_the_combinations_schedule_every_kernel_often_enough(planner: Planner) -
     assert min(cases.values()) * len(FEW_SEEDS) >= len(SEEDS)
 
 
-@pytest.mark.parametrize("rows", [32, 64, 96, 128])
-def test_every_prefill_tactic(rows: int, planner: Planner, source_machine: SourceMachine) -> None:
-    mode = MODES[0]
-    layer, x = random_layer(mode, 520, 136), random_tokens(mode, 130, 520)
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("mode", [MODES[0], MODES[4], MODES[6]], ids=lambda mode: mode.name)
+def test_every_prefill_tactic(mode: Mode, rows: int, planner: Planner, source_machine: SourceMachine) -> None:
+    k = 520 if mode.group_size < 0 else 640
+    layer, x = random_layer(mode, k, 136), random_tokens(mode, 130, k)
     outcome = run_linear(source_machine, planner, layer, x, "f16", tactic=Tactic(block_rows=rows))
     assert outcome.errors == []
     assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
@@ -71,6 +73,24 @@ def test_every_decode_tactic(warps: int, planner: Planner, source_machine: Sourc
     outcome = run_linear(source_machine, planner, layer, x, "f16", tactic=Tactic(decode_warps=warps))
     assert outcome.errors == []
     assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
+
+
+@pytest.mark.parametrize("tokens", [5, 17])
+@pytest.mark.parametrize("group_size", [-1, 64, 128])
+@pytest.mark.parametrize(("dtype", "size"), [("f16", 1e-4), ("f16", 20.0), ("bf16", 1e-30), ("bf16", 1e30)])
+def test_no_size_of_x_is_lost(
+    dtype: Dtype, size: float, group_size: int, tokens: int, planner: Planner, source_machine: SourceMachine
+) -> None:
+    """16-bit activations travel in units of their token; a mean that is not zero makes the zero points' share large."""
+    mode = Mode(
+        "w4a16", act_bits=0, group_size=group_size, zeros=True, dtype=dtype, experts=0, rank_shared=0, bias=False,
+        inv_omega=False,
+    )  # fmt: skip
+    layer = random_layer(mode, 640, 40)
+    x = rounded(np.abs(np.random.default_rng(1).standard_normal((tokens, 640))) * size, dtype)
+    outcome = run_linear(source_machine, planner, layer, x, dtype)
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, dtype)) <= LIMIT[dtype]
 
 
 @pytest.mark.parametrize("tokens", [3, 40])

@@ -151,5 +151,5 @@ def kernel_variant(scheme: Scheme) -> str:
     """The plugin's kernel for a scheme, for example "s8_g128z"; `Variant` in plugins/host/plan.cpp."""
     group, zeros = scheme.weight.group_size, "" if scheme.weight.symmetric else "z"
     if not scheme.activation_bits:
-        return "h_gz" if group > 0 else "h_cz"
+        return f"h_g{128 if group >= 128 else 64}z" if group > 0 else "h_cz"
     return f"s8_g{group}{zeros}" if group > 0 else f"s8_c{zeros}"

@@ -145,9 +145,9 @@ def test_layers_become_nodes_of_the_plugin(exported: Exported, graph: str) -> No
     for node in packed:
         assert node.inputs[1].dtype == ir.DataType.INT8  # the parser would widen UINT8 to INT32
         assert {node.inputs[0].dtype, node.outputs[0].dtype} == {ir.DataType.FLOAT16}
-        assert node.attributes["layout_version"].as_int() == 1
+        assert node.attributes["layout_version"].as_int() == 2
         rows, columns = (node.attributes[key].as_int() for key in ("in_features", "out_features"))
-        assert node.inputs[1].shape.numpy() == (-(-rows // 128), -(-columns // 32) * 32 * 128 // 2)
+        assert node.inputs[1].shape.numpy() == (-(-columns // 32), -(-rows // 128) * 32 * 128 // 2)
     left = {name for name in model.graph.initializers if name.endswith((".qweight", ".down", ".up"))}
     assert {name for name in left if ".packed." not in name} == set()
 

@@ -95,7 +95,7 @@ def info(plugin: PluginBuild | None) -> EngineInfo:
 
 
 def test_engines_with_the_plugin_load_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry, needed = Registry(), PluginBuild(sha256="0" * 64, layout_version=1)
+    registry, needed = Registry(), PluginBuild(sha256="0" * 64, layout_version=2)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(registry))  # type: ignore[arg-type]
     monkeypatch.setattr(tensorrt_session, "Driver", Driver)
     with pytest.raises(TargetError, match="There is no plugin library"):

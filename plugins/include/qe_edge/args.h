@@ -12,11 +12,14 @@ struct PrepareArgs {
   const void* x;          // T [M, K]
   const void* inv_omega;  // T [K] or null: multiplies x in the quantized branch only
   const void* router;     // T [E, K] or null: transposed from the canonical [K, E] by prepack
-  void* act;              // int8 or T [M, Kp] or null: the operand of `main`
-  float* token_scale;     // [M], int8 modes only
+  void* act;              // int8 or fp16 [M, Kp]: the operand of `main`
+  float* token_scale;     // [M]: what one unit of `act` stands for
+  void* sums;             // sums of `act` over groups of rows, for zero points, or null; see prepare.cuh
   int32_t* expert;        // [M] or null
   int32_t M, K, Kp, E;
   int32_t act_max;        // 127 or 31; 0 keeps the activations in 16 bits
+  int32_t decode_order;   // rows of a chunk in the order of main_decode's lanes instead of their own
+  int32_t sum_rows;       // rows of one sum: 64, 128, or 0 for all of K
 };
 
 struct DownArgs {
@@ -31,11 +34,12 @@ struct DownArgs {
 };
 
 struct MainArgs {
-  const void* act;           // int8 or T [M, act_stride]
-  const float* token_scale;  // [M], int8 modes only
-  const uint8_t* weight;     // [Kp/128, Np/8, 32 lanes, 16 bytes]
-  const void* scales;        // T [Kp/g, Np]; null when the scale is per output channel
-  const uint8_t* zeros;      // [Kp/g or 1, Np], the zero point plus 8
+  const void* act;           // int8 or fp16 [M, Kp]
+  const float* token_scale;  // [M]
+  const void* sums;          // of `act` over groups of rows, see prepare.cuh
+  const uint8_t* weight;     // [Np/32, Kp/128, 4, 32 lanes, 16 bytes]
+  const void* scales;        // fp16 [Np/32, Kp/g, 32], in the order of prepack/layout.py, or null (one per column)
+  const uint8_t* zeros;      // [Np/32, Kp/g or 1, 32] in that order: zero point plus 8, times 8 for int8 activations
   const float* columns;      // [3, Np]: main scale, output scale, bias
   const float* partial;      // decode: [splits, M, rank]
   const void* h;             // prefill: T [M, rank]
@@ -43,8 +47,7 @@ struct MainArgs {
   const int32_t* expert;     // [M]
   const int32_t* order;      // prefill: [M] or null for the identity
   void* y;                   // T [M, N]
-  int32_t M, N, Np, Kp, act_stride;
-  int32_t groups_per_chunk;  // scale rows in 128 rows of weights: 0 (per channel), 1 or 2
+  int32_t M, N, Np, Kp;
   int32_t E, shared_tiles, routed_tiles, splits;
   int32_t up_is_int8;
 };

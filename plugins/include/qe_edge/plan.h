@@ -22,7 +22,7 @@ struct QeProblem {
 
 // What TensorRT may time against each other. Zero means: choose for me.
 struct QeTactic {
-  int32_t block_rows;    // prefill: rows of the GEMM tile, 32, 64, 96 or 128
+  int32_t block_rows;    // prefill: rows of the GEMM tile, 64 or (int8 activations) 128
   int32_t decode_warps;  // decode: warps that split K, 2, 4 or 8
 };
 
