@@ -44,7 +44,8 @@ from qe_edge.errors import ModelError, QEError
 from qe_edge.groups import LinearGroup, linear_groups
 from qe_edge.linear import QELinear
 from qe_edge.methods.base import LinearProblem
-from qe_edge.methods.qe import QuantExperts, QuantExpertsOptions, shrink_to_layer
+from qe_edge.methods.qe import QuantExperts
+from qe_edge.methods.qe_options import QuantExpertsOptions, shrink_to_layer
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantizer import BATCH

@@ -11,7 +11,7 @@ from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest, collect_statistics
 from qe_edge.grids import WeightGrid, fake_quantize_activation, quantize_weight
 from qe_edge.methods import qe
-from qe_edge.methods.qe import QuantExpertsOptions, shrink_to_layer
+from qe_edge.methods.qe_options import QuantExpertsOptions, shrink_to_layer
 from qe_edge.reconstruction.directions import (
     ErrorSpace,
     leading_directions,
