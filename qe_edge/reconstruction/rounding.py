@@ -24,14 +24,13 @@ from qe_edge.grids import (
     scales_of_range,
     split_groups,
 )
-from qe_edge.methods.scaling import storable_inverse
+from qe_edge.methods.scaling import power_scale, storable_inverse
 from qe_edge.parallel import map_rows
 
 BLOCK = 128  # columns whose updates GPTQ applies to the rest at once
 SMALL_BLOCK = 32  # columns whose updates it applies to the rest of the block at once
 ROWS = 4096  # output channels that GPTQ rounds at a time
 CACHED = 1 << 17  # weights whose range is searched at a time: their float32 values stay in a core's cache
-SMALLEST_SCALE = 1e-4  # of AWQ's search, before it is normalised
 AWQ_STEPS = 20
 CLIP_STEPS, CLIP_LEAST = 25, 0.5  # ranges tried: from the whole down to half of it
 
@@ -142,9 +141,7 @@ def search_scale(
     """
     best = None
     for step in range(steps):
-        scale = np.maximum(np.maximum(abs_mean, 1e-12) ** (step / steps), SMALLEST_SCALE)
-        scale /= np.sqrt(scale.max() * scale.min())
-        inverse = storable_inverse(scale)
+        inverse = storable_inverse(power_scale(abs_mean, step / steps))
         codes = quantize_weight(weight / inverse.float(), grid)
         error = weight - codes.decode() * inverse.float()
         loss = float(((error @ gram) * error).sum())
