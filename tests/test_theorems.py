@@ -325,6 +325,20 @@ def test_T16_degenerate_layers_run(case: str) -> None:
         assert (y == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(320, 288), (288, 320)])
+def test_large_layers_in_float32_leave_as_little_error(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x, _ = outlier_layer(*shape, 2500)
+    calibration, held_out = x[:2000], x[2000:]
+    made = make_recipe(method="qe", scheme="w4a8", options={"shared_rank": 16, "routed_rank": 8, "shrink": False})
+
+    def error() -> float:
+        return relative(quantize_linear(weight, calibration, made)(held_out), held_out @ weight.T)
+
+    exact = error()
+    monkeypatch.setattr("qe_edge.blas.DOUBLE_ENTRIES", 0)
+    assert error() < 1.02 * exact
+
+
 def test_error_space_keeps_the_smaller_side() -> None:
     error = np.random.default_rng(0).standard_normal((30, 12))
     space = ErrorSpace.of(error)
