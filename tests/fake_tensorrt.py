@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qe_edge.prepack.lower import LAYOUT_VERSION
+
 SOURCE = """
 import os
 import sys
@@ -67,8 +69,8 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qe_edge.export.targets.Target.build_problem", lambda _target: None)
 
 
-def library(folder: Path, word: object = 1) -> Path:
-    """A plugin library."""
+def library(folder: Path, word: object = LAYOUT_VERSION) -> Path:
+    """A plugin library, of the present layout unless `word` says something else."""
     path = folder / "libqe_plugin.so"
     path.write_text(f"{word}\n", encoding="utf-8")
     return path

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qe_edge.models.family import Sample
+from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
 from qe_edge.validate import latency
 from qe_edge.validate.latency import Measurement, measure_latency
@@ -21,7 +22,7 @@ INFO = EngineInfo(
     backend="tensorrt",
     version="10.7",
     graphs={"language": GraphBuild(size=1, seconds=1, plugin_nodes=("a", "b"), plugin_layers=("a",))},
-    plugin=PluginBuild(sha256="0" * 64, layout_version=1),
+    plugin=PluginBuild(sha256="0" * 64, layout_version=LAYOUT_VERSION),
 )
 
 

@@ -16,6 +16,7 @@ from qe_edge.export.build import build_engines
 from qe_edge.export.lowering.plugin import layer_forms
 from qe_edge.export.plugin_check import LayerForm, check_forms, choose_plugin
 from qe_edge.export.targets import get_target
+from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.recipe import make_recipe
 from qe_edge.runtime.plugin_library import find_plugin_library
 from tests import fake_tensorrt
@@ -49,7 +50,11 @@ def test_no_target_takes_it(library: Path) -> None:
 
 @pytest.mark.parametrize(
     ("word", "problem"),
-    [(2, "reads another layout of weights than 1"), ("broken", "no such symbol"), ("crash", "tensorrt crashed on")],
+    [
+        (LAYOUT_VERSION + 1, f"reads another layout of weights than {LAYOUT_VERSION}"),
+        ("broken", "no such symbol"),
+        ("crash", "tensorrt crashed on"),
+    ],
 )
 def test_a_library_that_does_not_serve(library: Path, word: object, problem: str) -> None:
     with pytest.raises(TargetError, match=problem) as caught:
