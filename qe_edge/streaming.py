@@ -117,9 +117,10 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, device: torch.d
     """
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     with torch.no_grad(), patched([(linear, _blas_linear(linear)) for linear in linears]):
-        arguments = to_device(call.args, device)
-        output = block(hidden.to(device), *arguments, **to_device(call.kwargs, device))
-        return first_tensor(output).to(CPU)
+        args, kwargs = call.args, call.kwargs
+        if device != CPU:
+            hidden, args, kwargs = to_device((hidden, args, kwargs), device)
+        return first_tensor(block(hidden, *args, **kwargs)).to(CPU)
 
 
 def _blas_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -62,7 +62,8 @@ def test_large_products_by_numpy_equal_the_plain_model(
     for index in range(len(chains)):
         chain = streamer.record(index)
         for position, one in enumerate(chain.blocks):
-            chain.hidden = [run_block(one.module, chain.hidden[0], chain.calls[position][0])]
+            # a device that is not equal to "cpu": arguments are moved there and results back
+            chain.hidden = [run_block(one.module, chain.hidden[0], chain.calls[position][0], torch.device("cpu", 0))]
         streamer.finish(chain)
     with outputs_of([block]) as outputs:
         forward(0)
