@@ -6,7 +6,7 @@ r"""Error against bytes: every method on the three real models, and Quant Expert
     python benchmarks/accuracy_per_byte.py out --results out/accuracy.json --plot out/accuracy.png
 
 Finished rows are kept in the results file, so a stopped run goes on where it was. All methods see the same calibration
-samples, number grids and modules. Bits count everything that belongs to a layer: codes in 4-bit containers, scales,
+samples, number grids and modules. Bits count everything that belongs to a layer: packed codes, scales,
 adapters, router. The last table names, for every budget, the best method of others that fits it, and ours.
 """
 

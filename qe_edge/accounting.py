@@ -1,10 +1,8 @@
 """What a quantized model costs: effective bits per weight with everything that belongs to a layer, and file sizes.
 
-Four numbers are told apart, all of them bits per weight of the original matrix:
+Three numbers are told apart, all of them bits per weight of the original matrix:
 
-- grid bits: width of the integer codes alone (3 for INT3);
-- stored bits: what the checkpoint holds. INT3 codes lie in 4-bit containers, so they count 4; scales, zero points,
-  channel factors, adapters and router are included;
+- stored bits: what the checkpoint holds: packed codes, scales, zero points, channel factors, adapters and router;
 - adapter bits: the share of the stored bits that low-rank factors and router take;
 - read bits: what one decoded token needs: codes, scales, router, the shared expert and one routed expert. A runtime
   that evaluates all experts and masks them, as the exported ONNX function does, reads the stored bits instead.
@@ -41,8 +39,7 @@ class BitCount(BaseModel):
 
     Attributes:
         weights: Number of weights of the original matrices.
-        grid: Bits of the integer codes at their nominal width.
-        codes: Bits of the codes as stored, in 4-bit containers.
+        codes: Bits of the codes as stored, packed.
         scales: Bits of scales, zero points and channel factors.
         adapters: Bits of the low-rank factors and their scales, all experts.
         router: Bits of the router.
@@ -51,7 +48,6 @@ class BitCount(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     weights: int = 0
-    grid: float = 0
     codes: float = 0
     scales: float = 0
     adapters: float = 0
@@ -60,9 +56,9 @@ class BitCount(BaseModel):
 
     @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
     @property
-    def grid_bits(self) -> float:
-        """Nominal code width per weight."""
-        return self._per_weight(self.grid)
+    def code_bits(self) -> float:
+        """Codes alone, per weight."""
+        return self._per_weight(self.codes)
 
     @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
     @property
@@ -187,7 +183,6 @@ def layer_counts(linears: Mapping[str, QELinear]) -> dict[str, BitCount]:
         weights = layer.in_features * layer.out_features
         counts[name] = BitCount(
             weights=weights,
-            grid=weights * layer.weight_bits,
             read=sums["codes"] + sums["scales"] + sums["router"] + used * factors + part.get("up_scale", 0),
             **sums,
         )
@@ -196,7 +191,7 @@ def layer_counts(linears: Mapping[str, QELinear]) -> dict[str, BitCount]:
 
 def add_counts(counts: Iterable[BitCount]) -> BitCount:
     """Sum of several counts."""
-    fields = ("weights", "grid", "codes", "scales", "adapters", "router", "read")
+    fields = ("weights", "codes", "scales", "adapters", "router", "read")
     total: dict[str, float] = dict.fromkeys(fields, 0)
     for count in counts:
         for field in fields:

@@ -23,7 +23,7 @@ class WeightGrid:
     """Integer grid of a weight matrix.
 
     Attributes:
-        bits: Width of a code, 2 to 4; codes are stored in signed 4-bit containers.
+        bits: Width of a code, 2 to 4.
         group_size: Neighbouring input channels that share a scale; -1 is one scale per output channel.
         symmetric: True for codes in [-2^(b-1), 2^(b-1)-1] without zero point, False for a zero point per group.
     """
@@ -40,7 +40,7 @@ class WeightGrid:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest code, in the signed container."""
+        """Smallest and largest code; signed, whether there is a zero point or not."""
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def resolve_group(self, in_features: int) -> int:
@@ -152,7 +152,7 @@ def scales_of_range(smallest: Tensor, largest: Tensor, grid: WeightGrid) -> tupl
         return _storable(torch.maximum(-smallest, largest).clamp_min(MIN_RANGE) / high), None
     smallest, largest = smallest.clamp_max(0.0), largest.clamp_min(0.0)
     scales = _storable((largest - smallest).clamp_min(MIN_RANGE) / (high - low))
-    # codes and zero points are shifted by `low` into the signed container; the shift cancels in decoding
+    # codes and zero points are shifted by `low` to signed numbers; the shift cancels in decoding
     return scales, (torch.round(-smallest / scales.float()).clamp_(0, high - low) + low).to(torch.int8)
 
 
@@ -200,6 +200,41 @@ def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     divisor = torch.where(scales > 0, scales.float(), torch.ones_like(scales, dtype=torch.float32)).unsqueeze(other)
     codes = torch.round(matrix.float() / divisor).clamp_(-127, 127) * (scales > 0).unsqueeze(other)
     return codes.to(torch.int8), scales
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes of a row of `columns` codes, packed."""
+    return -(-columns * bits // 8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed int8 codes `[rows, columns]` of 2 to 4 bits to uint8 `[rows, packed_width]`, low bits first.
+
+    A row is one little-endian stream of bits; for 4 bits that is `pack_int4`.
+    """
+    if bits == 4:
+        return pack_int4(codes)
+    columns = codes.shape[1]
+    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).reshape(len(codes), -1, 8)
+    words = torch.zeros(padded.shape[:2], dtype=torch.int32, device=codes.device)
+    for place in range(8):
+        words |= (padded[:, :, place].int() & (2**bits - 1)) << (bits * place)
+    parts = torch.stack([(words >> (8 * part)).to(torch.uint8) for part in range(bits)], dim=-1)
+    return parts.reshape(len(codes), -1)[:, : packed_width(columns, bits)].contiguous()
+
+
+def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
+    """Inverse of `pack_codes`: int8 `[rows, columns]`."""
+    if bits == 4:
+        return unpack_int4(packed, columns)
+    parts = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(len(packed), -1, bits)
+    words = torch.zeros(parts.shape[:2], dtype=torch.int32, device=packed.device)
+    for part in range(bits):
+        words |= parts[:, :, part].int() << (8 * part)
+    codes = torch.empty((*words.shape, 8), dtype=torch.int8, device=packed.device)
+    for place in range(8):  # the shift to the left puts the code's sign where the shift to the right keeps it
+        codes[:, :, place] = words << (32 - bits * (place + 1)) >> (32 - bits)
+    return codes.reshape(len(packed), -1)[:, :columns].contiguous()
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qe_edge.atomic import atomic_file
 from qe_edge.errors import ArtifactError
-from qe_edge.grids import PER_CHANNEL, QuantizedWeight, unpack_int4
+from qe_edge.grids import PER_CHANNEL, QuantizedWeight, packed_width, unpack_codes
 from qe_edge.linear import Adapters, QELinear, QuantizedLinear
 from qe_edge.safetensors_check import check_safetensors
 
@@ -50,7 +50,7 @@ class LayerGeometry(BaseModel):
         groups = 1 if self.group_size == PER_CHANNEL else self.in_features // max(self.group_size, 1)
         half, real = (torch.float16,), (torch.float16, torch.float32)
         table = {
-            "qweight": ((self.out_features, (self.in_features + 1) // 2), (torch.uint8,), True),
+            "qweight": ((self.out_features, packed_width(self.in_features, self.weight_bits)), (torch.uint8,), True),
             "scales": ((self.out_features, groups), half, True),
             "zeros": ((self.out_features, groups), (torch.int8,), False),
             "inv_omega": ((self.in_features,), half, False),
@@ -107,7 +107,7 @@ def build_layer(geometry: LayerGeometry, tensors: dict[str, Tensor]) -> QELinear
             router=tensors.get("router"),
         )
     weight = QuantizedWeight(
-        unpack_int4(tensors["qweight"], geometry.in_features),
+        unpack_codes(tensors["qweight"], geometry.in_features, geometry.weight_bits),
         tensors["scales"],
         tensors.get("zeros"),
         geometry.weight_bits,

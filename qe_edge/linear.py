@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qe_edge.grids import QuantizedWeight, decode_weight, fake_quantize_activation, pack_int4, unpack_int4
+from qe_edge.grids import (
+    QuantizedWeight,
+    decode_weight,
+    fake_quantize_activation,
+    pack_codes,
+    unpack_codes,
+    unpack_int4,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class QuantizedLinear:
 class QELinear(nn.Module):
     """A linear layer with quantized weights; drop-in for `nn.Linear` in inference.
 
-    Buffers (all optional ones may be None): `qweight` uint8 `[out, ceil(in/2)]` two INT4 codes a byte; `scales` float16
+    Buffers (all optional ones may be None): `qweight` uint8 `[out, ceil(in * bits / 8)]` packed codes; `scales` float16
     `[out, groups]`; `zeros` int8 `[out, groups]`; `inv_omega` float16 `[in]`; `down`, `up`, `down_scale`, `up_scale`,
     `router` as in `Adapters`; `bias` `[out]`.
 
@@ -97,7 +104,7 @@ class QELinear(nn.Module):
         self.rank_shared = adapters.rank_shared if adapters else 0
         self.rank_routed = adapters.rank_routed if adapters else 0
         self.num_experts = adapters.num_experts if adapters else 0
-        self.register_buffer("qweight", pack_int4(weight.codes))
+        self.register_buffer("qweight", pack_codes(weight.codes, weight.bits))
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("inv_omega", quantized.inv_omega)
@@ -128,7 +135,7 @@ class QELinear(nn.Module):
 
     def codes(self) -> Tensor:
         """Integer codes int8 `[out, in]`."""
-        return unpack_int4(self.qweight, self.in_features)
+        return unpack_codes(self.qweight, self.in_features, self.weight_bits)
 
     def decoded_weight(self) -> Tensor:
         """Weight of the main branch, float32 `[out, in]`."""

@@ -14,9 +14,12 @@ from qe_edge.grids import (
     PER_CHANNEL,
     WeightGrid,
     fake_quantize_activation,
+    pack_codes,
     pack_int4,
+    packed_width,
     quantize_int8,
     quantize_weight,
+    unpack_codes,
     unpack_int4,
 )
 from tests.reference.grids import quantize_matrix, quantize_tokens
@@ -66,6 +69,19 @@ def test_unpacking_inverts_packing(codes: np.ndarray) -> None:
     assert packed.dtype == torch.uint8
     assert packed.shape == (codes.shape[0], (codes.shape[1] + 1) // 2)
     assert torch.equal(unpack_int4(packed, codes.shape[1]), tensor)
+
+
+@given(data=st.data(), bits=st.integers(2, 4), rows=st.integers(1, 5), columns=st.integers(1, 33))
+def test_unpacking_inverts_packing_of_any_width(data: st.DataObject, bits: int, rows: int, columns: int) -> None:
+    limits = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    codes = torch.from_numpy(data.draw(hnp.arrays(np.int8, (rows, columns), elements=limits)))
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (rows, packed_width(columns, bits))
+    assert torch.equal(unpack_codes(packed, columns, bits), codes)
+    stream = "".join(format(byte, "08b")[::-1] for byte in packed[0].tolist())  # low bits first
+    expected = "".join(format(code % 2**bits, f"0{bits}b")[::-1] for code in codes[0].tolist())
+    assert stream.startswith(expected)
 
 
 def test_low_nibble_comes_first() -> None:

@@ -173,8 +173,11 @@ def limits(report: Report) -> list[str]:
         "An answer counts as right only if it equals the reference but for case and a final full stop.",
     ]
     found += list(report.notes)
-    if report.bits.total.grid < report.bits.total.codes:
-        found.append("INT3 codes are stored in 4-bit containers; the grid is 3 bits wide, memory and files hold 4.")
+    if report.bits.total.codes < 4 * report.bits.total.weights:
+        found.append(
+            "ONNX has no 3-bit integers: exported files, and engines without the TensorRT plugin, hold codes of fewer "
+            "than 4 bits as INT4. Stored bits are those of the checkpoint and of the plugin."
+        )
     if report.routing:
         found.append(
             "Read bits assume a kernel that reads one routed expert per token. The portable ONNX graph evaluates all "

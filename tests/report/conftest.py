@@ -34,7 +34,7 @@ VISION, TEXT = "model.visual.blocks.0.mlp.fc1", "model.layers.0.mlp.down_proj"
 def make_report() -> Report:
     errors = TokenErrors(all=0.012, vision=0.02, text=0.01, tokens=100)
     seen = TokenErrors(all=0.003, vision=0.003, text=None, tokens=64)
-    bits = BitCount(weights=1000, grid=3000, codes=4000, scales=100, adapters=800, router=200, read=4600)
+    bits = BitCount(weights=1000, codes=3000, scales=100, adapters=800, router=200, read=4600)
     accuracy = Accuracy(correct={"open": 41, "yesno": 37}, total={"open": 50, "yesno": 50})
     blind = Accuracy(correct={"open": 11, "yesno": 33}, total={"open": 50, "yesno": 50})
     distance = Distance(kl=0.00123, top1=0.99, positions=200)

@@ -94,7 +94,7 @@ def test_the_page_says_what_the_report_holds(report: Report) -> None:
         "some-model", "w3a16", "78.0 %", "41 of 50", "22.0 %", "0.00123", "99.5 %", "10⁻⁷", "12.5 ms", "400 MB",
         "what color is the shape?", "Something to know.", "and 3 smaller",
         "The engine for 'rtx' was built, and has not yet been run on hardware.",
-        "INT3 codes are stored in 4-bit containers",
+        "hold codes of fewer than 4 bits as INT4",
     ):  # fmt: skip
         assert expected in text, expected
 

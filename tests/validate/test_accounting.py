@@ -42,16 +42,14 @@ def test_a_plain_layer() -> None:
     bits = layer_counts({"a": QELinear(QuantizedLinear(weight(WeightGrid(4)), 8))})["a"]
     assert bits.weights == 128
     assert (bits.codes, bits.scales, bits.adapters, bits.router) == (512, 8 * 16, 0, 0)
-    assert bits.grid_bits == 4
     assert bits.stored_bits == bits.read_bits == 5
 
 
-def test_three_bit_codes_are_stored_in_four() -> None:
+def test_three_bit_codes_are_stored_in_three() -> None:
     bits = layer_counts({"a": QELinear(QuantizedLinear(weight(WeightGrid(3, 16, symmetric=False)), 0))})["a"]
-    assert bits.grid_bits == 3
-    assert bits.codes == 4 * 128
+    assert bits.codes == 3 * 128
     assert bits.scales == 8 * 16 + 8 * 8  # one scale and one zero point of a byte for every row
-    assert bits.stored_bits == 5.5
+    assert bits.stored_bits == 4.5
 
 
 def test_adapters_and_what_one_token_reads() -> None:
@@ -69,7 +67,7 @@ def test_tensors_that_siblings_share_count_once() -> None:
     stacked = with_adapters()
     whole = layer_counts({"qkv": QELinear(stacked)})["qkv"]
     parts = layer_counts({name: QELinear(part) for name, part in zip("qkv", stacked.split([4, 2, 2]), strict=True)})
-    for field in ("weights", "grid", "codes", "scales", "adapters", "router", "read"):
+    for field in ("weights", "codes", "scales", "adapters", "router", "read"):
         assert sum(getattr(part, field) for part in parts.values()) == getattr(whole, field)
     assert parts["q"].router == 2 * parts["k"].router == whole.router / 2
 
@@ -88,7 +86,7 @@ def test_a_whole_model_weighs_what_its_file_holds(checkpoint: Path) -> None:
     assert bits.model_bytes == held
     assert set(bits.groups) == {"visual", "merger", "language"}
     assert sum(group.weights for group in bits.groups.values()) == bits.total.weights
-    assert bits.total.stored_bits > bits.total.read_bits > bits.total.grid_bits == 4
+    assert bits.total.stored_bits > bits.total.read_bits > 4
 
 
 def test_parameters_are_the_originals(checkpoint: Path, small: Path) -> None:
