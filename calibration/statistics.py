@@ -1,7 +1,7 @@
 """Streamed statistics of a linear layer's input: Gram matrix, token sample, important channels (specification 4).
 
-One pass over the tokens, chunk by chunk; memory is the Gram matrix, a bounded sample of tokens and the top-k lists,
-whatever the number of tokens.
+One pass over the tokens, chunk by chunk; memory is the Gram matrix and a bounded sample of tokens, whatever their
+number.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
+TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time
 DOUBLE_WIDTH = 4096  # inputs up to which the Gram matrix is added up in float64; wider ones take half the memory
 
 
@@ -28,7 +29,7 @@ class StatisticsRequest:
     Attributes:
         gram: Whether the Gram matrix `X^T X / T` is needed.
         tokens: How many tokens to keep (a uniform sample without replacement); 0 keeps none.
-        important: Length k of every token's list of important channels; 0 for none.
+        important: Length k of every kept token's list of important channels; 0 for none.
     """
 
     gram: bool = True
@@ -47,8 +48,7 @@ class InputStatistics:
         abs_max: `[in]` float64, largest |x|.
         gram: `[in, in]` `X^T X / T`, float64 up to `DOUBLE_WIDTH` inputs and float32 beyond, or None.
         tokens: `[sample, in]` float32, a sample in stream order; all tokens when there are few.
-        importance: `[T, k]` int32 important channels of every token, or None.
-        token_rows: `[sample]` int64, the row of `importance` that belongs to every sampled token.
+        importance: `[sample, k]` int32 important channels of every sampled token, or None.
         token_kind: `[sample]` int8, what every sampled token is: 1 image, 2 reference answer, 0 anything else.
     """
 
@@ -59,7 +59,6 @@ class InputStatistics:
     gram: np.ndarray | None
     tokens: np.ndarray
     importance: np.ndarray | None
-    token_rows: np.ndarray
     token_kind: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
 
 
@@ -88,7 +87,6 @@ class StatisticsCollector:
         self._abs_max = np.zeros(in_features, np.float64)
         self._count = 0
         self._dropped = 0
-        self._importance: list[list[np.ndarray]] = [[] for _ in weights]
         # priorities come from one stream, so the sample does not depend on how the tokens are cut into chunks
         self._random = np.random.default_rng(seed)
         size = request.tokens
@@ -113,9 +111,6 @@ class StatisticsCollector:
         magnitude = tokens.abs()
         self._abs_sum += (magnitude.new_ones(len(tokens)) @ magnitude).cpu().numpy()
         np.maximum(self._abs_max, magnitude.amax(0).cpu().numpy(), out=self._abs_max)
-        if self.request.important:
-            for lists, weight in zip(self._importance, self._channel_weight, strict=True):
-                lists.append(top_channels(magnitude * weight.to(tokens.device), self.request.important))
         self._sample(tokens, kinds.numpy())
         self._count += len(tokens)
 
@@ -138,7 +133,7 @@ class StatisticsCollector:
             )
         order = np.argsort(self._rows[: self._filled], kind="stable")
         gram = None if self._gram is None else self._gram.mean(self._count)
-        tokens, rows, kinds = self._tokens[order], self._rows[order], self._kinds[order]
+        tokens, kinds = self._tokens[order], self._kinds[order]
         del self._tokens
         return [
             InputStatistics(
@@ -148,12 +143,19 @@ class StatisticsCollector:
                 abs_max=self._abs_max,
                 gram=gram,
                 tokens=tokens,
-                importance=np.concatenate(lists) if lists else None,
-                token_rows=rows,
+                importance=self._important(tokens, weight),
                 token_kind=kinds,
             )
-            for lists in self._importance
+            for weight in self._channel_weight
         ]
+
+    def _important(self, tokens: np.ndarray, weight: Tensor) -> np.ndarray | None:
+        """Top-k lists of the sampled tokens for one problem."""
+        if not self.request.important:
+            return None
+        starts = range(0, max(len(tokens), 1), TOP_TOKENS)
+        parts = [torch.from_numpy(tokens[start : start + TOP_TOKENS]) for start in starts]
+        return np.concatenate([top_channels(part.abs() * weight, self.request.important) for part in parts])
 
     def _sample(self, tokens: Tensor, kinds: np.ndarray) -> None:
         """Keep the tokens with the smallest random priorities: a uniform sample of the stream."""

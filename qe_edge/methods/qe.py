@@ -287,5 +287,5 @@ def frequent_channels(statistics: InputStatistics) -> np.ndarray:
 def _lists(statistics: InputStatistics) -> np.ndarray:
     """The top-k lists, or lists that name no channel."""
     if statistics.importance is None:
-        return np.full((statistics.count, 1), -1, np.int32)
+        return np.full((len(statistics.tokens), 1), -1, np.int32)
     return statistics.importance

@@ -53,7 +53,7 @@ def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
     if statistics.importance is not None:
         cluster = np.full(tokens.shape[1] + 1, -1)
         cluster[problem.channels] = problem.labels
-        lists = statistics.importance[statistics.token_rows]
+        lists = statistics.importance
         owner = cluster[lists]
         values = np.abs(np.take_along_axis(tokens, np.maximum(lists, 0), axis=1)) * problem.channel_weight[lists]
         rows, slots = np.nonzero(owner >= 0)
@@ -158,7 +158,7 @@ def _mean_where_important(statistics: InputStatistics, channels: np.ndarray, mea
     values: np.ndarray = mean[channels]
     if statistics.importance is None:
         return values
-    lists = statistics.importance[statistics.token_rows]
+    lists = statistics.importance
     for slot, channel in enumerate(channels):
         rows = (lists == channel).any(1)
         if rows.any():

@@ -65,11 +65,11 @@ def _inside(problem: ExpertProblem, rows: np.ndarray, experts: int, seed: int) -
     statistics, in_features = problem.statistics, problem.statistics.tokens.shape[1]
     if experts == 1 or statistics.importance is None:
         return np.zeros(len(rows), np.int64)
-    lists = statistics.importance[statistics.token_rows[rows]]
+    lists = statistics.importance[rows]
     channels = split_channels(lists, in_features, lists.shape[1], experts).dependent
     own = replace(
         problem,
-        statistics=replace(statistics, tokens=statistics.tokens[rows], token_rows=statistics.token_rows[rows]),
+        statistics=replace(statistics, tokens=statistics.tokens[rows], importance=lists),
         channels=channels,
         labels=spectral_clusters(npmi(occurrence_matrix(lists, channels, in_features)), experts, seed),
         experts=experts,
