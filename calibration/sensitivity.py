@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,14 +27,16 @@ from qe_edge.safetensors_check import check_safetensors
 from qe_edge.streaming import first_tensor, patched
 
 IMAGE, ANSWER = 1, 2  # kinds of tokens besides 0, any other
+Of = Literal["answers", "predictions"]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Gradients of the loss L at one linear layer's output y, over valid calibration tokens.
 
-    L is the cross-entropy of the reference answer, summed over its tokens and over samples; where a sample has no
-    answer, that of all its text tokens.
+    L is summed over the tokens of the reference answers and over samples; where a sample has no answer, over all its text
+    tokens. It is the cross-entropy ("answers"), or stands for the divergence from the model itself ("predictions",
+    see `fisher_factor`).
 
     Attributes:
         vision: Mean of |dL/dy| over image tokens and outputs (MBQ); 0 without such tokens.
@@ -60,7 +62,13 @@ def has_loss(loaded: LoadedModel) -> bool:
 
 
 def output_gradients(
-    loaded: LoadedModel, batches: Sequence[Encoded], names: Sequence[str], progress: Progress | None = None
+    loaded: LoadedModel,
+    batches: Sequence[Encoded],
+    names: Sequence[str],
+    progress: Progress | None = None,
+    *,
+    of: Of = "answers",
+    seed: int = 0,
 ) -> dict[str, Sensitivity]:
     """Sensitivities of the linear layers `names` on calibration batches; the model is left as it was.
 
@@ -71,6 +79,8 @@ def output_gradients(
         batches: Encoded with answers.
         names: Dotted names of linear layers inside the family's blocks.
         progress: Where to report progress.
+        of: What the loss is of.
+        seed: Of the random numbers that "predictions" need.
 
     Raises:
         ModelError: If the model has no loss (see `has_loss`), or a name is no linear layer of a block.
@@ -86,10 +96,11 @@ def output_gradients(
     meters = {name: _Meter(in_language) for name, in_language in language.items()}
     samples = sum(len(encoded.input_ids) for encoded in batches)
     with _measuring(loaded, meters), track(progress or Silent(), "Measuring gradients", len(batches)) as tracked:
-        for encoded in batches:
+        for number, encoded in enumerate(batches):
             for meter in meters.values():
                 meter.begin(encoded)
-            loss = _loss(loaded, encoded)
+            generator = torch.Generator().manual_seed(seed + number) if of == "predictions" else None
+            loss = _loss(loaded, encoded, generator)
             if loss is not None and loss.requires_grad:  # a batch without pictures does not reach the vision encoder
                 torch.autograd.backward(loss)
             tracked.advance(1, "gradients")
@@ -112,6 +123,25 @@ def labels_of(encoded: Encoded) -> np.ndarray:
 def token_kinds(encoded: Encoded) -> np.ndarray:
     """1 on image tokens, 2 on answer tokens, 0 elsewhere; int8 `[batch, sequence]`."""
     return np.where(encoded.image_mask, IMAGE, np.where(encoded.answer_mask, ANSWER, 0)).astype(np.int8)
+
+
+def fisher_factor(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A random vector v of every prediction p with E[v v^T] = diag(p) - p p^T, the Fisher matrix of its logits.
+
+    To second order the divergence from p is half of `d^T (diag(p) - p p^T) d` for a change d of the logits. So mean squares
+    of gradients of `v . logits` are the diagonal of its Gauss-Newton matrix, whatever the reference answers are; those of
+    the cross-entropy vanish where the model is sure of them, and are a few samples' where it is wrong.
+
+    Args:
+        logits: `[n, vocabulary]`.
+        generator: Of the random numbers, on the CPU.
+
+    Returns:
+        `[n, vocabulary]` float32.
+    """
+    likely = logits.detach().double().softmax(-1)
+    drawn = torch.randn(likely.shape, dtype=torch.float64, generator=generator).to(likely.device) * likely.sqrt()
+    return (drawn - likely * drawn.sum(-1, keepdim=True)).float()
 
 
 def save_sensitivities(path: Path, found: dict[str, Sensitivity]) -> None:
@@ -210,8 +240,8 @@ def _linears_of_blocks(loaded: LoadedModel, names: Sequence[str]) -> dict[str, b
     return found
 
 
-def _loss(loaded: LoadedModel, encoded: Encoded) -> Tensor | None:
-    """Cross-entropy summed over the label tokens of a batch; None where there is none."""
+def _loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | None) -> Tensor | None:
+    """The loss summed over the label tokens of a batch, of the predictions with a generator; None without any."""
     labels = labels_of(encoded)
     if not labels.any():
         return None
@@ -220,9 +250,11 @@ def _loss(loaded: LoadedModel, encoded: Encoded) -> Tensor | None:
     keep = length - int(columns.min()) + 1  # logits from the position before the first label on
     inputs = loaded.family.torch_inputs(encoded)
     logits = loaded.model(**inputs, use_cache=False, logits_to_keep=keep).logits
-    predicted = logits[rows, columns - 1 - (length - keep)]
+    predicted = logits[rows, columns - 1 - (length - keep)].float()
+    if generator:
+        return (predicted * fisher_factor(predicted, generator)).sum()
     wanted = torch.from_numpy(encoded.input_ids)[rows, columns].to(predicted.device)
-    return nn.functional.cross_entropy(predicted.float(), wanted, reduction="sum")
+    return nn.functional.cross_entropy(predicted, wanted, reduction="sum")
 
 
 @contextmanager

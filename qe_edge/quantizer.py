@@ -17,6 +17,7 @@ from qe_edge.blas import blas_threads
 from qe_edge.budget import Offer, allocate, check_affordable, output_factors, relative_sensitivity, scaled_back
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
+    Of,
     Sensitivity,
     has_loss,
     load_sensitivities,
@@ -252,7 +253,9 @@ class _Run:
             return load_sensitivities(path)
         blocks = [block for chain in self.chains for block in chain]
         groups = [group for block in blocks for group in linear_groups(block, self.loaded.family.siblings)]
-        found = output_gradients(self.loaded, self.batches, [name for group in groups for name in group.names])
+        names = [name for group in groups for name in group.names]
+        of: Of = "answers" if self.method.needs_gradients else "predictions"
+        found = output_gradients(self.loaded, self.batches, names, of=of, seed=self.recipe.seed)
         if path:
             with atomic_file(path) as part:
                 save_sensitivities(part, found)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qe_edge.calibration.sensitivity import (
+    fisher_factor,
     has_loss,
     labels_of,
     load_sensitivities,
@@ -145,6 +146,41 @@ def test_a_part_of_the_layers_gives_the_same_numbers(folder: str, batches: list[
     some = [names[-1], next(name for name in names if "layers.0" in name)]
     every, few = output_gradients(loaded, batches, names), output_gradients(loaded, batches, some)
     assert {name: few[name].energy for name in some} == {name: every[name].energy for name in some}
+
+
+def test_fisher_factors_have_the_covariance_of_the_logits() -> None:
+    logits = torch.tensor([[2.0, 0.5, -1.0, 0.0]])
+    drawn = fisher_factor(logits.expand(200_000, 4), torch.Generator().manual_seed(0)).double()
+    likely = logits[0].double().softmax(0)
+    expected = likely.diag() - likely.outer(likely)
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), expected, rtol=0, atol=2e-3)
+
+
+def test_gradients_of_predictions_are_of_the_divergence(folder: str, batches: list[Encoded]) -> None:
+    """Noise at a layer's output costs what the energy of its gradients says."""
+    loaded = load_model(folder, torch.float32)
+    name = next(name for name in linears(loaded) if name.endswith("layers.1.mlp.down_proj"))
+    draws = [output_gradients(loaded, batches[:1], [name], of="predictions", seed=seed)[name] for seed in range(40)]
+    samples, outputs = len(batches[0].input_ids), len(draws[0].channels)
+    energy = float(np.mean([one.energy for one in draws]))
+    labels = torch.from_numpy(labels_of(batches[0]))[:, 1:]
+    module = dict(loaded.model.named_modules())[name]
+    generator, size, found = torch.Generator().manual_seed(0), 1e-2, []
+
+    def predictions() -> Tensor:
+        with torch.no_grad():
+            inputs = loaded.family.torch_inputs(batches[0])
+            return loaded.model(**inputs, use_cache=False).logits[:, :-1][labels].double().log_softmax(-1)
+
+    before = predictions()
+    for _ in range(40):
+        handle = module.register_forward_hook(
+            lambda _m, _i, y: y + size * torch.randn(y.shape, generator=generator)
+        )
+        after = predictions()
+        handle.remove()
+        found.append(float((before.exp() * (before - after)).sum()) / samples)
+    assert 2 * np.mean(found) == pytest.approx(energy * size**2 * outputs, rel=0.15)
 
 
 def test_what_cannot_be_measured_is_an_error(
