@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qe_edge.c_output import silent_c_stdout
 from qe_edge.errors import RecipeError
+from qe_edge.grids import WeightGrid
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 
@@ -179,5 +180,5 @@ def offers_from_json(text: str) -> dict[str, Offer]:
 
 def _candidate(values: dict[str, Any]) -> Candidate:
     choice = dict(values["choice"])
-    adapters = AdapterSize(**choice.pop("adapters"))
-    return Candidate(Choice(adapters, **choice), values["loss"], values["stored"], values["read"])
+    adapters, grid = AdapterSize(**choice.pop("adapters")), WeightGrid(**choice.pop("grid"))
+    return Candidate(Choice(adapters, grid=grid, **choice), values["loss"], values["stored"], values["read"])

@@ -224,9 +224,10 @@ class _Run:
     def _check_budget(self) -> None:
         """Refuse a budget that cannot be met, before anything is measured."""
         scheme, blocks = self.recipe.get_scheme(), [block for chain in self.chains for block in chain]
+        cheapest = scheme.on(scheme.budget_grids()[0])
         groups = [group for block in blocks for group in linear_groups(block, self.loaded.family.siblings)]
         least = add_counts(
-            predicted_bits(linear.out_features, linear.in_features, scheme, AdapterSize())
+            predicted_bits(linear.out_features, linear.in_features, cheapest, AdapterSize())
             for group in groups
             for linear in group.linears
         )

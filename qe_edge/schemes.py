@@ -5,7 +5,7 @@ A new scheme is one line of `SCHEMES`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qe_edge.errors import UnknownNameError
 from qe_edge.grids import PER_CHANNEL, WeightGrid
@@ -25,7 +25,19 @@ class Scheme:
     weight: WeightGrid
     activation_bits: int
 
+    def on(self, grid: WeightGrid) -> Scheme:
+        """The same scheme with another grid of the weights."""
+        return replace(self, weight=grid)
 
+    def budget_grids(self) -> list[WeightGrid]:
+        """Grids that a budget may give a layer, cheapest first: 3 or 4 bits, in groups as they are or half as large."""
+        own = self.weight
+        widths = BUDGET_WIDTHS if own.bits in BUDGET_WIDTHS else (own.bits,)
+        sizes = (own.group_size,) if own.group_size == PER_CHANNEL else (own.group_size, own.group_size // 2)
+        return [WeightGrid(bits, size, own.symmetric) for bits in widths for size in sizes]
+
+
+BUDGET_WIDTHS = (3, 4)
 SCHEMES = {
     scheme.name: scheme
     for scheme in (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qe_edge.accounting import BitCount, add_counts, layer_counts
-from qe_edge.grids import PER_CHANNEL, QuantizedWeight, WeightGrid
+from qe_edge.grids import PER_CHANNEL, QuantizedWeight
 from qe_edge.linear import Adapters, QELinear, QuantizedLinear
 from qe_edge.methods.base import AdapterSize
 from qe_edge.schemes import Scheme
@@ -60,9 +60,3 @@ def predicted_bits(
     """Bits of a layer of `[out, in]`, its siblings stacked; arguments as of `empty_linear`."""
     linear = empty_linear(out_features, in_features, scheme, size, scaled=scaled)
     return add_counts(layer_counts({"layer": QELinear(linear)}).values())
-
-
-def with_group(scheme: Scheme, group_size: int) -> Scheme:
-    """The same scheme with another group size."""
-    weight = WeightGrid(scheme.weight.bits, group_size, scheme.weight.symmetric)
-    return Scheme(scheme.name, weight, scheme.activation_bits)

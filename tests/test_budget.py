@@ -27,6 +27,7 @@ from qe_edge.budget import (
 )
 from qe_edge.calibration.statistics import collect_statistics
 from qe_edge.errors import RecipeError
+from qe_edge.grids import WeightGrid
 from qe_edge.layer_files import read_layers, write_layers
 from qe_edge.linear import QELinear
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
@@ -60,7 +61,7 @@ def test_what_the_solver_prints_is_not_seen(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def candidate(loss: float, stored: float, read: float) -> Candidate:
-    return Candidate(Choice(AdapterSize(), left_out=0, group_size=-1), loss, stored, read)
+    return Candidate(Choice(AdapterSize(), left_out=0, grid=WeightGrid(4)), loss, stored, read)
 
 
 CANDIDATES = st.builds(
@@ -106,7 +107,7 @@ def test_the_allocation_is_the_best_of_all(offers: list[Offer], bits: float | No
 
 
 def test_offers_survive_the_disk() -> None:
-    choice = Choice(AdapterSize(8, 8, 4, 4), left_out=16, group_size=64)
+    choice = Choice(AdapterSize(8, 8, 4, 4), left_out=16, grid=WeightGrid(3, 64, symmetric=False))
     offers = {"a": Offer(10, 0.5, [Candidate(choice, 1.25, 40.0, 30.0)])}
     assert offers_from_json(offers_to_json(offers)) == offers
     for damaged in ("[]", "{", '{"a": 1}', '{"a": {"weights": 1, "sensitivity": 1, "candidates": [{}]}}'):
@@ -171,8 +172,8 @@ def test_a_model_gets_the_bits_it_was_given(small: str, kind: str, bits: float) 
 
 
 def test_a_budget_below_the_codes_is_refused(small: str) -> None:
-    with pytest.raises(RecipeError, match=r"cannot be met: codes and scales alone take 4\."):
-        quantize(small, make_recipe(method="qe", budget={"bits": 4.0}, calibration={"samples": 4}, options=QUICK))
+    with pytest.raises(RecipeError, match=r"cannot be met: codes and scales alone take 3\."):
+        quantize(small, make_recipe(method="qe", budget={"bits": 3.0}, calibration={"samples": 4}, options=QUICK))
 
 
 def test_a_method_of_one_size_takes_no_budget() -> None:

@@ -136,13 +136,15 @@ def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, in
 def _planned_group(
     group: LinearGroup, method: Method, recipe: Recipe, adapters: dict[str, AdapterSize]
 ) -> dict[str, QELinear]:
-    """The layers of one input as they will be, without data; notes their adapters. A budget gives those later."""
+    """The layers of one input as they will be, without data; notes their adapters. Under a budget, the least there is."""
     together = [list(range(len(group.names)))] if method.stack_siblings else [[i] for i in range(len(group.names))]
-    layers = {}
+    layers, scheme = {}, recipe.get_scheme()
+    if recipe.budget:
+        scheme = scheme.on(scheme.budget_grids()[0])
     for members in together:
         sizes = [group.linears[member].out_features for member in members]
         size = AdapterSize() if recipe.budget else method.adapter_size(sum(sizes), group.linears[0].in_features)
-        parts = empty_linear(sum(sizes), group.linears[0].in_features, recipe.get_scheme(), size).split(sizes)
+        parts = empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
         for member, part in zip(members, parts, strict=True):
             layers[group.names[member]] = QELinear(part)
             adapters[group.names[member]] = size

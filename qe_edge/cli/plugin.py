@@ -43,21 +43,19 @@ def check_planned_layers(targets: Sequence[str], library: Path, plan: Plan, reci
 def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
     """The layers of a plan as the plugin would get them.
 
-    A budget may halve the groups of a weight, and chooses ranks that the plugin takes. Layers that read the same input
+    A budget chooses among grids of the weights, and chooses ranks that the plugin takes. Layers that read the same input
     may be joined to one, so what only one of them breaks is left to the build.
     """
     from qe_edge.export.plugin_check import LayerForm
     from qe_edge.grids import PER_CHANNEL
-    from qe_edge.sizes import with_group
 
     scheme = recipe.get_scheme()
-    wanted = scheme.weight.group_size
-    sizes = [wanted, wanted // 2] if recipe.budget and wanted != PER_CHANNEL else [wanted]
+    grids = scheme.budget_grids() if recipe.budget else [scheme.weight]
     forms = []
     for layer in plan.layers:
         routed = layer.adapter.experts > 1
-        for size in sizes:
-            group = with_group(scheme, size).weight.resolve_group(layer.in_features)
+        for grid in grids:
+            group = grid.resolve_group(layer.in_features)
             forms.append(
                 LayerForm(
                     layer.name,

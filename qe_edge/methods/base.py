@@ -14,6 +14,7 @@ from torch import Tensor
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
+from qe_edge.grids import WeightGrid
 from qe_edge.linear import QuantizedLinear
 from qe_edge.schemes import Scheme
 
@@ -51,12 +52,12 @@ class Choice:
     Attributes:
         adapters: Its low-rank correction.
         left_out: Important channels that the main branch leaves to it.
-        group_size: Input channels per scale of the weight; -1 for one scale per output channel.
+        grid: Of the weight's codes.
     """
 
     adapters: AdapterSize
     left_out: int
-    group_size: int
+    grid: WeightGrid
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.refinement import refine
 from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router
-from qe_edge.sizes import with_group
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,7 @@ class QuantExperts(Method):
 
     def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
-        grid = problem.scheme.weight
-        if problem.choice:
-            grid = with_group(problem.scheme, problem.choice.group_size).weight
+        grid = problem.choice.grid if problem.choice else problem.scheme.weight
         branch = self._branch(problem, grid, left_out)
         space = ErrorSpace.of(branch.error)
         covariance = space.covariance(problem.gram())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qe_edge.grids import PER_CHANNEL, WeightGrid
+from qe_edge.grids import WeightGrid, rounds_activations
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, some_tokens
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
@@ -15,7 +15,7 @@ from qe_edge.reconstruction.factors import FACTOR_BITS, AdapterDtype
 from qe_edge.reconstruction.packed_factors import packing_loss
 from qe_edge.reconstruction.ranks import RANK_STEP
 from qe_edge.schemes import Scheme
-from qe_edge.sizes import predicted_bits, with_group
+from qe_edge.sizes import predicted_bits
 
 LARGEST_RANK = 128  # what the kernels take; on small layers half the smaller side
 LEFT_OUT = (0, 8, 16, 32)  # channels that the main branch may leave to the correction where it rounds activations
@@ -65,7 +65,7 @@ def offer_candidates(
         important: k, channels per token-independent set.
         routed: Whether routed experts are tried, on the main branch that is best without them.
     """
-    variants = list(_variants(problem, make_branch))
+    variants = _variants(problem, make_branch)
     best = min(variants, key=_Variant.typical)
     found = []
     for variant in variants:
@@ -94,25 +94,29 @@ def undominated(candidates: list[Candidate]) -> list[Candidate]:
     return kept
 
 
-def _variants(problem: LinearProblem, make_branch: Callable[[WeightGrid, int], MainBranch]) -> Iterable[_Variant]:
+def _variants(problem: LinearProblem, make_branch: Callable[[WeightGrid, int], MainBranch]) -> list[_Variant]:
+    """The scheme's own grid with every number of channels left out, and the other grids with the best one."""
     out_features, in_features = problem.weight.shape
-    group = problem.scheme.weight.group_size
     largest = min(LARGEST_RANK, min(out_features, in_features) // 2 // RANK_STEP * RANK_STEP)
     tokens, bits = some_tokens(problem.measured()), problem.scheme.activation_bits
-    for group_size in (group,) if group == PER_CHANNEL else (group, group // 2):
-        scheme = with_group(problem.scheme, group_size)
-        for count in LEFT_OUT if bits else (0,):
-            if count > in_features // 8:
-                continue
-            branch = make_branch(scheme.weight, count)
-            rounding = activation_rounding(tokens, branch, bits)
-            noise = float(rounding.square().sum(dtype=torch.float64)) / max(len(tokens), 1)
-            yield _Variant(scheme, count, branch, noise, ErrorSpectrum.of(branch.error, problem.gram(), largest))
+
+    def variant(grid: WeightGrid, count: int) -> _Variant:
+        branch = make_branch(grid, count)
+        rounding = activation_rounding(tokens, branch, bits)
+        noise = float(rounding.square().sum(dtype=torch.float64)) / max(len(tokens), 1)
+        spectrum = ErrorSpectrum.of(branch.error, problem.gram(), largest)
+        return _Variant(problem.scheme.on(grid), count, branch, noise, spectrum)
+
+    counts = LEFT_OUT if rounds_activations(bits) else LEFT_OUT[:1]
+    own = [variant(problem.scheme.weight, count) for count in counts if count <= in_features // 8]
+    best = min(own, key=_Variant.typical).left_out
+    others = [grid for grid in problem.scheme.budget_grids() if grid != problem.scheme.weight]
+    return own + [variant(grid, best) for grid in others]
 
 
 def _candidate(problem: LinearProblem, variant: _Variant, size: AdapterSize, loss: float) -> Candidate:
     out_features, in_features = problem.weight.shape
     scaled = variant.branch.inv_omega is not None
     bits = predicted_bits(out_features, in_features, variant.scheme, size, scaled=scaled)
-    choice = Choice(size, variant.left_out, variant.scheme.weight.group_size)
+    choice = Choice(size, variant.left_out, variant.scheme.weight)
     return Candidate(choice, loss, bits.stored_bits * bits.weights, bits.read)
