@@ -74,8 +74,10 @@ def quantize_ours(folder: Path, name: str, scheme: str) -> float:
     keys: dict[str, Any] = {**OURS[name], "scheme": scheme}
     loaded = load_model(str(folder))
     samples = [Sample(None, text, kind=TEXT) for text in texts]
+    recipe = make_recipe(**keys)
+    recipe.build_method()  # imports what it needs
     started = time.perf_counter()
-    quantize(loaded, make_recipe(**keys), samples)
+    quantize(loaded, recipe, samples)
     return time.perf_counter() - started
 
 
@@ -87,9 +89,11 @@ def quantize_whole(folder: Path, name: str, scheme: str, count: int) -> float:
 
     keys: dict[str, Any] = {**WHOLE[name], "scheme": scheme}
     samples = load_samples(str(folder / "data" / "calibration.jsonl"), count)
+    recipe = make_recipe(**keys)
+    recipe.build_method()
     with tempfile.TemporaryDirectory() as work:
         started = time.perf_counter()
-        quantize(str(folder), make_recipe(**keys), samples, work=Path(work), on_disk=True)
+        quantize(str(folder), recipe, samples, work=Path(work), on_disk=True)
         return time.perf_counter() - started
 
 

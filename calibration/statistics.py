@@ -16,9 +16,11 @@ from torch import Tensor
 
 from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
+from qe_edge.parallel import map_rows
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
 TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time
+CACHED = 1 << 18  # numbers whose magnitudes are taken at a time
 DOUBLE_WIDTH = 4096  # inputs up to which the Gram matrix is added up in float64; wider ones take half the memory
 
 
@@ -98,19 +100,21 @@ class StatisticsCollector:
         """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8."""
         tokens = x.detach().float().reshape(-1, self._abs_sum.shape[0])
         kinds = torch.zeros(len(tokens), dtype=torch.int8) if kind is None else kind.cpu().reshape(-1)
-        finite = torch.isfinite(tokens.sum(1))  # NaN and infinity stay what they are in a sum
-        if not bool(finite.all()):
+        if not len(tokens):
+            return
+        total, largest = magnitudes(tokens)
+        if not bool(torch.isfinite(total).all()):  # NaN and infinity stay what they are in a sum
             finite = torch.isfinite(tokens).all(1)
             self._dropped += int((~finite).sum())
             tokens, kinds = tokens[finite], kinds[finite.cpu()]
-        if not len(tokens):
-            return
+            if not len(tokens):
+                return
+            total, largest = magnitudes(tokens)
         tokens = tokens.contiguous()
         if self._gram is not None:
             self._gram.add(tokens)
-        magnitude = tokens.abs()
-        self._abs_sum += (magnitude.new_ones(len(tokens)) @ magnitude).cpu().numpy()
-        np.maximum(self._abs_max, magnitude.amax(0).cpu().numpy(), out=self._abs_max)
+        self._abs_sum += total.cpu().numpy()
+        np.maximum(self._abs_max, largest.cpu().numpy(), out=self._abs_max)
         self._sample(tokens, kinds.numpy())
         self._count += len(tokens)
 
@@ -225,6 +229,18 @@ class GramMatrix:
         del self._sum, self._elsewhere
         gram /= count
         return gram
+
+
+def magnitudes(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and maximum of |x| over tokens `[n, in]`, each `[in]`, in pieces that stay in a core's cache."""
+
+    def measure(rows: slice) -> tuple[Tensor, Tensor]:
+        magnitude = tokens[rows].abs()
+        return magnitude.sum(0), magnitude.amax(0)
+
+    piece = max(1, CACHED // tokens.shape[1]) if tokens.device == CPU else len(tokens)
+    sums, maxima = zip(*map_rows(measure, len(tokens), piece), strict=True)
+    return torch.stack(sums).sum(0), torch.stack(maxima).amax(0)
 
 
 def mirror_triangle(matrix: np.ndarray, tile: int = 512) -> np.ndarray:
