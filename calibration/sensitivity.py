@@ -34,9 +34,9 @@ Of = Literal["answers", "predictions"]
 class Sensitivity:
     """Gradients of the loss L at one linear layer's output y, over valid calibration tokens.
 
-    L is summed over the tokens of the reference answers and over samples; where a sample has no answer, over all its text
-    tokens. It is the cross-entropy ("answers"), or stands for the divergence from the model itself ("predictions",
-    see `fisher_factor`).
+    L is summed over the tokens of the reference answers and over samples; where a sample has no answer, over all its
+    text tokens. It is the cross-entropy ("answers"), or stands for the divergence from the model itself
+    ("predictions", see `fisher_factor`).
 
     Attributes:
         vision: Mean of |dL/dy| over image tokens and outputs (MBQ); 0 without such tokens.
@@ -128,9 +128,9 @@ def token_kinds(encoded: Encoded) -> np.ndarray:
 def fisher_factor(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A random vector v of every prediction p with E[v v^T] = diag(p) - p p^T, the Fisher matrix of its logits.
 
-    To second order the divergence from p is half of `d^T (diag(p) - p p^T) d` for a change d of the logits. So mean squares
-    of gradients of `v . logits` are the diagonal of its Gauss-Newton matrix, whatever the reference answers are; those of
-    the cross-entropy vanish where the model is sure of them, and are a few samples' where it is wrong.
+    To second order the divergence from p is half of `d^T (diag(p) - p p^T) d` for a change d of the logits. So mean
+    squares of gradients of `v . logits` are the diagonal of its Gauss-Newton matrix, whatever the reference answers
+    are; those of the cross-entropy vanish where the model is sure of them, and are a few samples' where it is wrong.
 
     Args:
         logits: `[n, vocabulary]`.

@@ -136,7 +136,7 @@ def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, in
 def _planned_group(
     group: LinearGroup, method: Method, recipe: Recipe, adapters: dict[str, AdapterSize]
 ) -> dict[str, QELinear]:
-    """The layers of one input as they will be, without data; notes their adapters. Under a budget, the least there is."""
+    """The layers of one input as they will be, without data; notes their adapters. Of a budget, the least."""
     together = [list(range(len(group.names)))] if method.stack_siblings else [[i] for i in range(len(group.names))]
     layers, scheme = {}, recipe.get_scheme()
     if recipe.budget:

@@ -39,7 +39,7 @@ def print_plan(recipe: Recipe, plan: Plan, samples: int) -> None:
     if recipe.budget:
         limits = {"stored": recipe.budget.bits, "read": recipe.budget.read_bits}
         wanted = " and ".join(f"{bits:g} {kind} bits" for kind, bits in limits.items() if bits is not None)
-        click.echo(f"Budget:      {wanted} per weight; codes and ranks are chosen after measuring, the bits above are the least")
+        click.echo(f"Budget:      {wanted} per weight; chosen after measuring, the bits above are the least")
     click.echo(f"Calibration: {samples} samples of '{recipe.calibration.source}'")
     click.echo(f"Memory:      about {human_bytes(plan.memory_bytes)}")
     click.echo(

@@ -43,7 +43,7 @@ def check_planned_layers(targets: Sequence[str], library: Path, plan: Plan, reci
 def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
     """The layers of a plan as the plugin would get them.
 
-    A budget chooses among grids of the weights, and chooses ranks that the plugin takes. Layers that read the same input
+    A budget chooses among several grids of a weight, and ranks that the plugin takes. Layers that read the same input
     may be joined to one, so what only one of them breaks is left to the build.
     """
     from qe_edge.export.plugin_check import LayerForm

@@ -174,9 +174,7 @@ def test_gradients_of_predictions_are_of_the_divergence(folder: str, batches: li
 
     before = predictions()
     for _ in range(40):
-        handle = module.register_forward_hook(
-            lambda _m, _i, y: y + size * torch.randn(y.shape, generator=generator)
-        )
+        handle = module.register_forward_hook(lambda _m, _i, y: y + size * torch.randn(y.shape, generator=generator))
         after = predictions()
         handle.remove()
         found.append(float((before.exp() * (before - after)).sum()) / samples)

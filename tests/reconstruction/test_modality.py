@@ -56,9 +56,7 @@ def expert_problem(kinds: np.ndarray, experts: int) -> ExpertProblem:
     for row, kind in enumerate(kinds):
         x[row, 4 * kind : 4 * kind + 3] += 5
     lists = np.argsort(-x, axis=1)[:, :3].astype(np.int32)
-    statistics = InputStatistics(
-        len(x), 0, np.abs(x).mean(0), np.abs(x).max(0), None, x, lists, kinds
-    )
+    statistics = InputStatistics(len(x), 0, np.abs(x).mean(0), np.abs(x).max(0), None, x, lists, kinds)
     channels = np.arange(16)
     return ExpertProblem(np.zeros((4, 16)), statistics, channels, channels % experts, np.ones(16), experts, 2, 0.0)
 
