@@ -36,7 +36,8 @@ class Sensitivity:
 
     L is summed over the tokens of the reference answers and over samples; where a sample has no answer, over all its
     text tokens. It is the cross-entropy ("answers"), or stands for the divergence from the model itself
-    ("predictions", see `fisher_factor`).
+    ("predictions", see `fisher_factor`). Of a vision encoder it stands for the squared distance of its features, each
+    of length 1: of the class token, and the mean over the patches.
 
     Attributes:
         vision: Mean of |dL/dy| over image tokens and outputs (MBQ); 0 without such tokens.
@@ -56,8 +57,8 @@ class Sensitivity:
     tokens: int
 
 
-def has_loss(loaded: LoadedModel) -> bool:
-    """Whether a model predicts tokens, so that there is a loss to take gradients of; a lone vision encoder does not."""
+def predicts_tokens(loaded: LoadedModel) -> bool:
+    """Whether a model predicts tokens; a lone vision encoder does not."""
     return loaded.model.get_output_embeddings() is not None
 
 
@@ -83,11 +84,11 @@ def output_gradients(
         seed: Of the random numbers that "predictions" need.
 
     Raises:
-        ModelError: If the model has no loss (see `has_loss`), or a name is no linear layer of a block.
+        ModelError: If the loss is of answers and the model predicts no tokens, or a name is no linear layer of a block.
         CalibrationError: If no sample has a token to predict.
         NumericalError: If gradients are not finite, or a layer got none.
     """
-    if not has_loss(loaded):
+    if of == "answers" and not predicts_tokens(loaded):
         raise ModelError(
             "This model predicts no tokens, so there is no loss to take gradients of.",
             "Choose a method without gradients, for example qe, aser or gptq.",
@@ -242,6 +243,8 @@ def _linears_of_blocks(loaded: LoadedModel, names: Sequence[str]) -> dict[str, b
 
 def _loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | None) -> Tensor | None:
     """The loss summed over the label tokens of a batch, of the predictions with a generator; None without any."""
+    if generator and not predicts_tokens(loaded):
+        return _feature_loss(loaded, encoded, generator)
     labels = labels_of(encoded)
     if not labels.any():
         return None
@@ -255,6 +258,14 @@ def _loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | No
         return (predicted * fisher_factor(predicted, generator)).sum()
     wanted = torch.from_numpy(encoded.input_ids)[rows, columns].to(predicted.device)
     return nn.functional.cross_entropy(predicted, wanted, reduction="sum")
+
+
+def _feature_loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator) -> Tensor:
+    """A random projection of an encoder's features: mean squares of its gradients are those of their distance."""
+    states = loaded.model(**loaded.family.torch_inputs(encoded)).last_hidden_state.float()
+    drawn = torch.randn(states.shape, generator=generator).to(states.device)
+    drawn[:, 1:] /= max(states.shape[1] - 1, 1) ** 0.5
+    return (nn.functional.normalize(states, dim=-1) * drawn).sum()
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Every layer offers candidates with a loss, the bits it stores and the bits that a decoded token reads. One is taken of
 each, so that the sum of losses is least and the means of stored and read bits stay inside the budget. Layers are made
-comparable by the mean square gradient of the loss at their outputs, to second order the loss that an error costs; a
-model without a loss takes relative errors instead. scipy's HiGHS solves it.
+comparable by the mean square gradient of the loss at their outputs, to second order the loss that an error costs.
+scipy's HiGHS solves it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qe_edge.c_output import silent_c_stdout
 from qe_edge.errors import RecipeError
 from qe_edge.grids import WeightGrid
 from qe_edge.linear import QuantizedLinear
-from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
+from qe_edge.methods.base import AdapterSize, Candidate, Choice
 
 GAP = 1e-3  # relative distance to the proven optimum at which the solver may stop
 LARGEST_STEP = 4  # binary digits by which an output is scaled at most
@@ -128,13 +128,6 @@ def scaled_back(linear: QuantizedLinear, factors: Tensor) -> QuantizedLinear:
 def _divided(rows: Tensor, factors: Tensor) -> Tensor:
     shape = (-1, *[1] * (rows.ndim - 1))
     return (rows.float() / factors.reshape(shape)).to(rows.dtype)
-
-
-def relative_sensitivity(problem: LinearProblem) -> float:
-    """One over the energy of the layer's output: losses become relative errors, where there is no gradient."""
-    weight = problem.weight.double().numpy()
-    energy = float(np.einsum("ij,ij->", weight @ problem.gram(), weight))
-    return 1.0 / energy if energy > 0 else 0.0
 
 
 def check_affordable(budget: Budget, weights: int, stored: float, read: float) -> None:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from qe_edge.accounting import add_counts
 from qe_edge.atomic import atomic_file
 from qe_edge.blas import blas_threads
-from qe_edge.budget import Offer, allocate, check_affordable, output_factors, relative_sensitivity, scaled_back
+from qe_edge.budget import Offer, allocate, check_affordable, output_factors, scaled_back
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
     Of,
     Sensitivity,
-    has_loss,
     load_sensitivities,
     output_gradients,
     save_sensitivities,
@@ -242,13 +241,11 @@ class _Run:
                 problem = self._problem(group, members, weight, measured[position])
                 with blas_threads(max(weight.shape)):
                     candidates = self.method.candidates(problem)
-                offers[problem.name] = Offer(weight.numel(), self._sensitivity(group, members, problem), candidates)
+                offers[problem.name] = Offer(weight.numel(), self._sensitivity(group, members), candidates)
         return offers
 
     def _gradients(self) -> dict[str, Sensitivity]:
-        """Gradients at the outputs of every layer; none for a model without a loss."""
-        if not has_loss(self.loaded):
-            return {}
+        """Gradients at the outputs of every layer."""
         path = self.folder.path / "gradients.safetensors" if self.folder else None
         if path and path.is_file():
             return load_sensitivities(path)
@@ -262,10 +259,8 @@ class _Run:
                 save_sensitivities(part, found)
         return found
 
-    def _sensitivity(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> float:
+    def _sensitivity(self, group: LinearGroup, members: list[int]) -> float:
         """What makes a problem's losses comparable with those of other layers."""
-        if not self.gradients:
-            return relative_sensitivity(problem)
         found = [self.gradients[group.names[member]] for member in members]
         outputs = [group.linears[member].out_features for member in members]
         return float(np.average([one.energy for one in found], weights=outputs))

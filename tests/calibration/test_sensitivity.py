@@ -13,10 +13,10 @@ from torch import Tensor
 
 from qe_edge.calibration.sensitivity import (
     fisher_factor,
-    has_loss,
     labels_of,
     load_sensitivities,
     output_gradients,
+    predicts_tokens,
     save_sensitivities,
     token_kinds,
 )
@@ -192,7 +192,7 @@ def test_what_cannot_be_measured_is_an_error(
     with pytest.raises(CalibrationError, match="token to predict"):
         output_gradients(loaded, empty, [name])
     monkeypatch.setattr(loaded.model, "get_output_embeddings", lambda: None)
-    assert not has_loss(loaded)
+    assert not predicts_tokens(loaded)
     with pytest.raises(ModelError, match="predicts no tokens"):
         output_gradients(loaded, batches, [name])
 
