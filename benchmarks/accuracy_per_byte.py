@@ -36,7 +36,7 @@ from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.validate.subjects import block_groups
 
 SCHEMES = ("w4a8", "w4a6", "w3a16")
-BUDGETS = (4.25, 4.5, 5.0)
+BUDGETS = (3.5, 4.25, 4.5, 5.0)
 READ_BUDGET = 4.5  # limits only what a token reads, with routed experts and without
 ERRORS = {"smollm2": "kl", "vlm": "kl", "dinov2": "cosine_loss"}  # what is compared, 0 for the original itself
 OTHERS = (
