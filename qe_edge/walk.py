@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,16 @@ class BlockWalk:
     def run(
         self, chain: Chain, position: int, block: Block, collectors: Mapping[nn.Module, StatisticsCollector]
     ) -> list[Tensor]:
-        """Run a block on every batch, feeding each collector with the inputs of its layer; returns the outputs."""
+        """Run a block on every batch, feeding each collector with the inputs of its layer; returns the outputs.
+
+        The last block's outputs feed nothing: it runs until every collector has its inputs, and none are returned.
+        """
         valid: list[Tensor | None] = [None]
         kinds: list[Tensor | None] = [None]
+        waiting: set[StatisticsCollector] = set()
+        last = chain.blocks == self.walked[-1] and position == len(chain.blocks) - 1
+        if last and not collectors:
+            return []
 
         def feed(collector: StatisticsCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -96,6 +103,9 @@ class BlockWalk:
                     collector.update(tokens, torch.full(tokens.shape[:-1], IMAGE, dtype=torch.int8))
                 else:
                     collector.update(tokens if bool(mask.all()) else tokens[mask.to(tokens.device)], kinds[0])
+                waiting.discard(collector)
+                if last and not waiting:
+                    raise _AllFed
 
             return hook
 
@@ -107,7 +117,9 @@ class BlockWalk:
                     if block.group == "language":
                         valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()
                         kinds[0] = torch.from_numpy(token_kinds(self.batches[batch]))[valid[0]]
-                    outputs.append(run_block(block.module, hidden, chain.calls[position][batch], self.device))
+                    waiting.update(collectors.values())
+                    with suppress(_AllFed):
+                        outputs.append(run_block(block.module, hidden, chain.calls[position][batch], self.device))
         finally:
             for handle in handles:
                 handle.remove()
@@ -130,6 +142,10 @@ class BlockWalk:
                 visit(child)
 
         visit(self.loaded.model)
+
+
+class _AllFed(Exception):  # noqa: N818 - control flow, not an error
+    """Every collector has the inputs of its layer; the rest of the last block need not run."""
 
 
 def restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

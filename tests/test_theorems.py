@@ -13,6 +13,8 @@ from qe_edge.grids import WeightGrid, fake_quantize_activation, quantize_weight
 from qe_edge.methods import qe
 from qe_edge.methods.qe_options import QuantExpertsOptions, shrink_to_layer
 from qe_edge.reconstruction.directions import (
+    KRYLOV_STEPS,
+    WARM_STEPS,
     ErrorSpace,
     leading_directions,
     top_eigenvectors,
@@ -151,11 +153,13 @@ def test_residuals_for_the_router_are_those_of_the_rounded_experts(shape: tuple[
     np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-9)
 
 
-def test_krylov_directions_capture_what_the_eigenvectors_do() -> None:
+@pytest.mark.parametrize("steps", [KRYLOV_STEPS, WARM_STEPS])
+def test_krylov_directions_capture_what_the_eigenvectors_do(steps: int) -> None:
     drawn = np.random.default_rng(0)
     outputs = drawn.standard_normal((700, 600)) / np.sqrt(np.arange(1, 601))
-    matrix = outputs.T @ outputs
-    exact, found = top_eigenvectors(matrix, 24), leading_directions(matrix.astype(np.float32), np.zeros((600, 0)), 24)
+    matrix, alike = outputs.T @ outputs, outputs[:400].T @ outputs[:400]
+    start = np.zeros((600, 0)) if steps == KRYLOV_STEPS else top_eigenvectors(alike, 24)
+    exact, found = top_eigenvectors(matrix, 24), leading_directions(matrix.astype(np.float32), start, 24, steps)
     energy, best = (float(np.trace(u.T @ matrix @ u)) for u in (found, exact))
     assert energy > (1 - 1e-3) * best
     np.testing.assert_allclose(found.T @ found, np.eye(24), atol=1e-5)

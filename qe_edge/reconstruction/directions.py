@@ -19,6 +19,7 @@ from qe_edge.blas import one_lapack_thread
 STEEPEST = 1e5  # ratio of pivots of R up to which E R^{-1} is orthonormal enough to be finished by one QR
 EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
 KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
+WARM_STEPS = 3  # products that suffice from the directions of a matrix that is much alike
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _top(matrix: np.ndarray, rank: int) -> np.ndarray:
     return flipped
 
 
-def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int) -> np.ndarray:
+def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int, steps: int = KRYLOV_STEPS) -> np.ndarray:
     """Directions `[n, rank]` that capture about as much of a positive matrix as its top eigenvectors.
 
     Block Krylov iteration (Musco and Musco, NeurIPS 2015) from directions close to the wanted ones; below `EXACT_SIDE`
@@ -127,6 +128,7 @@ def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int) -> np.n
         matrix: `[n, n]` symmetric, float32 or float64.
         start: `[n, k]` directions to start from, in any number; random ones fill them up.
         rank: Wanted number of directions.
+        steps: Products with the matrix.
     """
     size = len(matrix)
     width = min(rank, size) + KRYLOV_EXTRA
@@ -137,7 +139,7 @@ def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int) -> np.n
         start = np.concatenate((start, more / np.sqrt(size)), axis=1)
     block = qr(start[:, :width].astype(matrix.dtype), mode="economic")[0]
     space = block
-    for _ in range(KRYLOV_STEPS):
+    for _ in range(steps):
         block = matrix @ block
         for _ in range(2):  # once leaves what rounding makes of nearly dependent columns
             block = block - space @ (space.T @ block)

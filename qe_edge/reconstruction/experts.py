@@ -9,7 +9,13 @@ import numpy as np
 from qe_edge.blas import one_lapack_thread, working_dtype
 from qe_edge.calibration.statistics import InputStatistics
 from qe_edge.parallel import map_threads
-from qe_edge.reconstruction.directions import ErrorSpace, diagonal_directions, leading_directions
+from qe_edge.reconstruction.directions import (
+    KRYLOV_STEPS,
+    WARM_STEPS,
+    ErrorSpace,
+    diagonal_directions,
+    leading_directions,
+)
 
 WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
 FEW_TOKENS = 4  # times the expert's rank: fewer tokens than this lean on the global statistics
@@ -110,14 +116,14 @@ def _fit(
 
     def fit(expert: int) -> np.ndarray:
         own = outputs[assigned == expert]
-        start = previous[expert] if previous else spare
+        start, steps = (previous[expert], WARM_STEPS) if previous else (spare, KRYLOV_STEPS)
         if len(own) == 0:
-            return leading_directions(everyone, start, problem.rank)
+            return leading_directions(everyone, start, problem.rank, steps)
         rho = 0.5 if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
         covariance = own.T @ own
         covariance *= (1 - rho) / len(own)
         covariance += rho * everyone
-        return leading_directions(covariance, start, problem.rank)
+        return leading_directions(covariance, start, problem.rank, steps)
 
     with one_lapack_thread():
         nothing = np.zeros((len(everyone), 0))
