@@ -4,9 +4,9 @@
     python benchmarks/kernel_static.py --write qe_edge/predict/instructions.json
 
 Needs the plugin built (plugins/ladder.sh) and cuobjdump and nvdisasm on PATH. Instructions are those that one warp
-issues in the loop over K: per 1000 multiply-accumulates in prefill, per KiB of 4-bit weights in decode. These are
-static counts of what the assembler emitted; nothing here was run on hardware. `--write` stores the counts of all chips
-for `qe-edge predict`.
+issues in the loop over K: per 1000 multiply-accumulates in prefill, per 2048 weights in decode: a KiB of 4-bit ones;
+3-bit kernels (w3) count as many weights. These are static counts of what the assembler emitted; nothing here was run on
+hardware. `--write` stores the counts of all chips for `qe-edge predict`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
         if loop is None:
             continue
         prefill = kernel.startswith("qe_prefill")
-        cost = loop.per_1000_mac if prefill else loop.per_kib
+        cost = loop.per_1000_mac if prefill else loop.per_2048_weights
         rows.append(
             {
                 "kernel": kernel,
@@ -63,7 +63,7 @@ def main() -> int:
         f"{chip}; prefill: instructions per 1000 MAC (Edge-LLM {EDGE_LLM_PER_1000_MAC}, goal {GOAL_PER_1000_MAC}); ",
         end="",
     )
-    print(f"decode: per KiB of weights (Edge-LLM {EDGE_LLM_PER_KIB}, goal {GOAL_PER_KIB})")
+    print(f"decode: per 2048 weights, a KiB of 4-bit ones (Edge-LLM {EDGE_LLM_PER_KIB}, goal {GOAL_PER_KIB})")
     print(f"{'kernel':34} {'registers':>9} {'spilled':>7} {'per MMA':>8} {'cost':>8} {'/ Edge-LLM':>10} goal")
     for row in rows:
         print(

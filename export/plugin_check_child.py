@@ -33,7 +33,8 @@ def answer(question: Question) -> Verdict:
 
 def _make(trt: Any, creator: Any, form: LayerForm, layout_version: int) -> object | None:  # noqa: ANN401 - untyped
     numbers = {key: value for key, value in asdict(form).items() if key != "name"}
-    numbers |= {"layout_version": layout_version, **dict.fromkeys(OPTIONAL, 0)}
+    # 3 bits are for layers that have kernels for them, decided when weights are packed: 4 is what the others get
+    numbers |= {"layout_version": layout_version, "weight_bits": 4, **dict.fromkeys(OPTIONAL, 0)}
     fields = [
         trt.PluginField(key, np.array([value], np.int32), trt.PluginFieldType.INT32) for key, value in numbers.items()
     ]

@@ -20,7 +20,7 @@ from qe_edge.export.lowering.precision import scale_queries, to_half
 from qe_edge.runtime.engine_info import Precision
 
 SMALL = 1024  # elements up to which equal constants are looked for
-PLUGIN_PRODUCT = "int4 weights, plugin"
+PLUGIN_PRODUCTS = {bits: f"int{bits} weights, plugin" for bits in (3, 4)}  # by the bits that weights are packed with
 WEIGHTS = {ir.DataType.INT4: "int4", ir.DataType.INT8: "int8"}
 
 
@@ -52,7 +52,7 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
     for node in model.graph:
         compute = precision.get(node.name or "")
         if is_packed(node):
-            products[node.name or ""] = PLUGIN_PRODUCT
+            products[node.name or ""] = PLUGIN_PRODUCTS[node.attributes["weight_bits"].as_int()]
         elif node.op_type in ("MatMul", "Gemm") and compute is not None:
             products[node.name or ""] = f"{_weights(node)} weights, {compute}" if _weights(node) else compute
         elif compute is not None and node.op_type != "DequantizeLinear":

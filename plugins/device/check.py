@@ -40,6 +40,8 @@ SHAPES = {
 TIMED = [
     Mode("w4a8", int8_adapters=True, rank_routed=32),
     Mode("w4a16_g128_asym", act_bits=0, group_size=128, zeros=True),
+    Mode("w3a8", weight_bits=3, int8_adapters=True, rank_routed=32),
+    Mode("w3a16_g128_asym", act_bits=0, group_size=128, zeros=True, weight_bits=3),
 ]
 
 

@@ -37,12 +37,12 @@ def _sources(root: Path) -> list[Path]:
     return [p for f in folders for p in (root / f).glob("*") if p.suffix in {".cu", ".cuh", ".h", ".cpp"}]
 
 
-def source_emulator(root: Path = ROOT, *, subset: bool = False) -> Path:
+def source_emulator(root: Path = ROOT, *, subset: int = 0) -> Path:
     """The shared library with all kernels, the emulator and the launch plan.
 
     Args:
         root: a tree like plugins/, for instance a copy with a planted bug.
-        subset: only the kernels that the planted-bug tests launch.
+        subset: only the kernels that the planted-bug tests launch, of 4- or 3-bit weights; 0 for all kernels.
     """
     target = BUILD / f"libqe_emu_{_digest(_sources(root), str(subset))}.so"
     if target.exists():
@@ -50,7 +50,7 @@ def source_emulator(root: Path = ROOT, *, subset: bool = False) -> Path:
     BUILD.mkdir(exist_ok=True)
     work = BUILD / f"objects_{target.stem}_{os.getpid()}"  # two test processes may build at once
     work.mkdir(exist_ok=True)
-    define = ["-DQE_SUBSET"] if subset else []
+    define = [f"-DQE_SUBSET={subset}"] if subset else []
     cxx = os.environ.get("CXX", "g++")
     common = [cxx, "-std=c++17", "-fPIC", "-I", str(root / "emulator")]
     # -O1: higher levels duplicate calls, and a warp collective is recognised by the place that calls it.
@@ -71,7 +71,7 @@ def source_emulator(root: Path = ROOT, *, subset: bool = False) -> Path:
     return target
 
 
-def ptx(root: Path = ROOT, *, subset: bool = False, nvcc: str | None = None) -> Path:
+def ptx(root: Path = ROOT, *, subset: int = 0, nvcc: str | None = None) -> Path:
     """The compute_80 PTX that every cubin is assembled from."""
     compiler = nvcc or os.environ.get("NVCC", "nvcc")
     target = BUILD / f"kernels_{_digest(_sources(root), f'{subset}{compiler}')}.ptx"
@@ -79,7 +79,7 @@ def ptx(root: Path = ROOT, *, subset: bool = False, nvcc: str | None = None) -> 
         return target
     BUILD.mkdir(exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.tmp")
-    define = ["-DQE_SUBSET"] if subset else []
+    define = [f"-DQE_SUBSET={subset}"] if subset else []
     _run([compiler, "-O3", "-std=c++17", "-arch=compute_80", "-ptx", *define, "-o", str(partial),
           str(root / "kernels/kernels.cu")])  # fmt: skip
     partial.replace(target)
@@ -87,6 +87,6 @@ def ptx(root: Path = ROOT, *, subset: bool = False, nvcc: str | None = None) -> 
 
 
 if __name__ == "__main__":
-    for whole in (True, False):
-        print(source_emulator(subset=not whole))
-        print(ptx(subset=not whole))
+    for kernels in (0, 4, 3):
+        print(source_emulator(subset=kernels))
+        print(ptx(subset=kernels))

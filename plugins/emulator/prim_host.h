@@ -55,8 +55,15 @@ QE_DEV uint32_t sub_f16x2(uint32_t a, uint32_t b) {
 QE_DEV uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   return pack2<f16_t>(half_of(a, 0) * half_of(b, 0), half_of(a, 1) * half_of(b, 1));
 }
+QE_DEV uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return pack2<f16_t>(fmaf(half_of(a, 0), half_of(b, 0), half_of(c, 0)), fmaf(half_of(a, 1), half_of(b, 1), half_of(c, 1)));
+}
 
 QE_DEV uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) { return (a & mask) | base; }
+template <uint32_t Mask>
+QE_DEV uint32_t select_bits(uint32_t a, uint32_t b) {
+  return (a & Mask) | (b & ~Mask);
+}
 template <uint32_t Selector>
 QE_DEV uint32_t pick_bytes(uint32_t word) {
   uint32_t r = 0;

@@ -102,6 +102,10 @@ def _wide(instruction: Instruction) -> Callable[[Lanes, Lanes], Lanes]:
 _HALVES: dict[str, Callable[[Any, Any], Any]] = {"sub": np.subtract, "mul": np.multiply}
 
 
+def _fused(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
+    return np.asarray(a.astype(np.float64) * b + c)
+
+
 def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[Any]]] | None:
     """What the instruction computes and the types of its sources; None for what is not arithmetic."""
     op, kind = instruction.op[0], instruction.op[-1]
@@ -111,6 +115,8 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
             return (lambda hi, lo: _join(np.stack([lo, hi], 1), packed)), [np.float32, np.float32]
         source = np.uint16 if kind in ("f16", "bf16") else TYPES[kind]
         return _convert(instruction), [source]
+    if op == "fma" and kind == "f16x2":  # _join rounds to float32 on the way, which holds the sums of our kernels
+        return (lambda a, b, c: _join(_fused(*(_halves(each, kind) for each in (a, b, c))), kind)), [np.uint32] * 3
     if op in _HALVES and kind == "f16x2":
         return (lambda a, b: _join(_HALVES[op](_halves(a, kind), _halves(b, kind)), kind)), [np.uint32] * 2
     t = instruction.type

@@ -17,7 +17,10 @@ EDGE_LLM: dict[str, Any] = {
 
 
 def instruction_costs() -> dict[str, Any]:
-    """Warp instructions per 1000 MAC in prefill and per KiB of weights in decode, by chip and variant, in float16."""
+    """Warp instructions per 1000 MAC in prefill and per 2048 weights in decode, by chip and variant, in float16.
+
+    2048 weights of 4 bits are the KiB that names the second; 3-bit kernels count as many.
+    """
     costs: dict[str, Any] = {"prefill_per_1000_mac": {}, "decode_per_kib": {}, "edge_llm": EDGE_LLM}
     for chip in CHIPS:
         shipped = cubin(chip)
@@ -37,5 +40,5 @@ def chip_costs(shipped: Cubin, code: dict[str, list[str]]) -> dict[str, dict[str
         if kernel.startswith("qe_prefill"):
             prefill[variant(kernel)] = round(loop.per_1000_mac, 2)
         else:
-            decode[variant(kernel)] = round(loop.per_kib, 2)
+            decode[variant(kernel)] = round(loop.per_2048_weights, 2)
     return {"prefill_per_1000_mac": prefill, "decode_per_kib": decode}

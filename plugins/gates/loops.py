@@ -19,6 +19,7 @@ class Loop:
     async_copies: int
     weight_loads: int  # 512 bytes of packed weights each, per warp
     narrow_shared_loads: int
+    weight_bits: int = 4
 
     @property
     def mma(self) -> int:
@@ -41,12 +42,12 @@ class Loop:
         return 1000 * self.instructions / max(1, self.macs)
 
     @property
-    def per_kib(self) -> float:
-        """Warp instructions for one KiB of weights that come straight from DRAM."""
-        return self.instructions / max(1, self.weight_loads) * 2
+    def per_2048_weights(self) -> float:
+        """Warp instructions for 2048 weights that come straight from DRAM: one KiB where they have 4 bits."""
+        return self.instructions / max(1, self.weight_loads) * self.weight_bits / 2
 
 
-def _count(bodies: list[str]) -> Loop:
+def _count(bodies: list[str], weight_bits: int) -> Loop:
     ops = [_GUARD.sub("", body).split()[0] for body in bodies]
     return Loop(
         instructions=len(ops),
@@ -55,6 +56,7 @@ def _count(bodies: list[str]) -> Loop:
         async_copies=sum(op.startswith("LDGSTS") for op in ops),
         weight_loads=sum((op.startswith("LDG") and ".NA" in op) or "NO_ALLOCATE" in op for op in ops),
         narrow_shared_loads=sum(op in ("LDS.U8", "LDS.S8") for op in ops),
+        weight_bits=weight_bits,
     )
 
 
@@ -69,13 +71,13 @@ def loops(code: list[str]) -> list[tuple[int, int]]:
     return found
 
 
-def hot_loop(code: list[str]) -> Loop:
+def hot_loop(code: list[str], weight_bits: int = 4) -> Loop:
     """The loop over K: the smallest that brings weights in (LDGSTS, or streaming loads) and multiplies."""
     bodies = [line.split(" ", 1)[1] for line in code]
     candidates = []
     for first, last in loops(code):
-        loop = _count(bodies[first : last + 1])
-        if loop.mma >= 8 and (loop.async_copies >= 4 or loop.weight_loads >= 4):
+        loop = _count(bodies[first : last + 1], weight_bits)
+        if loop.mma >= 8 and (loop.async_copies >= 4 or loop.weight_loads >= weight_bits):
             candidates.append((last - first, loop))
     if not candidates:
         raise ValueError("no loop with both matrix instructions and weight loads. Look at the SASS.")

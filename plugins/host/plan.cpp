@@ -101,6 +101,10 @@ void Fill(QeLaunch& launch, const char* name, int gx, int gy, int threads, int s
 const char* Tag(const QeProblem& p) { return p.dtype == QE_F16 ? "f16" : "bf16"; }
 
 const char* Variant(const QeProblem& p) {
+  if (p.weight_bits == 3) {
+    if (p.act_bits == 0) return p.group_size < 0 ? "hw3_cz" : p.group_size == 128 ? "hw3_g128z" : "hw3_g64z";
+    return p.group_size < 0 ? "s8w3_c" : p.group_size == 128 ? "s8w3_g128" : "s8w3_g64";
+  }
   if (p.act_bits == 0) return p.group_size < 0 ? "h_cz" : p.group_size == 128 ? "h_g128z" : "h_g64z";
   if (p.group_size < 0) return p.has_zeros ? "s8_cz" : "s8_c";
   if (p.group_size == 128) return p.has_zeros ? "s8_g128z" : "s8_g128";
@@ -110,10 +114,17 @@ const char* Variant(const QeProblem& p) {
 // Bytes of one pipeline stage beyond the activation rows; mirrors Stage in kernels/main_prefill.cuh.
 int StageExtra(const QeProblem& p) {
   const int groups = p.group_size < 0 ? 0 : 128 / p.group_size;
-  return 128 * 64 + groups * 256 + (Zeros(p) ? groups * 128 : 0);
+  return 128 * 16 * p.weight_bits + groups * 256 + (Zeros(p) ? groups * 128 : 0);
 }
 
 int PrefillShared(const QeProblem& p, int rows) { return 3 * (rows * (p.act_bits ? 128 : 256) + StageExtra(p)); }
+
+// What the codes of 16-bit activations are multiplied by; a GEMM takes it off 3-bit weights that become numbers.
+uint64_t CodeShifts(const QeProblem& p, const Shape& s) {
+  if (p.act_bits != 0) return 0;
+  if (p.weight_bits == 4) return qe::kCodeShifts4;
+  return p.group_size < 0 || s.decode ? qe::kCodeShifts3 : 0;
+}
 
 void PlanPrepare(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, QeLaunch& launch) {
   qe::PrepareArgs a{};
@@ -128,6 +139,7 @@ void PlanPrepare(const QeProblem& p, const Shape& s, const QeBuffers& b, const W
   a.act_max = p.act_bits == 8 ? 127 : p.act_bits == 6 ? 31 : 0;
   a.decode_order = s.decode;
   a.sum_rows = p.group_size < 0 ? 0 : p.group_size;
+  a.code_shifts = CodeShifts(p, s);
   // A lone token has one block to itself: more threads draw the router's weights faster.
   const int threads = p.M <= kDecodeLimit && p.K >= 4096 ? 512 : 256;
   char name[48];
@@ -223,6 +235,10 @@ const char* QeRefuse(const QeProblem* problem) {
     return "rank_routed is set but num_experts is 0. Set both or neither.";
   for (const int32_t flag : {p.has_zeros, p.has_inv_omega, p.adapter_int8})
     if (flag != 0 && flag != 1) return "A flag of the problem is neither 0 nor 1. Rebuild the engine from the model.";
+  if (p.weight_bits != 3 && p.weight_bits != 4)
+    return "weight_bits is neither 3 nor 4. Lower the model with qe-edge build.";
+  if (p.weight_bits == 3 && (p.dtype != QE_F16 || (p.act_bits != 0 && p.has_zeros)))
+    return "3-bit weights have no kernels for bfloat16 or integer activations with zero points. Pack them with 4 bits.";
   if (static_cast<int64_t>(p.M) * RoundUp(p.K, 128) / 8 >= kMaxPieces)
     return "The activations exceed what one launch can address. Split the batch.";
   return nullptr;

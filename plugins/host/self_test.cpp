@@ -13,24 +13,28 @@ constexpr char kWrong[] =
 constexpr char kNoMemory[] = "The self-test found no GPU memory. Free some and try again.";
 
 // Small integers and powers of two, so that every float16 value below is exact and only y is rounded.
-int Weight(int k, int n) { return (k * 7 + n * 5 + k / 16) % 16 - 8; }
+int Weight(int k, int n, int bits) { return (k * 7 + n * 5 + k / 16) % (1 << bits) - (1 << (bits - 1)); }
 int Activation(int m, int k) { return k == 3 ? 127 : (m * 31 + k * 11) % 201 - 100; }  // the maximum makes the scale 1
 float Down(int k, int r) { return k % kRank == r ? 0.25f : 0.f; }
 float Up(int r, int n) { return (r + n) % 3 == 0 ? 0.5f : -0.25f; }
 // Scales of groups differ, zero points too; without groups or zero points they are 1/64 and 0.
 constexpr float kScale = 0.015625f;
 float GroupScale(int group) { return kScale / static_cast<float>(1 << group % 3); }
-int Zero(int group, int n) { return (group * 5 + n * 3) % 16 - 8; }
+int Zero(int group, int n, int bits) { return (group * 5 + n * 3) % (1 << bits) - (1 << (bits - 1)); }
 
 // What a layer of the self-test is like. 16-bit activations rest on tensor cores that multiply subnormal fp16 numbers,
 // with scales of groups and without.
 struct Kind {
   int act_bits, group_size;
   bool zeros;
+  int bits;
 };
-constexpr Kind kKinds[] = {{8, -1, false}, {8, 64, true}, {0, -1, false}, {0, 128, true}};
+constexpr Kind kKinds[] = {{8, -1, false, 4}, {8, 64, true, 4},  {0, -1, false, 4}, {0, 128, true, 4},
+                           {8, 64, false, 3}, {0, -1, false, 3}, {0, 128, true, 3}};
 int GroupOf(const Kind& kind, int k) { return kind.group_size < 0 ? 0 : k / kind.group_size; }
-int Centred(const Kind& kind, int k, int n) { return Weight(k, n) - (kind.zeros ? Zero(GroupOf(kind, k), n) : 0); }
+int Centred(const Kind& kind, int k, int n) {
+  return Weight(k, n, kind.bits) - (kind.zeros ? Zero(GroupOf(kind, k), n, kind.bits) : 0);
+}
 
 uint16_t Half(float v) {
   if (v == 0.f) return 0;
@@ -48,7 +52,39 @@ float Value(uint16_t h) {
 }
 
 // The orders of prepack/layout.py, stated a second time.
+std::vector<uint8_t> Bytes(const std::vector<uint32_t>& words) {
+  std::vector<uint8_t> bytes;
+  for (const uint32_t w : words)
+    for (int byte = 0; byte < 4; ++byte) bytes.push_back(static_cast<uint8_t>(w >> (8 * byte)));
+  return bytes;
+}
+
+std::vector<uint8_t> PackWeight3(const Kind& kind) {
+  constexpr int kBits[] = {0, 3, 6, 10, 13};  // of a code in a half word
+  std::vector<uint32_t> words(kK * kN * 3 / 32, 0);
+  for (int k = 0; k < kK; ++k)
+    for (int n = 0; n < kN; ++n) {
+      const int row = k % 128, pair = kind.act_bits == 0 ? row % 8 / 2 : row % 16 / 4;
+      const uint32_t code = static_cast<uint32_t>(kind.act_bits == 0 ? Weight(k, n, 3) + 4 : Weight(k, n, 3)) & 7u;
+      const auto put = [&](int word, int bit, uint32_t value) {
+        words[static_cast<size_t>(((k / 128 * 3 + word) * 32 + n % 8 * 4 + pair) * 4 + n / 8)] |= value << bit;
+      };
+      if (kind.act_bits == 0) {
+        const int r = row / 8, at = row % 2 * 16;
+        if (r < 15) put(r / 5, at + kBits[r % 5], code);
+        for (int i = 0; r == 15 && i < 3; ++i) put(i, at + 9, code >> i & 1u);
+      } else {
+        const int r = row / 64 * 4 + row % 64 / 16, at = row % 4 * 8;
+        if (r < 6) put(r / 2, at + (r % 2 ? 2 : 5), code);
+        if (r == 6) put(0, at, code >> 1), put(1, at + 1, code & 1u);
+        if (r == 7) put(1, at, code >> 2), put(2, at, code & 3u);
+      }
+    }
+  return Bytes(words);
+}
+
 std::vector<uint8_t> PackWeight(const Kind& kind) {
+  if (kind.bits == 3) return PackWeight3(kind);
   std::vector<uint32_t> words(kK * kN / 8, 0);
   for (int k = 0; k < kK; ++k)
     for (int n = 0; n < kN; ++n) {
@@ -62,15 +98,12 @@ std::vector<uint8_t> PackWeight(const Kind& kind) {
         nibble = row % 4 * 2 + row / 64;
       }
       const bool offset = kind.act_bits == 0 || kind.zeros;
-      const uint32_t value = static_cast<uint32_t>(offset ? Weight(k, n) + 8 : Weight(k, n)) & 15u;
+      const uint32_t value = static_cast<uint32_t>(offset ? Weight(k, n, 4) + 8 : Weight(k, n, 4)) & 15u;
       words[((k / 128 * 4 + n / 8) * 32 + n % 8 * 4 + pair) * 4 + word] |= value << (nibble * 4);
     }
-  std::vector<uint8_t> packed;
-  for (uint32_t w : words) {
+  for (uint32_t& w : words)
     if (kind.act_bits != 0 && kind.zeros) w = w << 3 | w >> 29;
-    for (int byte = 0; byte < 4; ++byte) packed.push_back(static_cast<uint8_t>(w >> (8 * byte)));
-  }
-  return packed;
+  return Bytes(words);
 }
 
 // Scales in units of 2^-20, which puts the largest at 2^14, and zero points.
@@ -86,7 +119,8 @@ std::vector<uint8_t> PackZeros(const Kind& kind) {
   for (int group = 0; group < Groups(kind); ++group)
     for (int n = 0; n < kN; ++n)
       packed[static_cast<size_t>((group * 8 + n % 8) * 4 + n / 8)] =
-          static_cast<uint8_t>(((kind.zeros ? Zero(group, n) : 0) + 8) * (kind.act_bits ? 8 : 1));
+          static_cast<uint8_t>(((kind.zeros ? Zero(group, n, kind.bits) : 0) + (1 << (kind.bits - 1))) *
+                               (kind.act_bits ? 8 : 1));
   return packed;
 }
 
@@ -131,10 +165,12 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   QeProblem p{};
   p.dtype = QE_F16, p.M = tokens, p.N = kN, p.K = kK;
   p.act_bits = kind.act_bits, p.group_size = kind.group_size, p.has_zeros = kind.zeros, p.rank_shared = kRank;
+  p.weight_bits = kind.bits;
   std::vector<uint16_t> x(static_cast<size_t>(tokens) * kK);
   for (int m = 0; m < tokens; ++m)
     for (int k = 0; k < kK; ++k) x[static_cast<size_t>(m) * kK + k] = Half(static_cast<float>(Activation(m, k)));
-  const float code = kind.act_bits == 0 ? 16777216.f : kind.zeros ? 0.125f : 0.0625f;  // prepack/pack.py, _code_unit
+  // prepack/pack.py, _code_unit
+  const float code = kind.act_bits == 0 ? 16777216.f : kind.bits == 3 ? 0.03125f : kind.zeros ? 0.125f : 0.0625f;
   std::vector<float> columns(3 * kN);
   for (int n = 0; n < kN; ++n) {
     columns[n] = code * (kind.group_size < 0 ? kScale : 1.f / 1048576.f);

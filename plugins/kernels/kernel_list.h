@@ -1,38 +1,60 @@
 // The kernels by name. The includer defines QE_PREPARE, QE_DOWN_DECODE, QE_DOWN_PREFILL, QE_MAIN_DECODE and
-// QE_MAIN_PREFILL; host/plan.cpp builds the same names. Their parts: s8 = int8 activations, h = 16-bit ones; c = scale
-// per channel, g128 and g64 = per group, z = zero points; t8 and t16 = at most 8 or 16 tokens.
-// QE_SUBSET keeps only what the planted-bug tests need, because they compile the kernels once per bug.
-#ifdef QE_SUBSET
-#define QE_FOR_BF16(...)
+// QE_MAIN_PREFILL; host/plan.cpp builds the same names. Their parts: s8 = int8 activations, h = 16-bit ones; w3 = 3-bit
+// weights; c = scale per channel, g128 and g64 = per group, z = zero points; t8 and t16 = at most 8 or 16 tokens.
+// 3-bit weights are for float16 and for the layers that schemes with 3 bits make; all others keep 4 (prepack/width.py).
+// QE_SUBSET keeps only what the planted-bug tests need, because they compile the kernels once per bug: 4 or 3 says of
+// which weights.
+#ifndef QE_SUBSET
+#define QE_SUBSET 0
+#endif
+#if QE_SUBSET
 #define QE_FOR_FULL(...)
 #else
-#define QE_FOR_BF16(...) __VA_ARGS__
 #define QE_FOR_FULL(...) __VA_ARGS__
 #endif
+#if QE_SUBSET == 3
+#define QE_FOR_W4(...)
+#else
+#define QE_FOR_W4(...) __VA_ARGS__
+#endif
+#if QE_SUBSET == 4
+#define QE_FOR_W3(...)
+#else
+#define QE_FOR_W3(...) __VA_ARGS__
+#endif
 
-#define QE_MAIN_VARIANT(variant, tag, T, mode, groups, zeros)                 \
-  QE_MAIN_DECODE(qe_decode_##variant##_t8_##tag, T, mode, groups, zeros, 1)   \
-  QE_FOR_FULL(QE_MAIN_DECODE(qe_decode_##variant##_t16_##tag, T, mode, groups, zeros, 2)) \
-  QE_MAIN_PREFILL(qe_prefill_##variant##_##tag, T, mode, groups, zeros)
+#define QE_MAIN_VARIANT(variant, tag, T, bits, mode, groups, zeros)                \
+  QE_MAIN_DECODE(qe_decode_##variant##_t8_##tag, T, bits, mode, groups, zeros, 1)  \
+  QE_FOR_FULL(QE_MAIN_DECODE(qe_decode_##variant##_t16_##tag, T, bits, mode, groups, zeros, 2)) \
+  QE_MAIN_PREFILL(qe_prefill_##variant##_##tag, T, bits, mode, groups, zeros)
 
 #define QE_KERNELS_OF(tag, T)                                       \
   QE_PREPARE(qe_prepare_##tag, T)                                   \
   QE_DOWN_DECODE(qe_down_decode_a16_t8_##tag, T, false, 1)          \
   QE_DOWN_PREFILL(qe_down_prefill_a16_##tag, T, false)              \
-  QE_MAIN_VARIANT(s8_c, tag, T, qe::kInt8, 0, false)                \
-  QE_MAIN_VARIANT(s8_g128z, tag, T, qe::kInt8, 1, true)             \
-  QE_MAIN_VARIANT(h_g128z, tag, T, qe::k16Bit, 1, true)             \
+  QE_FOR_W4(                                                        \
+  QE_MAIN_VARIANT(s8_c, tag, T, 4, qe::kInt8, 0, false)             \
+  QE_MAIN_VARIANT(s8_g128z, tag, T, 4, qe::kInt8, 1, true)          \
+  QE_MAIN_VARIANT(h_g128z, tag, T, 4, qe::k16Bit, 1, true))         \
   QE_FOR_FULL(                                                      \
   QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, false, 2)         \
   QE_DOWN_DECODE(qe_down_decode_a8_t8_##tag, T, true, 1)            \
   QE_DOWN_DECODE(qe_down_decode_a8_t16_##tag, T, true, 2)           \
   QE_DOWN_PREFILL(qe_down_prefill_a8_##tag, T, true)                \
-  QE_MAIN_VARIANT(s8_cz, tag, T, qe::kInt8, 0, true)                \
-  QE_MAIN_VARIANT(s8_g128, tag, T, qe::kInt8, 1, false)             \
-  QE_MAIN_VARIANT(s8_g64, tag, T, qe::kInt8, 2, false)              \
-  QE_MAIN_VARIANT(s8_g64z, tag, T, qe::kInt8, 2, true)              \
-  QE_MAIN_VARIANT(h_g64z, tag, T, qe::k16Bit, 2, true)              \
-  QE_MAIN_VARIANT(h_cz, tag, T, qe::k16Bit, 0, true))
+  QE_MAIN_VARIANT(s8_cz, tag, T, 4, qe::kInt8, 0, true)             \
+  QE_MAIN_VARIANT(s8_g128, tag, T, 4, qe::kInt8, 1, false)          \
+  QE_MAIN_VARIANT(s8_g64, tag, T, 4, qe::kInt8, 2, false)           \
+  QE_MAIN_VARIANT(s8_g64z, tag, T, 4, qe::kInt8, 2, true)           \
+  QE_MAIN_VARIANT(h_g64z, tag, T, 4, qe::k16Bit, 2, true)           \
+  QE_MAIN_VARIANT(h_cz, tag, T, 4, qe::k16Bit, 0, true))
 
 QE_KERNELS_OF(f16, f16_t)
-QE_FOR_BF16(QE_KERNELS_OF(bf16, bf16_t))
+QE_FOR_W3(
+QE_MAIN_VARIANT(s8w3_c, f16, f16_t, 3, qe::kInt8, 0, false)
+QE_MAIN_VARIANT(hw3_g128z, f16, f16_t, 3, qe::k16Bit, 1, true)
+QE_FOR_FULL(
+QE_MAIN_VARIANT(s8w3_g128, f16, f16_t, 3, qe::kInt8, 1, false)
+QE_MAIN_VARIANT(s8w3_g64, f16, f16_t, 3, qe::kInt8, 2, false)
+QE_MAIN_VARIANT(hw3_g64z, f16, f16_t, 3, qe::k16Bit, 2, true)
+QE_MAIN_VARIANT(hw3_cz, f16, f16_t, 3, qe::k16Bit, 0, true)))
+QE_FOR_FULL(QE_KERNELS_OF(bf16, bf16_t))

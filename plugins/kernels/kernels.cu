@@ -10,12 +10,14 @@
   QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_decode<qe::T, int8, tokens8>(p); }
 #define QE_DOWN_PREFILL(name, T, int8) \
   QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_prefill<qe::T, int8>(p); }
-#define QE_MAIN_DECODE(name, T, mode, groups, zeros, tokens8) \
-  QE_KERNEL void QE_BOUNDS(256, 2) name(qe::MainArgs p) { qe::main_decode<qe::T, mode, groups, zeros, tokens8>(p); }
+#define QE_MAIN_DECODE(name, T, bits, mode, groups, zeros, tokens8)         \
+  QE_KERNEL void QE_BOUNDS(256, 2) name(qe::MainArgs p) {                   \
+    qe::main_decode<qe::T, bits, mode, groups, zeros, tokens8>(p);          \
+  }
 // Bounds chosen by the registers that the assembler then takes, 128 to 184: the second number keeps it from squeezing
 // the int8 kernels without groups into 128 at the price of instructions, and makes it spend more than 184 on the others.
-#define QE_MAIN_PREFILL(name, T, mode, groups, zeros)                                              \
+#define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)                                        \
   QE_KERNEL void QE_BOUNDS(256, mode == qe::kInt8 && groups == 0 ? 1 : 0) name(qe::MainArgs p) { \
-    qe::main_prefill<qe::T, mode, groups, zeros>(p);                                               \
+    qe::main_prefill<qe::T, bits, mode, groups, zeros>(p);                                         \
   }
 #include "kernel_list.h"

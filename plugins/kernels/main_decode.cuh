@@ -11,7 +11,7 @@ constexpr int kDecodeColumns = kBlockColumns;  // output columns of one block
 constexpr int kDecodeTiles = 2;                // of 16 columns each
 
 // What one lane reads of a chunk; all strides from chunk to chunk are constants, so that the loop adds little.
-template <int Mode, int Groups, int Tokens8>
+template <int Bits, int Mode, int Groups, int Tokens8>
 struct Cursor {
   static constexpr int kRowBytes = Mode == kInt8 ? kChunk : kChunk * 2;  // of one token in one chunk
   const uint8_t *weight, *scales, *zeros, *sums;
@@ -20,7 +20,7 @@ struct Cursor {
   QE_DEV Cursor(const MainArgs& p, int block, int chunk, const int (&token)[Tokens8]) {
     const int lane = thread_id() & 31;
     const size_t at = static_cast<size_t>(block) * (p.Kp / kChunk) + chunk;
-    weight = p.weight + at * kBlockBytes + lane * 16;
+    weight = p.weight + at * kBlockBytes<Bits> + lane * 16;
     scales = static_cast<const uint8_t*>(p.scales) + at * (Groups * kBlockColumns * 2) + (lane >> 2) * 8;
     zeros = p.zeros + at * (Groups * kBlockColumns) + (lane >> 2) * 4;
     sums = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(chunk) * (Groups * kSumTokens * 4) +
@@ -31,7 +31,7 @@ struct Cursor {
              (static_cast<size_t>(token[t]) * (p.Kp / kChunk) + chunk) * kRowBytes + (lane & 3) * (kRowBytes / 4);
   }
   QE_DEV void next() {
-    weight += kBlockBytes;
+    weight += kBlockBytes<Bits>;
     scales += Groups * kBlockColumns * 2;
     zeros += Groups * kBlockColumns;
     sums += Groups * kSumTokens * 4;
@@ -51,8 +51,8 @@ QE_DEV void unpack_zeros(uint32_t zeros, int (&z)[4]) {
 }
 
 // One 128-row chunk against int8 activations. Groups: scale rows in the chunk, 0 = the scale is per output channel.
-template <int Groups, bool Zeros, int Tokens8, class Acc>
-QE_DEV void decode_chunk_s8(const Cursor<kInt8, Groups, Tokens8>& at, const u32x4 (&w)[kDecodeTiles][2],
+template <int Bits, int Groups, bool Zeros, int Tokens8, class Acc>
+QE_DEV void decode_chunk_s8(const Cursor<Bits, kInt8, Groups, Tokens8>& at, const BlockWords<Bits>& w,
                             Acc (&acc)[kDecodeTiles][Tokens8][4]) {
   int sum[kDecodeTiles][Tokens8][4];
   QE_UNROLL
@@ -79,13 +79,8 @@ QE_DEV void decode_chunk_s8(const Cursor<kInt8, Groups, Tokens8>& at, const u32x
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
       for (int step = 0; step < 2; ++step) {
-        const uint32_t u0 = w[i][0].v[2 * step], u1 = w[i][0].v[2 * step + 1];
-        const uint32_t v0 = w[i][1].v[2 * step], v1 = w[i][1].v[2 * step + 1];
         uint32_t a[4];
-        a[0] = half ? high_codes<Zeros>(u0) : low_codes<Zeros>(u0);
-        a[1] = half ? high_codes<Zeros>(v0) : low_codes<Zeros>(v0);
-        a[2] = half ? high_codes<Zeros>(u1) : low_codes<Zeros>(u1);
-        a[3] = half ? high_codes<Zeros>(v1) : low_codes<Zeros>(v1);
+        int8_fragment<Zeros>(w, 2 * i, half, step, a);
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t) {
           if constexpr (Groups == 0) {
@@ -111,8 +106,8 @@ QE_DEV void decode_chunk_s8(const Cursor<kInt8, Groups, Tokens8>& at, const u32x
 }
 
 // One chunk against 16-bit activations: two halves of 64 rows, each two blocks of 32.
-template <int Groups, int Tokens8>
-QE_DEV void decode_chunk_16(const Cursor<k16Bit, Groups, Tokens8>& at, const u32x4 (&w)[kDecodeTiles][2],
+template <int Bits, int Groups, int Tokens8>
+QE_DEV void decode_chunk_16(const Cursor<Bits, k16Bit, Groups, Tokens8>& at, const BlockWords<Bits>& w,
                             float (&acc)[kDecodeTiles][Tokens8][4]) {
   float sum[kDecodeTiles][Tokens8][4];
   QE_UNROLL
@@ -142,8 +137,8 @@ QE_DEV void decode_chunk_16(const Cursor<k16Bit, Groups, Tokens8>& at, const u32
         QE_UNROLL
         for (int step = 0; step < 2; ++step) {
           uint32_t u[2], v[2];
-          unpack_16(w[i][0].v[half * 2 + block] >> (8 * step), u);
-          unpack_16(w[i][1].v[half * 2 + block] >> (8 * step), v);
+          unpack_step<Bits>(w, 2 * i, half * 8 + block * 4 + step * 2, u);
+          unpack_step<Bits>(w, 2 * i + 1, half * 8 + block * 4 + step * 2, v);
           const uint32_t a[4] = {u[0], v[0], u[1], v[1]};
           QE_UNROLL
           for (int t = 0; t < Tokens8; ++t)
@@ -226,7 +221,7 @@ struct Accumulator<true> {
   using type = int;
 };
 
-template <class T, int Mode, int Groups, bool Zeros, int Tokens8>
+template <class T, int Bits, int Mode, int Groups, bool Zeros, int Tokens8>
 QE_DEV void main_decode(const MainArgs& p) {
   QE_DYNAMIC_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);  // [warps][tiles][Tokens8][4][32]
@@ -248,20 +243,19 @@ QE_DEV void main_decode(const MainArgs& p) {
       for (int j = 0; j < 4; ++j) acc[i][t][j] = 0;
   const int each = (chunks + warps - 1) / warps, first = warp * each;
   const int count = chunks - first < each ? chunks - first : each;
-  Cursor<Mode, Groups, Tokens8> at(p, block_x(), first, token);
+  Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, token);
   // Two chunks of weights in flight hide the latency of DRAM, where registers allow it.
-  constexpr int kAtOnce = Tokens8 == 2 && Groups != 0 && (Mode == k16Bit || (Groups == 2 && Zeros)) ? 1 : 2;
+  constexpr bool kCrowded = Mode == k16Bit ? Groups != 0 : Groups == 2 && (Zeros || Bits == 3);
+  constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : 2;
   QE_UNROLL_BY(kAtOnce)
   for (int chunk = 0; chunk < count; ++chunk) {
-    u32x4 w[kDecodeTiles][2];
+    BlockWords<Bits> w;
     QE_UNROLL
-    for (int i = 0; i < kDecodeTiles; ++i)
-      QE_UNROLL
-      for (int j = 0; j < 2; ++j) w[i][j] = load16_stream(at.weight + (i * 2 + j) * kTileBytes);
+    for (int i = 0; i < Bits; ++i) w[i] = load16_stream(at.weight + i * kPieceBytes);
     if constexpr (Mode == kInt8) {
-      decode_chunk_s8<Groups, Zeros, Tokens8>(at, w, acc);
+      decode_chunk_s8<Bits, Groups, Zeros, Tokens8>(at, w, acc);
     } else {
-      decode_chunk_16<Groups, Tokens8>(at, w, acc);
+      decode_chunk_16<Bits, Groups, Tokens8>(at, w, acc);
     }
     at.next();
   }

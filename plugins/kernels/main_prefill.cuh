@@ -1,7 +1,8 @@
 // Launch 3 for M > 16: a tiled GEMM with 16-byte asynchronous copies in three stages. Warp tile 64 x 32, four warps
 // across the 128 columns of a block, 1 or 2 across its 64 or 128 rows (chosen at launch: TensorRT times the choices). The
 // warp tile is tall because every unpacked weight then serves four matrix instructions.
-// Packed weights lie in the order of the tensor core's B fragments: a lane reads its 128 rows of a column tile at once.
+// Packed weights lie in the order of the tensor core's B fragments: a lane reads its 128 rows of a column tile at once,
+// or, of 3-bit weights, a third of its rows of four column tiles.
 #pragma once
 #include "../include/qe_edge/args.h"
 #include "main_decode.cuh"
@@ -12,10 +13,10 @@ constexpr int kPrefillColumns = 128, kStages = 3, kRowTiles = 4, kColumnTiles = 
 constexpr int kWarpsAcross = kPrefillColumns / kWarpColumns;
 
 // One stage: activations of all rows of the block, weights, scales, zero points.
-template <int Mode, int Groups, bool Zeros>
+template <int Bits, int Mode, int Groups, bool Zeros>
 struct Stage {
   static constexpr int kRowBytes = Mode == kInt8 ? 128 : 256;  // activations of one token in one chunk
-  static constexpr int kWeights = kPrefillColumns * 64;
+  static constexpr int kWeights = kPrefillColumns / kBlockColumns * kBlockBytes<Bits>;
   static constexpr int kScales = Groups * kPrefillColumns * 2;
   static constexpr int kZeros = Zeros ? Groups * kPrefillColumns : 0;
   static constexpr int kBytesBeyondRows = kWeights + kScales + kZeros;
@@ -25,9 +26,9 @@ struct Stage {
 
 // Asynchronous copies, chunk after chunk. Rows beyond M and columns beyond Np repeat the last valid ones: their results
 // are never stored. A thread copies the same places of every chunk, so that only a few pointers move.
-template <int Mode, int Groups, bool Zeros>
+template <int Bits, int Mode, int Groups, bool Zeros>
 struct Loader {
-  using S = Stage<Mode, Groups, Zeros>;
+  using S = Stage<Bits, Mode, Groups, Zeros>;
   static constexpr int kPieces = S::kRowBytes / 16, kRowsAtOnce = 32 / kPieces, kCopies = 16 / kRowsAtOnce;
   int rows;
   int to_act, to_weights, to_group;  // bytes from the start of a stage
@@ -45,11 +46,11 @@ struct Loader {
     }
     to_act = S::offset(row0, piece);
 
-    const int tiles = kPrefillColumns / 8 / warps;  // of weights, of one warp
-    const int first = warp * tiles, block = n0 / kBlockColumns + first / 4;
-    weight = p.weight + static_cast<size_t>(block < last_block ? block : last_block) * chunks * kBlockBytes +
-             first % 4 * kTileBytes + lane * 16;
-    to_weights = rows * S::kRowBytes + first * kTileBytes + lane * 16;
+    const int pieces = kPrefillColumns / 8 / warps;  // of one warp; of 3-bit weights four warps copy a block each
+    const int first = Bits == 3 ? 0 : warp * pieces, block = n0 / kBlockColumns + (Bits == 3 ? warp : first / 4);
+    weight = p.weight + static_cast<size_t>(block < last_block ? block : last_block) * chunks * kBlockBytes<Bits> +
+             first % 4 * kPieceBytes + lane * 16;
+    to_weights = rows * S::kRowBytes + (Bits == 3 ? warp * 3 : first) * kPieceBytes + lane * 16;
 
     to_group = rows * S::kRowBytes + S::kWeights + thread_id() * 16;
     scales = group_source(static_cast<const uint8_t*>(p.scales), S::kScales / 64, n0, last_block, chunks);
@@ -76,12 +77,14 @@ struct Loader {
       cp_async16(s + (to_act ^ flip) + down * S::kRowBytes, act + static_cast<size_t>(source[j]) * 16);
     }
     QE_UNROLL
-    for (int i = 0; i < 4; ++i)
-      if (i < 2 || block_threads() == 128) cp_async16(s + to_weights + i * kTileBytes, weight + i * kTileBytes);
-    if (thread_id() < S::kScales / 16) cp_async16(s + to_group, scales);
-    if (thread_id() < S::kZeros / 16) cp_async16(s + to_group + S::kScales, zeros);
+    for (int i = 0; i < Bits; ++i)
+      if (Bits == 3 ? thread_id() < 128 : i < 2 || block_threads() == 128)
+        cp_async16(s + to_weights + i * kPieceBytes, weight + i * kPieceBytes);
+    // Copies of nothing are left out; with 4-bit weights that would make ptxas take 185 registers for s8_cz on sm_90.
+    if ((Bits == 4 || S::kScales > 0) && thread_id() < S::kScales / 16) cp_async16(s + to_group, scales);
+    if ((Bits == 4 || S::kZeros > 0) && thread_id() < S::kZeros / 16) cp_async16(s + to_group + S::kScales, zeros);
     act += S::kRowBytes;
-    weight += kBlockBytes;
+    weight += kBlockBytes<Bits>;
     scales += S::kScales / 4;
     zeros += S::kZeros / 4;
   }
@@ -104,29 +107,49 @@ QE_DEV void load_rows(const unsigned char* s, int row, int first, uint32_t (&a)[
     load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));
 }
 
-// One group of a chunk, or one half of a chunk that has no group of its own. The unpacked weights of the warp's columns
-// stay in registers while its rows pass: they take half of the registers that the rows would.
-template <int Groups, bool Zeros, int Part, class Acc>
+QE_DEV void load_words(const unsigned char* weights, BlockWords<3>& w) {
+  QE_UNROLL
+  for (int i = 0; i < 3; ++i) w[i] = load16(weights + i * kPieceBytes);
+}
+
+// Whether all weights of a chunk are unpacked at once. Halves take fewer registers; but a group of 128 rows is one sum,
+// and 3-bit groups of 64 made ptxas compute addresses again in every pass (2.07 instructions per 1000 MAC, not 1.84).
+template <int Bits, int Groups>
+constexpr bool kWholeChunk = Groups == 1 || (Groups == 2 && Bits == 3);
+
+// A chunk, or one half of it. The unpacked weights of the warp's columns stay in registers while its rows pass: they
+// take half of the registers that the rows would.
+template <int Bits, int Groups, bool Zeros, int Part, class Acc>
 QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
-  using S = Stage<kInt8, Groups, Zeros>;
-  constexpr int kSteps = Groups == 1 ? 4 : 2, kFirst = Part * 2 * kSteps;  // k32 steps; the first 16-row word
+  using S = Stage<Bits, kInt8, Groups, Zeros>;
+  constexpr int kSteps = kWholeChunk<Bits, Groups> ? 4 : 2;  // of k32
+  constexpr int kFirst = Part * 2 * kSteps;                  // the first register of 16 rows
+  constexpr int kSums = kSteps == 4 && Groups == 2 ? 2 : 1, kSumSteps = kSteps / kSums;
   const int lane = thread_id() & 31;
-  const unsigned char* weights = s + rows * S::kRowBytes;
-  const unsigned char* scales = weights + S::kWeights;
-  float scale[2][kColumnTiles];
+  const unsigned char* scales = s + rows * S::kRowBytes + S::kWeights;
+  const unsigned char* weights = s + rows * S::kRowBytes + wn * (16 * Bits) + lane * 16;
+  float scale[kSums][2][kColumnTiles];
   uint32_t zeros = 0;
   if constexpr (Groups != 0) {
-    stage_scales(scales + (wn * Groups + Part * kBlockColumns) * 2, scale);
+    QE_UNROLL
+    for (int g = 0; g < kSums; ++g)
+      stage_scales(scales + (wn * Groups + (Part + g) * kBlockColumns) * 2, scale[g]);
     if (Zeros) zeros = load4(scales + S::kScales + wn * Groups + Part * kBlockColumns + (lane >> 2) * 4);
   }
   const uint32_t zero[4] = {zero_bytes<0>(zeros), zero_bytes<1>(zeros), zero_bytes<2>(zeros), zero_bytes<3>(zeros)};
+  BlockWords<Bits> w;
+  if constexpr (Bits == 3) load_words(weights, w);
   uint32_t b[kColumnTiles][2 * kSteps];
   QE_UNROLL
   for (int j = 0; j < kColumnTiles; ++j) {
-    const u32x4 w = load16(weights + wn * 64 + lane * 16 + j * kTileBytes);
+    if (Bits == 4) w[j] = load16(weights + j * kPieceBytes);
     QE_UNROLL
     for (int c = 0; c < 2 * kSteps; ++c) {
-      const uint32_t word = w.v[(kFirst + c) & 3];
+      if constexpr (Bits == 3) {
+        b[j][c] = int8_codes3(w, j, kFirst + c);
+        continue;
+      }
+      const uint32_t word = w[j].v[(kFirst + c) & 3];
       const bool high = kFirst + c >= 4;
       if constexpr (Groups != 0 && Zeros) {
         b[j][c] = high ? centred_codes<true>(word, zero[j]) : centred_codes<false>(word, zero[j]);
@@ -136,59 +159,72 @@ QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, Ac
     }
   }
   QE_UNROLL
-  for (int i = 0; i < kRowTiles; ++i) {
-    uint32_t a[kSteps][4];
-    load_rows<S>(s, wm + i * 16, kFirst, a);
+  for (int i = 0; i < kRowTiles; ++i)
     QE_UNROLL
-    for (int j = 0; j < kColumnTiles; ++j) {
-      if constexpr (Groups == 0) {
-        QE_UNROLL
-        for (int step = 0; step < kSteps; ++step)
-          mma_s8(acc[i][j], a[step], b[j][2 * step], b[j][2 * step + 1], acc[i][j]);
-      } else {
-        int sum[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
-        QE_UNROLL
-        for (int step = 0; step < kSteps; ++step) mma_s8(sum, a[step], b[j][2 * step], b[j][2 * step + 1], sum);
-        QE_UNROLL
-        for (int c = 0; c < 4; ++c) acc[i][j][c] += (int_bits_to_float(sum[c]) - kMagic) * scale[c & 1][j];
+    for (int g = 0; g < kSums; ++g) {
+      uint32_t a[kSumSteps][4];
+      load_rows<S>(s, wm + i * 16, kFirst + g * 2 * kSumSteps, a);
+      QE_UNROLL
+      for (int j = 0; j < kColumnTiles; ++j) {
+        const uint32_t* of_sum = b[j] + g * 2 * kSumSteps;
+        if constexpr (Groups == 0) {
+          QE_UNROLL
+          for (int step = 0; step < kSteps; ++step)
+            mma_s8(acc[i][j], a[step], of_sum[2 * step], of_sum[2 * step + 1], acc[i][j]);
+        } else {
+          int sum[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+          QE_UNROLL
+          for (int step = 0; step < kSumSteps; ++step)
+            mma_s8(sum, a[step], of_sum[2 * step], of_sum[2 * step + 1], sum);
+          QE_UNROLL
+          for (int c = 0; c < 4; ++c) acc[i][j][c] += (int_bits_to_float(sum[c]) - kMagic) * scale[g][c & 1][j];
+        }
       }
     }
-  }
 }
 
-template <int Groups, bool Zeros, class Acc>
+template <int Bits, int Groups, bool Zeros, class Acc>
 QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
-  prefill_part_s8<Groups, Zeros, 0>(s, rows, wm, wn, acc);
-  if constexpr (Groups != 1) prefill_part_s8<Groups, Zeros, 1>(s, rows, wm, wn, acc);
+  prefill_part_s8<Bits, Groups, Zeros, 0>(s, rows, wm, wn, acc);
+  if constexpr (!kWholeChunk<Bits, Groups>) prefill_part_s8<Bits, Groups, Zeros, 1>(s, rows, wm, wn, acc);
 }
 
 // Weights of a group become fp16 numbers (q - z) * scale before the product, as an ONNX DequantizeLinear of a float16
 // model would have them: sums of their own per group would cost more, in registers above all. Without groups, codes are
 // multiplied as they are.
-template <int Groups>
+template <int Bits, int Groups>
 QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wm, int wn,
                              float (&acc)[kRowTiles][kColumnTiles][4]) {
-  using S = Stage<k16Bit, Groups, true>;
+  using S = Stage<Bits, k16Bit, Groups, true>;
   const int lane = thread_id() & 31;
-  const unsigned char* weights = s + rows * S::kRowBytes;
-  const unsigned char* scales = weights + S::kWeights + wn * Groups * 2 + (lane >> 2) * 8;
-  const unsigned char* zeros = weights + S::kWeights + S::kScales + wn * Groups + (lane >> 2) * 4;
-  GroupPairs group[kColumnTiles];
+  const unsigned char* after = s + rows * S::kRowBytes + S::kWeights;
+  const unsigned char* scales = after + wn * Groups * 2 + (lane >> 2) * 8;
+  const unsigned char* zeros = after + S::kScales + wn * Groups + (lane >> 2) * 4;
+  const unsigned char* weights = s + rows * S::kRowBytes + wn * (16 * Bits) + lane * 16;
+  typename PairsOf<Bits>::type group[kColumnTiles];
+  BlockWords<3> words;
   QE_UNROLL
   for (int half = 0; half < 2; ++half) {
     if (Groups == 2 || (Groups == 1 && half == 0))
       group_pairs(load8(scales + half * kBlockColumns * 2), load4(zeros + half * kBlockColumns), group);
+    if constexpr (Bits == 3) load_words(weights, words);
     QE_UNROLL
     for (int block = 0; block < 2; ++block) {
       uint32_t b[kColumnTiles][2][2];  // [column tile][k16 step][register]
       QE_UNROLL
       for (int j = 0; j < kColumnTiles; ++j) {
-        const uint32_t w = load4(weights + wn * 64 + lane * 16 + j * kTileBytes + half * 8 + block * 4);
-        QE_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          unpack_16(w >> (8 * step), b[j][step]);
-          if (Groups != 0) group[j].dequantize(b[j][step]);
+        if constexpr (Bits == 3) {
+          QE_UNROLL
+          for (int step = 0; step < 2; ++step)
+            unpack_step<3>(words, j, half * 8 + block * 4 + step * 2, b[j][step]);
+        } else {
+          const uint32_t w = load4(weights + j * kPieceBytes + half * 8 + block * 4);
+          QE_UNROLL
+          for (int step = 0; step < 2; ++step) unpack_16(w >> (8 * step), b[j][step]);
         }
+        QE_UNROLL
+        for (int step = 0; step < 2; ++step)
+          if (Groups != 0) group[j].dequantize(b[j][step], half * 8 + block * 4 + step * 2);
       }
       QE_UNROLL
       for (int i = 0; i < kRowTiles; ++i) {
@@ -245,13 +281,13 @@ QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2],
   }
 }
 
-template <class T, int Mode, int Groups, bool Zeros>
+template <class T, int Bits, int Mode, int Groups, bool Zeros>
 QE_DEV void main_prefill(const MainArgs& p) {
   QE_DYNAMIC_SHARED(shared);
   const int lane = thread_id() & 31, warp = thread_id() >> 5, rows = block_threads() / 2;
   const int wm = warp / kWarpsAcross * kWarpRows, wn = warp % kWarpsAcross * kWarpColumns;
   const int m0 = block_y() * rows, n0 = block_x() * kPrefillColumns, chunks = p.Kp / kChunk;
-  Loader<Mode, Groups, Zeros> load(p, rows, m0, n0);
+  Loader<Bits, Mode, Groups, Zeros> load(p, rows, m0, n0);
   const int stage_bytes = load.stage_bytes();
 
   typename Accumulator<Mode == kInt8 && Groups == 0>::type acc[kRowTiles][kColumnTiles][4];
@@ -272,9 +308,9 @@ QE_DEV void main_prefill(const MainArgs& p) {
     if (chunk + kStages - 1 < chunks) load(shared + fill);
     cp_async_commit();
     if constexpr (Mode == kInt8) {
-      prefill_chunk_s8<Groups, Zeros>(shared + read, rows, wm, wn, acc);
+      prefill_chunk_s8<Bits, Groups, Zeros>(shared + read, rows, wm, wn, acc);
     } else {
-      prefill_chunk_16<Groups>(shared + read, rows, wm, wn, acc);
+      prefill_chunk_16<Bits, Groups>(shared + read, rows, wm, wn, acc);
     }
     fill = read;
     read = read == (kStages - 1) * stage_bytes ? 0 : read + stage_bytes;

@@ -2,8 +2,8 @@
 // fp32 and their argmin (spec QE.md 3, 7 and 8). One block per token; every sum has a fixed order.
 //
 // 16-bit activations become fp16, whatever T is, in units of a power of two of their token that puts the largest below
-// 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-28 of the largest. Every second
-// eight rows are divided by 16, because their weights come out 16 times too large (unpack_16).
+// 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-26 of the largest. Eight rows
+// whose codes `main` multiplies from higher bits, 16 or up to 64 times too large, are divided by as much (code_shifts).
 //
 // Zero points leave the loop over K: sum (q - z) x = sum q x - z sum x. `sums` holds sum x of every group: as int32 or,
 // for the groups of 16-bit activations, as minus the sum in two fp16 (the rest in the upper one), which `main`
@@ -174,7 +174,8 @@ QE_DEV void prepare(const PrepareArgs& p) {
         }
         store_words(p, token, k, packed);
       } else {
-        const float share = k & 8 ? 0.0625f : 1.f;
+        const uint32_t shift = static_cast<uint32_t>(p.code_shifts >> (k / 8 % 16 * 4)) & 15u;
+        const float share = int_bits_to_float(static_cast<int>((127u - shift) << 23));
         uint32_t packed[4];
         QE_UNROLL
         for (int i = 0; i < 4; ++i) {

@@ -67,11 +67,24 @@ QE_DEV uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   return r;
 }
 
+// a * b + c, rounded once.
+QE_DEV uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 // (a & mask) | base in one instruction; left to itself the compiler takes two.
 QE_DEV uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(base));
   return r;
+}
+
+// Bits of a where the mask has ones, of b elsewhere.
+template <uint32_t Mask>
+QE_DEV uint32_t select_bits(uint32_t a, uint32_t b) {
+  return (a & Mask) | (b & ~Mask);
 }
 
 // Byte i of the selector's nibbles; 4 and above give zero.

@@ -1,17 +1,24 @@
 // From packed bytes to tensor-core operands. The orders below are those of prepack/layout.py.
 #pragma once
+#include "../include/qe_edge/args.h"
 #include "prim.cuh"
 
 namespace qe {
 
 constexpr int kChunk = 128;           // rows of K in one packed weight tile
-constexpr int kTileBytes = 512;       // 128 rows x 8 columns of 4-bit weights
+constexpr int kPieceBytes = 512;      // one 16-byte load of a warp: 128 rows x 8 columns of 4-bit weights
 constexpr int kBlockColumns = 32;     // columns whose weights, scales and zero points are together
-constexpr int kBlockBytes = 4 * kTileBytes;
+template <int Bits>
+constexpr int kBlockBytes = Bits * kPieceBytes;
 constexpr int kInt8 = 0, k16Bit = 1;  // activation modes of `main`
 
+// What one lane has of a chunk's weights and a block's columns: 4-bit weights by column tile of 8, `w[tile].v[word]`,
+// and 3-bit ones by word, `w[word].v[tile]`, because a register may need all three words.
+template <int Bits>
+using BlockWords = u32x4[Bits];
+
 // int32 sums of one group are read as floats: 1.5 * 2^23 as the start value makes the bit pattern of the sum that of
-// the float 12582912 + sum, exact while |sum| < 2^22 (16*8 or 8*15 times 128 times 128 rows = 2^21). It saves a
+// the float 12582912 + sum, exact while |sum| < 2^22 (32*4, 16*8 or 8*15 times 128 times 128 rows = 2^21). It saves a
 // quarter-rate I2F.
 constexpr int kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;
@@ -28,6 +35,34 @@ QE_DEV uint32_t high_codes(uint32_t w) {
   return Zeros ? rotate_right(w, 4) & 0x78787878u : w & 0xF0F0F0F0u;
 }
 
+// The A fragment of a k32 step of one half of the chunk, for two column tiles.
+template <bool Zeros>
+QE_DEV void int8_fragment(const BlockWords<4>& w, int tile, int half, int step, uint32_t (&a)[4]) {
+  const uint32_t u0 = w[tile].v[2 * step], u1 = w[tile].v[2 * step + 1];
+  const uint32_t v0 = w[tile + 1].v[2 * step], v1 = w[tile + 1].v[2 * step + 1];
+  a[0] = half ? high_codes<Zeros>(u0) : low_codes<Zeros>(u0);
+  a[1] = half ? high_codes<Zeros>(v0) : low_codes<Zeros>(v0);
+  a[2] = half ? high_codes<Zeros>(u1) : low_codes<Zeros>(u1);
+  a[3] = half ? high_codes<Zeros>(v1) : low_codes<Zeros>(v1);
+}
+
+// A byte of 3-bit weights has a code at its top, 32 * q by masking, one below it, and two spare bits at the bottom.
+// Those of three words make up one more byte of that form.
+QE_DEV uint32_t top_codes(uint32_t w) { return w & 0xE0E0E0E0u; }
+QE_DEV uint32_t spare_codes(uint32_t a, uint32_t b, uint32_t c) {
+  return select_bits<0xC0C0C0C0u>(a << 6, select_bits<0x30303030u>(b << 4, c << 2));
+}
+// Register c of the 8 of a column tile; the first four are rows 0 to 63.
+QE_DEV uint32_t int8_codes3(const BlockWords<3>& w, int tile, int c) {
+  const uint32_t word = c < 6 ? w[c / 2].v[tile] : spare_codes(w[0].v[tile], w[1].v[tile], w[2].v[tile]);
+  return top_codes(c & 1 ? word << 3 : word);
+}
+template <bool Zeros>
+QE_DEV void int8_fragment(const BlockWords<3>& w, int tile, int half, int step, uint32_t (&a)[4]) {
+  QE_UNROLL
+  for (int i = 0; i < 4; ++i) a[i] = int8_codes3(w, tile + i % 2, half * 4 + 2 * step + i / 2);
+}
+
 // 8 * (code - zero), four at a time: the set top bits keep the subtraction from borrowing across bytes, and flipping
 // them back gives two's complement.
 QE_DEV uint32_t minus_zero(uint32_t word, uint32_t zero) {
@@ -39,14 +74,37 @@ QE_DEV uint32_t centred_codes(uint32_t w, uint32_t zero) {
 }
 
 // 16-bit activations: four codes of one word become the two registers of a k16 step by masking only, and the four that
-// stand 8 bits higher those of the next step. A code in the
-// low bits of an fp16 is the subnormal code * 2^-24; four bits higher it is 16 times that, which `prepare` makes up for
-// in x. Tensor cores multiply subnormal fp16 numbers exactly (PTX ISA, mma, "subnormal numbers are supported"; Fasi,
-// Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021); the self-test would notice
-// one that does not. 2^24 is in the column scale.
+// stand 8 bits higher those of the next step. A code in the low bits of an fp16 is the subnormal code * 2^-24; four
+// bits higher it is 16 times that, which `prepare` makes up for in x (kCodeShifts4). Tensor cores multiply subnormal
+// fp16 numbers exactly (PTX ISA, mma, "subnormal numbers are supported"; Fasi, Higham, Mikaitis, Pranesh, "Numerical
+// behavior of NVIDIA tensor cores", PeerJ CS 2021); the self-test would notice one that does not. 2^24 is in the column
+// scale.
 QE_DEV void unpack_16(uint32_t w, uint32_t (&r)[2]) {
   r[0] = w & 0x000F000Fu;
   r[1] = w & 0x00F000F0u;
+}
+
+// A half word of 3-bit weights has five codes. Three stand 0, 3 and 6 bits high, two above bit 9, which is spare: the
+// three words are shifted so that their spare bits become bits 0, 1 and 2 of one more code. Like this, codes stand up
+// to 6 bits high (kCodeShifts3), and `prepare` makes up for that too.
+QE_DEV uint32_t upper_part(const BlockWords<3>& w, int word, int tile) { return w[word].v[tile] >> (9 - word); }
+QE_DEV uint32_t half_codes3(const BlockWords<3>& w, int tile, int r) {
+  if (r == 15) {
+    const uint32_t two = select_bits<0x00010001u>(upper_part(w, 0, tile), upper_part(w, 1, tile));
+    return select_bits<0x00030003u>(two, upper_part(w, 2, tile)) & 0x00070007u;
+  }
+  const int word = r / 5, at = r % 5;
+  if (at < 3) return w[word].v[tile] & (0x00070007u << (3 * at));
+  return upper_part(w, word, tile) & (0x00070007u << (1 + word + 3 * (at - 3)));
+}
+// The two registers of a k16 step; the first is number r of 16, rows 8 * r to 8 * r + 7.
+template <int Bits>
+QE_DEV void unpack_step(const BlockWords<Bits>& w, int tile, int r, uint32_t (&to)[2]) {
+  if constexpr (Bits == 4) {
+    unpack_16(w[tile].v[r / 4] >> (4 * (r & 2)), to);
+  } else {
+    to[0] = half_codes3(w, tile, r), to[1] = half_codes3(w, tile, r + 1);
+  }
 }
 constexpr float kCodeUnit = 1.f / 16777216.f;
 
@@ -70,7 +128,7 @@ QE_DEV uint32_t zero_bytes(uint32_t zeros) {
 // large (prepack/pack.py) that the product of a subnormal difference and a scale is a normal fp16, rounded once.
 struct GroupPairs {
   uint32_t zero, zero_times_16, scale;
-  QE_DEV void dequantize(uint32_t (&r)[2]) const {
+  QE_DEV void dequantize(uint32_t (&r)[2], int) const {
     r[0] = mul_f16x2(sub_f16x2(r[0], zero), scale);
     r[1] = mul_f16x2(sub_f16x2(r[1], zero_times_16), scale);
   }
@@ -83,6 +141,34 @@ QE_DEV GroupPairs pairs_of(const u32x2& scales, uint32_t zeros) {
 QE_DEV void group_pairs(const u32x2& scales, uint32_t zeros, GroupPairs (&pairs)[4]) {
   pairs[0] = pairs_of<0>(scales, zeros), pairs[1] = pairs_of<1>(scales, zeros);
   pairs[2] = pairs_of<2>(scales, zeros), pairs[3] = pairs_of<3>(scales, zeros);
+}
+
+// 2 to the power of minus kCodeShifts3 of register r, twice.
+QE_DEV uint32_t unit_pair(int r) {
+  return 0x00010001u * ((15u - static_cast<uint32_t>(kCodeShifts3 >> (4 * r) & 15u)) << 10);
+}
+// The same of 3-bit weights: the code's factor is taken off together with the zero point, so that one zero point serves
+// all of them, and x stays as it is.
+struct GroupPairs3 {
+  uint32_t minus_zero, scale;
+  QE_DEV void dequantize(uint32_t (&r)[2], int first) const {
+    r[0] = mul_f16x2(fma_f16x2(r[0], unit_pair(first), minus_zero), scale);
+    r[1] = mul_f16x2(fma_f16x2(r[1], unit_pair(first + 1), minus_zero), scale);
+  }
+};
+template <int Bits>
+struct PairsOf {
+  using type = GroupPairs;
+};
+template <>
+struct PairsOf<3> {
+  using type = GroupPairs3;
+};
+QE_DEV void group_pairs(const u32x2& scales, uint32_t zeros, GroupPairs3 (&pairs)[4]) {
+  GroupPairs both[4];
+  group_pairs(scales, zeros, both);
+  QE_UNROLL
+  for (int j = 0; j < 4; ++j) pairs[j] = {both[j].zero ^ 0x80008000u, both[j].scale};
 }
 
 // Two int8 values (bytes 2*half and 2*half + 1) as two 16-bit floats. Planting the byte in the mantissa of 2^23 is

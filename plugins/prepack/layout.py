@@ -78,6 +78,64 @@ def unpack_weight(packed: NDArray[np.uint8], sixteen_bit: bool) -> NDArray[np.ui
     return np.ascontiguousarray(tiles.transpose(1, 3, 0, 2, 4)).reshape(chunks * CHUNK, blocks * BLOCK)
 
 
+# 3-bit weights. A code is a run of bits, or pieces of one: (word, its bit in the word, its bit in the code, how many).
+# A byte (int8 activations) has two codes and two spare bits, a half word (16-bit ones) five codes and one spare bit:
+# the spare bits of a lane's three words make up the codes that are left.
+Piece = tuple[int, int, int, int]
+
+
+def _int8_pieces(register: int, byte: int) -> list[Piece]:
+    """Where a code of a register (of 8) and a byte of it lies: at the top of a byte, below that, or in spare bits."""
+    if register < 6:
+        return [(register // 2, 8 * byte + (2 if register % 2 else 5), 0, 3)]
+    if register == 6:
+        return [(0, 8 * byte, 1, 2), (1, 8 * byte + 1, 0, 1)]
+    return [(1, 8 * byte, 2, 1), (2, 8 * byte, 0, 2)]
+
+
+def _sixteen_bit_pieces(register: int, half: int) -> list[Piece]:
+    """The same of a register (of 16) and one of its halves: from bit 0, 3, 6, 10 or 13 on, or in the spare bits 9."""
+    if register < 15:
+        return [(register // 5, 16 * half + (0, 3, 6, 10, 13)[register % 5], 0, 3)]
+    return [(word, 16 * half + 9, word, 1) for word in range(3)]
+
+
+def _three_bit_order(sixteen_bit: bool) -> tuple[NDArray[np.int64], list[list[Piece]]]:
+    """Row of the chunk ``[lane, code]`` and the pieces of every one of a lane's 32 codes of a column."""
+    code = np.arange(32)
+    if sixteen_bit:  # registers of two rows
+        rows = 8 * (code // 2) + code % 2 + 2 * _PAIR[:, None]
+        return rows, [_sixteen_bit_pieces(i // 2, i % 2) for i in range(32)]
+    return 16 * (code // 4) + code % 4 + 4 * _PAIR[:, None], [_int8_pieces(i // 4, i % 4) for i in range(32)]
+
+
+def pack_weight3(codes: NDArray[np.uint8], sixteen_bit: bool) -> NDArray[np.uint8]:
+    """Pack ``[Kp, Np]`` codes (0 to 7) to bytes ``[Np/32, Kp/128, 3 words, 32 lanes, 16]``; a lane's 16 are 4 tiles."""
+    kp, np_ = codes.shape
+    tiles = codes.reshape(kp // CHUNK, CHUNK, np_ // BLOCK, 4, 8).transpose(2, 0, 3, 1, 4)
+    rows, pieces = _three_bit_order(sixteen_bit)
+    words = np.zeros((np_ // BLOCK, kp // CHUNK, 3, LANES, 4), np.uint32)
+    for i, parts in enumerate(pieces):
+        lanes = tiles[:, :, :, rows[:, i], _GROUP].astype(np.uint32).transpose(0, 1, 3, 2)  # [block, chunk, lane, tile]
+        for word, bit, first, count in parts:
+            words[:, :, word] |= (lanes >> np.uint32(first) & np.uint32((1 << count) - 1)) << np.uint32(bit)
+    return words.view(np.uint8)
+
+
+def unpack_weight3(packed: NDArray[np.uint8], sixteen_bit: bool) -> NDArray[np.uint8]:
+    """Inverse of `pack_weight3`."""
+    blocks, chunks = packed.shape[:2]
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    rows, pieces = _three_bit_order(sixteen_bit)
+    tiles = np.empty((blocks, chunks, 4, CHUNK, 8), np.uint8)
+    for i, parts in enumerate(pieces):
+        lanes = np.zeros((blocks, chunks, LANES, 4), np.uint32)
+        for word, bit, first, count in parts:
+            lanes |= (words[:, :, word] >> np.uint32(bit) & np.uint32((1 << count) - 1)) << np.uint32(first)
+        tiles[:, :, :, rows[:, i], _GROUP] = lanes.transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(tiles.transpose(1, 3, 0, 2, 4)).reshape(chunks * CHUNK, blocks * BLOCK)
+
+
 def pack_groups(values: NDArray[Any]) -> NDArray[Any]:
     """Pack ``[groups, Np]`` scales or zero points to ``[Np/32, groups, 8, 4]``: columns 8 apart side by side.
 

@@ -9,8 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .floats import Dtype, to_bits
-from .layout import BLOCK, CHUNK, TURN, pack_down, pack_groups, pack_up, pack_weight, pad_to, round_up, turn_words
+from .layout import (
+    BLOCK,
+    CHUNK,
+    TURN,
+    pack_down,
+    pack_groups,
+    pack_up,
+    pack_weight,
+    pack_weight3,
+    pad_to,
+    round_up,
+    turn_words,
+)
 from .linear import CanonicalLinear
+from .width import weight_bits
 
 
 @dataclass(frozen=True)
@@ -18,13 +31,16 @@ class PackedLinear:
     """What one layer passes to the kernels besides x. Tensors that the layer does not need are None.
 
     Attributes:
-        weight: uint8 ``[Np/32, Kp/128, 4, 32, 16]``.
+        weight_bits: 3 or 4.
+        weight: uint8 ``[Np/32, Kp/128, weight_bits, 32, 16]``.
         columns: float32 ``[3, Np]``: factor of the quantized sum, factor of the output, bias.
         scales: float16 patterns ``[Np/32, Kp/g, 8, 4]``, only with groups: in units of a power of two of their column.
-        zeros: uint8 ``[Np/32, Kp/g or 1, 8, 4]``: the zero point plus 8; times 8 for int8 activations.
+        zeros: uint8 ``[Np/32, Kp/g or 1, 8, 4]``: the zero point plus 8, or 4 for 3-bit weights; times 8 for int8
+            activations.
     """
 
     dtype: Dtype
+    weight_bits: int
     weight: NDArray[np.uint8]
     columns: NDArray[np.float32]
     scales: NDArray[np.uint16] | None
@@ -42,19 +58,22 @@ def pack(linear: CanonicalLinear, dtype: Dtype) -> PackedLinear:
     k, n = linear.in_features, linear.out_features
     kp, np_ = round_up(k, CHUNK), round_up(n, BLOCK)
     sixteen_bit = linear.act_bits == 0
-    offset_binary = sixteen_bit or linear.zeros is not None  # nibbles hold q + 8 and a zero point is subtracted
+    offset_binary = sixteen_bit or linear.zeros is not None  # codes without sign, and a zero point is subtracted
+    bits = weight_bits(linear, dtype)
+    offset = 2 ** (bits - 1) if offset_binary else 0
 
     q = linear.qweight.astype(np.int16)
-    nibbles = pad_to(q + 8 if offset_binary else q & 15, (kp, np_), fill=8 if offset_binary else 0)
-    weight = pack_weight(nibbles.astype(np.uint8), sixteen_bit)
+    codes = pad_to(q + offset & 2**bits - 1, (kp, np_), fill=offset).astype(np.uint8)
+    weight = (pack_weight3 if bits == 3 else pack_weight)(codes, sixteen_bit)
     units = _scale_units(linear)
     down, down_scale, up, up_scale = _adapters(linear, dtype, np_)
     return PackedLinear(
         dtype=dtype,
+        weight_bits=bits,
         weight=turn_words(weight, TURN) if offset_binary and not sixteen_bit else weight,
-        columns=_columns(linear, up_scale, units * _code_unit(sixteen_bit, offset_binary), np_),
+        columns=_columns(linear, up_scale, units * _code_unit(sixteen_bit, offset_binary, bits), np_),
         scales=None if linear.group_size < 0 else _scales(linear, units, kp, np_),
-        zeros=_zeros(linear, kp, np_) if offset_binary else None,
+        zeros=_zeros(linear, offset, kp, np_) if offset_binary else None,
         inv_omega=None if linear.inv_omega is None else to_bits(linear.inv_omega, dtype),
         down=down,
         down_scale=down_scale,
@@ -67,10 +86,10 @@ def _routed(linear: CanonicalLinear) -> bool:
     return linear.num_experts > 1 and linear.rank_routed > 0
 
 
-def _zeros(linear: CanonicalLinear, kp: int, np_: int) -> NDArray[np.uint8]:
+def _zeros(linear: CanonicalLinear, offset: int, kp: int, np_: int) -> NDArray[np.uint8]:
     zeros = np.zeros(linear.scales.shape, np.int8) if linear.zeros is None else linear.zeros
     rows = 1 if linear.group_size < 0 else kp // linear.group_size
-    padded = pad_to(zeros.astype(np.int16) + 8, (rows, np_), fill=8) * (8 if linear.act_bits else 1)
+    padded = pad_to(zeros.astype(np.int16) + offset, (rows, np_), fill=offset) * (8 if linear.act_bits else 1)
     return pack_groups(padded.astype(np.uint8))
 
 
@@ -91,10 +110,12 @@ def _scales(linear: CanonicalLinear, units: NDArray[np.float64], kp: int, np_: i
     return pack_groups(to_bits(pad_to(scales, (kp // linear.group_size, np_)), "f16"))
 
 
-def _code_unit(sixteen_bit: bool, offset_binary: bool) -> float:
-    """What the kernels multiply for a code of 1 is 16 or 8 (int8 activations), or the smallest float16 number."""
+def _code_unit(sixteen_bit: bool, offset_binary: bool, bits: int) -> float:
+    """What the kernels multiply for a code of 1 is 32, 16 or 8 (int8 activations), or the smallest float16 number."""
     if sixteen_bit:
         return 2.0**24
+    if bits == 3:
+        return 1 / 32
     return 1 / 8 if offset_binary else 1 / 16
 
 

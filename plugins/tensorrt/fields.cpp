@@ -22,7 +22,8 @@ std::array<Named, kFieldCount> Slots(Attributes& a) {
            {"rank_shared", &p.rank_shared},
            {"rank_routed", &p.rank_routed},
            {"num_experts", &p.num_experts},
-           {"adapter_int8", &p.adapter_int8}}};
+           {"adapter_int8", &p.adapter_int8},
+           {"weight_bits", &p.weight_bits}}};
 }
 
 }  // namespace

@@ -9,8 +9,8 @@
 
 namespace qe {
 
-constexpr int kLayoutVersion = 2;  // of the prepacked tensors; prepack/ writes the same number
-constexpr int kFieldCount = 11;
+constexpr int kLayoutVersion = 3;  // of the prepacked tensors; prepack/ writes the same number
+constexpr int kFieldCount = 12;
 
 // The attributes that describe the layer; QeProblem's dtype and M are known only when tensors are.
 struct Attributes {

@@ -20,7 +20,7 @@ Signature::Signature(const QeProblem& p) {
   const DataType adapter = p.adapter_int8 ? DataType::kINT8 : half;
   auto add = [this](Role role, DataType type, int64_t elements) { input[count++] = {role, type, elements}; };
   add(Role::kX, half, 0);
-  add(Role::kWeight, DataType::kINT8, kp * np / 2);
+  add(Role::kWeight, DataType::kINT8, kp * np * p.weight_bits / 8);
   add(Role::kColumns, DataType::kFLOAT, 3 * np);
   if (p.group_size > 0) add(Role::kScales, DataType::kHALF, scale_rows * np);
   if (zeros) add(Role::kZeros, DataType::kINT8, scale_rows * np);

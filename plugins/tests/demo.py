@@ -1,4 +1,7 @@
-"""The demo model as the ladder's rung "7 demo" leaves it: quantized, exported, and built with the plugin."""
+"""The demo model as the ladder's rung "7 demo" leaves it: quantized, exported, and built with the plugin.
+
+In W4A8, and in W3A16 below the folder "w3": its graphs are called "w3/language" here, and so on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from onnx import helper
 
 from emulator.build import BUILD
 
-ONNX, ENGINES, PACKED = BUILD / "demo/onnx", BUILD / "demo/engines", BUILD / "demo/packed.onnx"
+DEMO = BUILD / "demo"
+ONNX, ENGINES, PACKED = DEMO / "onnx", DEMO / "engines", DEMO / "packed.onnx"
 
 
 class DemoMissingError(FileNotFoundError):
@@ -29,11 +33,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def manifest(name: str) -> dict[str, Any]:
+    """What the export says of one graph."""
+    scheme, _, part = name.rpartition("/")
+    return dict(read_json(DEMO / scheme / "onnx/manifest.json")["graphs"][part])
+
+
 @lru_cache
 def graph(name: str) -> onnx.ModelProto:
     """One exported graph with its weights."""
-    read_json(ONNX / "manifest.json")
-    return onnx.load(str(ONNX / f"{name}.onnx"))
+    manifest(name)
+    scheme, _, part = name.rpartition("/")
+    return onnx.load(str(DEMO / scheme / "onnx" / f"{part}.onnx"))
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -76,7 +87,7 @@ def layer_inputs(name: str, node: str) -> NDArray[np.float32]:
     model.CopyFrom(graph(name))
     x = next(each for each in model.graph.node if each.name == node).input[0]
     model.graph.output.append(helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, None))
-    profiles = read_json(ONNX / "manifest.json")["graphs"][name]["profiles"]
+    profiles = manifest(name)["profiles"]
     shapes = {key: typical for key, (_, typical, _) in next(iter(profiles.values())).items()}
     rng, feeds = np.random.default_rng(0), {}
     running = session(model)

@@ -32,6 +32,8 @@ MODES = [
         rank_shared=0,
     ),
     Mode("w3a16_g64_asym", act_bits=0, group_size=64, zeros=True, weight_bits=3, int8_adapters=True, experts=16),
+    Mode("w3a8", weight_bits=3),
+    Mode("w3a8_g64", weight_bits=3, group_size=64, experts=16, bias=False),
     Mode("w4a8_bf16", dtype="bf16"),
     Mode("w4a6_g128_bf16", dtype="bf16", act_bits=6, group_size=128, int8_adapters=True),
     Mode("w4a16_g128_asym_bf16", dtype="bf16", act_bits=0, group_size=128, zeros=True, int8_adapters=True, experts=16),
@@ -70,7 +72,24 @@ def _combinations() -> list[tuple[Mode, int]]:
     return cases
 
 
-COMBINATIONS = _combinations()
+def _three_bit_combinations() -> list[tuple[Mode, int]]:
+    """Every kernel of 3-bit weights twice at every token count: two widths of x, or with zero points and without.
+
+    The number of experts rotates as above, and the kind of adapters.
+    """
+    cases = []
+    kinds = [*product((8, 6), (False,), (-1, 128, 64)), *product((0,), (False, True), (-1, 128, 64))]
+    for i, (act_bits, zeros, group_size) in enumerate(kinds):
+        for j, tokens in enumerate(TOKENS):
+            experts, int8_adapters = EXPERTS[(i + i // 3 + j) % len(EXPERTS)], (i // 3 + j) % 2 == 1
+            group = "channel" if group_size < 0 else f"g{group_size}"
+            name = f"w3-a{act_bits or 16}-{group}-{'asym' if zeros else 'sym'}-e{experts}"
+            mode = Mode(name, act_bits, group_size, zeros, weight_bits=3, int8_adapters=int8_adapters, experts=experts)
+            cases.append((mode, tokens))
+    return cases
+
+
+COMBINATIONS = _combinations() + _three_bit_combinations()
 COMBINATION_IDS = [f"{mode.name}-{tokens}" for mode, tokens in COMBINATIONS]
 
 

@@ -21,6 +21,8 @@ from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import MODES
 from tests.onnx_models import canonical_model, int4_tensor
 
+THREE_BITS = [mode for mode in MODES if mode.name in ("w3a8", "w3a8_g64")]
+
 
 def standard_graph(linear: CanonicalLinear) -> bytes:
     """QELinear in standard float32 operators, as the canonical function spells it (weights by DequantizeLinear)."""
@@ -71,7 +73,7 @@ def standard_graph(linear: CanonicalLinear) -> bytes:
     return bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[12], MODES[13]], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[12], MODES[13], *THREE_BITS], ids=lambda mode: mode.name)
 def test_onnx_runtime_and_ptx_agree(mode: Mode, planner: Planner, ptx_machine: PtxMachine) -> None:
     linear, x = random_layer(mode, 256, 40), random_tokens(mode, 6, 256)
     options = onnxruntime.SessionOptions()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.demo import ENGINES, ONNX, graph, read_json
+from tests.demo import DEMO, ENGINES, ONNX, graph, read_json
 
 # what siblings that read the same input join to: q/k/v and gate/up in every decoder layer
 JOINED = {"visual": 0, "merger": 0, "language": 3}
@@ -26,8 +26,17 @@ def test_every_quantized_layer_is_a_plugin_node_of_the_engine(name: str) -> None
 
 def test_the_engines_say_which_plugin_they_need() -> None:
     plugin = read_json(ENGINES / "engine.json")["plugin"]
-    assert plugin["layout_version"] == 2
+    assert plugin["layout_version"] == 3
     assert len(plugin["sha256"]) == 64
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_layers_of_3_bits_keep_3_in_the_engine(name: str) -> None:
+    """W3A16, joined siblings included; the container of 4-bit codes stays behind in the exported graph."""
+    built = read_json(DEMO / "w3/engines/engine.json")["graphs"][name]
+    products = [kind for kind in built["precision"]["products"].values() if kind != "float16"]
+    assert set(products) == {"int3 weights, plugin"}
+    assert built["plugin_layers"] == built["plugin_nodes"] and len(products) == len(built["plugin_nodes"])
 
 
 def test_no_quantized_layer_is_left_to_standard_operators() -> None:

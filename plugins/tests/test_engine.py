@@ -49,6 +49,21 @@ def test_a_node_that_was_not_lowered_is_refused(tmp_path: Path) -> None:
     assert any("not lowered" in message for message in result["messages"])
 
 
+def test_3_bit_layers_take_3_bits_in_the_engine(tmp_path: Path) -> None:
+    """The same layer with 3- and with 4-bit weights: the engines differ by the bits."""
+    sizes = {}
+    for bits in (3, 4):
+        for name, act_bits, group in ((f"w{bits}a8", 8, -1), (f"w{bits}a16", 0, 128)):
+            mode = Mode(name, act_bits, group, zeros=act_bits == 0, weight_bits=bits, experts=0, rank_shared=0)
+            folder = tmp_path / name
+            folder.mkdir()
+            result = build(lower(canonical_model([mode], [1024, 1024])).SerializeToString(), folder)
+            assert result["errors"] == [] and [kind for _, kind in result["layers"]].count("PLUGIN_V3") == 1
+            sizes[bits, act_bits] = result["engine_bytes"]
+    for act_bits in (8, 0):
+        assert sizes[4, act_bits] - sizes[3, act_bits] == pytest.approx(1024 * 1024 / 8, rel=0.01)
+
+
 def damaged(change: str) -> bytes:
     """A lowered model with one thing wrong."""
     model = lower(canonical_model([Mode("w4a8")], [256, 256]))
@@ -65,6 +80,10 @@ def damaged(change: str) -> bytes:
         next(a for a in node.attribute if a.name == "in_features").i = 512
     elif change == "newer layout":
         next(a for a in node.attribute if a.name == "layout_version").i = 99
+    elif change == "3 bits of weights that have 4":
+        next(a for a in node.attribute if a.name == "weight_bits").i = 3
+    elif change == "weights of 5 bits":
+        next(a for a in node.attribute if a.name == "weight_bits").i = 5
     elif change == "float32 activations":
         model.graph.input[0].type.tensor_type.elem_type = 1
         model.graph.output[0].type.tensor_type.elem_type = 1
@@ -75,7 +94,7 @@ def damaged(change: str) -> bytes:
     "change",
     [
         "weight of another size", "one input too few", "rank beyond the limit", "other in_features than x",
-        "newer layout", "float32 activations",
+        "newer layout", "float32 activations", "3 bits of weights that have 4", "weights of 5 bits",
     ],
 )  # fmt: skip
 def test_a_damaged_model_ends_in_an_error(change: str, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ LAYERS = [
     ("visual", "model.visual.blocks.1.attn.qkv"),
     ("language", "model.language_model.layers.1.self_attn.o_proj"),
     ("language", "model.language_model.layers.3.mlp.down_proj"),
+    ("w3/visual", "model.visual.blocks.1.attn.qkv"),
+    ("w3/language", "model.language_model.layers.3.mlp.down_proj"),
 ]
 
 
@@ -68,7 +70,10 @@ def test_ptx_and_onnx_runtime_agree(
     model, x = layer(graph, node), layer_inputs(graph, node)[:tokens]
     assert len(x) == tokens
     expected = session(model).run(None, {model.graph.input[0].name: x[None]})[0][0]
-    y, errors = run_lowered(ptx_machine, planner, lower(model), x)
+    lowered = lower(model)
+    bits = next(each.i for node in lowered.graph.node for each in node.attribute if each.name == "weight_bits")
+    assert bits == (3 if graph.startswith("w3") else 4)
+    y, errors = run_lowered(ptx_machine, planner, lowered, x)
     assert errors == []
     error = relative_error(y, expected.astype(np.float64))
     print(f"{node}, {tokens} tokens: {error:.2e}")

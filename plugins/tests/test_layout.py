@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emulator.build import ROOT
 from prepack import layout
 from prepack.linear import CanonicalLinear, PackError
 from prepack.pack import pack
 from prepack.reference import dequantize_weight
+from prepack.width import weight_bits
 from tests.cases import Mode, random_layer
 
 seeds = st.integers(0, 2**32 - 1)
@@ -23,6 +28,46 @@ def test_weight_round_trip(seed: int, chunks: int, blocks: int, sixteen_bit: boo
     packed = layout.pack_weight(nibbles, sixteen_bit)
     assert packed.nbytes * 2 == nibbles.nbytes
     assert np.array_equal(layout.unpack_weight(packed, sixteen_bit), nibbles)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, chunks=st.integers(1, 3), blocks=st.integers(1, 3), sixteen_bit=st.booleans())
+def test_3_bit_weight_round_trip(seed: int, chunks: int, blocks: int, sixteen_bit: bool) -> None:
+    codes = np.random.default_rng(seed).integers(0, 8, (128 * chunks, 32 * blocks)).astype(np.uint8)
+    packed = layout.pack_weight3(codes, sixteen_bit)
+    assert packed.nbytes * 8 == codes.nbytes * 3
+    assert np.array_equal(layout.unpack_weight3(packed, sixteen_bit), codes)
+
+
+@pytest.mark.parametrize("sixteen_bit", [False, True])
+def test_3_bit_codes_take_every_bit_once(sixteen_bit: bool) -> None:
+    """One weight at a time: each sets three bits of its own, in the words of its lane and column tile."""
+    taken = np.zeros((1, 1, 3, 32, 16), np.uint8)
+    for k in range(128):
+        for n in (0, 13, 31):
+            codes = np.zeros((128, 32), np.uint8)
+            codes[k, n] = 7
+            packed = layout.pack_weight3(codes, sixteen_bit)
+            assert int(np.bitwise_count(packed).sum()) == 3
+            assert not np.any(packed & taken)
+            lanes, places = np.nonzero(packed[0, 0].any(axis=0))
+            pair = k % 8 // 2 if sixteen_bit else k % 16 // 4
+            assert set(lanes.tolist()) == {4 * (n % 8) + pair}
+            assert set((places // 4).tolist()) == {n // 8}
+            taken |= packed
+
+
+def test_3_bit_codes_stand_where_the_plan_says() -> None:
+    """kCodeShifts3 of include/qe_edge/args.h, which x makes up for, against the layout of whole codes."""
+    text = (ROOT / "include/qe_edge/args.h").read_text()
+    shifts = int(re.findall(r"kCodeShifts3 = (0x[0-9a-f]+);", text, re.IGNORECASE)[0], 16)
+    for register in range(15):
+        codes = np.zeros((128, 32), np.uint8)
+        codes[8 * register, 0] = 1
+        words = layout.pack_weight3(codes, True).view(np.uint32).reshape(3, -1)[:, 0]  # of lane 0 and column 0
+        word = int(np.flatnonzero(words)[0])
+        bit = int(words[word]).bit_length() - 1
+        assert shifts >> 4 * register & 15 == (bit if bit < 9 else bit - (9 - word))
 
 
 @settings(max_examples=25, deadline=None)
@@ -39,19 +84,25 @@ def test_words_turn_back(seed: int, left: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=seeds, zeros=st.booleans(), act_bits=st.sampled_from([0, 8]), group_size=st.sampled_from([-1, 64, 128]))
-def test_packed_layer_round_trip(seed: int, zeros: bool, act_bits: int, group_size: int) -> None:
+@given(
+    seed=seeds, zeros=st.booleans(), act_bits=st.sampled_from([0, 8]), group_size=st.sampled_from([-1, 64, 128]),
+    weight_bits=st.sampled_from([3, 4]),
+)  # fmt: skip
+def test_packed_layer_round_trip(seed: int, zeros: bool, act_bits: int, group_size: int, weight_bits: int) -> None:
     """(code - zero) * scale, rebuilt from what the kernels read, is the layer's weight to the last bit."""
-    mode = Mode("any", act_bits=act_bits, group_size=group_size, zeros=zeros, experts=0, rank_shared=0)
+    mode = Mode(
+        "any", act_bits=act_bits, group_size=group_size, zeros=zeros, experts=0, rank_shared=0, weight_bits=weight_bits
+    )
     k = 256 if group_size == 128 else 192
     layer = random_layer(mode, k, 40, seed)
     packed = pack(layer, "f16")
     turned = zeros and act_bits != 0
-    codes = layout.unpack_weight(
-        layout.turn_words(packed.weight, -layout.TURN) if turned else packed.weight, act_bits == 0
-    )
+    assert packed.weight_bits == (3 if weight_bits == 3 and not turned else 4)
+    assert packed.weight.nbytes == 256 * 64 * packed.weight_bits // 8
+    unpack, sign = (layout.unpack_weight3, 4) if packed.weight_bits == 3 else (layout.unpack_weight, 8)
+    codes = unpack(layout.turn_words(packed.weight, -layout.TURN) if turned else packed.weight, act_bits == 0)
     if packed.zeros is None:
-        centred = ((codes ^ 8).astype(np.int64) - 8)[:k, :40] * 16
+        centred = ((codes ^ sign).astype(np.int64) - sign)[:k, :40] * 128 // sign
     else:
         rows = layout.unpack_groups(packed.zeros).astype(np.int64)
         step = 8 if act_bits else 1
@@ -94,9 +145,29 @@ def test_int8_weight_order_is_the_documented_one() -> None:
         assert 16 * (byte // 4) + 4 * (lane % 4) + byte % 4 + (64 if high else 0) == k % 128
 
 
+@pytest.mark.parametrize(("act_bits", "zeros"), [(8, False), (6, False), (0, True)])
+def test_one_value_beyond_3_bits_makes_4_of_all(act_bits: int, zeros: bool) -> None:
+    mode = Mode("w3", act_bits=act_bits, zeros=zeros, group_size=64, weight_bits=3, experts=0, rank_shared=0)
+    layer = random_layer(mode, 128, 40)
+    assert weight_bits(layer, "f16") == pack(layer, "f16").weight_bits == 3
+    assert weight_bits(layer, "bf16") == pack(layer, "bf16").weight_bits == 4
+    for name in ("qweight", "zeros") if zeros else ("qweight",):
+        for beyond in (-5, 4):
+            values = getattr(layer, name).copy()
+            values[1, 7] = beyond
+            assert pack(replace(layer, **{name: values}), "f16").weight_bits == 4
+
+
+def test_integer_activations_with_zero_points_keep_4_bits() -> None:
+    layer = random_layer(Mode("w3", zeros=True, weight_bits=3, experts=0, rank_shared=0), 128, 40)
+    assert weight_bits(layer, "f16") == 4
+
+
 def test_bytes_are_not_padded_beyond_the_tile() -> None:
     packed = pack(random_layer(Mode("w4a8", experts=0, rank_shared=0), 1536, 1536), "f16")
     assert packed.weight.nbytes == 1536 * 1536 // 2
+    packed = pack(random_layer(Mode("w3a8", experts=0, rank_shared=0, weight_bits=3), 1536, 1536), "f16")
+    assert packed.weight.nbytes == 1536 * 1536 * 3 // 8
 
 
 def test_refuses_what_does_not_fit() -> None:

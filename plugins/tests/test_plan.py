@@ -7,6 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulator.plan import Buffers, PlanError, Planner, Problem, Tactic
+from emulator.session import DTYPE_CODE
+from prepack.floats import Dtype
+from prepack.width import has_3_bit_kernels
 
 SMALLEST_SHARED_BYTES = 99 * 1024  # sm_86, 89 and 120
 
@@ -14,7 +17,7 @@ SMALLEST_SHARED_BYTES = 99 * 1024  # sm_86, 89 and 120
 def problem(**changes: int) -> Problem:
     values = {
         "dtype": 0, "M": 1, "N": 1536, "K": 1536, "act_bits": 8, "group_size": -1, "has_zeros": 0, "has_inv_omega": 1,
-        "rank_shared": 32, "rank_routed": 32, "num_experts": 8, "adapter_int8": 0,
+        "rank_shared": 32, "rank_routed": 32, "num_experts": 8, "adapter_int8": 0, "weight_bits": 4,
     }  # fmt: skip
     return Problem(**(values | changes))
 
@@ -26,13 +29,15 @@ def problem(**changes: int) -> Problem:
     n=st.sampled_from([256, 2048, 37888]),
     act_bits=st.sampled_from([0, 6, 8]),
     group_size=st.sampled_from([-1, 64, 128]),
-    zeros=st.integers(0, 1),
+    form=st.sampled_from([(0, 4), (1, 4), (0, 3), (1, 3)]),
     rows=st.sampled_from([0, 64, 128]),
 )
 def test_fits_every_chip(
-    planner: Planner, tokens: int, k: int, n: int, act_bits: int, group_size: int, zeros: int, rows: int
+    planner: Planner, tokens: int, k: int, n: int, act_bits: int, group_size: int, form: tuple[int, int], rows: int
 ) -> None:
-    case = problem(M=tokens, K=k, N=n, act_bits=act_bits, group_size=group_size, has_zeros=zeros)
+    zeros, bits = form
+    bits = bits if has_3_bit_kernels(act_bits, bool(zeros), "f16") else 4
+    case = problem(M=tokens, K=k, N=n, act_bits=act_bits, group_size=group_size, has_zeros=zeros, weight_bits=bits)
     if rows == 128 and act_bits == 0:
         with pytest.raises(PlanError, match="block_rows"):
             planner.launches(case, Buffers(), Tactic(rows, 0))
@@ -63,6 +68,8 @@ BAD = [
     {"act_bits": 4}, {"group_size": 32}, {"group_size": 0}, {"K": 1544, "group_size": 128}, {"rank_shared": 129},
     {"rank_routed": -1}, {"num_experts": 17}, {"num_experts": 0}, {"has_zeros": 2}, {"adapter_int8": -1},
     {"num_experts": 1, "rank_shared": 128}, {"has_inv_omega": 77}, {"M": 1 << 20, "K": 131072},
+    {"weight_bits": 0}, {"weight_bits": 2}, {"weight_bits": 5}, {"weight_bits": -3}, {"weight_bits": 3, "dtype": 1},
+    {"weight_bits": 3, "has_zeros": 1}, {"weight_bits": 3, "has_zeros": 1, "act_bits": 6, "group_size": 128},
 ]  # fmt: skip
 
 
@@ -74,6 +81,17 @@ def test_refuses_with_a_reason_and_a_remedy(planner: Planner, changes: dict[str,
     assert planner.workspace_bytes(case) == 0
     with pytest.raises(PlanError):
         planner.launches(case, Buffers(), Tactic())
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODE)
+@pytest.mark.parametrize("group_size", [-1, 64, 128])
+@pytest.mark.parametrize("zeros", [0, 1])
+@pytest.mark.parametrize("act_bits", [0, 6, 8])
+def test_prepack_knows_which_kernels_read_3_bits(
+    planner: Planner, act_bits: int, zeros: int, group_size: int, dtype: Dtype
+) -> None:
+    case = problem(act_bits=act_bits, has_zeros=zeros, group_size=group_size, dtype=DTYPE_CODE[dtype], weight_bits=3)
+    assert (planner.refusal(case) is None) == has_3_bit_kernels(act_bits, bool(zeros), dtype)
 
 
 @pytest.mark.parametrize(

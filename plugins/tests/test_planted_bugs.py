@@ -15,7 +15,7 @@ from emulator.source import SourceMachine
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import shape_for
-from tests.planted import HALF, INT8, LONE, PLANTED, ZEROS, Planted
+from tests.planted import HALF, HALF_W3, INT8, INT8_W3, LONE, PLANTED, ZEROS, Planted
 
 SEEDS = (1, 2, 3)
 
@@ -38,20 +38,26 @@ def symptoms(machine: Machine, planner: Planner, mode: Mode, tokens: int) -> lis
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    return Planner.load(source_emulator(ROOT, subset=True))
+    return Planner.load(source_emulator(ROOT, subset=4))
 
 
-def machine_of(root: Path, rung: str) -> Machine:
-    return SourceMachine(source_emulator(root, subset=True)) if rung == "source" else PtxMachine(ptx(root, subset=True))
+def machine_of(root: Path, rung: str, bits: int) -> Machine:
+    if rung == "source":
+        return SourceMachine(source_emulator(root, subset=bits))
+    return PtxMachine(ptx(root, subset=bits))
 
 
 @pytest.mark.parametrize("rung", ["source", "ptx"])
 @pytest.mark.parametrize(
-    ("mode", "tokens"), [(LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17), (ZEROS, 3), (ZEROS, 17)]
-)
+    ("mode", "tokens"),
+    [
+        (LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17), (ZEROS, 3), (ZEROS, 17),
+        (INT8_W3, 3), (INT8_W3, 17), (HALF_W3, 3), (HALF_W3, 17),
+    ],
+)  # fmt: skip
 def test_clean_code_passes(mode: Mode, tokens: int, rung: str, planner: Planner) -> None:
     """Without this, a test that always complains would look like one that catches everything."""
-    assert symptoms(machine_of(ROOT, rung), planner, mode, tokens) == []
+    assert symptoms(machine_of(ROOT, rung, mode.weight_bits), planner, mode, tokens) == []
 
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
@@ -63,4 +69,5 @@ def test_is_caught(bug: Planted, planner: Planner, tmp_path: Path) -> None:
     text = path.read_text()
     assert text.count(bug.before) == 1, f"{bug.name}: the code has changed; update tests/planted.py"
     path.write_text(text.replace(bug.before, bug.after))
-    assert symptoms(machine_of(root, bug.rung), planner, bug.mode, bug.tokens), f"not caught: {bug.name}"
+    machine = machine_of(root, bug.rung, bug.mode.weight_bits)
+    assert symptoms(machine, planner, bug.mode, bug.tokens), f"not caught: {bug.name}"

@@ -31,13 +31,15 @@ def test_every_combination(mode: Mode, tokens: int, planner: Planner, ptx_machin
     check(mode, tokens, planner, ptx_machine)
 
 
-def test_largest_tile(planner: Planner, ptx_machine: PtxMachine) -> None:
-    check(MODES[0], 65, planner, ptx_machine, Tactic(block_rows=128))
+@pytest.mark.parametrize("name", ["w4a8", "w3a8"])
+def test_largest_tile(name: str, planner: Planner, ptx_machine: PtxMachine) -> None:
+    mode = next(mode for mode in MODES if mode.name == name)
+    check(mode, 65, planner, ptx_machine, Tactic(block_rows=128))
 
 
 def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine) -> None:
     names = ptx_machine.file.names
-    assert len(names) == len(set(names)) == 68
+    assert len(names) == len(set(names)) == 86
 
 
 def test_the_combinations_launch_every_kernel(planner: Planner, ptx_machine: PtxMachine) -> None:

@@ -82,7 +82,8 @@ class InstructionTable(_Strict):
 
     Attributes:
         prefill_per_1000_mac: By chip and kernel variant.
-        decode_per_kib: By chip and kernel variant, whose ending t8 or t16 is the largest number of tokens.
+        decode_per_kib: By chip and kernel variant, whose ending t8 or t16 is the largest number of tokens; for 2048
+            weights, which are a KiB when they have 4 bits.
         edge_llm: The same of the kernels that ours are compared with.
     """
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from qe_edge.predict.shapes import Linear
 from qe_edge.predict.tables import InstructionTable
+from qe_edge.prepack.width import has_3_bit_kernels
 from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.schemes import Scheme
 
@@ -21,7 +22,7 @@ TITLES = {
 DECODE_LIMIT = 16  # tokens up to which the plugin's decode kernel runs
 GROUP = 128  # of the W4A16 kernels that ours are compared with
 PLUGIN_LAUNCHES = 3
-# quantize x, INT4 product, shared down and up, router, expert's down and up, sum
+# quantize x, main product, shared down and up, router, expert's down and up, sum
 NAIVE_LAUNCHES = 8
 NAIVE_SUMS = 3  # times that y is written by one kernel and read by the next
 
@@ -131,11 +132,11 @@ def _main(linear: Linear, tokens: int, scheme: Scheme) -> Work:
 
 
 def _weight_bytes(linear: Linear, scheme: Scheme) -> float:
-    """Packed 4-bit codes with their scales and zero points."""
+    """Packed codes with their scales and zero points."""
     k, n = linear.in_features, linear.out_features
     grid = scheme.weight
     groups = k / grid.group_size if grid.group_size > 0 else 1
-    return k * n / 2 + groups * n * (2 if grid.symmetric else 3)
+    return k * n * packed_bits(scheme) / 8 + groups * n * (2 if grid.symmetric else 3)
 
 
 def _issued(linear: Linear, tokens: int, scheme: Scheme, table: InstructionTable, chip: str) -> float:
@@ -144,12 +145,19 @@ def _issued(linear: Linear, tokens: int, scheme: Scheme, table: InstructionTable
     kind = kernel_variant(scheme)
     if tokens > DECODE_LIMIT:
         return tokens * k * n / 1000 * table.prefill_per_1000_mac[chip][kind]
-    return k * n / 2 / 1024 * table.decode_per_kib[chip][f"{kind}_t{8 if tokens <= 8 else 16}"]
+    return k * n / 2048 * table.decode_per_kib[chip][f"{kind}_t{8 if tokens <= 8 else 16}"]
+
+
+def packed_bits(scheme: Scheme) -> Literal[3, 4]:
+    """Bits of a scheme's weights in the plugin, in a float16 model."""
+    fits = scheme.weight.bits <= 3 and has_3_bit_kernels(scheme.activation_bits, not scheme.weight.symmetric, "f16")
+    return 3 if fits else 4
 
 
 def kernel_variant(scheme: Scheme) -> str:
     """The plugin's kernel for a scheme, for example "s8_g128z"; `Variant` in plugins/host/plan.cpp."""
     group, zeros = scheme.weight.group_size, "" if scheme.weight.symmetric else "z"
+    width = "w3" if packed_bits(scheme) == 3 else ""
     if not scheme.activation_bits:
-        return f"h_g{128 if group >= 128 else 64}z" if group > 0 else "h_cz"
-    return f"s8_g{group}{zeros}" if group > 0 else f"s8_c{zeros}"
+        return f"h{width}_g{128 if group >= 128 else 64}z" if group > 0 else f"h{width}_cz"
+    return f"s8{width}_g{group}{zeros}" if group > 0 else f"s8{width}_c{zeros}"

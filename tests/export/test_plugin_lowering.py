@@ -9,17 +9,19 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
 from qe_edge.errors import InputError, TargetError
 from qe_edge.export.build import _is_listed, build_engines
+from qe_edge.export.layers import int4
 from qe_edge.export.lowering import tensorrt
 from qe_edge.export.lowering.inline import array_of, operands_of
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
-from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCT, lower_for_tensorrt
+from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCTS, lower_for_tensorrt
 from qe_edge.linear import QELinear
 from qe_edge.models.family import Sample
-from qe_edge.prepack.lower import read_node
+from qe_edge.prepack.lower import LAYOUT_VERSION, read_node
 from qe_edge.prepack.reference import qe_linear
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import GRAPHS
@@ -134,18 +136,38 @@ def test_only_layers_that_read_the_same_are_joined() -> None:
     assert kinds(model) == {"QELinear": 2}
 
 
+@pytest.mark.parametrize("beyond", [False, True])
+@pytest.mark.parametrize(
+    "variant", [Variant(bits=3), Variant(in_features=128, bits=3, group_size=64, symmetric=False, act_bits=0)], ids=str
+)
+def test_siblings_are_packed_with_3_bits_when_all_fit(variant: Variant, beyond: bool) -> None:
+    model = siblings_graph({name: make_layer(variant) for name in "qkv"})
+    if beyond:
+        value = operands_of(list(model.graph)[2]).qweight
+        codes = array_of(value).astype(np.int8)
+        codes[5, 7] = 4
+        value.const_value = int4(torch.from_numpy(codes))
+        value.const_value.name = value.name
+    pack_layers(model)
+    (node,) = (each for each in model.graph if is_packed(each))
+    bits = 4 if beyond else 3
+    assert node.attributes["weight_bits"].as_int() == bits
+    tensor = node.inputs[1].const_value
+    assert tensor.nbytes == 160 * 128 * bits // 8  # three times 48 columns, padded
+
+
 @pytest.mark.parametrize("graph", NODES)
 def test_layers_become_nodes_of_the_plugin(exported: Exported, graph: str) -> None:
     model = ir.load(exported.onnx / f"{graph}.onnx")
     precision = lower_for_tensorrt(model, plugin=True)
     packed = [node for node in model.graph if is_packed(node)]
     assert len(packed) == NODES[graph]
-    assert list(precision.products.values()).count(PLUGIN_PRODUCT) == NODES[graph]
+    assert list(precision.products.values()).count(PLUGIN_PRODUCTS[4]) == NODES[graph]
     assert not model.functions
     for node in packed:
         assert node.inputs[1].dtype == ir.DataType.INT8  # the parser would widen UINT8 to INT32
         assert {node.inputs[0].dtype, node.outputs[0].dtype} == {ir.DataType.FLOAT16}
-        assert node.attributes["layout_version"].as_int() == 2
+        assert node.attributes["layout_version"].as_int() == LAYOUT_VERSION
         rows, columns = (node.attributes[key].as_int() for key in ("in_features", "out_features"))
         assert node.inputs[1].shape.numpy() == (-(-columns // 32), -(-rows // 128) * 32 * 128 // 2)
     left = {name for name in model.graph.initializers if name.endswith((".qweight", ".down", ".up"))}

@@ -14,7 +14,7 @@ from qe_edge.errors import ModelError, UnknownNameError
 from qe_edge.predict.roofline import PHASES, Request, predict, seconds, weight_bytes
 from qe_edge.predict.shapes import block_linears, find_model
 from qe_edge.predict.tables import Device, device_table, get_device, instruction_table, model_table
-from qe_edge.predict.variants import WAYS, Adapters, Work, kernel_variant
+from qe_edge.predict.variants import WAYS, Adapters, Work, kernel_variant, linear_work
 from qe_edge.schemes import SCHEMES, get_scheme
 
 DEVICES, MODELS = sorted(device_table().devices), sorted(model_table())
@@ -121,6 +121,20 @@ def test_every_device_and_scheme_has_its_instruction_counts() -> None:
     assert table.edge_llm.decode(1) == 198
     assert table.edge_llm.decode(3) == 316
     assert table.edge_llm.decode(7) is None
+
+
+def test_schemes_of_3_bits_have_their_kernels_and_bytes() -> None:
+    kinds = {name: kernel_variant(scheme) for name, scheme in SCHEMES.items()}
+    assert {name for name, kind in kinds.items() if "w3" in kind} == {"w3a8", "w3a16", "w2a16"}
+    assert (kinds["w3a8"], kinds["w3a16"], kinds["w2a16"]) == ("s8w3_c", "hw3_g128z", "hw3_g64z")
+    bare = Adapters(shared=0, routed=0, experts=0)
+    for three, four in (("w3a8", "w4a8"), ("w3a16", "w4a16")):
+        moved = [
+            sum(linear_work("plugin", each, 1, get_scheme(name), bare, instruction_table(), "sm_87").bytes
+                for each in block_linears(find_model("qwen2-vl-7b").text))
+            for name in (three, four)
+        ]  # fmt: skip
+        assert 0.75 < moved[0] / moved[1] < 0.77  # scales, zero points and activations are as before
 
 
 def test_quantized_weights_are_smaller() -> None:

@@ -8,6 +8,10 @@
 
 namespace qe {
 
+// 16-bit activations: how many bits above bit 0 of an fp16 the codes of eight rows stand when `main` multiplies them.
+// 4 bits for each of the 16 eights of a chunk, the first in the lowest; see unpack.cuh for both orders.
+constexpr uint64_t kCodeShifts4 = 0x4040404040404040, kCodeShifts3 = 0x0636305263041630;
+
 struct PrepareArgs {
   const void* x;          // T [M, K]
   const void* inv_omega;  // T [K] or null: multiplies x in the quantized branch only
@@ -20,6 +24,7 @@ struct PrepareArgs {
   int32_t act_max;        // 127 or 31; 0 keeps the activations in 16 bits
   int32_t decode_order;   // rows of a chunk in the order of main_decode's lanes instead of their own
   int32_t sum_rows;       // rows of one sum: 64, 128, or 0 for all of K
+  uint64_t code_shifts;   // 16-bit activations: kCodeShifts4 or 3, or 0 when `main` takes the factors off the weights
 };
 
 struct DownArgs {
@@ -37,9 +42,9 @@ struct MainArgs {
   const void* act;           // int8 or fp16 [M, Kp]
   const float* token_scale;  // [M]
   const void* sums;          // of `act` over groups of rows, see prepare.cuh
-  const uint8_t* weight;     // [Np/32, Kp/128, 4, 32 lanes, 16 bytes]
+  const uint8_t* weight;     // [Np/32, Kp/128, 4 (tiles) or 3 (words), 32 lanes, 16 bytes]
   const void* scales;        // fp16 [Np/32, Kp/g, 32], in the order of prepack/layout.py, or null (one per column)
-  const uint8_t* zeros;      // [Np/32, Kp/g or 1, 32] in that order: zero point plus 8, times 8 for int8 activations
+  const uint8_t* zeros;      // [Np/32, Kp/g or 1, 32] in that order: zero point plus 8 (3 bits: 4), times 8 for int8
   const float* columns;      // [3, Np]: main scale, output scale, bias
   const float* partial;      // decode: [splits, M, rank]
   const void* h;             // prefill: T [M, rank]

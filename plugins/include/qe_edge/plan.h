@@ -18,6 +18,7 @@ struct QeProblem {
   int32_t has_inv_omega;
   int32_t rank_shared, rank_routed, num_experts;
   int32_t adapter_int8;
+  int32_t weight_bits;   // of the packed weights: 4, or 3 where QeRefuse knows kernels
 };
 
 // What TensorRT may time against each other. Zero means: choose for me.
