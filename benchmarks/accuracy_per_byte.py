@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ SCHEMES = ("w4a8", "w4a6", "w3a16")
 BUDGETS = (3.5, 4.25, 4.5, 5.0)
 READ_BUDGET = 4.5  # limits only what a token reads, with routed experts and without
 ERRORS = {"smollm2": "kl", "vlm": "kl", "dinov2": "cosine_loss"}  # what is compared, 0 for the original itself
+TYPICAL = "kl_median"  # compared too where it is measured: a mean over answers may be that of a few
 OTHERS = (
     "rtn", "smoothquant", "awq", "mbq", "gptq", "omniquant", "quarot", "lorc", "lqer", "svdquant", "aser", "aser:plain",
     "aser:memory",
@@ -176,9 +178,10 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
         part.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 
 
-def best(rows: Sequence[Row], cost: Callable[[Row], float], limit: float) -> Row | None:
+def best(rows: Sequence[Row], cost: Callable[[Row], float], limit: float, measure: str) -> Row | None:
     """The row of least error whose cost keeps the limit."""
-    return min((row for row in rows if cost(row) <= limit + 1e-6), key=lambda row: row.error, default=None)
+    inside = (row for row in rows if cost(row) <= limit + 1e-6)
+    return min(inside, key=lambda row: row.measures[measure], default=None)
 
 
 def print_tables(rows: Sequence[Row]) -> None:
@@ -194,15 +197,17 @@ def print_tables(rows: Sequence[Row]) -> None:
     print("\nbest of others inside a budget, and ours; ratio of errors")
     for model, scheme in groups:
         group = [row for row in rows if (row.model, row.scheme) == (model, scheme)]
-        for title, cost in (("stored", _stored), ("read", _read_bits)):
-            for limit in BUDGETS:
-                other = best([row for row in group if not row.ours and not row.name.startswith(STATIC)], cost, limit)
-                ours = best([row for row in group if row.ours], cost, limit)
-                if other and ours:
-                    print(
-                        f"  {model:8} {scheme:6} {title:6} {limit:5.2f}: {other.name:16} {other.error:.3e}  "
-                        f"{ours.name:18} {ours.error:.3e}  x {other.error / max(ours.error, 1e-12):.2f}"
-                    )
+        peers = [row for row in group if not row.ours and not row.name.startswith(STATIC)]
+        measures = [ERRORS[model]] + [TYPICAL] * all(TYPICAL in row.measures for row in group)
+        for measure, (title, cost), limit in product(measures, (("stored", _stored), ("read", _read_bits)), BUDGETS):
+            other = best(peers, cost, limit, measure)
+            ours = best([row for row in group if row.ours], cost, limit, measure)
+            if other and ours:
+                theirs, found = other.measures[measure], ours.measures[measure]
+                print(
+                    f"  {model:8} {scheme:6} {title:6} {limit:5.2f}: {other.name:16} {theirs:.3e}  "
+                    f"{ours.name:18} {found:.3e}  x {theirs / max(found, 1e-12):.2f}  {measure}"
+                )
 
 
 def print_markdown(rows: Sequence[Row]) -> None:

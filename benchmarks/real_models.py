@@ -36,7 +36,7 @@ from qe_edge.recipe import make_recipe
 from qe_edge.validate.answers import batches
 from qe_edge.validate.features import LinearProbe, extract_features, mean_cosine
 from qe_edge.validate.subjects import block_groups, in_float32
-from qe_edge.validate.text import exact_answers, mean_kl, perplexity, predict, text_windows
+from qe_edge.validate.text import exact_answers, mean_kl, median_kl, perplexity, predict, text_windows
 
 CALIBRATION = 128  # samples
 QUESTIONS = 200  # questions of the vision-language model, two a picture of the encoder
@@ -105,7 +105,8 @@ def vlm(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS) ->
 
     def compare(quantized: LoadedModel) -> Measures:
         found = predict(quantized, encoded, "answer")
-        return {"kl": mean_kl(known, found), **_shares(asked, exact_answers(found, len(asked)))}
+        divergences = {"kl": mean_kl(known, found), "kl_median": median_kl(known, found)}
+        return {**divergences, **_shares(asked, exact_answers(found, len(asked)))}
 
     original = _shares(asked, exact_answers(known, len(asked)))
     return RealModel("vlm", str(folder), ("language",), _calibration(folder, samples), original, compare)

@@ -128,13 +128,25 @@ def mean_kl(original: Predictions, other: Predictions) -> float:
     Computed in float32 as the sum of p (exp(d) - 1 - d) with d = log q - log p: since p and q both sum to 1 that is the
     divergence, and no term is below 0, so small divergences do not drown in rounding.
     """
-    total = 0.0
-    for (wanted, _), (found, _) in zip(original.logits(), other.logits(), strict=True):
+    return float(_divergences(original, other).mean())
+
+
+def median_kl(original: Predictions, other: Predictions) -> float:
+    """Median over samples of the mean KL of their tokens: what a typical answer loses, whatever the worst ones do."""
+    found, rows = _divergences(original, other).numpy(), original.samples.numpy()
+    count = np.bincount(rows)
+    return float(np.median(np.bincount(rows, found)[count > 0] / count[count > 0]))
+
+
+def _divergences(original: Predictions, other: Predictions) -> Tensor:
+    """KL(original || other) at every position, float64; see `mean_kl`."""
+    found = []
+    for (wanted, _), (got, _) in zip(original.logits(), other.logits(), strict=True):
         reference = wanted.log_softmax(-1)
-        difference = found.log_softmax(-1).sub_(reference)
+        difference = got.log_softmax(-1).sub_(reference)
         terms = reference.exp_().mul_(torch.expm1(difference).sub_(difference))
-        total += float(terms.sum(-1).double().sum())
-    return total / len(original.targets)
+        found.append(terms.sum(-1).double())
+    return torch.cat(found)
 
 
 def exact_answers(predictions: Predictions, samples: int) -> np.ndarray:

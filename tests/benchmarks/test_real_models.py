@@ -78,7 +78,7 @@ FOLDERS = {"smollm2": text_folder, "vlm": question_folder, "dinov2": picture_fol
 LOSS = {"smollm2": "kl", "vlm": "kl", "dinov2": "cosine_loss"}
 MEASURES = {
     "smollm2": {"kl", "perplexity", "kl_news", "perplexity_news"},
-    "vlm": {"kl", "open", "yesno"},
+    "vlm": {"kl", "kl_median", "open", "yesno"},
     "dinov2": {"cosine_loss", "cosine_cls", "cosine_patches", "probe", "probe_shape", "probe_color"},
 }
 

@@ -18,7 +18,7 @@ from qe_edge.recipe import make_recipe
 from qe_edge.validate.answers import answer_all, is_right
 from qe_edge.validate.metrics import kl_divergence
 from qe_edge.validate.subjects import TorchSubject, in_float32
-from qe_edge.validate.text import exact_answers, mean_kl, perplexity, predict, text_windows
+from qe_edge.validate.text import exact_answers, mean_kl, median_kl, perplexity, predict, text_windows
 from tests.small_models import write_small_llama
 
 TEXTS = ["is there a red shape in the image?", "what color is the shape? the shape is teal."]
@@ -77,6 +77,8 @@ def test_perplexity_and_divergence(original: LoadedModel, quantized: LoadedModel
     assert mean_kl(wanted, found) == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
     assert mean_kl(wanted, found) > 1e-4
     assert mean_kl(wanted, wanted) == 0
+    rows = [part.mean().item() for part in divergences if len(part)]
+    assert median_kl(wanted, found) == pytest.approx(np.median(rows), rel=1e-3)
 
 
 def test_small_divergences_are_exact(original: LoadedModel) -> None:
