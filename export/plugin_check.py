@@ -155,7 +155,7 @@ def _ask(backend: Backend, library: Path, forms: Sequence[LayerForm]) -> None:
     if verdict.refused is None:
         return
     words = _reason(done.stderr.decode(errors="replace"))
-    if "layout version" in words:
+    if "layout version" in words or "attribute is unknown" in words:  # an older library knows fewer attributes
         raise TargetError(
             f"The plugin library '{library}' reads another layout of weights than {LAYOUT_VERSION}, which this "
             "QE-Edge writes.",

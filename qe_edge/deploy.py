@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +108,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     Raises:
         InputError: If `out` holds other files, or no target takes the plugin; raised, as the next one, before anything
             else is done.
-        TargetError: If a target cannot be built here, or the plugin library does not serve.
+        TargetError: If a target cannot be built here, or the plugin library does not serve or refuses a layer.
         QEError: As the stages raise.
     """
     from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
@@ -124,6 +124,8 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     layout = Layout(out)
     samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
     questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found before the work
+    if plugins:
+        _check_layers(plugins, model, recipe, samples)
     ledger = _Ledger(layout.ledger, resume=resume)
     key = _hash(qe_edge.__version__, model_fingerprint(model), stored_recipe(recipe, samples).model_dump_json())
     if ledger.begin("checkpoint", key, layout.checkpoint, announce):
@@ -183,6 +185,17 @@ def _plugins(targets: Sequence[str], library: Path) -> dict[str, Path]:
 
     found = choose_plugin(targets, library)
     return {name: found for name in targets if takes_plugin(get_target(name))}
+
+
+def _check_layers(plugins: Mapping[str, Path], model: str, recipe: Recipe, samples: Sequence[Sample]) -> None:
+    """Refuse layers that the plugin cannot run."""
+    from qe_edge.export.plugin_check import check_forms
+    from qe_edge.export.targets import get_target
+    from qe_edge.models.loading import resolve_model
+    from qe_edge.plan import make_plan, planned_forms
+
+    forms = planned_forms(make_plan(resolve_model(model), recipe, samples), recipe)
+    check_forms([get_target(name) for name in plugins], next(iter(plugins.values())), forms)
 
 
 def _digests(library: Path | None) -> list[str]:

@@ -54,7 +54,7 @@ def command(  # noqa: PLR0913 - an argument for every option
     """
     from qe_edge.cli.inputs import open_model
     from qe_edge.cli.outputs import check_disk, check_output_folder
-    from qe_edge.cli.plugin import check_planned_layers, print_plugin_nodes, read_plugin
+    from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.cli.recipes import read_recipe
     from qe_edge.deploy import DEFAULT_TARGETS, Layout, check_targets, deploy, is_deployment
 
@@ -68,12 +68,10 @@ def command(  # noqa: PLR0913 - an argument for every option
     samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
     load_evaluation(evaluation)
     source = open_model(model)
-    from qe_edge.cli.plan import make_plan
     from qe_edge.console import ConsoleProgress
+    from qe_edge.plan import make_plan
 
     plan = make_plan(source, recipe, samples)
-    if library is not None:
-        check_planned_layers(targets, library, plan, recipe)
     check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)
     report = deploy(
         model,

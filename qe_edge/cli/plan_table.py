@@ -6,9 +6,9 @@ import click
 import yaml
 
 from qe_edge.cli.outputs import human_bytes
-from qe_edge.cli.plan import Plan, collapse
 from qe_edge.cli.tables import print_table
 from qe_edge.methods.base import AdapterSize
+from qe_edge.plan import Plan, collapse
 from qe_edge.recipe import Recipe
 
 

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from qe_edge.cli.plan import Plan
-    from qe_edge.export.plugin_check import LayerForm
-    from qe_edge.recipe import Recipe
 
 
 def read_plugin(targets: Sequence[str], plugin: bool, library: Path | None) -> Path | None:
@@ -26,49 +20,6 @@ def read_plugin(targets: Sequence[str], plugin: bool, library: Path | None) -> P
     from qe_edge.export.plugin_check import choose_plugin
 
     return choose_plugin(targets, library)
-
-
-def check_planned_layers(targets: Sequence[str], library: Path, plan: Plan, recipe: Recipe) -> None:
-    """Refuse a plan with layers that the plugin cannot run.
-
-    Raises:
-        TargetError: Naming the first one.
-    """
-    from qe_edge.export.plugin_check import check_forms
-    from qe_edge.export.targets import get_target
-
-    check_forms([get_target(name) for name in targets], library, planned_forms(plan, recipe))
-
-
-def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
-    """The layers of a plan as the plugin would get them.
-
-    A budget chooses among several grids of a weight, and ranks that the plugin takes. Layers that read the same input
-    may be joined to one, so what only one of them breaks is left to the build.
-    """
-    from qe_edge.export.plugin_check import LayerForm
-    from qe_edge.grids import PER_CHANNEL
-
-    scheme = recipe.get_scheme()
-    grids = scheme.budget_grids() if recipe.budget else [scheme.weight]
-    forms = []
-    for layer in plan.layers:
-        routed = layer.adapter.experts > 1
-        for grid in grids:
-            group = grid.resolve_group(layer.in_features)
-            forms.append(
-                LayerForm(
-                    layer.name,
-                    layer.in_features,
-                    layer.joint_outputs,
-                    act_bits=scheme.activation_bits,
-                    group_size=PER_CHANNEL if group == layer.in_features else group,
-                    rank_shared=layer.adapter.rank_shared,
-                    rank_routed=layer.adapter.rank_routed if routed else 0,
-                    num_experts=layer.adapter.experts if routed else 0,
-                )
-            )
-    return forms
 
 
 def print_plugin_nodes(folders: Sequence[Path]) -> None:

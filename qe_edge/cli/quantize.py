@@ -53,7 +53,7 @@ def command(
     if resume and already_complete(output, recipe, samples):
         click.echo(f"'{output}' is complete already; nothing is left to do.")
         return
-    from qe_edge.cli.plan import make_plan
+    from qe_edge.plan import make_plan
 
     plan = make_plan(source, recipe, samples)
     if dry_run:

@@ -11,10 +11,10 @@ import pytest
 from qe_edge.accounting import layer_counts
 from qe_edge.calibration.sources import load_samples
 from qe_edge.cli.outputs import folder_bytes
-from qe_edge.cli.plan import collapse, make_plan
 from qe_edge.demo import model_path
 from qe_edge.deploy import quantize_to_folder
 from qe_edge.linear import quantized_linears
+from qe_edge.plan import collapse, make_plan
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from tests.cli.running import Run

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from qe_edge.checkpoint import load_quantized, save_quantized
-from qe_edge.cli.plan import make_plan
 from qe_edge.errors import InputError, ModelError, RecipeError
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
 from qe_edge.linear import quantized_linears
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.plan import make_plan
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine

@@ -17,6 +17,7 @@ from torch import nn
 from qe_edge.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget import check_affordable
 from qe_edge.calibration.statistics import DOUBLE_WIDTH
+from qe_edge.grids import PER_CHANNEL
 from qe_edge.groups import LinearGroup, linear_groups
 from qe_edge.linear import QELinear
 from qe_edge.methods import Method
@@ -30,6 +31,8 @@ from qe_edge.sizes import empty_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from qe_edge.export.plugin_check import LayerForm
 
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
 LIBRARIES = 480 * 2**20  # what Python, torch and transformers take with the smallest model
@@ -131,6 +134,36 @@ def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, in
         name = re.sub(r"\.\d+\.", ".*.", layer.name)
         rows[name, layer.in_features, layer.out_features, layer.adapter].append(layer)
     return [(str(key[0]) if len(found) > 1 else found[0].name, found[0], len(found)) for key, found in rows.items()]
+
+
+def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
+    """The layers of a plan as the plugin would get them.
+
+    A budget chooses among several grids of a weight, and ranks that the plugin takes. Layers that read the same input
+    may be joined to one, so what only one of them breaks is left to the build.
+    """
+    from qe_edge.export.plugin_check import LayerForm
+
+    scheme = recipe.get_scheme()
+    grids = scheme.budget_grids() if recipe.budget else [scheme.weight]
+    forms = []
+    for layer in plan.layers:
+        routed = layer.adapter.experts > 1
+        for grid in grids:
+            group = grid.resolve_group(layer.in_features)
+            forms.append(
+                LayerForm(
+                    layer.name,
+                    layer.in_features,
+                    layer.joint_outputs,
+                    act_bits=scheme.activation_bits,
+                    group_size=PER_CHANNEL if group == layer.in_features else group,
+                    rank_shared=layer.adapter.rank_shared,
+                    rank_routed=layer.adapter.rank_routed if routed else 0,
+                    num_experts=layer.adapter.experts if routed else 0,
+                )
+            )
+    return forms
 
 
 def _planned_group(
