@@ -20,7 +20,7 @@ from qe_edge.parallel import map_rows
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
 TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time
-CACHED = 1 << 18  # numbers whose magnitudes are taken at a time
+CACHED = 1 << 18  # numbers of tokens that are worked on at a time
 DOUBLE_WIDTH = 4096  # inputs up to which the Gram matrix is added up in float64; wider ones take half the memory
 
 
@@ -189,7 +189,12 @@ class StatisticsCollector:
         kinds: np.ndarray,
     ) -> None:
         """Put the tokens `new` of a chunk at the places `free` of the sample."""
-        self._tokens[free] = tokens[torch.from_numpy(new).to(tokens.device)].cpu().numpy()
+        chosen = torch.from_numpy(new).to(tokens.device)
+
+        def copy(rows: slice) -> None:
+            self._tokens[free[rows]] = tokens[chosen[rows]].cpu().numpy()
+
+        map_rows(copy, len(new), max(1, CACHED // tokens.shape[1]) if tokens.device == CPU else len(new))
         self._priority[free], self._rows[free], self._kinds[free] = priority[new], rows[new], kinds[new]
 
 
