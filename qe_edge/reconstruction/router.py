@@ -58,9 +58,9 @@ class RidgeRegression:
         centred = residuals[self._rows]
         centred = centred - centred.mean(1, keepdims=True)
         if self._dual:
-            weights: np.ndarray = cho_solve(self._factor, centred).T @ self._magnitude
-        else:
-            weights = cho_solve(self._factor, self._magnitude.T @ centred).T
+            solved = cho_solve(self._factor, centred).T.astype(self._magnitude.dtype)
+            return np.asarray(solved @ self._magnitude, np.float64)
+        weights: np.ndarray = cho_solve(self._factor, self._magnitude.T @ centred.astype(self._magnitude.dtype)).T
         return weights
 
 
@@ -84,7 +84,8 @@ def routed_residuals(
     Returns:
         `[n, experts]`, without the shared expert.
     """
-    hidden = [tokens @ down.T.astype(tokens.dtype) for down in downs]
+    together = tokens @ np.concatenate(downs).T.astype(tokens.dtype)
+    hidden = np.split(together, np.cumsum([len(down) for down in downs])[:-1], axis=1)
     along = [outputs @ space.coordinates(up).astype(outputs.dtype) for up in ups]
     shared, inner = hidden[0], [ups[0].T @ up for up in ups]
     left = np.square(outputs).sum(1) + np.einsum("nr,nr->n", shared, shared @ inner[0] - 2 * along[0])
