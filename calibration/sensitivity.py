@@ -253,7 +253,7 @@ def _loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | No
     keep = length - int(columns.min()) + 1  # logits from the position before the first label on
     inputs = loaded.family.torch_inputs(encoded)
     logits = loaded.model(**inputs, use_cache=False, logits_to_keep=keep).logits
-    predicted = logits[rows, columns - 1 - (length - keep)].float()
+    predicted: Tensor = logits[rows, columns - 1 - (length - keep)].float()
     if generator:
         return (predicted * fisher_factor(predicted, generator)).sum()
     wanted = torch.from_numpy(encoded.input_ids)[rows, columns].to(predicted.device)
