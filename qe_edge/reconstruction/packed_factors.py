@@ -22,6 +22,7 @@ from qe_edge.reconstruction.rounding import gptq_round
 
 GRID = WeightGrid(4, PER_CHANNEL, symmetric=True)
 DOWN_DAMPING, UP_DAMPING = 0.01, 1e-4
+ROUNDING = 1e-5  # of the largest energy, what a Gram matrix that was added up in float32 does not know
 GLOBAL_SHARE = 0.05  # of all tokens in an expert's fit
 
 
@@ -77,11 +78,14 @@ def pack_correction(
         downs.append(down)
         fitted.append(up)
         weighing.append(hidden)
+    energies = block_diag(*weighing)
+    diagonal = energies.diagonal()
+    damping = max(UP_DAMPING, ROUNDING * float(diagonal.max()) / max(float(diagonal.mean()), 1e-300))
     up = gptq_round(
         torch.from_numpy(np.concatenate(fitted, axis=1)).float(),
-        torch.from_numpy(block_diag(*weighing)),
+        torch.from_numpy(energies),
         GRID,
-        UP_DAMPING,
+        damping,
         clip=True,
     )
     edges = np.cumsum([part.shape[1] for part in fitted])[:-1]

@@ -113,10 +113,18 @@ def test_only_targets_that_take_the_plugin_are_built_with_it(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugin_check, "choose_plugin", lambda _targets, library: library)
+    asked: list[tuple[list[str], int]] = []
+    monkeypatch.setattr(
+        plugin_check,
+        "check_forms",
+        lambda targets, _library, forms: asked.append(([target.name for target in targets], len(forms))),
+    )
     library, out = tmp_path / "libqe_plugin.so", tmp_path / "out"
     library.write_text("one")
     deploy("demo", out, RECIPE, ["cpu", "rtx"], plugin_library=library)
     assert stages.libraries == {"cpu": None, "rtx": library}
+    assert [targets for targets, _ in asked] == [["rtx"]]
+    assert asked[0][1] > 10  # the layers of the demo
     stages.take()
     deploy("demo", out, RECIPE, ["cpu", "rtx"], plugin_library=library, resume=True)
     assert stages.take() == []
