@@ -9,6 +9,7 @@ from qe_edge.calibration.statistics import (
     GramMatrix,
     StatisticsCollector,
     StatisticsRequest,
+    collect_statistics,
     mirror_triangle,
     top_channels,
 )
@@ -68,7 +69,7 @@ def test_tokens_that_are_not_finite_are_left_out(bad: float) -> None:
 
 def test_magnitudes_are_those_of_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qe_edge.calibration.statistics.CACHED", 3 * 16)  # three tokens at a time
-    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    x = drawn(40, 16)
     found = collect_statistics("layer", torch.ones(4, 16), x, StatisticsRequest(gram=False, tokens=0), 0)
     np.testing.assert_allclose(found.abs_mean, x.abs().double().mean(0), rtol=1e-6)
     np.testing.assert_array_equal(found.abs_max, x.abs().amax(0))
