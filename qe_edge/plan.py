@@ -236,7 +236,7 @@ def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) 
             size = 8 if width <= DOUBLE_WIDTH else 4
             total += size * width**2 if any(request.gram for request in requests) else 0
             total += 4 * width * min(tokens, max(request.tokens for request in requests))
-            total += sum(4 * tokens * request.important for request in requests)
+            total += sum(4 * min(tokens, request.tokens) * request.important for request in requests)
     return total
 
 
