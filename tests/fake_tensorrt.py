@@ -30,6 +30,7 @@ class Creator:
 
     def create_plugin(self, name, fields, phase):
         reasons = {
+            "An attribute is unknown. Lower again.": self.layout is None,
             "The weights have another layout version. Lower again.": fields["layout_version"] != self.layout,
             "in_features is not a multiple of 8. Keep this layer in 16 bits.": fields["in_features"] % 8,
             "out_features is not a multiple of 8. Keep this layer in 16 bits.": fields["out_features"] % 8,
@@ -55,7 +56,7 @@ class Registry:
             os.abort()
         if word == "broken":
             raise RuntimeError("no such symbol")
-        Registry.creator = Creator(int(word))
+        Registry.creator = Creator(None if word == "old" else int(word))
 
 
 get_plugin_registry = Registry

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.errors import NumericalError
-from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight
+from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight, round_on_grid, scales_of_range
 from qe_edge.reconstruction.branches import leave_out_channels
-from qe_edge.reconstruction.rounding import Rounding, clipped_round
+from qe_edge.reconstruction.rounding import CLIP_LEAST, Rounding, clipped_round
 from tests.layers import correlated_layer
 
 
@@ -40,6 +40,24 @@ def test_a_searched_range_is_never_worse(bits: int, group: int, symmetric: bool,
     assert torch.all(losses(searched.decode()) <= losses(plain.decode()) * (1 + 1e-5) + 1e-12)
     assert not searched.decode()[0].any()
     assert searched.scales.shape == plain.scales.shape
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(3, False), (4, False), (4, True)])
+def test_a_range_searched_in_two_passes_is_as_good_as_every_range_tried(bits: int, symmetric: bool) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    weight, importance = torch.randn(256, 128, generator=drawn), torch.rand(128, generator=drawn)
+    grid = WeightGrid(bits, PER_CHANNEL, symmetric)
+
+    def losses(decoded: Tensor) -> Tensor:
+        return ((decoded - weight).square() * importance).sum(-1)
+
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    tried = []
+    for share in torch.linspace(1.0, CLIP_LEAST, 25).tolist():
+        scales, zeros = scales_of_range(low * share, high * share, grid)
+        tried.append(losses(round_on_grid(weight, scales, zeros, grid).decode()))
+    best = torch.stack(tried).amin(0).sum()
+    assert losses(clipped_round(weight, grid, importance).decode()).sum() < 1.002 * best
 
 
 def output_error(rounding: Rounding, weight: Tensor, x: Tensor, channels: np.ndarray) -> tuple[float, Tensor]:

@@ -38,7 +38,7 @@ def test_help_lists_every_command_with_a_sentence(child: Run) -> None:
 def test_every_command_has_an_example_of_itself_and_help_for_every_option(cli: Run, name: str) -> None:
     out = cli(name, "--help").out
     assert f"qe-edge {name}" in out.partition("Example:")[2]
-    command = application.get_command(None, name)  # type: ignore[arg-type] - the context is not used
+    command = application.get_command(None, name)  # type: ignore[arg-type] # the context is not used
     assert command is not None
     for option in command.params:
         if option.param_type_name == "option":
@@ -48,7 +48,7 @@ def test_every_command_has_an_example_of_itself_and_help_for_every_option(cli: R
 def test_options_that_mean_the_same_have_one_spelling() -> None:
     meanings: dict[str, set[tuple[str, ...]]] = {}
     for name in COMMANDS:
-        command = application.get_command(None, name)  # type: ignore[arg-type] - the context is not used
+        command = application.get_command(None, name)  # type: ignore[arg-type] # the context is not used
         assert command is not None
         for option in command.params:
             if option.param_type_name == "option":

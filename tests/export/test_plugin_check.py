@@ -51,6 +51,7 @@ def test_no_target_takes_it(library: Path) -> None:
     ("word", "problem"),
     [
         (LAYOUT_VERSION + 1, f"reads another layout of weights than {LAYOUT_VERSION}"),
+        ("old", f"reads another layout of weights than {LAYOUT_VERSION}"),
         ("broken", "no such symbol"),
         ("crash", "tensorrt crashed on"),
     ],

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from qe_edge.calibration.sensitivity import output_gradients
 from qe_edge.checkpoint import load_quantized, save_quantized
 from qe_edge.errors import InputError, ModelError, RecipeError
 from qe_edge.export.exporter import export_model
@@ -98,3 +100,27 @@ def test_a_folder_without_image_processor_is_refused(folder: Path, tmp_path: Pat
         (bare / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(ModelError, match="image processor"):
         load_model(str(bare))
+
+
+def test_gradients_are_of_the_distance_of_the_features(folder: Path, pictures: list[Sample]) -> None:
+    """Noise at a layer's output costs what the energy of its gradients says."""
+    loaded = load_model(str(folder), torch.float32)
+    encoded = loaded.family.encode(loaded.processor, pictures)
+    block = loaded.family.blocks(loaded.model)[0]
+    name = linear_groups(block, loaded.family.siblings)[-1].names[-1]
+    module = dict(loaded.model.named_modules())[name]
+    draws = [output_gradients(loaded, [encoded], [name], of="predictions", seed=seed)[name] for seed in range(40)]
+    outputs, energy = len(draws[0].channels), float(np.mean([one.energy for one in draws]))
+
+    def directions() -> torch.Tensor:
+        with torch.no_grad():
+            states = loaded.model(**loaded.family.torch_inputs(encoded)).last_hidden_state
+        return torch.nn.functional.normalize(states.double(), dim=-1)
+
+    before, generator, size, found = directions(), torch.Generator().manual_seed(0), 1e-3, []
+    for _ in range(40):
+        handle = module.register_forward_hook(lambda _m, _i, y: y + size * torch.randn(y.shape, generator=generator))
+        moved = (directions() - before).square().sum(-1)
+        handle.remove()
+        found.append(float((moved[:, 0] + moved[:, 1:].mean(1)).mean()))
+    assert np.mean(found) == pytest.approx(energy * size**2 * outputs, rel=0.15)
