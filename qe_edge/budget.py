@@ -167,7 +167,7 @@ def offers_from_json(text: str) -> dict[str, Offer]:
             name: Offer(offer["weights"], offer["sensitivity"], [_candidate(one) for one in offer["candidates"]])
             for name, offer in json.loads(text).items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecipeError) as error:
         raise ValueError("no offers") from error
 
 

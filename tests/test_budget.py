@@ -110,6 +110,8 @@ def test_offers_survive_the_disk() -> None:
     choice = Choice(AdapterSize(8, 8, 4, 4), left_out=16, grid=WeightGrid(3, 64, symmetric=False))
     offers = {"a": Offer(10, 0.5, [Candidate(choice, 1.25, 40.0, 30.0)])}
     assert offers_from_json(offers_to_json(offers)) == offers
+    with pytest.raises(ValueError, match="no offers"):
+        offers_from_json(offers_to_json(offers).replace('"bits": 3', '"bits": 9'))
     for damaged in ("[]", "{", '{"a": 1}', '{"a": {"weights": 1, "sensitivity": 1, "candidates": [{}]}}'):
         with pytest.raises(ValueError, match=r"."):
             offers_from_json(damaged)
