@@ -55,6 +55,7 @@ QE_DEV uint32_t sub_f16x2(uint32_t a, uint32_t b) {
 QE_DEV uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   return pack2<f16_t>(half_of(a, 0) * half_of(b, 0), half_of(a, 1) * half_of(b, 1));
 }
+QE_DEV uint32_t neg_f16x2(uint32_t a) { return a ^ 0x80008000u; }
 QE_DEV uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   return pack2<f16_t>(fmaf(half_of(a, 0), half_of(b, 0), half_of(c, 0)), fmaf(half_of(a, 1), half_of(b, 1), half_of(c, 1)));
 }
@@ -64,14 +65,17 @@ template <uint32_t Mask>
 QE_DEV uint32_t select_bits(uint32_t a, uint32_t b) {
   return (a & Mask) | (b & ~Mask);
 }
-template <uint32_t Selector>
-QE_DEV uint32_t pick_bytes(uint32_t word) {
+QE_DEV uint32_t pick_bytes_at(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t r = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t from = (Selector >> (4 * i)) & 7u;
-    if (from < 4) r |= ((word >> (8 * from)) & 0xFFu) << (8 * i);
+    const uint32_t from = (selector >> (4 * i)) & 7u;
+    r |= (((from < 4 ? low : high) >> (8 * (from & 3u))) & 0xFFu) << (8 * i);
   }
   return r;
+}
+template <uint32_t Selector>
+QE_DEV uint32_t pick_bytes(uint32_t low, uint32_t high = 0u) {
+  return pick_bytes_at(low, high, Selector);
 }
 QE_DEV uint32_t rotate_right(uint32_t v, uint32_t by) { return by ? (v >> by) | (v << (32 - by)) : v; }
 QE_DEV float int_bits_to_float(int v) { return bits_as<float>(v); }
@@ -80,6 +84,7 @@ QE_DEV float divide_rn(float a, float b) { return a / b; }
 QE_DEV int round_to_int(float v) { return static_cast<int>(nearbyintf(v)); }
 QE_DEV float abs_f(float v) { return fabsf(v); }
 QE_DEV float max_f(float a, float b) { return fmaxf(a, b); }
+QE_DEV float fma_f(float a, float b, float c) { return fmaf(a, b, c); }
 QE_DEV int popcount(uint32_t v) { return __builtin_popcount(v); }
 
 QE_DEV void cp_async16(void* dst, const void* src) { qe_emu::copy_async(dst, src); }
@@ -149,6 +154,7 @@ QE_DEV uint32_t ballot(bool v) {
   collective(qe_emu::Collective::kBallot, &v, &out);
   return out;
 }
+QE_DEV void warp_sync() {}  // it only keeps ptxas from moving loads: no kernel relies on it
 QE_EMU_OUT inline void block_sync() { qe_emu::barrier(QE_EMU_SITE); }
 
 }  // namespace qe

@@ -160,6 +160,9 @@ def _return(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask:
 
 def _barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
     warp.together(active, "barrier")
+    if instruction.op[1] == "warp":  # lanes run in step anyway
+        warp.goto(pc + 1, mask)
+        return
     if active is not mask:
         warp.goto(pc + 1, mask)
     warp.wait(pc + 1, active)

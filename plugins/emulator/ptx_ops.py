@@ -117,6 +117,8 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
         return _convert(instruction), [source]
     if op == "fma" and kind == "f16x2":  # _join rounds to float32 on the way, which holds the sums of our kernels
         return (lambda a, b, c: _join(_fused(*(_halves(each, kind) for each in (a, b, c))), kind)), [np.uint32] * 3
+    if op == "neg" and kind == "f16x2":
+        return (lambda a: a ^ np.uint32(0x80008000)), [np.uint32]
     if op in _HALVES and kind == "f16x2":
         return (lambda a, b: _join(_HALVES[op](_halves(a, kind), _halves(b, kind)), kind)), [np.uint32] * 2
     t = instruction.type

@@ -13,23 +13,28 @@ GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 
 # Measured on all chips, plus 3 %, for what cannot keep the goals.
 #
-# s8_g64z: a group of 64 rows joins the float sums with an FADD and an FFMA for 2 IMMA and each of their 4 sums: 256
-# instructions for the 64 IMMA of a chunk. Zero points are taken off 32 registers of weights: mask and guard, subtract,
-# flip, and turn half of them first, 112. With the IMMA, 16 ldmatrix, 16 conversions of scales and 12 loads that makes
-# 476 of the 512 that the goal allows, and the copies of the next chunk need about 50.
-GEMM_PER_MMA_EXCEPTIONS = {"s8_g64z": 9.3}
-GEMM_PER_1000_MAC_EXCEPTIONS = {"s8_g64z": 2.27}
-# sm_120 wants an instruction between two HMMA, and where there is none ptxas puts a NOP: about 70 of them for 128 HMMA.
-SM_120_GEMM_PER_1000_MAC_EXCEPTIONS = {"h_g128z": 2.2, "h_g64z": 2.25, "hw3_g128z": 2.21, "hw3_g64z": 2.2}
-# 9 to 16 tokens have twice the sums of 1 to 8, and every group costs each of them an FFMA (16-bit activations), or
-# FADD, FFMA and IMAD (int8). In 2 KiB of weights with groups of 64: 80 to unpack, 32 HMMA, 32 FFMA, 8 HMMA and 8 PRMT
-# for zero points, 20 loads and 8 conversions are 188 of the 160 that the goal allows; 48 to unpack, 16 IMMA and 96 of
-# those three, with 28 loads and conversions, are 188 in int8. 2048 weights of 3 bits take 42 (16-bit activations) and
-# 34 (int8) instructions to unpack, where 4 bits take 40 and 24, and half a load less; int8 ones in groups of 64 have
-# one chunk in flight instead of two, which do not fit 128 registers on sm_110: 2 more.
+# s8_g64z, for the 64 IMMA of a chunk: two groups join the float sums with two FFMA and one FADD for each of 64, 192.
+# Zero points are taken off 32 registers of weights: mask and guard, subtract, flip, and turn half of them first, 112.
+# With the IMMA, 32 ldmatrix (either half of the columns reads all rows), 24 for scales and 8 for zero points that is
+# 432; loads, copies of the next chunk, addresses and constants take it to 510 to 524. 8 per IMMA would be 512.
+GEMM_PER_MMA_EXCEPTIONS = {"s8_g64z": 8.7}
+# sm_120 wants an instruction between two dependent matrix instructions, and where there is none ptxas puts a NOP: about
+# 70 of them for 128 HMMA, 25 for the 64 IMMA of s8_g64z.
+SM_120_GEMM_PER_1000_MAC_EXCEPTIONS = {
+    "h_g128z": 2.09, "h_g64z": 2.16, "hw3_g128z": 2.13, "hw3_g64z": 2.18, "s8_g64z": 2.13,
+}  # fmt: skip
+# 9 to 16 tokens have twice the sums of 1 to 8, and every group costs each of them an FFMA. What 4096 weights cannot do
+# without, of the 160 that the goal allows:
+# h_g128z: 80 to unpack (a shift and four masks for each word), 32 HMMA, 16 FFMA, 4 short HMMA and 4 PRMT for zero
+# points, 4 conversions, 16 loads: 156, and 12 for pointers and 5 for the loop, which two chunks at once would halve;
+# they spill on sm_80 to sm_90. h_g64z: 16 FFMA, 8 for zero points, 4 conversions and 4 loads more: 188.
+# s8_g64z: 48 to unpack, 16 IMMA, 32 FFMA and 16 FADD, 16 for scales, 4 HMMA and 14 for zero points, 13 loads: 159, and
+# pointers, loop and constants.
+# 4096 weights of 3 bits take 84 (16-bit activations) and 68 (int8) instructions to unpack, where 4 bits take 80 and 48,
+# and a load less. s8w3_g64 is 157 with that, and one chunk at a time: two spill on sm_120.
 DECODE_PER_2048_EXCEPTIONS = {
-    "h_g128z_t16": 91.0, "h_g64z_t16": 108.0, "s8_g64_t16": 83.0, "s8_g64z_t16": 115.0,
-    "hw3_g128z_t16": 91.0, "hw3_g64z_t16": 110.0, "s8w3_g64_t16": 94.0,
+    "h_g128z_t16": 91.0, "h_g64z_t16": 107.6, "s8_g64z_t16": 90.4,
+    "hw3_g128z_t16": 91.0, "hw3_g64z_t16": 109.7, "s8w3_g64_t16": 92.7,
 }  # fmt: skip
 
 
@@ -63,9 +68,7 @@ def broken(code: Cubin, kernel: str, loop: Loop | None) -> list[str]:
             most = GEMM_PER_MMA_EXCEPTIONS.get(kind, GEMM_PER_MMA)
             checks["no asynchronous copies in the loop"] = loop.async_copies == 0
             checks[f"{loop.per_mma:.2f} instructions per MMA, limit {most}"] = loop.per_mma > most
-            exceptions = GEMM_PER_1000_MAC_EXCEPTIONS
-            if code.chip == "sm_120":
-                exceptions = exceptions | SM_120_GEMM_PER_1000_MAC_EXCEPTIONS
+            exceptions = SM_120_GEMM_PER_1000_MAC_EXCEPTIONS if code.chip == "sm_120" else {}
             most = exceptions.get(kind, GEMM_PER_1000_MAC)
             checks[f"{loop.per_1000_mac:.2f} instructions per 1000 MAC, limit {most}"] = loop.per_1000_mac > most
             checks["byte-wide shared loads"] = loop.narrow_shared_loads > 0

@@ -111,7 +111,7 @@ const char* Variant(const QeProblem& p) {
   return p.has_zeros ? "s8_g64z" : "s8_g64";
 }
 
-// Bytes of one pipeline stage beyond the activation rows; mirrors Stage in kernels/main_prefill.cuh.
+// Bytes of one pipeline stage beyond the activation rows; mirrors Stage in kernels/prefill_loader.cuh.
 int StageExtra(const QeProblem& p) {
   const int groups = p.group_size < 0 ? 0 : 128 / p.group_size;
   return 128 * 16 * p.weight_bits + groups * 256 + (Zeros(p) ? groups * 128 : 0);

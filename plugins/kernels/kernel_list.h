@@ -35,6 +35,7 @@
   QE_FOR_W4(                                                        \
   QE_MAIN_VARIANT(s8_c, tag, T, 4, qe::kInt8, 0, false)             \
   QE_MAIN_VARIANT(s8_g128z, tag, T, 4, qe::kInt8, 1, true)          \
+  QE_MAIN_VARIANT(s8_g64z, tag, T, 4, qe::kInt8, 2, true)           \
   QE_MAIN_VARIANT(h_g128z, tag, T, 4, qe::k16Bit, 1, true))         \
   QE_FOR_FULL(                                                      \
   QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, false, 2)         \
@@ -44,7 +45,6 @@
   QE_MAIN_VARIANT(s8_cz, tag, T, 4, qe::kInt8, 0, true)             \
   QE_MAIN_VARIANT(s8_g128, tag, T, 4, qe::kInt8, 1, false)          \
   QE_MAIN_VARIANT(s8_g64, tag, T, 4, qe::kInt8, 2, false)           \
-  QE_MAIN_VARIANT(s8_g64z, tag, T, 4, qe::kInt8, 2, true)           \
   QE_MAIN_VARIANT(h_g64z, tag, T, 4, qe::k16Bit, 2, true)           \
   QE_MAIN_VARIANT(h_cz, tag, T, 4, qe::k16Bit, 0, true))
 

@@ -24,7 +24,11 @@ struct Cursor {
     scales = static_cast<const uint8_t*>(p.scales) + at * (Groups * kBlockColumns * 2) + (lane >> 2) * 8;
     zeros = p.zeros + at * (Groups * kBlockColumns) + (lane >> 2) * 4;
     sums = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(chunk) * (Groups * kSumTokens * 4) +
-           (Mode == kInt8 ? (lane & 3) * 8 : (lane >> 2) * 4);
+           (Mode == kInt8 && Groups == 1 ? (lane & 3) * 8 : (lane >> 2) * 4);
+    if (Mode == kInt8 && Groups == 2) {  // the group that this lane has in decode_two_groups_s8
+      zeros += (lane >> 1 & 1) * kBlockColumns;
+      sums += (lane >> 1 & 1) * kSumTokens * 4;
+    }
     QE_UNROLL
     for (int t = 0; t < Tokens8; ++t)
       x[t] = static_cast<const uint8_t*>(p.act) +
@@ -41,8 +45,7 @@ struct Cursor {
 };
 
 // Scales and zero points of the lane's columns c, c + 8, c + 16 and c + 24, which prepack put side by side.
-QE_DEV void lane_scales(const uint8_t* scales, int group, float (&s)[4]) {
-  const u32x2 pairs = load8(scales + group * kBlockColumns * 2);
+QE_DEV void lane_scales(const u32x2& pairs, float (&s)[4]) {
   QE_UNROLL
   for (int i = 0; i < 4; ++i) s[i] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
 }
@@ -55,26 +58,25 @@ template <int Bits, int Groups, bool Zeros, int Tokens8, class Acc>
 QE_DEV void decode_chunk_s8(const Cursor<Bits, kInt8, Groups, Tokens8>& at, const BlockWords<Bits>& w,
                             Acc (&acc)[kDecodeTiles][Tokens8][4]) {
   int sum[kDecodeTiles][Tokens8][4];
+  if (Groups == 1) {
+    int z[4] = {0, 0, 0, 0};
+    if (Zeros) unpack_zeros(load4(at.zeros), z);
+    QE_UNROLL
+    for (int t = 0; t < Tokens8; ++t) {
+      u32x2 xs{};  // sums of the two tokens that this lane's accumulators belong to
+      if (Zeros) xs = load8(at.sums + t * 8 * 4);
+      QE_UNROLL
+      for (int i = 0; i < kDecodeTiles; ++i)
+        QE_UNROLL
+        for (int j = 0; j < 4; ++j)
+          sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[j & 1]) : 0);
+    }
+  }
   QE_UNROLL
   for (int half = 0; half < 2; ++half) {
     u32x4 x[Tokens8];  // two k32 steps of two registers
     QE_UNROLL
     for (int t = 0; t < Tokens8; ++t) x[t] = load16(at.x[t] + half * 16);
-    const int group = Groups == 2 ? half : 0;
-    if (Groups != 0 && (half == 0 || Groups == 2)) {
-      int z[4] = {0, 0, 0, 0};
-      if (Zeros) unpack_zeros(load4(at.zeros + group * kBlockColumns), z);
-      QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t) {
-        u32x2 xs{};  // sums of the two tokens that this lane's accumulators belong to
-        if (Zeros) xs = load8(at.sums + (group * kSumTokens + t * 8) * 4);
-        QE_UNROLL
-        for (int i = 0; i < kDecodeTiles; ++i)
-          QE_UNROLL
-          for (int j = 0; j < 4; ++j)
-            sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[j & 1]) : 0);
-      }
-    }
     QE_UNROLL
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
@@ -90,17 +92,76 @@ QE_DEV void decode_chunk_s8(const Cursor<Bits, kInt8, Groups, Tokens8>& at, cons
           }
         }
       }
-    if constexpr (Groups != 0) {
-      if (half == 0 && Groups == 1) continue;
-      float s[4];
-      lane_scales(at.scales, group, s);
+  }
+  if constexpr (Groups == 1) {
+    float s[4];
+    lane_scales(load8(at.scales), s);
+    QE_UNROLL
+    for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
-      for (int i = 0; i < kDecodeTiles; ++i)
+      for (int t = 0; t < Tokens8; ++t)
+        QE_UNROLL
+        for (int j = 0; j < 4; ++j)
+          acc[i][t][j] += (int_bits_to_float(sum[i][t][j]) - kMagic) * s[2 * i + j / 2];
+  }
+}
+
+// The same with two groups, which join the accumulators together. Zero points are taken off there and not from the
+// sums: minus the sum of x, times zero point times scale, on the tensor cores. Either factor needs more than the 11 bits
+// of an fp16 and comes as two, so that the eight rows of the short product hold both groups: lanes 0 and 1 of four have
+// the first one. That product comes last because ptxas for sm_120 would spill otherwise.
+template <int Bits, bool Zeros, int Tokens8>
+QE_DEV void decode_two_groups_s8(const Cursor<Bits, kInt8, 2, Tokens8>& at, const BlockWords<Bits>& w,
+                                 float (&acc)[kDecodeTiles][Tokens8][4]) {
+  const u32x2 scales[2] = {load8(at.scales), load8(at.scales + kBlockColumns * 2)};
+  float s[2][4], start[4];
+  lane_scales(scales[0], s[0]);
+  lane_scales(scales[1], s[1]);
+  QE_UNROLL
+  for (int c = 0; c < 4; ++c) start[c] = pair_start<Zeros>(s[0][c], s[1][c]);
+  u32x4 x[2][Tokens8];
+  QE_UNROLL
+  for (int half = 0; half < 2; ++half)
+    QE_UNROLL
+    for (int t = 0; t < Tokens8; ++t) x[half][t] = load16(at.x[t] + half * 16);
+  QE_UNROLL
+  for (int i = 0; i < kDecodeTiles; ++i) {
+    int sum[2][Tokens8][4];
+    QE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      QE_UNROLL
+      for (int t = 0; t < Tokens8; ++t)
+        QE_UNROLL
+        for (int j = 0; j < 4; ++j) sum[half][t][j] = start_bits<Zeros>();
+      QE_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        uint32_t a[4];
+        int8_fragment<Zeros>(w, 2 * i, half, step, a);
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t)
-          QE_UNROLL
-          for (int j = 0; j < 4; ++j)
-            acc[i][t][j] += (int_bits_to_float(sum[i][t][j]) - kMagic) * s[2 * i + j / 2];
+          mma_s8(sum[half][t], a, x[half][t].v[2 * step], x[half][t].v[2 * step + 1], sum[half][t]);
+      }
+    }
+    QE_UNROLL
+    for (int t = 0; t < Tokens8; ++t)
+      QE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int c = 2 * i + j / 2;
+        acc[i][t][j] += pair_of_sums(sum[0][t][j], sum[1][t][j], s[0][c], s[1][c], start[c]);
+      }
+  }
+  if constexpr (Zeros) {
+    const int lane = thread_id() & 31;
+    const bool second = lane & 2;
+    const uint32_t zeros = load4(at.zeros);  // of this lane's group, as are the sums
+    uint32_t a[4];
+    zero_times_scale<0>(zeros, second ? scales[1].v[0] : scales[0].v[0], a[0], a[1]);
+    zero_times_scale<2>(zeros, second ? scales[1].v[1] : scales[0].v[1], a[2], a[3]);
+    QE_UNROLL
+    for (int t = 0; t < Tokens8; ++t) {
+      const uint32_t xs = twice_half(load4(at.sums + t * 8 * 4), lane & 1);
+      QE_UNROLL
+      for (int i = 0; i < kDecodeTiles; ++i) mma_f16_k8(acc[i][t], a[2 * i], a[2 * i + 1], xs);
     }
   }
 }
@@ -148,7 +209,7 @@ QE_DEV void decode_chunk_16(const Cursor<Bits, k16Bit, Groups, Tokens8>& at, con
     }
     if (Groups != 0 && (half == 1 || Groups == 2)) {
       float s[4];
-      lane_scales(at.scales, group, s);
+      lane_scales(load8(at.scales + group * kBlockColumns * 2), s);
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i)
         QE_UNROLL
@@ -245,14 +306,16 @@ QE_DEV void main_decode(const MainArgs& p) {
   const int count = chunks - first < each ? chunks - first : each;
   Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, token);
   // Two chunks of weights in flight hide the latency of DRAM, where registers allow it.
-  constexpr bool kCrowded = Mode == k16Bit ? Groups != 0 : Groups == 2 && (Zeros || Bits == 3);
+  constexpr bool kCrowded = Groups != 0 && (Mode == k16Bit || (Groups == 2 && Bits == 3));
   constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : 2;
   QE_UNROLL_BY(kAtOnce)
   for (int chunk = 0; chunk < count; ++chunk) {
     BlockWords<Bits> w;
     QE_UNROLL
     for (int i = 0; i < Bits; ++i) w[i] = load16_stream(at.weight + i * kPieceBytes);
-    if constexpr (Mode == kInt8) {
+    if constexpr (Mode == kInt8 && Groups == 2) {
+      decode_two_groups_s8<Bits, Zeros, Tokens8>(at, w, acc);
+    } else if constexpr (Mode == kInt8) {
       decode_chunk_s8<Bits, Groups, Zeros, Tokens8>(at, w, acc);
     } else {
       decode_chunk_16<Bits, Groups, Tokens8>(at, w, acc);
@@ -261,6 +324,7 @@ QE_DEV void main_decode(const MainArgs& p) {
   }
 
   constexpr bool kWholeColumn = Zeros && Groups == 0;
+  constexpr float kUnit = Mode == kInt8 && Groups == 2 && Zeros ? kSmallUnit : 1.f;
   int z[4] = {0, 0, 0, 0};
   if (kWholeColumn && warp == 0) unpack_zeros(load4(p.zeros + n0 + (lane >> 2) * 4), z);  // once for all warps
   float out[kDecodeTiles][Tokens8][4];
@@ -272,7 +336,7 @@ QE_DEV void main_decode(const MainArgs& p) {
       for (int j = 0; j < 4; ++j) {
         const int m = t * 8 + (lane & 3) * 2 + (j & 1), at = m < p.M ? m : p.M - 1;
         const float v = without_zero<Mode, kWholeColumn>(p, acc[i][t][j], z[2 * i + j / 2], at);
-        out[i][t][j] = v * (p.columns[column + i * 16 + (j >> 1) * 8] * p.token_scale[at]);
+        out[i][t][j] = v * (p.columns[column + i * 16 + (j >> 1) * 8] * p.token_scale[at] * kUnit);
       }
   decode_lowrank<T, Tokens8>(p, n0 / 8, token, out);
 

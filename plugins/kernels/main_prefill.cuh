@@ -6,97 +6,23 @@
 #pragma once
 #include "../include/qe_edge/args.h"
 #include "main_decode.cuh"
+#include "prefill_loader.cuh"
 
 namespace qe {
 
-constexpr int kPrefillColumns = 128, kStages = 3, kRowTiles = 4, kColumnTiles = 4, kWarpRows = 64, kWarpColumns = 32;
-constexpr int kWarpsAcross = kPrefillColumns / kWarpColumns;
-
-// One stage: activations of all rows of the block, weights, scales, zero points.
-template <int Bits, int Mode, int Groups, bool Zeros>
-struct Stage {
-  static constexpr int kRowBytes = Mode == kInt8 ? 128 : 256;  // activations of one token in one chunk
-  static constexpr int kWeights = kPrefillColumns / kBlockColumns * kBlockBytes<Bits>;
-  static constexpr int kScales = Groups * kPrefillColumns * 2;
-  static constexpr int kZeros = Zeros ? Groups * kPrefillColumns : 0;
-  static constexpr int kBytesBeyondRows = kWeights + kScales + kZeros;
-  // Eight rows of one 16-byte column are read together: the flip sends them to different banks.
-  static QE_DEV int offset(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
-};
-
-// Asynchronous copies, chunk after chunk. Rows beyond M and columns beyond Np repeat the last valid ones: their results
-// are never stored. A thread copies the same places of every chunk, so that only a few pointers move.
-template <int Bits, int Mode, int Groups, bool Zeros>
-struct Loader {
-  using S = Stage<Bits, Mode, Groups, Zeros>;
-  static constexpr int kPieces = S::kRowBytes / 16, kRowsAtOnce = 32 / kPieces, kCopies = 16 / kRowsAtOnce;
-  int rows;
-  int to_act, to_weights, to_group;  // bytes from the start of a stage
-  const uint8_t *act, *weight, *scales, *zeros;
-  uint32_t source[kCopies];  // where the rows of the activations start, in 16-byte pieces
-
-  QE_DEV Loader(const MainArgs& p, int block_rows, int m0, int n0) : rows(block_rows) {
-    const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5, chunks = p.Kp / kChunk;
-    const int row0 = warp * 16 + lane / kPieces, piece = lane % kPieces, last_block = p.Np / kBlockColumns - 1;
-    act = static_cast<const uint8_t*>(p.act) + piece * 16;
-    QE_UNROLL
-    for (int j = 0; j < kCopies; ++j) {
-      const int from = token(p, m0 + row0 + j * kRowsAtOnce);
-      source[j] = static_cast<uint32_t>(from) * static_cast<uint32_t>(chunks * kPieces);
-    }
-    to_act = S::offset(row0, piece);
-
-    const int pieces = kPrefillColumns / 8 / warps;  // of one warp; of 3-bit weights four warps copy a block each
-    const int first = Bits == 3 ? 0 : warp * pieces, block = n0 / kBlockColumns + (Bits == 3 ? warp : first / 4);
-    weight = p.weight + static_cast<size_t>(block < last_block ? block : last_block) * chunks * kBlockBytes<Bits> +
-             first % 4 * kPieceBytes + lane * 16;
-    to_weights = rows * S::kRowBytes + (Bits == 3 ? warp * 3 : first) * kPieceBytes + lane * 16;
-
-    to_group = rows * S::kRowBytes + S::kWeights + thread_id() * 16;
-    scales = group_source(static_cast<const uint8_t*>(p.scales), S::kScales / 64, n0, last_block, chunks);
-    zeros = group_source(p.zeros, S::kZeros / 64, n0, last_block, chunks);
+// What a lane needs of a group beside its weights: the scales of the eight columns that its accumulators hold, by
+// [column & 1][column tile], and the zero points of the four columns that it unpacks.
+struct GroupData {
+  u32x4 scales;
+  uint32_t zeros;
+  QE_DEV float scale(int c, int tile) const {
+    return to_float(f16_t{static_cast<uint16_t>(scales.v[c * 2 + tile / 2] >> (16 * (tile & 1)))});
   }
-  // Where this thread's 16 bytes of four blocks' scales or zero points start; a block has `pieces` of them in a chunk.
-  static QE_DEV const uint8_t* group_source(const uint8_t* from, int pieces, int n0, int last_block, int chunks) {
-    if (pieces == 0) return from;
-    const int block = n0 / kBlockColumns + thread_id() / pieces;
-    const size_t first = static_cast<size_t>(block < last_block ? block : last_block) * chunks * pieces;
-    return from + (first + thread_id() % pieces) * 16;
-  }
-  static QE_DEV int token(const MainArgs& p, int m) {
-    const int last = m < p.M ? m : p.M - 1;
-    return p.order ? p.order[last] : last;
-  }
-  QE_DEV int stage_bytes() const { return rows * S::kRowBytes + S::kBytesBeyondRows; }
-
-  // Copies the next chunk to the stage at s.
-  QE_DEV void operator()(unsigned char* s) {
-    QE_UNROLL
-    for (int j = 0; j < kCopies; ++j) {
-      const int down = j * kRowsAtOnce, flip = down % 8 << 4;  // as S::offset flips a row that is so much further down
-      cp_async16(s + (to_act ^ flip) + down * S::kRowBytes, act + static_cast<size_t>(source[j]) * 16);
-    }
-    QE_UNROLL
-    for (int i = 0; i < Bits; ++i)
-      if (Bits == 3 ? thread_id() < 128 : i < 2 || block_threads() == 128)
-        cp_async16(s + to_weights + i * kPieceBytes, weight + i * kPieceBytes);
-    // Copies of nothing are left out; with 4-bit weights that would make ptxas take 185 registers for s8_cz on sm_90.
-    if ((Bits == 4 || S::kScales > 0) && thread_id() < S::kScales / 16) cp_async16(s + to_group, scales);
-    if ((Bits == 4 || S::kZeros > 0) && thread_id() < S::kZeros / 16) cp_async16(s + to_group + S::kScales, zeros);
-    act += S::kRowBytes;
-    weight += kBlockBytes<Bits>;
-    scales += S::kScales / 4;
-    zeros += S::kZeros / 4;
+  QE_DEV uint32_t zero(int tile) const {
+    return tile == 0 ? zero_bytes<0>(zeros) : tile == 1 ? zero_bytes<1>(zeros)
+         : tile == 2 ? zero_bytes<2>(zeros) : zero_bytes<3>(zeros);
   }
 };
-
-// The scales of the eight columns that this lane's accumulators hold: [column & 1][column tile].
-QE_DEV void stage_scales(const unsigned char* scales, float (&s)[2][kColumnTiles]) {
-  const u32x4 pairs = load16(scales + (thread_id() & 3) * 16);
-  QE_UNROLL
-  for (int i = 0; i < 8; ++i)
-    s[i / 4][i % 4] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
-}
 
 // A fragments of 16 rows from `row` on: 16-byte pieces first, first + 1, ... of each.
 template <class S, int Steps>
@@ -106,87 +32,123 @@ QE_DEV void load_rows(const unsigned char* s, int row, int first, uint32_t (&a)[
   for (int step = 0; step < Steps; ++step)
     load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));
 }
+// The same from where this lane's pieces of a row start. Left to itself ptxas computes that in every chunk; two groups
+// leave no registers to keep it.
+template <int Steps>
+QE_DEV void load_pieces(const unsigned char* rows, const int (&piece)[4], int first, uint32_t (&a)[Steps][4]) {
+  QE_UNROLL
+  for (int step = 0; step < Steps; ++step) load_matrix(a[step], rows + piece[first / 2 + step]);
+}
 
 QE_DEV void load_words(const unsigned char* weights, BlockWords<3>& w) {
   QE_UNROLL
   for (int i = 0; i < 3; ++i) w[i] = load16(weights + i * kPieceBytes);
 }
 
-// Whether all weights of a chunk are unpacked at once. Halves take fewer registers; but a group of 128 rows is one sum,
-// and 3-bit groups of 64 made ptxas compute addresses again in every pass (2.07 instructions per 1000 MAC, not 1.84).
-template <int Bits, int Groups>
-constexpr bool kWholeChunk = Groups == 1 || (Groups == 2 && Bits == 3);
+// What is unpacked at a time: all of a chunk where a group is one sum; half of its rows without groups; and half of the
+// warp's columns where there are two groups, because each pair of sums is one step.
+template <int Groups>
+constexpr int kPartSteps = Groups == 0 ? 2 : 4;  // of k32
+template <int Groups>
+constexpr int kPartTiles = Groups == 2 ? kColumnTiles / 2 : kColumnTiles;
 
 // A chunk, or one half of it. The unpacked weights of the warp's columns stay in registers while its rows pass: they
 // take half of the registers that the rows would.
 template <int Bits, int Groups, bool Zeros, int Part, class Acc>
-QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
+QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, const int (&piece)[4],
+                            const GroupData (&group)[2], Acc (&acc)[kRowTiles][kColumnTiles][4]) {
   using S = Stage<Bits, kInt8, Groups, Zeros>;
-  constexpr int kSteps = kWholeChunk<Bits, Groups> ? 4 : 2;  // of k32
-  constexpr int kFirst = Part * 2 * kSteps;                  // the first register of 16 rows
-  constexpr int kSums = kSteps == 4 && Groups == 2 ? 2 : 1, kSumSteps = kSteps / kSums;
-  const int lane = thread_id() & 31;
-  const unsigned char* scales = s + rows * S::kRowBytes + S::kWeights;
-  const unsigned char* weights = s + rows * S::kRowBytes + wn * (16 * Bits) + lane * 16;
-  float scale[kSums][2][kColumnTiles];
-  uint32_t zeros = 0;
-  if constexpr (Groups != 0) {
+  constexpr int kSteps = kPartSteps<Groups>, kTiles = kPartTiles<Groups>;
+  constexpr int kFirst = Groups == 0 ? Part * 2 * kSteps : 0;  // the first register of 16 rows
+  constexpr int kFirstTile = Groups == 2 ? Part * kTiles : 0;
+  constexpr int kSums = Groups == 2 ? 2 : 1, kSumSteps = kSteps / kSums;
+  const unsigned char* weights = s + rows * S::kRowBytes + wn * (16 * Bits) + (thread_id() & 31) * 16;
+  float scale[kSums][2][kTiles], start[2][kTiles];
+  QE_UNROLL
+  for (int c = 0; Groups != 0 && c < 2; ++c)
     QE_UNROLL
-    for (int g = 0; g < kSums; ++g)
-      stage_scales(scales + (wn * Groups + (Part + g) * kBlockColumns) * 2, scale[g]);
-    if (Zeros) zeros = load4(scales + S::kScales + wn * Groups + Part * kBlockColumns + (lane >> 2) * 4);
-  }
-  const uint32_t zero[4] = {zero_bytes<0>(zeros), zero_bytes<1>(zeros), zero_bytes<2>(zeros), zero_bytes<3>(zeros)};
+    for (int j = 0; j < kTiles; ++j) {
+      QE_UNROLL
+      for (int g = 0; g < kSums; ++g) scale[g][c][j] = group[g].scale(c, kFirstTile + j);
+      if constexpr (kSums == 2) start[c][j] = pair_start(scale[0][c][j], scale[1][c][j]);
+    }
   BlockWords<Bits> w;
   if constexpr (Bits == 3) load_words(weights, w);
-  uint32_t b[kColumnTiles][2 * kSteps];
+  uint32_t b[kTiles][2 * kSteps];
   QE_UNROLL
-  for (int j = 0; j < kColumnTiles; ++j) {
-    if (Bits == 4) w[j] = load16(weights + j * kPieceBytes);
+  for (int j = 0; j < kTiles; ++j) {
+    const int tile = kFirstTile + j;
+    if (Bits == 4) w[tile] = load16(weights + tile * kPieceBytes);
     QE_UNROLL
     for (int c = 0; c < 2 * kSteps; ++c) {
       if constexpr (Bits == 3) {
-        b[j][c] = int8_codes3(w, j, kFirst + c);
+        b[j][c] = int8_codes3(w, tile, kFirst + c);
         continue;
       }
-      const uint32_t word = w[j].v[(kFirst + c) & 3];
+      const uint32_t word = w[tile].v[(kFirst + c) & 3];
       const bool high = kFirst + c >= 4;
       if constexpr (Groups != 0 && Zeros) {
-        b[j][c] = high ? centred_codes<true>(word, zero[j]) : centred_codes<false>(word, zero[j]);
+        const uint32_t zero = group[c / (2 * kSumSteps)].zero(tile);
+        b[j][c] = high ? centred_codes<true>(word, zero) : centred_codes<false>(word, zero);
       } else {
         b[j][c] = high ? high_codes<Zeros>(word) : low_codes<Zeros>(word);
       }
     }
   }
   QE_UNROLL
-  for (int i = 0; i < kRowTiles; ++i)
+  for (int i = 0; i < kRowTiles; ++i) {
+    uint32_t a[kSteps][4];
+    if constexpr (Groups == 2) {
+      load_rows<S>(s, wm + i * 16, kFirst, a);
+    } else {
+      load_pieces(s + i * 16 * S::kRowBytes, piece, kFirst, a);
+    }
     QE_UNROLL
-    for (int g = 0; g < kSums; ++g) {
-      uint32_t a[kSumSteps][4];
-      load_rows<S>(s, wm + i * 16, kFirst + g * 2 * kSumSteps, a);
-      QE_UNROLL
-      for (int j = 0; j < kColumnTiles; ++j) {
-        const uint32_t* of_sum = b[j] + g * 2 * kSumSteps;
-        if constexpr (Groups == 0) {
+    for (int j = 0; j < kTiles; ++j) {
+      Acc(&to)[4] = acc[i][kFirstTile + j];
+      if constexpr (Groups == 0) {
+        QE_UNROLL
+        for (int step = 0; step < kSteps; ++step) mma_s8(to, a[step], b[j][2 * step], b[j][2 * step + 1], to);
+      } else {
+        int sum[kSums][4];
+        QE_UNROLL
+        for (int g = 0; g < kSums; ++g) {
           QE_UNROLL
-          for (int step = 0; step < kSteps; ++step)
-            mma_s8(acc[i][j], a[step], of_sum[2 * step], of_sum[2 * step + 1], acc[i][j]);
-        } else {
-          int sum[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+          for (int c = 0; c < 4; ++c) sum[g][c] = kMagicBits;
           QE_UNROLL
-          for (int step = 0; step < kSumSteps; ++step)
-            mma_s8(sum, a[step], of_sum[2 * step], of_sum[2 * step + 1], sum);
-          QE_UNROLL
-          for (int c = 0; c < 4; ++c) acc[i][j][c] += (int_bits_to_float(sum[c]) - kMagic) * scale[g][c & 1][j];
+          for (int step = g * kSumSteps; step < (g + 1) * kSumSteps; ++step)
+            mma_s8(sum[g], a[step], b[j][2 * step], b[j][2 * step + 1], sum[g]);
+        }
+        QE_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          if constexpr (kSums == 2) {
+            to[c] += pair_of_sums(sum[0][c], sum[1][c], scale[0][c & 1][j], scale[1][c & 1][j], start[c & 1][j]);
+          } else {
+            to[c] += (int_bits_to_float(sum[0][c]) - kMagic) * scale[0][c & 1][j];
+          }
         }
       }
     }
+  }
 }
 
 template <int Bits, int Groups, bool Zeros, class Acc>
-QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, Acc (&acc)[kRowTiles][kColumnTiles][4]) {
-  prefill_part_s8<Bits, Groups, Zeros, 0>(s, rows, wm, wn, acc);
-  if constexpr (!kWholeChunk<Bits, Groups>) prefill_part_s8<Bits, Groups, Zeros, 1>(s, rows, wm, wn, acc);
+QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, const int (&piece)[4],
+                             Acc (&acc)[kRowTiles][kColumnTiles][4]) {
+  using S = Stage<Bits, kInt8, Groups, Zeros>;
+  const int lane = thread_id() & 31;
+  const unsigned char* scales = s + rows * S::kRowBytes + S::kWeights;
+  GroupData group[2];
+  QE_UNROLL
+  for (int g = 0; g < Groups; ++g) {
+    const int row = wn * Groups + g * kBlockColumns;
+    group[g].scales = load16(scales + row * 2 + (lane & 3) * 16);
+    group[g].zeros = Zeros ? load4(scales + S::kScales + row + (lane >> 2) * 4) : 0u;
+  }
+  prefill_part_s8<Bits, Groups, Zeros, 0>(s, rows, wm, wn, piece, group, acc);
+  // Without it ptxas for sm_90 and later reads the rows once for both halves, and takes 255 registers.
+  if constexpr (Groups == 2) warp_sync();
+  if constexpr (Groups != 1) prefill_part_s8<Bits, Groups, Zeros, 1>(s, rows, wm, wn, piece, group, acc);
 }
 
 // Weights of a group become fp16 numbers (q - z) * scale before the product, as an ONNX DequantizeLinear of a float16
@@ -299,16 +261,22 @@ QE_DEV void main_prefill(const MainArgs& p) {
       for (int c = 0; c < 4; ++c) acc[i][j][c] = 0;
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < chunks) load(shared + s * stage_bytes);
+    load.next();
     cp_async_commit();
   }
+  int piece[4];
+  QE_UNROLL
+  for (int step = 0; step < 4; ++step)
+    piece[step] = Stage<Bits, Mode, Groups, Zeros>::offset(wm + (lane & 15), step * 2 + (lane >> 4));
   int read = 0, fill = (kStages - 1) * stage_bytes;  // where the stages of this chunk and of the next copy begin
   for (int chunk = 0; chunk < chunks; ++chunk) {
     cp_async_wait<kStages - 2>();
     block_sync();  // the stage has landed for every thread, and nobody still reads the one that is filled next
     if (chunk + kStages - 1 < chunks) load(shared + fill);
+    load.next();
     cp_async_commit();
     if constexpr (Mode == kInt8) {
-      prefill_chunk_s8<Bits, Groups, Zeros>(shared + read, rows, wm, wn, acc);
+      prefill_chunk_s8<Bits, Groups, Zeros>(shared + read, rows, wm, wn, piece, acc);
     } else {
       prefill_chunk_16<Bits, Groups>(shared + read, rows, wm, wn, acc);
     }

@@ -1,13 +1,14 @@
 // Launch 1, once per distinct input: channel scale, per-token absolute maximum, int8 or 6-bit values, router scores in
-// fp32 and their argmin (spec QE.md 3, 7 and 8). One block per token; every sum has a fixed order.
+// fp32 and their argmin (spec QE.md 3, 7 and 8). One block per token; every sum has a fixed order. 6-bit values are
+// stored 4 times as large: then `main` rounds as little as with 8 bits where it adds two groups (pair_of_sums).
 //
 // 16-bit activations become fp16, whatever T is, in units of a power of two of their token that puts the largest below
 // 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-26 of the largest. Eight rows
 // whose codes `main` multiplies from higher bits, 16 or up to 64 times too large, are divided by as much (code_shifts).
 //
 // Zero points leave the loop over K: sum (q - z) x = sum q x - z sum x. `sums` holds sum x of every group: as int32 or,
-// for the groups of 16-bit activations, as minus the sum in two fp16 (the rest in the upper one), which `main`
-// multiplies by z on the tensor cores; for one group over all of K as int32 or float.
+// for the groups of 16-bit activations and those of 64 rows, as minus the sum in two fp16 (the rest in the upper one),
+// which `main` multiplies by z on the tensor cores; for one group over all of K as int32 or float.
 #pragma once
 #include "../include/qe_edge/args.h"
 #include "prim.cuh"
@@ -108,10 +109,10 @@ QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (
 // for the tokens that are not there, because lanes read them.
 QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
   uint32_t word = static_cast<uint32_t>(float_to_int_bits(sum));
-  if (p.act_max) {
+  if (p.act_max && p.sum_rows != 64) {
     word = static_cast<uint32_t>(round_to_int(sum));
   } else if (p.sum_rows) {
-    const float share = -0.25f * sum;  // all four lanes of a token multiply it
+    const float share = p.act_max ? -sum : -0.25f * sum;  // of 16-bit ones all four lanes of a token multiply it
     const f16_t most = from_float<f16_t>(share);
     word = most.bits | static_cast<uint32_t>(from_float<f16_t>(share - to_float(most)).bits) << 16;
   }
@@ -152,12 +153,13 @@ QE_DEV void prepare(const PrepareArgs& p) {
   if (thread_id() == 0 && p.expert) p.expert[token] = choose_expert(slots, p.E);
 
   float scale, inverse = 1.f;
+  const int steps = p.act_max ? 128 / (p.act_max + 1) : 1;  // of an int8 in one of the activation's values
   if (p.act_max) {
     scale = divide_rn(max_f(slots[kMaxExperts], 1e-5f), static_cast<float>(p.act_max));
   } else {
     token_unit(slots[kMaxExperts], scale, inverse);
   }
-  if (thread_id() == 0) p.token_scale[token] = scale;
+  if (thread_id() == 0) p.token_scale[token] = divide_rn(scale, static_cast<float>(steps));
   float total = 0.f;
   for (int k = thread_id() * 8; k - lane * 8 < p.Kp; k += stride) {  // a warp stays together for the sums
     float sum = 0.f;
@@ -168,7 +170,7 @@ QE_DEV void prepare(const PrepareArgs& p) {
         QE_UNROLL
         for (int i = 0; i < 8; ++i) {
           int q = round_to_int(divide_rn(scaled[i], scale));
-          q = q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q;
+          q = (q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q) * steps;
           packed[i / 4] |= (static_cast<uint32_t>(q) & 0xFFu) << (8 * (i & 3));
           sum += static_cast<float>(q);
         }

@@ -66,6 +66,11 @@ QE_DEV uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+QE_DEV uint32_t neg_f16x2(uint32_t a) {
+  uint32_t r;
+  asm("neg.f16x2 %0, %1;" : "=r"(r) : "r"(a));
+  return r;
+}
 
 // a * b + c, rounded once.
 QE_DEV uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
@@ -87,10 +92,13 @@ QE_DEV uint32_t select_bits(uint32_t a, uint32_t b) {
   return (a & Mask) | (b & ~Mask);
 }
 
-// Byte i of the selector's nibbles; 4 and above give zero.
+// Four bytes by the nibbles of the selector: 0 to 3 of the first word, 4 to 7 of the second.
+QE_DEV uint32_t pick_bytes_at(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
 template <uint32_t Selector>
-QE_DEV uint32_t pick_bytes(uint32_t word) {
-  return __byte_perm(word, 0u, Selector);
+QE_DEV uint32_t pick_bytes(uint32_t low, uint32_t high = 0u) {
+  return pick_bytes_at(low, high, Selector);
 }
 QE_DEV uint32_t rotate_right(uint32_t v, uint32_t by) { return __funnelshift_r(v, v, by); }
 QE_DEV float int_bits_to_float(int v) { return __int_as_float(v); }
@@ -99,6 +107,7 @@ QE_DEV float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
 QE_DEV int round_to_int(float v) { return __float2int_rn(v); }
 QE_DEV float abs_f(float v) { return fabsf(v); }
 QE_DEV float max_f(float a, float b) { return fmaxf(a, b); }
+QE_DEV float fma_f(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 QE_DEV int popcount(uint32_t v) { return __popc(v); }
 
 QE_DEV uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -175,5 +184,6 @@ QE_DEV void mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 QE_DEV uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 QE_DEV void block_sync() { __syncthreads(); }
+QE_DEV void warp_sync() { __syncwarp(); }
 
 }  // namespace qe

@@ -23,6 +23,28 @@ using BlockWords = u32x4[Bits];
 constexpr int kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;
 
+// Where zero points join the float sums as products of fp16 numbers (decode_two_groups_s8), sums are read in units of
+// 2^24: a start value with a lower exponent does that for nothing.
+constexpr int kSmallMagicBits = kMagicBits - (24 << 23);
+constexpr float kSmallUnit = 16777216.f;
+template <bool Small>
+QE_DEV int start_bits() {
+  return Small ? kSmallMagicBits : kMagicBits;
+}
+
+// Two groups share the subtraction: sum0 * s0 + sum1 * s1 with both start values taken off by one constant. Only the
+// first step rounds at the size of kMagic * s1, by at most half of one unit of sum1, of which a code times one step of
+// x has 8 or more. That is 2e-5 of the output where x is spread evenly and 2e-4 where outliers leave the rest of x a
+// step or two: less than the output's own rounding to 16 bits, and far less than that of x.
+template <bool Small = false>
+QE_DEV float pair_start(float s0, float s1) {
+  constexpr float kStart = Small ? -kMagic / kSmallUnit : -kMagic;
+  return fma_f(s0, kStart, s1 * kStart);
+}
+QE_DEV float pair_of_sums(int sum0, int sum1, float s0, float s1, float start) {
+  return fma_f(int_bits_to_float(sum1), s1, fma_f(int_bits_to_float(sum0), s0, start));
+}
+
 // int8 activations. Symmetric weights become 16 * q: masking only. Weights with zero points are codes without sign, and
 // their words are stored turned left by 3 bits, so that 8 * code (at most 120) is masking only as well. The sixteenth
 // or eighth is in the column scale.
@@ -123,6 +145,18 @@ template <int Column>
 QE_DEV uint32_t zero_bytes(uint32_t zeros) {
   return pick_bytes<0x1111 * Column>(zeros);
 }
+
+// 8 * zero point * scale in units of 2^24, of two columns that are 8 apart: each as the nearest fp16 and the rest. The
+// zero points come 8 times too large and are taken as fp16 subnormals; the largest scale of a column is 2^14 to 2^15
+// (prepack/pack.py), which leaves at least 18 bits of its product, and no more of small scales than of that one.
+template <int Column>
+QE_DEV void zero_times_scale(uint32_t zeros, uint32_t scales, uint32_t& first, uint32_t& second) {
+  const uint32_t zero = pick_bytes<0x4040 + 0x100 * (Column + 1) + Column>(zeros);
+  const uint32_t most = mul_f16x2(zero, scales), rest = fma_f16x2(zero, scales, neg_f16x2(most));
+  first = pick_bytes<0x5410>(most, rest), second = pick_bytes<0x7632>(most, rest);
+}
+// One half of a word in both halves.
+QE_DEV uint32_t twice_half(uint32_t word, int upper) { return pick_bytes_at(word, 0u, upper ? 0x3232u : 0x1010u); }
 
 // Zero point and scale of one column, in pairs, for weights that become numbers of their own (prefill). Scales are so
 // large (prepack/pack.py) that the product of a subnormal difference and a scale is a normal fp16, rounded once.

@@ -25,10 +25,13 @@ INT8 = Mode("w4a8", experts=4)
 HALF = Mode("w4a16_g128", act_bits=0, group_size=128, zeros=True, experts=4)
 LONE = Mode("w4a8_shared", experts=0)
 ZEROS = Mode("w4a8_g128_asym", group_size=128, zeros=True, experts=0)
+ZEROS_64 = Mode("w4a8_g64_asym", group_size=64, zeros=True, experts=0)
+SIX_BITS = Mode("w4a6", act_bits=6, experts=0)
 INT8_W3 = Mode("w3a8", weight_bits=3, experts=0)
 HALF_W3 = Mode("w3a16_g128", weight_bits=3, act_bits=0, group_size=128, zeros=True, experts=0)
 
 PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
+LOADER = "kernels/prefill_loader.cuh"
 DOWN, PREPARE, UNPACK = "kernels/lowrank_down.cuh", "kernels/prepare.cuh", "kernels/unpack.cuh"
 
 PLANTED = [
@@ -48,12 +51,12 @@ PLANTED = [
     ),
     Planted("waits for one copy too few", PREFILL, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>", 40, LONE),
     Planted("registers of the B fragment swapped", PREFILL,
-            "mma_s8(acc[i][j], a[step], of_sum[2 * step], of_sum[2 * step + 1], acc",
-            "mma_s8(acc[i][j], a[step], of_sum[2 * step + 1], of_sum[2 * step], acc", 17, LONE),
+            "mma_s8(to, a[step], b[j][2 * step], b[j][2 * step + 1], to)",
+            "mma_s8(to, a[step], b[j][2 * step + 1], b[j][2 * step], to)", 17, LONE),
     Planted("high nibbles read as low ones", UNPACK,
             "a[3] = half ? high_codes<Zeros>(v1)", "a[3] = half ? low_codes<Zeros>(v1)", 3, LONE),
-    Planted("misaligned copy", PREFILL, "weight + i * kPieceBytes);", "weight + i * kPieceBytes + (i == 1 ? 8 : 0));", 17, LONE),
-    Planted("lost tail of M", PREFILL,
+    Planted("misaligned copy", LOADER, "weight + i * kPieceBytes);", "weight + i * kPieceBytes + (i == 1 ? 8 : 0));", 17, LONE),
+    Planted("lost tail of M", LOADER,
             "const int last = m < p.M ? m : p.M - 1;\n    return", "const int last = m;\n    return", 17, LONE),
     Planted("lost tail of N", PREFILL, "        if (n >= p.N) continue;\n        const float* scale", "        const float* scale", 17, LONE),
     Planted("lost tail of K in the down-projection", DOWN, "if (k < p.K) x[t] = load16", "x[t] = load16", 3, LONE),
@@ -61,13 +64,26 @@ PLANTED = [
     Planted("largest score wins", PREPARE, "if (score[e] < score[best]) best = e;", "if (score[e] > score[best]) best = e;", 3, INT8),
     Planted("reads a swizzle that was not written", PREFILL,
             "load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));",
-            "load_matrix(a[step], s + (row + (lane & 15)) * S::kRowBytes + (first + step * 2 + (lane >> 4)) * 16);", 17, LONE),
+            "load_matrix(a[step], s + (row + (lane & 15)) * S::kRowBytes + (first + step * 2 + (lane >> 4)) * 16);", 17, HALF),
+    Planted("pieces of the next step", PREFILL, "rows + piece[first / 2 + step]", "rows + piece[(first / 2 + step + 1) & 3]", 17, LONE),
     Planted("writes tokens of another window", DOWN, "if (hit && at >= 0 && at < kDownTokens)", "if (hit && at < kDownTokens)", 150, INT8),
-    Planted("scale of the wrong group", PREFILL, "scales += S::kScales / 4;", "scales += 0;", 17, HALF),
+    Planted("scale of the wrong group", LOADER, "group += group_step;", "group += 0;", 17, HALF),
     Planted("zero point added", UNPACK, "sub_f16x2(r[0], zero)", "sub_f16x2(r[0], zero ^ 0x80008000u)", 17, HALF),
-    Planted("zero point's sum with the wrong sign", PREPARE, "-0.25f * sum", "0.25f * sum", 3, HALF),
+    Planted("zero point's sum with the wrong sign", PREPARE, ": -0.25f * sum", ": 0.25f * sum", 3, HALF),
     Planted("int8 zero point added", DECODE, "kMagicBits - (Zeros", "kMagicBits + (Zeros", 3, ZEROS),
     Planted("a borrow crosses bytes", UNPACK, "0x80808080u) - zero) ^", "0x80808000u) - zero) ^", 17, ZEROS),
+    Planted("two groups: the start value of one", UNPACK, "fma_f(s0, kStart, s1 * kStart)", "fma_f(s0, kStart, s0 * kStart)", 17, ZEROS_64),
+    Planted("two groups: zero point of the first for both", PREFILL, "group[c / (2 * kSumSteps)].zero", "group[0].zero", 17, ZEROS_64),
+    Planted("two groups: half of the columns twice", PREFILL, "acc[i][kFirstTile + j]", "acc[i][j]", 17, ZEROS_64),
+    Planted("two groups: every lane has the first one's zero point", DECODE,
+            "zeros += (lane >> 1 & 1) * kBlockColumns;", "zeros += 0;", 3, ZEROS_64),
+    Planted("two groups: scales of the other", DECODE,
+            "second ? scales[1].v[1] : scales[0].v[1]", "second ? scales[0].v[1] : scales[1].v[1]", 3, ZEROS_64),
+    Planted("two groups: a zero point's product twice", UNPACK,
+            "pick_bytes<0x5410>(most, rest)", "pick_bytes<0x1010>(most, rest)", 3, ZEROS_64),
+    Planted("two groups: a sum's larger part twice", UNPACK, "upper ? 0x3232u : 0x1010u", "upper ? 0x1010u : 0x1010u", 3, ZEROS_64),
+    Planted("two groups: the zero point's sum with the wrong sign", PREPARE, "p.act_max ? -sum :", "p.act_max ? sum :", 3, ZEROS_64),
+    Planted("6 bits: the unit of 8", PREPARE, "divide_rn(scale, static_cast<float>(steps))", "scale", 3, SIX_BITS),
     Planted("no sums for absent tokens", PREPARE, "token == p.M - 1 ? kSumTokens", "token == p.M ? kSumTokens", 3, HALF),
     Planted("x in the order of the other phase", PREPARE, "if (!p.decode_order) {", "if (p.decode_order) {", 3, LONE),
     Planted("units too small for the largest x", PREPARE, "(261u - exponent)", "(277u - exponent)", 17, HALF),
@@ -78,7 +94,7 @@ PLANTED = [
             "select_bits<0xC0C0C0C0u>(b << 6, select_bits<0x30303030u>(a << 4", 17, INT8_W3),
     Planted("3 bits: the mask lets a bit of the next code in", UNPACK, "w & 0xE0E0E0E0u", "w & 0xE0E0E0F0u", 17, INT8_W3),
     Planted("3 bits: a word of the next tile", UNPACK, "w[c / 2].v[tile]", "w[c / 2].v[tile ^ (c == 4)]", 3, INT8_W3),
-    Planted("3 bits: weights that nobody copies", PREFILL, "Bits == 3 ? thread_id() < 128", "Bits == 3 ? thread_id() < 96", 17, INT8_W3),
+    Planted("3 bits: weights that nobody copies", LOADER, "Bits == 3 ? thread_id() < 128", "Bits == 3 ? thread_id() < 96", 17, INT8_W3),
     Planted("3 bits: a spare bit of the wrong word", UNPACK,
             "select_bits<0x00030003u>(two,", "select_bits<0x00010001u>(two,", 3, HALF_W3),
     Planted("3 bits: upper codes shifted by a bit too many", UNPACK, ">> (9 - word)", ">> (10 - word)", 17, HALF_W3),
@@ -91,6 +107,7 @@ PLANTED = [
     Planted("asm: registers of the B fragment swapped", "kernels/prim_ptx.cuh",
             '"r"(a[3]), "r"(b0), "r"(b1), "r"(c[0])', '"r"(a[3]), "r"(b1), "r"(b0), "r"(c[0])', 3, LONE, "ptx"),
     Planted("asm: wrong truth table", "kernels/prim_ptx.cuh", "0xEA;", "0xE8;", 17, ZEROS, "ptx"),
+    Planted("asm: nothing is negated", "kernels/prim_ptx.cuh", "neg.f16x2", "mov.b32", 3, ZEROS_64, "ptx"),
     Planted("asm: the difference the wrong way", "kernels/prim_ptx.cuh",
             '"sub.rn.f16x2 %0, %1, %2;"', '"sub.rn.f16x2 %0, %2, %1;"', 17, HALF, "ptx"),
     Planted("asm: rows of the short A fragment swapped", "kernels/prim_ptx.cuh",

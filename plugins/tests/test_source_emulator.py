@@ -104,6 +104,25 @@ def test_no_size_of_x_is_lost(
     assert relative_error(outcome.y, qe_linear(layer, x, dtype)) <= LIMIT[dtype]
 
 
+@pytest.mark.parametrize("tokens", [5, 17])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("act_bits", [8, 6])
+def test_outliers_leave_the_sums_of_two_groups_exact_enough(
+    act_bits: int, zeros: bool, tokens: int, planner: Planner, source_machine: SourceMachine
+) -> None:
+    """Where outliers leave the rest of x a step or two, sums are small beside the start value that two groups share."""
+    mode = Mode(
+        "outliers", act_bits=act_bits, group_size=64, zeros=zeros, experts=0, rank_shared=0, bias=False, inv_omega=False
+    )
+    layer = random_layer(mode, 2048, 40)
+    spread = np.random.default_rng(1).standard_normal((tokens, 2048))
+    spread[:, ::256] *= 60
+    x = rounded(spread, "f16")
+    outcome = run_linear(source_machine, planner, layer, x, "f16")
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_ties_and_non_finite_scores(tokens: int, planner: Planner, source_machine: SourceMachine) -> None:
     """Equal scores choose the lowest index; a token whose scores overflow goes to expert 0."""
