@@ -6,7 +6,7 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
-from qe_edge.parallel import map_rows
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
 TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time
@@ -190,11 +189,8 @@ class StatisticsCollector:
     ) -> None:
         """Put the tokens `new` of a chunk at the places `free` of the sample."""
         chosen = torch.from_numpy(new).to(tokens.device)
-
-        def copy(rows: slice) -> None:
-            self._tokens[free[rows]] = tokens[chosen[rows]].cpu().numpy()
-
-        map_rows(copy, len(new), max(1, CACHED // tokens.shape[1]) if tokens.device == CPU else len(new))
+        for part in _pieces(tokens, len(new)):
+            self._tokens[free[part]] = tokens[chosen[part]].cpu().numpy()
         self._priority[free], self._rows[free], self._kinds[free] = priority[new], rows[new], kinds[new]
 
 
@@ -238,14 +234,23 @@ class GramMatrix:
 
 def magnitudes(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and maximum of |x| over tokens `[n, in]`, each `[in]`, in pieces that stay in a core's cache."""
-
-    def measure(rows: slice) -> tuple[Tensor, Tensor]:
-        magnitude = tokens[rows].abs()
+    if tokens.device != CPU:
+        magnitude = tokens.abs()
         return magnitude.sum(0), magnitude.amax(0)
+    # numpy reuses the memory of a piece; to take new memory for each costs more than the sums
+    total, largest = np.zeros((2, tokens.shape[1]), np.float32)
+    for rows in _pieces(tokens, len(tokens)):
+        piece = np.abs(tokens[rows].numpy())
+        total += piece.sum(0)
+        np.maximum(largest, piece.max(0), out=largest)
+    return torch.from_numpy(total), torch.from_numpy(largest)
 
-    piece = max(1, CACHED // tokens.shape[1]) if tokens.device == CPU else len(tokens)
-    sums, maxima = zip(*map_rows(measure, len(tokens), piece), strict=True)
-    return torch.stack(sums).sum(0), torch.stack(maxima).amax(0)
+
+def _pieces(tokens: Tensor, count: int) -> Iterator[slice]:
+    """Slices of `count` rows that stay in a core's cache; all of them at once on a GPU."""
+    piece = max(1, CACHED // tokens.shape[1] if tokens.device == CPU else count)
+    for start in range(0, count, piece):
+        yield slice(start, min(start + piece, count))
 
 
 def mirror_triangle(matrix: np.ndarray, tile: int = 512) -> np.ndarray:

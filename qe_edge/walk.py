@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.statistics import StatisticsCollector
 from qe_edge.device import moved
+from qe_edge.heap import reused_memory
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
 from qe_edge.streaming import Chain, Streamer, chains_of, run_block
@@ -112,7 +113,7 @@ class BlockWalk:
         handles = [layer.register_forward_pre_hook(feed(collector)) for layer, collector in collectors.items()]
         try:
             outputs = []
-            with moved(block.module, self.device):
+            with moved(block.module, self.device), reused_memory():
                 for batch, hidden in enumerate(chain.hidden):
                     if block.group == "language":
                         valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()

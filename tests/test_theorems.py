@@ -13,11 +13,7 @@ from qe_edge.grids import WeightGrid, fake_quantize_activation, quantize_weight
 from qe_edge.methods import qe
 from qe_edge.methods.qe_options import QuantExpertsOptions, shrink_to_layer
 from qe_edge.reconstruction.directions import (
-    KRYLOV_STEPS,
-    WARM_STEPS,
     ErrorSpace,
-    leading_directions,
-    top_eigenvectors,
     whitened_directions,
 )
 from qe_edge.reconstruction.experts import ExpertProblem, gram_experts, residual_energy
@@ -151,18 +147,6 @@ def test_residuals_for_the_router_are_those_of_the_rounded_experts(shape: tuple[
     space = ErrorSpace.of(error)
     found = routed_residuals(space, x, space.outputs(x), ups, downs)
     np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-9)
-
-
-@pytest.mark.parametrize("steps", [KRYLOV_STEPS, WARM_STEPS])
-def test_krylov_directions_capture_what_the_eigenvectors_do(steps: int) -> None:
-    drawn = np.random.default_rng(0)
-    outputs = drawn.standard_normal((700, 600)) / np.sqrt(np.arange(1, 601))
-    matrix, alike = outputs.T @ outputs, outputs[:400].T @ outputs[:400]
-    start = np.zeros((600, 0)) if steps == KRYLOV_STEPS else top_eigenvectors(alike, 24)
-    exact, found = top_eigenvectors(matrix, 24), leading_directions(matrix.astype(np.float32), start, 24, steps)
-    energy, best = (float(np.trace(u.T @ matrix @ u)) for u in (found, exact))
-    assert energy > (1 - 1e-3) * best
-    np.testing.assert_allclose(found.T @ found, np.eye(24), atol=1e-5)
 
 
 def test_T7_scaling_zeroed_channels_changes_only_the_token_scale() -> None:
@@ -340,18 +324,6 @@ def test_large_layers_in_float32_leave_as_little_error(shape: tuple[int, int], m
     exact = error()
     monkeypatch.setattr("qe_edge.blas.DOUBLE_ENTRIES", 0)
     assert error() < 1.02 * exact
-
-
-@pytest.mark.parametrize("apart", [1.0, 1e-9])
-def test_error_space_keeps_the_smaller_side(apart: float) -> None:
-    error = np.random.default_rng(0).standard_normal((30, 12))
-    error[:, 7] = error[:, 3] + apart * error[:, 7]  # columns that nearly coincide have no Cholesky factor to rely on
-    space = ErrorSpace.of(error)
-    assert space.side == 12
-    basis = space.lift(np.eye(12))
-    np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=1e-12)
-    np.testing.assert_allclose(basis @ space.reduced, error, atol=1e-12)
-    np.testing.assert_allclose(space.coordinates(error), space.reduced, atol=1e-12)
 
 
 @pytest.mark.parametrize(

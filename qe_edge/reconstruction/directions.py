@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh, qr, solve_triangular
 from scipy.linalg.lapack import dpotrf
+from scipy.sparse.linalg import LinearOperator
 
 from qe_edge.blas import one_lapack_thread
 
@@ -117,7 +118,9 @@ def _top(matrix: np.ndarray, rank: int) -> np.ndarray:
     return flipped
 
 
-def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int, steps: int = KRYLOV_STEPS) -> np.ndarray:
+def leading_directions(
+    matrix: np.ndarray | LinearOperator, start: np.ndarray, rank: int, steps: int = KRYLOV_STEPS
+) -> np.ndarray:
     """Directions `[n, rank]` that capture about as much of a positive matrix as its top eigenvectors.
 
     Block Krylov iteration (Musco and Musco, NeurIPS 2015) from directions close to the wanted ones; below `EXACT_SIDE`
@@ -125,27 +128,29 @@ def leading_directions(matrix: np.ndarray, start: np.ndarray, rank: int, steps: 
     caller limits the threads of LAPACK.
 
     Args:
-        matrix: `[n, n]` symmetric, float32 or float64.
+        matrix: `[n, n]` symmetric, float32 or float64; it only has to be multiplied with blocks of columns.
         start: `[n, k]` directions to start from, in any number; random ones fill them up.
         rank: Wanted number of directions.
         steps: Products with the matrix.
     """
-    size = len(matrix)
+    size = matrix.shape[0]
     width = min(rank, size) + KRYLOV_EXTRA
     if size <= EXACT_SIDE or width * (KRYLOV_STEPS + 1) > size:
-        return _top(matrix, min(rank, size))
+        whole = matrix if isinstance(matrix, np.ndarray) else matrix @ np.eye(size, dtype=matrix.dtype)
+        return _top(whole, min(rank, size))
     if start.shape[1] < width:
         more = np.random.default_rng(0).standard_normal((size, width - start.shape[1]))
         start = np.concatenate((start, more / np.sqrt(size)), axis=1)
-    block = qr(start[:, :width].astype(matrix.dtype), mode="economic")[0]
-    space = block
+    space = qr(start[:, :width].astype(matrix.dtype), mode="economic")[0]
+    product = image = matrix @ space
     for _ in range(steps):
-        block = matrix @ block
+        block = product
         for _ in range(2):  # once leaves what rounding makes of nearly dependent columns
             block = block - space @ (space.T @ block)
             block = qr(block, mode="economic")[0]
-        space = np.concatenate((space, block), axis=1)
-    inner = _top((space.T @ (matrix @ space)).astype(np.float64), rank)
+        product = matrix @ block
+        space, image = np.concatenate((space, block), axis=1), np.concatenate((image, product), axis=1)
+    inner = _top((space.T @ image).astype(np.float64), rank)
     directions: np.ndarray = space.astype(np.float64) @ inner
     return directions
 

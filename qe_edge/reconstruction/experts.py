@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from qe_edge.blas import one_lapack_thread, working_dtype
 from qe_edge.calibration.statistics import InputStatistics
 from qe_edge.parallel import map_threads
 from qe_edge.reconstruction.directions import (
+    EXACT_SIDE,
     KRYLOV_STEPS,
     WARM_STEPS,
     ErrorSpace,
@@ -120,15 +122,30 @@ def _fit(
         if len(own) == 0:
             return leading_directions(everyone, start, problem.rank, steps)
         rho = 0.5 if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
-        covariance = own.T @ own
-        covariance *= (1 - rho) / len(own)
-        covariance += rho * everyone
-        return leading_directions(covariance, start, problem.rank, steps)
+        return leading_directions(mixed_covariance(own, everyone, rho), start, problem.rank, steps)
 
     with one_lapack_thread():
         nothing = np.zeros((len(everyone), 0))
         spare = nothing if previous else leading_directions(everyone, nothing, problem.rank)
         return map_threads(fit, range(problem.experts))
+
+
+def mixed_covariance(own: np.ndarray, everyone: np.ndarray, rho: float) -> np.ndarray | LinearOperator:
+    """Covariance of outputs `[n, side]`, mixed with the global one; a large one is multiplied with, but never formed.
+
+    Args:
+        own: An expert's outputs.
+        everyone: `[side, side]`.
+        rho: Share of the global one.
+    """
+    share, rest = everyone.dtype.type((1 - rho) / len(own)), everyone.dtype.type(rho)
+    if len(everyone) > EXACT_SIDE:
+        outputs = aslinearoperator(own)
+        return share * (outputs.T @ outputs) + rest * aslinearoperator(everyone)
+    covariance = own.T @ own
+    covariance *= share
+    covariance += rest * everyone
+    return covariance
 
 
 def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: str) -> list[np.ndarray]:

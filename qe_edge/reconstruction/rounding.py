@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpotrf
+from scipy.linalg.lapack import dpotrf, spotrf
 from torch import Tensor
 
 from qe_edge.device import CPU, to_device
@@ -253,14 +253,18 @@ def _group_range(columns: Tensor, grid: WeightGrid, importance: Tensor | None) -
 def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
     """`R_ij / R_jj` `[in, in]` float32 of the damped Gram matrix `R R^T`; what is below the diagonal means nothing.
 
-    The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards.
+    The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards. A Gram matrix in
+    float32 is factored in float32, unless that fails: its own rounding is as large.
     """
-    hessian = gram[::-1, ::-1].astype(np.float64, order="C").T  # symmetric: this is LAPACK's order of the same matrix
-    diagonal = np.einsum("ii->i", hessian)
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    lower, failed = dpotrf(hessian, lower=1, clean=0, overwrite_a=1)
-    if failed:
+    for precision, factor in ((np.float32, spotrf), (np.float64, dpotrf))[gram.dtype != np.float32 :]:
+        hessian = gram[::-1, ::-1].astype(precision, order="C").T  # symmetric: LAPACK's order of the same matrix
+        diagonal = np.einsum("ii->i", hessian)
+        diagonal[diagonal == 0] = 1.0
+        diagonal += damping * diagonal.mean(dtype=np.float64)
+        lower, failed = factor(hessian, lower=1, clean=0, overwrite_a=1)
+        if not failed:
+            break
+    else:
         raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
     coupling = np.empty(lower.shape, np.float32, order="F")
     backwards, pivots = lower[::-1, ::-1], lower.diagonal()[::-1]

@@ -43,9 +43,9 @@ class RidgeRegression:
             tokens = tokens[self._rows]
         self._magnitude = np.abs(tokens)
         self._dual = len(tokens) < in_features
-        # products in float32 are far more precise than the damping is large
+        # float32 is far more precise than the damping is large
         left = self._magnitude if self._dual else self._magnitude.T
-        normal = np.asarray(left @ left.T, np.float64)
+        normal = left @ left.T
         damping = RIDGE * np.trace(normal) / in_features
         self._empty = damping <= 0
         normal[np.diag_indices_from(normal)] += damping if damping > 0 else 1.0
