@@ -7,7 +7,8 @@ r"""Error against bytes: every method on the three real models, and Quant Expert
 
 Finished rows are kept in the results file, so a stopped run goes on where it was. All methods see the same calibration
 samples, number grids and modules. Bits count everything that belongs to a layer: packed codes, scales,
-adapters, router. The last table names, for every budget, the best method of others that fits it, and ours.
+adapters, router; stored bits also count a head that a rotation had to take apart from the embedding. The last table
+names, for every budget, the best method of others that fits it, and ours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from real_models import REAL_MODELS, RealModel
+from transformers import AutoConfig, PreTrainedModel
 
 from qe_edge.accounting import count_bits
 from qe_edge.atomic import atomic_file
@@ -60,7 +62,7 @@ class Row:
         model: Key in `REAL_MODELS`.
         scheme: Number grids.
         name: Method and preset, or our budget.
-        stored: Bits per weight of the checkpoint's quantized layers.
+        stored: Bits per weight of the checkpoint's quantized layers, and of a head that shares the embedding no longer.
         read: Bits per weight that one token reads.
         error: The model's error measure.
         measures: All measures by name.
@@ -125,11 +127,21 @@ def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
                 shutil.copy(path, offers)
     counted = count_bits(quantized.model, block_groups(quantized))
     routed = sum(layer.bits.weights for layer in counted.layers if layer.bits.router)
-    measures = real.measure(quantized)
     bits = counted.total
+    stored = bits.stored_bits + untied_bits(real.folder, quantized.model) / bits.weights  # before it is in float32
+    measures = real.measure(quantized)
     error = measures[ERRORS[real.name]]
     share = routed / bits.weights
-    return Row(real.name, recipe.scheme, name, bits.stored_bits, bits.read_bits, error, measures, seconds, share)
+    return Row(real.name, recipe.scheme, name, stored, bits.read_bits, error, measures, seconds, share)
+
+
+def untied_bits(folder: str, quantized: PreTrainedModel) -> int:
+    """Bits of the head's weight where the original in `folder` has none of its own."""
+    head = quantized.get_output_embeddings()
+    if head is None or head.weight is quantized.get_input_embeddings().weight:
+        return 0
+    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    return 8 * head.weight.nbytes if tied else 0
 
 
 def _without_experts(text: str) -> str:
