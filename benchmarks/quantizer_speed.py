@@ -5,8 +5,9 @@ r"""Time and peak memory of quantizing one decoder layer of Qwen2-VL-2B's shapes
     python benchmarks/quantizer_speed.py --whole out/vlm     # a whole model, made by assemble_real_vlm.py
 
 A model of one Llama decoder layer with random weights (hidden 1536, MLP 8960, 12 heads, 2 for keys and values) sees
-random tokens, 128 x 512 by default. Every quantizer runs in a process of its own, one after the other; timed is the
-call that quantizes, without imports and loading. Peak memory is that of the whole process. With `--repeat` the median
+random tokens, 128 x 512 by default. The model's files are bfloat16: llm-compressor runs blocks in that, as its examples
+do, and in float32. Every quantizer runs in a process of its own, one after the other; timed is the call that quantizes,
+without imports and loading. Peak memory is that of the whole process. With `--repeat` the median
 of several runs is shown. `--whole` times the language layers of a model in a folder instead, with its own calibration
 samples, from its files as `qe-edge quantize` does it.
 """
@@ -39,7 +40,7 @@ WHOLE = {
     "QE, defaults": {"method": "qe"},
     "QE, --bits 4.25": {"method": "qe", "budget": {"bits": 4.25}},
 }
-PEER = "llm-compressor GPTQ"
+PEERS = {"llm-compressor GPTQ": "auto", "llm-compressor GPTQ, float32": "float32"}  # the type it computes blocks in
 
 
 def make_model(folder: Path, samples: int, tokens: int) -> None:
@@ -97,9 +98,8 @@ def quantize_whole(folder: Path, name: str, scheme: str, count: int) -> float:
         return time.perf_counter() - started
 
 
-def quantize_peer(folder: Path, scheme: str) -> float:
+def quantize_peer(folder: Path, name: str, scheme: str) -> float:
     """Seconds of llm-compressor's `oneshot` with GPTQ."""
-    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -109,7 +109,7 @@ def quantize_peer(folder: Path, scheme: str) -> float:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [tokenizer(text, add_special_tokens=False) for text in texts]
     data = Dataset.from_list([{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=PEERS[name])
     modifier = GPTQModifier(
         targets="Linear", scheme={"w4a16": "W4A16_ASYM", "w4a8": "W4A8"}[scheme], ignore=["lm_head"]
     )
@@ -146,29 +146,29 @@ def main() -> int:
         name, folder = options.role[0], Path(options.role[1])
         if options.whole:
             seconds = quantize_whole(folder, name, options.scheme, options.samples)
-        elif name == PEER:
-            seconds = quantize_peer(folder, options.scheme)
+        elif name in PEERS:
+            seconds = quantize_peer(folder, name, options.scheme)
         else:
             seconds = quantize_ours(folder, name, options.scheme)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({"seconds": seconds, "peak_gib": peak}))
         return 0
-    names = list(WHOLE) if options.whole else [*OURS, *([PEER] if options.peer else [])]
+    names = list(WHOLE) if options.whole else [*OURS, *(PEERS if options.peer else [])]
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if not options.whole:
             make_model(Path(folder), options.samples, options.tokens)
         for name in names:
-            python = options.peer if name == PEER else sys.executable
+            python = options.peer if name in PEERS else sys.executable
             arguments = ["--role", name, str(options.whole or folder), "--scheme", options.scheme]
             if options.whole:
                 arguments += ["--whole", str(options.whole), "--samples", str(options.samples)]
             runs = [run_child(python, arguments) for _ in range(options.repeat)]
             found[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            print(f"{name:24} {found[name]['seconds']:7.1f} s   peak {found[name]['peak_gib']:.2f} GiB", flush=True)
-    if PEER in found:
+            print(f"{name:30} {found[name]['seconds']:7.1f} s   peak {found[name]['peak_gib']:.2f} GiB", flush=True)
+    for peer in [name for name in PEERS if name in found]:
         for name in OURS:
-            print(f"{name:24} x {found[PEER]['seconds'] / found[name]['seconds']:.2f} as fast as {PEER}")
+            print(f"{name:24} x {found[peer]['seconds'] / found[name]['seconds']:.2f} as fast as {peer}")
     print(
         json.dumps({"script": "quantizer_speed", "samples": options.samples, "tokens": options.tokens, "rows": found})
     )

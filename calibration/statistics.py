@@ -188,9 +188,10 @@ class StatisticsCollector:
         kinds: np.ndarray,
     ) -> None:
         """Put the tokens `new` of a chunk at the places `free` of the sample."""
-        chosen = torch.from_numpy(new).to(tokens.device)
-        for part in _pieces(tokens, len(new)):
-            self._tokens[free[part]] = tokens[chosen[part]].cpu().numpy()
+        rows_of = tokens if tokens.device == CPU else tokens[torch.from_numpy(new).to(tokens.device)].cpu()
+        values, sources = rows_of.numpy(), new if tokens.device == CPU else range(len(new))
+        for place, source in zip(free, sources, strict=True):  # indexing would copy them twice
+            self._tokens[place] = values[source]
         self._priority[free], self._rows[free], self._kinds[free] = priority[new], rows[new], kinds[new]
 
 

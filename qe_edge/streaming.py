@@ -6,9 +6,10 @@ which the blocks themselves are skipped; then the blocks run one after the other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from qe_edge.device import CPU, to_device
 from qe_edge.errors import ModelError
 from qe_edge.models.family import Block
 
-LARGE_PRODUCT = 1 << 28  # multiplications from which numpy's BLAS computes a linear layer: about a millisecond
+LARGE_PRODUCT = 1 << 28  # multiplications from which a linear layer has a product of its own: about a millisecond
 
 
 @dataclass
@@ -111,27 +112,48 @@ class Streamer:
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, device: torch.device = CPU) -> Tensor:
-    """One block, which is on `device`, on one batch; returns the hidden states that leave it, in the CPU's memory.
-
-    Large products in float32 on the CPU are computed by numpy's BLAS: torch's is half as fast on some processors.
-    """
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad(), patched([(linear, _blas_linear(linear)) for linear in linears]):
-        args, kwargs = call.args, call.kwargs
-        if device != CPU:
-            hidden, args, kwargs = to_device((hidden, args, kwargs), device)
+    """One block, which is on `device`, on one batch; returns the hidden states that leave it, in the CPU's memory."""
+    args, kwargs = call.args, call.kwargs
+    if device != CPU:
+        hidden, args, kwargs = to_device((hidden, args, kwargs), device)
+    with torch.no_grad():
         return first_tensor(block(hidden, *args, **kwargs)).to(CPU)
 
 
-def _blas_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A linear layer's forward, without gradients."""
+@contextmanager
+def fast_products(block: nn.Module, narrow: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Large products of a block's linear layers in float32 on the CPU are fast while the context is open.
+
+    Those of layers in `narrow`, whose weights are bfloat16 in the model's files, are computed from bfloat16 inputs, as
+    the model itself does, where the processor multiplies them (twice as fast); the others by numpy's BLAS (torch's is
+    half as fast on some processors). There are no gradients.
+    """
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    if not multiplies_bfloat16():
+        narrow = ()
+    with patched([(linear, _fast_linear(linear, narrow=linear in narrow)) for linear in linears]):
+        yield
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, as far as torch can tell (from 2.10 on)."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def _fast_linear(linear: nn.Linear, *, narrow: bool) -> Callable[[Tensor], Tensor]:
+    weight = linear.weight.detach()
+    in_bfloat16 = weight.bfloat16() if narrow and weight.device == CPU else None
 
     def forward(x: Tensor) -> Tensor:
-        weight = linear.weight.detach()
-        float_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device == CPU
+        float_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device == weight.device == CPU
         if not float_on_cpu or x.numel() * len(weight) < LARGE_PRODUCT:
             return nn.functional.linear(x, weight, linear.bias)
-        y = torch.from_numpy(x.detach().reshape(-1, x.shape[-1]).numpy() @ weight.numpy().T)
+        if in_bfloat16 is not None:
+            y = nn.functional.linear(x.reshape(-1, x.shape[-1]).bfloat16(), in_bfloat16).float()
+        else:
+            y = torch.from_numpy(x.detach().reshape(-1, x.shape[-1]).numpy() @ weight.numpy().T)
         if linear.bias is not None:
             y += linear.bias
         return y.reshape(*x.shape[:-1], -1)

@@ -14,7 +14,7 @@ from qe_edge.device import moved
 from qe_edge.heap import reused_memory
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
-from qe_edge.streaming import Chain, Streamer, chains_of, run_block
+from qe_edge.streaming import Chain, Streamer, chains_of, fast_products, run_block
 
 
 class BlockWalk:
@@ -113,7 +113,7 @@ class BlockWalk:
         handles = [layer.register_forward_pre_hook(feed(collector)) for layer, collector in collectors.items()]
         try:
             outputs = []
-            with moved(block.module, self.device), reused_memory():
+            with moved(block.module, self.device), fast_products(block.module, self._narrow(block)), reused_memory():
                 for batch, hidden in enumerate(chain.hidden):
                     if block.group == "language":
                         valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()
@@ -125,6 +125,14 @@ class BlockWalk:
             for handle in handles:
                 handle.remove()
         return outputs
+
+    def _narrow(self, block: Block) -> set[nn.Module]:
+        """The layers of a block whose weights are bfloat16 in the model's files."""
+        return {
+            module
+            for name, module in block.module.named_modules()
+            if isinstance(module, nn.Linear) and self._dtypes.get(f"{block.name}.{name}.weight") == torch.bfloat16
+        }
 
     def _forward(self, batch: int) -> object:
         return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)

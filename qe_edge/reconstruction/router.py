@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_factor, cho_solve, get_blas_funcs
 
 from qe_edge.reconstruction.directions import ErrorSpace
 
@@ -44,8 +44,8 @@ class RidgeRegression:
         self._magnitude = np.abs(tokens)
         self._dual = len(tokens) < in_features
         # float32 is far more precise than the damping is large
-        left = self._magnitude if self._dual else self._magnitude.T
-        normal = left @ left.T
+        (syrk,) = get_blas_funcs(("syrk",), (self._magnitude,))
+        normal = syrk(1.0, self._magnitude.T, trans=self._dual, lower=1)  # one triangle, in half the time
         damping = RIDGE * np.trace(normal) / in_features
         self._empty = damping <= 0
         normal[np.diag_indices_from(normal)] += damping if damping > 0 else 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from qe_edge.models.loading import LoadedModel, load_family, load_model, load_ou
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from qe_edge.safetensors_write import write_tensors
-from qe_edge.streaming import Streamer, chains_of, first_tensor, run_block
+from qe_edge.streaming import Streamer, chains_of, fast_products, first_tensor, run_block
 from tests.small_models import write_small_dinov2, write_small_llama
 
 
@@ -46,10 +46,13 @@ def outputs_of(blocks: list[Block]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def test_large_products_by_numpy_equal_the_plain_model(
-    loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_large_products_equal_those_of_the_plain_model(
+    loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
+    """From bfloat16 inputs they are as far apart as the model's own bfloat16 makes them."""
     monkeypatch.setattr("qe_edge.streaming.LARGE_PRODUCT", 0)
+    monkeypatch.setattr("qe_edge.streaming.multiplies_bfloat16", lambda: precision == "bfloat16")
     batch = loaded.family.encode(loaded.processor, samples[:2], answers=True)
     block = loaded.family.blocks(loaded.model)[-1]
     chains = chains_of(loaded.family.blocks(loaded.model))
@@ -63,12 +66,32 @@ def test_large_products_by_numpy_equal_the_plain_model(
         chain = streamer.record(index)
         for position, one in enumerate(chain.blocks):
             # a device that is not equal to "cpu": arguments are moved there and results back
-            chain.hidden = [run_block(one.module, chain.hidden[0], chain.calls[position][0], torch.device("cpu", 0))]
+            with fast_products(one.module, narrow=set(one.module.modules())):
+                device = torch.device("cpu", 0)
+                chain.hidden = [run_block(one.module, chain.hidden[0], chain.calls[position][0], device)]
         streamer.finish(chain)
     with outputs_of([block]) as outputs:
         forward(0)
     wanted, found = outputs[block.name], chain.hidden[0]
-    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+    apart = float((found - wanted).norm() / wanted.norm())
+    assert (apart < 1e-5) if precision == "float32" else (1e-4 < apart < 2e-2)
+
+
+def test_products_are_in_bfloat16_only_where_the_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_small_llama(tmp_path)
+    loaded = load_model(str(tmp_path))
+    for name, layer in loaded.model.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(torch.bfloat16 if name.endswith("gate_proj") else torch.float32)
+    seen = []
+
+    def note(block: nn.Module, narrow: set[nn.Module]) -> AbstractContextManager[None]:
+        seen.extend(name for name, module in block.named_modules() if module in narrow)
+        return nullcontext()
+
+    monkeypatch.setattr("qe_edge.walk.fast_products", note)
+    quantize(loaded, make_recipe(method="rtn"), [Sample(None, "one two", kind=TEXT)])
+    assert set(seen) == {"mlp.gate_proj"}
 
 
 def test_streamed_blocks_equal_the_plain_model(loaded: LoadedModel, samples: list[Sample]) -> None:
