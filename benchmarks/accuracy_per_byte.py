@@ -49,6 +49,8 @@ OTHERS = (
 )  # fmt: skip
 PAPER = "qe:paper"
 STATIC = "static"  # our budget again, but without routed experts
+ROTATED = "ours rotated"  # and on the rotated language model: nothing more to read, but a tied head must be stored twice
+ROTATED_READ_BUDGETS = (3.5, READ_BUDGET)
 ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
 LANGUAGE_ONLY = ("mbq", "quarot")  # need a loss, or a stream of residuals between RMSNorms
 ASER_MEMORY = {"rank": 288}  # r_s + N_r r_r of the paper: its memory, in one static correction
@@ -108,6 +110,9 @@ def jobs(model: str, scheme: str, methods: Sequence[str]) -> Iterator[Job]:
         yield Job(f"ours, {bits:g} stored", {"method": "qe", "budget": {"bits": bits}})
     for name in ("ours", STATIC):
         yield Job(f"{name}, {READ_BUDGET:g} read", {"method": "qe", "budget": {"read_bits": READ_BUDGET}})
+    for bits in ROTATED_READ_BUDGETS if model != "dinov2" else ():
+        keys = {"method": "qe", "options": {"rotate": True}, "budget": {"read_bits": bits}}
+        yield Job(f"{ROTATED}, {bits:g} read", keys)
 
 
 def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
@@ -167,8 +172,9 @@ def run(options: argparse.Namespace) -> list[Row]:
                     real = REAL_MODELS[name](options.folder / name, options.samples, options.questions)
                     print(name, "original", {key: f"{value:.4g}" for key, value in real.original.items()}, flush=True)
                 recipe = make_recipe(scheme=scheme, modules=real.modules, **job.keys)
+                kept = f"{scheme} rotated" if job.name.startswith(ROTATED) else scheme
                 try:
-                    row = measure(real, recipe, job.name, options.results.with_suffix("") / name / scheme)
+                    row = measure(real, recipe, job.name, options.results.with_suffix("") / name / kept)
                 except RecipeError as error:  # groups of 64 and zero points alone may take more than the least budget
                     print(f"{name:8} {scheme:6} {job.name:18} {error.args[0]}", flush=True)
                     continue

@@ -22,6 +22,8 @@ from qe_edge.grids import WeightGrid, rounds_activations
 from qe_edge.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
 from qe_edge.methods.qe_options import LayerSize, QuantExpertsOptions, shrink_to_layer
+from qe_edge.models.loading import LoadedModel
+from qe_edge.models.rotation import rotate_language_model
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, leave_out_channels, some_tokens
 from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
@@ -92,6 +94,20 @@ class QuantExperts(Method):
     def stack_siblings(self) -> bool:
         """Whether q/k/v and gate/up share one set of experts."""
         return self.options.stack_siblings
+
+    @property
+    def transforms_model(self) -> bool:
+        """Whether the language model is rotated first."""
+        return self.options.rotate
+
+    def transform(self, loaded: LoadedModel, seed: int) -> None:
+        """Rotate the language model (QuaRot), if the options say so.
+
+        Raises:
+            ModelError: If its architecture is not known to allow it.
+        """
+        if self.options.rotate:
+            rotate_language_model(loaded, seed)
 
     def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:
         """Shared and routed experts after shrinking; calibration can only leave experts out."""

@@ -38,6 +38,8 @@ class QuantExpertsOptions(MethodOptions):
         clip: Search the range of every scale ("nearest" and "gptq").
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
+        rotate: Rotate the language model before anything is measured, as `methods.quarot` does. A head that shares the
+            embedding gets a weight of its own, which no budget counts.
         tokens: Calibration tokens kept per layer for experts and router.
         refine: Train by gradient descent, kept where it helps (`reconstruction.refinement`): "router" the router alone,
             "all" the routed factors and the router (paper).
@@ -66,6 +68,7 @@ class QuantExpertsOptions(MethodOptions):
     clip: bool = True
     adapter_dtype: AdapterDtype = "int8"
     stack_siblings: bool = True
+    rotate: bool = False
     tokens: int = Field(8192, ge=1)
     refine: Literal["none", "router", "all"] = "none"
     refine_epochs: int = Field(16, ge=0, le=1000)

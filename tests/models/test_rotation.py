@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,12 +183,33 @@ def test_a_resumed_run_rotates_alike_and_the_checkpoint_is_bit_identical(
     assert head.data_ptr() != embedding.data_ptr()
 
 
-@pytest.mark.parametrize(("preset", "scheme"), [("default", "w4a8"), ("rtn", "w4a8"), ("default", "w3a16")])
-def test_the_quantized_rotated_model_stays_near_the_original(small: str, preset: str, scheme: str) -> None:
+ROTATED_QE: dict[str, Any] = {"method": "qe", "options": {"rotate": True}}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "quarot", "scheme": "w4a8"},
+        {"method": "quarot", "scheme": "w4a8", "preset": "rtn"},
+        {"method": "quarot", "scheme": "w3a16"},
+        {**ROTATED_QE, "scheme": "w4a8"},
+        {**ROTATED_QE, "scheme": "w3a16", "budget": {"bits": 5}},
+    ],
+)
+def test_the_quantized_rotated_model_stays_near_the_original(small: str, keys: dict[str, Any]) -> None:
     original = load_model(small, torch.float32)
     encoded = encoded_for(original, load_evaluation("demo")[:4])
-    recipe = make_recipe(method="quarot", preset=preset, scheme=scheme, calibration={"samples": 4})
-    loaded, _ = quantize(small, recipe)
+    loaded, _ = quantize(small, make_recipe(calibration={"samples": 4}, **keys))
+    head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
+    assert head.data_ptr() != embedding.data_ptr()
     loaded.model.float()
     before = logits(original, encoded)
     assert 0 < (logits(loaded, encoded) - before).norm() < 0.25 * before.norm()
+
+
+def test_quant_experts_rotate_only_when_asked(small: str) -> None:
+    loaded, _ = quantize(small, make_recipe(method="qe", calibration={"samples": 4}))
+    head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
+    assert head.data_ptr() == embedding.data_ptr()
+    plain, rotated = (make_recipe(method="qe", options={"rotate": one}).build_method() for one in (False, True))
+    assert (plain.transforms_model, rotated.transforms_model) == (False, True)
