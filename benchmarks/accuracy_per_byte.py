@@ -49,7 +49,7 @@ OTHERS = (
 )  # fmt: skip
 PAPER = "qe:paper"
 STATIC = "static"  # our budget again, but without routed experts
-ROTATED = "ours rotated"  # and on the rotated language model: nothing more to read, but a tied head must be stored twice
+ROTATED = "ours rotated"  # and on the rotated language model: nothing more to read, but a tied head is stored twice
 ROTATED_READ_BUDGETS = (3.5, READ_BUDGET)
 ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
 LANGUAGE_ONLY = ("mbq", "quarot")  # need a loss, or a stream of residuals between RMSNorms
