@@ -23,8 +23,8 @@ using BlockWords = u32x4[Bits];
 constexpr int kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;
 
-// Where zero points join the float sums as products of fp16 numbers (decode_two_groups_s8), sums are read in units of
-// 2^24: a start value with a lower exponent does that for nothing.
+// Where zero points join the float sums as products of fp16 numbers (decode_two_groups_s8, subtract_zeros), sums are
+// read in units of 2^24: a start value with a lower exponent does that for nothing.
 constexpr int kSmallMagicBits = kMagicBits - (24 << 23);
 constexpr float kSmallUnit = 16777216.f;
 template <bool Small>

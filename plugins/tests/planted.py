@@ -26,6 +26,7 @@ HALF = Mode("w4a16_g128", act_bits=0, group_size=128, zeros=True, experts=4)
 LONE = Mode("w4a8_shared", experts=0)
 ZEROS = Mode("w4a8_g128_asym", group_size=128, zeros=True, experts=0)
 ZEROS_64 = Mode("w4a8_g64_asym", group_size=64, zeros=True, experts=0)
+ZEROS_64_ROUTED = Mode("w4a8_g64_asym_routed", group_size=64, zeros=True, experts=4)
 SIX_BITS = Mode("w4a6", act_bits=6, experts=0)
 INT8_W3 = Mode("w3a8", weight_bits=3, experts=0)
 HALF_W3 = Mode("w3a16_g128", weight_bits=3, act_bits=0, group_size=128, zeros=True, experts=0)
@@ -73,7 +74,17 @@ PLANTED = [
     Planted("int8 zero point added", DECODE, "kMagicBits - (Zeros", "kMagicBits + (Zeros", 3, ZEROS),
     Planted("a borrow crosses bytes", UNPACK, "0x80808080u) - zero) ^", "0x80808000u) - zero) ^", 17, ZEROS),
     Planted("two groups: the start value of one", UNPACK, "fma_f(s0, kStart, s1 * kStart)", "fma_f(s0, kStart, s0 * kStart)", 17, ZEROS_64),
-    Planted("two groups: zero point of the first for both", PREFILL, "group[c / (2 * kSumSteps)].zero", "group[0].zero", 17, ZEROS_64),
+    Planted("two groups: zero point of the first for both", PREFILL,
+            "row = wn * 2 + (lane >> 1 & 1) * kBlockColumns", "row = wn * 2", 17, ZEROS_64),
+    Planted("two groups: sums of the other row tile", PREFILL, "a[2 * h], a[2 * h + 1], b[j]", "a[2 * h], a[2 * h], b[j]", 17, ZEROS_64),
+    Planted("two groups: sums of the other group", PREPARE, "group % 2 * 2;", "(group + 1) % 2 * 2;", 17, ZEROS_64),
+    Planted("two groups: the larger part of a GEMM's sum twice", PREPARE,
+            "twice_half(word, 0), twice_half(word, 1)", "twice_half(word, 0), twice_half(word, 0)", 17, ZEROS_64),
+    Planted("two groups: sums of another token", LOADER, "token(p, m0 + past_zeros)",
+            "m0 + past_zeros < p.M ? m0 + past_zeros : p.M - 1", 40, ZEROS_64_ROUTED),
+    Planted("two groups: sums of the wrong chunk", LOADER, "group_step = p.M * S::kSumBytes", "group_step = S::kSumBytes", 17, ZEROS_64),
+    Planted("two groups: sums that nobody copies", LOADER, "(S::kSumBytes ? rows : 0)", "(S::kSumBytes ? rows - 16 : 0)", 17, ZEROS_64),
+    Planted("two groups: a GEMM forgets the unit", PREFILL, "sx * kUnit", "sx", 17, ZEROS_64),
     Planted("two groups: half of the columns twice", PREFILL, "acc[i][kFirstTile + j]", "acc[i][j]", 17, ZEROS_64),
     Planted("two groups: every lane has the first one's zero point", DECODE,
             "zeros += (lane >> 1 & 1) * kBlockColumns;", "zeros += 0;", 3, ZEROS_64),
