@@ -32,12 +32,13 @@ QE_DEV void load_rows(const unsigned char* s, int row, int first, uint32_t (&a)[
   for (int step = 0; step < Steps; ++step)
     load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));
 }
-// The same from where this lane's pieces of a row start. Left to itself ptxas computes that in every chunk; two groups
-// leave no registers to keep it.
+// The same from where this lane's pieces of a row start; those past the eighth repeat the flips of the first. Left to
+// itself ptxas computes that in every chunk; two groups of int8 activations leave no registers to keep it.
 template <int Steps>
 QE_DEV void load_pieces(const unsigned char* rows, const int (&piece)[4], int first, uint32_t (&a)[Steps][4]) {
   QE_UNROLL
-  for (int step = 0; step < Steps; ++step) load_matrix(a[step], rows + piece[first / 2 + step]);
+  for (int step = 0; step < Steps; ++step)
+    load_matrix(a[step], rows + piece[(first / 2 + step) % 4] + first / 8 * 128);
 }
 
 QE_DEV void load_words(const unsigned char* weights, BlockWords<3>& w) {
@@ -179,7 +180,7 @@ QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, c
 // model would have them: sums of their own per group would cost more, in registers above all. Without groups, codes are
 // multiplied as they are.
 template <int Bits, int Groups>
-QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wm, int wn,
+QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wn, const int (&piece)[4],
                              float (&acc)[kRowTiles][kColumnTiles][4]) {
   using S = Stage<Bits, k16Bit, Groups, true>;
   const int lane = thread_id() & 31;
@@ -215,7 +216,7 @@ QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wm, int wn,
       QE_UNROLL
       for (int i = 0; i < kRowTiles; ++i) {
         uint32_t a[2][4];  // [k16 step][register]
-        load_rows<S>(s, wm + i * 16, half * 8 + block * 4, a);
+        load_pieces(s + i * 16 * S::kRowBytes, piece, half * 8 + block * 4, a);
         QE_UNROLL
         for (int step = 0; step < 2; ++step)
           QE_UNROLL
@@ -302,7 +303,7 @@ QE_DEV void main_prefill(const MainArgs& p) {
     if constexpr (Mode == kInt8) {
       prefill_chunk_s8<Bits, Groups, Zeros>(shared + read, rows, wm, wn, piece, acc);
     } else {
-      prefill_chunk_16<Bits, Groups>(shared + read, rows, wm, wn, acc);
+      prefill_chunk_16<Bits, Groups>(shared + read, rows, wn, piece, acc);
     }
     fill = read;
     read = read == (kStages - 1) * stage_bytes ? 0 : read + stage_bytes;
