@@ -16,8 +16,8 @@
   }
 // Bounds chosen by the registers that the assembler then takes, 128 to 184. Of int8 activations the second number keeps
 // it from squeezing the kernels without groups into 128 at the price of instructions, and makes it spend more than 184
-// on the others. Kernels of 16-bit ones may take 184, or it would squeeze some of them too, though only sm_90 and sm_110
-// have shared memory for more than the two blocks of 128 threads that 184 registers allow.
+// on the others. Kernels of 16-bit ones may take 184, or it would squeeze some of them too, though only sm_90 and
+// sm_110 have shared memory for more than the two blocks of 128 threads that 184 registers allow.
 #define QE_LIMIT_kInt8(groups) QE_BOUNDS(256, groups == 0 ? 1 : 0)
 #define QE_LIMIT_k16Bit(groups) QE_REGISTERS(184)
 #define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)          \

@@ -135,7 +135,8 @@ QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, co
 
 // Zero points of two groups: minus the sums of x, times zero point times scale, as in decode_two_groups_s8. A row of
 // the short A operand is 16 bytes, so that an ldmatrix brings two row tiles; lanes 0 and 1 of four have the first
-// group. For one group of 128 rows the same takes 40 instructions less too, but 218 to 248 registers on sm_90 and later.
+// group. For one group of 128 rows this would save 36 to 60 instructions too, but take 218 to 248 registers on sm_90
+// and later.
 template <class S>
 QE_DEV void subtract_zeros(const unsigned char* s, int rows, int wm, int wn,
                            float (&acc)[kRowTiles][kColumnTiles][4]) {
