@@ -8,6 +8,7 @@
 #define QE_DEV inline __attribute__((always_inline))
 #define QE_KERNEL static
 #define QE_BOUNDS(...)
+#define QE_REGISTERS(most)
 #define QE_DYNAMIC_SHARED(name) unsigned char* name = qe_emu::shared_memory
 #define QE_UNROLL
 #define QE_UNROLL_BY(count)
@@ -64,6 +65,11 @@ QE_DEV uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) { return (a & m
 template <uint32_t Mask>
 QE_DEV uint32_t select_bits(uint32_t a, uint32_t b) {
   return (a & Mask) | (b & ~Mask);
+}
+template <bool Upper>
+QE_DEV uint32_t repeat_half(uint32_t word) {
+  const uint32_t half = (Upper ? word >> 16 : word) & 0xFFFFu;
+  return half << 16 | half;
 }
 QE_DEV uint32_t pick_bytes_at(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t r = 0;

@@ -43,11 +43,15 @@ struct Shape {
 // Weights that are not centred on zero; with 16-bit activations all of them are.
 bool Zeros(const QeProblem& p) { return p.has_zeros || p.act_bits == 0; }
 
-// Sums of activations that `main` takes zero points off with: how many of a token. Groups of a GEMM need none, because
-// there the zero points are taken off the weights.
-int SumGroups(const QeProblem& p, const Shape& s) {
-  if (!Zeros(p) || (p.group_size > 0 && !s.decode)) return 0;
-  return p.group_size < 0 ? 1 : s.Kp / p.group_size;
+// Whether a GEMM multiplies the zero points of its groups by sums of activations; else it takes them off the weights.
+bool SumsOfGemm(const QeProblem& p) { return p.act_bits != 0 && p.group_size == 64 && p.has_zeros; }
+
+// Bytes of the sums of activations that `main` takes zero points off with; prepare.cuh has their layout.
+size_t SumBytes(const QeProblem& p, const Shape& s) {
+  if (!Zeros(p)) return 0;
+  if (p.group_size < 0) return size_t{4} * p.M;
+  if (s.decode) return size_t{4} * kDecodeLimit * (s.Kp / p.group_size);
+  return SumsOfGemm(p) ? static_cast<size_t>(p.M) * (s.Kp / 128) * qe::kTokenSums : 0;
 }
 
 // Slices of K in the decode down-projection: enough blocks to draw on all of the memory, each with work for its warps.
@@ -72,7 +76,7 @@ Workspace Layout(const QeProblem& p, const Shape& s) {
   const size_t m = static_cast<size_t>(p.M);
   w.act = Take(at, m * s.Kp * (s.int8 ? 1 : 2));
   w.token_scale = Take(at, m * 4);
-  w.sums = Take(at, (p.group_size < 0 ? m : size_t{kDecodeLimit}) * SumGroups(p, s) * 4);
+  w.sums = Take(at, SumBytes(p, s));
   w.expert = Take(at, m * 4);
   w.order = Take(at, m * 4);
   w.h = Take(at, s.decode ? m * s.rank() * 4 * Splits(p, s) : m * s.rank() * 2);
@@ -111,13 +115,12 @@ const char* Variant(const QeProblem& p) {
   return p.has_zeros ? "s8_g64z" : "s8_g64";
 }
 
-// Bytes of one pipeline stage beyond the activation rows; mirrors Stage in kernels/prefill_loader.cuh.
-int StageExtra(const QeProblem& p) {
+// Three pipeline stages; mirrors Stage in kernels/prefill_loader.cuh.
+int PrefillShared(const QeProblem& p, int rows) {
   const int groups = p.group_size < 0 ? 0 : 128 / p.group_size;
-  return 128 * 16 * p.weight_bits + groups * 256 + (Zeros(p) ? groups * 128 : 0);
+  const int of_row = (p.act_bits ? 128 : 256) + (SumsOfGemm(p) ? qe::kTokenSums : 0);
+  return 3 * (rows * of_row + 128 * 16 * p.weight_bits + groups * 256 + (Zeros(p) ? groups * 128 : 0));
 }
-
-int PrefillShared(const QeProblem& p, int rows) { return 3 * (rows * (p.act_bits ? 128 : 256) + StageExtra(p)); }
 
 // What the codes of 16-bit activations are multiplied by; a GEMM takes it off 3-bit weights that become numbers.
 uint64_t CodeShifts(const QeProblem& p, const Shape& s) {
@@ -133,7 +136,7 @@ void PlanPrepare(const QeProblem& p, const Shape& s, const QeBuffers& b, const W
   a.router = s.experts ? At<void>(b.router) : nullptr;
   a.act = At<void>(b.workspace + w.act);
   a.token_scale = At<float>(b.workspace + w.token_scale);
-  a.sums = SumGroups(p, s) ? At<void>(b.workspace + w.sums) : nullptr;
+  a.sums = SumBytes(p, s) ? At<void>(b.workspace + w.sums) : nullptr;
   a.expert = s.experts ? At<int32_t>(b.workspace + w.expert) : nullptr;
   a.M = p.M, a.K = p.K, a.Kp = s.Kp, a.E = s.experts;
   a.act_max = p.act_bits == 8 ? 127 : p.act_bits == 6 ? 31 : 0;

@@ -33,28 +33,28 @@
   QE_DOWN_DECODE(qe_down_decode_a16_t8_##tag, T, false, 1)          \
   QE_DOWN_PREFILL(qe_down_prefill_a16_##tag, T, false)              \
   QE_FOR_W4(                                                        \
-  QE_MAIN_VARIANT(s8_c, tag, T, 4, qe::kInt8, 0, false)             \
-  QE_MAIN_VARIANT(s8_g128z, tag, T, 4, qe::kInt8, 1, true)          \
-  QE_MAIN_VARIANT(s8_g64z, tag, T, 4, qe::kInt8, 2, true)           \
-  QE_MAIN_VARIANT(h_g128z, tag, T, 4, qe::k16Bit, 1, true))         \
+  QE_MAIN_VARIANT(s8_c, tag, T, 4, kInt8, 0, false)                 \
+  QE_MAIN_VARIANT(s8_g128z, tag, T, 4, kInt8, 1, true)              \
+  QE_MAIN_VARIANT(s8_g64z, tag, T, 4, kInt8, 2, true)               \
+  QE_MAIN_VARIANT(h_g128z, tag, T, 4, k16Bit, 1, true))             \
   QE_FOR_FULL(                                                      \
   QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, false, 2)         \
   QE_DOWN_DECODE(qe_down_decode_a8_t8_##tag, T, true, 1)            \
   QE_DOWN_DECODE(qe_down_decode_a8_t16_##tag, T, true, 2)           \
   QE_DOWN_PREFILL(qe_down_prefill_a8_##tag, T, true)                \
-  QE_MAIN_VARIANT(s8_cz, tag, T, 4, qe::kInt8, 0, true)             \
-  QE_MAIN_VARIANT(s8_g128, tag, T, 4, qe::kInt8, 1, false)          \
-  QE_MAIN_VARIANT(s8_g64, tag, T, 4, qe::kInt8, 2, false)           \
-  QE_MAIN_VARIANT(h_g64z, tag, T, 4, qe::k16Bit, 2, true)           \
-  QE_MAIN_VARIANT(h_cz, tag, T, 4, qe::k16Bit, 0, true))
+  QE_MAIN_VARIANT(s8_cz, tag, T, 4, kInt8, 0, true)                 \
+  QE_MAIN_VARIANT(s8_g128, tag, T, 4, kInt8, 1, false)              \
+  QE_MAIN_VARIANT(s8_g64, tag, T, 4, kInt8, 2, false)               \
+  QE_MAIN_VARIANT(h_g64z, tag, T, 4, k16Bit, 2, true)               \
+  QE_MAIN_VARIANT(h_cz, tag, T, 4, k16Bit, 0, true))
 
 QE_KERNELS_OF(f16, f16_t)
 QE_FOR_W3(
-QE_MAIN_VARIANT(s8w3_c, f16, f16_t, 3, qe::kInt8, 0, false)
-QE_MAIN_VARIANT(hw3_g128z, f16, f16_t, 3, qe::k16Bit, 1, true)
+QE_MAIN_VARIANT(s8w3_c, f16, f16_t, 3, kInt8, 0, false)
+QE_MAIN_VARIANT(hw3_g128z, f16, f16_t, 3, k16Bit, 1, true)
 QE_FOR_FULL(
-QE_MAIN_VARIANT(s8w3_g128, f16, f16_t, 3, qe::kInt8, 1, false)
-QE_MAIN_VARIANT(s8w3_g64, f16, f16_t, 3, qe::kInt8, 2, false)
-QE_MAIN_VARIANT(hw3_g64z, f16, f16_t, 3, qe::k16Bit, 2, true)
-QE_MAIN_VARIANT(hw3_cz, f16, f16_t, 3, qe::k16Bit, 0, true)))
+QE_MAIN_VARIANT(s8w3_g128, f16, f16_t, 3, kInt8, 1, false)
+QE_MAIN_VARIANT(s8w3_g64, f16, f16_t, 3, kInt8, 2, false)
+QE_MAIN_VARIANT(hw3_g64z, f16, f16_t, 3, k16Bit, 2, true)
+QE_MAIN_VARIANT(hw3_cz, f16, f16_t, 3, k16Bit, 0, true)))
 QE_FOR_FULL(QE_KERNELS_OF(bf16, bf16_t))

@@ -12,12 +12,16 @@
   QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_prefill<qe::T, int8>(p); }
 #define QE_MAIN_DECODE(name, T, bits, mode, groups, zeros, tokens8)         \
   QE_KERNEL void QE_BOUNDS(256, 2) name(qe::MainArgs p) {                   \
-    qe::main_decode<qe::T, bits, mode, groups, zeros, tokens8>(p);          \
+    qe::main_decode<qe::T, bits, qe::mode, groups, zeros, tokens8>(p);      \
   }
-// Bounds chosen by the registers that the assembler then takes, 128 to 184: the second number keeps it from squeezing
-// the int8 kernels without groups into 128 at the price of instructions, and makes it spend more than 184 on the others.
-#define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)                                        \
-  QE_KERNEL void QE_BOUNDS(256, mode == qe::kInt8 && groups == 0 ? 1 : 0) name(qe::MainArgs p) { \
-    qe::main_prefill<qe::T, bits, mode, groups, zeros>(p);                                         \
+// Bounds chosen by the registers that the assembler then takes, 128 to 184. Of int8 activations the second number keeps
+// it from squeezing the kernels without groups into 128 at the price of instructions, and makes it spend more than 184
+// on the others. Kernels of 16-bit ones may take 184, or it would squeeze some of them too, though only sm_90 and
+// sm_110 have shared memory for more than the two blocks of 128 threads that 184 registers allow.
+#define QE_LIMIT_kInt8(groups) QE_BOUNDS(256, groups == 0 ? 1 : 0)
+#define QE_LIMIT_k16Bit(groups) QE_REGISTERS(184)
+#define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)          \
+  QE_KERNEL void QE_LIMIT_##mode(groups) name(qe::MainArgs p) {      \
+    qe::main_prefill<qe::T, bits, qe::mode, groups, zeros>(p);       \
   }
 #include "kernel_list.h"

@@ -11,7 +11,7 @@
 namespace qe {
 
 // What a lane needs of a group beside its weights: the scales of the eight columns that its accumulators hold, by
-// [column & 1][column tile], and the zero points of the four columns that it unpacks.
+// [column & 1][column tile], and, of 128 rows, the zero points of the four columns that it unpacks.
 struct GroupData {
   u32x4 scales;
   uint32_t zeros;
@@ -32,12 +32,13 @@ QE_DEV void load_rows(const unsigned char* s, int row, int first, uint32_t (&a)[
   for (int step = 0; step < Steps; ++step)
     load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));
 }
-// The same from where this lane's pieces of a row start. Left to itself ptxas computes that in every chunk; two groups
-// leave no registers to keep it.
+// The same from where this lane's pieces of a row start; those past the eighth repeat the flips of the first. Left to
+// itself ptxas computes that in every chunk; two groups of int8 activations leave no registers to keep it.
 template <int Steps>
 QE_DEV void load_pieces(const unsigned char* rows, const int (&piece)[4], int first, uint32_t (&a)[Steps][4]) {
   QE_UNROLL
-  for (int step = 0; step < Steps; ++step) load_matrix(a[step], rows + piece[first / 2 + step]);
+  for (int step = 0; step < Steps; ++step)
+    load_matrix(a[step], rows + piece[(first / 2 + step) % 4] + first / 8 * 128);
 }
 
 QE_DEV void load_words(const unsigned char* weights, BlockWords<3>& w) {
@@ -70,7 +71,7 @@ QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, co
     for (int j = 0; j < kTiles; ++j) {
       QE_UNROLL
       for (int g = 0; g < kSums; ++g) scale[g][c][j] = group[g].scale(c, kFirstTile + j);
-      if constexpr (kSums == 2) start[c][j] = pair_start(scale[0][c][j], scale[1][c][j]);
+      if constexpr (kSums == 2) start[c][j] = pair_start<Zeros>(scale[0][c][j], scale[1][c][j]);
     }
   BlockWords<Bits> w;
   if constexpr (Bits == 3) load_words(weights, w);
@@ -87,8 +88,8 @@ QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, co
       }
       const uint32_t word = w[tile].v[(kFirst + c) & 3];
       const bool high = kFirst + c >= 4;
-      if constexpr (Groups != 0 && Zeros) {
-        const uint32_t zero = group[c / (2 * kSumSteps)].zero(tile);
+      if constexpr (Groups == 1 && Zeros) {
+        const uint32_t zero = group[0].zero(tile);
         b[j][c] = high ? centred_codes<true>(word, zero) : centred_codes<false>(word, zero);
       } else {
         b[j][c] = high ? high_codes<Zeros>(word) : low_codes<Zeros>(word);
@@ -114,7 +115,7 @@ QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, co
         QE_UNROLL
         for (int g = 0; g < kSums; ++g) {
           QE_UNROLL
-          for (int c = 0; c < 4; ++c) sum[g][c] = kMagicBits;
+          for (int c = 0; c < 4; ++c) sum[g][c] = start_bits<Zeros && kSums == 2>();
           QE_UNROLL
           for (int step = g * kSumSteps; step < (g + 1) * kSumSteps; ++step)
             mma_s8(sum[g], a[step], b[j][2 * step], b[j][2 * step + 1], sum[g]);
@@ -132,6 +133,31 @@ QE_DEV void prefill_part_s8(const unsigned char* s, int rows, int wm, int wn, co
   }
 }
 
+// Zero points of two groups: minus the sums of x, times zero point times scale, as in decode_two_groups_s8. A row of
+// the short A operand is 16 bytes, so that an ldmatrix brings two row tiles; lanes 0 and 1 of four have the first
+// group. For one group of 128 rows this would save 36 to 60 instructions too, but take 218 to 248 registers on sm_90
+// and later.
+template <class S>
+QE_DEV void subtract_zeros(const unsigned char* s, int rows, int wm, int wn,
+                           float (&acc)[kRowTiles][kColumnTiles][4]) {
+  const int lane = thread_id() & 31, row = wn * 2 + (lane >> 1 & 1) * kBlockColumns;
+  const unsigned char* after = s + rows * S::kRowBytes;
+  const u32x2 scales = load8(after + S::kWeights + row * 2 + (lane >> 2) * 8);
+  const uint32_t zeros = load4(after + S::kWeights + S::kScales + row + (lane >> 2) * 4);
+  uint32_t b[kColumnTiles];
+  zero_times_scale<0>(zeros, scales.v[0], b[0], b[1]);
+  zero_times_scale<2>(zeros, scales.v[1], b[2], b[3]);
+  QE_UNROLL
+  for (int i = 0; i < kRowTiles; i += 2) {
+    uint32_t a[4];
+    load_matrix(a, after + S::kSums + (wm + i * 16 + lane) * S::kSumBytes);
+    QE_UNROLL
+    for (int h = 0; h < 2; ++h)
+      QE_UNROLL
+      for (int j = 0; j < kColumnTiles; ++j) mma_f16_k8(acc[i + h][j], a[2 * h], a[2 * h + 1], b[j]);
+  }
+}
+
 template <int Bits, int Groups, bool Zeros, class Acc>
 QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, const int (&piece)[4],
                              Acc (&acc)[kRowTiles][kColumnTiles][4]) {
@@ -143,19 +169,20 @@ QE_DEV void prefill_chunk_s8(const unsigned char* s, int rows, int wm, int wn, c
   for (int g = 0; g < Groups; ++g) {
     const int row = wn * Groups + g * kBlockColumns;
     group[g].scales = load16(scales + row * 2 + (lane & 3) * 16);
-    group[g].zeros = Zeros ? load4(scales + S::kScales + row + (lane >> 2) * 4) : 0u;
+    group[g].zeros = Zeros && Groups == 1 ? load4(scales + S::kScales + row + (lane >> 2) * 4) : 0u;
   }
   prefill_part_s8<Bits, Groups, Zeros, 0>(s, rows, wm, wn, piece, group, acc);
   // Without it ptxas for sm_90 and later reads the rows once for both halves, and takes 255 registers.
   if constexpr (Groups == 2) warp_sync();
   if constexpr (Groups != 1) prefill_part_s8<Bits, Groups, Zeros, 1>(s, rows, wm, wn, piece, group, acc);
+  if constexpr (Groups == 2 && Zeros) subtract_zeros<S>(s, rows, wm, wn, acc);
 }
 
 // Weights of a group become fp16 numbers (q - z) * scale before the product, as an ONNX DequantizeLinear of a float16
 // model would have them: sums of their own per group would cost more, in registers above all. Without groups, codes are
 // multiplied as they are.
 template <int Bits, int Groups>
-QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wm, int wn,
+QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wn, const int (&piece)[4],
                              float (&acc)[kRowTiles][kColumnTiles][4]) {
   using S = Stage<Bits, k16Bit, Groups, true>;
   const int lane = thread_id() & 31;
@@ -191,7 +218,7 @@ QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wm, int wn,
       QE_UNROLL
       for (int i = 0; i < kRowTiles; ++i) {
         uint32_t a[2][4];  // [k16 step][register]
-        load_rows<S>(s, wm + i * 16, half * 8 + block * 4, a);
+        load_pieces(s + i * 16 * S::kRowBytes, piece, half * 8 + block * 4, a);
         QE_UNROLL
         for (int step = 0; step < 2; ++step)
           QE_UNROLL
@@ -278,7 +305,7 @@ QE_DEV void main_prefill(const MainArgs& p) {
     if constexpr (Mode == kInt8) {
       prefill_chunk_s8<Bits, Groups, Zeros>(shared + read, rows, wm, wn, piece, acc);
     } else {
-      prefill_chunk_16<Bits, Groups>(shared + read, rows, wm, wn, acc);
+      prefill_chunk_16<Bits, Groups>(shared + read, rows, wn, piece, acc);
     }
     fill = read;
     read = read == (kStages - 1) * stage_bytes ? 0 : read + stage_bytes;
@@ -286,6 +313,7 @@ QE_DEV void main_prefill(const MainArgs& p) {
   cp_async_wait<0>();
 
   constexpr bool kWholeColumn = Zeros && Groups == 0;
+  constexpr float kUnit = Mode == kInt8 && Groups == 2 && Zeros ? kSmallUnit : 1.f;
   int token[kRowTiles][2];
   float out[kRowTiles][kColumnTiles][4];
   int z[2][4] = {};
@@ -308,7 +336,7 @@ QE_DEV void main_prefill(const MainArgs& p) {
         QE_UNROLL
         for (int c = 0; c < 2; ++c)
           out[i][j][2 * h + c] = without_zero<Mode, kWholeColumn>(p, acc[i][j][2 * h + c], z[c][j], token[i][h]) *
-                                 (p.columns[n + c] * sx);
+                                 (p.columns[n + c] * sx * kUnit);
       }
     }
   prefill_lowrank<T>(p, token, n0 + wn, out);

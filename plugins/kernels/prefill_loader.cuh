@@ -8,14 +8,15 @@ namespace qe {
 constexpr int kPrefillColumns = 128, kStages = 3, kRowTiles = 4, kColumnTiles = 4, kWarpRows = 64, kWarpColumns = 32;
 constexpr int kWarpsAcross = kPrefillColumns / kWarpColumns;
 
-// One stage: activations of all rows of the block, weights, scales, zero points.
+// One stage: activations of all rows of the block, weights, scales, zero points, and sums of the activations.
 template <int Bits, int Mode, int Groups, bool Zeros>
 struct Stage {
   static constexpr int kRowBytes = Mode == kInt8 ? 128 : 256;  // activations of one token in one chunk
   static constexpr int kWeights = kPrefillColumns / kBlockColumns * kBlockBytes<Bits>;
   static constexpr int kScales = Groups * kPrefillColumns * 2;
   static constexpr int kZeros = Zeros ? Groups * kPrefillColumns : 0;
-  static constexpr int kBytesBeyondRows = kWeights + kScales + kZeros;
+  static constexpr int kSumBytes = Mode == kInt8 && Groups == 2 && Zeros ? kTokenSums : 0;  // of one row
+  static constexpr int kSums = kWeights + kScales + kZeros;  // where they start, past the rows
   // Eight rows of one 16-byte column are read together: the flip sends them to different banks.
   static QE_DEV int offset(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
 };
@@ -29,6 +30,7 @@ struct Loader {
   int rows;
   int to_act, to_weights, to_group;  // bytes from the start of a stage
   int group_step;                    // bytes to the next chunk
+  bool copies_group;
   const uint8_t *act, *weight, *group;
   uint32_t source[kCopies];  // where the rows of the activations start, in 16-byte pieces
 
@@ -50,13 +52,19 @@ struct Loader {
     to_weights = rows * S::kRowBytes + (Bits == 3 ? warp * 3 : first) * kPieceBytes + lane * 16;
 
     to_group = rows * S::kRowBytes + S::kWeights + thread_id() * 16;
-    // Scales are copied by the first threads, zero points, which lie behind them in a stage, by the next ones.
-    const int past_scales = thread_id() - S::kScales / 16;
+    // Scales are copied by the first threads, zero points and then sums, which lie behind them in a stage, by the next
+    // ones. A block has two threads for every row, enough for all of that.
+    const int past_scales = thread_id() - S::kScales / 16, past_zeros = past_scales - S::kZeros / 16;
     const uint8_t* of_groups = static_cast<const uint8_t*>(p.scales);
     const uint8_t* scales = group_source(of_groups, S::kScales / 64, thread_id(), n0, last_block, chunks);
     const uint8_t* zeros = group_source(p.zeros, S::kZeros / 64, past_scales, n0, last_block, chunks);
     group = past_scales < 0 ? scales : zeros;
     group_step = (past_scales < 0 ? S::kScales : S::kZeros) / 4;
+    copies_group = past_zeros < (S::kSumBytes ? rows : 0);
+    if (S::kSumBytes && past_zeros >= 0) {
+      group = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(token(p, m0 + past_zeros)) * S::kSumBytes;
+      group_step = p.M * S::kSumBytes;
+    }
   }
   // Where piece `at` of four blocks' scales or zero points starts; a block has `pieces` of 16 bytes in a chunk.
   static QE_DEV const uint8_t* group_source(const uint8_t* from, int pieces, int at, int n0, int last_block,
@@ -70,7 +78,7 @@ struct Loader {
     const int last = m < p.M ? m : p.M - 1;
     return p.order ? p.order[last] : last;
   }
-  QE_DEV int stage_bytes() const { return rows * S::kRowBytes + S::kBytesBeyondRows; }
+  QE_DEV int stage_bytes() const { return rows * (S::kRowBytes + S::kSumBytes) + S::kSums; }
 
   // Copies the next chunk to the stage at s.
   QE_DEV void operator()(unsigned char* s) {
@@ -83,7 +91,7 @@ struct Loader {
     for (int i = 0; i < Bits; ++i)
       if (Bits == 3 ? thread_id() < 128 : i < 2 || block_threads() == 128)
         cp_async16(s + to_weights + i * kPieceBytes, weight + i * kPieceBytes);
-    if (thread_id() < (S::kScales + S::kZeros) / 16) cp_async16(s + to_group, group);
+    if (copies_group) cp_async16(s + to_group, group);
   }
   QE_DEV void next() {
     act += S::kRowBytes;

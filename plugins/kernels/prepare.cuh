@@ -11,7 +11,7 @@
 // which `main` multiplies by z on the tensor cores; for one group over all of K as int32 or float.
 #pragma once
 #include "../include/qe_edge/args.h"
-#include "prim.cuh"
+#include "unpack.cuh"
 
 namespace qe {
 
@@ -106,7 +106,8 @@ QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (
 }
 
 // Writes one sum: a sum over all of K to [token], others to [group][token] for main_decode, and the last token's stand
-// for the tokens that are not there, because lanes read them.
+// for the tokens that are not there, because lanes read them. For main_prefill, [chunk][token] has the rows of an A
+// operand: either fp16 of either half of the chunk, twice.
 QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
   uint32_t word = static_cast<uint32_t>(float_to_int_bits(sum));
   if (p.act_max && p.sum_rows != 64) {
@@ -117,6 +118,11 @@ QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
     word = most.bits | static_cast<uint32_t>(from_float<f16_t>(share - to_float(most)).bits) << 16;
   }
   uint32_t* to = static_cast<uint32_t*>(p.sums);
+  if (p.sum_rows && !p.decode_order) {
+    to += (static_cast<size_t>(group / 2) * p.M + token) * (kTokenSums / 4) + group % 2 * 2;
+    store8(to, {{twice_half(word, 0), twice_half(word, 1)}});
+    return;
+  }
   to += static_cast<size_t>(group) * kSumTokens;
   const int last = p.sum_rows && token == p.M - 1 ? kSumTokens : token + 1;
   for (int m = token; m < last; ++m) store4(to + m, word);

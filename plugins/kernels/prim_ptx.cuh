@@ -6,6 +6,7 @@
 #define QE_DEV __device__ __forceinline__
 #define QE_KERNEL extern "C" __global__
 #define QE_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
+#define QE_REGISTERS(most) __maxnreg__(most)
 #define QE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define QE_UNROLL _Pragma("unroll")
 #define QE_PRAGMA(text) _Pragma(#text)
@@ -90,6 +91,16 @@ QE_DEV uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) {
 template <uint32_t Mask>
 QE_DEV uint32_t select_bits(uint32_t a, uint32_t b) {
   return (a & Mask) | (b & ~Mask);
+}
+
+// One half of a word in both halves, said so that ptxas makes it part of the instruction on fp16 pairs that reads it.
+template <bool Upper>
+QE_DEV uint32_t repeat_half(uint32_t word) {
+  uint16_t lo, hi;
+  uint32_t r;
+  asm("mov.b32 {%0, %1}, %2;" : "=h"(lo), "=h"(hi) : "r"(word));
+  asm("mov.b32 %0, {%1, %1};" : "=r"(r) : "h"(Upper ? hi : lo));
+  return r;
 }
 
 // Four bytes by the nibbles of the selector: 0 to 3 of the first word, 4 to 7 of the second.

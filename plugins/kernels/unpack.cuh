@@ -23,8 +23,8 @@ using BlockWords = u32x4[Bits];
 constexpr int kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;
 
-// Where zero points join the float sums as products of fp16 numbers (decode_two_groups_s8), sums are read in units of
-// 2^24: a start value with a lower exponent does that for nothing.
+// Where zero points join the float sums as products of fp16 numbers (decode_two_groups_s8, subtract_zeros), sums are
+// read in units of 2^24: a start value with a lower exponent does that for nothing.
 constexpr int kSmallMagicBits = kMagicBits - (24 << 23);
 constexpr float kSmallUnit = 16777216.f;
 template <bool Small>
@@ -167,14 +167,17 @@ struct GroupPairs {
     r[1] = mul_f16x2(sub_f16x2(r[1], zero_times_16), scale);
   }
 };
+// Of two columns that are 8 apart.
 template <int Column>
-QE_DEV GroupPairs pairs_of(const u32x2& scales, uint32_t zeros) {
-  return {zero_pair<Column>(zeros), zero_pair<Column>(zeros << 4),
-          pick_bytes<Column % 2 ? 0x3232 : 0x1010>(scales.v[Column / 2])};
+QE_DEV void pairs_of(uint32_t scales, uint32_t zeros, uint32_t zeros_times_16, GroupPairs* pairs) {
+  constexpr int kBytes = 0x4040 + 0x100 * (Column + 1) + Column;
+  const uint32_t zero = pick_bytes<kBytes>(zeros), zero_times_16 = pick_bytes<kBytes>(zeros_times_16);
+  pairs[0] = {repeat_half<false>(zero), repeat_half<false>(zero_times_16), repeat_half<false>(scales)};
+  pairs[1] = {repeat_half<true>(zero), repeat_half<true>(zero_times_16), repeat_half<true>(scales)};
 }
 QE_DEV void group_pairs(const u32x2& scales, uint32_t zeros, GroupPairs (&pairs)[4]) {
-  pairs[0] = pairs_of<0>(scales, zeros), pairs[1] = pairs_of<1>(scales, zeros);
-  pairs[2] = pairs_of<2>(scales, zeros), pairs[3] = pairs_of<3>(scales, zeros);
+  pairs_of<0>(scales.v[0], zeros, zeros << 4, pairs);
+  pairs_of<2>(scales.v[1], zeros, zeros << 4, pairs + 2);
 }
 
 // 2 to the power of minus kCodeShifts3 of register r, twice.
@@ -202,7 +205,7 @@ QE_DEV void group_pairs(const u32x2& scales, uint32_t zeros, GroupPairs3 (&pairs
   GroupPairs both[4];
   group_pairs(scales, zeros, both);
   QE_UNROLL
-  for (int j = 0; j < 4; ++j) pairs[j] = {both[j].zero ^ 0x80008000u, both[j].scale};
+  for (int j = 0; j < 4; ++j) pairs[j] = {neg_f16x2(both[j].zero), both[j].scale};
 }
 
 // Two int8 values (bytes 2*half and 2*half + 1) as two 16-bit floats. Planting the byte in the mantissa of 2^23 is

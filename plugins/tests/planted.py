@@ -26,6 +26,7 @@ HALF = Mode("w4a16_g128", act_bits=0, group_size=128, zeros=True, experts=4)
 LONE = Mode("w4a8_shared", experts=0)
 ZEROS = Mode("w4a8_g128_asym", group_size=128, zeros=True, experts=0)
 ZEROS_64 = Mode("w4a8_g64_asym", group_size=64, zeros=True, experts=0)
+ZEROS_64_ROUTED = Mode("w4a8_g64_asym_routed", group_size=64, zeros=True, experts=4)
 SIX_BITS = Mode("w4a6", act_bits=6, experts=0)
 INT8_W3 = Mode("w3a8", weight_bits=3, experts=0)
 HALF_W3 = Mode("w3a16_g128", weight_bits=3, act_bits=0, group_size=128, zeros=True, experts=0)
@@ -64,16 +65,29 @@ PLANTED = [
     Planted("largest score wins", PREPARE, "if (score[e] < score[best]) best = e;", "if (score[e] > score[best]) best = e;", 3, INT8),
     Planted("reads a swizzle that was not written", PREFILL,
             "load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));",
-            "load_matrix(a[step], s + (row + (lane & 15)) * S::kRowBytes + (first + step * 2 + (lane >> 4)) * 16);", 17, HALF),
-    Planted("pieces of the next step", PREFILL, "rows + piece[first / 2 + step]", "rows + piece[(first / 2 + step + 1) & 3]", 17, LONE),
+            "load_matrix(a[step], s + (row + (lane & 15)) * S::kRowBytes + (first + step * 2 + (lane >> 4)) * 16);", 17, ZEROS_64),
+    Planted("pieces of the next step", PREFILL, "(first / 2 + step) % 4", "(first / 2 + step + 1) % 4", 17, LONE),
+    Planted("16 bits: pieces of the first half twice", PREFILL, "first / 8 * 128", "0 * 128", 17, HALF),
     Planted("writes tokens of another window", DOWN, "if (hit && at >= 0 && at < kDownTokens)", "if (hit && at < kDownTokens)", 150, INT8),
     Planted("scale of the wrong group", LOADER, "group += group_step;", "group += 0;", 17, HALF),
     Planted("zero point added", UNPACK, "sub_f16x2(r[0], zero)", "sub_f16x2(r[0], zero ^ 0x80008000u)", 17, HALF),
+    Planted("zero point of the column 8 to the left", UNPACK, "repeat_half<true>(zero)", "repeat_half<false>(zero)", 17, HALF),
+    Planted("scale of the column 8 to the left", UNPACK, "repeat_half<true>(scales)", "repeat_half<false>(scales)", 17, HALF),
     Planted("zero point's sum with the wrong sign", PREPARE, ": -0.25f * sum", ": 0.25f * sum", 3, HALF),
     Planted("int8 zero point added", DECODE, "kMagicBits - (Zeros", "kMagicBits + (Zeros", 3, ZEROS),
     Planted("a borrow crosses bytes", UNPACK, "0x80808080u) - zero) ^", "0x80808000u) - zero) ^", 17, ZEROS),
     Planted("two groups: the start value of one", UNPACK, "fma_f(s0, kStart, s1 * kStart)", "fma_f(s0, kStart, s0 * kStart)", 17, ZEROS_64),
-    Planted("two groups: zero point of the first for both", PREFILL, "group[c / (2 * kSumSteps)].zero", "group[0].zero", 17, ZEROS_64),
+    Planted("two groups: zero point of the first for both", PREFILL,
+            "row = wn * 2 + (lane >> 1 & 1) * kBlockColumns", "row = wn * 2", 17, ZEROS_64),
+    Planted("two groups: sums of the other row tile", PREFILL, "a[2 * h], a[2 * h + 1], b[j]", "a[2 * h], a[2 * h], b[j]", 17, ZEROS_64),
+    Planted("two groups: sums of the other group", PREPARE, "group % 2 * 2;", "(group + 1) % 2 * 2;", 17, ZEROS_64),
+    Planted("two groups: the larger part of a GEMM's sum twice", PREPARE,
+            "twice_half(word, 0), twice_half(word, 1)", "twice_half(word, 0), twice_half(word, 0)", 17, ZEROS_64),
+    Planted("two groups: sums of another token", LOADER, "token(p, m0 + past_zeros)",
+            "m0 + past_zeros < p.M ? m0 + past_zeros : p.M - 1", 40, ZEROS_64_ROUTED),
+    Planted("two groups: sums of the wrong chunk", LOADER, "group_step = p.M * S::kSumBytes", "group_step = S::kSumBytes", 17, ZEROS_64),
+    Planted("two groups: sums that nobody copies", LOADER, "(S::kSumBytes ? rows : 0)", "(S::kSumBytes ? rows - 16 : 0)", 17, ZEROS_64),
+    Planted("two groups: a GEMM forgets the unit", PREFILL, "sx * kUnit", "sx", 17, ZEROS_64),
     Planted("two groups: half of the columns twice", PREFILL, "acc[i][kFirstTile + j]", "acc[i][j]", 17, ZEROS_64),
     Planted("two groups: every lane has the first one's zero point", DECODE,
             "zeros += (lane >> 1 & 1) * kBlockColumns;", "zeros += 0;", 3, ZEROS_64),
@@ -99,7 +113,7 @@ PLANTED = [
             "select_bits<0x00030003u>(two,", "select_bits<0x00010001u>(two,", 3, HALF_W3),
     Planted("3 bits: upper codes shifted by a bit too many", UNPACK, ">> (9 - word)", ">> (10 - word)", 17, HALF_W3),
     Planted("3 bits: the factor of another register", UNPACK, "unit_pair(first + 1)", "unit_pair(first + 2)", 17, HALF_W3),
-    Planted("3 bits: the zero point's sign", UNPACK, ".zero ^ 0x80008000u", ".zero ^ 0x00008000u", 17, HALF_W3),
+    Planted("3 bits: the zero point's sign", UNPACK, "neg_f16x2(both[j].zero)", "both[j].zero", 17, HALF_W3),
     Planted("asm: halves of a pair swapped", "kernels/prim_ptx.cuh",
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));',
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(lo), "f"(hi));', 17, LONE, "ptx"),
@@ -110,6 +124,7 @@ PLANTED = [
     Planted("asm: nothing is negated", "kernels/prim_ptx.cuh", "neg.f16x2", "mov.b32", 3, ZEROS_64, "ptx"),
     Planted("asm: the difference the wrong way", "kernels/prim_ptx.cuh",
             '"sub.rn.f16x2 %0, %1, %2;"', '"sub.rn.f16x2 %0, %2, %1;"', 17, HALF, "ptx"),
+    Planted("asm: the other half repeated", "kernels/prim_ptx.cuh", "Upper ? hi : lo", "Upper ? lo : hi", 17, HALF, "ptx"),
     Planted("asm: rows of the short A fragment swapped", "kernels/prim_ptx.cuh",
             '"r"(a0), "r"(a1), "r"(b)', '"r"(a1), "r"(a0), "r"(b)', 3, HALF, "ptx"),
     Planted("asm: factor and summand swapped", "kernels/prim_ptx.cuh",

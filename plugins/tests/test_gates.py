@@ -10,7 +10,7 @@ from emulator.build import ROOT, ptx
 from emulator.ptx_text import PtxFile
 from gates.costs import EDGE_LLM, chip_costs
 from gates.cubins import CHIPS, PLUGIN_BUILD, cubin, disassemble
-from gates.limits import broken, loop_of
+from gates.limits import broken, loop_of, register_limit
 from gates.loops import hot_loop
 
 STORED = json.loads((ROOT.parent / "qe_edge/predict/instructions.json").read_text(encoding="utf-8"))
@@ -40,6 +40,7 @@ def test_cuda_12_has_every_kernel_and_spills_nothing(chip: str) -> None:
     usage = cubin(chip, cuda=12).usage
     assert sorted(usage) == sorted(PtxFile(ptx().read_text()).names)
     assert {name for name, used in usage.items() if used.local_bytes or used.stack_bytes} == set()
+    assert {name for name, used in usage.items() if used.registers > register_limit(name)} == set()
 
 
 def test_a_loop_without_matrix_instructions_is_noticed() -> None:

@@ -12,6 +12,9 @@ namespace qe {
 // 4 bits for each of the 16 eights of a chunk, the first in the lowest; see unpack.cuh for both orders.
 constexpr uint64_t kCodeShifts4 = 0x4040404040404040, kCodeShifts3 = 0x0636305263041630;
 
+// Sums of int8 activations for a GEMM with two groups in a chunk of K: bytes of one token in one chunk.
+constexpr int kTokenSums = 16;
+
 struct PrepareArgs {
   const void* x;          // T [M, K]
   const void* inv_omega;  // T [K] or null: multiplies x in the quantized branch only
