@@ -200,7 +200,7 @@ def pack_codes(lanes: NDArray[np.int8]) -> NDArray[np.uint8]:
 def unpack_codes(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Inverse of `pack_codes`."""
     nibbles = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], 2, 2, 4)  # [word, half, register]
-    return (nibbles.swapaxes(-1, -2).reshape(*packed.shape[:-1], 16).astype(np.int8) - 8).astype(np.int8)
+    return np.asarray(nibbles.swapaxes(-1, -2).reshape(*packed.shape[:-1], 16).astype(np.int8) - np.int8(8))
 
 
 def pack_down4(down: NDArray[np.int8]) -> NDArray[np.uint8]:

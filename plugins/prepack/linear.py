@@ -29,8 +29,8 @@ class CanonicalLinear:
         scales: ``[K / group_size, N]``, or ``[1, N]`` for one scale per output channel.
         zeros: int8, the shape of ``scales``, for asymmetric weights.
         inv_omega: ``[K]``, the channel scale of the quantized branch.
-        down: ``[K, r]``, floating point, or int8 with ``down_scale`` ``[r]``; INT4 codes are int8 here, as in ``qweight``.
-        up: ``[r, N]``, floating point, or int8 with ``up_scale`` ``[N]``.
+        down: ``[K, r]``, floating point, or int8 (INT4 too) with ``down_scale`` ``[r]``.
+        up: ``[r, N]``, floating point, or int8 (INT4 too) with ``up_scale`` ``[N]``.
         router: ``[K, num_experts]``.
         bias: ``[N]``.
     """

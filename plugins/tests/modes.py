@@ -50,8 +50,8 @@ def _combinations() -> list[tuple[Mode, int]]:
     """Every combination of activations, types, groups, zero points and adapters, at every token count.
 
     The number of experts rotates: at each token count every kind of activations and groups meets all of them, and so
-    does every kind of zero points and adapters. Integer adapters have 8 bits or 4, so that kernels of 4-bit weights meet
-    both at every token count: 8- and 6-bit activations share theirs, 16-bit ones those with and without zero points.
+    does every kind of zero points and adapters. Integer adapters have 8 bits or 4, such that every kernel of 4-bit
+    weights meets both at every token count: 8- and 6-bit activations share one, and with 16-bit ones zero points do.
     """
     cases = []
     dtypes: tuple[Dtype, ...] = ("f16", "bf16")
