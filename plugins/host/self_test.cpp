@@ -167,7 +167,7 @@ std::vector<uint8_t> PackUp(int bits) {
   for (int r = 0; r < kRank; ++r)
     for (int n = 0; n < kN; ++n) {
       const int lane = n % 8 * 4 + r % 8 / 2;
-      const int at = bits == 4 ? lane * 16 + Place(bits, n / 8 * 2 + r / 8, r % 2)
+      const int at = bits == 4 ? (n / 16 * 32 + lane) * 8 + Place(bits, n % 16 / 8 * 2 + r / 8, r % 2)
                                : (n / 8 * 32 + lane) * 4 + r / 8 * 2 + r % 2;
       packed[static_cast<size_t>(at)] = Up(r, n);
     }

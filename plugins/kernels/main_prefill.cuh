@@ -232,8 +232,7 @@ QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wn, const int
 template <class T>
 QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2], int column0,
                             float (&out)[kRowTiles][kColumnTiles][4]) {
-  const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles);
-  const int blocks = p.Np / kBlockColumns, own = column0 / kBlockColumns, block = own < blocks ? own : blocks - 1;
+  const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), last_pair = p.Np / 16 - 1;
   int expert[kRowTiles][2] = {};
   QE_UNROLL
   for (int i = 0; i < kRowTiles; ++i)
@@ -259,12 +258,17 @@ QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2],
           x[i][h] = routed_here ? load4(row) : 0u;
           x[i][2 + h] = routed_here ? load4(row + 8) : 0u;
         }
-      uint32_t u[kColumnTiles][2];
-      load_up<T>(p.up, p.up_bits, static_cast<size_t>(up0 + step) * blocks + block, lane, u);
       QE_UNROLL
-      for (int j = 0; j < kColumnTiles; ++j)
+      for (int j = 0; j < kColumnTiles; j += 2) {
+        const int own = (column0 + j * 8) / 16, pair = own < last_pair ? own : last_pair;
+        uint32_t u[4];
+        load_up<T>(p.up, p.up_bits, static_cast<size_t>(up0 + step) * (p.Np / 16) + pair, lane, u);
         QE_UNROLL
-        for (int i = 0; i < kRowTiles; ++i) mma_16<T>(out[i][j], x[i], u[j][0], u[j][1]);
+        for (int i = 0; i < kRowTiles; ++i) {
+          mma_16<T>(out[i][j], x[i], u[0], u[1]);
+          mma_16<T>(out[i][j + 1], x[i], u[2], u[3]);
+        }
+      }
     }
   }
 }

@@ -264,30 +264,23 @@ QE_DEV void load_down(const void* down, size_t block, int lane, uint32_t (&a)[2]
   }
 }
 
-// The registers of the four [16 ranks x 8 columns] tiles of `up` in a block of 32 columns; `block` counts (rank step,
-// block of columns) pairs.
+// The registers of two neighbouring [16 ranks x 8 columns] tiles of `up`, two each; `pair` counts (rank step, 16 columns).
 template <class T>
-QE_DEV void load_up(const void* up, int bits, size_t block, int lane, uint32_t (&u)[4][2]) {
-  if (bits == 4) {  // 16 codes of a lane lie together
-    const u32x2 w = load8(static_cast<const uint8_t*>(up) + (block * 32 + lane) * 8);
-    QE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      uint32_t r[4];
-      int4_pairs<T>(w.v[i], r);
-      u[2 * i][0] = r[0], u[2 * i][1] = r[1];
-      u[2 * i + 1][0] = r[2], u[2 * i + 1][1] = r[3];
-    }
+QE_DEV void load_up(const void* up, int bits, size_t pair, int lane, uint32_t (&r)[4]) {
+  const uint8_t* at = static_cast<const uint8_t*>(up);
+  if (bits == 4) {
+    int4_pairs<T>(load4(at + (pair * 32 + lane) * 4), r);
     return;
   }
   QE_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const size_t at = (block * 4 + j) * 32 + lane;
+  for (int j = 0; j < 2; ++j) {
+    const size_t tile = (pair * 2 + j) * 32 + lane;
     if (bits == 8) {
-      const uint32_t w = load4(static_cast<const uint8_t*>(up) + at * 4);
-      u[j][0] = int8_pair<T>(w, 0), u[j][1] = int8_pair<T>(w, 1);
+      const uint32_t w = load4(at + tile * 4);
+      r[2 * j] = int8_pair<T>(w, 0), r[2 * j + 1] = int8_pair<T>(w, 1);
     } else {
-      const u32x2 w = load8(static_cast<const uint8_t*>(up) + at * 8);
-      u[j][0] = w.v[0], u[j][1] = w.v[1];
+      const u32x2 w = load8(at + tile * 8);
+      r[2 * j] = w.v[0], r[2 * j + 1] = w.v[1];
     }
   }
 }

@@ -188,19 +188,20 @@ def unpack_down(packed: NDArray[Any], in_features: int) -> NDArray[Any]:
 
 
 def pack_codes(lanes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Pack ``[..., 16]`` values of INT4 to ``[..., 8]`` bytes: two words of the nibbles of four registers, plus 8.
+    """Pack ``[..., 8 * words]`` values of INT4 to ``[..., 4 * words]`` bytes; every value is stored with 8 added.
 
-    Nibbles i and i + 4 of a word become the two halves of register i.
+    A word has the values of four registers: nibbles i and i + 4 become the two halves of register i.
     """
-    words = lanes.reshape(*lanes.shape[:-1], 2, 4, 2)  # [word, register, half]
-    nibbles = (words.swapaxes(-1, -2).reshape(*lanes.shape[:-1], 16) + 8).astype(np.uint8)
+    registers = lanes.reshape(*lanes.shape[:-1], -1, 4, 2)
+    nibbles = (registers.swapaxes(-1, -2).reshape(lanes.shape) + 8).astype(np.uint8)
     return np.ascontiguousarray(nibbles[..., 0::2] | nibbles[..., 1::2] << 4)
 
 
 def unpack_codes(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Inverse of `pack_codes`."""
-    nibbles = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], 2, 2, 4)  # [word, half, register]
-    return np.asarray(nibbles.swapaxes(-1, -2).reshape(*packed.shape[:-1], 16).astype(np.int8) - np.int8(8))
+    halves = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1, 2, 4)
+    values = halves.swapaxes(-1, -2).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    return np.asarray(values.astype(np.int8) - np.int8(8))
 
 
 def pack_down4(down: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -235,14 +236,14 @@ def unpack_up(packed: NDArray[Any]) -> NDArray[Any]:
 
 
 def pack_up4(up: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Pack ``[16 * tiles, Np]`` values of INT4 to ``[tiles, Np/32, 32 lanes, 8]``: four tiles of `pack_up` together."""
+    """Pack ``[16 * tiles, Np]`` values of INT4 to ``[tiles, Np/16, 32 lanes, 4]``: two tiles of `pack_up` together."""
     lanes = pack_up(up)
     tiles, columns = lanes.shape[:2]
-    return pack_codes(lanes.reshape(tiles, columns // 4, 4, LANES, 4).swapaxes(2, 3).reshape(tiles, -1, LANES, 16))
+    return pack_codes(lanes.reshape(tiles, columns // 2, 2, LANES, 4).swapaxes(2, 3).reshape(tiles, -1, LANES, 8))
 
 
 def unpack_up4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Inverse of `pack_up4`."""
-    tiles, blocks = packed.shape[:2]
-    lanes = unpack_codes(packed).reshape(tiles, blocks, LANES, 4, 4).swapaxes(2, 3)
-    return unpack_up(lanes.reshape(tiles, blocks * 4, LANES, 4))
+    tiles, pairs = packed.shape[:2]
+    lanes = unpack_codes(packed).reshape(tiles, pairs, LANES, 2, 4).swapaxes(2, 3)
+    return unpack_up(lanes.reshape(tiles, pairs * 2, LANES, 4))

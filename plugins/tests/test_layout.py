@@ -161,8 +161,8 @@ def test_4_bit_factors_stand_where_the_kernels_look() -> None:
         assert (tile, block, lane // 4) == (r // 16, k // 32, r % 8)
         assert (8 * (lane % 4) + 4 * word + 2 * (register // 2) + half, register % 2) == (k % 32, r % 16 // 8)
         tile, block, lane, (word, register, half) = _place(layout.pack_up4(up))
-        assert (tile, block, lane // 4) == (r // 16, n // 32, n % 8)
-        assert (2 * (lane % 4) + 8 * (register % 2) + half, 2 * word + register // 2) == (r % 16, n % 32 // 8)
+        assert (tile, block, lane // 4, word) == (r // 16, n // 16, n % 8, 0)
+        assert (2 * (lane % 4) + 8 * (register % 2) + half, register // 2) == (r % 16, n % 16 // 8)
 
 
 def _place(packed: NDArray[np.uint8]) -> tuple[int, int, int, tuple[int, int, int]]:
