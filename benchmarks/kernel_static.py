@@ -5,8 +5,9 @@
 
 Needs the plugin built (plugins/ladder.sh) and cuobjdump and nvdisasm on PATH. Instructions are those that one warp
 issues in the loop over K: per 1000 multiply-accumulates in prefill, per 2048 weights in decode: a KiB of 4-bit ones;
-3-bit kernels (w3) count as many weights. These are static counts of what the assembler emitted; nothing here was run on
-hardware. `--write` stores the counts of all chips for `qe-edge predict`.
+3-bit kernels (w3) count as many weights. Of the down-projection they are those of one pass of its loop. These are
+static counts of what the assembler emitted; nothing here was run on hardware. `--write` stores the counts of all chips
+for `qe-edge predict`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "plugins"))
 from gates.costs import EDGE_LLM, instruction_costs
 from gates.cubins import CHIPS, cubin, disassemble
 from gates.limits import loop_of, variant
+from gates.loops import down_loop
 
 EDGE_LLM_PER_1000_MAC, EDGE_LLM_PER_KIB = EDGE_LLM["prefill_per_1000_mac"], EDGE_LLM["decode_per_kib"]["1"]
 GOAL_PER_1000_MAC, GOAL_PER_KIB = 2.0, 80
@@ -70,7 +72,13 @@ def main() -> int:
             f"{row['kernel']:34} {row['registers']:9} {row['local_bytes']:7} {row['per_mma']:8} {row['cost']:8} "
             f"{row['ratio_to_edge_llm']:10} {'met' if row['meets_goal'] else 'not met'}"
         )
-    print(json.dumps({"benchmark": "kernel_static", "chip": chip, "rows": rows}))
+    down = {
+        kernel: down_loop(code[kernel]).instructions for kernel in sorted(shipped.usage) if kernel.startswith("qe_down")
+    }
+    print("Instructions of one pass of lowrank_down over 32 rows: 16 columns in decode, 32 for 32 tokens in prefill")
+    for kernel, instructions in down.items():
+        print(f"{kernel:34} {shipped.usage[kernel].registers:9} {instructions:7}")
+    print(json.dumps({"benchmark": "kernel_static", "chip": chip, "rows": rows, "down": down}))
     return 0
 
 

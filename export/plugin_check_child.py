@@ -14,7 +14,7 @@ from qe_edge.errors import TargetError
 from qe_edge.export.plugin_check import LayerForm, Question, Verdict
 from qe_edge.runtime.plugin_library import CREATOR, load_plugin_library
 
-OPTIONAL = ("has_zeros", "has_inv_omega", "adapter_int8")  # operands that any layer may have
+OPTIONAL = ("has_zeros", "has_inv_omega")  # operands that any layer may have
 
 
 def answer(question: Question) -> Verdict:
@@ -34,7 +34,8 @@ def answer(question: Question) -> Verdict:
 def _make(trt: Any, creator: Any, form: LayerForm, layout_version: int) -> object | None:  # noqa: ANN401 - untyped
     numbers = {key: value for key, value in asdict(form).items() if key != "name"}
     # 3 bits are for layers that have kernels for them, decided when weights are packed: 4 is what the others get
-    numbers |= {"layout_version": layout_version, "weight_bits": 4, **dict.fromkeys(OPTIONAL, 0)}
+    numbers |= {"layout_version": layout_version, "weight_bits": 4, "adapter_bits": 16}
+    numbers |= dict.fromkeys(OPTIONAL, 0)
     fields = [
         trt.PluginField(key, np.array([value], np.int32), trt.PluginFieldType.INT32) for key, value in numbers.items()
     ]

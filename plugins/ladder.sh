@@ -79,7 +79,7 @@ test_oracle() { # Triton (188 MB) once, then its interpreter in PYTHON
   OPENBLAS_NUM_THREADS=1 PYTHONPATH=$PWD/build/triton "$python" -m pytest -q -n "$jobs" tests/test_oracle.py
 }
 
-build_demo() { # the demo's three graphs as engines with the plugin that was just built, with 4- and with 3-bit weights
+build_demo() { # the demo's three graphs as engines with the plugin that was just built, with 4-bit weights, and with 3-bit ones and INT4 factors
   "$python" -c 'import qe_edge, tensorrt_rtx' || { echo "Install qe-edge[rtx] in $python."; return 1; }
   rm -rf build/demo
   # one process for all commands: importing torch takes longer than building an engine
@@ -90,7 +90,7 @@ for words in """
 quantize demo -o build/demo/checkpoint --modules language,visual,merger --samples 4 --set tokens=256 --set em_steps=1
 export build/demo/checkpoint -o build/demo/onnx
 build build/demo/onnx -o build/demo/engines --target rtx --plugin --plugin-library build/plugin/libqe_plugin.so
-quantize demo -o build/demo/w3/checkpoint --scheme w3a16 --modules language,visual,merger --samples 4 --set tokens=256 --set em_steps=1
+quantize demo -o build/demo/w3/checkpoint --scheme w3a16 --modules language,visual,merger --samples 4 --set tokens=256 --set em_steps=1 --set adapter_dtype=int4
 export build/demo/w3/checkpoint -o build/demo/w3/onnx
 build build/demo/w3/onnx -o build/demo/w3/engines --target rtx --plugin --plugin-library build/plugin/libqe_plugin.so
 """.strip().splitlines():

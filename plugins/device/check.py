@@ -38,9 +38,9 @@ SHAPES = {
     "Qwen2-VL-7B": [(3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)],
 }
 TIMED = [
-    Mode("w4a8", int8_adapters=True, rank_routed=32),
+    Mode("w4a8", adapter_bits=8, rank_routed=32),
     Mode("w4a16_g128_asym", act_bits=0, group_size=128, zeros=True),
-    Mode("w3a8", weight_bits=3, int8_adapters=True, rank_routed=32),
+    Mode("w3a8", weight_bits=3, adapter_bits=8, rank_routed=32),
     Mode("w3a16_g128_asym", act_bits=0, group_size=128, zeros=True, weight_bits=3),
 ]
 

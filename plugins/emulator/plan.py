@@ -14,7 +14,7 @@ class Problem(ctypes.Structure):
         (name, ctypes.c_int32)
         for name in (
             "dtype", "M", "N", "K", "act_bits", "group_size", "has_zeros", "has_inv_omega",
-            "rank_shared", "rank_routed", "num_experts", "adapter_int8", "weight_bits",
+            "rank_shared", "rank_routed", "num_experts", "adapter_bits", "weight_bits",
         )
     ]  # fmt: skip
 

@@ -117,6 +117,7 @@ QE_EMU_OUT inline void checked_store(void* p, V v) {
 QE_DEV u32x4 load16(const void* p) { return checked_load<u32x4>(p); }
 QE_DEV u32x4 load16_stream(const void* p) { return checked_load<u32x4>(p); }
 QE_DEV u32x2 load8(const void* p) { return checked_load<u32x2>(p); }
+QE_DEV u32x2 load8_stream(const void* p) { return checked_load<u32x2>(p); }
 QE_DEV uint16_t load2(const void* p) { return checked_load<uint16_t>(p); }
 QE_DEV uint32_t load4(const void* p) { return checked_load<uint32_t>(p); }
 QE_DEV void store2(void* p, uint16_t v) { checked_store(p, v); }

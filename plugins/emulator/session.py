@@ -12,7 +12,7 @@ from emulator.plan import Buffers, Launch, Planner, Problem, Tactic
 from prepack.floats import Dtype, from_bits, to_bits
 from prepack.linear import CanonicalLinear
 from prepack.pack import PackedLinear, pack
-from prepack.width import weight_bits
+from prepack.width import adapter_bits, weight_bits
 
 DTYPE_CODE = {"f16": 0, "bf16": 1}
 
@@ -53,7 +53,7 @@ def problem_of(linear: CanonicalLinear, tokens: int, dtype: Dtype) -> Problem:
         rank_shared=linear.rank_shared,
         rank_routed=linear.rank_routed,
         num_experts=linear.num_experts,
-        adapter_int8=int(linear.int8_adapters),
+        adapter_bits=adapter_bits(linear),
         weight_bits=weight_bits(linear, dtype),
     )
 

@@ -82,3 +82,12 @@ def hot_loop(code: list[str], weight_bits: int = 4) -> Loop:
     if not candidates:
         raise ValueError("no loop with both matrix instructions and weight loads. Look at the SASS.")
     return min(candidates, key=lambda each: each[0])[1]
+
+
+def down_loop(code: list[str]) -> Loop:
+    """The loop over K of a down-projection: the smallest that multiplies; one pass is 32 rows."""
+    bodies = [line.split(" ", 1)[1] for line in code]
+    found = [loop for first, last in loops(code) if (loop := _count(bodies[first : last + 1], 4)).mma]
+    if not found:
+        raise ValueError("no loop with matrix instructions. Look at the SASS.")
+    return min(found, key=lambda loop: loop.instructions)

@@ -161,11 +161,10 @@ void PlanDown(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   a.splits = s.decode ? Splits(p, s) : 1;
   constexpr int kWarps = 4;
   char name[48];
-  const char* adapter = p.adapter_int8 ? "a8" : "a16";
   if (s.decode) {
     a.partial = At<float>(b.workspace + w.h);
     const int tokens8 = p.M <= 8 ? 1 : 2;
-    snprintf(name, sizeof name, "qe_down_decode_%s_t%d_%s", adapter, tokens8 * 8, Tag(p));
+    snprintf(name, sizeof name, "qe_down_decode_a%d_t%d_%s", p.adapter_bits, tokens8 * 8, Tag(p));
     Fill(launch, name, s.down_tiles(), a.splits, kWarps * 32, kWarps * tokens8 * 4 * 128, a);
     return;
   }
@@ -173,7 +172,7 @@ void PlanDown(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   a.order = At<int32_t>(b.workspace + w.order);
   const int blocks = Divide(p.M, 32);
   const int shared_blocks = s.shared_tiles ? blocks : 0, routed_blocks = s.experts ? blocks + s.experts : 0;
-  snprintf(name, sizeof name, "qe_down_prefill_%s_%s", adapter, Tag(p));
+  snprintf(name, sizeof name, "qe_down_prefill_a%d_%s", p.adapter_bits, Tag(p));
   Fill(launch, name, shared_blocks + routed_blocks, Divide(std::max(s.shared_tiles, s.routed_tiles), 2), kWarps * 32,
        32 * 4 + kWarps * 16 * 4 + kWarps * 2 * 4 * 4 * 128, a);
 }
@@ -197,7 +196,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   a.M = p.M, a.N = p.N, a.Np = s.Np, a.Kp = s.Kp;
   a.E = s.experts, a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
   a.splits = s.decode ? Splits(p, s) : 1;
-  a.up_is_int8 = p.adapter_int8;
+  a.up_bits = p.adapter_bits;
   char name[48];
   if (s.decode) {
     const int warps = t.decode_warps ? t.decode_warps : 8, tokens8 = p.M <= 8 ? 1 : 2;
@@ -236,8 +235,10 @@ const char* QeRefuse(const QeProblem* problem) {
     return "num_experts is outside 0 to 16. Use at most 16 routed experts.";
   if (p.num_experts == 0 && p.rank_routed != 0)
     return "rank_routed is set but num_experts is 0. Set both or neither.";
-  for (const int32_t flag : {p.has_zeros, p.has_inv_omega, p.adapter_int8})
+  for (const int32_t flag : {p.has_zeros, p.has_inv_omega})
     if (flag != 0 && flag != 1) return "A flag of the problem is neither 0 nor 1. Rebuild the engine from the model.";
+  if (p.adapter_bits != 4 && p.adapter_bits != 8 && p.adapter_bits != 16)
+    return "adapter_bits is not 4, 8 or 16. Lower the model with qe-edge build.";
   if (p.weight_bits != 3 && p.weight_bits != 4)
     return "weight_bits is neither 3 nor 4. Lower the model with qe-edge build.";
   if (p.weight_bits == 3 && (p.dtype != QE_F16 || (p.act_bits != 0 && p.has_zeros)))

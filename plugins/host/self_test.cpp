@@ -15,8 +15,13 @@ constexpr char kNoMemory[] = "The self-test found no GPU memory. Free some and t
 // Small integers and powers of two, so that every float16 value below is exact and only y is rounded.
 int Weight(int k, int n, int bits) { return (k * 7 + n * 5 + k / 16) % (1 << bits) - (1 << (bits - 1)); }
 int Activation(int m, int k) { return k == 3 ? 127 : (m * 31 + k * 11) % 201 - 100; }  // the maximum makes the scale 1
-float Down(int k, int r) { return k % kRank == r ? 0.25f : 0.f; }
-float Up(int r, int n) { return (r + n) % 3 == 0 ? 0.5f : -0.25f; }
+// Low-rank factors are small integers too, with one scale. Those of `down` have magnitudes that sum to 16 in a column.
+constexpr float kDownScale = 0.25f, kUpScale = 0.125f;
+int Down(int k, int r) {
+  constexpr int kCodes[kRank] = {1, 0, 0, -8, 0, 0, 0, 0, 0, 7};
+  return k % kRank == r ? kCodes[(k / kRank + r) % kRank] : 0;
+}
+int Up(int r, int n) { return (r * 3 + n * 5) % 16 - 8; }
 // Scales of groups differ, zero points too; without groups or zero points they are 1/64 and 0.
 constexpr float kScale = 0.015625f;
 float GroupScale(int group) { return kScale / static_cast<float>(1 << group % 3); }
@@ -27,10 +32,10 @@ int Zero(int group, int n, int bits) { return (group * 5 + n * 3) % (1 << bits) 
 struct Kind {
   int act_bits, group_size;
   bool zeros;
-  int bits;
+  int bits, adapter_bits;
 };
-constexpr Kind kKinds[] = {{8, -1, false, 4}, {8, 64, true, 4},  {0, -1, false, 4}, {0, 128, true, 4},
-                           {8, 64, false, 3}, {0, -1, false, 3}, {0, 128, true, 3}};
+constexpr Kind kKinds[] = {{8, -1, false, 4, 16}, {8, 64, true, 4, 4},  {0, -1, false, 4, 16}, {0, 128, true, 4, 4},
+                           {8, 64, false, 3, 4},  {0, -1, false, 3, 16}, {0, 128, true, 3, 8}};
 int GroupOf(const Kind& kind, int k) { return kind.group_size < 0 ? 0 : k / kind.group_size; }
 int Centred(const Kind& kind, int k, int n) {
   return Weight(k, n, kind.bits) - (kind.zeros ? Zero(GroupOf(kind, k), n, kind.bits) : 0);
@@ -124,24 +129,49 @@ std::vector<uint8_t> PackZeros(const Kind& kind) {
   return packed;
 }
 
-std::vector<uint16_t> PackDown() {
-  std::vector<uint16_t> packed(kK * kRank);
+// Factors as their bytes: fp16 values, or integers, of 4 bits with 8 added.
+std::vector<uint8_t> FactorBytes(const std::vector<int>& codes, int bits, float scale) {
+  std::vector<uint8_t> bytes;
+  for (size_t i = 0; i < codes.size(); ++i) {
+    if (bits == 16) {
+      const uint16_t half = Half(static_cast<float>(codes[i]) * scale);
+      bytes.push_back(static_cast<uint8_t>(half)), bytes.push_back(static_cast<uint8_t>(half >> 8));
+    } else if (bits == 8) {
+      bytes.push_back(static_cast<uint8_t>(codes[i]));
+    } else if (i % 2) {
+      bytes.back() = static_cast<uint8_t>(bytes.back() | (codes[i] + 8) << 4);
+    } else {
+      bytes.push_back(static_cast<uint8_t>(codes[i] + 8));
+    }
+  }
+  return bytes;
+}
+
+// Where value `half` of register `reg` of eight of a lane stands; of 4 bits, the halves are nibbles that are 4 apart.
+int Place(int bits, int reg, int half) { return bits == 4 ? reg / 4 * 8 + reg % 4 + half * 4 : reg * 2 + half; }
+
+std::vector<uint8_t> PackDown(int bits) {
+  std::vector<int> packed(kK * kRank);
   for (int k = 0; k < kK; ++k)
     for (int r = 0; r < kRank; ++r) {
       const int pair = k % 32 / 8, step = k % 8 / 4, lane = r % 8 * 4 + pair, reg = k % 4 / 2 * 2 + r / 8;
-      packed[((k / 32 * 2 + step) * 32 + lane) * 8 + reg * 2 + k % 2] = Half(Down(k, r));
+      const int at = bits == 16 ? ((k / 32 * 2 + step) * 32 + lane) * 8 + reg * 2 + k % 2
+                                : (k / 32 * 32 + lane) * 16 + Place(bits, step * 4 + reg, k % 2);
+      packed[static_cast<size_t>(at)] = Down(k, r);
     }
-  return packed;
+  return FactorBytes(packed, bits, kDownScale);
 }
 
-std::vector<uint16_t> PackUp() {
-  std::vector<uint16_t> packed(kRank * kN);
+std::vector<uint8_t> PackUp(int bits) {
+  std::vector<int> packed(kRank * kN);
   for (int r = 0; r < kRank; ++r)
     for (int n = 0; n < kN; ++n) {
       const int lane = n % 8 * 4 + r % 8 / 2;
-      packed[(n / 8 * 32 + lane) * 4 + r / 8 * 2 + r % 2] = Half(Up(r, n));
+      const int at = bits == 4 ? (n / 16 * 32 + lane) * 8 + Place(bits, n % 16 / 8 * 2 + r / 8, r % 2)
+                               : (n / 8 * 32 + lane) * 4 + r / 8 * 2 + r % 2;
+      packed[static_cast<size_t>(at)] = Up(r, n);
     }
-  return packed;
+  return FactorBytes(packed, bits, kUpScale);
 }
 
 float Expected(const Kind& kind, int m, int n) {
@@ -150,8 +180,8 @@ float Expected(const Kind& kind, int m, int n) {
     sum += static_cast<float>(Activation(m, k) * Centred(kind, k, n)) * GroupScale(GroupOf(kind, k));
   for (int r = 0; r < kRank; ++r) {
     float h = 0.f;
-    for (int k = 0; k < kK; ++k) h += static_cast<float>(Activation(m, k)) * Down(k, r);
-    correction += Value(Half(h)) * Up(r, n);
+    for (int k = 0; k < kK; ++k) h += static_cast<float>(Activation(m, k) * Down(k, r)) * kDownScale;
+    correction += Value(Half(h)) * static_cast<float>(Up(r, n)) * kUpScale;
   }
   return sum + correction + static_cast<float>(n);
 }
@@ -165,16 +195,18 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   QeProblem p{};
   p.dtype = QE_F16, p.M = tokens, p.N = kN, p.K = kK;
   p.act_bits = kind.act_bits, p.group_size = kind.group_size, p.has_zeros = kind.zeros, p.rank_shared = kRank;
-  p.weight_bits = kind.bits;
+  p.weight_bits = kind.bits, p.adapter_bits = kind.adapter_bits;
   std::vector<uint16_t> x(static_cast<size_t>(tokens) * kK);
   for (int m = 0; m < tokens; ++m)
     for (int k = 0; k < kK; ++k) x[static_cast<size_t>(m) * kK + k] = Half(static_cast<float>(Activation(m, k)));
   // prepack/pack.py, _code_unit
   const float code = kind.act_bits == 0 ? 16777216.f : kind.bits == 3 ? 0.03125f : kind.zeros ? 0.125f : 0.0625f;
+  const bool integers = kind.adapter_bits != 16;  // their scales are applied after the products
+  const float up_scale = integers ? kUpScale : 1.f;
   std::vector<float> columns(3 * kN);
   for (int n = 0; n < kN; ++n) {
-    columns[n] = code * (kind.group_size < 0 ? kScale : 1.f / 1048576.f);
-    columns[kN + n] = 1.f;
+    columns[n] = code * (kind.group_size < 0 ? kScale : 1.f / 1048576.f) / up_scale;
+    columns[kN + n] = up_scale;
     columns[2 * kN + n] = static_cast<float>(n);
   }
   QeBuffers b{};
@@ -183,9 +215,9 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   b.scales = Put(device, PackScales(kind));
   b.columns = Put(device, columns);
   b.zeros = Put(device, PackZeros(kind));
-  b.down = Put(device, PackDown());
-  b.down_scale = Put(device, std::vector<float>(kRank, 1.f));
-  b.up = Put(device, PackUp());
+  b.down = Put(device, PackDown(kind.adapter_bits));
+  b.down_scale = Put(device, std::vector<float>(kRank, integers ? kDownScale : 1.f));
+  b.up = Put(device, PackUp(kind.adapter_bits));
   std::vector<uint16_t> y(static_cast<size_t>(tokens) * kN);
   b.y = device.Allocate(y.size() * 2, nullptr);
   b.workspace = device.Allocate(QeWorkspaceBytes(&p), nullptr);

@@ -1,6 +1,7 @@
 // The kernels by name. The includer defines QE_PREPARE, QE_DOWN_DECODE, QE_DOWN_PREFILL, QE_MAIN_DECODE and
 // QE_MAIN_PREFILL; host/plan.cpp builds the same names. Their parts: s8 = int8 activations, h = 16-bit ones; w3 = 3-bit
-// weights; c = scale per channel, g128 and g64 = per group, z = zero points; t8 and t16 = at most 8 or 16 tokens.
+// weights; c = scale per channel, g128 and g64 = per group, z = zero points; a16, a8 and a4 = bits of the low-rank factors;
+// t8 and t16 = at most 8 or 16 tokens.
 // 3-bit weights are for float16 and for the layers that schemes with 3 bits make; all others keep 4 (prepack/width.py).
 // QE_SUBSET keeps only what the planted-bug tests need, because they compile the kernels once per bug: 4 or 3 says of
 // which weights.
@@ -30,18 +31,21 @@
 
 #define QE_KERNELS_OF(tag, T)                                       \
   QE_PREPARE(qe_prepare_##tag, T)                                   \
-  QE_DOWN_DECODE(qe_down_decode_a16_t8_##tag, T, false, 1)          \
-  QE_DOWN_PREFILL(qe_down_prefill_a16_##tag, T, false)              \
+  QE_DOWN_DECODE(qe_down_decode_a16_t8_##tag, T, 16, 1)             \
+  QE_DOWN_PREFILL(qe_down_prefill_a16_##tag, T, 16)                 \
   QE_FOR_W4(                                                        \
+  QE_DOWN_DECODE(qe_down_decode_a4_t8_##tag, T, 4, 1)               \
+  QE_DOWN_PREFILL(qe_down_prefill_a4_##tag, T, 4)                   \
   QE_MAIN_VARIANT(s8_c, tag, T, 4, kInt8, 0, false)                 \
   QE_MAIN_VARIANT(s8_g128z, tag, T, 4, kInt8, 1, true)              \
   QE_MAIN_VARIANT(s8_g64z, tag, T, 4, kInt8, 2, true)               \
   QE_MAIN_VARIANT(h_g128z, tag, T, 4, k16Bit, 1, true))             \
   QE_FOR_FULL(                                                      \
-  QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, false, 2)         \
-  QE_DOWN_DECODE(qe_down_decode_a8_t8_##tag, T, true, 1)            \
-  QE_DOWN_DECODE(qe_down_decode_a8_t16_##tag, T, true, 2)           \
-  QE_DOWN_PREFILL(qe_down_prefill_a8_##tag, T, true)                \
+  QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, 16, 2)            \
+  QE_DOWN_DECODE(qe_down_decode_a8_t8_##tag, T, 8, 1)               \
+  QE_DOWN_DECODE(qe_down_decode_a8_t16_##tag, T, 8, 2)              \
+  QE_DOWN_PREFILL(qe_down_prefill_a8_##tag, T, 8)                   \
+  QE_DOWN_DECODE(qe_down_decode_a4_t16_##tag, T, 4, 2)              \
   QE_MAIN_VARIANT(s8_cz, tag, T, 4, kInt8, 0, true)                 \
   QE_MAIN_VARIANT(s8_g128, tag, T, 4, kInt8, 1, false)              \
   QE_MAIN_VARIANT(s8_g64, tag, T, 4, kInt8, 2, false)               \

@@ -6,10 +6,10 @@
 
 #define QE_PREPARE(name, T) \
   QE_KERNEL void QE_BOUNDS(1024) name(qe::PrepareArgs p) { qe::prepare<qe::T>(p); }
-#define QE_DOWN_DECODE(name, T, int8, tokens8) \
-  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_decode<qe::T, int8, tokens8>(p); }
-#define QE_DOWN_PREFILL(name, T, int8) \
-  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_prefill<qe::T, int8>(p); }
+#define QE_DOWN_DECODE(name, T, bits, tokens8) \
+  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_decode<qe::T, bits, tokens8>(p); }
+#define QE_DOWN_PREFILL(name, T, bits) \
+  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) { qe::lowrank_down_prefill<qe::T, bits>(p); }
 #define QE_MAIN_DECODE(name, T, bits, mode, groups, zeros, tokens8)         \
   QE_KERNEL void QE_BOUNDS(256, 2) name(qe::MainArgs p) {                   \
     qe::main_decode<qe::T, bits, qe::mode, groups, zeros, tokens8>(p);      \

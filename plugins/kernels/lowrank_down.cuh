@@ -14,7 +14,7 @@ constexpr int kDownTokens = 32;  // tokens of one prefill block
 constexpr int kDownColumnTiles = 2;
 
 // Registers of one warp over its share of K: columns of `down` are the rows of the product, tokens its columns.
-template <class T, bool Int8, int Tokens8, int Tiles>
+template <class T, int Bits, int Tokens8, int Tiles>
 QE_DEV void down_accumulate(const DownArgs& p, const int (&tile)[Tiles], const int (&token)[Tokens8], int first,
                             int last, float (&acc)[Tiles][Tokens8][4]) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
@@ -36,22 +36,12 @@ QE_DEV void down_accumulate(const DownArgs& p, const int (&tile)[Tiles], const i
     QE_UNROLL
     for (int c = 0; c < Tiles; ++c) {
       const size_t block = static_cast<size_t>(tile[c]) * blocks + b;
-      u32x4 bytes{};
-      if (Int8) bytes = load16_stream(static_cast<const uint8_t*>(p.down) + (block * 32 + lane) * 16);
+      uint32_t a[2][4];
+      load_down<T, Bits>(p.down, block, lane, a);
       QE_UNROLL
-      for (int step = 0; step < 2; ++step) {
-        uint32_t a[4];
-        if (Int8) {
-          QE_UNROLL
-          for (int i = 0; i < 4; ++i) a[i] = int8_pair<T>(bytes.v[step * 2 + i / 2], i & 1);
-        } else {
-          const u32x4 w = load16_stream(static_cast<const uint8_t*>(p.down) + ((block * 2 + step) * 32 + lane) * 16);
-          QE_UNROLL
-          for (int i = 0; i < 4; ++i) a[i] = w.v[i];
-        }
+      for (int step = 0; step < 2; ++step)
         QE_UNROLL
-        for (int t = 0; t < Tokens8; ++t) mma_16<T>(acc[c][t], a, x[t].v[step * 2], x[t].v[step * 2 + 1]);
-      }
+        for (int t = 0; t < Tokens8; ++t) mma_16<T>(acc[c][t], a[step], x[t].v[step * 2], x[t].v[step * 2 + 1]);
     }
   }
 }
@@ -78,7 +68,7 @@ QE_DEV float collect(const float* sums, int column, int token) {
   return v;
 }
 
-template <class T, bool Int8, int Tokens8>
+template <class T, int Bits, int Tokens8>
 QE_DEV void lowrank_down_decode(const DownArgs& p) {
   QE_DYNAMIC_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
@@ -99,7 +89,7 @@ QE_DEV void lowrank_down_decode(const DownArgs& p) {
   const int blocks = (p.K + 31) / 32, each = (blocks + p.splits - 1) / p.splits;
   const int first = split * each, last = first + each < blocks ? first + each : blocks;
   float acc[1][Tokens8][4];
-  down_accumulate<T, Int8, Tokens8, 1>(p, tile, token, first, last, acc);
+  down_accumulate<T, Bits, Tokens8, 1>(p, tile, token, first, last, acc);
   store_partial<Tokens8, 1>(acc, sums);
   block_sync();
 
@@ -177,7 +167,7 @@ QE_DEV TokenGroup pick_tokens(const DownArgs& p, int block, int* list, int* coun
   return {expert, count};
 }
 
-template <class T, bool Int8>
+template <class T, int Bits>
 QE_DEV void lowrank_down_prefill(const DownArgs& p) {
   constexpr int kTokens8 = kDownTokens / 8;
   QE_DYNAMIC_SHARED(shared);
@@ -195,7 +185,7 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
   QE_UNROLL
   for (int t = 0; t < kTokens8; ++t) token[t] = list[t * 8 + ((thread_id() & 31) >> 2)];
   float acc[kDownColumnTiles][kTokens8][4];
-  down_accumulate<T, Int8, kTokens8, kDownColumnTiles>(p, tile, token, 0, (p.K + 31) / 32, acc);
+  down_accumulate<T, Bits, kTokens8, kDownColumnTiles>(p, tile, token, 0, (p.K + 31) / 32, acc);
   store_partial<kTokens8, kDownColumnTiles>(acc, sums);
   block_sync();
 

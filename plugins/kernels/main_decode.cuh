@@ -244,7 +244,7 @@ QE_DEV uint32_t load_h(const MainArgs& p, int token, int rank_at) {
 
 // h @ up, on the tensor cores: 16 ranks at a time, the steps dealt out to the warps.
 template <class T, int Tokens8>
-QE_DEV void decode_lowrank(const MainArgs& p, int tile0, const int (&token)[Tokens8],
+QE_DEV void decode_lowrank(const MainArgs& p, int pair0, const int (&token)[Tokens8],
                            float (&out)[kDecodeTiles][Tokens8][4]) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5, pair = (lane & 3) * 2;
   uint32_t hit = 0;
@@ -263,9 +263,9 @@ QE_DEV void decode_lowrank(const MainArgs& p, int tile0, const int (&token)[Toke
       }
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i) {
-        const size_t at = static_cast<size_t>(up0 + step) * (p.Np / 8) + tile0 + i * 2;
-        const u32x2 u = load_up<T>(p.up, p.up_is_int8, at, lane), v = load_up<T>(p.up, p.up_is_int8, at + 1, lane);
-        const uint32_t a[4] = {u.v[0], v.v[0], u.v[1], v.v[1]};
+        uint32_t u[4];
+        load_up<T>(p.up, p.up_bits, static_cast<size_t>(up0 + step) * (p.Np / 16) + pair0 + i, lane, u);
+        const uint32_t a[4] = {u[0], u[2], u[1], u[3]};
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t) mma_16<T>(out[i][t], a, b[t][0], b[t][1]);
       }
@@ -338,7 +338,7 @@ QE_DEV void main_decode(const MainArgs& p) {
         const float v = without_zero<Mode, kWholeColumn>(p, acc[i][t][j], z[2 * i + j / 2], at);
         out[i][t][j] = v * (p.columns[column + i * 16 + (j >> 1) * 8] * p.token_scale[at] * kUnit);
       }
-  decode_lowrank<T, Tokens8>(p, n0 / 8, token, out);
+  decode_lowrank<T, Tokens8>(p, n0 / 16, token, out);
 
   QE_UNROLL
   for (int i = 0; i < kDecodeTiles; ++i)

@@ -232,7 +232,7 @@ QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wn, const int
 template <class T>
 QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2], int column0,
                             float (&out)[kRowTiles][kColumnTiles][4]) {
-  const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), last_tile = p.Np / 8 - 1;
+  const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), last_pair = p.Np / 16 - 1;
   int expert[kRowTiles][2] = {};
   QE_UNROLL
   for (int i = 0; i < kRowTiles; ++i)
@@ -259,12 +259,15 @@ QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2],
           x[i][2 + h] = routed_here ? load4(row + 8) : 0u;
         }
       QE_UNROLL
-      for (int j = 0; j < kColumnTiles; ++j) {
-        const int tile = column0 / 8 + j;
-        const size_t at = static_cast<size_t>(up0 + step) * (p.Np / 8) + (tile < last_tile ? tile : last_tile);
-        const u32x2 u = load_up<T>(p.up, p.up_is_int8, at, lane);
+      for (int j = 0; j < kColumnTiles; j += 2) {
+        const int own = (column0 + j * 8) / 16, pair = own < last_pair ? own : last_pair;
+        uint32_t u[4];
+        load_up<T>(p.up, p.up_bits, static_cast<size_t>(up0 + step) * (p.Np / 16) + pair, lane, u);
         QE_UNROLL
-        for (int i = 0; i < kRowTiles; ++i) mma_16<T>(out[i][j], x[i], u.v[0], u.v[1]);
+        for (int i = 0; i < kRowTiles; ++i) {
+          mma_16<T>(out[i][j], x[i], u[0], u[1]);
+          mma_16<T>(out[i][j + 1], x[i], u[2], u[3]);
+        }
       }
     }
   }

@@ -149,6 +149,11 @@ QE_DEV u32x4 load16_stream(const void* p) {
                : "l"(p));
   return r;
 }
+QE_DEV u32x2 load8_stream(const void* p) {
+  u32x2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.v[0]), "=r"(r.v[1]) : "l"(p));
+  return r;
+}
 QE_DEV void store2(void* p, uint16_t v) { *static_cast<uint16_t*>(p) = v; }
 QE_DEV void store4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 QE_DEV void store8(void* p, u32x2 v) { *static_cast<uint2*>(p) = make_uint2(v.v[0], v.v[1]); }

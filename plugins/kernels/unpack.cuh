@@ -218,12 +218,71 @@ QE_DEV uint32_t int8_pair(uint32_t word, int half) {
   return pack2<T>(lo, hi);
 }
 
-// The two registers of one [16 ranks x 8 columns] tile of `up`; `tile` counts (rank step, column tile) pairs.
+// Eight values of INT4, each stored with 8 added, as four registers: nibbles i and i + 4 are the halves of number i.
 template <class T>
-QE_DEV u32x2 load_up(const void* up, bool is_int8, size_t tile, int lane) {
-  if (!is_int8) return load8(static_cast<const uint8_t*>(up) + (tile * 32 + lane) * 8);
-  const uint32_t w = load4(static_cast<const uint8_t*>(up) + (tile * 32 + lane) * 4);
-  return {{int8_pair<T>(w, 0), int8_pair<T>(w, 1)}};
+QE_DEV void int4_pairs(uint32_t w, uint32_t (&r)[4]) {
+  QE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float lo = int_bits_to_float(static_cast<int>(0x4B000000u | ((w >> (4 * i)) & 15u))) - 8388616.0f;
+    const float hi = int_bits_to_float(static_cast<int>(0x4B000000u | ((w >> (4 * i + 16)) & 15u))) - 8388616.0f;
+    r[i] = pack2<T>(lo, hi);
+  }
+}
+// In the mantissa of the fp16 1024 a code is a whole number, and four bits higher 16 of them: both become the exact value
+// in one more instruction, so that factors of any width have the same scales.
+template <>
+QE_DEV void int4_pairs<f16_t>(uint32_t w, uint32_t (&r)[4]) {
+  QE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t codes = w >> (8 * i);
+    r[2 * i] = sub_f16x2(and_or(codes, 0x000F000Fu, 0x64006400u), 0x64086408u);  // less 1024 + 8
+    r[2 * i + 1] = fma_f16x2(and_or(codes, 0x00F000F0u, 0x64006400u), 0x2C002C00u, 0xD480D480u);  // / 16 - (64 + 8)
+  }
+}
+
+// The two A fragments of a block of `down`, [32 rows x 16 columns] of values with this many bits.
+template <class T, int Bits>
+QE_DEV void load_down(const void* down, size_t block, int lane, uint32_t (&a)[2][4]) {
+  const uint8_t* at = static_cast<const uint8_t*>(down) + block * (32 * 16 * Bits / 8);
+  if constexpr (Bits == 4) {
+    const u32x2 w = load8_stream(at + lane * 8);
+    QE_UNROLL
+    for (int step = 0; step < 2; ++step) int4_pairs<T>(w.v[step], a[step]);
+  } else if constexpr (Bits == 8) {
+    const u32x4 w = load16_stream(at + lane * 16);
+    QE_UNROLL
+    for (int step = 0; step < 2; ++step)
+      QE_UNROLL
+      for (int i = 0; i < 4; ++i) a[step][i] = int8_pair<T>(w.v[step * 2 + i / 2], i & 1);
+  } else {
+    QE_UNROLL
+    for (int step = 0; step < 2; ++step) {
+      const u32x4 w = load16_stream(at + (step * 32 + lane) * 16);
+      QE_UNROLL
+      for (int i = 0; i < 4; ++i) a[step][i] = w.v[i];
+    }
+  }
+}
+
+// The registers of two neighbouring [16 ranks x 8 columns] tiles of `up`, two each; `pair` counts (rank step, 16 columns).
+template <class T>
+QE_DEV void load_up(const void* up, int bits, size_t pair, int lane, uint32_t (&r)[4]) {
+  const uint8_t* at = static_cast<const uint8_t*>(up);
+  if (bits == 4) {
+    int4_pairs<T>(load4(at + (pair * 32 + lane) * 4), r);
+    return;
+  }
+  QE_UNROLL
+  for (int j = 0; j < 2; ++j) {
+    const size_t tile = (pair * 2 + j) * 32 + lane;
+    if (bits == 8) {
+      const uint32_t w = load4(at + tile * 4);
+      r[2 * j] = int8_pair<T>(w, 0), r[2 * j + 1] = int8_pair<T>(w, 1);
+    } else {
+      const u32x2 w = load8(at + tile * 8);
+      r[2 * j] = w.v[0], r[2 * j + 1] = w.v[1];
+    }
+  }
 }
 
 }  // namespace qe

@@ -45,7 +45,7 @@ def triton_linear(linear: CanonicalLinear, x: NDArray[np.float32], dtype: Dtype)
         SCALED=linear.inv_omega is not None, ROUTED=linear.router is not None and linear.num_experts > 1,
         BM=BM, BK=BK, BE=MOST_EXPERTS,
     )  # fmt: skip
-    h, int8 = torch.zeros(tokens, max(1, linear.rank)), linear.int8_adapters
+    h, int8 = torch.zeros(tokens, max(1, linear.rank)), linear.coded_adapters
     if linear.rank:
         project_down[(rows, triton.cdiv(linear.rank, BR))](
             x_half, device(linear.down), device(linear.down_scale), expert, h, tokens, linear.rank,

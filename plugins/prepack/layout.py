@@ -187,6 +187,33 @@ def unpack_down(packed: NDArray[Any], in_features: int) -> NDArray[Any]:
     return np.ascontiguousarray(cut.transpose(1, 2, 0, 3).reshape(blocks * 32, tiles * 16)[:in_features])
 
 
+def pack_codes(lanes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Pack ``[..., 8 * words]`` values of INT4 to ``[..., 4 * words]`` bytes; every value is stored with 8 added.
+
+    A word has the values of four registers: nibbles i and i + 4 become the two halves of register i.
+    """
+    registers = lanes.reshape(*lanes.shape[:-1], -1, 4, 2)
+    nibbles = (registers.swapaxes(-1, -2).reshape(lanes.shape) + 8).astype(np.uint8)
+    return np.ascontiguousarray(nibbles[..., 0::2] | nibbles[..., 1::2] << 4)
+
+
+def unpack_codes(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Inverse of `pack_codes`."""
+    halves = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1, 2, 4)
+    values = halves.swapaxes(-1, -2).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    return np.asarray(values.astype(np.int8) - np.int8(8))
+
+
+def pack_down4(down: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """`pack_down` of values of INT4: ``[tiles, K/32, 32 lanes, 8]``."""
+    return pack_codes(pack_down(down))
+
+
+def unpack_down4(packed: NDArray[np.uint8], in_features: int) -> NDArray[np.int8]:
+    """Inverse of `pack_down4`."""
+    return unpack_down(unpack_codes(packed), in_features)
+
+
 def _up_rows() -> NDArray[np.int64]:
     """Rank (of 16) of value v of a lane: v = 2*register + half."""
     value = np.arange(4)
@@ -206,3 +233,17 @@ def unpack_up(packed: NDArray[Any]) -> NDArray[Any]:
     cut = np.empty((tiles, columns, 16, 8), packed.dtype)
     cut[:, :, _up_rows(), _GROUP[:, None]] = packed
     return np.ascontiguousarray(cut.transpose(0, 2, 1, 3)).reshape(tiles * 16, columns * 8)
+
+
+def pack_up4(up: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Pack ``[16 * tiles, Np]`` values of INT4 to ``[tiles, Np/16, 32 lanes, 4]``: two tiles of `pack_up` together."""
+    lanes = pack_up(up)
+    tiles, columns = lanes.shape[:2]
+    return pack_codes(lanes.reshape(tiles, columns // 2, 2, LANES, 4).swapaxes(2, 3).reshape(tiles, -1, LANES, 8))
+
+
+def unpack_up4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Inverse of `pack_up4`."""
+    tiles, pairs = packed.shape[:2]
+    lanes = unpack_codes(packed).reshape(tiles, pairs, LANES, 2, 4).swapaxes(2, 3)
+    return unpack_up(lanes.reshape(tiles, pairs * 2, LANES, 4))

@@ -29,8 +29,8 @@ class CanonicalLinear:
         scales: ``[K / group_size, N]``, or ``[1, N]`` for one scale per output channel.
         zeros: int8, the shape of ``scales``, for asymmetric weights.
         inv_omega: ``[K]``, the channel scale of the quantized branch.
-        down: ``[K, r]``, floating point or int8 with ``down_scale`` ``[r]``.
-        up: ``[r, N]``, floating point or int8 with ``up_scale`` ``[N]``.
+        down: ``[K, r]``, floating point, or int8 (INT4 too) with ``down_scale`` ``[r]``.
+        up: ``[r, N]``, floating point, or int8 (INT4 too) with ``up_scale`` ``[N]``.
         router: ``[K, num_experts]``.
         bias: ``[N]``.
     """
@@ -67,8 +67,8 @@ class CanonicalLinear:
         return self.rank_shared + self.num_experts * self.rank_routed
 
     @property
-    def int8_adapters(self) -> bool:
-        """Whether the low-rank factors are stored as int8."""
+    def coded_adapters(self) -> bool:
+        """Whether the low-rank factors are integers with scales."""
         return self.down is not None and self.down.dtype == np.int8
 
     def check(self) -> None:
@@ -90,8 +90,8 @@ class CanonicalLinear:
             raise PackError(
                 f"Ranks sum to {self.rank} but the adapters say otherwise. Give both `down` and `up`, or neither."
             )
-        if self.int8_adapters and (self.down_scale is None or self.up_scale is None):
-            raise PackError("INT8 adapters have no scales. Give down_scale and up_scale.")
+        if self.coded_adapters and (self.down_scale is None or self.up_scale is None):
+            raise PackError("INT8 or INT4 adapters have no scales. Give down_scale and up_scale.")
         if self.num_experts > 1 and self.rank_routed and self.router is None:
             raise PackError("Several experts but no router. Give `router` of shape [K, num_experts].")
         if self.qweight.min(initial=0) < -8 or self.qweight.max(initial=0) > 7:

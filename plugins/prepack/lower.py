@@ -18,7 +18,7 @@ from .neutral import without_neutral
 from .pack import PackedLinear, pack
 
 DOMAIN, OP = "qe_edge", "QELinear"
-LAYOUT_VERSION = 3  # the plugin refuses another one; tensorrt/fields.h has the same number
+LAYOUT_VERSION = 4  # the plugin refuses another one; tensorrt/fields.h has the same number
 
 INPUTS = ("x", "qweight", "scales", "zeros", "inv_omega", "down", "up", "down_scale", "up_scale", "router", "bias")
 _DTYPES: dict[int, Dtype] = {TensorProto.FLOAT16: "f16", TensorProto.BFLOAT16: "bf16"}
@@ -95,7 +95,7 @@ def _lower_node(
         weight_bits=packed.weight_bits,
         has_zeros=int(linear.zeros is not None),
         has_inv_omega=int(linear.inv_omega is not None),
-        adapter_int8=int(linear.int8_adapters),
+        adapter_bits=packed.adapter_bits,
         **{key: getattr(linear, key) for key in _INTEGERS},
     )
     return _with_casts(lowered, kind), tensors

@@ -31,7 +31,7 @@ def without_neutral(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fold_scales(fields: dict[str, Any]) -> dict[str, Any]:
-    """Only INT8 factors keep scales of their own."""
+    """Only factors of integers keep scales of their own."""
     if "down" not in fields or (fields["down"].dtype == np.int8 and fields["up"].dtype == np.int8):
         return fields
     for factor in ("down", "up"):

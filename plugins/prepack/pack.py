@@ -14,8 +14,10 @@ from .layout import (
     CHUNK,
     TURN,
     pack_down,
+    pack_down4,
     pack_groups,
     pack_up,
+    pack_up4,
     pack_weight,
     pack_weight3,
     pad_to,
@@ -23,7 +25,7 @@ from .layout import (
     turn_words,
 )
 from .linear import CanonicalLinear
-from .width import weight_bits
+from .width import adapter_bits, weight_bits
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,18 @@ class PackedLinear:
 
     Attributes:
         weight_bits: 3 or 4.
+        adapter_bits: 16, 8 or 4, of both factors.
         weight: uint8 ``[Np/32, Kp/128, weight_bits, 32, 16]``.
         columns: float32 ``[3, Np]``: factor of the quantized sum, factor of the output, bias.
         scales: float16 patterns ``[Np/32, Kp/g, 8, 4]``, only with groups: in units of a power of two of their column.
         zeros: uint8 ``[Np/32, Kp/g or 1, 8, 4]``: the zero point plus 8, or 4 for 3-bit weights; times 8 for int8
             activations.
+        down, up: 16-bit patterns, int8, or uint8 with two values of INT4 in each.
     """
 
     dtype: Dtype
     weight_bits: int
+    adapter_bits: int
     weight: NDArray[np.uint8]
     columns: NDArray[np.float32]
     scales: NDArray[np.uint16] | None
@@ -70,6 +75,7 @@ def pack(linear: CanonicalLinear, dtype: Dtype) -> PackedLinear:
     return PackedLinear(
         dtype=dtype,
         weight_bits=bits,
+        adapter_bits=adapter_bits(linear),
         weight=turn_words(weight, TURN) if offset_binary and not sixteen_bit else weight,
         columns=_columns(linear, up_scale, units * _code_unit(sixteen_bit, offset_binary, bits), np_),
         scales=None if linear.group_size < 0 else _scales(linear, units, kp, np_),
@@ -149,7 +155,7 @@ def _adapters(
     if linear.down is None or linear.up is None:
         return None, None, None, np.ones(n)
     down_scale, up, up_scale = np.ones(linear.rank), linear.up, np.ones(n)
-    if linear.int8_adapters and linear.down_scale is not None and linear.up_scale is not None:
+    if linear.coded_adapters and linear.down_scale is not None and linear.up_scale is not None:
         down_scale = linear.down_scale.astype(np.float64)
         usable = linear.up_scale != 0
         up_scale = np.where(usable, linear.up_scale, 1.0).astype(np.float64)
@@ -161,6 +167,9 @@ def _adapters(
         rows.append(pad_to(up[start:stop], (width, np_)))
         scales.append(pad_to(down_scale[start:stop], (width,)))
     wide_down, tall_up = np.concatenate(pieces, 1), np.concatenate(rows, 0)
-    if not linear.int8_adapters:
+    wide_scale, bits = np.concatenate(scales).astype(np.float32), adapter_bits(linear)
+    if bits == 4:
+        return pack_down4(wide_down), wide_scale, pack_up4(tall_up), up_scale
+    if bits == 16:
         wide_down, tall_up = to_bits(wide_down, dtype), to_bits(tall_up, dtype)
-    return pack_down(wide_down), np.concatenate(scales).astype(np.float32), pack_up(tall_up), up_scale
+    return pack_down(wide_down), wide_scale, pack_up(tall_up), up_scale

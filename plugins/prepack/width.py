@@ -1,4 +1,4 @@
-"""How many bits a packed weight takes. The one place that decides: 3 where its kernel is there and nothing is lost."""
+"""How many bits packed values take. The one place that decides: the fewest that have kernels and lose nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from .floats import Dtype
 from .linear import CanonicalLinear
 
 LOWEST, HIGHEST = -4, 3  # what 3 bits hold, zero points included
+LOWEST_4, HIGHEST_4 = -8, 7
 
 
 def has_3_bit_kernels(act_bits: int, zeros: bool, dtype: Dtype) -> bool:
@@ -25,3 +26,12 @@ def weight_bits(linear: CanonicalLinear, dtype: Dtype) -> Literal[3, 4]:
     codes = (linear.qweight, linear.zeros)
     fits = all(array is None or (array.min() >= LOWEST and array.max() <= HIGHEST) for array in codes)
     return 3 if fits else 4
+
+
+def adapter_bits(linear: CanonicalLinear) -> Literal[4, 8, 16]:
+    """Bits of every value of both low-rank factors, which have one width: of integers 4 if all codes fit, else 8."""
+    if not linear.coded_adapters:
+        return 16
+    factors = (linear.down, linear.up)
+    fits = all(codes is None or (codes.min() >= LOWEST_4 and codes.max() <= HIGHEST_4) for codes in factors)
+    return 4 if fits else 8

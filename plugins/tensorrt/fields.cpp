@@ -22,7 +22,7 @@ std::array<Named, kFieldCount> Slots(Attributes& a) {
            {"rank_shared", &p.rank_shared},
            {"rank_routed", &p.rank_routed},
            {"num_experts", &p.num_experts},
-           {"adapter_int8", &p.adapter_int8},
+           {"adapter_bits", &p.adapter_bits},
            {"weight_bits", &p.weight_bits}}};
 }
 

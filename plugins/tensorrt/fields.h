@@ -9,7 +9,7 @@
 
 namespace qe {
 
-constexpr int kLayoutVersion = 3;  // of the prepacked tensors; prepack/ writes the same number
+constexpr int kLayoutVersion = 4;  // of the prepacked tensors; prepack/ writes the same number
 constexpr int kFieldCount = 12;
 
 // The attributes that describe the layer; QeProblem's dtype and M are known only when tensors are.

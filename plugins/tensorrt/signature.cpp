@@ -17,7 +17,8 @@ Signature::Signature(const QeProblem& p) {
   const int64_t shared = p.rank_shared + (p.num_experts == 1 ? p.rank_routed : 0);
   const int64_t columns = Up(shared, 16) + (routed ? p.num_experts * Up(p.rank_routed, 16) : 0);
   const int64_t scale_rows = p.group_size < 0 ? 1 : kp / p.group_size;
-  const DataType adapter = p.adapter_int8 ? DataType::kINT8 : half;
+  const DataType adapter = p.adapter_bits == 16 ? half : DataType::kINT8;
+  const int64_t together = p.adapter_bits == 4 ? 2 : 1;  // factor values in one element
   auto add = [this](Role role, DataType type, int64_t elements) { input[count++] = {role, type, elements}; };
   add(Role::kX, half, 0);
   add(Role::kWeight, DataType::kINT8, kp * np * p.weight_bits / 8);
@@ -26,9 +27,9 @@ Signature::Signature(const QeProblem& p) {
   if (zeros) add(Role::kZeros, DataType::kINT8, scale_rows * np);
   if (p.has_inv_omega) add(Role::kInvOmega, half, p.K);
   if (columns) {
-    add(Role::kDown, adapter, Up(p.K, 32) * columns);
+    add(Role::kDown, adapter, Up(p.K, 32) * columns / together);
     add(Role::kDownScale, DataType::kFLOAT, columns);
-    add(Role::kUp, adapter, columns * np);
+    add(Role::kUp, adapter, columns * np / together);
   }
   if (routed) add(Role::kRouter, half, int64_t{p.num_experts} * p.K);
 }

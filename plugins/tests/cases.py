@@ -21,7 +21,7 @@ class Mode:
     zeros: bool = False
     weight_bits: int = 4
     dtype: Dtype = "f16"
-    int8_adapters: bool = False
+    adapter_bits: int = 16
     rank_shared: int = 32
     rank_routed: int = 16
     experts: int = 8
@@ -44,11 +44,13 @@ def random_layer(mode: Mode, k: int, n: int, seed: int = 0) -> CanonicalLinear:
     down: NDArray[np.generic] | None = None
     up: NDArray[np.generic] | None = None
     down_scale = up_scale = None
-    if rank and mode.int8_adapters:
-        down = rng.integers(-127, 128, (k, rank)).astype(np.int8)
-        up = rng.integers(-127, 128, (rank, n)).astype(np.int8)
-        down_scale = rounded(rng.uniform(0.5, 1.5, rank) / (70 * k**0.5), dtype)
-        up_scale = rounded(rng.uniform(0.5, 1.5, n) * 0.02, dtype)
+    if rank and mode.adapter_bits < 16:
+        least, most = (-8, 7) if mode.adapter_bits == 4 else (-127, 127)
+        down = rng.integers(least, most + 1, (k, rank)).astype(np.int8)
+        up = rng.integers(least, most + 1, (rank, n)).astype(np.int8)
+        step = 127 / most  # how much farther apart INT4 values are
+        down_scale = rounded(rng.uniform(0.5, 1.5, rank) * step / (70 * k**0.5), dtype)
+        up_scale = rounded(rng.uniform(0.5, 1.5, n) * step * 0.02, dtype)
         up_scale[3] = 0.0  # a dead column must not divide by zero
     elif rank:
         down, up = normal((k, rank), k**-0.5), normal((rank, n), 1.0)

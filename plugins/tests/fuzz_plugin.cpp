@@ -54,7 +54,7 @@ std::vector<Field> Plausible(Random& random) {
       {"rank_shared", Pick(random, {0, 8, 32, 64})},
       {"rank_routed", experts ? Pick(random, {0, 8, 32}) : 0},
       {"num_experts", experts},
-      {"adapter_int8", Pick(random, {0, 1})},
+      {"adapter_bits", Pick(random, {4, 8, 16})},
       {"weight_bits", Pick(random, {3, 4})}};
   std::vector<Field> fields;
   for (const auto& [name, value] : values) {

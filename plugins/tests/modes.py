@@ -11,11 +11,11 @@ MODES = [
     Mode("w4a8"),
     Mode("w4a6", act_bits=6, experts=16, rank_routed=8, rank_shared=24),
     Mode("w4a8_asym", zeros=True, experts=0),
-    Mode("w4a8_g128", group_size=128, experts=1, int8_adapters=True),
+    Mode("w4a8_g128", group_size=128, experts=1, adapter_bits=8),
     Mode("w4a8_g128_asym", group_size=128, zeros=True),
     Mode("w4a6_g64", act_bits=6, group_size=64, bias=False),
     Mode("w4a8_g64_asym", group_size=64, zeros=True, inv_omega=False),
-    Mode("w4a8_int8_adapters", int8_adapters=True),
+    Mode("w4a8_int8_adapters", adapter_bits=8),
     Mode("w4a8_no_adapters", rank_shared=0, experts=0, bias=False),
     Mode("w4a8_routed_only", rank_shared=0, rank_routed=32),
     Mode("w4a8_full_rank", rank_shared=128, rank_routed=128, experts=2),
@@ -31,13 +31,14 @@ MODES = [
         experts=0,
         rank_shared=0,
     ),
-    Mode("w3a16_g64_asym", act_bits=0, group_size=64, zeros=True, weight_bits=3, int8_adapters=True, experts=16),
+    Mode("w3a16_g64_asym", act_bits=0, group_size=64, zeros=True, weight_bits=3, adapter_bits=8, experts=16),
     Mode("w3a8", weight_bits=3),
     Mode("w3a8_g64", weight_bits=3, group_size=64, experts=16, bias=False),
     Mode("w4a8_bf16", dtype="bf16"),
-    Mode("w4a6_g128_bf16", dtype="bf16", act_bits=6, group_size=128, int8_adapters=True),
-    Mode("w4a16_g128_asym_bf16", dtype="bf16", act_bits=0, group_size=128, zeros=True, int8_adapters=True, experts=16),
+    Mode("w4a6_g128_bf16", dtype="bf16", act_bits=6, group_size=128, adapter_bits=8),
+    Mode("w4a16_g128_asym_bf16", dtype="bf16", act_bits=0, group_size=128, zeros=True, adapter_bits=8, experts=16),
     Mode("w4a16_bf16", dtype="bf16", act_bits=0, experts=1),
+    Mode("w4a8_int4_adapters", adapter_bits=4),
 ]
 """What the paper's settings and ours need: 3- and 4-bit weights, 6-, 8- and 16-bit activations, all scale shapes."""
 
@@ -49,24 +50,26 @@ def _combinations() -> list[tuple[Mode, int]]:
     """Every combination of activations, types, groups, zero points and adapters, at every token count.
 
     The number of experts rotates: at each token count every kind of activations and groups meets all of them, and so
-    does every kind of zero points and adapters.
+    does every kind of zero points and adapters. Integer adapters have 8 bits or 4, such that every kernel of 4-bit
+    weights meets both at every token count: 8- and 6-bit activations share one, and with 16-bit ones zero points do.
     """
     cases = []
     dtypes: tuple[Dtype, ...] = ("f16", "bf16")
     kinds = product((8, 6, 0), dtypes, (-1, 128, 64), (False, True), (False, True))
-    for i, (act_bits, dtype, group_size, zeros, int8_adapters) in enumerate(kinds):
+    for i, (act_bits, dtype, group_size, zeros, integers) in enumerate(kinds):
         for j, tokens in enumerate(TOKENS):
             experts = EXPERTS[(i + i // 4 + j) % len(EXPERTS)]
+            adapter_bits = (8, 4)[((act_bits == 6) + zeros + j) % 2] if integers else 16
             parts = [
                 f"a{act_bits or 16}",
                 dtype,
                 "channel" if group_size < 0 else f"g{group_size}",
                 "asym" if zeros else "sym",
-                "int8" if int8_adapters else "half",
+                "half" if adapter_bits == 16 else f"int{adapter_bits}",
                 f"e{experts}",
             ]
             mode = Mode(
-                "-".join(parts), act_bits, group_size, zeros, dtype=dtype, int8_adapters=int8_adapters, experts=experts
+                "-".join(parts), act_bits, group_size, zeros, dtype=dtype, adapter_bits=adapter_bits, experts=experts
             )
             cases.append((mode, tokens))
     return cases
@@ -81,10 +84,10 @@ def _three_bit_combinations() -> list[tuple[Mode, int]]:
     kinds = [*product((8, 6), (False,), (-1, 128, 64)), *product((0,), (False, True), (-1, 128, 64))]
     for i, (act_bits, zeros, group_size) in enumerate(kinds):
         for j, tokens in enumerate(TOKENS):
-            experts, int8_adapters = EXPERTS[(i + i // 3 + j) % len(EXPERTS)], (i // 3 + j) % 2 == 1
+            experts, adapter_bits = EXPERTS[(i + i // 3 + j) % len(EXPERTS)], (16, 8, 4)[(i // 3 + j) % 3]
             group = "channel" if group_size < 0 else f"g{group_size}"
             name = f"w3-a{act_bits or 16}-{group}-{'asym' if zeros else 'sym'}-e{experts}"
-            mode = Mode(name, act_bits, group_size, zeros, weight_bits=3, int8_adapters=int8_adapters, experts=experts)
+            mode = Mode(name, act_bits, group_size, zeros, weight_bits=3, adapter_bits=adapter_bits, experts=experts)
             cases.append((mode, tokens))
     return cases
 

@@ -33,7 +33,7 @@ def canonical_node(
         inputs.append("" if values is None else f"{name}.{role}")
         if values is None:
             continue
-        if role in ("qweight", "zeros"):
+        if role in ("qweight", "zeros") or (role in ("down", "up") and mode.adapter_bits == 4):
             tensors.append(int4_tensor(values, inputs[-1]))
         elif values.dtype == np.int8:
             tensors.append(helper.make_tensor(inputs[-1], TensorProto.INT8, values.shape, values.tobytes(), raw=True))

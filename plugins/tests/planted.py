@@ -31,6 +31,8 @@ SIX_BITS = Mode("w4a6", act_bits=6, experts=0)
 INT8_W3 = Mode("w3a8", weight_bits=3, experts=0)
 HALF_W3 = Mode("w3a16_g128", weight_bits=3, act_bits=0, group_size=128, zeros=True, experts=0)
 
+INT4_FACTORS = Mode("w4a8_int4_factors", adapter_bits=4, experts=4)
+
 PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
 LOADER = "kernels/prefill_loader.cuh"
 DOWN, PREPARE, UNPACK = "kernels/lowrank_down.cuh", "kernels/prepare.cuh", "kernels/unpack.cuh"
@@ -114,6 +116,15 @@ PLANTED = [
     Planted("3 bits: upper codes shifted by a bit too many", UNPACK, ">> (9 - word)", ">> (10 - word)", 17, HALF_W3),
     Planted("3 bits: the factor of another register", UNPACK, "unit_pair(first + 1)", "unit_pair(first + 2)", 17, HALF_W3),
     Planted("3 bits: the zero point's sign", UNPACK, "neg_f16x2(both[j].zero)", "both[j].zero", 17, HALF_W3),
+    Planted("INT4 factors: the offset of 7", UNPACK, "0x64006400u), 0x64086408u)", "0x64006400u), 0x64076407u)", 3, INT4_FACTORS),
+    Planted("INT4 factors: codes that stand higher count 16 times", UNPACK, "0x2C002C00u, 0xD480D480u", "0x3C003C00u, 0xE480E480u", 17, INT4_FACTORS),
+    Planted("INT4 factors: the lower registers twice", UNPACK, "codes = w >> (8 * i)", "codes = w >> (8 * 0)", 3, INT4_FACTORS),
+    Planted("INT4 factors: words of `down` swapped", UNPACK, "int4_pairs<T>(w.v[step], a[step])", "int4_pairs<T>(w.v[1 - step], a[step])", 17, INT4_FACTORS),
+    Planted("registers of `up` swapped", DECODE, "{u[0], u[2], u[1], u[3]}", "{u[0], u[1], u[2], u[3]}", 3, INT4_FACTORS),
+    Planted("the next column tile's registers of `up`", PREFILL,
+            "mma_16<T>(out[i][j + 1], x[i], u[2], u[3]);", "mma_16<T>(out[i][j + 1], x[i], u[0], u[1]);", 17, INT4_FACTORS),
+    Planted("INT4 factors: `up` read as 16 bits", UNPACK, "if (bits == 4) {", "if (bits == 3) {", 17, INT4_FACTORS),
+    Planted("factors of columns beyond N", PREFILL, "pair = own < last_pair ? own : last_pair", "pair = own", 17, LONE),
     Planted("asm: halves of a pair swapped", "kernels/prim_ptx.cuh",
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));',
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(lo), "f"(hi));', 17, LONE, "ptx"),
@@ -130,5 +141,7 @@ PLANTED = [
     Planted("asm: factor and summand swapped", "kernels/prim_ptx.cuh",
             '"fma.rn.f16x2 %0, %1, %2, %3;"', '"fma.rn.f16x2 %0, %1, %3, %2;"', 17, HALF_W3, "ptx"),
     Planted("asm: turned the other way", "kernels/prim_ptx.cuh", "__funnelshift_r(v", "__funnelshift_l(v", 3, ZEROS, "ptx"),
+    Planted("asm: words of a load swapped", "kernels/prim_ptx.cuh",
+            '"=r"(r.v[0]), "=r"(r.v[1]) : "l"(p)', '"=r"(r.v[1]), "=r"(r.v[0]) : "l"(p)', 3, INT4_FACTORS, "ptx"),
     Planted("asm: the barrier is empty", "kernels/prim_ptx.cuh", "__syncthreads();", "", 3, LONE, "ptx"),
 ]  # fmt: skip

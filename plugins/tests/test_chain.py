@@ -21,6 +21,7 @@ from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import MODES
 from tests.onnx_models import canonical_model, int4_tensor
 
+INT4_FACTORS = next(mode for mode in MODES if mode.adapter_bits == 4)
 THREE_BITS = [mode for mode in MODES if mode.name in ("w3a8", "w3a8_g64")]
 
 
@@ -36,6 +37,12 @@ def standard_graph(linear: CanonicalLinear) -> bytes:
     def op(kind: str, *inputs: str, **attributes: Any) -> str:  # noqa: ANN401 - attributes of ONNX
         nodes.append(helper.make_node(kind, list(inputs), [f"v{len(nodes)}"], **attributes))
         return f"v{len(nodes) - 1}"
+
+    def factor(name: str, array: np.ndarray, scale: np.ndarray | None) -> str:
+        if scale is None:
+            return value(name, array.astype(np.float32))
+        tensors.append(int4_tensor(array, name))
+        return op("DequantizeLinear", name, value(f"{name}_scale", scale.astype(np.float32)), axis=1)
 
     main = "x" if linear.inv_omega is None else op("Mul", "x", value("omega", linear.inv_omega.astype(np.float32)))
     if linear.act_bits:
@@ -54,13 +61,13 @@ def standard_graph(linear: CanonicalLinear) -> bytes:
         inputs.append("zeros")
     y = op("MatMul", main, op("DequantizeLinear", *inputs, axis=0, block_size=block))
     if linear.down is not None and linear.up is not None and linear.router is not None:
-        hidden = op("MatMul", "x", value("down", linear.down.astype(np.float32)))
+        hidden = op("MatMul", "x", factor("down", linear.down, linear.down_scale))
         expert = op("ArgMin", op("MatMul", op("Abs", "x"), value("router", linear.router.astype(np.float32))), axis=-1,
                     keepdims=0)  # fmt: skip
         owner = np.arange(linear.rank) - linear.rank_shared
         table = np.array([(owner < 0) | (owner // linear.rank_routed == e) for e in range(linear.num_experts)])
         hidden = op("Mul", hidden, op("Gather", value("table", table.astype(np.float32)), expert, axis=0))
-        y = op("Add", y, op("MatMul", hidden, value("up", linear.up.astype(np.float32))))
+        y = op("Add", y, op("MatMul", hidden, factor("up", linear.up, linear.up_scale)))
     if linear.bias is not None:
         y = op("Add", y, value("bias", linear.bias.astype(np.float32)))
     graph = helper.make_graph(
@@ -73,7 +80,9 @@ def standard_graph(linear: CanonicalLinear) -> bytes:
     return bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[12], MODES[13], *THREE_BITS], ids=lambda mode: mode.name)
+@pytest.mark.parametrize(
+    "mode", [MODES[0], MODES[1], MODES[12], MODES[13], *THREE_BITS, INT4_FACTORS], ids=lambda mode: mode.name
+)
 def test_onnx_runtime_and_ptx_agree(mode: Mode, planner: Planner, ptx_machine: PtxMachine) -> None:
     linear, x = random_layer(mode, 256, 40), random_tokens(mode, 6, 256)
     options = onnxruntime.SessionOptions()

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from prepack.lower import LAYOUT_VERSION
 from tests.demo import DEMO, ENGINES, ONNX, graph, read_json
 
 # what siblings that read the same input join to: q/k/v and gate/up in every decoder layer
@@ -26,7 +27,7 @@ def test_every_quantized_layer_is_a_plugin_node_of_the_engine(name: str) -> None
 
 def test_the_engines_say_which_plugin_they_need() -> None:
     plugin = read_json(ENGINES / "engine.json")["plugin"]
-    assert plugin["layout_version"] == 3
+    assert plugin["layout_version"] == LAYOUT_VERSION
     assert len(plugin["sha256"]) == 64
 
 

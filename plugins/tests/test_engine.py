@@ -64,9 +64,22 @@ def test_3_bit_layers_take_3_bits_in_the_engine(tmp_path: Path) -> None:
         assert sizes[4, act_bits] - sizes[3, act_bits] == pytest.approx(1024 * 1024 / 8, rel=0.01)
 
 
+def test_int4_factors_take_4_bits_in_the_engine(tmp_path: Path) -> None:
+    """The same layer with INT8 and with INT4 factors: the engines differ by half of the factors' bytes."""
+    sizes = {}
+    for bits in (8, 4):
+        mode = Mode(f"int{bits}", adapter_bits=bits, experts=8, rank_shared=64, rank_routed=64)
+        folder = tmp_path / mode.name
+        folder.mkdir()
+        result = build(lower(canonical_model([mode], [1024, 1024])).SerializeToString(), folder)
+        assert result["errors"] == [] and [kind for _, kind in result["layers"]].count("PLUGIN_V3") == 1
+        sizes[bits] = result["engine_bytes"]
+    assert sizes[8] - sizes[4] == pytest.approx((64 + 8 * 64) * (1024 + 1024) / 2, rel=0.01)
+
+
 def damaged(change: str) -> bytes:
     """A lowered model with one thing wrong."""
-    model = lower(canonical_model([Mode("w4a8")], [256, 256]))
+    model = lower(canonical_model([Mode("w4a8", adapter_bits=4)], [256, 256]))
     node = model.graph.node[0]
     if change == "weight of another size":
         weight = next(t for t in model.graph.initializer if t.name.endswith("weight"))
@@ -82,6 +95,10 @@ def damaged(change: str) -> bytes:
         next(a for a in node.attribute if a.name == "layout_version").i = 99
     elif change == "3 bits of weights that have 4":
         next(a for a in node.attribute if a.name == "weight_bits").i = 3
+    elif change == "INT4 factors said to be INT8":
+        next(a for a in node.attribute if a.name == "adapter_bits").i = 8
+    elif change == "factors of 5 bits":
+        next(a for a in node.attribute if a.name == "adapter_bits").i = 5
     elif change == "weights of 5 bits":
         next(a for a in node.attribute if a.name == "weight_bits").i = 5
     elif change == "float32 activations":
@@ -95,6 +112,7 @@ def damaged(change: str) -> bytes:
     [
         "weight of another size", "one input too few", "rank beyond the limit", "other in_features than x",
         "newer layout", "float32 activations", "3 bits of weights that have 4", "weights of 5 bits",
+        "INT4 factors said to be INT8", "factors of 5 bits",
     ],
 )  # fmt: skip
 def test_a_damaged_model_ends_in_an_error(change: str, tmp_path: Path) -> None:

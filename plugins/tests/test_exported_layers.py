@@ -71,8 +71,8 @@ def test_ptx_and_onnx_runtime_agree(
     assert len(x) == tokens
     expected = session(model).run(None, {model.graph.input[0].name: x[None]})[0][0]
     lowered = lower(model)
-    bits = next(each.i for node in lowered.graph.node for each in node.attribute if each.name == "weight_bits")
-    assert bits == (3 if graph.startswith("w3") else 4)
+    bits = {each.name: each.i for node in lowered.graph.node for each in node.attribute if each.name.endswith("_bits")}
+    assert (bits["weight_bits"], bits["adapter_bits"]) == ((3, 4) if graph.startswith("w3") else (4, 8))
     y, errors = run_lowered(ptx_machine, planner, lowered, x)
     assert errors == []
     error = relative_error(y, expected.astype(np.float64))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from emulator.build import ROOT
 from prepack import layout
@@ -129,6 +130,66 @@ def test_down_round_trip(seed: int, k: int, tiles: int, dtype: type[np.integer])
 def test_up_round_trip(seed: int, tiles: int, blocks: int) -> None:
     up = np.random.default_rng(seed).integers(0, 127, (16 * tiles, 32 * blocks)).astype(np.int8)
     assert np.array_equal(layout.unpack_up(layout.pack_up(up)), up)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, k=st.integers(1, 100), tiles=st.integers(1, 4))
+def test_4_bit_down_round_trip(seed: int, k: int, tiles: int) -> None:
+    down = np.random.default_rng(seed).integers(-8, 8, (k, 16 * tiles)).astype(np.int8)
+    packed = layout.pack_down4(down)
+    assert packed.dtype == np.uint8 and packed.nbytes == layout.round_up(k, 32) * 16 * tiles // 2
+    assert np.array_equal(layout.unpack_down4(packed, k), down)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, tiles=st.integers(1, 4), blocks=st.integers(1, 4))
+def test_4_bit_up_round_trip(seed: int, tiles: int, blocks: int) -> None:
+    up = np.random.default_rng(seed).integers(-8, 8, (16 * tiles, 32 * blocks)).astype(np.int8)
+    packed = layout.pack_up4(up)
+    assert packed.dtype == np.uint8 and packed.nbytes * 2 == up.nbytes
+    assert np.array_equal(layout.unpack_up4(packed), up)
+
+
+def test_4_bit_factors_stand_where_the_kernels_look() -> None:
+    """One value at a time: nibbles i and i + 4 of a word are the halves of register i of an mma fragment."""
+    rng = np.random.default_rng(5)
+    for _ in range(100):
+        k, r, n = int(rng.integers(64)), int(rng.integers(32)), int(rng.integers(64))
+        down, up = np.zeros((64, 32), np.int8), np.zeros((32, 64), np.int8)
+        down[k, r] = up[r, n] = -8 + int(rng.integers(8))  # never 0; stored with 8 added
+        tile, block, lane, (word, register, half) = _place(layout.pack_down4(down))
+        assert (tile, block, lane // 4) == (r // 16, k // 32, r % 8)
+        assert (8 * (lane % 4) + 4 * word + 2 * (register // 2) + half, register % 2) == (k % 32, r % 16 // 8)
+        tile, block, lane, (word, register, half) = _place(layout.pack_up4(up))
+        assert (tile, block, lane // 4, word) == (r // 16, n // 16, n % 8, 0)
+        assert (2 * (lane % 4) + 8 * (register % 2) + half, register // 2) == (r % 16, n % 16 // 8)
+
+
+def _place(packed: NDArray[np.uint8]) -> tuple[int, int, int, tuple[int, int, int]]:
+    """Tile, block and lane of the one value that is not 0, and its word, register and half."""
+    words = packed.view(np.uint32) ^ np.uint32(0x88888888)
+    tile, block, lane, word = (int(i[0]) for i in np.nonzero(words))
+    nibble = (int(words[tile, block, lane, word]).bit_length() - 1) // 4
+    return tile, block, lane, (word, nibble % 4, nibble // 4)
+
+
+@pytest.mark.parametrize("beyond", [None, "down", "up"])
+def test_one_value_beyond_4_bits_makes_8_of_both_factors(beyond: str | None) -> None:
+    layer = random_layer(Mode("int4", adapter_bits=4, experts=0), 100, 40)
+    if beyond:
+        for value in (-9, 8):
+            values = getattr(layer, beyond).copy()
+            values[3, 5] = value
+            packed = pack(replace(layer, **{beyond: values}), "f16")
+            assert packed.adapter_bits == 8 and packed.down is not None and packed.down.dtype == np.int8
+        return
+    packed = pack(layer, "f16")
+    assert packed.adapter_bits == 4 and packed.down is not None and packed.up is not None
+    assert layer.down is not None and layer.up is not None
+    assert packed.down.nbytes == 128 * 32 // 2 and packed.up.nbytes == 32 * 64 // 2
+    assert np.array_equal(layout.unpack_down4(packed.down, 100), layer.down)
+    expected = np.where(layer.up_scale != 0, layer.up, 0)
+    assert np.array_equal(layout.unpack_up4(packed.up)[:, :40], expected)
 
 
 def test_int8_weight_order_is_the_documented_one() -> None:

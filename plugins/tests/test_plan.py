@@ -17,7 +17,7 @@ SMALLEST_SHARED_BYTES = 99 * 1024  # sm_86, 89 and 120
 def problem(**changes: int) -> Problem:
     values = {
         "dtype": 0, "M": 1, "N": 1536, "K": 1536, "act_bits": 8, "group_size": -1, "has_zeros": 0, "has_inv_omega": 1,
-        "rank_shared": 32, "rank_routed": 32, "num_experts": 8, "adapter_int8": 0, "weight_bits": 4,
+        "rank_shared": 32, "rank_routed": 32, "num_experts": 8, "adapter_bits": 16, "weight_bits": 4,
     }  # fmt: skip
     return Problem(**(values | changes))
 
@@ -66,7 +66,8 @@ def test_launches_only_what_is_needed(planner: Planner, changes: dict[str, int],
 BAD = [
     {"dtype": 2}, {"M": 0}, {"M": -5}, {"M": 1 << 21}, {"K": 0}, {"K": 12}, {"K": 1 << 20}, {"N": 12}, {"N": 0},
     {"act_bits": 4}, {"group_size": 32}, {"group_size": 0}, {"K": 1544, "group_size": 128}, {"rank_shared": 129},
-    {"rank_routed": -1}, {"num_experts": 17}, {"num_experts": 0}, {"has_zeros": 2}, {"adapter_int8": -1},
+    {"rank_routed": -1}, {"num_experts": 17}, {"num_experts": 0}, {"has_zeros": 2}, {"adapter_bits": -1},
+    {"adapter_bits": 0}, {"adapter_bits": 1}, {"adapter_bits": 5}, {"adapter_bits": 32},
     {"num_experts": 1, "rank_shared": 128}, {"has_inv_omega": 77}, {"M": 1 << 20, "K": 131072},
     {"weight_bits": 0}, {"weight_bits": 2}, {"weight_bits": 5}, {"weight_bits": -3}, {"weight_bits": 3, "dtype": 1},
     {"weight_bits": 3, "has_zeros": 1}, {"weight_bits": 3, "has_zeros": 1, "act_bits": 6, "group_size": 128},

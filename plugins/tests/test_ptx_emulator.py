@@ -39,7 +39,7 @@ def test_largest_tile(name: str, planner: Planner, ptx_machine: PtxMachine) -> N
 
 def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine) -> None:
     names = ptx_machine.file.names
-    assert len(names) == len(set(names)) == 86
+    assert len(names) == len(set(names)) == 92
 
 
 def test_the_combinations_launch_every_kernel(planner: Planner, ptx_machine: PtxMachine) -> None:

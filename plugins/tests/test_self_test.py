@@ -28,6 +28,7 @@ def test_passes_on_right_kernels() -> None:
         (": w & 0xF0F0F0F0u;", ": w & 0xE0F0F0F0u;"),
         # a GPU whose tensor cores take subnormal fp16 numbers for zero
         ("r[0] = w & 0x000F000Fu;", "r[0] = 0u;"),
+        ("0xD480D480u);", "0xD440D440u);"),  # INT4 factors
         ("& 0x00070007u;", "& 0x00030003u;"),  # the code of 3-bit weights that spare bits make
     ],
 )

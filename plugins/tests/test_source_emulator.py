@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -62,6 +62,18 @@ def test_the_combinations_schedule_every_kernel_often_enough(planner: Planner) -
         for launch in planner.launches(problem, Buffers(), Tactic()):
             schedules[launch.name, tokens] += len(few_seeds(mode))
     assert min(schedules.values()) >= len(SEEDS)
+
+
+def test_every_product_meets_factors_of_every_width(planner: Planner) -> None:
+    """Their width is a branch inside the kernels: those of 4-bit weights take every one at every token count."""
+    met: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
+    for mode, tokens in COMBINATIONS:
+        problem = problem_of(random_layer(mode, *shape_for(mode, tokens)), tokens, mode.dtype)
+        met[planner.launches(problem, Buffers(), Tactic())[-1].name, tokens].add(problem.adapter_bits)
+    for (kernel, tokens), widths in met.items():
+        assert len(widths) >= (2 if "w3" in kernel else 3), (kernel, tokens)
+    for kernel in {kernel for kernel, _ in met}:
+        assert 4 in set().union(*(widths for (name, _), widths in met.items() if name == kernel))
 
 
 @pytest.mark.parametrize("rows", [64, 128])

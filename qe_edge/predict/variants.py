@@ -63,13 +63,13 @@ class Adapters:
         shared: Rank of the shared expert.
         routed: Rank of each routed expert.
         experts: Number of routed experts.
-        bytes_per_value: 1 for int8, 2 for float16.
+        bytes_per_value: 0.5 for INT4, 1 for int8, 2 for float16; the plugin stores what the checkpoint does.
     """
 
     shared: int = 32
     routed: int = 32
     experts: int = 8
-    bytes_per_value: int = 1
+    bytes_per_value: float = 1
 
     def on(self, linear: Linear) -> Adapters:
         """What is left of it on one layer."""

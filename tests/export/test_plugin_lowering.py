@@ -156,6 +156,28 @@ def test_siblings_are_packed_with_3_bits_when_all_fit(variant: Variant, beyond: 
     assert tensor.nbytes == 160 * 128 * bits // 8  # three times 48 columns, padded
 
 
+@pytest.mark.parametrize("siblings", ["q", "qkv"])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_int4_factors_are_packed_with_4_bits_when_all_fit(siblings: str, beyond: bool) -> None:
+    """As are those of layers that are joined; one factor with INT8 codes makes INT8 of all."""
+    model = siblings_graph({name: make_layer(Variant(factors="int4")) for name in siblings})
+    if beyond:
+        value = operands_of(list(model.graph)[-1]).up
+        codes = array_of(value).astype(np.int8)
+        codes[2, 3] = 8
+        value.const_value = ir.tensor(codes, name=value.name)
+        value.type = ir.TensorType(ir.DataType.INT8)
+    pack_layers(model)
+    (node,) = (each for each in model.graph if is_packed(each))
+    bits = 8 if beyond else 4
+    assert node.attributes["adapter_bits"].as_int() == bits
+    sizes = {value.name.rpartition(".")[2]: value.const_value for value in node.inputs[1:]}
+    columns = 16 + 4 * 16  # ranks of 8, padded
+    assert sizes["down"].dtype == sizes["up"].dtype == ir.DataType.INT8
+    assert sizes["down"].nbytes == 64 * columns * bits // 8
+    assert sizes["up"].nbytes == {"q": 64, "qkv": 160}[siblings] * columns * bits // 8
+
+
 @pytest.mark.parametrize("graph", NODES)
 def test_layers_become_nodes_of_the_plugin(exported: Exported, graph: str) -> None:
     model = ir.load(exported.onnx / f"{graph}.onnx")

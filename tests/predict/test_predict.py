@@ -103,6 +103,18 @@ def test_adapters_cost_something(way: str) -> None:
         assert with_them.work.bytes > without.work.bytes
 
 
+@pytest.mark.parametrize("way", ["plugin", "naive"])
+def test_int4_factors_are_read_and_stored_in_half_the_bytes(way: str) -> None:
+    moved, stored = [], []
+    for width in (0.0, 0.5, 1.0):
+        wanted = request("qwen2-vl-7b", adapters=Adapters(bytes_per_value=width))
+        moved.append(predict(wanted)["decode"][way].work.bytes)
+        stored.append(weight_bytes(wanted, way))
+    for none, half, whole in (moved, stored):
+        assert whole > none
+        assert half - none == pytest.approx((whole - none) / 2)
+
+
 def test_separate_launches_are_never_better() -> None:
     for device in DEVICES:
         for ways in predict(request(device=device)).values():

@@ -32,7 +32,7 @@ struct PrepareArgs {
 
 struct DownArgs {
   const void* x;            // T [M, K]: adapters see the 16-bit activations, never the quantized ones
-  const void* down;         // T or int8, packed: see prepack/layout.py
+  const void* down;         // T, int8 or INT4 codes, packed: see prepack/layout.py
   const float* down_scale;  // [tiles * 16]; ones for 16-bit adapters
   const int32_t* expert;    // [M], unused when E = 0
   float* partial;           // decode: [splits, M, rank]
@@ -51,13 +51,13 @@ struct MainArgs {
   const float* columns;      // [3, Np]: main scale, output scale, bias
   const float* partial;      // decode: [splits, M, rank]
   const void* h;             // prefill: T [M, rank]
-  const void* up;            // T or int8, packed
+  const void* up;            // T, int8 or INT4 codes, packed
   const int32_t* expert;     // [M]
   const int32_t* order;      // prefill: [M] or null for the identity
   void* y;                   // T [M, N]
   int32_t M, N, Np, Kp;
   int32_t E, shared_tiles, routed_tiles, splits;
-  int32_t up_is_int8;
+  int32_t up_bits;           // 16, 8 or 4
 };
 
 }  // namespace qe

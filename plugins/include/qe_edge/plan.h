@@ -17,7 +17,7 @@ struct QeProblem {
   int32_t has_zeros;     // asymmetric weights
   int32_t has_inv_omega;
   int32_t rank_shared, rank_routed, num_experts;
-  int32_t adapter_int8;
+  int32_t adapter_bits;  // of both low-rank factors: 16, or integers of 8 or 4 with a scale per column
   int32_t weight_bits;   // of the packed weights: 4, or 3 where QeRefuse knows kernels
 };
 
