@@ -15,7 +15,7 @@ from emulator.source import SourceMachine
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import shape_for
-from tests.planted import HALF, HALF_W3, INT8, INT8_W3, LONE, PLANTED, ZEROS, ZEROS_64, ZEROS_64_ROUTED, Planted
+from tests.planted import HALF, HALF_LONE, HALF_W3, INT8, INT8_W3, LONE, PLANTED, ZEROS, ZEROS_64, ZEROS_64_ROUTED, Planted
 
 SEEDS = (1, 2, 3)
 
@@ -51,7 +51,7 @@ def machine_of(root: Path, rung: str, bits: int) -> Machine:
 @pytest.mark.parametrize(
     ("mode", "tokens"),
     [
-        (LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17), (ZEROS, 3), (ZEROS, 17),
+        (LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17), (HALF_LONE, 11), (ZEROS, 3), (ZEROS, 17),
         (ZEROS_64, 3), (ZEROS_64, 17), (ZEROS_64_ROUTED, 40), (INT8_W3, 3), (INT8_W3, 17), (HALF_W3, 3), (HALF_W3, 17),
     ],
 )  # fmt: skip
