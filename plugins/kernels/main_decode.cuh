@@ -65,15 +65,20 @@ QE_DEV void decode_chunk_s8(const Cursor<Bits, kInt8, Groups, Tokens8>& at, cons
   if (Groups == 1) {
     int z[4] = {0, 0, 0, 0};
     if (Zeros) unpack_zeros(load4(at.zeros), z);
-    u32x4 xs{};  // sums of the two tokens that this lane's accumulators belong to, each followed by the token 8 after it
-    if (Zeros) xs = load16(at.sums);
+    u32x4 xs{};  // sums of the two tokens that this lane's accumulators belong to, and of those 8 after them
+    if constexpr (Zeros && Tokens8 == 2) {
+      xs = load16(at.sums);
+    } else if constexpr (Zeros) {
+      const u32x2 two = load8(at.sums);
+      xs.v[0] = two.v[0], xs.v[1] = two.v[1];
+    }
     QE_UNROLL
     for (int t = 0; t < Tokens8; ++t) {
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i)
         QE_UNROLL
         for (int j = 0; j < 4; ++j)
-          sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[2 * (j & 1) + t]) : 0);
+          sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[2 * t + (j & 1)]) : 0);
     }
   }
   QE_UNROLL

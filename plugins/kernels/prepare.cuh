@@ -112,9 +112,9 @@ QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (
   }
 }
 
-// Writes one sum: a sum over all of K to [token], others to [group][token % 8][token / 8] for main_decode, where the last
-// token's stand for the absent ones too. For main_prefill, [chunk][token] has the rows of an A
-// operand: either fp16 of either half of the chunk, twice.
+// Writes one sum: a sum over all of K to [token], others for main_decode to [group][token % 8][token / 8], or with both
+// tokens of a lane first in decode_chunk_s8, where the last token's stand for those that are not there. For main_prefill,
+// [chunk][token] has the rows of an A operand: either fp16 of either half of the chunk, twice.
 QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
   uint32_t word = static_cast<uint32_t>(float_to_int_bits(sum));
   if (p.act_max && p.sum_rows != 64) {
@@ -133,7 +133,8 @@ QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
   to += static_cast<size_t>(group) * kSumTokens;
   const int last = p.sum_rows && token == p.M - 1 ? kSumTokens : token + 1;
   if (!p.sum_rows) return store4(to + token, word);
-  for (int m = token; m < last; ++m) store4(to + m % 8 * 2 + m / 8, word);
+  const int beside = p.act_max && p.sum_rows == 128 ? 2 : 1;  // tokens of a lane that stand before those 8 after them
+  for (int m = token; m < last; ++m) store4(to + m % 8 / beside * (2 * beside) + m / 8 * beside + m % beside, word);
 }
 
 // Eight values of 16-bit activations in their token's unit. Where decode multiplies the upper of two codes together with

@@ -15,7 +15,19 @@ from emulator.source import SourceMachine
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import shape_for
-from tests.planted import HALF, HALF_LONE, HALF_W3, INT8, INT8_W3, LONE, PLANTED, ZEROS, ZEROS_64, ZEROS_64_ROUTED, Planted
+from tests.planted import (
+    HALF,
+    HALF_LONE,
+    HALF_W3,
+    INT8,
+    INT8_W3,
+    LONE,
+    PLANTED,
+    ZEROS,
+    ZEROS_64,
+    ZEROS_64_ROUTED,
+    Planted,
+)
 
 SEEDS = (1, 2, 3)
 
