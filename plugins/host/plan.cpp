@@ -74,7 +74,8 @@ Workspace Layout(const QeProblem& p, const Shape& s) {
   Workspace w{};
   size_t at = 0;
   const size_t m = static_cast<size_t>(p.M);
-  w.act = Take(at, m * s.Kp * (s.int8 ? 1 : 2));
+  const size_t places = !s.decode ? m : m <= 8 ? 8 : 16;  // see store_words in kernels/prepare.cuh
+  w.act = Take(at, places * s.Kp * (s.int8 ? 1 : 2));
   w.token_scale = Take(at, m * 4);
   w.sums = Take(at, SumBytes(p, s));
   w.expert = Take(at, m * 4);

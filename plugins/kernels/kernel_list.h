@@ -4,14 +4,16 @@
 // t8 and t16 = at most 8 or 16 tokens.
 // 3-bit weights are for float16 and for the layers that schemes with 3 bits make; all others keep 4 (prepack/width.py).
 // QE_SUBSET keeps only what the planted-bug tests need, because they compile the kernels once per bug: 4 or 3 says of
-// which weights.
+// which weights. Of 9 to 16 tokens that is one kernel.
 #ifndef QE_SUBSET
 #define QE_SUBSET 0
 #endif
 #if QE_SUBSET
 #define QE_FOR_FULL(...)
+#define QE_FOR_SUBSET(...) __VA_ARGS__
 #else
 #define QE_FOR_FULL(...) __VA_ARGS__
+#define QE_FOR_SUBSET(...)
 #endif
 #if QE_SUBSET == 3
 #define QE_FOR_W4(...)
@@ -39,6 +41,7 @@
   QE_MAIN_VARIANT(s8_c, tag, T, 4, kInt8, 0, false)                 \
   QE_MAIN_VARIANT(s8_g128z, tag, T, 4, kInt8, 1, true)              \
   QE_MAIN_VARIANT(s8_g64z, tag, T, 4, kInt8, 2, true)               \
+  QE_FOR_SUBSET(QE_MAIN_DECODE(qe_decode_h_g128z_t16_##tag, T, 4, k16Bit, 1, true, 2)) \
   QE_MAIN_VARIANT(h_g128z, tag, T, 4, k16Bit, 1, true))             \
   QE_FOR_FULL(                                                      \
   QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, 16, 2)            \

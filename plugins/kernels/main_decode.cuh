@@ -15,39 +15,43 @@ template <int Bits, int Mode, int Groups, int Tokens8>
 struct Cursor {
   static constexpr int kRowBytes = Mode == kInt8 ? kChunk : kChunk * 2;  // of one token in one chunk
   const uint8_t *weight, *scales, *zeros, *sums;
-  const uint8_t* x[Tokens8];
+  const uint8_t* x;  // one place for all tokens: theirs are at constant distances (store_words in prepare.cuh)
 
-  QE_DEV Cursor(const MainArgs& p, int block, int chunk, const int (&token)[Tokens8]) {
+  QE_DEV Cursor(const MainArgs& p, int block, int chunk, int token) {
     const int lane = thread_id() & 31;
     const size_t at = static_cast<size_t>(block) * (p.Kp / kChunk) + chunk;
     weight = p.weight + at * kBlockBytes<Bits> + lane * 16;
     scales = static_cast<const uint8_t*>(p.scales) + at * (Groups * kBlockColumns * 2) + (lane >> 2) * 8;
     zeros = p.zeros + at * (Groups * kBlockColumns) + (lane >> 2) * 4;
     sums = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(chunk) * (Groups * kSumTokens * 4) +
-           (Mode == kInt8 && Groups == 1 ? (lane & 3) * 8 : (lane >> 2) * 4);
+           (Mode == kInt8 && Groups == 1 ? (lane & 3) * 16 : (lane >> 2) * 8);
     if (Mode == kInt8 && Groups == 2) {  // the group that this lane has in decode_two_groups_s8
       zeros += (lane >> 1 & 1) * kBlockColumns;
       sums += (lane >> 1 & 1) * kSumTokens * 4;
     }
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t)
-      x[t] = static_cast<const uint8_t*>(p.act) +
-             (static_cast<size_t>(token[t]) * (p.Kp / kChunk) + chunk) * kRowBytes + (lane & 3) * (kRowBytes / 4);
+    x = static_cast<const uint8_t*>(p.act) + (static_cast<size_t>(chunk) * (Tokens8 * 8) + token) * kRowBytes +
+        (lane & 3) * (kRowBytes / 4);
   }
   QE_DEV void next() {
     weight += kBlockBytes<Bits>;
     scales += Groups * kBlockColumns * 2;
     zeros += Groups * kBlockColumns;
     sums += Groups * kSumTokens * 4;
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) x[t] += kRowBytes;
+    x += Tokens8 * 8 * kRowBytes;
   }
+  QE_DEV u32x4 load_x(int t, int piece) const { return load16(x + t * 8 * kRowBytes + piece * 16); }
 };
 
 // Scales and zero points of the lane's columns c, c + 8, c + 16 and c + 24, which prepack put side by side.
 QE_DEV void lane_scales(const u32x2& pairs, float (&s)[4]) {
   QE_UNROLL
   for (int i = 0; i < 4; ++i) s[i] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
+}
+// The sums of one token and of the token 8 after it, which `prepare` puts side by side.
+template <int Tokens8>
+QE_DEV u32x2 load_sums(const uint8_t* sums) {
+  if constexpr (Tokens8 == 2) return load8(sums);
+  return {{load4(sums), 0u}};
 }
 QE_DEV void unpack_zeros(uint32_t zeros, int (&z)[4]) {
   z[0] = zero_of<0>(zeros), z[1] = zero_of<1>(zeros), z[2] = zero_of<2>(zeros), z[3] = zero_of<3>(zeros);
@@ -61,22 +65,27 @@ QE_DEV void decode_chunk_s8(const Cursor<Bits, kInt8, Groups, Tokens8>& at, cons
   if (Groups == 1) {
     int z[4] = {0, 0, 0, 0};
     if (Zeros) unpack_zeros(load4(at.zeros), z);
+    u32x4 xs{};  // sums of the two tokens that this lane's accumulators belong to, and of those 8 after them
+    if constexpr (Zeros && Tokens8 == 2) {
+      xs = load16(at.sums);
+    } else if constexpr (Zeros) {
+      const u32x2 two = load8(at.sums);
+      xs.v[0] = two.v[0], xs.v[1] = two.v[1];
+    }
     QE_UNROLL
     for (int t = 0; t < Tokens8; ++t) {
-      u32x2 xs{};  // sums of the two tokens that this lane's accumulators belong to
-      if (Zeros) xs = load8(at.sums + t * 8 * 4);
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i)
         QE_UNROLL
         for (int j = 0; j < 4; ++j)
-          sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[j & 1]) : 0);
+          sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[2 * t + (j & 1)]) : 0);
     }
   }
   QE_UNROLL
   for (int half = 0; half < 2; ++half) {
     u32x4 x[Tokens8];  // two k32 steps of two registers
     QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) x[t] = load16(at.x[t] + half * 16);
+    for (int t = 0; t < Tokens8; ++t) x[t] = at.load_x(t, half);
     QE_UNROLL
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
@@ -114,21 +123,21 @@ template <int Bits, bool Zeros, int Tokens8>
 QE_DEV void decode_two_groups_s8(const Cursor<Bits, kInt8, 2, Tokens8>& at, const BlockWords<Bits>& w,
                                  float (&acc)[kDecodeTiles][Tokens8][4]) {
   const u32x2 scales[2] = {load8(at.scales), load8(at.scales + kBlockColumns * 2)};
+  u32x2 sums{};
+  if constexpr (Zeros) sums = load_sums<Tokens8>(at.sums);
   float s[2][4], start[4];
   lane_scales(scales[0], s[0]);
   lane_scales(scales[1], s[1]);
   QE_UNROLL
   for (int c = 0; c < 4; ++c) start[c] = pair_start<Zeros>(s[0][c], s[1][c]);
-  u32x4 x[2][Tokens8];
-  QE_UNROLL
-  for (int half = 0; half < 2; ++half)
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) x[half][t] = load16(at.x[t] + half * 16);
   QE_UNROLL
   for (int i = 0; i < kDecodeTiles; ++i) {
     int sum[2][Tokens8][4];
     QE_UNROLL
     for (int half = 0; half < 2; ++half) {
+      u32x4 x[Tokens8];
+      QE_UNROLL
+      for (int t = 0; t < Tokens8; ++t) x[t] = at.load_x(t, half);
       QE_UNROLL
       for (int t = 0; t < Tokens8; ++t)
         QE_UNROLL
@@ -139,7 +148,7 @@ QE_DEV void decode_two_groups_s8(const Cursor<Bits, kInt8, 2, Tokens8>& at, cons
         int8_fragment<Zeros>(w, 2 * i, half, step, a);
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t)
-          mma_s8(sum[half][t], a, x[half][t].v[2 * step], x[half][t].v[2 * step + 1], sum[half][t]);
+          mma_s8(sum[half][t], a, x[t].v[2 * step], x[t].v[2 * step + 1], sum[half][t]);
       }
     }
     QE_UNROLL
@@ -159,63 +168,70 @@ QE_DEV void decode_two_groups_s8(const Cursor<Bits, kInt8, 2, Tokens8>& at, cons
     zero_times_scale<2>(zeros, second ? scales[1].v[1] : scales[0].v[1], a[2], a[3]);
     QE_UNROLL
     for (int t = 0; t < Tokens8; ++t) {
-      const uint32_t xs = twice_half(load4(at.sums + t * 8 * 4), lane & 1);
+      const uint32_t xs = twice_half(sums.v[t], lane & 1);
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i) mma_f16_k8(acc[i][t], a[2 * i], a[2 * i + 1], xs);
     }
   }
 }
 
-// One chunk against 16-bit activations: two halves of 64 rows, each two blocks of 32.
+// One chunk against 16-bit activations, in pieces of 32 rows; a part has one scale. Two groups take 16 columns after the
+// other, which needs fewer registers. The short products come last for 4 bits, because the NOPs that ptxas for sm_120
+// puts between neighbouring matrix instructions are fewest then, and first elsewhere, where it would spill otherwise.
 template <int Bits, int Groups, int Tokens8>
 QE_DEV void decode_chunk_16(const Cursor<Bits, k16Bit, Groups, Tokens8>& at, const BlockWords<Bits>& w,
                             float (&acc)[kDecodeTiles][Tokens8][4]) {
-  float sum[kDecodeTiles][Tokens8][4];
+  constexpr int kParts = Groups == 2 ? 2 : 1, kPieces = 4 / kParts;
+  constexpr int kZeroStep = Groups == 1 && Bits == 4 ? 2 * kPieces - 1 : 0;
   QE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int group = Groups == 2 ? half : 0;
-    if (Groups != 0 && (half == 0 || Groups == 2)) {
-      const uint32_t zeros = load4(at.zeros + group * kBlockColumns);
-      const uint32_t z[4] = {zero_pair<0>(zeros), zero_pair<1>(zeros), zero_pair<2>(zeros), zero_pair<3>(zeros)};
-      QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t) {
-        const uint32_t xs = load4(at.sums + (group * kSumTokens + t * 8) * 4);
-        QE_UNROLL
-        for (int i = 0; i < kDecodeTiles; ++i) {
-          QE_UNROLL
-          for (int j = 0; j < 4; ++j) sum[i][t][j] = 0.f;
-          mma_f16_k8(sum[i][t], z[2 * i], z[2 * i + 1], xs);
-        }
-      }
-    }
+  for (int part = 0; part < kParts; ++part) {
+    u32x4 x[kPieces][Tokens8];  // two k16 steps of two registers
     QE_UNROLL
-    for (int block = 0; block < 2; ++block) {
-      u32x4 x[Tokens8];  // two k16 steps of two registers
+    for (int piece = 0; piece < kPieces; ++piece)
       QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t) x[t] = load16(at.x[t] + half * 32 + block * 16);
-      QE_UNROLL
-      for (int i = 0; i < kDecodeTiles; ++i) {
-        QE_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          uint32_t u[2], v[2];
-          unpack_step<Bits>(w, 2 * i, half * 8 + block * 4 + step * 2, u);
-          unpack_step<Bits>(w, 2 * i + 1, half * 8 + block * 4 + step * 2, v);
-          const uint32_t a[4] = {u[0], v[0], u[1], v[1]};
-          QE_UNROLL
-          for (int t = 0; t < Tokens8; ++t)
-            mma_16<f16_t>(Groups == 0 ? acc[i][t] : sum[i][t], a, x[t].v[2 * step], x[t].v[2 * step + 1]);
-        }
-      }
+      for (int t = 0; t < Tokens8; ++t) x[piece][t] = at.load_x(t, part * kPieces + piece);
+    uint32_t zeros = 0;
+    u32x2 sums{}, scales{};
+    if constexpr (Groups != 0) {
+      zeros = load4(at.zeros + part * kBlockColumns);
+      sums = load_sums<Tokens8>(at.sums + part * kSumTokens * 4);
+      scales = load8(at.scales + part * kBlockColumns * 2);
     }
-    if (Groups != 0 && (half == 1 || Groups == 2)) {
-      float s[4];
-      lane_scales(load8(at.scales + group * kBlockColumns * 2), s);
-      QE_UNROLL
-      for (int i = 0; i < kDecodeTiles; ++i)
+    float sum[kDecodeTiles][Tokens8][4];
+    QE_UNROLL
+    for (int n = 0; n < kDecodeTiles * kPieces; ++n) {
+      const int i = Groups == 2 ? n / kPieces : n % kDecodeTiles;
+      const int piece = Groups == 2 ? n % kPieces : n / kDecodeTiles, r = (part * kPieces + piece) * 4;
+      if (Groups != 0 && piece == 0) {
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t)
           QE_UNROLL
-          for (int j = 0; j < 4; ++j) acc[i][t][j] += sum[i][t][j] * s[2 * i + j / 2];
+          for (int j = 0; j < 4; ++j) sum[i][t][j] = 0.f;
+      }
+      QE_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        if (Groups != 0 && piece * 2 + step == kZeroStep) {
+          const uint32_t z0 = i ? zero_pair<2>(zeros) : zero_pair<0>(zeros);
+          const uint32_t z1 = i ? zero_pair<3>(zeros) : zero_pair<1>(zeros);
+          QE_UNROLL
+          for (int t = 0; t < Tokens8; ++t) mma_f16_k8(sum[i][t], z0, z1, sums.v[t]);
+        }
+        uint32_t u[2], v[2];
+        unpack_step_decode<Bits>(w, 2 * i, r + step * 2, u);
+        unpack_step_decode<Bits>(w, 2 * i + 1, r + step * 2, v);
+        const uint32_t a[4] = {u[0], v[0], u[1], v[1]};
+        QE_UNROLL
+        for (int t = 0; t < Tokens8; ++t)
+          mma_16<f16_t>(Groups == 0 ? acc[i][t] : sum[i][t], a, x[piece][t].v[2 * step], x[piece][t].v[2 * step + 1]);
+      }
+      if (Groups != 0 && piece == kPieces - 1) {
+        const f16_t lower{static_cast<uint16_t>(scales.v[i])}, upper{static_cast<uint16_t>(scales.v[i] >> 16)};
+        const float s[2] = {to_float(lower), to_float(upper)};
+        QE_UNROLL
+        for (int t = 0; t < Tokens8; ++t)
+          QE_UNROLL
+          for (int j = 0; j < 4; ++j) acc[i][t][j] += sum[i][t][j] * s[j / 2];
+      }
     }
   }
 }
@@ -304,9 +320,9 @@ QE_DEV void main_decode(const MainArgs& p) {
       for (int j = 0; j < 4; ++j) acc[i][t][j] = 0;
   const int each = (chunks + warps - 1) / warps, first = warp * each;
   const int count = chunks - first < each ? chunks - first : each;
-  Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, token);
-  // Two chunks of weights in flight hide the latency of DRAM, where registers allow it.
-  constexpr bool kCrowded = Groups != 0 && (Mode == k16Bit || (Groups == 2 && Bits == 3));
+  Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, Tokens8 == 1 ? token[0] : lane >> 2);
+  // Two chunks of weights in flight hide the latency of DRAM, where registers allow it without spills.
+  constexpr bool kCrowded = Mode == k16Bit && (Groups == 2 || (Groups == 1 && Bits == 4));
   constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : 2;
   QE_UNROLL_BY(kAtOnce)
   for (int chunk = 0; chunk < count; ++chunk) {

@@ -3,8 +3,9 @@
 // stored 4 times as large: then `main` rounds as little as with 8 bits where it adds two groups (pair_of_sums).
 //
 // 16-bit activations become fp16, whatever T is, in units of a power of two of their token that puts the largest below
-// 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-26 of the largest. Eight rows
-// whose codes `main` multiplies from higher bits, 16 or up to 64 times too large, are divided by as much (code_shifts).
+// 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-26 of the largest, but for every
+// fourth eight in decode with 4 bits (x_of_eight): by at most 2^-12 of x less a sixteenth of another x. Eight rows whose
+// codes `main` multiplies from higher bits, 16 or up to 64 times too large, are divided by as much (code_shifts).
 //
 // Zero points leave the loop over K: sum (q - z) x = sum q x - z sum x. `sums` holds sum x of every group: as int32 or,
 // for the groups of 16-bit activations and those of 64 rows, as minus the sum in two fp16 (the rest in the upper one),
@@ -87,13 +88,15 @@ QE_DEV void token_unit(float largest, float& unit, float& inverse) {
   inverse = int_bits_to_float(static_cast<int>((261u - exponent) << 23));
 }
 
-// Eight values from row k on, as the words of main_decode's lanes: a lane (of four) has its words of a chunk together.
+// Eight values from row k on. For main_decode, as the words of its lanes: a lane (of four) has its words of a chunk
+// together, and a chunk has places for 8 or 16 tokens, so that they are at constant distances. Of 16, the last token's
+// stand for the tokens that are not there, because lanes read them.
 template <int Words>
 QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (&words)[Words]) {
   constexpr int kBytes = Words * 4, kRowBytes = kBytes / 8;  // of the eight, of one
-  uint8_t* chunk = static_cast<uint8_t*>(p.act) + (static_cast<size_t>(token) * p.Kp + k / 128 * 128) * kRowBytes;
   const int at = k % 128 * kRowBytes;  // in bytes; every 16 belong to four lanes
   if (!p.decode_order) {
+    uint8_t* chunk = static_cast<uint8_t*>(p.act) + (static_cast<size_t>(token) * p.Kp + k / 128 * 128) * kRowBytes;
     if constexpr (Words == 2) {
       store8(chunk + at, {{words[0], words[1]}});
     } else {
@@ -101,13 +104,17 @@ QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (
     }
     return;
   }
-  QE_UNROLL
-  for (int i = 0; i < Words; ++i) store4(chunk + (at / 4 % 4 + i) * (32 * kRowBytes) + at / 16 * 4, words[i]);
+  const int slots = p.M <= 8 ? 8 : kSumTokens, last = p.M > 8 && token == p.M - 1 ? kSumTokens : token + 1;
+  uint8_t* chunk = static_cast<uint8_t*>(p.act) + (static_cast<size_t>(k / 128) * slots + token) * (128 * kRowBytes);
+  for (int m = token; m < last; ++m, chunk += 128 * kRowBytes) {
+    QE_UNROLL
+    for (int i = 0; i < Words; ++i) store4(chunk + (at / 4 % 4 + i) * (32 * kRowBytes) + at / 16 * 4, words[i]);
+  }
 }
 
-// Writes one sum: a sum over all of K to [token], others to [group][token] for main_decode, and the last token's stand
-// for the tokens that are not there, because lanes read them. For main_prefill, [chunk][token] has the rows of an A
-// operand: either fp16 of either half of the chunk, twice.
+// Writes one sum: a sum over all of K to [token], others for main_decode to [group][token % 8][token / 8], or with both
+// tokens of a lane first in decode_chunk_s8, where the last token's stand for those that are not there. For main_prefill,
+// [chunk][token] has the rows of an A operand: either fp16 of either half of the chunk, twice.
 QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
   uint32_t word = static_cast<uint32_t>(float_to_int_bits(sum));
   if (p.act_max && p.sum_rows != 64) {
@@ -125,7 +132,30 @@ QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
   }
   to += static_cast<size_t>(group) * kSumTokens;
   const int last = p.sum_rows && token == p.M - 1 ? kSumTokens : token + 1;
-  for (int m = token; m < last; ++m) store4(to + m, word);
+  if (!p.sum_rows) return store4(to + token, word);
+  const int beside = p.act_max && p.sum_rows == 128 ? 2 : 1;  // tokens of a lane that stand before those 8 after them
+  for (int m = token; m < last; ++m) store4(to + m % 8 / beside * (2 * beside) + m / 8 * beside + m % beside, word);
+}
+
+// Eight values of 16-bit activations in their token's unit. Where decode multiplies the upper of two codes together with
+// the lower one (unpack_step_decode), `shared` is what the upper one's x does to the lower one's. It is taken off and the
+// rest rounded to fp16, one of four eights; `sum` gets what both make together, so that zero points meet the same x.
+template <class T>
+QE_DEV void x_of_eight(const PrepareArgs& p, const T* row, int k, const float (&scaled)[8], float inverse, float (&x)[8],
+                       float& sum) {
+  float raw[8], next[8];
+  const bool joined = p.decode_order && p.code_shifts == kCodeShifts4 && k / 8 % 4 == 2;
+  if (joined) load_scaled<T>(p, row, k + 8, raw, next);
+  QE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = to_float(from_float<T>(scaled[i])) * inverse;
+    if (joined) {
+      const float shared = to_float(from_float<f16_t>(to_float(from_float<T>(next[i])) * inverse * 0.0625f));
+      x[i] = to_float(from_float<f16_t>(x[i] - shared));
+      sum += shared;
+    }
+    sum += x[i];
+  }
 }
 
 template <class T>
@@ -184,15 +214,11 @@ QE_DEV void prepare(const PrepareArgs& p) {
       } else {
         const uint32_t shift = static_cast<uint32_t>(p.code_shifts >> (k / 8 % 16 * 4)) & 15u;
         const float share = int_bits_to_float(static_cast<int>((127u - shift) << 23));
+        float x[8];
+        x_of_eight<T>(p, row, k, scaled, inverse, x, sum);
         uint32_t packed[4];
         QE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float lo = to_float(from_float<T>(scaled[2 * i])) * inverse;
-          const float hi = to_float(from_float<T>(scaled[2 * i + 1])) * inverse;
-          packed[i] = pack2<f16_t>(lo * share, hi * share);
-          sum += lo;
-          sum += hi;
-        }
+        for (int i = 0; i < 4; ++i) packed[i] = pack2<f16_t>(x[2 * i] * share, x[2 * i + 1] * share);
         store_words(p, token, k, packed);
       }
     }

@@ -128,6 +128,20 @@ QE_DEV void unpack_step(const BlockWords<Bits>& w, int tile, int r, uint32_t (&t
     to[0] = half_codes3(w, tile, r), to[1] = half_codes3(w, tile, r + 1);
   }
 }
+// The same for decode, in four instructions for a word instead of five. The upper byte of a half word is a number as it
+// is, lower + 16 * upper of its two codes. It stands for the upper one, and `prepare` takes what that adds to the lower
+// one's product off the lower one's x (x_of_eight).
+template <int Bits>
+QE_DEV void unpack_step_decode(const BlockWords<Bits>& w, int tile, int r, uint32_t (&to)[2]) {
+  if constexpr (Bits == 4) {
+    if (r & 2) {
+      to[1] = pick_bytes<0x4341>(w[tile].v[r / 4]);
+      to[0] = to[1] & 0x000F000Fu;
+      return;
+    }
+  }
+  unpack_step<Bits>(w, tile, r, to);
+}
 constexpr float kCodeUnit = 1.f / 16777216.f;
 
 // The zero points of four columns that are 8 apart, byte by byte.

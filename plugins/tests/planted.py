@@ -23,6 +23,7 @@ class Planted:
 
 INT8 = Mode("w4a8", experts=4)
 HALF = Mode("w4a16_g128", act_bits=0, group_size=128, zeros=True, experts=4)
+HALF_LONE = Mode("w4a16_g128_lone", act_bits=0, group_size=128, zeros=True, experts=0, rank_shared=0)
 LONE = Mode("w4a8_shared", experts=0)
 ZEROS = Mode("w4a8_g128_asym", group_size=128, zeros=True, experts=0)
 ZEROS_64 = Mode("w4a8_g64_asym", group_size=64, zeros=True, experts=0)
@@ -100,7 +101,16 @@ PLANTED = [
     Planted("two groups: a sum's larger part twice", UNPACK, "upper ? 0x3232u : 0x1010u", "upper ? 0x1010u : 0x1010u", 3, ZEROS_64),
     Planted("two groups: the zero point's sum with the wrong sign", PREPARE, "p.act_max ? -sum :", "p.act_max ? sum :", 3, ZEROS_64),
     Planted("6 bits: the unit of 8", PREPARE, "divide_rn(scale, static_cast<float>(steps))", "scale", 3, SIX_BITS),
-    Planted("no sums for absent tokens", PREPARE, "token == p.M - 1 ? kSumTokens", "token == p.M ? kSumTokens", 3, HALF),
+    Planted("no sums for absent tokens", PREPARE, "p.sum_rows && token == p.M - 1", "p.sum_rows && token == p.M", 3, HALF),
+    Planted("sums in the order of tokens", PREPARE, "to + m % 8 / beside * (2 * beside) + m / 8 * beside + m % beside", "to + m", 3, HALF),
+    Planted("sums of int8 in the order of 16 bits", PREPARE, "p.sum_rows == 128 ? 2 : 1", "p.sum_rows == 128 ? 1 : 1", 3, ZEROS),
+    Planted("no x for absent tokens", PREPARE, "p.M > 8 && token == p.M - 1", "p.M > 8 && token == p.M", 11, HALF_LONE),
+    Planted("x of the first eight tokens twice", DECODE, "x + t * 8 * kRowBytes", "x + 0 * t", 11, HALF_LONE),
+    Planted("sums of the first eight tokens twice", DECODE, "return load8(sums);", "return {{load4(sums), load4(sums)}};", 11, HALF_LONE),
+    Planted("two codes, of which one stays in the other's x", PREPARE, "from_float<f16_t>(x[i] - shared)", "from_float<f16_t>(x[i])", 3, HALF),
+    Planted("two codes, which zero points do not see", PREPARE, "sum += shared;", "", 3, HALF),
+    Planted("two codes: x of the wrong eight", PREPARE, "row, k + 8, raw, next", "row, k, raw, next", 3, HALF),
+    Planted("two codes of the lower byte", UNPACK, "pick_bytes<0x4341>", "pick_bytes<0x4240>", 3, HALF),
     Planted("x in the order of the other phase", PREPARE, "if (!p.decode_order) {", "if (p.decode_order) {", 3, LONE),
     Planted("units too small for the largest x", PREPARE, "(261u - exponent)", "(277u - exponent)", 17, HALF),
     Planted("codes that stand higher count more", PREPARE, "(127u - shift) << 23", "127u << 23", 17, HALF),

@@ -17,6 +17,7 @@ from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.modes import shape_for
 from tests.planted import (
     HALF,
+    HALF_LONE,
     HALF_W3,
     INT4_FACTORS,
     INT8,
@@ -63,7 +64,7 @@ def machine_of(root: Path, rung: str, bits: int) -> Machine:
 @pytest.mark.parametrize(
     ("mode", "tokens"),
     [
-        (LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17), (ZEROS, 3), (ZEROS, 17),
+        (LONE, 3), (LONE, 40), (INT8, 3), (INT8, 40), (HALF, 3), (HALF, 17), (HALF_LONE, 11), (ZEROS, 3), (ZEROS, 17),
         (ZEROS_64, 3), (ZEROS_64, 17), (ZEROS_64_ROUTED, 40), (INT8_W3, 3), (INT8_W3, 17), (HALF_W3, 3), (HALF_W3, 17),
         (INT4_FACTORS, 3), (INT4_FACTORS, 17),
     ],
