@@ -304,13 +304,6 @@ QE_DEV void main_decode(const MainArgs& p) {
   float* sums = reinterpret_cast<float*>(shared);  // [warps][tiles][Tokens8][4][32]
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
   const int n0 = block_x() * kDecodeColumns, column = n0 + (lane >> 2), chunks = p.Kp / kChunk;
-  int token[Tokens8];
-  QE_UNROLL
-  for (int t = 0; t < Tokens8; ++t) {
-    const int m = t * 8 + (lane >> 2);
-    token[t] = m < p.M ? m : p.M - 1;  // the copy's result is not stored
-  }
-
   typename Accumulator<Mode == kInt8 && Groups == 0>::type acc[kDecodeTiles][Tokens8][4];
   QE_UNROLL
   for (int i = 0; i < kDecodeTiles; ++i)
@@ -320,7 +313,7 @@ QE_DEV void main_decode(const MainArgs& p) {
       for (int j = 0; j < 4; ++j) acc[i][t][j] = 0;
   const int each = (chunks + warps - 1) / warps, first = warp * each;
   const int count = chunks - first < each ? chunks - first : each;
-  Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, Tokens8 == 1 ? token[0] : lane >> 2);
+  Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, Tokens8 == 1 && (lane >> 2) >= p.M ? p.M - 1 : lane >> 2);
   // Two chunks of weights in flight hide the latency of DRAM, where registers allow it without spills.
   constexpr bool kCrowded = Mode == k16Bit && (Groups == 2 || (Groups == 1 && Bits == 4));
   constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : 2;
@@ -339,6 +332,12 @@ QE_DEV void main_decode(const MainArgs& p) {
     at.next();
   }
 
+  int token[Tokens8];  // found only now: registers that hold them through the loop make the crowded kernels spill
+  QE_UNROLL
+  for (int t = 0; t < Tokens8; ++t) {
+    const int m = t * 8 + (lane >> 2);
+    token[t] = m < p.M ? m : p.M - 1;  // the copy's result is not stored
+  }
   constexpr bool kWholeColumn = Zeros && Groups == 0;
   constexpr float kUnit = Mode == kInt8 && Groups == 2 && Zeros ? kSmallUnit : 1.f;
   int z[4] = {0, 0, 0, 0};
