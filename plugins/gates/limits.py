@@ -20,7 +20,8 @@ GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 # before 10 for five pointers (5 on sm_120) and 5 for the loop, which two chunks at once halve, and the NOPs of sm_120:
 # h_g64z: 64 to unpack, 32 HMMA, 32 FFMA, 8 short HMMA and 8 PRMT for zero points, 8 conversions, 18 loads: 170. Two
 # chunks at once spill on every chip.
-# hw3_g128z: 84 to unpack, 32 HMMA, 16 FFMA, 4 short HMMA and 4 PRMT, 4 conversions, 14 loads: 158, and two at once.
+# hw3_g128z: 84 to unpack, 32 HMMA, 16 FFMA, 4 short HMMA and 4 PRMT, 4 conversions, 14 loads: 158. Two at once need
+# 84 to 88, but spill on sm_90, or on sm_80 to sm_89 where the short products come last.
 # hw3_g64z: 84, and all else as h_g64z but for one load: 189. Two at once are dearer on sm_80, sm_110 and sm_120.
 # s8_g64z: 48 to unpack, 16 IMMA, 32 FFMA and 16 FADD, 16 for scales, 4 HMMA and 14 for zero points, 12 loads: 158, and
 # two at once. One is dearer (89), as are sums that are loaded singly, and zero points that come first (87).
@@ -28,7 +29,7 @@ GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 # Also tried: pointers by IMAD.WIDE, which ptxas splits into a product and a sum of 64 bits; 32-bit offsets, which it
 # adds to their base in as many instructions; the short products at other steps of the 16-bit kernels.
 DECODE_PER_2048_EXCEPTIONS = {
-    "h_g64z_t16": 99.4, "s8_g64z_t16": 89.1, "hw3_g128z_t16": 89.9, "hw3_g64z_t16": 108.7, "s8w3_g64_t16": 85.0,
+    "h_g64z_t16": 99.4, "s8_g64z_t16": 89.1, "hw3_g128z_t16": 91.7, "hw3_g64z_t16": 108.7, "s8w3_g64_t16": 85.0,
 }  # fmt: skip
 
 

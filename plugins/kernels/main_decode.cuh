@@ -315,7 +315,7 @@ QE_DEV void main_decode(const MainArgs& p) {
   const int count = chunks - first < each ? chunks - first : each;
   Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, Tokens8 == 1 && (lane >> 2) >= p.M ? p.M - 1 : lane >> 2);
   // Two chunks of weights in flight hide the latency of DRAM, where registers allow it without spills.
-  constexpr bool kCrowded = Mode == k16Bit && (Groups == 2 || (Groups == 1 && Bits == 4));
+  constexpr bool kCrowded = Mode == k16Bit && Groups != 0;
   constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : 2;
   QE_UNROLL_BY(kAtOnce)
   for (int chunk = 0; chunk < count; ++chunk) {
