@@ -6,7 +6,7 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -240,18 +240,12 @@ def magnitudes(tokens: Tensor) -> tuple[Tensor, Tensor]:
         return magnitude.sum(0), magnitude.amax(0)
     # numpy reuses the memory of a piece; to take new memory for each costs more than the sums
     total, largest = np.zeros((2, tokens.shape[1]), np.float32)
-    for rows in _pieces(tokens, len(tokens)):
-        piece = np.abs(tokens[rows].numpy())
+    size = max(1, CACHED // tokens.shape[1])
+    for start in range(0, len(tokens), size):
+        piece = np.abs(tokens[start : start + size].numpy())
         total += piece.sum(0)
         np.maximum(largest, piece.max(0), out=largest)
     return torch.from_numpy(total), torch.from_numpy(largest)
-
-
-def _pieces(tokens: Tensor, count: int) -> Iterator[slice]:
-    """Slices of `count` rows that stay in a core's cache; all of them at once on a GPU."""
-    piece = max(1, CACHED // tokens.shape[1] if tokens.device == CPU else count)
-    for start in range(0, count, piece):
-        yield slice(start, min(start + piece, count))
 
 
 def mirror_triangle(matrix: np.ndarray, tile: int = 512) -> np.ndarray:

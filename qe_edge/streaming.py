@@ -137,7 +137,7 @@ def fast_products(block: nn.Module, narrow: Collection[nn.Module] = ()) -> Itera
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16, as far as torch can tell (from 2.10 on)."""
+    """Whether the processor has instructions for products of bfloat16, as far as torch can tell; older ones cannot."""
     ask = getattr(torch.cpu, "get_capabilities", None)
     found: dict[str, object] = ask() if ask else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

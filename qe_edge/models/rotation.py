@@ -171,5 +171,5 @@ def _linear(block: nn.Module, parent: str, name: str) -> nn.Linear:
 
 def _unknown(reason: str) -> ModelError:
     return ModelError(
-        f"This language model cannot be rotated: {reason}.", "Choose another method, for example gptq or qe."
+        f"This language model cannot be rotated: {reason}.", "Choose another method, for example gptq, or qe without 'rotate'."
     )
