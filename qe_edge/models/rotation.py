@@ -171,5 +171,6 @@ def _linear(block: nn.Module, parent: str, name: str) -> nn.Linear:
 
 def _unknown(reason: str) -> ModelError:
     return ModelError(
-        f"This language model cannot be rotated: {reason}.", "Choose another method, for example gptq, or qe without 'rotate'."
+        f"This language model cannot be rotated: {reason}.",
+        "Choose another method, for example gptq, or qe without 'rotate'.",
     )
