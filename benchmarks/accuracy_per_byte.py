@@ -7,8 +7,8 @@ r"""Error against bytes: every method on the three real models, and Quant Expert
 
 Finished rows are kept in the results file, so a stopped run goes on where it was. All methods see the same calibration
 samples, number grids and modules. Bits count everything that belongs to a layer: packed codes, scales,
-adapters, router; stored bits also count a head that a rotation had to take apart from the embedding. The last table
-names, for every budget, the best method of others that fits it, and ours.
+adapters, router; and the matrix that a rotated model with a tied head needs. The last table names, for every budget,
+the best method of others that fits it, and ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from real_models import REAL_MODELS, RealModel
-from transformers import AutoConfig, PreTrainedModel
 
 from qe_edge.accounting import count_bits
 from qe_edge.atomic import atomic_file
@@ -49,8 +48,7 @@ OTHERS = (
 )  # fmt: skip
 PAPER = "qe:paper"
 STATIC = "static"  # our budget again, but without routed experts
-ROTATED = "ours rotated"  # and on the rotated language model: nothing more to read, but a tied head is stored twice
-ROTATED_READ_BUDGETS = (3.5, READ_BUDGET)
+ROTATED = "ours rotated"  # on the rotated language model
 ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
 LANGUAGE_ONLY = ("mbq", "quarot")  # need a loss, or a stream of residuals between RMSNorms
 ASER_MEMORY = {"rank": 288}  # r_s + N_r r_r of the paper: its memory, in one static correction
@@ -64,7 +62,7 @@ class Row:
         model: Key in `REAL_MODELS`.
         scheme: Number grids.
         name: Method and preset, or our budget.
-        stored: Bits per weight of the checkpoint's quantized layers, and of a head that shares the embedding no longer.
+        stored: Bits per weight of the checkpoint's quantized layers.
         read: Bits per weight that one token reads.
         error: The model's error measure.
         measures: All measures by name.
@@ -110,9 +108,9 @@ def jobs(model: str, scheme: str, methods: Sequence[str]) -> Iterator[Job]:
         yield Job(f"ours, {bits:g} stored", {"method": "qe", "budget": {"bits": bits}})
     for name in ("ours", STATIC):
         yield Job(f"{name}, {READ_BUDGET:g} read", {"method": "qe", "budget": {"read_bits": READ_BUDGET}})
-    for bits in ROTATED_READ_BUDGETS if model != "dinov2" else ():
-        keys = {"method": "qe", "options": {"rotate": True}, "budget": {"read_bits": bits}}
-        yield Job(f"{ROTATED}, {bits:g} read", keys)
+    for bits in BUDGETS if model != "dinov2" else ():
+        keys = {"method": "qe", "options": {"rotate": True}, "budget": {"bits": bits}}
+        yield Job(f"{ROTATED}, {bits:g} stored", keys)
 
 
 def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
@@ -133,20 +131,10 @@ def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
     counted = count_bits(quantized.model, block_groups(quantized))
     routed = sum(layer.bits.weights for layer in counted.layers if layer.bits.router)
     bits = counted.total
-    stored = bits.stored_bits + untied_bits(real.folder, quantized.model) / bits.weights  # before it is in float32
     measures = real.measure(quantized)
     error = measures[ERRORS[real.name]]
     share = routed / bits.weights
-    return Row(real.name, recipe.scheme, name, stored, bits.read_bits, error, measures, seconds, share)
-
-
-def untied_bits(folder: str, quantized: PreTrainedModel) -> int:
-    """Bits of the head's weight where the original in `folder` has none of its own."""
-    head = quantized.get_output_embeddings()
-    if head is None or head.weight is quantized.get_input_embeddings().weight:
-        return 0
-    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
-    return 8 * head.weight.nbytes if tied else 0
+    return Row(real.name, recipe.scheme, name, bits.stored_bits, bits.read_bits, error, measures, seconds, share)
 
 
 def _without_experts(text: str) -> str:
@@ -267,10 +255,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.scatter([row.stored for row in others], [row.error for row in others], color="0.45", s=18)
         for row in others:
             axis.annotate(row.name, (row.stored, row.error), fontsize=6, xytext=(3, 2), textcoords="offset points")
-        ours = sorted((row for row in group if row.ours and row.name.endswith("stored")), key=_stored)
-        axis.plot(
-            [row.stored for row in ours], [row.error for row in ours], "o-", color="tab:blue", label="QE-Edge, budget"
-        )
+        for color, kind in (("tab:blue", "ours"), ("tab:green", ROTATED)):
+            rows_of = [row for row in group if row.name.startswith(f"{kind},") and row.name.endswith("stored")]
+            ours = sorted(rows_of, key=_stored)
+            label = kind.replace("ours", "QE-Edge, budget,").rstrip(",")
+            axis.plot([row.stored for row in ours], [row.error for row in ours], "o-", color=color, label=label)
         axis.set(yscale="log", title=f"{model}, {scheme}", xlabel="stored bits per weight", ylabel=ERRORS[model])
         axis.legend(fontsize=7)
     figure.tight_layout()

@@ -103,7 +103,7 @@ class ModelBits(BaseModel):
     Attributes:
         layers: Every quantized layer in module order.
         groups: Sum of every group that holds quantized layers.
-        total: Sum of all quantized layers.
+        total: Sum of all quantized layers, and of what a rotation put beside them (see `rotation_bits`).
         parameters: Parameters of the whole original model, tied ones once.
         model_bytes: Bytes of the whole quantized model, with everything that stays unquantized.
     """
@@ -145,13 +145,18 @@ def count_bits(model: nn.Module, groups: Mapping[str, str]) -> ModelBits:
         groups: For the dotted name of every block its group; a layer belongs to the block that holds it.
     """
     from qe_edge.linear import quantized_linears
+    from qe_edge.models.rotation import mixing_of
 
     linears = quantized_linears(model)
     counts = layer_counts(linears)
     layers = [LayerBits(name=name, group=group_of(name, groups), bits=bits) for name, bits in counts.items()]
     present = dict.fromkeys(layer.group for layer in layers)
     sums = {group: add_counts(layer.bits for layer in layers if layer.group == group) for group in present}
-    total = add_counts(counts.values())
+    rotation = rotation_bits(model)
+    if "language" in sums:
+        sums["language"] = add_counts((sums["language"], rotation))
+    layered = add_counts(counts.values())
+    total = add_counts((layered, rotation))
     own = {id(buffer) for layer in linears.values() for buffer in layer.buffers()}
     plain = {id(tensor): tensor for tensor in model.parameters()}
     bias = [layer.bias for layer in linears.values() if layer.bias is not None]
@@ -160,10 +165,18 @@ def count_bits(model: nn.Module, groups: Mapping[str, str]) -> ModelBits:
         layers=layers,
         groups=sums,
         total=total,
-        parameters=total.weights + sum(tensor.numel() for tensor in other),
-        model_bytes=round((total.codes + total.scales + total.adapters + total.router) / 8)
+        parameters=total.weights + sum(tensor.numel() for tensor in other) - sum(m.numel() for m in mixing_of(model)),
+        model_bytes=round((layered.codes + layered.scales + layered.adapters + layered.router) / 8)
         + sum(tensor.nbytes for tensor in other),
     )
+
+
+def rotation_bits(model: nn.Module) -> BitCount:
+    """Bits of the matrix that a rotated model with a tied head needs, as scales: all of it is read for every token."""
+    from qe_edge.models.rotation import mixing_of
+
+    bits = 8 * sum(matrix.nbytes for matrix in mixing_of(model))
+    return BitCount(scales=bits, read=bits)
 
 
 def layer_counts(linears: Mapping[str, QELinear]) -> dict[str, BitCount]:

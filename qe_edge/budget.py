@@ -42,6 +42,10 @@ class Budget(BaseModel):
     bits: float | None = Field(None, gt=0, le=16)
     read_bits: float | None = Field(None, gt=0, le=16)
 
+    def without(self, bits: float) -> Budget:
+        """What is left for the layers where something beside them takes `bits` per weight, which is stored and read."""
+        return Budget(**{name: limit - bits for name, limit in self.model_dump(exclude_none=True).items()})
+
     def __bool__(self) -> bool:
         """Whether anything is limited."""
         return self.bits is not None or self.read_bits is not None

@@ -17,6 +17,7 @@ from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.linear import quantized_linears
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.loading import LoadedModel, auto_class, load_config, load_family
+from qe_edge.models.rotation import last_norm, mix_last_norm
 from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.safetensors_check import check_safetensors
 from qe_edge.safetensors_write import write_tensors
@@ -137,6 +138,10 @@ def _empty_model(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model: PreTrainedModel = auto_class(family).from_config(config)
+    if any(name.endswith(".norm.mixing.weight") for name in tensors):
+        if last_norm(model) is None:
+            raise _damaged(Path(folder), "it is rotated, and the model has no last norm")
+        mix_last_norm(model)
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)

@@ -68,7 +68,7 @@ class Plan:
 
     Attributes:
         layers: Every layer that would be quantized, in module order.
-        total: Their bits together.
+        total: Their bits together, and those of a matrix that a rotation puts beside them.
         checkpoint_bytes: Size of the checkpoint.
         disk_bytes: Checkpoint and the finished blocks that are kept beside it until the end.
         memory_bytes: Peak memory, roughly.
@@ -115,13 +115,14 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         )
         for name, layer in linears.items()
     ]
-    total = add_counts(counts.values())
+    mixing = 8 * _itemsize(family) * _mixing(model, method)
+    total = add_counts((*counts.values(), BitCount(scales=mixing, read=mixing)))
     stored = round(total.stored_bits * total.weights / 8)
     if recipe.budget:
         check_affordable(recipe.budget, total.weights, 8 * stored, total.read)
         largest = recipe.budget.bits or LARGEST_BITS
         stored = round(largest * total.weights / 8)
-    parameters = sum(parameter.numel() for parameter in model.parameters()) + _untied(model, method)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     checkpoint = stored + (parameters - total.weights) * _itemsize(family)
     memory = _memory(source, family, model, blocks, method, samples)
     return Plan(layers, total, checkpoint, checkpoint + stored, memory)
@@ -196,7 +197,7 @@ def _memory(
 
     A method that transforms the whole model has all blocks in memory too; gradients need one block at a time.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters()) + _untied(model, method)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + _mixing(model, method)
     sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
     weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
     weights += _itemsize(family) * sum(sizes) if method.transforms_model else 0
@@ -216,12 +217,12 @@ def _memory(
     return LIBRARIES + weights + pixels + peak
 
 
-def _untied(model: PreTrainedModel, method: Method) -> int:
-    """Numbers of the head's own weight, which a method that transforms the model gives it where it shares another's."""
+def _mixing(model: PreTrainedModel, method: Method) -> int:
+    """Numbers of the matrix that a method which rotates the model puts before a head that shares the embedding."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     shared = isinstance(head, nn.Module) and head.weight is embedding.weight
-    return int(embedding.weight.numel()) if method.transforms_model and shared else 0
+    return int(embedding.weight.shape[1]) ** 2 if method.transforms_model and shared else 0
 
 
 def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) -> int:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qe_edge.accounting import add_counts
+from qe_edge.accounting import add_counts, rotation_bits
 from qe_edge.atomic import atomic_file
-from qe_edge.blas import blas_threads
-from qe_edge.budget import Offer, allocate, check_affordable, output_factors, scaled_back
+from qe_edge.blas import blas_threads, one_lapack_thread
+from qe_edge.budget import Budget, Offer, allocate, check_affordable, output_factors, scaled_back
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
     Of,
@@ -40,6 +41,7 @@ from qe_edge.methods.base import AdapterSize, Choice
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.stored import StoredWeights
+from qe_edge.parallel import map_threads
 from qe_edge.preflight import check_modules, check_weights, model_fingerprint
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
@@ -49,6 +51,8 @@ from qe_edge.walk import BlockWalk
 from qe_edge.workfolder import WorkFolder
 
 BATCH = 8  # calibration samples per forward pass
+SMALL_PROBLEM = 1 << 21  # weights up to which a problem gains nothing by a second thread of its own
+Result = TypeVar("Result")
 
 
 def quantize(
@@ -178,6 +182,7 @@ class _Run:
             family.encode(processor, samples[start : start + BATCH], answers=True)
             for start in range(0, len(samples), BATCH)
         ]
+        self.rotation = rotation_bits(loaded.model)  # in its own precision, before the walk makes it float32
         self.walk = BlockWalk(loaded, recipe.modules, self.batches, device)
         self.chains = self.walk.chains
         self.choices: dict[str, Choice] = {}
@@ -202,7 +207,7 @@ class _Run:
     def _spend_budget(self) -> None:
         """Measure what every layer offers on the original model, and choose inside the budget."""
         offers: dict[str, Offer] = {}
-        self._check_budget()
+        budget = self._check_budget()
         self.gradients = self._gradients()
 
         for chain, position, block in self.walk:
@@ -218,10 +223,10 @@ class _Run:
             offers.update(found)
             trim_heap()
             self.progress.advance(_parameters(block), f"{block.name}: measuring")
-        self.choices = allocate(offers, self.recipe.budget)
+        self.choices = allocate(offers, budget)
 
-    def _check_budget(self) -> None:
-        """Refuse a budget that cannot be met, before anything is measured."""
+    def _check_budget(self) -> Budget:
+        """What layers may take of the budget; one that cannot be met is refused, before anything is measured."""
         scheme, blocks = self.recipe.get_scheme(), [block for chain in self.chains for block in chain]
         cheapest = scheme.on(scheme.budget_grids()[0])
         groups = [group for block in blocks for group in linear_groups(block, self.loaded.family.siblings)]
@@ -230,19 +235,18 @@ class _Run:
             for group in groups
             for linear in group.linears
         )
-        check_affordable(self.recipe.budget, least.weights, least.stored_bits * least.weights, least.read)
+        total = add_counts((least, self.rotation))
+        check_affordable(self.recipe.budget, total.weights, total.stored_bits * total.weights, total.read)
+        return self.recipe.budget.without(self.rotation.read / total.weights)
 
     def _offers(self, groups: list[LinearGroup], collectors: dict[nn.Module, StatisticsCollector]) -> dict[str, Offer]:
         """Candidates of every linear problem of a block."""
-        offers = {}
-        for group in groups:
-            measured = collectors.pop(group.linears[0]).finish()
-            for position, (members, weight) in enumerate(self._problems(group)):
-                problem = self._problem(group, members, weight, measured[position])
-                with blas_threads(max(weight.shape)):
-                    candidates = self.method.candidates(problem)
-                offers[problem.name] = Offer(weight.numel(), self._sensitivity(group, members), candidates)
-        return offers
+
+        def measure(group: LinearGroup, members: list[int], problem: LinearProblem) -> tuple[str, Offer]:
+            sensitivity = self._sensitivity(group, members)
+            return problem.name, Offer(problem.weight.numel(), sensitivity, self.method.candidates(problem))
+
+        return dict(self._each_problem(groups, collectors, measure))
 
     def _gradients(self) -> dict[str, Sensitivity]:
         """Gradients at the outputs of every layer."""
@@ -299,8 +303,8 @@ class _Run:
         outputs = self.walk.run(chain, position, block, collectors)
         layers = finished or {}
         if not finished:
-            for group in groups:
-                layers.update(self._quantize_group(group, collectors.pop(group.linears[0], None)))
+            for quantized in self._each_problem(groups, collectors, self._quantize):
+                layers.update(quantized)
             if self.folder:
                 self.folder.save(block.name, layers)
         for name, layer in layers.items():
@@ -341,21 +345,40 @@ class _Run:
             problems.append((members, weight if factors is None else weight * factors.unsqueeze(1)))
         return problems
 
-    def _quantize_group(self, group: LinearGroup, collector: StatisticsCollector | None) -> dict[str, QELinear]:
-        """Quantize the layers that share an input."""
-        measured = collector.finish() if collector else None
-        layers: dict[str, QELinear] = {}
-        for number, (members, weight) in enumerate(self._problems(group)):
-            problem = self._problem(group, members, weight, measured[number] if measured else None)
-            with blas_threads(max(weight.shape)):
-                result: QuantizedLinear = self.method.quantize(problem)
-            factors = self._output_factors(group, members)
-            if factors is not None:
-                result = scaled_back(result, factors)
-            parts = result.split([group.linears[member].out_features for member in members])
-            for member, part in zip(members, parts, strict=True):
-                layers[group.names[member]] = QELinear(part, group.linears[member].bias)
-        return layers
+    def _each_problem(
+        self,
+        groups: list[LinearGroup],
+        collectors: dict[nn.Module, StatisticsCollector],
+        work: Callable[[LinearGroup, list[int], LinearProblem], Result],
+    ) -> Iterator[Result]:
+        """`work` for every linear problem of a block: large ones one by one, then the small ones side by side."""
+        small: list[tuple[LinearGroup, list[int], LinearProblem]] = []
+        for group in groups:
+            collector = collectors.pop(group.linears[0], None)
+            measured = collector.finish() if collector else None
+            for number, (members, weight) in enumerate(self._problems(group)):
+                problem = self._problem(group, members, weight, measured[number] if measured else None)
+                if weight.numel() <= SMALL_PROBLEM:
+                    small.append((group, members, problem))
+                    continue
+                with blas_threads(max(weight.shape)):
+                    result = work(group, members, problem)
+                yield result
+        small.sort(key=lambda one: -one[2].weight.numel())  # the longest first: threads end at about the same time
+        with one_lapack_thread():
+            yield from map_threads(lambda one: work(*one), small)
+
+    def _quantize(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> dict[str, QELinear]:
+        """The quantized layers of one problem."""
+        result: QuantizedLinear = self.method.quantize(problem)
+        factors = self._output_factors(group, members)
+        if factors is not None:
+            result = scaled_back(result, factors)
+        parts = result.split([group.linears[member].out_features for member in members])
+        return {
+            group.names[member]: QELinear(part, group.linears[member].bias)
+            for member, part in zip(members, parts, strict=True)
+        }
 
     def _own_statistics(self, statistics: InputStatistics, weight: Tensor) -> InputStatistics:
         """Cut the jointly measured top-k lists to this problem's own k (the lists are sorted, best first)."""

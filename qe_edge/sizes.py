@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,7 @@ def empty_linear(
     return QuantizedLinear(weight, scheme.activation_bits, inv_omega, adapters)
 
 
+@lru_cache(maxsize=4096)
 def predicted_bits(
     out_features: int, in_features: int, scheme: Scheme, size: AdapterSize, *, scaled: bool = False
 ) -> BitCount:

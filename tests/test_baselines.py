@@ -85,7 +85,7 @@ def test_quant_experts_without_routing_is_aser(outliers: int) -> None:
 def test_gptq_equals_the_unblocked_reference(in_features: int, group: int, symmetric: bool) -> None:
     weight, x = typed_layer(24, in_features, 800)
     gram = x.double().T @ x.double() / len(x)
-    found = gptq_round(weight, gram, WeightGrid(4, group, symmetric), 0.01).decode().double().numpy()
+    found = gptq_round(weight, gram.numpy(), WeightGrid(4, group, symmetric), 0.01).decode().double().numpy()
     width = in_features if group == PER_CHANNEL else group
     expected = gptq(weight.numpy(), gram.numpy(), 4, width, 0.01, symmetric=symmetric)
     differing = np.abs(found - expected) > 1e-6 * np.abs(expected).max()

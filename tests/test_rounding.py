@@ -13,7 +13,7 @@ from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.errors import NumericalError
 from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight, round_on_grid, scales_of_range
 from qe_edge.reconstruction.branches import leave_out_channels
-from qe_edge.reconstruction.rounding import CLIP_LEAST, Rounding, clipped_round, gptq_round
+from qe_edge.reconstruction.rounding import CLIP_LEAST, Hessian, Rounding, clipped_round, gptq_round
 from tests.layers import correlated_layer
 
 
@@ -64,7 +64,7 @@ def output_error(rounding: Rounding, weight: Tensor, x: Tensor, channels: np.nda
     gram = (x.double().T @ x.double() / len(x)).numpy()
     mean = x.abs().double().mean(0).numpy()
     grid = WeightGrid(4, PER_CHANNEL)
-    branch = leave_out_channels(weight, grid, channels, mean, "drop", rounding, gram)
+    branch = leave_out_channels(weight, grid, channels, mean, "drop", rounding, Hessian(gram))
     factor = torch.ones(weight.shape[1]) if branch.inv_omega is None else branch.inv_omega.float()
     decoded = branch.weight.decode()
     found = weight.double() - decoded.double() * factor.double()
@@ -112,14 +112,14 @@ def test_gptq_factors_a_gram_matrix_in_its_own_precision() -> None:
     """The codes are those of float64, but for a few that lie between two."""
     weight, x = correlated_layer(48, 96, 4000)
     gram = (x.T @ x / len(x)).double()
-    exact, found = (gptq_round(weight, matrix, WeightGrid(4), 0.01).codes for matrix in (gram, gram.float()))
+    exact, found = (gptq_round(weight, matrix.numpy(), WeightGrid(4), 0.01).codes for matrix in (gram, gram.float()))
     assert (exact != found).double().mean() < 0.01
 
 
 def test_gptq_goes_on_in_float64_where_float32_ends() -> None:
     """A matrix of rank 1 with little damping: float32's rounding makes it indefinite."""
     column = torch.linspace(1, 2, 128)
-    gram = (column[:, None] * column).float()
+    gram = (column[:, None] * column).float().numpy()
     assert torch.isfinite(gptq_round(torch.randn(8, 128), gram, WeightGrid(4), 1e-6).decode()).all()
     with pytest.raises(NumericalError, match="not positive definite"):
         gptq_round(torch.randn(8, 128), -gram, WeightGrid(4), 1e-6)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
@@ -38,6 +37,6 @@ class GPTQ(Method):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Round the weight of `problem` column by column."""
-        gram, grid = torch.from_numpy(problem.gram()), problem.scheme.weight
-        weight = gptq_round(problem.weight, gram, grid, self.options.damping, device=problem.device)
+        grid = problem.scheme.weight
+        weight = gptq_round(problem.weight, problem.gram(), grid, self.options.damping, device=problem.device)
         return QuantizedLinear(weight, problem.scheme.activation_bits)

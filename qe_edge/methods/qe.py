@@ -38,7 +38,7 @@ from qe_edge.reconstruction.modality import assign_by_modality
 from qe_edge.reconstruction.offers import offer_candidates
 from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.refinement import refine
-from qe_edge.reconstruction.rounding import Rounding
+from qe_edge.reconstruction.rounding import Hessian, Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router
 
 
@@ -150,9 +150,11 @@ class QuantExperts(Method):
     def candidates(self, problem: LinearProblem) -> list[Candidate]:
         """Ranks, experts, channels left out and group sizes, with their costs; none that another one dominates."""
         frequent = frequent_channels(problem.measured())
+        hessian = Hessian(problem.gram())
         return offer_candidates(
             problem,
-            lambda grid, count: self._branch(problem, grid, frequent[:count]),
+            hessian,
+            lambda grid, count: self._branch(problem, grid, frequent[:count], hessian),
             dtypes=dict.fromkeys((self.options.adapter_dtype, "int4")),
             important=shrink_to_layer(self.options, *problem.weight.shape).important_channels,
             routed=self.options.experts > 0,
@@ -167,16 +169,16 @@ class QuantExperts(Method):
         k = min(size.important_channels, problem.weight.shape[1] // (given.experts + 1))
         return LayerSize(given.rank_shared, given.rank_routed, given.experts, k)
 
-    def _branch(self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray) -> MainBranch:
+    def _branch(self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray, hessian: Hessian) -> MainBranch:
         """The main branch without the channels `left_out`."""
         options, abs_mean = self.options, problem.measured().abs_mean
         rounding = Rounding(options.rounding, options.clip, device=problem.device)
-        return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, problem.gram())
+        return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, hessian)
 
     def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
         grid = problem.choice.grid if problem.choice else problem.scheme.weight
-        branch = self._branch(problem, grid, left_out)
+        branch = self._branch(problem, grid, left_out, Hessian(problem.gram()))
         space = ErrorSpace.of(branch.error)
         covariance = space.covariance(problem.gram())
         return SharedExpert(
@@ -205,7 +207,7 @@ class QuantExperts(Method):
         dtype = self._adapter_dtype(problem)
         if dtype == "int4":
             tokens = [None, *(statistics.tokens[assigned == expert] for expert in range(len(parts) - 1))]
-            packed = pack_correction(parts, error, problem.gram(), tokens)
+            packed = pack_correction(parts, error, Hessian(problem.gram()), tokens)
             up, down, ups, downs = packed.up, packed.down, packed.ups, packed.downs
         else:
             up, ups = store_up_factors(parts, dtype)

@@ -38,8 +38,7 @@ class QuantExpertsOptions(MethodOptions):
         clip: Search the range of every scale ("nearest" and "gptq").
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
-        rotate: Rotate the language model before anything is measured, as `methods.quarot` does. A head that shares the
-            embedding gets a weight of its own, which no budget counts.
+        rotate: Rotate the language model before anything is measured, as `methods.quarot` does.
         tokens: Calibration tokens kept per layer for experts and router.
         refine: Train by gradient descent, kept where it helps (`reconstruction.refinement`): "router" the router alone,
             "all" the routed factors and the router (paper).

@@ -4,10 +4,10 @@ Before the first layer is quantized the language model is rotated offline, in fl
 the residual stream (embedding, every layer that reads or writes the stream, head; gains of the norms are folded into
 the layers after them; a vision-language model's merger writes rotated features), and a Hadamard matrix `R2` per head on
 values and output projection. The model computes the same as before, up to the rounding of its own precision, and
-needs no new operator. Tied embeddings become two tensors. Then the weights are rounded, by GPTQ with searched ranges
-as in the original, or to nearest.
+needs no new operator. Then the weights are rounded, by GPTQ with searched ranges as in the original, or to nearest.
 
-Different: sizes with an odd factor take a Hartley transform for it in place of tabulated Hadamard matrices. Not built:
+Different: a head that shares the embedding gets one small matrix in front of it instead of a weight of its own
+(`models.rotation`); sizes with an odd factor take a Hartley transform for it in place of tabulated Hadamard matrices. Not built:
 the online Hadamard transforms of the MLP's inner activations and of queries and keys, which need an operator
 of their own, so the input of `down_proj` is not rotated; quantized KV caches; clipped activation ranges.
 """

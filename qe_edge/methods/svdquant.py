@@ -111,7 +111,7 @@ class SVDQuant(StaticCorrection):
         factor = best.inverse.double()
         gram = torch.from_numpy(problem.gram()) * factor * factor.unsqueeze(1)
         residual = (problem.weight - correction(best.adapters, problem.weight)) / best.inverse.float()
-        codes = gptq_round(residual, gram, problem.scheme.weight, DAMPING)
+        codes = gptq_round(residual, gram.numpy(), problem.scheme.weight, DAMPING)
         return replace(
             best, codes=codes, loss=judge.judge(codes, correction(best.adapters, problem.weight), best.inverse)
         )

@@ -3,12 +3,15 @@
 `h' = h R` for the residual stream: the embedding and everything that writes into the stream is rotated, everything that
 reads it is rotated back. An RMSNorm commutes with that once its gains are folded into the layers that follow it. Per
 head, the values are rotated and the output projection back.
+
+A head that shares the embedding goes on sharing it: the gains `g` of the last norm cannot be folded into it then, and
+become a small matrix between the two, `norm(h) diag(g) E^T = norm(h R) (R^T diag(g) R) (E R)^T`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +19,9 @@ from torch import Tensor, nn
 
 from qe_edge.errors import ModelError
 from qe_edge.models.loading import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 8192  # rows or columns that are in float64 at once
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -26,8 +32,28 @@ READERS = {
 WRITERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
 
+class MixedNorm(nn.Module):
+    """A norm, and the matrix that its gains become in front of a head that shares the rotated embedding.
+
+    Args:
+        norm: The norm.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        weight = norm.get_parameter("weight")
+        size, like = weight.numel(), {"dtype": weight.dtype, "device": weight.device}
+        self.norm = norm
+        self.mixing = nn.Linear(size, size, bias=False, **like)  # type: ignore[arg-type] # dtype and device
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Norm and matrix of `[..., hidden]`."""
+        mixed: Tensor = self.mixing(self.norm(hidden))
+        return mixed
+
+
 def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
-    """Rotate a decoder in place, in float64; every tensor keeps its dtype. The head gets a weight of its own.
+    """Rotate a decoder in place, in float64; every tensor keeps its dtype.
 
     Raises:
         ModelError: If the decoder is built otherwise than RMSNorm, attention, RMSNorm, gated MLP, as Llama's and
@@ -37,7 +63,7 @@ def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
     head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
     if not blocks or not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
         raise _unknown("it has no language model with a head")
-    norm = getattr(loaded.model.get_decoder(), "norm", None)
+    norm = last_norm(loaded.model)
     for block in blocks:
         _check_block(block.name, block.module)
     _check_norm("the last norm", norm)
@@ -45,7 +71,7 @@ def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
 
-    untie(loaded)
+    tied = head.weight is embedding.weight
     rotation = random_rotation(embedding.embedding_dim, np.random.default_rng(seed))
     in_head = hadamard_like(width)
     _read(embedding, None, rotation)
@@ -59,17 +85,29 @@ def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
         _rotate_heads(block.module, in_head)
         for parent, name in WRITERS:
             _write(_linear(block.module, parent, name), rotation)
-    _read(head, _take_gains(norm), rotation)
+    gains = _take_gains(norm)
+    if not tied:
+        _read(head, gains, rotation)
+        return
+    mixing = mix_last_norm(loaded.model).weight
+    mixing.data.copy_(rotation.T @ (gains.unsqueeze(1) * rotation))
 
 
-def untie(loaded: LoadedModel) -> None:
-    """Give the head a weight of its own where it shares the embedding's, and say so in the configuration."""
-    head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
-    for config in (loaded.model.config, loaded.family.config):
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
+def last_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm in front of the head; None where there is none by that name."""
+    return getattr(model.get_decoder() if hasattr(model, "get_decoder") else None, "norm", None)
+
+
+def mix_last_norm(model: PreTrainedModel) -> nn.Linear:
+    """Put a matrix, which is not set yet, after the last norm of a decoder that has one."""
+    decoder: Any = model.get_decoder()
+    decoder.norm = MixedNorm(decoder.norm)
+    return decoder.norm.mixing  # type: ignore[no-any-return] # a decoder is anything
+
+
+def mixing_of(model: nn.Module) -> list[Tensor]:
+    """The matrices after norms of a model, which it stores and reads beside its layers; one or none."""
+    return [module.mixing.weight for module in model.modules() if isinstance(module, MixedNorm)]
 
 
 def hadamard_like(size: int) -> Tensor:

@@ -14,7 +14,7 @@ from qe_edge.calibration.statistics import InputStatistics
 from qe_edge.grids import QuantizedWeight, WeightGrid, fake_quantize_activation, rounds_activations
 from qe_edge.linear import Adapters
 from qe_edge.reconstruction.factors import AdapterDtype, fit_down_factor, store_factor, store_up_factors
-from qe_edge.reconstruction.rounding import Rounding
+from qe_edge.reconstruction.rounding import Hessian, Rounding
 
 ChannelMode = Literal["drop", "scale"]
 NEAREST = Rounding()
@@ -44,7 +44,7 @@ def leave_out_channels(
     abs_mean: np.ndarray,
     mode: ChannelMode,
     rounding: Rounding = NEAREST,
-    gram: np.ndarray | None = None,
+    hessian: Hessian | None = None,
 ) -> MainBranch:
     """Quantize `weight` `[out, in]` without the input channels `channels` (specification 5.1, 5.2, 5.5).
 
@@ -55,17 +55,18 @@ def leave_out_channels(
         abs_mean: `[in]` mean |x|.
         mode: What the branch's input does with them: "drop" zeroes them, "scale" divides them down to the smallest.
         rounding: How the codes are chosen.
-        gram: `[in, in]`; plain nearest rounding does without it.
+        hessian: Gram matrix `[in, in]`; plain nearest rounding does without it.
     """
     left_out = torch.from_numpy(channels.copy())
     kept = weight.clone()
     kept[:, left_out] = 0.0
-    if gram is not None and len(channels):
+    if hessian is not None and len(channels):
         # a channel that the main branch does not carry can make up for no other one
-        gram = gram.copy()
+        gram = hessian.gram.copy()
         gram[channels, :] = 0.0
         gram[:, channels] = 0.0
-    quantized, inv_omega = rounding(kept, grid, gram, abs_mean)
+        hessian = Hessian(gram)
+    quantized, inv_omega = rounding(kept, grid, hessian, abs_mean)
     dtype = torch.float64 if working_dtype(weight.numel()) is np.float64 else torch.float32
     error = quantized.decode().to(dtype)
     if inv_omega is not None:

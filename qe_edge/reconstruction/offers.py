@@ -14,6 +14,7 @@ from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_l
 from qe_edge.reconstruction.factors import FACTOR_BITS, AdapterDtype
 from qe_edge.reconstruction.packed_factors import packing_loss
 from qe_edge.reconstruction.ranks import RANK_STEP
+from qe_edge.reconstruction.rounding import Hessian
 from qe_edge.schemes import Scheme
 from qe_edge.sizes import predicted_bits
 
@@ -50,6 +51,7 @@ class _Variant:
 
 def offer_candidates(
     problem: LinearProblem,
+    hessian: Hessian,
     make_branch: Callable[[WeightGrid, int], MainBranch],
     *,
     dtypes: Iterable[AdapterDtype],
@@ -59,7 +61,8 @@ def offer_candidates(
     """Candidates of one linear problem, none that another one dominates.
 
     Args:
-        problem: With a Gram matrix, tokens and top-k lists.
+        problem: With tokens and top-k lists.
+        hessian: Its Gram matrix.
         make_branch: Main branch for a grid and a number of channels left out.
         dtypes: Storages of the factors.
         important: k, channels per token-independent set.
@@ -77,7 +80,7 @@ def offer_candidates(
             trials = routed_losses(spectrum, problem.measured(), weight, important, DESIGNS, problem.seed)
             losses += zip(DESIGNS, trials, strict=True)
         for dtype in dtypes:
-            excess = packing_loss(variant.branch.error, problem.gram(), spectrum) if dtype == "int4" else 0.0
+            excess = packing_loss(variant.branch.error, hessian, spectrum) if dtype == "int4" else 0.0
             for design, loss in losses:
                 size = AdapterSize(design.shared, design.routed, design.experts, FACTOR_BITS[dtype])
                 left = loss + excess * (spectrum.total - loss) + variant.noise

@@ -18,7 +18,7 @@ from scipy.linalg import block_diag
 from qe_edge.grids import PER_CHANNEL, WeightGrid, pack_int4
 from qe_edge.reconstruction.designs import ErrorSpectrum
 from qe_edge.reconstruction.factors import StoredFactor
-from qe_edge.reconstruction.rounding import gptq_round
+from qe_edge.reconstruction.rounding import Hessian, gptq_round
 
 GRID = WeightGrid(4, PER_CHANNEL, symmetric=True)
 DOWN_DAMPING, UP_DAMPING = 0.01, 1e-4
@@ -44,14 +44,14 @@ class PackedCorrection:
 
 
 def pack_correction(
-    directions: Sequence[np.ndarray], error: np.ndarray, gram: np.ndarray, tokens: Sequence[np.ndarray | None]
+    directions: Sequence[np.ndarray], error: np.ndarray, hessian: Hessian, tokens: Sequence[np.ndarray | None]
 ) -> PackedCorrection:
     """Round corrections to INT4.
 
     Args:
         directions: For the shared expert (first; rank 0 for none) and every routed one `[out, rank_i]`, orthonormal.
         error: `[out, in]` float64, what all together correct.
-        gram: `[in, in]` of all tokens.
+        hessian: Gram matrix `[in, in]` of all tokens.
         tokens: For every expert the tokens `[n, in]` that it corrects; None for all.
     """
     left = error
@@ -61,14 +61,13 @@ def pack_correction(
             downs.append(vectors.T @ left)
             fitted.append(vectors)
             continue
-        inputs = gram
+        inputs = hessian
         if own is not None and len(own):
-            inputs = (1.0 - GLOBAL_SHARE) * (own.T @ own).astype(np.float64) / len(own) + GLOBAL_SHARE * gram
-        rounded = gptq_round(
-            torch.from_numpy(vectors.T @ left).float(), torch.from_numpy(inputs), GRID, DOWN_DAMPING, clip=True
-        )
+            moments = (own.T @ own).astype(np.float64) / len(own)
+            inputs = Hessian((1.0 - GLOBAL_SHARE) * moments + GLOBAL_SHARE * hessian.gram)
+        rounded = gptq_round(torch.from_numpy(vectors.T @ left).float(), inputs, GRID, DOWN_DAMPING, clip=True)
         down = rounded.decode().double().numpy()
-        spread = inputs @ down.T
+        spread = inputs.gram @ down.T
         hidden, target = down @ spread, left @ spread
         up = np.linalg.lstsq(hidden, target.T, rcond=1e-10)[0].T
         if own is None:
@@ -81,13 +80,7 @@ def pack_correction(
     energies = block_diag(*weighing)
     diagonal = energies.diagonal()
     damping = max(UP_DAMPING, ROUNDING * float(diagonal.max()) / max(float(diagonal.mean()), 1e-300))
-    up = gptq_round(
-        torch.from_numpy(np.concatenate(fitted, axis=1)).float(),
-        torch.from_numpy(energies),
-        GRID,
-        damping,
-        clip=True,
-    )
+    up = gptq_round(torch.from_numpy(np.concatenate(fitted, axis=1)).float(), energies, GRID, damping, clip=True)
     edges = np.cumsum([part.shape[1] for part in fitted])[:-1]
     return PackedCorrection(
         StoredFactor(pack_int4(torch.cat(codes)), torch.cat(scales)),
@@ -97,12 +90,13 @@ def pack_correction(
     )
 
 
-def packing_loss(error: np.ndarray, gram: np.ndarray, spectrum: ErrorSpectrum) -> float:
+def packing_loss(error: np.ndarray, hessian: Hessian, spectrum: ErrorSpectrum) -> float:
     """Share of the energy which a correction of the spectrum's largest rank captures that INT4 factors lose again."""
     captured = float(spectrum.captured[-1])
     if captured <= 0:
         return 0.0
-    packed = pack_correction([spectrum.space.lift(spectrum.vectors)], error, gram, [None])
-    left = error - packed.ups[0] @ packed.downs[0]
-    energy = float(np.einsum("ij,ij->", left @ gram, left))
-    return max(energy - spectrum.left(spectrum.largest_rank), 0.0) / captured
+    packed = pack_correction([spectrum.space.lift(spectrum.vectors)], error, hessian, [None])
+    up, down = packed.ups[0], packed.downs[0]
+    spread = hessian.gram @ down.T
+    taken = 2 * (error @ spread) - up @ (down @ spread)  # tr(E G E^T) - tr(U taken^T) is the energy of E - U D
+    return max(captured - float(np.einsum("ij,ij->", up, taken)), 0.0) / captured

@@ -5,7 +5,7 @@ All of them stay on the scheme's number grid, so a low-rank correction can follo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,28 @@ CLIP_STEPS, CLIP_LEAST = 9, 0.5  # ranges tried: from the whole down to half of 
 CLIP_FINER = (-2 / 48, -1 / 48, 1 / 48, 2 / 48)  # and those around the best: 3e-4 above trying all at this distance
 
 
+@dataclass(frozen=True, eq=False)
+class Hessian:
+    """A Gram matrix for GPTQ that is factored once, however many weights are rounded with it.
+
+    Attributes:
+        gram: `[in, in]` float32 or float64, `X^T X` up to a factor; nobody changes it any more.
+    """
+
+    gram: np.ndarray
+    _couplings: dict[float, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+
+    def coupling(self, damping: float) -> np.ndarray:
+        """`R_ij / R_jj` `[in, in]` float32 of the damped matrix `R R^T` (see `gptq_round`).
+
+        Raises:
+            NumericalError: If the damped matrix is not positive definite.
+        """
+        if damping not in self._couplings:
+            self._couplings[damping] = _coupling(self.gram, damping)
+        return self._couplings[damping]
+
+
 @dataclass(frozen=True)
 class Rounding:
     """Choice of the codes.
@@ -53,7 +75,7 @@ class Rounding:
     device: torch.device = CPU
 
     def __call__(
-        self, weight: Tensor, grid: WeightGrid, gram: np.ndarray | None, abs_mean: np.ndarray
+        self, weight: Tensor, grid: WeightGrid, gram: np.ndarray | Hessian | None, abs_mean: np.ndarray
     ) -> tuple[QuantizedWeight, Tensor | None]:
         """Codes of `weight` `[out, in]`, and float16 `1 / s` `[in]` where the input must be divided by `s`.
 
@@ -70,11 +92,11 @@ class Rounding:
             return quantize_weight(weight, grid), None
         if gram is None:
             raise NumericalError(f"Rounding '{self.kind}' needs the Gram matrix.", "Pass calibration tokens.")
-        matrix = torch.from_numpy(gram)
+        if self.kind == "gptq":
+            return gptq_round(weight, gram, grid, self.damping, clip=self.clip, device=self.device), None
+        matrix = torch.from_numpy(gram.gram if isinstance(gram, Hessian) else gram)
         if self.kind == "awq":
             return search_scale(weight, abs_mean, matrix.float(), grid, AWQ_STEPS)
-        if self.kind == "gptq":
-            return gptq_round(weight, matrix, grid, self.damping, clip=self.clip, device=self.device), None
         return clipped_round(weight, grid, matrix.diagonal().float()), None
 
 
@@ -163,7 +185,7 @@ def search_scale(
 
 def gptq_round(
     weight: Tensor,
-    gram: Tensor,
+    gram: np.ndarray | Hessian,
     grid: WeightGrid,
     damping: float,
     *,
@@ -179,7 +201,7 @@ def gptq_round(
 
     Args:
         weight: `[out, in]` float32.
-        gram: `[in, in]`, `X^T X` up to a factor.
+        gram: `[in, in]`, `X^T X` up to a factor; a `Hessian` where several weights are rounded with it.
         grid: Grid; the scale of a group is found when the group is reached, from the weights as updated so far.
         damping: Relative to the mean of the Gram matrix's diagonal.
         clip: Search the range of every scale, as `clipped_round`.
@@ -188,9 +210,11 @@ def gptq_round(
     Raises:
         NumericalError: If the damped Gram matrix is still not positive definite.
     """
-    dead = gram.diagonal() == 0
-    coupling = torch.from_numpy(_coupling(gram.numpy(), damping)).to(device)
-    importance = gram.diagonal().float().to(device) if clip else None
+    hessian = gram if isinstance(gram, Hessian) else Hessian(gram)
+    diagonal = torch.from_numpy(hessian.gram.diagonal().copy())
+    dead = diagonal == 0
+    coupling = torch.from_numpy(hessian.coupling(damping)).to(device)
+    importance = diagonal.float().to(device) if clip else None
     kept = weight.float().masked_fill(dead, 0.0).to(device)
     piece = ROWS if device == CPU else len(kept)
     parts = map_rows(lambda rows: _round_rows(kept[rows], coupling, grid, importance), len(kept), piece)

@@ -84,7 +84,7 @@ def store_routed(adapters: Adapters, routed: RoutedFactors, grams: list[Tensor])
         if adapters.up_scale is None or scale is None:
             codes_down[span], codes_up[:, span] = down.to(codes_down.dtype), up.to(codes_up.dtype)
         elif adapters.down.dtype == torch.uint8:
-            rounded = gptq_round(down, grams[expert], GRID, DOWN_DAMPING, clip=True)
+            rounded = gptq_round(down, grams[expert].numpy(), GRID, DOWN_DAMPING, clip=True)
             codes_down[span], scale[span] = rounded.codes, rounded.scales[:, 0]
             decoded = rounded.decode().double()
             spread = grams[expert] @ decoded.T

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qe_edge.accounting import count_bits, rotation_bits
 from qe_edge.calibration.sources import load_evaluation
 from qe_edge.checkpoint import load_quantized, save_quantized
-from qe_edge.errors import ModelError
+from qe_edge.errors import ArtifactError, ModelError
 from qe_edge.models.causal_lm import CausalLM
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.models.rotation import hadamard_like, random_rotation, rotate_language_model
+from qe_edge.models.rotation import hadamard_like, mixing_of, random_rotation, rotate_language_model
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from tests.small_vlm import write_small_vlm
@@ -44,11 +46,11 @@ def uneven_gains(loaded: LoadedModel) -> None:
             parameter.data = parameter.data * (0.3 + 2 * torch.rand(parameter.shape, generator=generator))
 
 
-def tiny_llama() -> LoadedModel:
+def tiny_llama(*, tied: bool = True) -> LoadedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=90, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=20, attention_bias=True, tie_word_embeddings=True,
+        num_key_value_heads=2, head_dim=20, attention_bias=True, tie_word_embeddings=tied,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -76,12 +78,13 @@ def test_rotations_are_orthogonal_and_spread(size: int) -> None:
         assert torch.allclose(hadamard_like(size).abs(), torch.tensor(size**-0.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "internvl", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "internvl", "llama", "untied llama"])
 def test_the_rotated_model_computes_the_same(kind: str, small: str, tiny_internvl: Path, samples: list[Sample]) -> None:
     makers: dict[str, Callable[[], LoadedModel]] = {
         "qwen2_vl": lambda: load_model(small, torch.float32),
         "internvl": lambda: load_model(str(tiny_internvl), torch.float32),
         "llama": tiny_llama,
+        "untied llama": lambda: tiny_llama(tied=False),
     }
     loaded = makers[kind]()
     uneven_gains(loaded)
@@ -102,8 +105,9 @@ def test_the_rotated_model_computes_the_same(kind: str, small: str, tiny_internv
     assert torch.allclose(stream["plain"] @ rotation, stream["rotated"], atol=1e-3 * stream["plain"].abs().max())
     assert not torch.allclose(stream["plain"], stream["rotated"], atol=0.1)
     head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
-    assert head.data_ptr() != embedding.data_ptr()
-    assert not loaded.family.config.get_text_config().tie_word_embeddings
+    tied = loaded.family.config.get_text_config().tie_word_embeddings
+    assert (head.data_ptr() == embedding.data_ptr()) == tied
+    assert len(mixing_of(loaded.model)) == int(tied)  # a head of its own takes the last norm's gains
     again = makers[kind]()
     uneven_gains(again)
     rotate_language_model(again, 3)
@@ -180,7 +184,8 @@ def test_a_resumed_run_rotates_alike_and_the_checkpoint_is_bit_identical(
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
     head, embedding = again.model.get_output_embeddings().weight, again.model.get_input_embeddings().weight
-    assert head.data_ptr() != embedding.data_ptr()
+    assert head.data_ptr() == embedding.data_ptr()
+    assert len(mixing_of(again.model)) == 1
 
 
 ROTATED_QE: dict[str, Any] = {"method": "qe", "options": {"rotate": True}}
@@ -193,23 +198,40 @@ ROTATED_QE: dict[str, Any] = {"method": "qe", "options": {"rotate": True}}
         {"method": "quarot", "scheme": "w4a8", "preset": "rtn"},
         {"method": "quarot", "scheme": "w3a16"},
         {**ROTATED_QE, "scheme": "w4a8"},
-        {**ROTATED_QE, "scheme": "w3a16", "budget": {"bits": 5}},
+        {**ROTATED_QE, "scheme": "w3a16", "budget": {"bits": 4}},
     ],
 )
 def test_the_quantized_rotated_model_stays_near_the_original(small: str, keys: dict[str, Any]) -> None:
     original = load_model(small, torch.float32)
     encoded = encoded_for(original, load_evaluation("demo")[:4])
     loaded, _ = quantize(small, make_recipe(calibration={"samples": 4}, **keys))
-    head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
-    assert head.data_ptr() != embedding.data_ptr()
+    assert len(mixing_of(loaded.model)) == 1
+    if "budget" in keys:  # the rotation's matrix is inside it
+        total, rotation = count_bits(loaded.model, {}).total, rotation_bits(loaded.model)
+        assert rotation.scales == rotation.read == 8 * mixing_of(loaded.model)[0].nbytes > 0
+        assert total.stored_bits <= 4 < total.stored_bits + rotation.scales / total.weights
     loaded.model.float()
     before = logits(original, encoded)
     assert 0 < (logits(loaded, encoded) - before).norm() < 0.25 * before.norm()
 
 
+@pytest.mark.parametrize("change", ["shape", "place"])
+def test_a_rotation_that_does_not_fit_is_a_damaged_checkpoint(change: str, small: str, tmp_path: Path) -> None:
+    recipe = make_recipe(method="quarot", preset="rtn", calibration={"samples": 1})
+    loaded, spec = quantize(small, recipe)
+    save_quantized(loaded, spec, tmp_path / "rotated")
+    file = tmp_path / "rotated" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".norm.mixing.weight"))
+    matrix = tensors.pop(name)
+    tensors |= {name: matrix[:-1].clone()} if change == "shape" else {f"other.{name}": matrix}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match="damaged"):
+        load_quantized(tmp_path / "rotated")
+
+
 def test_quant_experts_rotate_only_when_asked(small: str) -> None:
     loaded, _ = quantize(small, make_recipe(method="qe", calibration={"samples": 4}))
-    head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
-    assert head.data_ptr() == embedding.data_ptr()
+    assert not mixing_of(loaded.model)
     plain, rotated = (make_recipe(method="qe", options={"rotate": one}).build_method() for one in (False, True))
     assert (plain.transforms_model, rotated.transforms_model) == (False, True)
