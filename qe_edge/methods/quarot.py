@@ -7,8 +7,8 @@ values and output projection. The model computes the same as before, up to the r
 needs no new operator. Then the weights are rounded, by GPTQ with searched ranges as in the original, or to nearest.
 
 Different: a head that shares the embedding gets one small matrix in front of it instead of a weight of its own
-(`models.rotation`); sizes with an odd factor take a Hartley transform for it in place of tabulated Hadamard matrices. Not built:
-the online Hadamard transforms of the MLP's inner activations and of queries and keys, which need an operator
+(`models.rotation`); sizes with an odd factor take a Hartley transform for it in place of tabulated Hadamard matrices.
+Not built: the online Hadamard transforms of the MLP's inner activations and of queries and keys, which need an operator
 of their own, so the input of `down_proj` is not rotated; quantized KV caches; clipped activation ranges.
 """
 
