@@ -193,14 +193,10 @@ def _memory(
     method: Method,
     samples: Sequence[Sample],
 ) -> int:
-    """Libraries, the model as far as it is in memory (all outside the blocks and one block), hidden states, statistics.
-
-    A method that transforms the whole model has all blocks in memory too; gradients need one block at a time.
-    """
+    """Libraries, the model as far as it is in memory (outside the blocks, and one block), hidden states, statistics."""
     parameters = sum(parameter.numel() for parameter in model.parameters()) + _mixing(model, method)
     sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
     weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
-    weights += _itemsize(family) * sum(sizes) if method.transforms_model else 0
     encoded = family.encode(family.load_processor(source), samples[:BATCH], answers=True)
     batches = -(-len(samples) // BATCH)
     text = encoded.input_ids.size * batches

@@ -40,7 +40,6 @@ from qe_edge.methods import LinearProblem, Method
 from qe_edge.methods.base import AdapterSize, Choice
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
-from qe_edge.models.stored import StoredWeights
 from qe_edge.parallel import map_threads
 from qe_edge.preflight import check_modules, check_weights, model_fingerprint
 from qe_edge.progress import Progress, Silent, track
@@ -68,9 +67,8 @@ def quantize(
 ) -> tuple[LoadedModel, Recipe]:
     """Quantize a model.
 
-    A model given by name stays on disk but for what is outside its blocks and the block at work; only a method that
-    transforms the whole model beforehand (QuaRot) has all of it read. Budgets read every block once more. Gradients
-    (budgets, MBQ) read every block twice for every batch of `BATCH` samples.
+    A model given by name stays on disk but for what is outside its blocks and the block at work. Budgets read every
+    block once more. Gradients (budgets, MBQ) read every block twice for every batch of `BATCH` samples.
 
     Args:
         model: "demo", a folder, a hub id, or a model in memory (which is changed in place).
@@ -106,10 +104,7 @@ def quantize(
     check_weights(loaded, chosen)
     fingerprint = model_fingerprint(loaded) if work else ""
     method = spec.build_method()
-    if method.transforms_model:
-        loaded.stored.read("", loaded.model)
-        loaded.stored = StoredWeights()  # the files hold what the model was before
-        method.transform(loaded, spec.seed)
+    method.transform(loaded, spec.seed)
     folder = WorkFolder.open(work, spec, fingerprint, resume=resume) if work else None
     total = sum(_parameters(block) for block in chosen)
     total *= 2 if spec.budget else 1  # measured first, then quantized

@@ -154,7 +154,7 @@ class Method(ABC):
 
     @property
     def transforms_model(self) -> bool:
-        """Whether `transform` changes anything, so that the whole model has to be in memory."""
+        """Whether `transform` changes anything."""
         return type(self).transform is not Method.transform
 
     def transform(self, loaded: LoadedModel, seed: int) -> None:  # noqa: B027 - most methods leave the model alone

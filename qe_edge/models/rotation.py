@@ -11,6 +11,7 @@ become a small matrix between the two, `norm(h) diag(g) E^T = norm(h R) (R^T dia
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.errors import ModelError
+from qe_edge.models.family import Block
 from qe_edge.models.loading import LoadedModel
+from qe_edge.models.stored import Change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 8192  # rows or columns that are in float64 at once
+CHUNK = 8192  # rows that are in float64 at once
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 READERS = {
     "input_layernorm": ("self_attn", "q_proj", "k_proj", "v_proj"),
@@ -52,8 +55,61 @@ class MixedNorm(nn.Module):
         return mixed
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal matrix `diag(signs) (left (x) right)`, applied factor by factor.
+
+    Attributes:
+        signs: `[size]` float64, 1 and -1.
+        left: `[a, a]` float64, a size = a b.
+        right: `[b, b]` float64.
+    """
+
+    signs: Tensor
+    left: Tensor
+    right: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`rows` `[..., size]` float64 times the matrix."""
+        a, b = len(self.left), len(self.right)
+        parts = (rows * self.signs).reshape(-1, a, b) @ self.right
+        return (parts.mT @ self.left).mT.reshape(rows.shape)
+
+    def matrix(self) -> Tensor:
+        """The matrix itself, `[size, size]` float64."""
+        return self(torch.eye(len(self.signs), dtype=torch.float64))
+
+
+def hadamard_like(size: int) -> Rotation:
+    """An orthogonal matrix with entries of about the same size.
+
+    Sylvester's Hadamard matrix for the power of two in `size`, times (Kronecker) the discrete Hartley transform for the
+    odd rest, whose entries are at most sqrt(2) times the mean. It is exactly Hadamard for powers of two.
+    """
+    powers = (size & -size).bit_length() - 1
+    odd = size >> powers
+    right = min(powers, size.bit_length() // 2)  # two factors of about the same size
+    angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
+    hartley = (np.cos(angle) + np.sin(angle)) / np.sqrt(odd)
+    left = torch.from_numpy(np.kron(hartley, _sylvester(powers - right)))
+    return Rotation(torch.ones(size, dtype=torch.float64), left, torch.from_numpy(_sylvester(right)))
+
+
+def random_rotation(size: int, random: np.random.Generator) -> Rotation:
+    """`hadamard_like` with random signs before it: no channel stays alone in any direction."""
+    return replace(hadamard_like(size), signs=torch.from_numpy(random.choice([-1.0, 1.0], size)))
+
+
+def _sylvester(power: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix `[2^power, 2^power]`, orthogonal."""
+    matrix = np.ones((1, 1))
+    for _ in range(power):
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
+    return matrix
+
+
 def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
-    """Rotate a decoder in place, in float64; every tensor keeps its dtype.
+    """Rotate a decoder, in float64; every tensor keeps its dtype, and what is not in memory is rotated when it is read.
 
     Raises:
         ModelError: If the decoder is built otherwise than RMSNorm, attention, RMSNorm, gated MLP, as Llama's and
@@ -63,34 +119,52 @@ def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
     head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
     if not blocks or not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
         raise _unknown("it has no language model with a head")
-    norm = last_norm(loaded.model)
     for block in blocks:
-        _check_block(block.name, block.module)
-    _check_norm("the last norm", norm)
+        _check_block(loaded, block)
+    norm = _check_norm("the last norm", last_norm(loaded.model))
     config = loaded.model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    tied = head.weight is embedding.weight
+    names = {id(tensor): name for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     rotation = random_rotation(embedding.embedding_dim, np.random.default_rng(seed))
     in_head = hadamard_like(width)
-    _read(embedding, None, rotation)
+
+    def change(tensor: Tensor | None, how: Change) -> None:
+        if tensor is not None:
+            loaded.stored.change(names[id(tensor)], tensor, how)
+
+    def take_gains(norm: nn.Module) -> Tensor:
+        """Gains `[hidden]` float64 of a norm, which has gains of one afterwards."""
+        weight = norm.get_parameter("weight")
+        gains = loaded.stored.value(names[id(weight)], weight).double()
+        change(weight, torch.ones_like)
+        return gains
+
+    def write(linear: nn.Linear) -> None:
+        change(linear.weight, _columns(rotation))
+        change(linear.bias, _rows(rotation))
+
+    tied = head.weight is embedding.weight
+    change(embedding.weight, _rows(rotation))
     for linear in _merger_ends(loaded):
-        _write(linear, rotation)
+        write(linear)
     for block in blocks:
-        for name, (parent, *names) in READERS.items():
-            gains = _take_gains(block.module.get_submodule(name))
-            for other in names:
-                _read(_linear(block.module, parent, other), gains, rotation)
-        _rotate_heads(block.module, in_head)
+        for name, (parent, *readers) in READERS.items():
+            gains = take_gains(block.module.get_submodule(name))
+            for reader in readers:
+                change(_linear(block.module, parent, reader).weight, _rows(rotation, gains))
+        values, output = (_linear(block.module, "self_attn", name) for name in ("v_proj", "o_proj"))
+        change(values.weight, _columns(in_head))
+        change(values.bias, _rows(in_head))
+        change(output.weight, _rows(in_head))
         for parent, name in WRITERS:
-            _write(_linear(block.module, parent, name), rotation)
-    gains = _take_gains(norm)
+            write(_linear(block.module, parent, name))
+    gains = take_gains(norm)
     if not tied:
-        _read(head, gains, rotation)
+        change(head.weight, _rows(rotation, gains))
         return
-    mixing = mix_last_norm(loaded.model).weight
-    mixing.data.copy_(rotation.T @ (gains.unsqueeze(1) * rotation))
+    matrix = rotation.matrix()
+    mix_last_norm(loaded.model).weight.data.copy_(matrix.T @ (gains.unsqueeze(1) * matrix))
 
 
 def last_norm(model: PreTrainedModel) -> nn.Module | None:
@@ -110,61 +184,25 @@ def mixing_of(model: nn.Module) -> list[Tensor]:
     return [module.mixing.weight for module in model.modules() if isinstance(module, MixedNorm)]
 
 
-def hadamard_like(size: int) -> Tensor:
-    """An orthogonal matrix `[size, size]` float64 with entries of about the same size.
+def _rows(rotation: Rotation, gains: Tensor | None = None) -> Change:
+    """Rows of a tensor `[..., k * size]` times the rotation, k times side by side; after `gains` `[size]` of a norm."""
+    size = len(rotation.signs)
 
-    Sylvester's Hadamard matrix for the power of two in `size`, times (Kronecker) the discrete Hartley transform for the
-    odd rest, whose entries are at most sqrt(2) times the mean. It is exactly Hadamard for powers of two.
-    """
-    odd = size
-    matrix = np.ones((1, 1))
-    while odd % 2 == 0:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-        odd //= 2
-    angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
-    return torch.from_numpy(np.kron(np.cos(angle) + np.sin(angle), matrix) / np.sqrt(size))
+    def change(tensor: Tensor) -> Tensor:
+        changed = torch.empty_like(tensor)
+        rows, found = tensor.reshape(-1, size), changed.view(-1, size)
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK].double()
+            found[start : start + CHUNK] = rotation(part if gains is None else part * gains)
+        return changed
 
-
-def random_rotation(size: int, random: np.random.Generator) -> Tensor:
-    """`diag(signs) H` with random signs: no channel stays alone in any direction, `[size, size]` float64."""
-    signs = torch.from_numpy(random.choice([-1.0, 1.0], size))
-    return signs.unsqueeze(1) * hadamard_like(size)
+    return change
 
 
-def _rotate_heads(block: nn.Module, rotation: Tensor) -> None:
-    """Values of every head times `rotation`, and the output projection back."""
-    width = len(rotation)
-    values, output = _linear(block, "self_attn", "v_proj"), _linear(block, "self_attn", "o_proj")
-    for tensor in (values.weight, values.bias):
-        if tensor is not None:
-            per_head = tensor.data.double().reshape(-1, width, *tensor.shape[1:])
-            rotated = torch.einsum("hi...,io->ho...", per_head, rotation)
-            tensor.data = rotated.reshape(tensor.shape).to(tensor.dtype)
-    per_head = output.weight.data.double().reshape(len(output.weight), -1, width)
-    output.weight.data = (per_head @ rotation).reshape(output.weight.shape).to(output.weight.dtype)
-
-
-def _take_gains(norm: Any) -> Tensor:  # noqa: ANN401 - any RMSNorm
-    """Gains `[hidden]` float64 of a norm, which has gains of one afterwards."""
-    gains: Tensor = norm.weight.data.double()
-    norm.weight.data = torch.ones_like(norm.weight.data)
-    return gains
-
-
-def _write(linear: nn.Linear, rotation: Tensor) -> None:
-    """The output of a layer times `rotation`."""
-    for start in range(0, linear.in_features, CHUNK):
-        part = linear.weight.data[:, start : start + CHUNK]
-        part.copy_(rotation.T @ part.double())
-    if linear.bias is not None:
-        linear.bias.data = (linear.bias.data.double() @ rotation).to(linear.bias.dtype)
-
-
-def _read(module: nn.Linear | nn.Embedding, gains: Tensor | None, rotation: Tensor) -> None:
-    """A weight `[n, hidden]` that reads the stream, with the norm's gains before it, or is copied into it."""
-    for start in range(0, len(module.weight), CHUNK):
-        part = module.weight.data[start : start + CHUNK]
-        part.copy_((part.double() if gains is None else part.double() * gains) @ rotation)
+def _columns(rotation: Rotation) -> Change:
+    """Columns of a weight `[k * size, in]` times the rotation, k times below each other."""
+    rows = _rows(rotation)
+    return lambda tensor: rows(tensor.T.contiguous()).T.contiguous()
 
 
 def _merger_ends(loaded: LoadedModel) -> Iterator[nn.Linear]:
@@ -174,20 +212,23 @@ def _merger_ends(loaded: LoadedModel) -> Iterator[nn.Linear]:
             yield [module for module in block.module.modules() if isinstance(module, nn.Linear)][-1]
 
 
-def _check_block(name: str, block: nn.Module) -> None:
-    children = {child for child, _ in block.named_children()}
+def _check_block(loaded: LoadedModel, block: Block) -> None:
+    module, name = block.module, block.name
+    children = {child for child, _ in module.named_children()}
     if children != PARTS:
         raise _unknown(f"'{name}' is made of {', '.join(sorted(children))}")
-    for norm, (parent, *names) in READERS.items():
-        _check_norm(f"'{name}.{norm}'", block.get_submodule(norm))
-        for other in names:
-            _linear(block, parent, other)
-    linears = {child for child, module in block.get_submodule("mlp").named_children() if isinstance(module, nn.Linear)}
+    for norm, (parent, *readers) in READERS.items():
+        path = f"{name}.{norm}"
+        with loaded.stored.held(path, module.get_submodule(norm)):
+            _check_norm(f"'{path}'", module.get_submodule(norm))
+        for reader in readers:
+            _linear(module, parent, reader)
+    linears = {child for child, part in module.get_submodule("mlp").named_children() if isinstance(part, nn.Linear)}
     if linears != {"gate_proj", "up_proj", "down_proj"}:
         raise _unknown(f"the MLP of '{name}' has the layers {', '.join(sorted(linears))}")
 
 
-def _check_norm(name: str, norm: object) -> None:
+def _check_norm(name: str, norm: object) -> nn.Module:
     """Refuse a norm that is not `gains * h / rms(h)`, by what it does."""
     weight = getattr(norm, "weight", None)
     if not isinstance(norm, nn.Module) or not isinstance(weight, Tensor):
@@ -198,6 +239,7 @@ def _check_norm(name: str, norm: object) -> None:
         found = norm(sample.to(weight.dtype)).float()
     if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
         raise _unknown(f"{name} is not an RMSNorm")
+    return norm
 
 
 def _linear(block: nn.Module, parent: str, name: str) -> nn.Linear:

@@ -7,7 +7,7 @@ no memory, and whatever is computed with it by mistake is NaN.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+
+Change = Callable[[Tensor], Tensor]
+"""Makes another tensor of a tensor, of the same shape and dtype; the one that it gets stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class StoredWeights:
         # kept, so that no other tensor gets the address of one
         self._placeholders = {(name, tensor.dtype): tensor.detach() for name, tensor in (placeholders or {}).items()}
         self._addresses = {tensor.data_ptr() for tensor in self._placeholders.values()}
+        self._changes: dict[str, list[Change]] = {}
 
     def is_absent(self, tensor: Tensor) -> bool:
         """Whether a tensor of the model is a placeholder."""
@@ -79,7 +83,14 @@ class StoredWeights:
         """The tensor itself, or what its placeholder stands for, read for the caller alone."""
         if not self.is_absent(tensor):
             return tensor.detach()
-        return read_tensors({name: self._sources[name]})[name].to(tensor.dtype)
+        return self._read([name])[name].to(tensor.dtype)
+
+    def change(self, name: str, tensor: Tensor, change: Change) -> None:
+        """Change a tensor of the model, now or whenever it is read from its file from now on."""
+        if name in self._sources:
+            self._changes.setdefault(name, []).append(change)
+        if not self.is_absent(tensor):
+            tensor.data = change(tensor.detach())
 
     def read(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         """Bring the tensors of a module into memory.
@@ -92,7 +103,7 @@ class StoredWeights:
             Those that were not there, by full name.
         """
         absent = {full: tensor for full, tensor in _tensors(name, module).items() if self.is_absent(tensor)}
-        found = read_tensors({full: self._sources[full] for full in absent})
+        found = self._read(absent)
         for full, tensor in absent.items():
             tensor.data = found.pop(full).to(tensor.dtype)
         return absent
@@ -111,8 +122,18 @@ class StoredWeights:
             self._release(absent)
 
     def wrote(self, sources: Mapping[str, Source]) -> None:
-        """Note in which files tensors of the model lie now, so that they can be released."""
+        """Note in which files tensors of the model lie now, as they are to be, so that they can be released."""
         self._sources |= sources
+        for name in sources:
+            self._changes.pop(name, None)
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors from their files, changed as they are to be."""
+        found = read_tensors({name: self._sources[name] for name in names})
+        for name in found:
+            for change in self._changes.get(name, ()):
+                found[name] = change(found[name])
+        return found
 
     def _release(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -52,7 +52,7 @@ def test_predicted_size_of_the_checkpoint(tmp_path: Path) -> None:
     assert sum(layer.bits.weights for layer in plan.layers) == plan.total.weights
 
 
-def test_the_head_that_quarot_unties_is_counted(tmp_path: Path) -> None:
+def test_the_matrix_before_a_rotated_models_head_is_counted(tmp_path: Path) -> None:
     plans, found = {}, {}
     for method in ("rtn", "quarot"):
         recipe = make_recipe(method=method, options={"rounding": "nearest"} if method == "quarot" else {})

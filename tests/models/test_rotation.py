@@ -71,11 +71,14 @@ def encoded_for(loaded: LoadedModel, samples: list[Sample]) -> Encoded:
 
 @pytest.mark.parametrize("size", [1, 2, 8, 12, 20, 48, 7, 1536])
 def test_rotations_are_orthogonal_and_spread(size: int) -> None:
-    for matrix in (hadamard_like(size), random_rotation(size, np.random.default_rng(0))):
+    for rotation in (hadamard_like(size), random_rotation(size, np.random.default_rng(0))):
+        matrix = rotation.matrix()
+        rows = torch.randn(3, 2, size, dtype=torch.float64)
+        assert torch.allclose(rotation(rows), rows @ matrix, atol=1e-12)
         assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
         assert matrix.abs().max() <= (2 / size) ** 0.5 + 1e-12
     if size & (size - 1) == 0:
-        assert torch.allclose(hadamard_like(size).abs(), torch.tensor(size**-0.5, dtype=torch.float64))
+        assert torch.allclose(hadamard_like(size).matrix().abs(), torch.tensor(size**-0.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "internvl", "llama", "untied llama"])
@@ -101,7 +104,7 @@ def test_the_rotated_model_computes_the_same(kind: str, small: str, tiny_internv
     after = logits(loaded, encoded)
     assert (after - before).norm() <= 1e-4 * before.norm()
     # it is the stream that has been rotated, by the rotation of this seed
-    rotation = random_rotation(stream["plain"].shape[-1], np.random.default_rng(3)).float()
+    rotation = random_rotation(stream["plain"].shape[-1], np.random.default_rng(3)).matrix().float()
     assert torch.allclose(stream["plain"] @ rotation, stream["rotated"], atol=1e-3 * stream["plain"].abs().max())
     assert not torch.allclose(stream["plain"], stream["rotated"], atol=0.1)
     head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
