@@ -115,7 +115,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         )
         for name, layer in linears.items()
     ]
-    mixing = 8 * _itemsize(family) * _mixing(model, method)
+    mixing = 8 * _itemsize(family) * _mixing(model, recipe)
     total = add_counts((*counts.values(), BitCount(scales=mixing, read=mixing)))
     stored = round(total.stored_bits * total.weights / 8)
     if recipe.budget:
@@ -124,7 +124,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         stored = round(largest * total.weights / 8)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     checkpoint = stored + (parameters - total.weights) * _itemsize(family)
-    memory = _memory(source, family, model, blocks, method, samples)
+    memory = _memory(source, family, model, blocks, recipe, samples)
     return Plan(layers, total, checkpoint, checkpoint + stored, memory)
 
 
@@ -190,11 +190,11 @@ def _memory(
     family: ModelFamily,
     model: PreTrainedModel,
     blocks: Sequence[Block],
-    method: Method,
+    recipe: Recipe,
     samples: Sequence[Sample],
 ) -> int:
     """Libraries, the model as far as it is in memory (outside the blocks, and one block), hidden states, statistics."""
-    parameters = sum(parameter.numel() for parameter in model.parameters()) + _mixing(model, method)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + _mixing(model, recipe)
     sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
     weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
     encoded = family.encode(family.load_processor(source), samples[:BATCH], answers=True)
@@ -209,16 +209,16 @@ def _memory(
     for block in blocks:
         tokens = text if block.group == "language" else patches
         width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
-        peak = max(peak, 8 * tokens * width + _statistics(block, family, method, tokens))
+        peak = max(peak, 8 * tokens * width + _statistics(block, family, recipe.build_method(), tokens))
     return LIBRARIES + weights + pixels + peak
 
 
-def _mixing(model: PreTrainedModel, method: Method) -> int:
-    """Numbers of the matrix that a method which rotates the model puts before a head that shares the embedding."""
+def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Numbers of the matrix that a rotated model needs before a head that shares the embedding."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     shared = isinstance(head, nn.Module) and head.weight is embedding.weight
-    return int(embedding.weight.shape[1]) ** 2 if method.transforms_model and shared else 0
+    return int(embedding.weight.shape[1]) ** 2 if shared and recipe.build_method().rotates(recipe.modules) else 0
 
 
 def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) -> int:

@@ -40,6 +40,7 @@ from qe_edge.methods import LinearProblem, Method
 from qe_edge.methods.base import AdapterSize, Choice
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
+from qe_edge.models.rotation import rotate_language_model
 from qe_edge.parallel import map_threads
 from qe_edge.preflight import check_modules, check_weights, model_fingerprint
 from qe_edge.progress import Progress, Silent, track
@@ -103,8 +104,8 @@ def quantize(
     chosen = [block for block in blocks if block.group in spec.modules]
     check_weights(loaded, chosen)
     fingerprint = model_fingerprint(loaded) if work else ""
-    method = spec.build_method()
-    method.transform(loaded, spec.seed)
+    if spec.build_method().rotates(spec.modules):
+        rotate_language_model(loaded, spec.seed)
     folder = WorkFolder.open(work, spec, fingerprint, resume=resume) if work else None
     total = sum(_parameters(block) for block in chosen)
     total *= 2 if spec.budget else 1  # measured first, then quantized

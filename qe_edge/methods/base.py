@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +18,6 @@ from qe_edge.errors import NumericalError
 from qe_edge.grids import WeightGrid
 from qe_edge.linear import QuantizedLinear
 from qe_edge.schemes import Scheme
-
-if TYPE_CHECKING:
-    from qe_edge.models.loading import LoadedModel
 
 
 class MethodOptions(BaseModel):
@@ -152,17 +150,13 @@ class Method(ABC):
         """Ranks and experts for a layer of this shape, as far as they are known before calibration; none by default."""
         return AdapterSize()
 
-    @property
-    def transforms_model(self) -> bool:
-        """Whether `transform` changes anything."""
-        return type(self).transform is not Method.transform
+    def rotates(self, modules: Sequence[str]) -> bool:  # noqa: ARG002 - for subclasses
+        """Whether the language model is rotated before anything is measured on it (`models.rotation`).
 
-    def transform(self, loaded: LoadedModel, seed: int) -> None:  # noqa: B027 - most methods leave the model alone
-        """Change the original model in place, before anything is measured on it, to one that computes the same.
-
-        Raises:
-            ModelError: If this model does not allow it.
+        Args:
+            modules: Those that are quantized.
         """
+        return False
 
     @abstractmethod
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:

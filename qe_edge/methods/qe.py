@@ -6,6 +6,7 @@ option, and the preset "paper" selects the paper's choices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,8 +23,6 @@ from qe_edge.grids import WeightGrid, rounds_activations
 from qe_edge.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
 from qe_edge.methods.qe_options import LayerSize, QuantExpertsOptions, shrink_to_layer
-from qe_edge.models.loading import LoadedModel
-from qe_edge.models.rotation import rotate_language_model
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, leave_out_channels, some_tokens
 from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
@@ -86,6 +85,7 @@ class QuantExperts(Method):
             "clip": False,
             "adapter_dtype": "float16",
             "stack_siblings": False,
+            "rotate": False,
         },
     }
     options: QuantExpertsOptions
@@ -95,19 +95,9 @@ class QuantExperts(Method):
         """Whether q/k/v and gate/up share one set of experts."""
         return self.options.stack_siblings
 
-    @property
-    def transforms_model(self) -> bool:
-        """Whether the language model is rotated first."""
-        return self.options.rotate
-
-    def transform(self, loaded: LoadedModel, seed: int) -> None:
-        """Rotate the language model (QuaRot), if the options say so.
-
-        Raises:
-            ModelError: If its architecture is not known to allow it.
-        """
-        if self.options.rotate:
-            rotate_language_model(loaded, seed)
+    def rotates(self, modules: Sequence[str]) -> bool:
+        """Where the language model is quantized, unless the options say otherwise."""
+        return self.options.rotate and "language" in modules
 
     def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:
         """Shared and routed experts after shrinking; calibration can only leave experts out."""

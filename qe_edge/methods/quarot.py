@@ -14,6 +14,7 @@ of their own, so the input of `down_proj` is not rotated; quantized KV caches; c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,8 +23,6 @@ from pydantic import Field
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, Method, MethodOptions
-from qe_edge.models.loading import LoadedModel
-from qe_edge.models.rotation import rotate_language_model
 from qe_edge.reconstruction.rounding import Rounding
 
 
@@ -48,13 +47,9 @@ class QuaRot(Method):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "rtn": {"rounding": "nearest", "clip": False}}
     options: QuaRotOptions
 
-    def transform(self, loaded: LoadedModel, seed: int) -> None:
-        """Rotate the language model.
-
-        Raises:
-            ModelError: If its architecture is not known to allow it.
-        """
-        rotate_language_model(loaded, seed)
+    def rotates(self, modules: Sequence[str]) -> bool:  # noqa: ARG002 - it is the method, whatever is quantized
+        """Always."""
+        return True
 
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
         """The Gram matrix, unless weights are rounded to nearest in their whole range."""

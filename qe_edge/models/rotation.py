@@ -45,9 +45,8 @@ class MixedNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         weight = norm.get_parameter("weight")
-        size, like = weight.numel(), {"dtype": weight.dtype, "device": weight.device}
         self.norm = norm
-        self.mixing = nn.Linear(size, size, bias=False, **like)  # type: ignore[arg-type] # dtype and device
+        self.mixing = nn.Linear(weight.numel(), weight.numel(), bias=False, dtype=weight.dtype, device=weight.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Norm and matrix of `[..., hidden]`."""

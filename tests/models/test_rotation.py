@@ -191,17 +191,14 @@ def test_a_resumed_run_rotates_alike_and_the_checkpoint_is_bit_identical(
     assert len(mixing_of(again.model)) == 1
 
 
-ROTATED_QE: dict[str, Any] = {"method": "qe", "options": {"rotate": True}}
-
-
 @pytest.mark.parametrize(
     "keys",
     [
         {"method": "quarot", "scheme": "w4a8"},
         {"method": "quarot", "scheme": "w4a8", "preset": "rtn"},
         {"method": "quarot", "scheme": "w3a16"},
-        {**ROTATED_QE, "scheme": "w4a8"},
-        {**ROTATED_QE, "scheme": "w3a16", "budget": {"bits": 4}},
+        {"method": "qe", "scheme": "w4a8"},
+        {"method": "qe", "scheme": "w3a16", "budget": {"bits": 4}},
     ],
 )
 def test_the_quantized_rotated_model_stays_near_the_original(small: str, keys: dict[str, Any]) -> None:
@@ -233,8 +230,20 @@ def test_a_rotation_that_does_not_fit_is_a_damaged_checkpoint(change: str, small
         load_quantized(tmp_path / "rotated")
 
 
-def test_quant_experts_rotate_only_when_asked(small: str) -> None:
-    loaded, _ = quantize(small, make_recipe(method="qe", calibration={"samples": 4}))
-    assert not mixing_of(loaded.model)
-    plain, rotated = (make_recipe(method="qe", options={"rotate": one}).build_method() for one in (False, True))
-    assert (plain.transforms_model, rotated.transforms_model) == (False, True)
+@pytest.mark.parametrize(
+    ("keys", "rotated"),
+    [
+        ({}, True),
+        ({"options": {"rotate": False}}, False),
+        ({"preset": "paper"}, False),
+        ({"modules": ("visual",)}, False),  # the language model is left as it is
+    ],
+)
+def test_quant_experts_rotate_the_language_model_that_they_quantize(
+    small: str, keys: dict[str, Any], rotated: bool
+) -> None:
+    loaded, _ = quantize(small, make_recipe(method="qe", calibration={"samples": 1}, **keys))
+    assert len(mixing_of(loaded.model)) == int(rotated)
+    if not rotated:
+        original = load_model(small).model.get_decoder().norm.weight
+        assert torch.equal(loaded.model.get_decoder().norm.weight, original)
