@@ -5,16 +5,18 @@ r"""Error against bytes: every method on the three real models, and Quant Expert
     python benchmarks/assemble_real_vlm.py out/vlm
     python benchmarks/accuracy_per_byte.py out --results out/accuracy.json --plot out/accuracy.png
 
-Finished rows are kept in the results file, so a stopped run goes on where it was. All methods see the same calibration
-samples, number grids and modules. Bits count everything that belongs to a layer: packed codes, scales,
-adapters, router; and the matrix that a rotated model with a tied head needs. The last table names, for every budget,
-the best method of others that fits it, and ours.
+Finished rows are kept in the results file, so a stopped run goes on where it was; `results/accuracy_per_byte.json`
+beside this script holds those of README's table. All methods see the same calibration samples, number grids and
+modules. Bits count everything that belongs to a layer: packed codes, scales, adapters, router; and the matrix that a
+rotated model with a tied head needs. The last table names, for every budget, the best method of others that fits it,
+and ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -48,7 +50,7 @@ OTHERS = (
 )  # fmt: skip
 PAPER = "qe:paper"
 STATIC = "static"  # our budget again, but without routed experts
-ROTATED = "ours rotated"  # on the rotated language model
+AS_IT_IS = "ours not rotated"  # the language model as it is
 ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
 LANGUAGE_ONLY = ("mbq", "quarot")  # need a loss, or a stream of residuals between RMSNorms
 ASER_MEMORY = {"rank": 288}  # r_s + N_r r_r of the paper: its memory, in one static correction
@@ -56,7 +58,7 @@ ASER_MEMORY = {"rank": 288}  # r_s + N_r r_r of the paper: its memory, in one st
 
 @dataclass(frozen=True)
 class Row:
-    """One measured quantization.
+    """One measured quantization; None is what was not kept of older ones.
 
     Attributes:
         model: Key in `REAL_MODELS`.
@@ -74,11 +76,11 @@ class Row:
     scheme: str
     name: str
     stored: float
-    read: float
+    read: float | None
     error: float
     measures: dict[str, float]
-    seconds: float
-    routed: float
+    seconds: float | None
+    routed: float | None
 
     @property
     def ours(self) -> bool:
@@ -109,8 +111,8 @@ def jobs(model: str, scheme: str, methods: Sequence[str]) -> Iterator[Job]:
     for name in ("ours", STATIC):
         yield Job(f"{name}, {READ_BUDGET:g} read", {"method": "qe", "budget": {"read_bits": READ_BUDGET}})
     for bits in BUDGETS if model != "dinov2" else ():
-        keys = {"method": "qe", "options": {"rotate": True}, "budget": {"bits": bits}}
-        yield Job(f"{ROTATED}, {bits:g} stored", keys)
+        keys = {"method": "qe", "options": {"rotate": False}, "budget": {"bits": bits}}
+        yield Job(f"{AS_IT_IS}, {bits:g} stored", keys)
 
 
 def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
@@ -160,7 +162,7 @@ def run(options: argparse.Namespace) -> list[Row]:
                     real = REAL_MODELS[name](options.folder / name, options.samples, options.questions)
                     print(name, "original", {key: f"{value:.4g}" for key, value in real.original.items()}, flush=True)
                 recipe = make_recipe(scheme=scheme, modules=real.modules, **job.keys)
-                kept = f"{scheme} rotated" if job.name.startswith(ROTATED) else scheme
+                kept = f"{scheme} not rotated" if job.name.startswith(AS_IT_IS) else scheme
                 try:
                     row = measure(real, recipe, job.name, options.results.with_suffix("") / name / kept)
                 except RecipeError as error:  # groups of 64 and zero points alone may take more than the least budget
@@ -198,8 +200,8 @@ def print_tables(rows: Sequence[Row]) -> None:
         for row in rows:
             if (row.model, row.scheme) == (model, scheme):
                 others = {key: f"{value:.4g}" for key, value in row.measures.items() if key != ERRORS[model]}
-                bits = f"{row.stored:6.3f} {row.read:6.3f}"
-                print(f"  {row.name:22} {bits}  {row.error:10.3e}  {row.seconds:6.0f} s  {others}")
+                read, seconds = (math.nan if value is None else value for value in (row.read, row.seconds))
+                print(f"  {row.name:22} {row.stored:6.3f} {read:6.3f}  {row.error:10.3e}  {seconds:6.0f} s  {others}")
     print("\nbest of others inside a budget, and ours; ratio of errors")
     for model, scheme in groups:
         group = [row for row in rows if (row.model, row.scheme) == (model, scheme)]
@@ -233,7 +235,7 @@ def _stored(row: Row) -> float:
 
 
 def _read_bits(row: Row) -> float:
-    return row.read
+    return math.inf if row.read is None else row.read
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -255,11 +257,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.scatter([row.stored for row in others], [row.error for row in others], color="0.45", s=18)
         for row in others:
             axis.annotate(row.name, (row.stored, row.error), fontsize=6, xytext=(3, 2), textcoords="offset points")
-        for color, kind in (("tab:blue", "ours"), ("tab:green", ROTATED)):
-            rows_of = [row for row in group if row.name.startswith(f"{kind},") and row.name.endswith("stored")]
-            ours = sorted(rows_of, key=_stored)
-            label = kind.replace("ours", "QE-Edge, budget,").rstrip(",")
-            axis.plot([row.stored for row in ours], [row.error for row in ours], "o-", color=color, label=label)
+        for color, kind in (("tab:blue", "ours"), ("tab:green", AS_IT_IS)):
+            inside = [row for row in group if row.name.startswith(f"{kind},") and row.name.endswith("stored")]
+            ours = sorted(inside, key=_stored)
+            label = kind.replace("ours", "QE-Edge")
+            if ours:
+                axis.plot([row.stored for row in ours], [row.error for row in ours], "o-", color=color, label=label)
         axis.set(yscale="log", title=f"{model}, {scheme}", xlabel="stored bits per weight", ylabel=ERRORS[model])
         axis.legend(fontsize=7)
     figure.tight_layout()

@@ -248,3 +248,8 @@ def test_predicted_bits_of_int4_factors(experts: int) -> None:
     size = AdapterSize(16, 8 if experts else 0, experts, 4)
     expected = predicted_bits(96, 130, recipe.get_scheme(), size, scaled=layer.inv_omega is not None)
     assert count_bits(torch.nn.ModuleDict({"layer": layer}), {}).total == expected
+
+
+def test_what_is_stored_beside_the_layers_is_taken_off_every_limit() -> None:
+    assert Budget(bits=4.25).without(0.25) == Budget(bits=4.0)
+    assert Budget(bits=4.5, read_bits=4.25).without(0.25) == Budget(bits=4.25, read_bits=4.0)

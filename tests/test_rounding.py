@@ -12,6 +12,7 @@ from torch import Tensor
 from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.errors import NumericalError
 from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight, round_on_grid, scales_of_range
+from qe_edge.reconstruction import rounding
 from qe_edge.reconstruction.branches import leave_out_channels
 from qe_edge.reconstruction.rounding import CLIP_LEAST, Hessian, Rounding, clipped_round, gptq_round
 from tests.layers import correlated_layer
@@ -123,3 +124,16 @@ def test_gptq_goes_on_in_float64_where_float32_ends() -> None:
     assert torch.isfinite(gptq_round(torch.randn(8, 128), gram, WeightGrid(4), 1e-6).decode()).all()
     with pytest.raises(NumericalError, match="not positive definite"):
         gptq_round(torch.randn(8, 128), -gram, WeightGrid(4), 1e-6)
+
+
+def test_a_hessian_is_factored_once_for_every_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    factor = rounding._coupling
+    monkeypatch.setattr(rounding, "_coupling", lambda gram, damping: calls.append(damping) or factor(gram, damping))
+    weight, x = correlated_layer(16, 32, 200)
+    gram = (x.T @ x / len(x)).double().numpy()
+    hessian = Hessian(gram)
+    for damping in (0.01, 0.5, 0.01):
+        found = gptq_round(weight, hessian, WeightGrid(4), damping).codes
+        assert torch.equal(found, gptq_round(weight, gram, WeightGrid(4), damping).codes)
+    assert calls == [0.01, 0.01, 0.5, 0.5, 0.01]

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
+from qe_edge.reconstruction.packed_factors import pack_correction, packing_loss
+from qe_edge.reconstruction.rounding import Hessian
+from tests.layers import correlated_layer
 
 CHANNELS, TYPES, OWN = 64, 8, 8
 DESIGN = RoutedDesign(shared=8, routed=8, experts=4)
@@ -38,3 +42,16 @@ def test_routing_wins_a_trial_only_on_tokens_of_samples_that_it_has_not_seen() -
     # the samples of the second half hold other types of tokens than those of the first
     moved = np.concatenate((drawn.integers(0, TYPES // 2, 800), drawn.integers(TYPES // 2, TYPES, 800)))
     assert gain(moved) > 1.0
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (80, 48)])
+def test_a_packing_loss_is_the_energy_that_int4_factors_leave_beyond_real_ones(shape: tuple[int, int]) -> None:
+    weight, x = correlated_layer(*shape, 500)
+    error, gram = weight.double().numpy(), (x.double().T @ x.double() / len(x)).numpy()
+    spectrum = ErrorSpectrum.of(error, gram, 16)
+    packed = pack_correction([spectrum.space.lift(spectrum.vectors)], error, Hessian(gram), [None])
+    left = error - packed.ups[0] @ packed.downs[0]
+    lost = float(np.einsum("ij,ij->", left @ gram, left)) - spectrum.left(16)
+    found = packing_loss(error, Hessian(gram), spectrum)
+    assert 0 < found < 0.2
+    assert found * float(spectrum.captured[-1]) == pytest.approx(lost, rel=1e-6)
