@@ -218,7 +218,7 @@ def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     shared = isinstance(head, nn.Module) and head.weight is embedding.weight
-    return int(embedding.weight.shape[1]) ** 2 if shared and recipe.build_method().rotates(recipe.modules) else 0
+    return int(embedding.weight.shape[1]) ** 2 if shared and recipe.rotates else 0
 
 
 def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) -> int:

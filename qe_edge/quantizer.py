@@ -104,7 +104,7 @@ def quantize(
     chosen = [block for block in blocks if block.group in spec.modules]
     check_weights(loaded, chosen)
     fingerprint = model_fingerprint(loaded) if work else ""
-    if spec.build_method().rotates(spec.modules):
+    if spec.rotates:
         rotate_language_model(loaded, spec.seed)
     folder = WorkFolder.open(work, spec, fingerprint, resume=resume) if work else None
     total = sum(_parameters(block) for block in chosen)

@@ -83,6 +83,11 @@ class Recipe(BaseModel):
             raise UnknownNameError(f"preset of method {self.method}", self.preset, kind.presets)
         return kind(_validate(kind.Options, {**kind.presets[self.preset], **self.options}, "options."))
 
+    @property
+    def rotates(self) -> bool:
+        """Whether the language model is rotated first."""
+        return self.build_method().rotates(self.modules, budget=bool(self.budget))
+
     def get_scheme(self) -> Scheme:
         """The scheme that `scheme` names."""
         return get_scheme(self.scheme)

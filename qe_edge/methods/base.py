@@ -150,11 +150,12 @@ class Method(ABC):
         """Ranks and experts for a layer of this shape, as far as they are known before calibration; none by default."""
         return AdapterSize()
 
-    def rotates(self, modules: Sequence[str]) -> bool:  # noqa: ARG002 - for subclasses
+    def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:  # noqa: ARG002 - for subclasses
         """Whether the language model is rotated before anything is measured on it (`models.rotation`).
 
         Args:
             modules: Those that are quantized.
+            budget: Whether a budget is spent.
         """
         return False
 

@@ -95,9 +95,9 @@ class QuantExperts(Method):
         """Whether q/k/v and gate/up share one set of experts."""
         return self.options.stack_siblings
 
-    def rotates(self, modules: Sequence[str]) -> bool:
-        """Where the language model is quantized, unless the options say otherwise."""
-        return self.options.rotate and "language" in modules
+    def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:
+        """Where the language model is quantized, and as the options say; by themselves, inside a budget."""
+        return (budget if self.options.rotate is None else self.options.rotate) and "language" in modules
 
     def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:
         """Shared and routed experts after shrinking; calibration can only leave experts out."""

@@ -39,6 +39,7 @@ class QuantExpertsOptions(MethodOptions):
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
         rotate: Rotate the language model, where it is quantized, before anything is measured, as `methods.quarot` does.
+            None: inside a budget. Routing goes by the channels that are large, and a rotation spreads them.
         tokens: Calibration tokens kept per layer for experts and router.
         refine: Train by gradient descent, kept where it helps (`reconstruction.refinement`): "router" the router alone,
             "all" the routed factors and the router (paper).
@@ -67,7 +68,7 @@ class QuantExpertsOptions(MethodOptions):
     clip: bool = True
     adapter_dtype: AdapterDtype = "int8"
     stack_siblings: bool = True
-    rotate: bool = True
+    rotate: bool | None = None
     tokens: int = Field(8192, ge=1)
     refine: Literal["none", "router", "all"] = "none"
     refine_epochs: int = Field(16, ge=0, le=1000)

@@ -47,7 +47,7 @@ class QuaRot(Method):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "rtn": {"rounding": "nearest", "clip": False}}
     options: QuaRotOptions
 
-    def rotates(self, modules: Sequence[str]) -> bool:  # noqa: ARG002 - it is the method, whatever is quantized
+    def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:  # noqa: ARG002 - it is the method
         """Always."""
         return True
 

@@ -197,7 +197,7 @@ def test_a_resumed_run_rotates_alike_and_the_checkpoint_is_bit_identical(
         {"method": "quarot", "scheme": "w4a8"},
         {"method": "quarot", "scheme": "w4a8", "preset": "rtn"},
         {"method": "quarot", "scheme": "w3a16"},
-        {"method": "qe", "scheme": "w4a8"},
+        {"method": "qe", "scheme": "w4a8", "options": {"rotate": True}},
         {"method": "qe", "scheme": "w3a16", "budget": {"bits": 4}},
     ],
 )
@@ -233,10 +233,12 @@ def test_a_rotation_that_does_not_fit_is_a_damaged_checkpoint(change: str, small
 @pytest.mark.parametrize(
     ("keys", "rotated"),
     [
-        ({}, True),
-        ({"options": {"rotate": False}}, False),
-        ({"preset": "paper"}, False),
-        ({"modules": ("visual",)}, False),  # the language model is left as it is
+        ({}, False),
+        ({"options": {"rotate": True}}, True),
+        ({"options": {"rotate": True}, "modules": ("visual",)}, False),  # the language model is left as it is
+        ({"budget": {"bits": 6}}, True),
+        ({"budget": {"bits": 6}, "options": {"rotate": False}}, False),
+        ({"budget": {"bits": 6}, "modules": ("visual",)}, False),
     ],
 )
 def test_quant_experts_rotate_the_language_model_that_they_quantize(
