@@ -205,11 +205,11 @@ def _memory(
     patches = text if image_grids is None else int(image_grids.prod(1).sum()) * batches
     if not family.writes_text:
         patches = pixels // (4 * 3 * SMALLEST_PATCH**2)
-    peak = 0
+    peak, method = 0, recipe.build_method()
     for block in blocks:
         tokens = text if block.group == "language" else patches
         width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
-        peak = max(peak, 8 * tokens * width + _statistics(block, family, recipe.build_method(), tokens))
+        peak = max(peak, 8 * tokens * width + _statistics(block, family, method, tokens))
     return LIBRARIES + weights + pixels + peak
 
 

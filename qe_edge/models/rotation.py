@@ -174,8 +174,9 @@ def last_norm(model: PreTrainedModel) -> nn.Module | None:
 def mix_last_norm(model: PreTrainedModel) -> nn.Linear:
     """Put a matrix, which is not set yet, after the last norm of a decoder that has one."""
     decoder: Any = model.get_decoder()
-    decoder.norm = MixedNorm(decoder.norm)
-    return decoder.norm.mixing  # type: ignore[no-any-return] # a decoder is anything
+    mixed = MixedNorm(decoder.norm)
+    decoder.norm = mixed
+    return mixed.mixing
 
 
 def mixing_of(model: nn.Module) -> list[Tensor]:
