@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from qe_edge.calibration.sensitivity import output_gradients
 from qe_edge.checkpoint import load_quantized, save_quantized
-from qe_edge.errors import InputError, ModelError, RecipeError
+from qe_edge.errors import ArtifactError, InputError, ModelError, RecipeError
 from qe_edge.export.exporter import export_model
 from qe_edge.groups import linear_groups
 from qe_edge.linear import quantized_linears
@@ -64,6 +65,15 @@ def test_quantize_save_and_reload(folder: Path, pictures: list[Sample], tmp_path
     assert 0 < (features - original).square().mean() / original.square().mean() < 0.2
     save_quantized(loaded, recipe, tmp_path / "checkpoint")
     assert torch.equal(features_of(load_quantized(tmp_path / "checkpoint"), pictures), features)
+
+
+def test_a_rotation_in_an_encoders_checkpoint_is_damage(folder: Path, pictures: list[Sample], tmp_path: Path) -> None:
+    recipe = make_recipe(method="rtn", modules=("visual",))
+    save_quantized(*quantize(str(folder), recipe, pictures), tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    save_file(load_file(file) | {"model.norm.mixing.weight": torch.zeros(8, 8)}, file, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match="it is rotated"):
+        load_quantized(tmp_path / "checkpoint")
 
 
 def test_plan_counts_layers_and_the_memory_of_patches(folder: Path, pictures: list[Sample]) -> None:

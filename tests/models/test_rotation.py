@@ -77,6 +77,10 @@ def test_rotations_are_orthogonal_and_spread(size: int) -> None:
         assert torch.allclose(rotation(rows), rows @ matrix, atol=1e-12)
         assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
         assert matrix.abs().max() <= (2 / size) ** 0.5 + 1e-12
+    signs = random_rotation(size, np.random.default_rng(0)).signs
+    assert size < 7 or set(signs.tolist()) == {-1.0, 1.0}
+    expected = signs.unsqueeze(1) * hadamard_like(size).matrix()
+    assert torch.allclose(random_rotation(size, np.random.default_rng(0)).matrix(), expected)
     if size & (size - 1) == 0:
         assert torch.allclose(hadamard_like(size).matrix().abs(), torch.tensor(size**-0.5, dtype=torch.float64))
 
