@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
+from qe_edge.int8_products import add_gram, round_channels, rounds_gram
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
 TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time
 CACHED = 1 << 18  # numbers of tokens that are worked on at a time
+CHUNK = 4096  # tokens that are added up at a time
 DOUBLE_WIDTH = 4096  # inputs up to which the Gram matrix is added up in float64; wider ones take half the memory
 
 
@@ -99,8 +101,10 @@ class StatisticsCollector:
         """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8."""
         tokens = x.detach().float().reshape(-1, self._abs_sum.shape[0])
         kinds = torch.zeros(len(tokens), dtype=torch.int8) if kind is None else kind.cpu().reshape(-1)
-        if not len(tokens):
-            return
+        for start in range(0, len(tokens), CHUNK):
+            self._add(tokens[start : start + CHUNK], kinds[start : start + CHUNK])
+
+    def _add(self, tokens: Tensor, kinds: Tensor) -> None:
         total, largest = magnitudes(tokens)
         if not bool(torch.isfinite(total).all()):  # NaN and infinity stay what they are in a sum
             finite = torch.isfinite(tokens).all(1)
@@ -111,7 +115,7 @@ class StatisticsCollector:
             total, largest = magnitudes(tokens)
         tokens = tokens.contiguous()
         if self._gram is not None:
-            self._gram.add(tokens)
+            self._gram.add(tokens, largest)
         self._abs_sum += total.cpu().numpy()
         np.maximum(self._abs_max, largest.cpu().numpy(), out=self._abs_max)
         self._sample(tokens, kinds.numpy())
@@ -196,7 +200,9 @@ class StatisticsCollector:
 
 
 class GramMatrix:
-    """The sum of `x^T x` over chunks, one triangle of it, at the rate of the symmetric BLAS routine.
+    """The sum of `x^T x` over chunks, one triangle of it, at the rate of the fastest product that serves.
+
+    Wide inputs are rounded to INT8 where the processor multiplies that faster (see `int8_products`).
 
     Args:
         in_features: Width of the tokens.
@@ -206,11 +212,14 @@ class GramMatrix:
         double = in_features <= DOUBLE_WIDTH
         self._sum = np.zeros((in_features, in_features), np.float64 if double else np.float32, order="F")
         self._elsewhere: Tensor | None = None
+        self._rounded = rounds_gram(in_features)
 
-    def add(self, tokens: Tensor) -> None:
-        """Add a chunk `[n, in]` float32; one on a GPU is added up there."""
+    def add(self, tokens: Tensor, largest: Tensor) -> None:
+        """Add a chunk `[n, in]` float32, at most `CHUNK` tokens, given max |x| `[in]`; one on a GPU is added there."""
         if tokens.device != CPU:
             self.add_there(tokens)
+        elif self._rounded:
+            add_gram(torch.from_numpy(self._sum.T), *round_channels(tokens.numpy(), largest.numpy()))
         elif self._sum.dtype == np.float32:
             self._sum = ssyrk(1.0, tokens.numpy().T, beta=1.0, c=self._sum, lower=1, overwrite_c=1)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,3 +67,20 @@ def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - argume
     if isinstance(value, (tuple, list)):
         return type(value)(to_device(one, device) for one in value)
     return value
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, as far as torch can tell; older ones cannot."""
+    return bool({"avx512_bf16", "amx_bf16"} & _instructions())
+
+
+def multiplies_int8() -> bool:
+    """Whether the processor has instructions for products of int8 that torch uses, as far as torch can tell."""
+    return hasattr(torch, "_int_mm") and bool({"avx512_vnni", "amx_int8"} & _instructions())
+
+
+@cache
+def _instructions() -> set[str]:
+    """What torch calls the processor's instruction sets; nothing where it does not say."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return {name for name, there in (ask() if ask else {}).items() if there is True}

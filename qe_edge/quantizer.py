@@ -51,7 +51,8 @@ from qe_edge.walk import BlockWalk
 from qe_edge.workfolder import WorkFolder
 
 BATCH = 8  # calibration samples per forward pass
-SMALL_PROBLEM = 1 << 21  # weights up to which a problem gains nothing by a second thread of its own
+FEW_THREADS = 2
+SIDE_BY_SIDE = (1 << 21, 1 << 25)  # weights up to which groups gain more by a thread each than by all; with few threads
 Result = TypeVar("Result")
 
 
@@ -347,22 +348,28 @@ class _Run:
         collectors: dict[nn.Module, StatisticsCollector],
         work: Callable[[LinearGroup, list[int], LinearProblem], Result],
     ) -> Iterator[Result]:
-        """`work` for every linear problem of a block: large ones one by one, then the small ones side by side."""
-        small: list[tuple[LinearGroup, list[int], LinearProblem]] = []
-        for group in groups:
+        """`work` for every linear problem of a block: large groups one by one, the others side by side."""
+
+        def run(group: LinearGroup) -> list[Result]:
             collector = collectors.pop(group.linears[0], None)
             measured = collector.finish() if collector else None
+            results = []
             for number, (members, weight) in enumerate(self._problems(group)):
                 problem = self._problem(group, members, weight, measured[number] if measured else None)
-                if weight.numel() <= SMALL_PROBLEM:
-                    small.append((group, members, problem))
-                    continue
-                with blas_threads(max(weight.shape)):
-                    result = work(group, members, problem)
-                yield result
-        small.sort(key=lambda one: -one[2].weight.numel())  # the longest first: threads end at about the same time
+                results.append(work(group, members, problem))
+            return results
+
+        limit = SIDE_BY_SIDE[torch.get_num_threads() <= FEW_THREADS]
+        large = [group for group in groups if _weights(group) > limit]
+        for group in large:
+            with blas_threads(max(group.linears[0].weight.shape)):
+                results = run(group)
+            yield from results
+        others = [group for group in groups if _weights(group) <= limit]
+        others.sort(key=lambda group: -_weights(group) * group.linears[0].in_features)  # the longest first
         with one_lapack_thread():
-            yield from map_threads(lambda one: work(*one), small)
+            for results in map_threads(run, others):
+                yield from results
 
     def _quantize(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> dict[str, QELinear]:
         """The quantized layers of one problem."""
@@ -387,6 +394,10 @@ class _Run:
     def _seed(self, name: str) -> int:
         """A seed of its own for every layer, whatever the order of work."""
         return (self.recipe.seed + zlib.crc32(name.encode())) % 2**31
+
+
+def _weights(group: LinearGroup) -> int:
+    return sum(linear.weight.numel() for linear in group.linears)
 
 
 def _parameters(block: Block) -> int:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qe_edge.device import CPU, to_device
+from qe_edge.device import CPU, multiplies_bfloat16, to_device
 from qe_edge.errors import ModelError
 from qe_edge.models.family import Block
 
@@ -133,14 +132,6 @@ def fast_products(block: nn.Module, narrow: Collection[nn.Module] = ()) -> Itera
         narrow = ()
     with patched([(linear, _fast_linear(linear, narrow=linear in narrow)) for linear in linears]):
         yield
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16, as far as torch can tell; older ones cannot."""
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    found: dict[str, object] = ask() if ask else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _fast_linear(linear: nn.Linear, *, narrow: bool) -> Callable[[Tensor], Tensor]:

@@ -11,13 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.linalg import eigh, qr, solve_triangular
-from scipy.linalg.lapack import dpotrf
+from scipy.linalg.lapack import dpotrf, spotrf
 from scipy.sparse.linalg import LinearOperator
 
 from qe_edge.blas import one_lapack_thread
+from qe_edge.device import multiplies_bfloat16
 
-STEEPEST = 1e5  # ratio of pivots of R up to which E R^{-1} is orthonormal enough to be finished by one QR
+# ratio of pivots of R, computed in that precision, up to which E R^{-1} is orthonormal enough to be finished by one QR
+STEEPEST = {np.float32: 30, np.float64: 1e5}
+LONG_SUM = 4096  # inputs from which outputs on tokens come from bfloat16
+PANEL = 512  # columns of a symmetric matrix that are multiplied at a time
 EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
 KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
 WARM_STEPS = 3  # products that suffice from the directions of a matrix that is much alike
@@ -44,14 +49,15 @@ class ErrorSpace:
         out_features, in_features = error.shape
         if out_features <= in_features:
             return cls(error)
-        wide = error.astype(np.float64)
-        upper, failed = dpotrf(wide.T @ wide, lower=0, clean=1)
-        pivots = np.abs(upper.diagonal())
-        if failed or pivots.max() > STEEPEST * pivots.min():
-            with one_lapack_thread():
-                basis, reduced = qr(wide, mode="economic")
-            return cls(reduced, basis=basis)
-        return cls(upper, tall=error)
+        for precision, factor in ((np.float32, spotrf), (np.float64, dpotrf))[error.dtype != np.float32 :]:
+            tall = error.astype(precision, copy=False)
+            upper, failed = factor(tall.T @ tall, lower=0, clean=1)
+            pivots = np.abs(upper.diagonal())
+            if not failed and pivots.max() <= STEEPEST[precision] * pivots.min():
+                return cls(upper.astype(np.float64, copy=False), tall=error)
+        with one_lapack_thread():
+            basis, reduced = qr(error.astype(np.float64), mode="economic")
+        return cls(reduced, basis=basis)
 
     @property
     def side(self) -> int:
@@ -65,14 +71,28 @@ class ErrorSpace:
         return self.reduced if self.basis is None else self.basis @ self.reduced
 
     def outputs(self, tokens: np.ndarray) -> np.ndarray:
-        """Reduced coordinates `[n, side]` of the error's output on tokens `[n, in]`."""
-        outputs: np.ndarray = tokens @ self.reduced.T.astype(tokens.dtype)
-        return outputs
+        """Reduced coordinates `[n, side]` of the error's output on tokens `[n, in]`.
+
+        Those of wide inputs come from bfloat16 where the processor multiplies that: twice as fast, and the rounding
+        errors of so many products average out.
+        """
+        reduced = self.reduced.astype(tokens.dtype, copy=False)
+        if tokens.dtype != np.float32 or tokens.shape[1] < LONG_SUM or not multiplies_bfloat16():
+            return np.asarray(tokens @ reduced.T)
+        narrow = [torch.from_numpy(part).bfloat16() for part in (tokens, reduced)]
+        return np.asarray((narrow[0] @ narrow[1].T).float().numpy())
 
     def covariance(self, gram: np.ndarray) -> np.ndarray:
         """`E G E^T` in reduced coordinates, `[side, side]` float64."""
         left = self.reduced
-        return np.asarray(left @ gram.astype(left.dtype, copy=False) @ left.T, np.float64)
+        gram = gram.astype(left.dtype, copy=False)
+        # G is its lower triangle of blocks, with half of those on the diagonal, and the same transposed
+        product = np.empty_like(left)
+        for start in range(0, len(gram), PANEL):
+            own, below = slice(start, start + PANEL), slice(start + PANEL, None)
+            product[:, own] = left[:, own] @ gram[own, own] / 2 + left[:, below] @ gram[below, own]
+        half = product @ left.T
+        return np.asarray(half + half.T, np.float64)
 
     def lift(self, directions: np.ndarray) -> np.ndarray:
         """Orthonormal directions `[side, r]` as orthonormal columns in output coordinates `[out, r]`, float64."""

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpotrf, spotrf
 from torch import Tensor
 
 from qe_edge.device import CPU, to_device
@@ -278,23 +277,23 @@ def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
     """`R_ij / R_jj` `[in, in]` float32 of the damped Gram matrix `R R^T`; what is below the diagonal means nothing.
 
     The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards. A Gram matrix in
-    float32 is factored in float32, unless that fails: its own rounding is as large.
+    float32 is factored in float32, unless that fails: its own rounding is as large. torch's LAPACK lets other threads
+    work meanwhile; scipy's does not.
     """
-    for precision, factor in ((np.float32, spotrf), (np.float64, dpotrf))[gram.dtype != np.float32 :]:
-        hessian = gram[::-1, ::-1].astype(precision, order="C").T  # symmetric: LAPACK's order of the same matrix
-        diagonal = np.einsum("ii->i", hessian)
+    for precision in (torch.float32, torch.float64)[gram.dtype != np.float32 :]:
+        hessian = torch.from_numpy(gram).to(precision).flip((0, 1))
+        diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1.0
-        diagonal += damping * diagonal.mean(dtype=np.float64)
-        lower, failed = factor(hessian, lower=1, clean=0, overwrite_a=1)
+        diagonal += damping * float(diagonal.mean(dtype=torch.float64))
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             break
     else:
         raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
-    coupling = np.empty(lower.shape, np.float32, order="F")
-    backwards, pivots = lower[::-1, ::-1], lower.diagonal()[::-1]
-
-    def scale(columns: slice) -> None:
-        np.divide(backwards[:, columns], pivots[columns], out=coupling[:, columns], casting="same_kind")
-
-    map_rows(scale, len(lower), BLOCK)
-    return coupling
+    size, pivots = len(lower), lower.diagonal()
+    transposed = hessian if hessian.dtype == torch.float32 else torch.zeros(size, size)  # whose memory is free now
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        columns = lower.T[start:stop, start:] / pivots[start:stop, None]
+        transposed[size - stop : size - start, : size - start] = columns.flip((0, 1))
+    return transposed.numpy().T

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy.linalg import cho_factor, cho_solve, get_blas_funcs
 
+from qe_edge.int8_products import add_gram, round_channels, rounds_gram
 from qe_edge.reconstruction.directions import ErrorSpace
 
 KINDS = ("ridge", "tri")
@@ -43,9 +45,7 @@ class RidgeRegression:
             tokens = tokens[self._rows]
         self._magnitude = np.abs(tokens)
         self._dual = len(tokens) < in_features
-        # float32 is far more precise than the damping is large
-        (syrk,) = get_blas_funcs(("syrk",), (self._magnitude,))
-        normal = syrk(1.0, self._magnitude.T, trans=self._dual, lower=1)  # one triangle, in half the time
+        normal = _lower_gram(self._magnitude, transposed=self._dual)
         damping = RIDGE * np.trace(normal) / in_features
         self._empty = damping <= 0
         normal[np.diag_indices_from(normal)] += damping if damping > 0 else 1.0
@@ -62,6 +62,19 @@ class RidgeRegression:
             return np.asarray(solved @ self._magnitude, np.float64)
         weights: np.ndarray = cho_solve(self._factor, self._magnitude.T @ centred.astype(self._magnitude.dtype)).T
         return weights
+
+
+def _lower_gram(x: np.ndarray, *, transposed: bool) -> np.ndarray:
+    """The lower triangle of `x^T x`, or of `x x^T`; rounding is far more precise than the damping is large."""
+    side = x.shape[not transposed]
+    if x.dtype == np.float32 and rounds_gram(side):
+        codes, scale = round_channels(x, x.max(1, keepdims=True) if transposed else x.max(0))
+        upper = torch.zeros(side, side)
+        add_gram(upper, codes.T if transposed else codes, scale)
+        return upper.numpy().T
+    (syrk,) = get_blas_funcs(("syrk",), (x,))
+    lower: np.ndarray = syrk(1.0, x.T, trans=transposed, lower=1)
+    return lower
 
 
 def ridge_router(tokens: np.ndarray, residuals: np.ndarray) -> np.ndarray:
