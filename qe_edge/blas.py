@@ -13,20 +13,12 @@ from functools import lru_cache
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-THREADED_SIDE = 1024  # side of a matrix from which a second thread pays in matrix products
 DOUBLE_ENTRIES = 1 << 20  # entries of a layer's error up to which its corrections are computed in float64
 
 
 @lru_cache(maxsize=1)
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
-
-
-def blas_threads(side: int) -> AbstractContextManager[object]:
-    """Limit numpy's and scipy's BLAS to one thread for matrices below `THREADED_SIDE`; larger ones keep all threads."""
-    limit = 1 if side < THREADED_SIDE else None
-    context: AbstractContextManager[object] = _controller().limit(limits=limit, user_api="blas")
-    return context
 
 
 def one_lapack_thread() -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qe_edge.accounting import add_counts, rotation_bits
 from qe_edge.atomic import atomic_file
-from qe_edge.blas import blas_threads, one_lapack_thread
+from qe_edge.blas import one_lapack_thread
 from qe_edge.budget import Budget, Offer, allocate, check_affordable, output_factors, scaled_back
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
@@ -51,8 +51,8 @@ from qe_edge.walk import BlockWalk
 from qe_edge.workfolder import WorkFolder
 
 BATCH = 8  # calibration samples per forward pass
-FEW_THREADS = 2
-SIDE_BY_SIDE = (1 << 21, 1 << 25)  # weights up to which groups gain more by a thread each than by all; with few threads
+SMALL_GROUP = 1 << 21  # weights up to which a group gains nothing by a second thread of its own
+MEDIUM_GROUP = 1 << 25  # weights up to which it gains less by it than another group would, and two fit into memory
 Result = TypeVar("Result")
 
 
@@ -359,13 +359,10 @@ class _Run:
                 results.append(work(group, members, problem))
             return results
 
-        limit = SIDE_BY_SIDE[torch.get_num_threads() <= FEW_THREADS]
-        large = [group for group in groups if _weights(group) > limit]
-        for group in large:
-            with blas_threads(max(group.linears[0].weight.shape)):
-                results = run(group)
-            yield from results
-        others = [group for group in groups if _weights(group) <= limit]
+        for group in groups:
+            if not _gains_by_one_thread(group):
+                yield from run(group)
+        others = [group for group in groups if _gains_by_one_thread(group)]
         others.sort(key=lambda group: -_weights(group) * group.linears[0].in_features)  # the longest first
         with one_lapack_thread():
             for results in map_threads(run, others):
@@ -394,6 +391,11 @@ class _Run:
     def _seed(self, name: str) -> int:
         """A seed of its own for every layer, whatever the order of work."""
         return (self.recipe.seed + zlib.crc32(name.encode())) % 2**31
+
+
+def _gains_by_one_thread(group: LinearGroup) -> bool:
+    """Whether groups like this one are done earlier side by side, one thread each, than in turn by all threads."""
+    return _weights(group) <= (MEDIUM_GROUP if torch.get_num_threads() <= 2 else SMALL_GROUP)
 
 
 def _weights(group: LinearGroup) -> int:

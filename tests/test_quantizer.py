@@ -172,9 +172,12 @@ def test_a_stopped_run_resumes_to_the_identical_checkpoint(small: str, tmp_path:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
 
 
-def test_threads_change_no_bit_and_batches_nothing_but_roundings(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def layers(batch: int, threads: int) -> dict[str, QELinear]:
+def test_threads_change_no_bit_batches_and_order_nothing_but_roundings(
+    small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layers(batch: int, threads: int, *, side_by_side: bool = True) -> dict[str, QELinear]:
         monkeypatch.setattr(quantizer, "BATCH", batch)
+        monkeypatch.setattr(quantizer, "MEDIUM_GROUP", 1 << 25 if side_by_side else 0)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -183,6 +186,7 @@ def test_threads_change_no_bit_and_batches_nothing_but_roundings(small: str, mon
             torch.set_num_threads(before)
 
     wanted, other_threads, other_batches = layers(8, 2), layers(8, 1), layers(3, 2)
+    in_turn = layers(8, 2, side_by_side=False)
     linears = dict(load_model(small).model.named_modules())
     for name, layer in wanted.items():
         state, same = layer.state_dict(), other_threads[name].state_dict()
@@ -190,8 +194,10 @@ def test_threads_change_no_bit_and_batches_nothing_but_roundings(small: str, mon
         # a last bit that differs can turn a code, and GPTQ every code after it: as good, but not the same
         tokens = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
         original = linears[name].float()(tokens).detach()
-        one, other = ((found(tokens).detach() - original).norm() for found in (layer, other_batches[name]))
-        assert abs(float(one - other)) < 0.2 * float(one), name
+        one, *others = (
+            (found(tokens).detach() - original).norm() for found in (layer, other_batches[name], in_turn[name])
+        )
+        assert all(abs(float(one - other)) < 0.2 * float(one) for other in others), name
 
 
 def test_resuming_another_recipe_is_refused(small: str, tmp_path: Path) -> None:

@@ -28,6 +28,37 @@ def test_error_space_keeps_the_smaller_side(apart: float) -> None:
     np.testing.assert_allclose(space.coordinates(error), space.reduced, atol=1e-12)
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-5])
+def test_error_space_of_float32_is_as_orthonormal_as_that_can_be(apart: float) -> None:
+    error = np.random.default_rng(0).standard_normal((300, 12)).astype(np.float32)
+    error[:, 7] = error[:, 3] + apart * error[:, 7]
+    space = ErrorSpace.of(error)
+    basis = space.lift(np.eye(12))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=1e-6)
+    np.testing.assert_allclose(basis @ space.reduced, error, atol=3e-4)
+    assert space.reduced.dtype == np.float64
+
+
+def test_a_covariance_is_computed_from_one_triangle_of_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.reconstruction.directions.PANEL", 5)
+    drawn = np.random.default_rng(0)
+    error, tokens = drawn.standard_normal((7, 23)), drawn.standard_normal((40, 23))
+    gram = tokens.T @ tokens
+    np.testing.assert_allclose(ErrorSpace.of(error).covariance(gram), error @ gram @ error.T, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_outputs_of_wide_inputs_come_from_bfloat16(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.reconstruction.directions.LONG_SUM", 20)
+    monkeypatch.setattr("qe_edge.reconstruction.directions.multiplies_bfloat16", lambda: True)
+    drawn = np.random.default_rng(0)
+    error, tokens = drawn.standard_normal((7, 23)).astype(dtype), drawn.standard_normal((40, 23)).astype(dtype)
+    found = ErrorSpace.of(error).outputs(tokens)
+    apart = np.abs(found - tokens @ error.T).max()
+    assert found.dtype == dtype
+    assert (1e-4 < apart < 0.1) if dtype == np.float32 else apart < 1e-12
+
+
 @pytest.mark.parametrize("steps", [KRYLOV_STEPS, WARM_STEPS])
 def test_krylov_directions_capture_what_the_eigenvectors_do(steps: int) -> None:
     drawn = np.random.default_rng(0)
