@@ -5,7 +5,7 @@ r"""Time and peak memory of quantizing one decoder layer of Qwen2-VL-2B's shapes
     python benchmarks/quantizer_speed.py --whole out/vlm     # a whole model, made by assemble_real_vlm.py
 
 A model of one Llama decoder layer with random weights (hidden 1536, MLP 8960, 12 heads, 2 for keys and values) sees
-random tokens, 128 x 512 by default. The model's files are bfloat16: llm-compressor runs blocks in that, as its examples
+random tokens, 128 x 512 by default; `--layers 2` shows what one more costs. The model's files are bfloat16: llm-compressor runs blocks in that, as its examples
 do, and in float32. Every quantizer runs in a process of its own, one after the other; timed is the call that quantizes,
 without imports and loading. Peak memory is that of the whole process. With `--repeat` the median
 of several runs is shown. `--whole` times the language layers of a model in a folder instead, with its own calibration
@@ -43,7 +43,7 @@ WHOLE = {
 PEERS = {"llm-compressor GPTQ": "auto", "llm-compressor GPTQ, float32": "float32"}  # the type it computes blocks in
 
 
-def make_model(folder: Path, samples: int, tokens: int) -> None:
+def make_model(folder: Path, layers: int, samples: int, tokens: int) -> None:
     """Write the model, its tokenizer and the calibration texts."""
     import numpy as np
     import torch
@@ -52,7 +52,11 @@ def make_model(folder: Path, samples: int, tokens: int) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPE, num_hidden_layers=1, vocab_size=VOCABULARY, max_position_embeddings=max(tokens, 512), dtype="bfloat16"
+        **SHAPE,
+        num_hidden_layers=layers,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=max(tokens, 512),
+        dtype="bfloat16",
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     words = {f"t{index}": index for index in range(VOCABULARY)}
@@ -137,6 +141,7 @@ def main() -> int:
     parser.add_argument("--peer", help="python of an environment with llmcompressor")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--scheme", choices=("w4a16", "w4a8"), default="w4a16")
     parser.add_argument("--role", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
@@ -157,7 +162,7 @@ def main() -> int:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if not options.whole:
-            make_model(Path(folder), options.samples, options.tokens)
+            make_model(Path(folder), options.layers, options.samples, options.tokens)
         for name in names:
             python = options.peer if name in PEERS else sys.executable
             arguments = ["--role", name, str(options.whole or folder), "--scheme", options.scheme]
@@ -170,7 +175,15 @@ def main() -> int:
         for name in OURS:
             print(f"{name:24} x {found[peer]['seconds'] / found[name]['seconds']:.2f} as fast as {peer}")
     print(
-        json.dumps({"script": "quantizer_speed", "samples": options.samples, "tokens": options.tokens, "rows": found})
+        json.dumps(
+            {
+                "script": "quantizer_speed",
+                "layers": options.layers,
+                "samples": options.samples,
+                "tokens": options.tokens,
+                "rows": found,
+            }
+        )
     )
     return 0
 

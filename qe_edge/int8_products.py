@@ -46,7 +46,8 @@ def round_channels(x: np.ndarray, largest: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def add_gram(total: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Add `x^T x` to the upper triangle of `total` `[m, m]`, for `x` `[n, m]` as codes and scales `[m]`."""
-    for part in codes.split(LONGEST):
+    for first in range(0, len(codes), LONGEST):
+        part = codes[first : first + LONGEST]
         for start in range(0, len(scale), PANEL):
             rows, columns = slice(start, start + PANEL), slice(start, None)
             panel = torch._int_mm(part[:, rows].T, part[:, columns])

@@ -26,7 +26,7 @@ from qe_edge.models.stored import Change
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 8192  # rows that are in float64 at once
+CACHED = 1 << 19  # numbers that are rotated at a time
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 READERS = {
     "input_layernorm": ("self_attn", "q_proj", "k_proj", "v_proj"),
@@ -69,10 +69,12 @@ class Rotation:
     right: Tensor
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """`rows` `[..., size]` float64 times the matrix."""
-        a, b = len(self.left), len(self.right)
-        parts = (rows * self.signs).reshape(-1, a, b) @ self.right
-        return (parts.mT @ self.left).mT.reshape(rows.shape)
+        """`rows` `[..., size]` float32 or float64 times the matrix."""
+        signs, left, right = (part.to(rows.dtype) for part in (self.signs, self.left, self.right))
+        a, b = len(left), len(right)
+        parts = (rows * signs).reshape(-1, b) @ right
+        parts = parts.view(-1, a, b).mT.reshape(-1, a) @ left  # as two plain products: batched ones are slow
+        return parts.view(-1, b, a).mT.reshape(rows.shape)
 
     def matrix(self) -> Tensor:
         """The matrix itself, `[size, size]` float64."""
@@ -186,14 +188,15 @@ def mixing_of(model: nn.Module) -> list[Tensor]:
 
 def _rows(rotation: Rotation, gains: Tensor | None = None) -> Change:
     """Rows of a tensor `[..., k * size]` times the rotation, k times side by side; after `gains` `[size]` of a norm."""
-    size = len(rotation.signs)
+    size, factors = len(rotation.signs), None if gains is None else gains.float()
 
     def change(tensor: Tensor) -> Tensor:
         changed = torch.empty_like(tensor)
         rows, found = tensor.reshape(-1, size), changed.view(-1, size)
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start : start + CHUNK].double()
-            found[start : start + CHUNK] = rotation(part if gains is None else part * gains)
+        piece = max(1, CACHED // size)
+        for start in range(0, len(rows), piece):
+            part = rows[start : start + piece].float()
+            found[start : start + piece] = rotation(part if factors is None else part * factors)
         return changed
 
     return change

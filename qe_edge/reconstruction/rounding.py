@@ -296,4 +296,4 @@ def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
         stop = min(start + BLOCK, size)
         columns = lower.T[start:stop, start:] / pivots[start:stop, None]
         transposed[size - stop : size - start, : size - start] = columns.flip((0, 1))
-    return transposed.numpy().T
+    return np.asarray(transposed.numpy().T)

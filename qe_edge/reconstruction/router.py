@@ -71,7 +71,7 @@ def _lower_gram(x: np.ndarray, *, transposed: bool) -> np.ndarray:
         codes, scale = round_channels(x, x.max(1, keepdims=True) if transposed else x.max(0))
         upper = torch.zeros(side, side)
         add_gram(upper, codes.T if transposed else codes, scale)
-        return upper.numpy().T
+        return np.asarray(upper.numpy().T)
     (syrk,) = get_blas_funcs(("syrk",), (x,))
     lower: np.ndarray = syrk(1.0, x.T, trans=transposed, lower=1)
     return lower
