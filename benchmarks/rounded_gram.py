@@ -54,7 +54,7 @@ def seconds(work: Callable[[], object], repeat: int) -> float:
 
 def compare_speed(repeat: int) -> dict[int, float]:
     """Print times for every width; ratios by width."""
-    print(f"{'channels':>8} {'ssyrk float32':>14} {'rounded INT8':>13} {'times as fast':>14}   memory beside the matrix")
+    print(f"{'channels':>8} {'float32':>9} {'INT8':>9}   times as fast   memory beside the matrix")
     ratios = {}
     for width in WIDTHS:
         x = np.random.default_rng(0).standard_normal((TOKENS, width), np.float32)
@@ -62,7 +62,8 @@ def compare_speed(repeat: int) -> dict[int, float]:
         exact = seconds(lambda x=x, whole=whole: ssyrk(1.0, x.T, beta=1.0, c=whole, lower=1, overwrite_c=1), repeat)  # type: ignore[misc]
         fast = seconds(lambda x=x, total=total: rounded(x, total), repeat)  # type: ignore[misc]
         ratios[width] = exact / fast
-        print(f"{width:8} {exact:12.3f} s {fast:11.3f} s {ratios[width]:14.1f}   none, {x.size / 2**20:.0f} MiB of codes")
+        codes = f"none, {x.size / 2**20:.0f} MiB of codes"
+        print(f"{width:8} {exact:7.3f} s {fast:7.3f} s {ratios[width]:15.1f}   {codes}")
     return ratios
 
 
@@ -102,10 +103,9 @@ def compare_losses(layers: dict[str, tuple[nn.Linear, list[Tensor]]], scheme: st
     grid = SCHEMES[scheme].weight
     ratios = []
     for layer, (exact, rough, held) in layers.values():
-        rough = rough.triu() + rough.triu(1).T
         weight = layer.weight.detach()
         losses = []
-        for gram in (exact, rough):
+        for gram in (exact, rough.triu() + rough.triu(1).T):
             error = (weight - gptq_round(weight, gram.numpy(), grid, DAMPING, clip=True).decode()).double()
             losses.append(float(((error @ held) * error).sum()))
         ratios.append(losses[1] / losses[0])
