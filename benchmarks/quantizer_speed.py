@@ -5,11 +5,11 @@ r"""Time and peak memory of quantizing one decoder layer of Qwen2-VL-2B's shapes
     python benchmarks/quantizer_speed.py --whole out/vlm     # a whole model, made by assemble_real_vlm.py
 
 A model of one Llama decoder layer with random weights (hidden 1536, MLP 8960, 12 heads, 2 for keys and values) sees
-random tokens, 128 x 512 by default; `--layers 2` shows what one more costs. The model's files are bfloat16: llm-compressor
-runs blocks in that, as its examples do, and in float32. Every quantizer runs in a process of its own, one after the other; timed is the call that quantizes,
-without imports and loading. Peak memory is that of the whole process. With `--repeat` the median
-of several runs is shown. `--whole` times the language layers of a model in a folder instead, with its own calibration
-samples, from its files as `qe-edge quantize` does it.
+random tokens, 128 x 512 by default; `--layers 2` shows what one more costs. The model's files are bfloat16:
+llm-compressor runs blocks in that, as its examples do, and in float32. Every quantizer runs in a process of its own,
+one after the other; timed is the call that quantizes, without imports and loading. Peak memory is that of the whole
+process. With `--repeat` the median of several runs is shown. `--whole` times the language layers of a model in a folder
+instead, with its own calibration samples, from its files as `qe-edge quantize` does it.
 """
 
 from __future__ import annotations
