@@ -275,9 +275,8 @@ class QuantExperts(Method):
     ) -> Tensor:
         """Router `[experts, in]` float16; one common factor keeps it in range without changing any argmin."""
         if self.options.router == "tri":
-            corrections = [up @ down for up, down in zip(ups, downs, strict=True)]
-            error = space.error()
-            scores = triangle_router(error - corrections[0], corrections[1:])
+            corrections = (up @ down for up, down in zip(ups, downs, strict=True))
+            scores = triangle_router(space.error() - next(corrections), corrections)
         else:
             scores = ridge_router(statistics.tokens, routed_residuals(space, statistics.tokens, outputs, ups, downs))
         return torch.from_numpy(normalise_router(scores, statistics.tokens)).to(torch.float16)

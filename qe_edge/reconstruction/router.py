@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,12 +17,12 @@ SPREAD_TOKENS = 1024  # scores of so many tokens give the factor that scales a r
 DUAL_TOKENS = 4096  # of a layer with more inputs than this, so many tokens are regressed on
 
 
-def triangle_router(error: np.ndarray, corrections: list[np.ndarray]) -> np.ndarray:
+def triangle_router(error: np.ndarray, corrections: Iterable[np.ndarray]) -> np.ndarray:
     """`R_ic = mean_o |E_S - L_i|_oc`: an upper bound of the mean absolute residual of expert i, free of data.
 
     Args:
         error: `[out, in]`, what the shared expert left.
-        corrections: For every expert its correction `[out, in]`.
+        corrections: For every expert its correction `[out, in]`, made when it is wanted: each is as large as the error.
 
     Returns:
         `[experts, in]` float64.
