@@ -52,7 +52,7 @@ from qe_edge.workfolder import WorkFolder
 
 BATCH = 8  # calibration samples per forward pass
 SMALL_GROUP = 1 << 21  # weights up to which a group gains nothing by a second thread of its own
-MEDIUM_GROUP = 1 << 25  # weights up to which it gains less by it than another group would, and two fit into memory
+MEDIUM_GROUP = 1 << 25  # weights up to which, on two cores, another group gains more by that thread; and both fit
 Result = TypeVar("Result")
 
 

@@ -23,7 +23,7 @@ from qe_edge.device import multiplies_bfloat16
 STEEPEST = {np.float32: 30, np.float64: 1e5}
 LONG_SUM = 4096  # inputs from which outputs on tokens come from bfloat16
 PANEL = 512  # columns of a symmetric matrix that are multiplied at a time
-FEW = 8  # times so many eigenvectors as a matrix has rows: fewer are faster alone, more are not
+FEW = 1 / 8  # share of a matrix's eigenvectors up to which LAPACK finds them faster without the others
 EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
 KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
 WARM_STEPS = 3  # products that suffice from the directions of a matrix that is much alike
@@ -131,7 +131,7 @@ def top_eigenvectors(matrix: np.ndarray, rank: int) -> np.ndarray:
 def _top(matrix: np.ndarray, rank: int) -> np.ndarray:
     """`top_eigenvectors` in as many threads as the caller allows, for a rank from 1 to n."""
     size, symmetric = len(matrix), (matrix + matrix.T) / 2
-    if rank * FEW > size:  # and other threads work meanwhile, which scipy does not let them
+    if rank > FEW * size:  # scipy's evr takes longer than all by numpy's evd, and stops other threads meanwhile
         vectors = np.linalg.eigh(symmetric)[1][:, size - rank :]
     else:
         vectors = eigh(symmetric, driver="evr", subset_by_index=[size - rank, size - 1])[1]
