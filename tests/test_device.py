@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qe_edge.device import CPU, choose_device, moved, to_device
+from qe_edge import device
+from qe_edge.device import CPU, choose_device, moved, multiplies_bfloat16, multiplies_int8, to_device
 from qe_edge.errors import ResourceError
 
 
@@ -38,3 +39,23 @@ def test_a_full_device_says_what_to_do_and_gives_the_module_back() -> None:
     with pytest.raises(ResourceError, match="--device cpu"):
         fill()
     assert module.weight.device == CPU
+
+
+@pytest.mark.parametrize(
+    ("there", "products"),
+    [
+        ({"avx512_vnni": True, "avx512_bf16": False}, (True, False)),
+        ({"avx512_vnni": False, "avx512_bf16": True}, (False, True)),
+        ({"amx_int8": True, "amx_bf16": True, "cpu_name": "avx512_vnni"}, (True, True)),
+        ({"architecture": "aarch64"}, (False, False)),
+    ],
+)
+def test_products_are_those_of_the_processors_instructions(
+    there: dict[str, object], products: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device._instructions.cache_clear()
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: there, raising=False)
+    try:
+        assert (multiplies_int8(), multiplies_bfloat16()) == products
+    finally:
+        device._instructions.cache_clear()

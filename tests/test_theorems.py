@@ -136,6 +136,20 @@ def test_T6_triangle_router_bounds_the_residual() -> None:
     assert (np.abs(x) @ router.T >= residuals * (1 - 1e-9)).all()
 
 
+def test_the_papers_router_scores_what_shared_and_routed_experts_leave() -> None:
+    papers, weight, _ = layer((80, 64), router="tri", cs_mode="scale", rounding="nearest")
+    down, up, router, omega = papers.down_matrix(), papers.up_matrix(), papers.router, papers.inv_omega
+    assert down is not None
+    assert up is not None
+    assert router is not None
+    main = papers.decoded_weight() * (1.0 if omega is None else omega.float())
+    ranks = [papers.rank_shared, *[papers.rank_routed] * papers.num_experts]
+    shared, *routed = (part_up @ part for part_up, part in zip(up.split(ranks, 1), down.split(ranks), strict=True))
+    expected = torch.stack([(weight - main - shared - one).abs().mean(0) for one in routed])
+    found = router.float()
+    torch.testing.assert_close(found / found.norm(), expected / expected.norm(), rtol=0.01, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_residuals_for_the_router_are_those_of_the_rounded_experts(shape: tuple[int, int]) -> None:
     error, x = rounding_error(shape)

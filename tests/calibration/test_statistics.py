@@ -80,3 +80,15 @@ def test_magnitudes_are_those_of_all_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     found = collect_statistics("layer", torch.ones(4, 16), x, StatisticsRequest(gram=False, tokens=0), 0)
     np.testing.assert_allclose(found.abs_mean, x.abs().double().mean(0), rtol=1e-6)
     np.testing.assert_array_equal(found.abs_max, x.abs().amax(0))
+
+
+def test_sampled_tokens_stay_what_they_are_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.calibration.statistics.CHUNK", 7)
+    tokens, kinds = drawn(30, 16), torch.arange(30, dtype=torch.int8) % 3
+    collector = StatisticsCollector("layer", 16, [torch.ones(4, 16)], StatisticsRequest(gram=False, tokens=20), 0)
+    collector.update(tokens, kinds)
+    (found,) = collector.finish()
+    rows = [int((tokens == torch.from_numpy(token)).all(1).nonzero()) for token in found.tokens]
+    assert rows == sorted(set(rows))
+    assert len(rows) == 20
+    np.testing.assert_array_equal(found.token_kind, kinds[rows])
