@@ -36,7 +36,6 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.accounting import add_counts, layer_counts
-from qe_edge.blas import blas_threads
 from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.sources import load_samples
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector
@@ -215,8 +214,7 @@ def measure(layer: Layer, scheme: str, rounding: str, refine: str | None) -> Ite
     for column, choice in choices.items():
         method = QuantExperts(QuantExpertsOptions(**ROUNDINGS[rounding], **choice))
         problem = LinearProblem(layer.name, layer.weight, get_scheme(scheme), layer.statistics, 0)
-        with blas_threads(max(layer.weight.shape)):
-            made = QELinear(method.quantize(problem))
+        made = QELinear(method.quantize(problem))
         error = energies(made, layer.tokens, wanted)
         picked = made.expert_index(layer.tokens)
         routed = error[:, 0] if picked is None else error.gather(1, picked.unsqueeze(1))[:, 0]
