@@ -253,3 +253,12 @@ def test_quant_experts_rotate_the_language_model_that_they_quantize(
     if not rotated:
         original = load_model(small).model.get_decoder().norm.weight
         assert torch.equal(loaded.model.get_decoder().norm.weight, original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rotation_multiplies_with_the_kronecker_product_of_its_factors(dtype: torch.dtype) -> None:
+    rotation = random_rotation(48, np.random.default_rng(0))
+    whole = rotation.signs.unsqueeze(1) * torch.kron(rotation.left, rotation.right)
+    rows = torch.randn(2, 5, 48, dtype=dtype)
+    torch.testing.assert_close(rotation(rows), rows @ whole.to(dtype))
+    torch.testing.assert_close(rotation.matrix(), whole)
