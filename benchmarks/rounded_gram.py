@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from qe_edge.calibration.sources import load_samples
 from qe_edge.device import multiplies_int8
+from qe_edge.errors import QEError, RecipeError
 from qe_edge.int8_products import LEAST_SIDE, add_gram, round_channels
 from qe_edge.models.loading import load_model
 from qe_edge.reconstruction.rounding import gptq_round
@@ -59,9 +61,9 @@ def compare_speed(repeat: int) -> dict[int, float]:
     for width in WIDTHS:
         x = np.random.default_rng(0).standard_normal((TOKENS, width), np.float32)
         total, whole = torch.zeros(width, width), np.zeros((width, width), np.float32, order="F")
-        exact = seconds(lambda x=x, whole=whole: ssyrk(1.0, x.T, beta=1.0, c=whole, lower=1, overwrite_c=1), repeat)  # type: ignore[misc]
+        exact = seconds(partial(ssyrk, 1.0, x.T, beta=1.0, c=whole, lower=1, overwrite_c=1), repeat)
         largest = np.abs(x).max(0)  # the statistics have it anyway
-        fast = seconds(lambda x=x, largest=largest, total=total: rounded(x, largest, total), repeat)  # type: ignore[misc]
+        fast = seconds(partial(rounded, x, largest, total), repeat)
         ratios[width] = exact / fast
         codes = f"none, {x.size / 2**20:.0f} MiB of codes"
         print(f"{width:8} {exact:7.3f} s {fast:7.3f} s {ratios[width]:15.1f}   {codes}")
@@ -91,6 +93,8 @@ def grams(folder: Path, least: int, count: int) -> dict[str, tuple[nn.Linear, li
                 side = module.in_features
                 layers[f"{block.name}.{name}"] = module, [torch.zeros(side, side, dtype=torch.float64) for _ in "123"]
                 module.register_forward_pre_hook(hook(f"{block.name}.{name}"))
+    if not layers:
+        raise RecipeError(f"No layer of {folder} has {least} input channels.", "Choose a lower --least.")
     with torch.no_grad():
         for index, sample in enumerate(samples):
             half = int(2 * index >= len(samples))
@@ -124,9 +128,14 @@ def main() -> int:
     options = parser.parse_args()
     if not multiplies_int8():
         print("torch names no INT8 products of this processor: qe-edge uses float32 here.")
+    try:
+        layers = grams(options.model, options.least, options.samples) if options.model else {}
+    except QEError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     result: dict[str, object] = {"script": "rounded_gram", "speed": compare_speed(options.repeat)}
-    if options.model:
-        ratios = compare_losses(grams(options.model, options.least, options.samples), options.scheme)
+    if layers:
+        ratios = compare_losses(layers, options.scheme)
         print(
             f"{len(ratios)} layers, {options.scheme}: GPTQ's loss with rounded inputs over that without: median "
             f"{statistics.median(ratios):.4f}, geometric mean {statistics.geometric_mean(ratios):.4f}, "

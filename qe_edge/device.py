@@ -1,4 +1,7 @@
-"""Which device computes, and how data gets there and back. Not yet run on hardware other than the CPU."""
+"""Which device computes, what the processor multiplies fast, and how data gets to a device and back.
+
+Not yet run on hardware other than the CPU.
+"""
 
 from __future__ import annotations
 

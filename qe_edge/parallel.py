@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+SMALL = 1 << 21  # weights up to which a layer gains nothing by a second thread of its own
+MEDIUM = 1 << 25  # weights up to which, on two cores, another layer gains more by that thread; and both fit
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -31,6 +33,11 @@ def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[R
             return list(pool.map(work, items))
     finally:
         torch.set_num_threads(threads)  # what new threads of other libraries start with
+
+
+def gains_by_one_thread(weights: int) -> bool:
+    """Whether layers of that many weights are done earlier side by side, one thread each, than in turn by all."""
+    return weights <= (MEDIUM if torch.get_num_threads() <= 2 else SMALL)
 
 
 def map_rows(work: Callable[[slice], Result], rows: int, piece: int) -> list[Result]:

@@ -41,7 +41,7 @@ from qe_edge.methods.base import AdapterSize, Choice
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.rotation import rotate_language_model
-from qe_edge.parallel import map_threads
+from qe_edge.parallel import gains_by_one_thread, map_threads
 from qe_edge.preflight import check_modules, check_weights, model_fingerprint
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
@@ -51,8 +51,6 @@ from qe_edge.walk import BlockWalk
 from qe_edge.workfolder import WorkFolder
 
 BATCH = 8  # calibration samples per forward pass
-SMALL_GROUP = 1 << 21  # weights up to which a group gains nothing by a second thread of its own
-MEDIUM_GROUP = 1 << 25  # weights up to which, on two cores, another group gains more by that thread; and both fit
 Result = TypeVar("Result")
 
 
@@ -359,13 +357,13 @@ class _Run:
                 results.append(work(group, members, problem))
             return results
 
+        apart = [group for group in groups if gains_by_one_thread(_weights(group))]
         for group in groups:
-            if not _gains_by_one_thread(group):
+            if group not in apart:
                 yield from run(group)
-        others = [group for group in groups if _gains_by_one_thread(group)]
-        others.sort(key=lambda group: -_weights(group) * group.linears[0].in_features)  # the longest first
+        apart.sort(key=lambda group: -_weights(group) * group.linears[0].in_features)  # the longest first
         with one_lapack_thread():
-            for results in map_threads(run, others):
+            for results in map_threads(run, apart):
                 yield from results
 
     def _quantize(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> dict[str, QELinear]:
@@ -391,11 +389,6 @@ class _Run:
     def _seed(self, name: str) -> int:
         """A seed of its own for every layer, whatever the order of work."""
         return (self.recipe.seed + zlib.crc32(name.encode())) % 2**31
-
-
-def _gains_by_one_thread(group: LinearGroup) -> bool:
-    """Whether groups like this one are done earlier side by side, one thread each, than in turn by all threads."""
-    return _weights(group) <= (MEDIUM_GROUP if torch.get_num_threads() <= 2 else SMALL_GROUP)
 
 
 def _weights(group: LinearGroup) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qe_edge import quantizer
+from qe_edge import parallel, quantizer
 from qe_edge.calibration.sources import load_evaluation, load_samples
 from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized, save_quantized
 from qe_edge.errors import ArtifactError, CalibrationError, NumericalError, QEError, RecipeError, UnknownNameError
@@ -177,7 +177,7 @@ def test_threads_change_no_bit_batches_and_order_nothing_but_roundings(
 ) -> None:
     def layers(batch: int, threads: int, *, side_by_side: bool = True) -> dict[str, QELinear]:
         monkeypatch.setattr(quantizer, "BATCH", batch)
-        monkeypatch.setattr(quantizer, "MEDIUM_GROUP", 1 << 25 if side_by_side else 0)
+        monkeypatch.setattr(parallel, "MEDIUM", 1 << 25 if side_by_side else 0)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
