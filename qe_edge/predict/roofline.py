@@ -1,4 +1,4 @@
-"""From work to time: the slowest of memory, tensor cores and instruction issue, plus launches. Never measured."""
+"""From kernels to time: each needs its launch, its own latency, and the slowest of the device's resources."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qe_edge.predict.kernels import Kernel, Work
 from qe_edge.predict.shapes import Linear, ModelShape, Stack, block_linears
-from qe_edge.predict.tables import Device, DeviceTable, Efficiency, InstructionTable, device_table, instruction_table
-from qe_edge.predict.variants import WAYS, Adapters, Way, Work, linear_work
+from qe_edge.predict.tables import Device, device_table, instruction_table, timing_table
+from qe_edge.predict.variants import WAYS, Adapters, Tables, Way, linear_kernels, linear_work
 from qe_edge.schemes import Scheme
 
 Launches = Literal["stream", "graph"]
@@ -47,7 +48,8 @@ class Prediction:
     Attributes:
         milliseconds: Predicted time.
         launch_milliseconds: The part of it that launches take.
-        bound: What most of the rest is spent on: "memory", "tensor cores" or "instruction issue".
+        bound: What most of the rest is bound by: "latency" of kernels that wait for themselves, "memory", "tensor
+            cores" or "instruction issue".
         work: What is done.
     """
 
@@ -59,23 +61,28 @@ class Prediction:
 
 def predict(request: Request) -> dict[str, dict[Way, Prediction]]:
     """All phases in all ways."""
-    devices, table = device_table(), instruction_table()
-    steps: dict[str, Callable[[Way], list[Work]]] = {
-        "visual": lambda way: _visual(request, way, table, devices),
-        "prefill": lambda way: _language(request, way, table, devices, request.prompt, request.prompt / 2),
-        "decode": lambda way: _language(request, way, table, devices, 1, request.context),
+    tables = look_up(request.device)
+    steps: dict[str, Callable[[Way], Timed]] = {
+        "visual": lambda way: _visual(request, way, tables),
+        "prefill": lambda way: _language(request, way, tables, request.prompt, request.prompt / 2),
+        "decode": lambda way: _language(request, way, tables, 1, request.context),
     }
-    return {phase: {way: _timed(steps[phase](way), request, devices) for way in WAYS} for phase in PHASES}
+    return {phase: {way: _timed(steps[phase](way), request, tables) for way in WAYS} for phase in PHASES}
+
+
+def look_up(device: Device) -> Tables:
+    """What a prediction for a device looks up."""
+    return Tables(device, instruction_table(), timing_table(), device_table().other_cycles)
 
 
 def weight_bytes(request: Request, way: Way) -> float:
     """About what the weights take in the device's memory: of a decoding step, but with all experts."""
-    table = instruction_table()
+    tables = look_up(request.device)
     text, vision = request.shape.text, request.shape.vision
     total = 2.0 * text.hidden * text.vocabulary
     for stack in (text, vision):
         for linear in block_linears(stack):
-            once = linear_work(way, linear, 1, request.scheme, request.adapters, table, request.device.chip).bytes
+            once = linear_work(way, linear, 1, request.scheme, request.adapters, tables).bytes
             if way in ("naive", "plugin"):
                 used = request.adapters.on(linear)
                 once += (
@@ -85,64 +92,57 @@ def weight_bytes(request: Request, way: Way) -> float:
     return total
 
 
-def seconds(work: Work, device: Device, efficiency: Efficiency, issue_rate: float) -> dict[str, float]:
-    """Time that each resource needs for some work."""
-    int8 = work.int8_macs / device.per_second(device.int8_macs)
-    fp16 = work.fp16_macs / device.per_second(device.fp16_macs)
-    return {
-        "memory": work.bytes / (device.bandwidth_gbs * 1e9 * efficiency.bandwidth),
-        "tensor cores": (int8 + fp16) / efficiency.tensor,
-        "instruction issue": work.instructions / (device.per_second(issue_rate) * efficiency.issue),
-    }
+Timed = list[tuple[int, Kernel]]  # how many times which kernel
 
 
-def _timed(works: list[Work], request: Request, devices: DeviceTable) -> Prediction:
+def _timed(kernels: Timed, request: Request, tables: Tables) -> Prediction:
     """Kernels run one after the other, so that each has its own bound."""
     spent: dict[str, float] = {}
-    total = Work()
-    for work in works:
-        needed = seconds(work, request.device, devices.efficiency, devices.warp_instructions_per_cycle)
+    total, microseconds = Work(), 0.0
+    launch_us = getattr(request.device.launch_us, request.launches)
+    for times, kernel in kernels:
+        needed = kernel.microseconds(request.device, tables.timing)
         bound = max(needed, key=lambda name: needed[name])
-        spent[bound] = spent.get(bound, 0.0) + needed[bound]
-        total += work
-    launch = total.launches * getattr(request.device.launch_us, request.launches) / 1000
-    busiest = max(spent, key=lambda name: spent[name])
-    return Prediction(1000 * sum(spent.values()) + launch, launch, busiest, total)
+        own = kernel.total(request.device, tables.timing, launch_us)
+        spent[bound] = spent.get(bound, 0.0) + times * (own - kernel.work.launches * launch_us)
+        microseconds += times * own
+        total += kernel.work * times
+    return Prediction(
+        microseconds / 1000, total.launches * launch_us / 1000, max(spent, key=lambda name: spent[name]), total
+    )
 
 
-def _blocks(
-    stack: Stack, tokens: int, attended: float, request: Request, way: Way, table: InstructionTable, others: int
-) -> list[Work]:
+def _blocks(stack: Stack, tokens: int, attended: float, request: Request, way: Way, tables: Tables) -> Timed:
     """All blocks of a stack; each token attends to `attended` others on average."""
-    linears = [
-        linear_work(way, linear, tokens, request.scheme, request.adapters, table, request.device.chip) * stack.layers
+    kernels = [
+        (stack.layers, kernel)
         for linear in block_linears(stack)
+        for kernel in linear_kernels(way, linear, tokens, request.scheme, request.adapters, tables)
     ]
     read = tokens if tokens > 1 else attended  # keys and values are read once for all tokens of a prefill
     attention = Work(
-        others, 4.0 * stack.keys * read + 4.0 * tokens * stack.hidden, fp16_macs=2.0 * tokens * attended * stack.hidden
+        device_table().other_launches,
+        4.0 * stack.keys * read + 4.0 * tokens * stack.hidden,
+        fp16_macs=2.0 * tokens * attended * stack.hidden,
     )
-    return [*linears, attention * stack.layers]
+    return [*kernels, (stack.layers, Kernel("attention and others", attention, tables.other_cycles))]
 
 
-def _visual(request: Request, way: Way, table: InstructionTable, devices: DeviceTable) -> list[Work]:
+def _visual(request: Request, way: Way, tables: Tables) -> Timed:
     shape, patches = request.shape, request.patches
-    works = _blocks(shape.vision, patches, patches, request, way, table, devices.other_launches)
+    kernels = _blocks(shape.vision, patches, patches, request, way, tables)
     tokens = max(1, patches // shape.patches_per_token)
     for k, n in shape.merger:
-        works.append(
-            linear_work(way, Linear(k, (n,)), tokens, request.scheme, request.adapters, table, request.device.chip)
-        )
-    return works
+        found = linear_kernels(way, Linear(k, (n,)), tokens, request.scheme, request.adapters, tables)
+        kernels += [(1, kernel) for kernel in found]
+    return kernels
 
 
-def _language(
-    request: Request, way: Way, table: InstructionTable, devices: DeviceTable, tokens: int, attended: float
-) -> list[Work]:
+def _language(request: Request, way: Way, tables: Tables, tokens: int, attended: float) -> Timed:
     text = request.shape.text
-    works = _blocks(text, tokens, attended, request, way, table, devices.other_launches)
+    kernels = _blocks(text, tokens, attended, request, way, tables)
     # the head stays in float16 in every way, and the exported graph gives logits of every token
-    head = linear_work(
-        "fp16", Linear(text.hidden, (text.vocabulary,)), tokens, request.scheme, request.adapters, table, ""
+    head = linear_kernels(
+        "fp16", Linear(text.hidden, (text.vocabulary,)), tokens, request.scheme, request.adapters, tables
     )
-    return [*works, head]
+    return [*kernels, *((1, kernel) for kernel in head)]

@@ -1,4 +1,4 @@
-"""The data files: devices, the paper's models, and instruction counts of the compiled kernels."""
+"""The data files: devices, the paper's models, instruction counts of the compiled kernels, and fitted timing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Device(_Strict):
     memory_gib: float = Field(gt=0)
     int8_macs: int = Field(gt=0)
     fp16_macs: int = Field(gt=0)
+    library_fp16_macs: int | None = Field(None, gt=0)
     launch_us: LaunchTime
+    measured: bool = False
     source: str
 
     def per_second(self, per_cycle: float) -> float:
@@ -47,21 +49,181 @@ class Device(_Strict):
         return per_cycle * self.multiprocessors * self.clock_ghz * 1e9
 
 
-class Efficiency(_Strict):
-    """Share of each peak that a good kernel is assumed to reach."""
-
-    bandwidth: float = Field(gt=0, le=1)
-    tensor: float = Field(gt=0, le=1)
-    issue: float = Field(gt=0, le=1)
-
-
 class DeviceTable(_Strict):
     """devices.yaml."""
 
     devices: dict[str, Device]
     warp_instructions_per_cycle: float = Field(gt=0)
-    efficiency: Efficiency
     other_launches: int = Field(ge=0)
+    other_cycles: float = Field(ge=0)
+
+
+class PrepareTiming(_Strict):
+    """The kernel that quantizes activations; one block per token.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        per_thread_channel: Cycles that a thread takes for one of its channels.
+        router_per_thread_channel: The same for one expert's score.
+        per_channel: Cycles of a multiprocessor for one channel of one token, where many blocks run.
+        router_per_channel: The same for one expert's score.
+        float_factor: What 16-bit activations cost relative to INT8.
+    """
+
+    fixed: float
+    per_thread_channel: float
+    router_per_thread_channel: float
+    per_channel: float
+    router_per_channel: float
+    float_factor: float
+
+
+class DownDecodeTiming(_Strict):
+    """The down-projection for few tokens; its blocks split the channels.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        per_channel: Cycles of a block for one of its channels.
+        per_channel_and_token: What each token adds to it.
+    """
+
+    fixed: float
+    per_channel: float
+    per_channel_and_token: float
+
+
+class TiledTiming(_Strict):
+    """A kernel whose blocks walk over all channels.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        per_channel: Cycles of a block for one channel.
+        per_channel_and_block: What each block on the same multiprocessor adds to it.
+    """
+
+    fixed: float
+    per_channel: float
+    per_channel_and_block: float
+
+
+class MainDecodeTiming(_Strict):
+    """The product for few tokens.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        block: Cycles of a block besides its loop.
+        step: Cycles of one step of the loop, 128 channels of 32 outputs.
+        step_per_instruction: What an instruction per 2048 weights adds to a step.
+        correction: Cycles that a low-rank correction adds to a block.
+        per_rank: What one rank adds to it; twice as much above 8 tokens.
+        per_routed_token: What each token adds to it where experts are routed.
+        instructions_per_cycle: Warp instructions that a full multiprocessor issues.
+    """
+
+    fixed: float
+    block: float
+    step: float
+    step_per_instruction: float
+    correction: float
+    per_rank: float
+    per_routed_token: float
+    instructions_per_cycle: float
+
+
+class MainPrefillTiming(_Strict):
+    """The product for many tokens.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        step: Cycles of one step of the loop, 128 channels.
+        instructions_per_cycle: Warp instructions that a multiprocessor issues in the loop.
+        block: Cycles of a block besides its loop.
+        per_rank: Cycles that one rank of the correction adds to a block.
+        alone: How many times as long a block takes that has a multiprocessor for itself.
+    """
+
+    fixed: float
+    step: float
+    instructions_per_cycle: float
+    block: float
+    per_rank: float
+    alone: float
+
+
+class LibraryTiming(_Strict):
+    """A GEMM of cuBLAS.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        per_channel: Cycles of a lone block for one channel.
+    """
+
+    fixed: float
+    per_channel: float
+
+
+class EdgeDecodeTiming(_Strict):
+    """The decode kernel of TensorRT Edge-LLM.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        per_1024_channels: Cycles of a block for 1024 channels.
+        instructions_per_cycle: Warp instructions that a full multiprocessor issues for one token.
+        per_further_token: How much longer they take for each further token, as a share.
+    """
+
+    fixed: float
+    per_1024_channels: float
+    instructions_per_cycle: float
+    per_further_token: float
+
+
+class Timing(_Strict):
+    """timing.yaml: what was fitted to measurements.
+
+    Attributes:
+        bandwidth: Share of the memory's peak that a kernel reaches.
+        tensor: Share of the tensor cores' peak that a library's GEMM reaches.
+        prepare: Of the plugin's first kernel.
+        down_decode: Of its second, for few tokens.
+        down_prefill: Of its second, for many tokens.
+        down_integer_factor: By their bits, what integer factors cost in it relative to 16-bit ones.
+        main_decode: Of its last, for few tokens.
+        main_prefill: Of its last, for many tokens.
+        library_gemm: Of cuBLAS.
+        edge_decode: Of TensorRT Edge-LLM, for few tokens.
+        edge_gemm: Of TensorRT Edge-LLM, for many tokens.
+    """
+
+    bandwidth: float = Field(gt=0, le=1)
+    tensor: float = Field(gt=0, le=1)
+    prepare: PrepareTiming
+    down_decode: DownDecodeTiming
+    down_prefill: TiledTiming
+    down_integer_factor: dict[int, float]
+    main_decode: MainDecodeTiming
+    main_prefill: MainPrefillTiming
+    library_gemm: LibraryTiming
+    edge_decode: EdgeDecodeTiming
+    edge_gemm: TiledTiming
+
+
+class Accuracy(_Strict):
+    """accuracy.json, written by benchmarks/predict_error.py: how far predictions were from measurements.
+
+    Attributes:
+        device: Title of the device.
+        rows: Number of measured rows that were not used for the fit.
+        median: Median of the factor between prediction and measurement, at least 1.
+        nine_of_ten: Factor that nine of ten rows stay below.
+        worst_step: The largest factor of a whole step.
+    """
+
+    device: str
+    rows: int
+    median: float
+    nine_of_ten: float
+    worst_step: float
 
 
 class EdgeLLM(_Strict):
@@ -96,6 +258,18 @@ class InstructionTable(_Strict):
 def device_table() -> DeviceTable:
     """All devices, and what is assumed of every one."""
     return DeviceTable.model_validate(yaml.safe_load(_text("devices.yaml")))
+
+
+@lru_cache(maxsize=1)
+def timing_table() -> Timing:
+    """Fitted timing of the kernels."""
+    return Timing.model_validate(yaml.safe_load(_text("timing.yaml")))
+
+
+@lru_cache(maxsize=1)
+def accuracy() -> Accuracy:
+    """How far predictions were from measurements."""
+    return Accuracy.model_validate_json(_text("accuracy.json"))
 
 
 @lru_cache(maxsize=1)

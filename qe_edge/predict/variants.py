@@ -1,12 +1,13 @@
-"""What one linear layer moves, computes and launches, in each of the four ways that are compared."""
+"""The kernels of one linear layer, in each of the four ways that are compared."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from qe_edge.predict.kernels import Correction, Kernel, Problem, Work, edge_llm_kernel, library_kernel, plugin_kernels
 from qe_edge.predict.shapes import Linear
-from qe_edge.predict.tables import InstructionTable
+from qe_edge.predict.tables import Device, InstructionTable, Timing
 from qe_edge.prepack.width import has_3_bit_kernels
 from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.schemes import Scheme
@@ -19,40 +20,10 @@ TITLES = {
     "naive": "Quant Experts, separate launches",
     "plugin": "Quant Experts, plugin",
 }
-DECODE_LIMIT = 16  # tokens up to which the plugin's decode kernel runs
 GROUP = 128  # of the W4A16 kernels that ours are compared with
-PLUGIN_LAUNCHES = 3
-# quantize x, main product, shared down and up, router, expert's down and up, sum
-NAIVE_LAUNCHES = 8
+# of quantize x, main product, shared down and up, router, expert's down and up, sum the plugin does three
+NAIVE_EXTRA_LAUNCHES = 5
 NAIVE_SUMS = 3  # times that y is written by one kernel and read by the next
-
-
-@dataclass(frozen=True)
-class Work:
-    """What something costs, whatever the device.
-
-    Attributes:
-        launches: Kernels.
-        bytes: Read and written.
-        int8_macs: Multiply-accumulates on int8 tensor cores.
-        fp16_macs: The same in float16.
-        instructions: Warp instructions; 0 where they were not counted.
-    """
-
-    launches: float = 0
-    bytes: float = 0
-    int8_macs: float = 0
-    fp16_macs: float = 0
-    instructions: float = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(mine + its for mine, its in zip(self._values(), other._values(), strict=True)))
-
-    def __mul__(self, times: float) -> Work:
-        return Work(*(times * value for value in self._values()))
-
-    def _values(self) -> tuple[float, ...]:
-        return self.launches, self.bytes, self.int8_macs, self.fp16_macs, self.instructions
 
 
 @dataclass(frozen=True)
@@ -79,56 +50,54 @@ class Adapters:
         )
 
 
-def linear_work(
-    way: Way, linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters, table: InstructionTable, chip: str
-) -> Work:
-    """Work of one linear layer; siblings that read one input are joined, except in the naive way."""
-    if way == "naive":
-        parts = [Linear(linear.in_features, (part,)) for part in linear.parts]
-        total = Work()
-        for part in parts:
-            total += _naive(part, tokens, scheme, adapters, table, chip)
-        return total
-    if way == "plugin":
-        return _plugin(linear, tokens, scheme, adapters, table, chip)
-    k, n = linear.in_features, linear.out_features
-    macs, moved = float(tokens * k * n), 2.0 * tokens * (k + n)
+@dataclass(frozen=True)
+class Tables:
+    """What a prediction looks up.
+
+    Attributes:
+        device: The device.
+        instructions: Of the compiled kernels.
+        timing: Fitted to measurements.
+        other_cycles: Assumed for a short kernel besides its launch.
+    """
+
+    device: Device
+    instructions: InstructionTable
+    timing: Timing
+    other_cycles: float
+
+
+def linear_kernels(
+    way: Way, linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters, tables: Tables
+) -> list[Kernel]:
+    """The kernels of one linear layer; siblings that read one input are joined, except in the naive way."""
+    device, table, timing = tables.device, tables.instructions, tables.timing
     if way == "fp16":
-        return Work(1, 2.0 * k * n + moved, fp16_macs=macs)
-    per_kib = table.edge_llm.decode(tokens)
-    issued = macs / 1000 * table.edge_llm.prefill_per_1000_mac if per_kib is None else per_kib * k * n / 2 / 1024
-    return Work(1, k * n / 2 + 2.0 * k * n / GROUP + moved, fp16_macs=macs, instructions=issued)
+        return [library_kernel(linear, tokens, device, timing)]
+    if way == "w4a16":
+        return [edge_llm_kernel(linear, tokens, GROUP, device, table, timing)]
+    if way == "plugin":
+        return plugin_kernels(make_problem(linear, tokens, scheme, adapters), device, table, timing)
+    kernels = []
+    for part in linear.parts:
+        one = Linear(linear.in_features, (part,))
+        kernels += plugin_kernels(make_problem(one, tokens, scheme, adapters), device, table, timing)
+        # y travels through memory between the terms of the sum, and x is read for each
+        travel = 2.0 * tokens * (2 * NAIVE_SUMS * part + 2 * linear.in_features)
+        kernels.append(Kernel("sums", Work(NAIVE_EXTRA_LAUNCHES, travel), tables.other_cycles))
+    return kernels
 
 
-def _plugin(
-    linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters, table: InstructionTable, chip: str
-) -> Work:
-    k, n = linear.in_features, linear.out_features
+def linear_work(way: Way, linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters, tables: Tables) -> Work:
+    """Work of one linear layer."""
+    return sum((kernel.work for kernel in linear_kernels(way, linear, tokens, scheme, adapters, tables)), Work())
+
+
+def make_problem(linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters) -> Problem:
+    """A linear as the plugin gets it."""
     used = adapters.on(linear)
-    rank, touched = used.shared + used.routed, min(used.experts, tokens)
-    codes = tokens * k * (1 if scheme.activation_bits else 2)  # written by `prepare`, read by the product
-    stored = used.shared + used.routed * touched
-    factors = used.bytes_per_value * (k + n) * stored + 2.0 * used.experts * k
-    hidden = 2.0 * tokens * rank
-    moved = 2.0 * tokens * (2 * k + n) + 2 * codes + 2 * hidden
-    return Work(
-        PLUGIN_LAUNCHES,
-        _weight_bytes(linear, scheme) + factors + moved,
-        fp16_macs=float(tokens) * (rank * (k + n) + used.experts * k),
-        instructions=_issued(linear, tokens, scheme, table, chip),
-    ) + _main(linear, tokens, scheme)
-
-
-def _naive(linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters, table: InstructionTable, chip: str) -> Work:
-    """The same arithmetic, with y travelling through memory between the terms of the sum, and x read for each."""
-    joined = _plugin(linear, tokens, scheme, adapters, table, chip)
-    travel = 2.0 * tokens * (2 * NAIVE_SUMS * linear.out_features + 2 * linear.in_features)
-    return joined + Work(NAIVE_LAUNCHES - PLUGIN_LAUNCHES, travel)
-
-
-def _main(linear: Linear, tokens: int, scheme: Scheme) -> Work:
-    macs = float(tokens * linear.in_features * linear.out_features)
-    return Work(int8_macs=macs) if scheme.activation_bits else Work(fp16_macs=macs)
+    correction = Correction(used.shared, used.routed, used.experts, round(8 * used.bytes_per_value))
+    return Problem(linear, tokens, kernel_variant(scheme), correction, _weight_bytes(linear, scheme))
 
 
 def _weight_bytes(linear: Linear, scheme: Scheme) -> float:
@@ -137,15 +106,6 @@ def _weight_bytes(linear: Linear, scheme: Scheme) -> float:
     grid = scheme.weight
     groups = k / grid.group_size if grid.group_size > 0 else 1
     return k * n * packed_bits(scheme) / 8 + groups * n * (2 if grid.symmetric else 3)
-
-
-def _issued(linear: Linear, tokens: int, scheme: Scheme, table: InstructionTable, chip: str) -> float:
-    """Warp instructions of the main product's loop, from the compiled code."""
-    k, n = linear.in_features, linear.out_features
-    kind = kernel_variant(scheme)
-    if tokens > DECODE_LIMIT:
-        return tokens * k * n / 1000 * table.prefill_per_1000_mac[chip][kind]
-    return k * n / 2048 * table.decode_per_kib[chip][f"{kind}_t{8 if tokens <= 8 else 16}"]
 
 
 def packed_bits(scheme: Scheme) -> Literal[3, 4]:

@@ -12,7 +12,10 @@ def test_the_table(cli: Run) -> None:
     assert outcome.code == 0, outcome.err
     assert "predicted, not measured" in outcome.out.splitlines()[0]
     assert "Predicted ms" in outcome.out
-    assert "Not yet run on hardware" in outcome.out
+    assert "Orin Nano 8 GB, Super mode: not yet run on hardware" in outcome.out
+    assert "measured times lie within" in outcome.out
+    measured = cli("predict", "qwen2-vl-2b", "--device", "h100").out
+    assert "not yet run on hardware" not in measured
     assert "FP16 does not fit into 8 GiB" in outcome.out
 
 

@@ -1,0 +1,281 @@
+"""How long single kernels take: latency of a block, rounds of blocks, memory, tensor cores and issued instructions.
+
+A kernel takes its launch, a fixed time, and then what the slowest resource needs; near a tie both count. The grids are
+those of `plugins/host/plan.cpp`; a test of the plugin compares them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qe_edge.predict.shapes import Linear
+from qe_edge.predict.tables import Device, InstructionTable, Timing
+
+DECODE_LIMIT = 16  # tokens up to which the plugin's decode kernels run
+TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, outputs, and channels of a step
+DECODE_COLUMNS, DECODE_WARPS = 32, 8
+DECODE_REGISTERS = {"int8": 80, "float": 124}
+REGISTERS = 1 << 16  # of a multiprocessor
+LIBRARY_TILE, EDGE_TILE = 128, 64
+BLEND = 3  # exponent with which resources of about the same time are joined
+
+
+@dataclass(frozen=True)
+class Work:
+    """What something costs, whatever the device.
+
+    Attributes:
+        launches: Kernels.
+        bytes: Read and written.
+        int8_macs: Multiply-accumulates on int8 tensor cores.
+        fp16_macs: The same in float16.
+        instructions: Warp instructions; 0 where they were not counted.
+    """
+
+    launches: float = 0
+    bytes: float = 0
+    int8_macs: float = 0
+    fp16_macs: float = 0
+    instructions: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + its for mine, its in zip(self._values(), other._values(), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * value for value in self._values()))
+
+    def _values(self) -> tuple[float, ...]:
+        return self.launches, self.bytes, self.int8_macs, self.fp16_macs, self.instructions
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        name: What it does.
+        work: What it costs, whatever the device.
+        fixed: Cycles before and after its loops.
+        latency: Cycles of one block after the other on a multiprocessor, each waiting for itself.
+        busy: Cycles of a multiprocessor that has as many blocks as it takes, for its share of all blocks.
+        library: Whether it uses the fastest tensor instructions of the device, as a vendor's library does.
+        blocks: Size of the grid.
+    """
+
+    name: str
+    work: Work = field(default_factory=lambda: Work(1))
+    fixed: float = 0
+    latency: float = 0
+    busy: float = 0
+    library: bool = False
+    blocks: int = 1
+
+    def microseconds(self, device: Device, timing: Timing) -> dict[str, float]:
+        """Time that each resource needs, and what none of them explains under "launch latency"."""
+        cycle = 1 / (device.clock_ghz * 1000)
+        fp16_macs = device.library_fp16_macs if self.library and device.library_fp16_macs else device.fp16_macs
+        int8 = self.work.int8_macs / device.per_second(device.int8_macs)
+        fp16 = self.work.fp16_macs / device.per_second(fp16_macs)
+        return {
+            "latency": self.latency * cycle,
+            "memory": self.work.bytes / (device.bandwidth_gbs * 1000 * timing.bandwidth),
+            "tensor cores": 1e6 * (int8 + fp16) / timing.tensor,
+            "instruction issue": self.busy * cycle,
+        }
+
+    def total(self, device: Device, timing: Timing, launch_us: float) -> float:
+        """Microseconds of the kernel with its launches."""
+        needed = self.microseconds(device, timing).values()
+        fixed = self.work.launches * self.fixed / (device.clock_ghz * 1000)
+        joined: float = sum(value**BLEND for value in needed) ** (1 / BLEND)
+        return self.work.launches * launch_us + fixed + joined
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The low-rank correction of a layer, as the plugin stores it.
+
+    Attributes:
+        shared: Rank of the shared expert.
+        routed: Rank of each routed expert.
+        experts: Number of routed experts; below 2 there is no router.
+        bits: Of a stored value: 4, 8 or 16.
+    """
+
+    shared: int
+    routed: int
+    experts: int
+    bits: int
+
+    @property
+    def shared_tiles(self) -> int:
+        """Tiles of 16 ranks that every token needs."""
+        return _divide(self.shared + (self.routed if self.experts == 1 else 0), 16)
+
+    @property
+    def routed_tiles(self) -> int:
+        """Tiles of 16 ranks of one routed expert."""
+        return _divide(self.routed, 16) if self.experts > 1 else 0
+
+    @property
+    def rank(self) -> int:
+        """Ranks that one token uses, in whole tiles."""
+        return 16 * (self.shared_tiles + self.routed_tiles)
+
+    def stored(self, side: int, tokens: int) -> float:
+        """Bytes of one factor along `side` that `tokens` tokens read."""
+        return self.bits / 8 * side * (self.shared + self.routed * min(tokens, self.experts))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One quantized linear as the plugin gets it.
+
+    Attributes:
+        linear: Its widths; siblings are joined.
+        tokens: Number of tokens.
+        variant: The kernel of its grid, for example "s8_c".
+        correction: Its low-rank correction.
+        weight_bytes: Packed codes with scales and zero points.
+    """
+
+    linear: Linear
+    tokens: int
+    variant: str
+    correction: Correction
+    weight_bytes: float
+
+    @property
+    def int8(self) -> bool:
+        """Whether activations are integers."""
+        return self.variant.startswith("s8")
+
+    @property
+    def decode(self) -> bool:
+        """Whether the kernels for few tokens run."""
+        return self.tokens <= DECODE_LIMIT
+
+
+def plugin_kernels(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> list[Kernel]:
+    """The launches of the plugin for one linear."""
+    main = _main_decode if problem.decode else _main_prefill
+    middle = [_down(problem, device, timing)] if problem.correction.rank else []
+    return [_prepare(problem, device, timing), *middle, main(problem, device, table, timing)]
+
+
+def library_kernel(linear: Linear, tokens: int, device: Device, timing: Timing) -> Kernel:
+    """A float16 GEMM of cuBLAS."""
+    k, n, cost = linear.in_features, linear.out_features, timing.library_gemm
+    tiles = _divide(n, LIBRARY_TILE) * _divide(tokens, LIBRARY_TILE)
+    rounds = tiles / device.multiprocessors
+    filled = max(1.0, _divide(tiles, device.multiprocessors) / rounds) if rounds > 1 else 1.0
+    work = Work(1, 2.0 * k * n + 2.0 * tokens * (k + n), fp16_macs=float(tokens) * k * n * filled)
+    return Kernel("gemm", work, cost.fixed, cost.per_channel * k, library=True, blocks=tiles)
+
+
+def edge_llm_kernel(
+    linear: Linear, tokens: int, group: int, device: Device, table: InstructionTable, timing: Timing
+) -> Kernel:
+    """A W4A16 kernel of TensorRT Edge-LLM."""
+    k, n = linear.in_features, linear.out_features
+    moved = k * n / 2 + 2.0 * k * n / group + 2.0 * tokens * (k + n)
+    macs = float(tokens) * k * n
+    per_kib = table.edge_llm.decode(tokens)
+    if per_kib is not None:
+        cost = timing.edge_decode
+        issued = per_kib * k * n / 2048
+        stalls = 1 + cost.per_further_token * (tokens - 1)
+        busy = issued * stalls / cost.instructions_per_cycle / device.multiprocessors
+        return Kernel(
+            "edge decode", Work(1, moved, 0, macs, issued), cost.fixed, cost.per_1024_channels * k / 1024, busy
+        )
+    tile, blocks = timing.edge_gemm, _divide(tokens, EDGE_TILE) * _divide(n, EDGE_TILE)
+    latency = k * (tile.per_channel + tile.per_channel_and_block * blocks / device.multiprocessors)
+    issued = macs / 1000 * table.edge_llm.prefill_per_1000_mac
+    return Kernel("edge gemm", Work(1, moved, 0, macs, issued), tile.fixed, latency, blocks=blocks)
+
+
+def _prepare(problem: Problem, device: Device, timing: Timing) -> Kernel:
+    k, tokens, cost = problem.linear.in_features, problem.tokens, timing.prepare
+    experts = problem.correction.experts if problem.correction.routed_tiles else 0
+    threads = 512 if problem.decode and k >= 4096 else 256
+    factor = 1.0 if problem.int8 else cost.float_factor
+    alone = k / threads * (cost.per_thread_channel * factor + cost.router_per_thread_channel * experts)
+    busy = tokens * k * (cost.per_channel * factor + cost.router_per_channel * experts) / device.multiprocessors
+    moved = tokens * k * (3.0 if problem.int8 else 4.0) + 2.0 * experts * k
+    return Kernel(
+        "prepare", Work(1, moved, fp16_macs=float(tokens) * experts * k), cost.fixed, alone, busy, blocks=tokens
+    )
+
+
+def _down(problem: Problem, device: Device, timing: Timing) -> Kernel:
+    """X @ down of every expert that a token uses."""
+    k, tokens, correction = problem.linear.in_features, problem.tokens, problem.correction
+    shared, routed, experts = correction.shared_tiles, correction.routed_tiles, correction.experts
+    integer = timing.down_integer_factor.get(correction.bits, 1.0)
+    work = Work(
+        1, correction.stored(k, tokens) + 2.0 * tokens * (k + correction.rank),
+        fp16_macs=float(tokens) * correction.rank * k,
+    )  # fmt: skip
+    if problem.decode:
+        used = shared + routed * min(tokens, max(1, experts if routed else 0))
+        splits = max(1, min(64 // max(1, used), _divide(k, 256), 16))
+        blocks = (shared + (routed * experts if routed else 0)) * splits
+        cost = timing.down_decode
+        latency = integer * k / splits * (cost.per_channel + cost.per_channel_and_token * tokens)
+        return Kernel("down", work, cost.fixed, latency, blocks=blocks)
+    rows = _divide(tokens, 32)
+    columns = _divide(max(shared, routed), 2)
+    blocks = ((rows if shared else 0) + (rows + experts if routed else 0)) * columns
+    tile = timing.down_prefill
+    latency = integer * k * (tile.per_channel + tile.per_channel_and_block * blocks / device.multiprocessors)
+    return Kernel("down", work, tile.fixed, latency, blocks=blocks)
+
+
+def _main_decode(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> Kernel:
+    k, n, tokens, cost = problem.linear.in_features, problem.linear.out_features, problem.tokens, timing.main_decode
+    correction, wide = problem.correction, 1 if tokens <= 8 else 2
+    per_kib = table.decode_per_kib[device.chip][f"{problem.variant}_t{8 * wide}"]
+    issued = k * n / 2048 * per_kib
+    blocks = _divide(n, DECODE_COLUMNS)
+    registers = DECODE_REGISTERS["int8" if problem.int8 else "float"]
+    resident = max(1, REGISTERS // (registers * 32 * DECODE_WARPS))
+    block = cost.block + k / (STEP * DECODE_WARPS) * (cost.step + cost.step_per_instruction * per_kib)
+    if correction.rank:
+        block += cost.correction + cost.per_rank * correction.rank * wide
+        block += cost.per_routed_token * tokens if correction.routed_tiles else 0
+    rounds = max(1.0, blocks / (device.multiprocessors * resident))
+    busy = issued / cost.instructions_per_cycle / device.multiprocessors
+    return Kernel("main", _main_work(problem, issued), cost.fixed, block * rounds, busy, blocks=blocks)
+
+
+def _main_prefill(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> Kernel:
+    k, n, tokens, cost = problem.linear.in_features, problem.linear.out_features, problem.tokens, timing.main_prefill
+    per_mac = table.prefill_per_1000_mac[device.chip][problem.variant] / 1000
+    blocks = _divide(n, TILE_COLUMNS) * _divide(tokens, TILE_ROWS)
+    step = cost.step + per_mac * TILE_ROWS * TILE_COLUMNS * STEP / cost.instructions_per_cycle
+    block = k / STEP * step + cost.block + cost.per_rank * problem.correction.rank
+    issued = float(tokens) * k * n * per_mac
+    return Kernel(
+        "main", _main_work(problem, issued), cost.fixed, block * cost.alone, block * blocks / device.multiprocessors,
+        blocks=blocks,
+    )  # fmt: skip
+
+
+def _main_work(problem: Problem, issued: float) -> Work:
+    k, n, tokens, correction = (
+        problem.linear.in_features,
+        problem.linear.out_features,
+        problem.tokens,
+        problem.correction,
+    )
+    macs, low_rank = float(tokens) * k * n, float(tokens) * correction.rank * n
+    codes = tokens * k * (1.0 if problem.int8 else 2.0)
+    moved = problem.weight_bytes + correction.stored(n, tokens) + codes + 2.0 * tokens * (n + correction.rank)
+    if problem.int8:
+        return Work(1, moved, macs, low_rank, issued)
+    return Work(1, moved, 0, macs + low_rank, issued)
+
+
+def _divide(value: int, by: int) -> int:
+    return -(-value // by)
