@@ -16,7 +16,7 @@ TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, ou
 DECODE_COLUMNS, DECODE_WARPS = 32, 8
 DECODE_REGISTERS = {"int8": 80, "float": 124}
 REGISTERS = 1 << 16  # of a multiprocessor
-LIBRARY_TILE, EDGE_TILE = 128, 64
+LIBRARY_TILE, SMALLEST_TILE, EDGE_TILE = 128, 16, 64
 BLEND = 3  # exponent with which resources of about the same time are joined
 
 
@@ -59,6 +59,7 @@ class Kernel:
         latency: Cycles of one block after the other on a multiprocessor, each waiting for itself.
         busy: Cycles of a multiprocessor that has as many blocks as it takes, for its share of all blocks.
         library: Whether it uses the fastest tensor instructions of the device, as a vendor's library does.
+        waste: What the tensor cores multiply relative to the work.
         blocks: Size of the grid.
     """
 
@@ -68,6 +69,7 @@ class Kernel:
     latency: float = 0
     busy: float = 0
     library: bool = False
+    waste: float = 1
     blocks: int = 1
 
     def microseconds(self, device: Device, timing: Timing) -> dict[str, float]:
@@ -79,7 +81,7 @@ class Kernel:
         return {
             "latency": self.latency * cycle,
             "memory": self.work.bytes / (device.bandwidth_gbs * 1000 * timing.bandwidth),
-            "tensor cores": 1e6 * (int8 + fp16) / timing.tensor,
+            "tensor cores": 1e6 * self.waste * (int8 + fp16) / timing.tensor,
             "instruction issue": self.busy * cycle,
         }
 
@@ -166,11 +168,14 @@ def plugin_kernels(problem: Problem, device: Device, table: InstructionTable, ti
 def library_kernel(linear: Linear, tokens: int, device: Device, timing: Timing) -> Kernel:
     """A float16 GEMM of cuBLAS."""
     k, n, cost = linear.in_features, linear.out_features, timing.library_gemm
-    tiles = _divide(n, LIBRARY_TILE) * _divide(tokens, LIBRARY_TILE)
-    rounds = tiles / device.multiprocessors
-    filled = max(1.0, _divide(tiles, device.multiprocessors) / rounds) if rounds > 1 else 1.0
-    work = Work(1, 2.0 * k * n + 2.0 * tokens * (k + n), fp16_macs=float(tokens) * k * n * filled)
-    return Kernel("gemm", work, cost.fixed, cost.per_channel * k, library=True, blocks=tiles)
+    rows = min(LIBRARY_TILE, max(SMALLEST_TILE, 1 << (tokens - 1).bit_length()))
+    tiles = _divide(n, LIBRARY_TILE) * _divide(tokens, rows)
+    macs = float(tokens) * k * n
+    work = Work(1, 2.0 * k * n + 2.0 * tokens * (k + n), fp16_macs=macs)
+    # the last round of tiles takes as long as a full one
+    rounds = _divide(tiles, device.multiprocessors)
+    waste = rounds * device.multiprocessors * rows * LIBRARY_TILE * k / macs if rounds > 1 else 1.0
+    return Kernel("gemm", work, cost.fixed, cost.per_channel * k, library=True, waste=waste, blocks=tiles)
 
 
 def edge_llm_kernel(
