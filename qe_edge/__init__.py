@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# ONNX Runtime 1.31 and later keep a device id under ~/.cache and send events to Microsoft unless this is set before it
-# is imported; what the user has set wins
+# ONNX Runtime keeps a device id under ~/.cache and sends events to Microsoft unless this is set before it is imported;
+# what the user has set wins
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
