@@ -115,6 +115,11 @@ def _load(path: str, name: str | None = None, *, split: str = "train", **options
         raise CalibrationError(
             "Captions are read by the package 'datasets', which is not installed.", 'Run: pip install "datasets>=3.0"'
         ) from error
+    if "data_files" not in options and Path(path).exists():  # `datasets` would read that instead
+        raise CalibrationError(
+            f"A folder '{path}' lies in the current folder and hides the public data set of that name.",
+            "Run the command in another folder, or give the copy's: 'coco:FOLDER', 'sharegpt4v:FOLDER'.",
+        )
     try:
         return datasets.load_dataset(path, name, split=split, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

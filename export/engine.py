@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from qe_edge.child_process import isolated_module, safe_environment
 from qe_edge.errors import ResourceError, TargetError
 from qe_edge.export.targets import Backend
 from qe_edge.models.family import Profile
 
+CHILD = "qe_edge.export.engine_child"
 RTX_LIBRARY = "libtensorrt_rtx.so"
 REMEDY = "Try another version of TensorRT, or build for the target 'cpu'."
 
@@ -76,7 +77,7 @@ def build_engine(request: EngineRequest) -> EngineFacts:
         ResourceError: If the builder was killed, most often for want of memory.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "qe_edge.export.engine_child"],
+        isolated_module(CHILD),
         input=TypeAdapter(EngineRequest).dump_json(request),
         capture_output=True,
         check=False,
@@ -111,11 +112,11 @@ def _environment(request: EngineRequest) -> dict[str, str]:
     For these it opens `libtensorrt_rtx.so`, a name that its wheel lacks (it has `libtensorrt_rtx.so.1`), and aborts if
     there is none: a link of that name in a folder of ours is on the loader's path.
     """
-    environment = dict(os.environ)
+    environment = safe_environment()
     found = find_spec("tensorrt_rtx_libs") if request.plugin_library and request.backend == "tensorrt_rtx" else None
     for folder in (found.submodule_search_locations or []) if found else []:
         for library in sorted(Path(folder).glob(f"{RTX_LIBRARY}.*")):
-            links = request.facts.parent / "lib"
+            links = request.facts.parent.absolute() / "lib"
             links.mkdir(exist_ok=True)
             (links / RTX_LIBRARY).unlink(missing_ok=True)
             (links / RTX_LIBRARY).symlink_to(library)

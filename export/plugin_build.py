@@ -14,6 +14,7 @@ from pathlib import Path
 
 import qe_edge
 from qe_edge.atomic import atomic_file
+from qe_edge.child_process import find_program, safe_environment
 from qe_edge.errors import InputError, TargetError
 from qe_edge.runtime.plugin_library import FILE, build_folder, checkout
 
@@ -61,7 +62,7 @@ class Toolchain:
             command.append(f"-DQE_CHIPS={CHIPS12}")
         if self.arch != platform.machine():
             command.append(f"-DCMAKE_TOOLCHAIN_FILE={self.sources / 'cmake' / f'{self.arch}.cmake'}")
-        return [*command, "-G", "Ninja"] if shutil.which("ninja") else command
+        return [*command, "-G", "Ninja"] if find_program("ninja") else command
 
 
 def find_toolchain(arch: str | None = None, headers: Path | None = None) -> Toolchain:
@@ -79,11 +80,11 @@ def find_toolchain(arch: str | None = None, headers: Path | None = None) -> Tool
     if arch not in ARCHITECTURES:
         raise InputError(f"The plugin is not built for '{arch}'.", f"Choose --arch {' or '.join(ARCHITECTURES)}.")
     sources = _sources()
-    cmake = shutil.which("cmake")
+    cmake = find_program("cmake")
     if cmake is None:
         raise TargetError("Building the plugin needs CMake.", "Run: pip install cmake.")
     compiler = "g++" if arch == platform.machine() else f"{arch}-linux-gnu-g++"
-    if shutil.which(compiler) is None:
+    if find_program(compiler) is None:
         package = "g++" if compiler == "g++" else f"g++-{arch.replace('_', '-')}-linux-gnu"
         raise TargetError(f"Building the plugin for {arch} needs {compiler}.", f"Run: sudo apt-get install {package}.")
     nvcc = _nvcc()
@@ -129,7 +130,7 @@ def _sources() -> Path:
 
 def _nvcc() -> Path:
     """CUDA's compiler: of PATH, of the toolkit's usual place, or of PyPI's packages in this environment."""
-    candidates = (shutil.which("nvcc"), TOOLKIT / "bin" / "nvcc", _from_pypi("nvidia/cu13/bin/nvcc"))
+    candidates = (find_program("nvcc"), TOOLKIT / "bin" / "nvcc", _from_pypi("nvidia/cu13/bin/nvcc"))
     found = next((Path(path) for path in candidates if path and os.access(path, os.X_OK)), None)
     if found is None:
         raise TargetError(
@@ -137,16 +138,14 @@ def _nvcc() -> Path:
             f"Install the CUDA toolkit, or run: pip install {CUDA13_FROM_PYPI}.",
         )
     # a wrapper on PATH hides where its toolkit is, and CMake needs that; nvcc itself tells
-    tries = subprocess.run(
-        [str(found), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
-    )
+    tries = _call(str(found), "--dryrun", "-x", "cu", os.devnull)
     here = re.search(r"^#\$ _HERE_=(.+)$", tries.stderr + tries.stdout, re.MULTILINE)
     inside = Path(here.group(1)) / "nvcc" if here else found
     return inside if inside.is_file() else found
 
 
 def _cuda_version(nvcc: Path) -> int:
-    done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
+    done = _call(str(nvcc), "--version")
     release = re.search(r"release (\d+)\.", done.stdout)
     if release is None or int(release.group(1)) < 12:
         raise TargetError(f"'{nvcc}' is not the compiler of CUDA 12 or later.", "Install CUDA 13 or 12.6.")
@@ -183,9 +182,16 @@ def _from_pypi(file: str) -> Path | None:
     return path
 
 
+def _call(*command: str, errors: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; it finds others on PATH, and none in the current folder."""
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False, env=safe_environment()
+    )
+
+
 def _run(command: list[str], problem: str, log: Path) -> None:
     """Run a step; what it says when it fails goes into `log`."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = _call(*command, errors=subprocess.STDOUT)
     if done.returncode:
         with atomic_file(log) as part:
             part.write_text(done.stdout, encoding="utf-8")

@@ -7,13 +7,13 @@ a library that crashes takes that process with it.
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from qe_edge.child_process import isolated_module, safe_environment
 from qe_edge.errors import InputError, TargetError
 from qe_edge.export.targets import Backend, Target, get_target
 from qe_edge.runtime.plugin_library import find_plugin_library
@@ -145,7 +145,9 @@ def _ask(backend: Backend, library: Path, forms: Sequence[LayerForm]) -> None:
     from qe_edge.prepack.lower import LAYOUT_VERSION
 
     question = TypeAdapter(Question).dump_json(Question(backend, library, LAYOUT_VERSION, forms))
-    done = subprocess.run([sys.executable, "-m", CHILD], input=question, capture_output=True, check=False)
+    done = subprocess.run(
+        isolated_module(CHILD), input=question, capture_output=True, check=False, env=safe_environment()
+    )
     try:
         verdict = TypeAdapter(Verdict).validate_json((done.stdout.splitlines() or [b""])[-1])
     except ValidationError as error:

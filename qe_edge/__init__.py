@@ -6,6 +6,7 @@ The public functions are imported when they are first used, so that importing th
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from qe_edge.recipe import Recipe, make_recipe
 
 __version__ = "0.1.0"
+
+# ONNX Runtime keeps a device id under ~/.cache and sends events to Microsoft unless this is set before it is imported;
+# what the user has set wins
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
     "QEError": "qe_edge.errors",

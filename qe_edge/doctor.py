@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from qe_edge.child_process import find_program, isolated_code, safe_environment
+
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 PROBE_SECONDS = 60
 CPU_FEATURES = (
@@ -199,7 +201,7 @@ def _gpu(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
     if driver:
         yield Finding("GPU", "NVIDIA driver", OK, driver)
     elif jetson:
-        found = shutil.which("tegrastats")
+        found = find_program("tegrastats")
         yield Finding("GPU", "NVIDIA driver", OK if found else MISSING, "JetPack's" if found else "no tegrastats")
     else:
         yield Finding(
@@ -281,10 +283,10 @@ def _installed(module: str) -> bool:
 
 
 def _start(code: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", f"import json; {code}"]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
-    )
+        isolated_code(f"import json; {code}"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, text=True, env=safe_environment(),
+    )  # fmt: skip
 
 
 def _result(process: subprocess.Popen[str]) -> dict[str, object] | str:
@@ -305,8 +307,13 @@ def _result(process: subprocess.Popen[str]) -> dict[str, object] | str:
 
 def _output(command: list[str]) -> str | None:
     """Standard output of a short command, or None if it is not there or fails."""
+    program = find_program(command[0])
+    if program is None:
+        return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            [program, *command[1:]], capture_output=True, text=True, timeout=10, check=True, env=safe_environment()
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -7,26 +7,51 @@ transformers, pydantic, rich) inside the command itself, so that `qe-edge --help
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+
+from qe_edge.child_process import forget_current_folder
 
 PROGRAM = "qe-edge"
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Without the program's name; None takes those of the process.
+        arguments: Without the program's name; None takes those of the process, which then ends with this call.
 
     Returns:
         Exit code: 0 for success, 2 for a mistake that the user can mend, 1 for a defect of ours, 130 after Ctrl-C.
     """
+    if arguments is not None:
+        return _run(list(arguments))
+    code = INTERRUPTED  # if a Ctrl-C comes before the command starts, or a second one while the first is answered
+    with suppress(KeyboardInterrupt):
+        forget_current_folder()
+        code = _run(sys.argv[1:])
+    _ignore_ctrl_c()
+    return code
+
+
+def _run(words: list[str]) -> int:
     # OpenMP's threads otherwise wait in a busy loop: on a shared machine that costs more than all computing
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from qe_edge.cli.application import application
     from qe_edge.cli.outcome import run_reporting
 
-    words = list(sys.argv[1:] if arguments is None else arguments)
     return run_reporting(lambda: application.main(words, prog_name=PROGRAM, standalone_mode=False), words)
+
+
+def _ignore_ctrl_c() -> None:
+    """Let the interpreter end in peace: all is done and said, and there a Ctrl-C could only print a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may
+    while signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        with suppress(KeyboardInterrupt):  # of the moment before
+            signal.signal(signal.SIGINT, signal.SIG_IGN)

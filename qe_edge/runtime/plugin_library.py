@@ -36,7 +36,9 @@ def find_plugin_library(chosen: Path | None = None) -> Path:
 
 def build_folder(arch: str | None = None) -> Path:
     """Where `qe-edge build-plugin` puts the library if no other folder is given; other architectures lie beside it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # as its specification has it; a relative one would mean wherever the user is
+        cache = Path.home() / ".cache"
     return cache / "qe-edge" / (f"plugin-{arch}" if arch else "plugin")
 
 

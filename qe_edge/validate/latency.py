@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter
 
+from qe_edge.child_process import isolated_module, safe_environment
 from qe_edge.errors import ResourceError
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
@@ -109,7 +109,9 @@ def _text(path: Path | None) -> str | None:
 
 def _in_child(measurement: Measurement) -> Latency:
     request = TypeAdapter(dict[str, object]).dump_json(asdict(measurement))
-    done = subprocess.run([sys.executable, "-m", CHILD], input=request, capture_output=True, check=False)
+    done = subprocess.run(
+        isolated_module(CHILD), input=request, capture_output=True, check=False, env=safe_environment()
+    )
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise ResourceError(
