@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from qe_edge.json_files import read_json_table
 from qe_edge.models import FAMILIES
 from qe_edge.models.config_values import ConfigFile, SizesFile
 from qe_edge.models.family import ModelFamily
-from qe_edge.models.guard import Guard, check_values, printable
+from qe_edge.models.guard import Guard, check_key_names, check_values, printable
 from qe_edge.models.model_files import find_file
 
 CONFIG = "config.json"
@@ -47,7 +46,8 @@ def load_config(source: str, error: type[QEError] = ModelError) -> Any:  # noqa:
     with Guard(f"The configuration of '{source}' cannot be read", REMEDY, error):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     for section, table in _tables(values):
-        _check_names(config if not section else getattr(config, section, None), table, section, source, error)
+        part = getattr(config, section) if section else config
+        check_key_names(type(part), table, Path(source) / CONFIG, REMEDY, error)
     _check_sizes(config, values, source, error)
     return config
 
@@ -99,17 +99,6 @@ def _tables(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in SECTIONS:
         if isinstance(values.get(name), dict):
             yield name, values[name]
-
-
-def _check_names(config: Any, table: dict[str, Any], section: str, source: str, error: type[QEError]) -> None:  # noqa: ANN401
-    """Refuse keys that stand for a method of the class: transformers would put the value in its place."""
-    kind = type(config)
-    fields = {found.name for found in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    for key in table:
-        found = getattr(kind, key, None) if key not in fields else None
-        if found is not None and not isinstance(found, property | str):
-            name = f"{section}.{key}" if section else key
-            raise error(f"Key '{printable(name)}' of '{source}/config.json' is no setting of a model.", REMEDY)
 
 
 class _Facts:

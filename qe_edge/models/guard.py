@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -106,3 +108,17 @@ def check_values(kind: type[Model], values: object, path: Path | str, remedy: st
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
         where = f"key '{key}' of '{path}'" if key else f"'{path}'"
         raise error(f"{where[0].upper()}{where[1:]} is wrong: {message} (got {got}).", remedy) from problem
+
+
+def check_key_names(kind: type, keys: Iterable[str], path: Path | str, remedy: str, error: type[QEError]) -> None:
+    """Refuse keys that stand for a method of a class: transformers would put the value in its place.
+
+    Raises:
+        QEError: Of the class `error`, naming file and key.
+    """
+    fields = {found.name for found in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    for key in keys:
+        found = getattr(kind, key, None) if key not in fields else None
+        of_class = callable(found) or (bool(fields) and isinstance(found, dict))
+        if of_class or (key.startswith("__") and found is not None):
+            raise error(f"Key '{printable(key)}' of '{path}' is no setting of a model.", remedy)
