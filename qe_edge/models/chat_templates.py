@@ -86,6 +86,8 @@ def check_template(tokenizer: Any, source: str, content: object) -> None:  # noq
     template = named["default"] if isinstance(named, dict) else named
     if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
         raise ModelError(f"The chat template of '{source}' is no text of up to {MAX_TEMPLATE} characters.", REMEDY)
+    if any("\ud800" <= char <= "\udfff" for char in template):
+        raise ModelError(f"The chat template of '{source}' holds half a character.", REMEDY)
     tokens = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
     problem = _rendering(json.dumps({"template": template, "content": content, "tokens": tokens}))
     problem = problem.replace("refuses a question", "takes no pictures") if isinstance(content, list) else problem

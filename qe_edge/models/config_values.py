@@ -101,6 +101,9 @@ class Section(Sizes):
     torch_dtype: DType | None = None
     num_labels: Annotated[int, Field(strict=True, ge=0, le=2**17)] | None = None
     return_dict: Literal[True] | None = None  # models answer with named outputs
+    output_attentions: Annotated[bool, Field(strict=True)] | None = None
+    output_hidden_states: Annotated[bool, Field(strict=True)] | None = None
+    is_encoder_decoder: Literal[False] | None = None
     per_layer_config: None = None
     bos_token_id: Token | Annotated[list[Token], Field(max_length=64)] | None = None
     eos_token_id: Token | Annotated[list[Token], Field(max_length=64)] | None = None

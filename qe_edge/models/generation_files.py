@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 NAME = "generation_config.json"
 REMEDY = "Get generation_config.json of the original model again, or remove it where config.json names the end token."
 Token = Annotated[int, Field(strict=True, ge=-1, le=2**21)]
+Switch = Annotated[bool, Field(strict=True)]
 Length = Annotated[int, Field(strict=True, ge=0, le=2**24)]
 
 
@@ -27,6 +28,8 @@ class GenerationFile(BaseModel):
     eos_token_id: Token | Annotated[list[Token], Field(min_length=1, max_length=64)] | None = None
     bos_token_id: Token | None = None
     pad_token_id: Token | None = None
+    do_sample: Switch | None = None
+    use_cache: Switch | None = None
     max_length: Length | None = None
     max_new_tokens: Length | None = None
     min_length: Length | None = None

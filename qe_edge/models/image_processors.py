@@ -14,8 +14,8 @@ from qe_edge.models.model_files import find_file
 REMEDY = "Copy preprocessor_config.json from the original model."
 MAX_PIXELS = 2**25  # of a picture after scaling; Qwen2-VL's largest has 2**23.6
 MAX_TILES = 64
-Number = Annotated[float, Field(ge=-1024, le=1024, allow_inf_nan=False)]
-Deviation = Annotated[float, Field(ge=1e-4, le=1024, allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=True, ge=-1024, le=1024, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(strict=True, ge=1e-4, le=1024, allow_inf_nan=False)]
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Factor = Annotated[int, Field(strict=True, ge=1, le=64)]
 Area = Annotated[int, Field(strict=True, ge=1, le=MAX_PIXELS)]
@@ -29,8 +29,8 @@ class PictureValues(BaseModel):
     do_resize: Annotated[bool, Field(strict=True)] = True
     do_rescale: Annotated[bool, Field(strict=True)] = True
     do_normalize: Annotated[bool, Field(strict=True)] = True
-    resample: Annotated[int, Field(ge=0, le=5)] = 3
-    rescale_factor: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1 / 255
+    resample: Annotated[int, Field(strict=True, ge=0, le=5)] = 3
+    rescale_factor: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] = 1 / 255
     image_mean: Annotated[tuple[Number, ...], Three] | Number = 0.0
     image_std: Annotated[tuple[Deviation, ...], Three] | Deviation = 1.0
 
