@@ -25,8 +25,8 @@ class CalibrationSpec(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    source: str = "demo"
-    samples: int = Field(128, ge=1)
+    source: str = Field("demo", max_length=4096)
+    samples: int = Field(128, ge=1, le=1 << 20)
     sha256: str | None = None
 
 
@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     flow: Literal["parallel", "sequential"] = "parallel"
     budget: Budget = Field(default_factory=Budget)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63)  # what torch's generators take
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
