@@ -15,8 +15,9 @@ from qe_edge.errors import ArtifactError
 from qe_edge.groups import set_module
 from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.linear import quantized_linears
+from qe_edge.models.configuration import load_config, load_family
 from qe_edge.models.family import ModelFamily
-from qe_edge.models.loading import LoadedModel, auto_class, load_config, load_family
+from qe_edge.models.loading import LoadedModel, auto_class
 from qe_edge.models.rotation import last_norm, mix_last_norm
 from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.safetensors_check import check_safetensors

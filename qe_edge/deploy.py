@@ -258,7 +258,8 @@ def stored_recipe(recipe: Recipe, samples: Sequence[Sample]) -> Recipe:
 
 def model_fingerprint(reference: str) -> str:
     """Hash of a model's files, or of the hub id and its revision."""
-    from qe_edge.models.loading import load_config, resolve_model
+    from qe_edge.models.configuration import load_config
+    from qe_edge.models.loading import resolve_model
 
     source = resolve_model(reference)
     folder = Path(source)

@@ -22,8 +22,9 @@ from qe_edge.groups import LinearGroup, linear_groups
 from qe_edge.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.methods.base import AdapterSize
+from qe_edge.models.configuration import load_family
 from qe_edge.models.family import Block, ModelFamily, Sample
-from qe_edge.models.loading import load_family, shapes_only
+from qe_edge.models.loading import shapes_only
 from qe_edge.preflight import check_modules
 from qe_edge.quantizer import BATCH
 from qe_edge.recipe import Recipe

@@ -19,7 +19,8 @@ from qe_edge.linear import QELinear, quantized_linears
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantizer import quantize
-from qe_edge.recipe import Recipe, load_recipe, make_recipe
+from qe_edge.recipe import Recipe, make_recipe
+from qe_edge.recipe_files import load_recipe
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
 

@@ -39,7 +39,8 @@ def read_recipe(
         RecipeError: For a file or a value that cannot be used.
         UnknownNameError: For a key or name that does not exist; the nearest valid one is named.
     """
-    from qe_edge.recipe import load_recipe, make_recipe
+    from qe_edge.recipe import make_recipe
+    from qe_edge.recipe_files import load_recipe
 
     merged = load_recipe(recipe_file) if recipe_file else {}
     merged.update({key: value for key, value in values.items() if value is not None})
@@ -60,14 +61,14 @@ def _merge(merged: dict[str, Any], key: str, values: dict[str, object]) -> None:
 
 
 def _setting(text: str) -> tuple[str, object]:
-    import yaml
+    from qe_edge.recipe_files import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"'--set {text}' has no value.", "Write --set KEY=VALUE, for example --set experts=4.")
+        raise RecipeError(f"'--set {text[:60]}' has no value.", "Write --set KEY=VALUE, for example --set experts=4.")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key.strip(), parse_yaml(value)
+    except RecipeError as error:
         raise RecipeError(
-            f"The value of '--set {text}' cannot be read.", "Write a number, true, false or a word."
+            f"The value of '--set {text[:60]}' cannot be read.", "Write a number, true, false or a word."
         ) from error

@@ -23,7 +23,7 @@ from qe_edge.schemes import Scheme
 class MethodOptions(BaseModel):
     """Base of a method's own options; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

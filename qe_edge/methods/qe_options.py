@@ -69,7 +69,7 @@ class QuantExpertsOptions(MethodOptions):
     adapter_dtype: AdapterDtype = "int8"
     stack_siblings: bool = True
     rotate: bool | None = None
-    tokens: int = Field(8192, ge=1)
+    tokens: int = Field(8192, ge=1, le=1 << 20)
     refine: Literal["none", "router", "all"] = "none"
     refine_epochs: int = Field(16, ge=0, le=1000)
     refine_iterations: int = Field(100, ge=0, le=10000)

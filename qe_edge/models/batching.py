@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from qe_edge.errors import InputError, ModelError
+from qe_edge.models.chat_templates import PICTURE_QUESTION, REMEDY, check_template, render_question
 from qe_edge.models.family import TEXT, Encoded, Sample
 from qe_edge.models.images import open_image
 
@@ -67,9 +67,7 @@ def encode_row(tokenizer: Any, sample: Sample, picture: tuple[int, list[int]], *
     content: list[dict[str, str]] = [{"type": "text", "text": sample.question}]
     if sample.image is not None:
         content.insert(0, {"type": "image"})
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    prompt = render_question(tokenizer, content)
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if ids.count(image_token) != (sample.image is not None):
         raise InputError("The question holds an image token.", "Leave image tokens out of the question's text.")
@@ -107,17 +105,26 @@ def check_chat_template(tokenizer: Any, folder: str, image_token: int) -> None: 
     Raises:
         ModelError: If so.
     """
-    remedy = "Copy chat_template.jinja, tokenizer.json and tokenizer_config.json from the original model."
     if tokenizer.chat_template is None:
-        raise ModelError(f"The tokenizer of '{folder}' has no chat template.", remedy)
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    try:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    except (TypeError, jinja2.TemplateError) as error:  # a text-only template adds the list to a string
-        raise ModelError(f"The chat template of '{folder}' takes no pictures: {error}.", remedy) from error
+        raise ModelError(f"The tokenizer of '{folder}' has no chat template.", REMEDY)
+    check_template(tokenizer, folder, PICTURE_QUESTION)
+    prompt = render_question(tokenizer, PICTURE_QUESTION)
     if tokenizer(prompt, add_special_tokens=False)["input_ids"].count(image_token) != 1:
         raise ModelError(
-            f"The chat template of '{folder}' does not write image token {image_token} once per picture.", remedy
+            f"The chat template of '{folder}' does not write image token {image_token} once per picture.", REMEDY
+        )
+
+
+def check_context(rows: Sequence[Row], context: int) -> None:
+    """Refuse samples that are longer than the model's context, before anything of their length squared is made.
+
+    Raises:
+        InputError: If one is.
+    """
+    longest = max(len(row.ids) for row in rows)
+    if longest > context:
+        raise InputError(
+            f"A text has {longest} tokens; the model reads {context}.", "Cut it into pieces, or scale its picture down."
         )
 
 
@@ -131,6 +138,8 @@ def left_pad(
     length = max(len(row.ids) for row in rows)
     # masked everywhere, so any valid token will do where the tokenizer names none
     pad = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    if pad == image_token:  # counted as pictures, it would be: fine-tuning leaves such padding
+        pad = 0 if image_token else 1
     input_ids = np.full((len(rows), length), pad, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
     answer_mask = np.zeros((len(rows), length), bool)

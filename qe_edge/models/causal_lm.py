@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.errors import InputError, ModelError
-from qe_edge.models.batching import Row, answer_tokens, encode_text, left_pad
+from qe_edge.models.batching import Row, answer_tokens, check_context, encode_text, left_pad
+from qe_edge.models.chat_templates import check_template, render_question
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -47,15 +49,10 @@ class CausalLM(ModelFamily):
 
     def load_processor(self, folder: str) -> TextProcessor:
         """Tokenizer of `folder`."""
-        from transformers import AutoTokenizer
-
-        try:
-            return TextProcessor(AutoTokenizer.from_pretrained(folder))
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"'{folder}' has no usable tokenizer: {error}.",
-                "Copy tokenizer.json and tokenizer_config.json from the original model.",
-            ) from error
+        tokenizer = load_tokenizer(folder, self.config.vocab_size)
+        if tokenizer.chat_template is not None:
+            check_template(tokenizer, folder, "?")
+        return TextProcessor(tokenizer)
 
     def save_processor(self, processor: TextProcessor, folder: Path) -> None:
         """Write the tokenizer beside a checkpoint."""
@@ -68,12 +65,7 @@ class CausalLM(ModelFamily):
             InputError: If a sample has a picture, or is longer than the model's context.
         """
         rows = [self._row(processor.tokenizer, sample, answers=answers) for sample in samples]
-        longest = max(len(row.ids) for row in rows)
-        if longest > self.config.max_position_embeddings:
-            raise InputError(
-                f"A text has {longest} tokens; the model reads {self.config.max_position_embeddings}.",
-                "Cut it into pieces, one a line.",
-            )
+        check_context(rows, self.config.max_position_embeddings)
         return left_pad(rows, processor.tokenizer, NO_IMAGE_TOKEN, {})
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
@@ -114,8 +106,7 @@ class CausalLM(ModelFamily):
         if sample.kind == TEXT or tokenizer.chat_template is None:
             ids = encode_text(tokenizer, sample.question)
         else:
-            turn = [{"role": "user", "content": sample.question}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            prompt = render_question(tokenizer, sample.question)
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         reply = answer_tokens(tokenizer, sample) if answers else []
         return Row([*ids, *reply], len(ids))

@@ -12,6 +12,7 @@ import numpy as np
 from qe_edge.errors import InputError, ModelError
 from qe_edge.models.batching import prepare_pictures
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.image_processors import CropValues, load_image_processor
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +46,7 @@ class Dinov2(ModelFamily):
         """The PIL image processor of `folder`."""
         from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-        try:
-            return PictureProcessor(BitImageProcessorPil.from_pretrained(folder))
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"'{folder}' has no usable image processor: {error}.",
-                "Copy preprocessor_config.json from the original model.",
-            ) from error
+        return PictureProcessor(load_image_processor(folder, BitImageProcessorPil, CropValues))
 
     def save_processor(self, processor: PictureProcessor, folder: Path) -> None:
         """Write the image processor beside a checkpoint."""

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.errors import ModelError
-from qe_edge.models.batching import check_chat_template, encode_row, left_pad, prepare_pictures
+from qe_edge.models.batching import check_chat_template, check_context, encode_row, left_pad, prepare_pictures
+from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.image_processors import TileValues, check_equal, load_image_processor
+from qe_edge.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -61,24 +64,13 @@ class InternVL(ModelFamily):
 
     def load_processor(self, folder: str) -> InternVLProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers import AutoTokenizer
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            image_processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"'{folder}' has no usable tokenizer or image processor: {error}.",
-                "Copy tokenizer.json, tokenizer_config.json and preprocessor_config.json from the original model.",
-            ) from error
+        tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
+        take_processor_template(tokenizer, folder)
+        image_processor = load_image_processor(folder, GotOcr2ImageProcessorPil, TileValues)
         tile = [image_processor.size["height"], image_processor.size["width"]]
-        if tile != list(self.config.vision_config.image_size):
-            raise ModelError(
-                f"preprocessor_config.json of '{folder}' makes tiles of {tile}, the vision encoder reads "
-                f"{list(self.config.vision_config.image_size)}.",
-                "Copy preprocessor_config.json and config.json from the same model.",
-            )
+        check_equal(folder, "size", tile, list(self.config.vision_config.image_size))
         check_chat_template(tokenizer, folder, self.config.image_token_id)
         return InternVLProcessor(tokenizer, image_processor)
 
@@ -93,6 +85,7 @@ class InternVL(ModelFamily):
             count = 0 if sample.image is None else int(next(tiles)) * self.config.image_seq_length
             picture = _between_marks(processor.tokenizer, [image] * count)
             rows.append(encode_row(processor.tokenizer, sample, (image, picture), answer=answers))
+        check_context(rows, self.config.text_config.max_position_embeddings)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:

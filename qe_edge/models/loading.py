@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from qe_edge.errors import ModelError, QENotice, ResourceError
-from qe_edge.models import FAMILIES
+from qe_edge.models.configuration import REMEDY, load_family
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.guard import Guard
 from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
 from qe_edge.safetensors_check import check_safetensors
 
@@ -70,36 +71,6 @@ def resolve_model(reference: str) -> str:
             "Give a folder with config.json, a hub id 'owner/name', or 'demo'.",
         )
     return reference
-
-
-def load_config(source: str) -> Any:  # noqa: ANN401 - transformers' configuration classes
-    """The model's configuration.
-
-    Raises:
-        ModelError: If it cannot be read, or is no model that QE-Edge knows.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"The configuration of '{source}' cannot be read: {reason}",
-            "Check the spelling and the network, or download the model and give its folder.",
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"'{source}' is a '{config.model_type}' model, which QE-Edge does not support.",
-            f"Supported: {', '.join(FAMILIES)}.",
-        )
-    return config
-
-
-def load_family(source: str) -> ModelFamily:
-    """The family of a model, from its configuration alone."""
-    config = load_config(source)
-    return FAMILIES[config.model_type](config)
 
 
 def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel:
@@ -292,7 +263,7 @@ def auto_class(family: ModelFamily) -> Any:  # noqa: ANN401 - transformers' auto
 
 def shapes_only(family: ModelFamily) -> PreTrainedModel:
     """The model on PyTorch's meta device, which has shapes and no data."""
-    with torch.device("meta"):
+    with Guard("config.json describes no model that can be built", REMEDY), torch.device("meta"):
         model: PreTrainedModel = auto_class(family).from_config(copy.deepcopy(family.config))
     return model
 

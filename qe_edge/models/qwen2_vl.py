@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qe_edge.errors import ModelError
-from qe_edge.models.batching import check_chat_template, encode_row, left_pad, prepare_pictures
+from qe_edge.models.batching import check_chat_template, check_context, encode_row, left_pad, prepare_pictures
+from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.image_processors import PatchValues, check_equal, load_image_processor
+from qe_edge.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +44,15 @@ class Qwen2VL(ModelFamily):
 
     def load_processor(self, folder: str) -> Qwen2VLProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"'{folder}' has no usable tokenizer or image processor: {error}.",
-                "Copy tokenizer.json, tokenizer_config.json and preprocessor_config.json from the original model.",
-            ) from error
+        tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
+        take_processor_template(tokenizer, folder)
+        image_processor = load_image_processor(folder, Qwen2VLImageProcessorPil, PatchValues)
+        vision = self.config.vision_config
+        check_equal(folder, "patch_size", image_processor.patch_size, vision.patch_size)
+        check_equal(folder, "merge_size", image_processor.merge_size, vision.spatial_merge_size)
+        check_equal(folder, "temporal_patch_size", image_processor.temporal_patch_size, vision.temporal_patch_size)
         check_chat_template(tokenizer, folder, self.config.image_token_id)
         return Qwen2VLProcessor(tokenizer, image_processor)
 
@@ -66,6 +66,7 @@ class Qwen2VL(ModelFamily):
         for sample in samples:
             count = 0 if sample.image is None else int(np.prod(next(grids))) // merge
             rows.append(encode_row(processor.tokenizer, sample, (image, [image] * count), answer=answers))
+        check_context(rows, self.config.text_config.max_position_embeddings)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qe_edge.errors import ModelError, UnknownNameError
+from qe_edge.json_files import read_json_table
+from qe_edge.models.configuration import REMEDY, check_sizes_file
 from qe_edge.predict.tables import model_table
 
 FAMILIES = ("qwen2_vl", "internvl")
@@ -110,9 +111,11 @@ def find_model(reference: str) -> ModelShape:
     if not folder.is_dir():
         raise UnknownNameError("folder or model", reference, ["demo", *known])
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json_table(folder / "config.json", error=ModelError, remedy=REMEDY)
+        if config.get("model_type") in FAMILIES:
+            check_sizes_file(config, folder / "config.json")
         return _from_config(config, reference)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
         raise ModelError(
             f"'{folder}' has no config.json of a Qwen2-VL or InternVL model.", "Give another folder, or 'qwen2-vl-2b'."
         ) from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from qe_edge.errors import ArtifactError, InputError
 from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
+from qe_edge.models.configuration import load_config
 from qe_edge.runtime.embedding import TokenEmbedding
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.manifest import Manifest, read_manifest
@@ -233,13 +234,7 @@ def load_family(folder: Path, model_type: str) -> ModelFamily:
     Raises:
         ArtifactError: If the configuration is missing, damaged or of another model.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"config.json of '{folder}' cannot be read: {reason}", "Export the model again.") from error
+    config = load_config(str(folder), ArtifactError)
     if config.model_type != model_type or model_type not in FAMILIES:
         raise ArtifactError(
             f"'{folder}' holds a '{config.model_type}' configuration and a '{model_type}' manifest.",

@@ -18,8 +18,9 @@ from qe_edge.calibration.sources import load_evaluation
 from qe_edge.checkpoint import save_quantized
 from qe_edge.errors import ModelError, QENotice
 from qe_edge.models import loading
+from qe_edge.models.configuration import load_family
 from qe_edge.models.family import TEXT, Block, Encoded, ModelFamily, Sample
-from qe_edge.models.loading import LoadedModel, load_family, load_model, load_outside_blocks, resolve_model
+from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks, resolve_model
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from qe_edge.safetensors_write import write_tensors

@@ -1,0 +1,66 @@
+"""Child process: renders a stranger's chat template once, within bounds of memory and time; imports jinja2 only.
+
+Standard input: JSON with `template`, `content` (of one question), `tokens` (special tokens by name), `bytes` and
+`seconds`. Exit code 0 if it is rendered; what it writes is the number of characters. Otherwise Python's own last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class Generation(Extension):
+    """transformers' block around the assistant's words, which here is nothing but its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own form
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block as a scope."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def main() -> None:
+    """Render what standard input says."""
+    question = json.load(sys.stdin)
+    _limit(question["bytes"], question["seconds"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+    message = {"role": "user", "content": question["content"]}
+    template = environment.from_string(question["template"])
+    text = template.render(messages=[message], add_generation_prompt=True, **question["tokens"])
+    sys.stdout.write(str(len(text)))
+
+
+def _limit(size: int, seconds: int) -> None:
+    try:
+        import resource  # not on Windows, where the parent's clock is the only limit
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # noqa: ANN401 - jinja2's values
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+if __name__ == "__main__":
+    main()

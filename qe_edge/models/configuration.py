@@ -1,0 +1,191 @@
+"""Reading config.json: what it says is checked before anything is built from it; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qe_edge.errors import ModelError, QEError
+from qe_edge.json_files import read_json_table
+from qe_edge.models import FAMILIES
+from qe_edge.models.config_values import ConfigFile, SizesFile
+from qe_edge.models.family import ModelFamily
+from qe_edge.models.guard import Guard, check_key_names, check_values, printable
+from qe_edge.models.model_files import find_file
+
+CONFIG = "config.json"
+REMEDY = "Get config.json of the original model again."
+SECTIONS = ("text_config", "vision_config")
+MULTIPLES = {  # of what by model_type a vision encoder's head width is a multiple
+    "qwen2_vl": 4,  # rotary positions of two axes
+    "internvl": 1,
+    "dinov2": 1,
+}
+
+
+def load_config(source: str, error: type[QEError] = ModelError) -> Any:  # noqa: ANN401 - transformers' classes
+    """The model's configuration.
+
+    Args:
+        source: Folder or hub id.
+        error: Class of the error.
+
+    Raises:
+        QEError: Of the class `error`, if it cannot be read, holds a value that no model has, or is no model that
+            QE-Edge knows.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> load_config(str(model_path())).text_config.hidden_size
+        256
+    """
+    values = read_config_values(source, error)
+    from transformers import AutoConfig
+
+    with Guard(f"The configuration of '{source}' cannot be read", REMEDY, error):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    for section, table in _tables(values):
+        part = getattr(config, section) if section else config
+        check_key_names(type(part), table, Path(source) / CONFIG, REMEDY, error)
+    _check_sizes(config, values, source, error)
+    return config
+
+
+def load_family(source: str, error: type[QEError] = ModelError) -> ModelFamily:
+    """The family of a model, from its configuration alone."""
+    config = load_config(source, error)
+    return FAMILIES[config.model_type](config)
+
+
+def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[str, Any]:
+    """What config.json says, with every value that has a bound inside it; nothing is added.
+
+    Args:
+        source: Folder or hub id.
+        error: Class of the error.
+
+    Raises:
+        QEError: Of the class `error`.
+    """
+    path = find_file(source, CONFIG, error)
+    if path is None:
+        raise error(f"'{source}' has no config.json.", "Give a transformers model: a downloaded folder, or a hub id.")
+    values = read_json_table(path, error=error, remedy=REMEDY)
+    name = values.get("model_type")
+    if not isinstance(name, str):
+        raise error(f"'{path}' names no model_type.", "Give the folder of a transformers model.")
+    if name not in FAMILIES:
+        raise error(
+            f"'{source}' is a '{printable(name)[:60]}' model, which QE-Edge does not support.",
+            f"Supported: {', '.join(FAMILIES)}.",
+        )
+    check_values(ConfigFile, values, path, REMEDY, error)
+    return values
+
+
+def check_sizes_file(values: dict[str, Any], path: Path) -> None:
+    """Check the sizes that a prediction reads, in a config.json of which no model is built.
+
+    Raises:
+        ModelError: If one is missing or out of its bounds.
+    """
+    check_values(SizesFile, values, path, REMEDY, ModelError)
+
+
+def _tables(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The table itself and its sections."""
+    yield "", values
+    for name in SECTIONS:
+        if isinstance(values.get(name), dict):
+            yield name, values[name]
+
+
+class _Facts:
+    """Checks that need several values, with one form of message."""
+
+    def __init__(self, source: str, error: type[QEError]) -> None:
+        self.source = source
+        self.error = error
+
+    def require(self, holds: bool, problem: str) -> None:
+        """Refuse the file unless the fact holds."""
+        if not holds:
+            raise self.error(f"In config.json of '{self.source}' {problem}.", REMEDY)
+
+    def divides(self, part: tuple[str, int], whole: tuple[str, int]) -> None:
+        """Refuse the file unless a value is a multiple of another."""
+        name = f"{part[0]} {part[1]}".strip()
+        self.require(part[1] > 0 and whole[1] % part[1] == 0, f"{whole[0]} {whole[1]} is no multiple of {name}")
+
+
+def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[QEError]) -> None:  # noqa: ANN401
+    """Check what belongs together: heads and widths, token ids and vocabulary, tiles and patches."""
+    facts = _Facts(source, error)
+    if config.model_type == "dinov2":
+        vision: Any = config
+    else:
+        vision = getattr(config, "vision_config", None)
+        _check_text(getattr(config, "text_config", config), values, facts)
+    if vision is not None:
+        width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
+        heads = vision.num_attention_heads
+        facts.divides(("the vision encoder's number of heads", heads), ("its width", width))
+        multiple = MULTIPLES[config.model_type]
+        facts.divides(("", multiple), ("the vision encoder's width per head", width // heads))
+    if config.model_type == "qwen2_vl":
+        facts.require(
+            vision.hidden_size == config.text_config.hidden_size,
+            f"vision_config.hidden_size {vision.hidden_size} is not text_config.hidden_size "
+            f"{config.text_config.hidden_size}",
+        )
+    if config.model_type == "internvl":
+        _check_tiles(config, facts)
+
+
+def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # noqa: ANN401
+    """Heads, rotary sections and token ids of a language model."""
+    heads, width = text.num_attention_heads, text.hidden_size
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is None:
+        facts.divides(("num_attention_heads", heads), ("hidden_size", width))
+        head_dim = width // heads
+    facts.divides(("num_key_value_heads", text.num_key_value_heads or heads), ("num_attention_heads", heads))
+    facts.divides(("", 2), ("the width per head", head_dim))
+    layer_types = getattr(text, "layer_types", None)
+    facts.require(
+        layer_types is None or len(layer_types) == text.num_hidden_layers,
+        f"layer_types has {len(layer_types or ())} entries for {text.num_hidden_layers} layers",
+    )
+    rope = getattr(text, "rope_parameters", None) or {}
+    if text.model_type == "qwen2_vl_text":
+        sections = rope.get("mrope_section")
+        facts.require(
+            sections is not None and len(sections) == 3 and 2 * sum(sections) == head_dim,
+            f"mrope_section {sections} does not share out the width per head {head_dim} among three axes",
+        )
+    for section, table in _tables(values):
+        for key, found in table.items():
+            ids = found if isinstance(found, list) else [found]
+            if key.endswith("token_id") and section != "vision_config":
+                wrong = [number for number in ids if isinstance(number, int) and number >= text.vocab_size]
+                facts.require(not wrong, f"{key} {wrong and wrong[0]} is outside the vocabulary of {text.vocab_size}")
+
+
+def _check_tiles(config: Any, facts: _Facts) -> None:  # noqa: ANN401
+    """InternVL's tiles: patches per side, merged patches per side, tokens per tile."""
+    vision, ratio = config.vision_config, config.downsample_ratio
+    facts.require(
+        len(vision.image_size) == 2 and len(vision.patch_size) == 2,
+        "image_size and patch_size need a height and a width",
+    )
+    tokens = 1
+    for size, patch in zip(vision.image_size, vision.patch_size, strict=True):
+        facts.divides(("vision_config.patch_size", patch), ("vision_config.image_size", size))
+        merged = size // patch * ratio
+        facts.require(merged == int(merged) > 0, f"downsample_ratio {ratio} does not fit {size // patch} patches")
+        tokens *= int(merged)
+    facts.require(
+        tokens == config.image_seq_length,
+        f"image_seq_length is {config.image_seq_length}; a tile of the vision encoder becomes {tokens} tokens",
+    )

@@ -1,0 +1,124 @@
+"""What a library raises about a stranger's file, as an error that a user can act on."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from qe_edge.errors import ModelError, QEError
+
+REASON_LENGTH = 300  # characters
+# what transformers, huggingface_hub, jinja2 and Python itself raise about values that they did not expect
+RAISED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# modules whose exceptions have no better base than Exception; pyo3 is how a panic of tokenizers arrives
+RAISING_MODULES = ("huggingface_hub", "jinja2", "pyo3_runtime")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Guard:
+    """Around one call of a library that reads a stranger's file.
+
+    tokenizers raises `Exception` itself, so its class is compared, and no subclass of it is taken for one.
+
+    Args:
+        problem: What to say, without the reason and the full stop: "config.json cannot be read".
+        remedy: The second sentence.
+        error: Class of the error.
+
+    Raises:
+        QEError: Of the class `error`, in place of what the library raised. A `QEError` passes unchanged.
+
+    Example:
+        >>> with Guard("'a.json' cannot be read", "Get it again."):
+        ...     {}["vocab"]
+        Traceback (most recent call last):
+        qe_edge.errors.ModelError: 'a.json' cannot be read: KeyError: 'vocab'. Get it again.
+    """
+
+    def __init__(self, problem: str, remedy: str, error: type[QEError] = ModelError) -> None:
+        self.problem = problem
+        self.remedy = remedy
+        self.error = error
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Translate what was raised."""
+        if kind is None or error is None or issubclass(kind, QEError):
+            return
+        module = kind.__module__.partition(".")[0]
+        if issubclass(kind, RAISED) or kind is Exception or module in RAISING_MODULES:
+            raise self.error(f"{self.problem}: {reason(error)}.", self.remedy) from error
+
+
+def reason(error: BaseException) -> str:
+    """One printable line about an exception, with its class where the message alone says little."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | MemoryError | TypeError):
+        text = f"{type(error).__name__}: {text}"
+    text = text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]}..."
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates written as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def check_values(kind: type[Model], values: object, path: Path | str, remedy: str, error: type[QEError]) -> Model:
+    """Check the values of a file against their bounds.
+
+    Args:
+        kind: The keys with their types and bounds.
+        values: A table, or an object with such attributes where `kind` says so.
+        path: The file that they came from.
+        remedy: The second sentence of an error.
+        error: Class of the error.
+
+    Raises:
+        QEError: Of the class `error`, naming file, key and value.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as problem:
+        first = min(problem.errors(), key=lambda found: len(found["loc"]))
+        key = printable(".".join(str(part) for part in first["loc"] if "[" not in str(part)))[:REASON_LENGTH]
+        got = printable(reprlib.repr(first["input"]))
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        where = f"key '{key}' of '{path}'" if key else f"'{path}'"
+        raise error(f"{where[0].upper()}{where[1:]} is wrong: {message} (got {got}).", remedy) from problem
+
+
+def check_key_names(kind: type, keys: Iterable[str], path: Path | str, remedy: str, error: type[QEError]) -> None:
+    """Refuse keys that stand for a method of a class: transformers would put the value in its place.
+
+    Raises:
+        QEError: Of the class `error`, naming file and key.
+    """
+    fields = {found.name for found in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    for key in keys:
+        found = getattr(kind, key, None) if key not in fields else None
+        of_class = callable(found) or (bool(fields) and isinstance(found, dict))
+        if of_class or (key.startswith("__") and found is not None):
+            raise error(f"Key '{printable(key)}' of '{path}' is no setting of a model.", remedy)

@@ -1,0 +1,142 @@
+"""Loading an image processor: sizes are bounded, and fit the model's vision encoder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qe_edge.errors import ModelError
+from qe_edge.json_files import read_json_table
+from qe_edge.models.guard import Guard, check_key_names, check_values
+from qe_edge.models.model_files import find_file
+
+REMEDY = "Copy preprocessor_config.json from the original model."
+MAX_PIXELS = 2**25  # of a picture after scaling; Qwen2-VL's largest has 2**23.6
+MAX_TILES = 64
+Number = Annotated[float, Field(strict=True, ge=-1024, le=1024, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(strict=True, ge=1e-4, le=1024, allow_inf_nan=False)]
+Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Factor = Annotated[int, Field(strict=True, ge=1, le=64)]
+Area = Annotated[int, Field(strict=True, ge=1, le=MAX_PIXELS)]
+Three = Field(min_length=3, max_length=3)
+
+
+class PictureValues(BaseModel):
+    """What every image processor does with a picture after it has its size."""
+
+    model_config = ConfigDict(from_attributes=True)
+    do_resize: Annotated[bool, Field(strict=True)] = True
+    do_rescale: Annotated[bool, Field(strict=True)] = True
+    do_normalize: Annotated[bool, Field(strict=True)] = True
+    resample: Annotated[int, Field(strict=True, ge=0, le=5)] = 3
+    rescale_factor: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] = 1 / 255
+    image_mean: Annotated[tuple[Number, ...], Three] | Number = 0.0
+    image_std: Annotated[tuple[Deviation, ...], Three] | Deviation = 1.0
+
+
+class _Areas(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+    shortest_edge: Area
+    longest_edge: Area
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Areas:
+        if self.shortest_edge > self.longest_edge:
+            raise ValueError("the smallest number of pixels is above the largest")
+        return self
+
+
+class PatchValues(PictureValues):
+    """Of a processor that cuts a picture of any size into patches; its edges are numbers of pixels in a picture."""
+
+    size: _Areas
+    patch_size: Factor
+    merge_size: Factor
+    temporal_patch_size: Factor
+
+
+class _Tile(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+    height: Side
+    width: Side
+
+
+class TileValues(PictureValues):
+    """Of a processor that cuts a picture into tiles of one size."""
+
+    size: _Tile
+    min_patches: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
+    max_patches: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TileValues:
+        if self.min_patches > self.max_patches:
+            raise ValueError("min_patches is above max_patches")
+        return self
+
+
+class _Edges(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+    height: Side | None = None
+    width: Side | None = None
+    shortest_edge: Side | None = None
+    longest_edge: Side | None = None
+
+
+class CropValues(PictureValues):
+    """Of a processor that scales a picture and may cut out its middle."""
+
+    size: _Edges
+    do_center_crop: Annotated[bool, Field(strict=True)] = False
+    crop_size: _Edges | None = None
+
+
+def load_image_processor(source: str, kind: Any, values: type[PictureValues]) -> Any:  # noqa: ANN401 - of transformers
+    """The image processor of a model.
+
+    Args:
+        source: Folder or hub id.
+        kind: Its class in transformers.
+        values: Its settings with their bounds.
+
+    Raises:
+        ModelError: If its file is missing or broken, or holds a value out of its bounds.
+    """
+    found = None
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = find_file(source, name)
+        if path is not None:
+            table = read_json_table(path, error=ModelError, remedy=REMEDY)
+            table = table.get("image_processor", {}) if name == "processor_config.json" else table
+            if table and found is None:
+                found = path
+                if not isinstance(table, dict):
+                    raise ModelError(f"Key 'image_processor' of '{path}' is no table.", REMEDY)
+                check_key_names(kind, (key for key in table), path, REMEDY, ModelError)
+    if found is None:
+        raise ModelError(f"'{source}' has no image processor: preprocessor_config.json is missing.", REMEDY)
+    with Guard(f"'{found}' cannot be used", REMEDY):
+        processor = kind.from_pretrained(source)
+    check_values(values, processor, found, REMEDY, ModelError)
+    return processor
+
+
+def check_equal(source: str, key: str, processor: object, config: object) -> None:
+    """Refuse an image processor that was made for another vision encoder.
+
+    Args:
+        source: Folder or hub id.
+        key: Name of the value.
+        processor: The processor's value.
+        config: The vision encoder's.
+
+    Raises:
+        ModelError: If they differ.
+    """
+    if processor != config:
+        raise ModelError(
+            f"In preprocessor_config.json of '{source}' {key} is {processor}; the vision encoder of config.json has "
+            f"{config}.",
+            "Copy preprocessor_config.json and config.json from the same model.",
+        )

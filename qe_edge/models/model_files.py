@@ -1,0 +1,34 @@
+"""Files beside a model's weights, in a folder or on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qe_edge.errors import ModelError, QEError
+from qe_edge.models.guard import Guard
+
+
+def find_file(source: str, name: str, error: type[QEError] = ModelError) -> Path | None:
+    """A file of a model, downloaded from the hub if it is not here yet; None if the model has none.
+
+    Args:
+        source: Folder or hub id.
+        name: The file's name.
+        error: Class of the error.
+
+    Raises:
+        QEError: Of the class `error`, if it is on the hub and cannot be had.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / name
+        return path if path.exists() or path.is_symlink() else None  # reading a dangling link says what it is
+    from transformers.utils.hub import cached_file
+
+    with Guard(
+        f"'{name}' of '{source}' cannot be had from the hub",
+        "Check the spelling and the network, or download the model and give its folder.",
+        error,
+    ):
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
