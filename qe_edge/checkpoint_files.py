@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,10 @@ class Origin(BaseModel):
     hub: str | None = None
     revision: str | None = None
     files: dict[str, FileRecord] = Field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 class CheckpointFiles(Sealed):

@@ -169,7 +169,9 @@ def check_nothing_added(folder: Path, table: Iterable[str], remedy: str) -> None
     present = (path.name for path in folder.iterdir())
     added = sorted(name for name in present if name not in known and (name in CONFIGURATION or name.endswith(LOADED)))
     if added:
-        raise ArtifactError(f"'{folder / added[0]}' was added after the folder was written.", f"Remove it, or: {remedy}")
+        raise ArtifactError(
+            f"'{folder / added[0]}' was added after the folder was written.", f"Remove it, or: {remedy}"
+        )
     for name in sorted(name for name in known & CONFIGURATION if (folder / name).is_dir()):
         for path in sorted((folder / name).rglob("*")):
             if not path.is_dir() and path.relative_to(folder).as_posix() not in known:

@@ -71,8 +71,9 @@ def _infer_shapes(model: ir.Model) -> None:
     reasons: list[str] = []
 
     def note(record: logging.LogRecord) -> bool:
-        reasons.append(str(record.exc_info[1] if record.exc_info else record.getMessage()))
-        return False
+        if record.exc_info:
+            reasons.append(str(record.exc_info[1]))
+        return not record.exc_info
 
     logger = logging.getLogger(ShapeInferencePass.__module__)
     logger.addFilter(note)

@@ -110,7 +110,10 @@ def read_engine_info(folder: Path) -> EngineInfo | None:
         return None
     values = read_json_table(path, remedy=REMEDY)
     if values and "digest" not in values:
-        raise ArtifactError(f"'{path}' was written by an earlier version: it has no digest.", "Export and build again.")
+        raise ArtifactError(
+            f"The folder '{folder}' is of an earlier version, or damaged: {ENGINE_INFO} is wrong, it has no digest.",
+            "Export and build again.",
+        )
     try:
         info = EngineInfo.model_validate(values)
     except ValidationError as error:

@@ -255,8 +255,9 @@ def recursion(model: onnx.ModelProto, draw: random.Random) -> None:
 def nested(model: onnx.ModelProto, draw: random.Random) -> None:
     """Graphs in graphs in graphs."""
     graph = helper.make_graph([], "inner", [], [])
-    for _ in range(draw.choice((1, 10, 40))):
-        node = helper.make_node("If", ["nowhere"], ["y"], then_branch=graph, else_branch=helper.make_graph([], "e", [], []))
+    for _ in range(draw.choice((1, 10, 30))):
+        other = helper.make_graph([], "other", [], [])
+        node = helper.make_node("If", ["nowhere"], ["y"], then_branch=graph, else_branch=other)
         graph = helper.make_graph([node], "inner", [], [])
     model.graph.node.append(graph.node[0])
 
