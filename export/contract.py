@@ -60,13 +60,18 @@ def _wrong_operand(node: ir.Node, attributes: Attributes) -> str | None:
     given = dict(zip(INPUTS, node.inputs, strict=False))
     if len(node.inputs) > len(INPUTS) or len(node.outputs) != 1 or any(given.get(name) is None for name in INPUTS[:3]):
         return "it has not the inputs and the output of its operator"
-    tensors = {name: value.const_value for name, value in given.items() if name != "x" and value is not None}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            return f"'{name}' is no initializer"
-        if tensor.dtype not in TYPES.get(name, FLOATS):
-            return f"'{name}' is {tensor.dtype.name}"
-    shapes = {name: tuple(tensor.shape.numpy()) for name, tensor in tensors.items() if tensor is not None}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in given.items():
+        if name == "x" or value is None:
+            continue
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in TYPES.get(name, FLOATS):
+            return f"'{name}' is {'no initializer' if tensor is None else tensor.dtype.name}"
+        shapes[name] = tuple(tensor.shape.numpy())
+    return _wrong_shape(shapes, attributes) or _wrong_edges(node, *shapes["qweight"])
+
+
+def _wrong_shape(shapes: dict[str, tuple[int, ...]], attributes: Attributes) -> str | None:
     if len(shapes["qweight"]) != 2 or 0 in shapes["qweight"]:
         return f"'qweight' has the shape {list(shapes['qweight'])}"
     width, height = shapes["qweight"]
@@ -78,7 +83,7 @@ def _wrong_operand(node: ir.Node, attributes: Attributes) -> str | None:
             return f"'{name}' has the shape {list(shapes[name])} and should have {list(wanted)}"
     if ("down" in shapes) != ("up" in shapes) or ("router" in shapes and "down" not in shapes):
         return "it has only a part of its low-rank correction"
-    return _wrong_edges(node, width, height)
+    return None
 
 
 def _wanted_shapes(width: int, height: int, groups: int, attributes: Attributes) -> dict[str, tuple[int, ...]]:

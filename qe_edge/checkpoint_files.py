@@ -95,7 +95,7 @@ def check_checkpoint(folder: Path, *only: str) -> None:
 
 
 def origin_of(source: str, revision: str | None) -> Origin | None:
-    """The fingerprint of a model: weights and configuration of a folder, or hub id and commit; None if it is neither."""
+    """The fingerprint of a model: files of a folder, or hub id and commit; None if it is neither."""
     folder = Path(source)
     if folder.is_dir():
         return Origin(files={name: _record(folder / name) for name in _model_files(folder)})

@@ -5,6 +5,7 @@ Versions of ONNX Runtime and onnx-ir differ in which paths of external data they
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -71,7 +72,7 @@ def check_graph_file(folder: Path, file: str) -> onnx.ModelProto:
         else:
             _check_inline(path, tensor, size)
     ordered = sorted(spans)
-    for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False):
+    for (_, stop), (start, _) in itertools.pairwise(ordered):
         if start < stop:
             raise ArtifactError(f"Tensors of '{path}' overlap in '{data.name}' at byte {start}.", REMEDY)
     return model

@@ -45,6 +45,8 @@ def trace_artifacts(
     ]
     if onnx is not None:
         found.append(Artifact(stage="onnx", name=onnx.resolve().name, digest=describe_engines(onnx).digest))
-    for folder in engines:
-        found.append(Artifact(stage="engines", name=folder.resolve().name, digest=describe_engines(folder).digest))
+    found += [
+        Artifact(stage="engines", name=folder.resolve().name, digest=describe_engines(folder).digest)
+        for folder in engines
+    ]
     return found, [note] if note else []

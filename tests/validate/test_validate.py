@@ -21,6 +21,7 @@ from qe_edge.recipe import make_recipe
 from qe_edge.validate import Report, evaluation, validate
 from qe_edge.validate.run import LIMITED, NO_CALIBRATION
 from qe_edge.validate.subjects import in_float32, load_float32
+from tests.sealing import seal
 
 
 class Counting(Silent):
