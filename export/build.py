@@ -10,19 +10,22 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qe_edge.atomic import atomic_folder
-from qe_edge.errors import ArtifactError
+from qe_edge.errors import ArtifactError, TargetError
 from qe_edge.export.engine import EngineRequest, build_engine
 from qe_edge.export.lowering.plugin import layer_forms
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
+from qe_edge.export.opening import explained, open_graph
 from qe_edge.export.plugin_check import check_forms, check_plugin_target
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
 from qe_edge.progress import Progress, Silent, track
-from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild, PluginBuild
-from qe_edge.runtime.manifest import MANIFEST, GraphEntry, read_manifest
+from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
+from qe_edge.runtime.graph_files import DATA
+from qe_edge.runtime.manifest import GraphEntry, Manifest, read_manifest
 from qe_edge.runtime.plugin_library import digest
+from qe_edge.runtime.sessions import OrtSession
 
-DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
+REFUSED = "Export the model again, or build for the target 'cpu'."
 
 
 def build_engines(
@@ -44,7 +47,7 @@ def build_engines(
         UnknownNameError: If there is no such target.
         TargetError: If it cannot be built on this machine, or its library or the plugin's refuses the model.
         InputError: If the target takes no plugin.
-        ArtifactError: If `onnx` is no ONNX folder or is damaged.
+        ArtifactError: If `onnx` is no ONNX folder, is damaged or was changed.
         ResourceError: If disk or memory do not suffice.
     """
     chosen = get_target(target)
@@ -52,17 +55,17 @@ def build_engines(
         check_plugin_target(chosen)
     manifest = read_manifest(onnx)
     for entry in manifest.graphs.values():
-        if not entry.file.endswith(".onnx"):
+        if not entry.file.endswith(".onnx") or manifest.onnx is not None:
             raise ArtifactError(
                 f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
             )
     chosen.check()
     if plugin_library is not None:
-        graphs = [ir.load(onnx / entry.file) for entry in manifest.graphs.values()]
+        graphs = [open_graph(onnx, entry) for entry in manifest.graphs.values()]
         check_forms([chosen], plugin_library, [form for graph in graphs for form in layer_forms(graph)])
     sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in manifest.graphs}
     with atomic_folder(out) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
-        _copy_runtime_files(onnx, part)
+        _copy_runtime_files(onnx, part, manifest)
         entries, builds, versions = {}, {}, set()
         for name in manifest.graphs:
             entries[name], builds[name], library = _build_graph(
@@ -70,7 +73,7 @@ def build_engines(
             )
             versions.add(library)
             tracked.advance(sizes[name], name)
-        manifest.model_copy(update={"graphs": entries}).write(part)
+        written = manifest.model_copy(update={"graphs": entries, "onnx": manifest.digest}).write(part)
         EngineInfo(
             target=chosen.name,
             backend=chosen.backend,
@@ -78,6 +81,7 @@ def build_engines(
             capabilities=tuple(f"{major}.{minor}" for major, minor in chosen.capabilities),
             graphs=builds,
             plugin=_plugin_build(plugin_library),
+            manifest=written.digest,
         ).write(part)
     return out
 
@@ -88,15 +92,19 @@ def _build_graph(
     """One graph's engine in `folder`, its manifest entry, how it went, and the library's version."""
     if target.backend == "onnxruntime":
         started = time.perf_counter()
+        OrtSession(source, entry, accuracy_level=0, threads=None)  # a graph that cannot run is refused now
         for file in _files(source, entry.file):
             shutil.copyfile(source / file, folder / file)
         build = GraphBuild(size=_size(folder, entry.file), seconds=time.perf_counter() - started)
         return entry, build, version("onnxruntime")
     lowered = folder / ".lowered"
     lowered.mkdir()
-    model = ir.load(source / entry.file)
-    precision = lower_for_tensorrt(model, plugin=plugin_library is not None)
-    ir.save(model, lowered / entry.file, external_data=f"{entry.file}{DATA}")
+    model = open_graph(source, entry)
+    with explained(f"The graph '{source / entry.file}' cannot be lowered for {target.backend}", TargetError, REFUSED):
+        precision = lower_for_tensorrt(model, plugin=plugin_library is not None)
+        ir.save(model, lowered / entry.file, external_data=f"{entry.file}{DATA}")
+        inputs = tuple(tensor_spec(value) for value in model.graph.inputs)
+        outputs = tuple(tensor_spec(value) for value in model.graph.outputs)
     file = f"{name}.engine"
     facts = build_engine(
         EngineRequest(
@@ -110,13 +118,7 @@ def _build_graph(
         )
     )
     shutil.rmtree(lowered)
-    built = entry.model_copy(
-        update={
-            "file": file,
-            "inputs": tuple(tensor_spec(value) for value in model.graph.inputs),
-            "outputs": tuple(tensor_spec(value) for value in model.graph.outputs),
-        }
-    )
+    built = entry.model_copy(update={"file": file, "inputs": inputs, "outputs": outputs})
     build = GraphBuild(
         size=facts.size,
         seconds=facts.seconds,
@@ -150,8 +152,9 @@ def _size(folder: Path, graph: str) -> int:
     return sum((folder / file).stat().st_size for file in _files(folder, graph))
 
 
-def _copy_runtime_files(source: Path, folder: Path) -> None:
-    """Configuration, tokenizer, image processor and embedding table: everything but graphs and descriptions."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in (MANIFEST, ENGINE_INFO) and not path.name.endswith((".onnx", DATA)):
-            shutil.copyfile(path, folder / path.name)
+def _copy_runtime_files(source: Path, folder: Path, manifest: Manifest) -> None:
+    """Configuration, tokenizer, image processor and embedding table: what the manifest lists but graphs and weights."""
+    for name in manifest.files:
+        if not name.endswith((".onnx", DATA)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)

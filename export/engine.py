@@ -126,4 +126,6 @@ def _environment(request: EngineRequest) -> dict[str, str]:
 
 
 def _first_line(errors: list[str]) -> str:
-    return errors[0].strip().splitlines()[0]
+    """The first line that says something, at most 300 characters."""
+    lines = [line.strip() for error in errors for line in error.splitlines() if line.strip()]
+    return lines[0][:300] if lines else "it gives no reason"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import qe_edge
 from qe_edge.atomic import atomic_folder
 from qe_edge.checkpoint import RECIPE, load_checkpoint_recipe, load_quantized
+from qe_edge.checkpoint_files import read_checkpoint_files
 from qe_edge.errors import ModelError
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.naming import name_nodes
@@ -51,6 +52,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         ResourceError: If the disk is full.
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
+    source = None if isinstance(checkpoint, LoadedModel) else read_checkpoint_files(checkpoint).digest
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
@@ -64,7 +66,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         _write_runtime_files(loaded, part)
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
-        _manifest(loaded, recipe, entries).write(part)
+        _manifest(loaded, recipe, entries).model_copy(update={"checkpoint": source}).write(part)
 
 
 def _work(spec: GraphSpec) -> float:

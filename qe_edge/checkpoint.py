@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qe_edge.atomic import atomic_folder
+from qe_edge.checkpoint_files import check_checkpoint, write_checkpoint_files
 from qe_edge.errors import ArtifactError
 from qe_edge.groups import set_module
 from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "qe-edge"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.json"
 
@@ -66,6 +67,7 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         if getattr(loaded.model, "generation_config", None) is not None:
             loaded.model.generation_config.save_pretrained(part)
         loaded.family.save_processor(loaded.processor, part)
+        write_checkpoint_files(part, loaded.source, getattr(loaded.family.config, "_commit_hash", None))
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -91,6 +93,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
         )
     section = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     _check_section(folder, section)
+    check_checkpoint(folder)
     header = check_safetensors(folder / WEIGHTS)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in header}
@@ -124,8 +127,9 @@ def load_checkpoint_recipe(folder: Path) -> Recipe:
     """The resolved recipe that a checkpoint was made with.
 
     Raises:
-        ArtifactError: If it is missing or damaged.
+        ArtifactError: If it is missing, damaged or changed.
     """
+    check_checkpoint(folder, RECIPE)
     try:
         values: dict[str, Any] = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

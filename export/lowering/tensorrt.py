@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import onnx_ir as ir
@@ -33,6 +34,7 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
 
     Raises:
         TargetError: If a layer does not fit TensorRT, or the plugin.
+        ValueError: If types and shapes do not fit together.
     """
     if plugin:
         pack_layers(model)
@@ -43,7 +45,7 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     DeduplicateInitializersPass(size_limit=SMALL)(model)
     CommonSubexpressionEliminationPass()(model)
-    ShapeInferencePass()(model)  # types of the new values
+    _infer_shapes(model)  # types of the new values
     scale_queries(model)
     precision = to_half(model)
     CheckerPass()(model)
@@ -58,6 +60,29 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
         elif compute is not None and node.op_type != "DequantizeLinear":
             others[f"{node.op_type} {compute}"] += 1
     return Precision(products=products, others=dict(sorted(others.items())))
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Infer types and shapes; the pass itself only logs that it failed, and leaves the model as it was.
+
+    Raises:
+        ValueError: If it failed.
+    """
+    reasons: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            reasons.append(str(record.exc_info[1]))
+        return not record.exc_info
+
+    logger = logging.getLogger(ShapeInferencePass.__module__)
+    logger.addFilter(note)
+    try:
+        ShapeInferencePass()(model)
+    finally:
+        logger.removeFilter(note)
+    if reasons:
+        raise ValueError(reasons[0])
 
 
 def _weights(node: ir.Node) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import click
 
 from qe_edge.cli.options import Command, output_option, overwrite_option
+from qe_edge.errors import QENotice
 
 
 @click.command("report", cls=Command, example="qe-edge report report.json -o report.html")
@@ -22,15 +24,20 @@ from qe_edge.cli.options import Command, output_option, overwrite_option
 def command(file: Path, output: Path, device_json: Path | None, overwrite: bool) -> None:
     """Make a page of a report's data.
 
-    FILE.json comes from 'validate' or 'deploy'; the page is one self-contained HTML file.
+    FILE.json comes from 'validate' or 'deploy'; the page is one self-contained HTML file. It says so if checkpoint,
+    graphs or engines beside FILE.json are no longer those that were measured.
     """
     from qe_edge.cli.inputs import find_report
     from qe_edge.cli.outputs import check_output_file
 
     source = find_report(file)
     check_output_file(output, overwrite=overwrite)
-    from qe_edge.report import load_device_check, load_report, write_page
+    from qe_edge.report import find_changes, load_device_check, load_report, write_page
 
     device = load_device_check(device_json) if device_json is not None else None
-    write_page(load_report(source), output, device)
+    report = load_report(source)
+    changes = find_changes(report, source)
+    for change in changes:
+        warnings.warn(change, QENotice, stacklevel=1)
+    write_page(report.model_copy(update={"notes": [*report.notes, *changes]}), output, device)
     click.echo(f"Wrote '{output}'.")

@@ -36,9 +36,11 @@ def command(
     from qe_edge.cli.inputs import find_runnable, is_checkpoint_folder
     from qe_edge.models.family import Sample
     from qe_edge.models.images import open_image
+    from qe_edge.provenance import check_deployment
 
     sample = Sample(open_image(image) if image else None, prompt)
     found = find_runnable(folder, target)
+    check_deployment(folder, found)
     if is_checkpoint_folder(found):
         _answer_in_torch(found, sample, max_tokens)
         return

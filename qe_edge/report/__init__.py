@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qe_edge.report.device_check import load_device_check
+    from qe_edge.report.neighbours import find_changes
     from qe_edge.report.page import load_report, render_page, write_page, write_report
 
-__all__ = ["load_device_check", "load_report", "render_page", "write_page", "write_report"]
+__all__ = ["find_changes", "load_device_check", "load_report", "render_page", "write_page", "write_report"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> object:
         from qe_edge.report import device_check
 
         return device_check.load_device_check
+    if name == "find_changes":
+        from qe_edge.report import neighbours
+
+        return neighbours.find_changes
     if name in __all__:
         from qe_edge.report import page
 

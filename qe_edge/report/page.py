@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from qe_edge.atomic import atomic_file
 from qe_edge.errors import ArtifactError
+from qe_edge.json_files import read_json_table
 from qe_edge.report import figures, wording
 from qe_edge.report.device_check import DeviceCheck
-from qe_edge.validate.schema import Report
+from qe_edge.validate.schema import REPORT_VERSION, Report
 
 MAX_REPORT_BYTES = 256 << 20
 
@@ -46,10 +47,17 @@ def load_report(path: Path) -> Report:
     Raises:
         ArtifactError: If the file is missing, too large, or no report of this version.
     """
-    if not path.is_file() or path.stat().st_size > MAX_REPORT_BYTES:
+    if not path.is_file():
         raise ArtifactError(f"There is no report '{path}'.", "Give the report.json of 'qe-edge validate'.")
+    values = read_json_table(path, remedy="Validate again.", limit=MAX_REPORT_BYTES)
+    if values.get("version") != REPORT_VERSION:
+        raise ArtifactError(
+            f"'{path}' is no report that this version reads: its version is {values.get('version')!r}, "
+            f"and {REPORT_VERSION} is read.",
+            "Validate again.",
+        )
     try:
-        return Report.model_validate_json(path.read_bytes())
+        return Report.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -13,7 +13,7 @@ from qe_edge.errors import ArtifactError, InputError
 from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
 from qe_edge.models.configuration import load_config
 from qe_edge.runtime.embedding import TokenEmbedding
-from qe_edge.runtime.engine_info import read_engine_info
+from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.sessions import ACCURACY_LEVELS, Array, OrtSession, Session
 
@@ -89,10 +89,13 @@ class VisionLanguageEngine:
             raise InputError(f"{threads} threads cannot run anything.", "Choose at least 1.")
         check_runnable(folder, plugin_library)
         manifest = read_manifest(folder)
+        info = read_engine_info(folder)
+        if info is not None:
+            info.check_belongs(manifest, folder)
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family = load_family(folder, manifest.model_type)
         processor = family.load_processor(str(folder))
-        sessions = _open_sessions(folder, manifest, accuracy_level, threads, plugin_library)
+        sessions = _open_sessions(folder, manifest, info, accuracy_level, threads, plugin_library)
         return cls(manifest, family, processor, embedding, sessions)
 
     def encode(self, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
@@ -197,10 +200,14 @@ class VisionLanguageEngine:
 
 
 def _open_sessions(
-    folder: Path, manifest: Manifest, accuracy_level: int, threads: int | None, plugin_library: Path | None
+    folder: Path,
+    manifest: Manifest,
+    info: EngineInfo | None,
+    accuracy_level: int,
+    threads: int | None,
+    plugin_library: Path | None,
 ) -> dict[str, Session]:
     """The graphs in the backend that they were built for."""
-    info = read_engine_info(folder)
     if info is None or info.backend == "onnxruntime":
         return {name: OrtSession(folder, entry, accuracy_level, threads) for name, entry in manifest.graphs.items()}
     from qe_edge.runtime.tensorrt_session import Device, TensorRTSession

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qe_edge.errors import ArtifactError
+from qe_edge.integrity import Digest, Sealed
+from qe_edge.json_files import read_json_table
+from qe_edge.runtime.manifest import ENGINE_INFO, Manifest
 
-ENGINE_INFO = "engine.json"
-MAX_BYTES = 16 * 2**20
+REMEDY = "Build it again."
 
 
 class _Strict(BaseModel):
@@ -62,7 +64,7 @@ class PluginBuild(_Strict):
     layout_version: int = Field(ge=1)
 
 
-class EngineInfo(_Strict):
+class EngineInfo(Sealed):
     """Everything about a build.
 
     Attributes:
@@ -72,6 +74,7 @@ class EngineInfo(_Strict):
         capabilities: Compute capabilities that the engines were built for, for example "8.6".
         graphs: The graphs by name.
         plugin: The plugin that they need, None if none.
+        manifest: Digest of the manifest beside it, which names the ONNX folder and the checkpoint.
     """
 
     target: str
@@ -80,23 +83,44 @@ class EngineInfo(_Strict):
     capabilities: tuple[str, ...] = ()
     graphs: dict[str, GraphBuild]
     plugin: PluginBuild | None = None
+    manifest: Digest
 
     def write(self, folder: Path) -> None:
         """Write `engine.json` into `folder`."""
-        (folder / ENGINE_INFO).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        self.write_sealed(folder / ENGINE_INFO)
+
+    def check_belongs(self, manifest: Manifest, folder: Path) -> None:
+        """Refuse the description of other engines.
+
+        Raises:
+            ArtifactError: If this was not written with the manifest of the folder.
+        """
+        if self.manifest != manifest.digest:
+            raise ArtifactError(f"'{folder / ENGINE_INFO}' describes other engines than those beside it.", REMEDY)
 
 
 def read_engine_info(folder: Path) -> EngineInfo | None:
     """How a folder was built, None for an ONNX folder.
 
     Raises:
-        ArtifactError: If the file is damaged.
+        ArtifactError: If the file is damaged, was changed, or is of an earlier version.
     """
     path = folder / ENGINE_INFO
     if not path.is_file():
         return None
+    values = read_json_table(path, remedy=REMEDY)
+    if values and "digest" not in values:
+        raise ArtifactError(
+            f"The folder '{folder}' is of an earlier version, or damaged: {ENGINE_INFO} is wrong, it has no digest.",
+            "Export and build again.",
+        )
     try:
-        with path.open("rb") as file:
-            return EngineInfo.model_validate_json(file.read(MAX_BYTES))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"The folder '{folder}' is damaged: {ENGINE_INFO} is wrong.", "Build it again.") from error
+        info = EngineInfo.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(
+            f"The folder '{folder}' is damaged: {ENGINE_INFO} is wrong: {where}: {first['msg'].lower()}.", REMEDY
+        ) from error
+    info.check_seal(path, REMEDY)
+    return info

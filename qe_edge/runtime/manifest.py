@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qe_edge.errors import ArtifactError
+from qe_edge.integrity import Digest, FileTable, Sealed, check_files, check_sizes, describe
+from qe_edge.json_files import read_json_table
+from qe_edge.runtime.embedding import EMBEDDING
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 16 * 2**20
+ENGINE_INFO = "engine.json"  # of an engine folder; it seals itself and names the manifest
+FORMAT_VERSION = 2
+REMEDY = "Export or build the model again."
 GRAPHS = ("visual", "merger", "language")
 TEXT_ONLY = ("language",)
 
@@ -77,8 +80,8 @@ class KVLayout(_Strict):
     head_dim: int = Field(ge=1, le=4096)
 
 
-class Manifest(_Strict):
-    """Everything the runtime needs to know about a folder.
+class Manifest(Sealed):
+    """Everything the runtime needs to know about a folder. Its digest stands for the whole folder.
 
     Attributes:
         format_version: Of this file.
@@ -91,6 +94,9 @@ class Manifest(_Strict):
         pad_token_id: Token that fills up finished rows.
         kv: Layout of the KV cache.
         graphs: "visual", "merger" and "language", or "language" alone.
+        checkpoint: Digest of the checkpoint that the graphs were exported from; None for a model in memory.
+        onnx: Digest of the ONNX folder that engines were built from; None in an ONNX folder.
+        files: Size and hash of every file but the manifest and `engine.json`.
     """
 
     format_version: int
@@ -103,6 +109,9 @@ class Manifest(_Strict):
     pad_token_id: int = Field(ge=0)
     kv: KVLayout
     graphs: dict[str, GraphEntry]
+    checkpoint: Digest | None = None
+    onnx: Digest | None = None
+    files: FileTable = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
@@ -111,13 +120,25 @@ class Manifest(_Strict):
             raise ValueError(f"it must list the graphs {', '.join(wanted)}")
         return self
 
-    def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`."""
-        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    def write(self, folder: Path) -> Manifest:
+        """Describe the files of `folder` and write `manifest.json` into it; returns the manifest as written."""
+        files = describe(folder, lambda name: name not in (MANIFEST, ENGINE_INFO))
+        return self.model_copy(update={"files": files}).write_sealed(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a folder, and that the files it names are there.
+    """Read the manifest of a folder and compare all files with it; costs about half a second for a gigabyte.
+
+    Raises:
+        ArtifactError: If the folder is none of ours, is damaged, changed, or is of another version.
+    """
+    manifest = read_description(folder)
+    check_files(folder, manifest.files, REMEDY)
+    return manifest
+
+
+def read_description(folder: Path) -> Manifest:
+    """The manifest of a folder alone: its files are there with their sizes, and their content is not read.
 
     Raises:
         ArtifactError: If the folder is none of ours, is damaged, or is of another version.
@@ -128,16 +149,10 @@ def read_manifest(folder: Path) -> Manifest:
             f"'{folder}' is not an ONNX or engine folder: {MANIFEST} is missing.",
             "Give the output folder of 'qe-edge export' or 'qe-edge build'.",
         )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise _damaged(folder, f"{MANIFEST} is too large")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{MANIFEST} is not JSON") from error
-    found = values.get("format_version") if isinstance(values, dict) else None
-    if found != FORMAT_VERSION:
+    values = read_json_table(path, remedy=REMEDY)
+    if values.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
-            f"'{folder}' has format version {found!r}; this QE-Edge reads {FORMAT_VERSION}.",
+            f"'{folder}' has format version {values.get('format_version')!r}; this QE-Edge reads {FORMAT_VERSION}.",
             "Export the model again, or install the version that wrote it.",
         )
     try:
@@ -146,14 +161,15 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(folder, f"{MANIFEST} {where} {first['msg'].lower()}") from error
-    for entry in manifest.graphs.values():
-        file = folder / entry.file
-        if not file.is_file():
-            raise _damaged(folder, f"'{entry.file}' is missing")
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise _damaged(folder, f"'{entry.file}' points outside it")
+    manifest.check_seal(path, REMEDY)
+    for name in (*(entry.file for entry in manifest.graphs.values()), EMBEDDING, "config.json"):
+        if name not in manifest.files:
+            raise _damaged(folder, f"{MANIFEST} lists no file '{name}'")
+    if manifest.onnx is not None and not (folder / ENGINE_INFO).is_file():
+        raise _damaged(folder, f"'{ENGINE_INFO}' is missing")
+    check_sizes(folder, manifest.files, REMEDY)
     return manifest
 
 
 def _damaged(folder: Path, reason: str) -> ArtifactError:
-    return ArtifactError(f"The folder '{folder}' is damaged: {reason}.", "Export or build the model again.")
+    return ArtifactError(f"The folder '{folder}' is damaged: {reason}.", REMEDY)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from qe_edge.errors import ArtifactError, ResourceError
+from qe_edge.runtime.graph_files import check_graph_file
 from qe_edge.runtime.manifest import GraphEntry
 
 ACCURACY_LEVELS = (0, 4)  # of ONNX Runtime's INT4 products: exact, or activations quantized once more in blocks
@@ -48,12 +49,13 @@ class OrtSession:
         threads: Number of threads; None leaves it to ONNX Runtime.
 
     Raises:
-        ArtifactError: If ONNX Runtime cannot load the graph, or its inputs are not the manifest's.
+        ArtifactError: If the graph is damaged, ONNX Runtime cannot load it, or its inputs are not the manifest's.
     """
 
     def __init__(self, folder: Path, entry: GraphEntry, accuracy_level: int, threads: int | None) -> None:
         import onnxruntime as ort
 
+        check_graph_file(folder, entry.file)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
@@ -103,4 +105,6 @@ def _ort_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    """What ONNX Runtime said, at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -20,6 +20,7 @@ from qe_edge.recipe import Recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.validate.answers import score
+from qe_edge.validate.artifacts import trace_artifacts
 from qe_edge.validate.comparison import distance_of
 from qe_edge.validate.evaluation import Comparisons, Questions, evaluate
 from qe_edge.validate.examples import choose_examples
@@ -61,11 +62,14 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
         progress: Where to report progress.
 
     Raises:
+        ArtifactError: If the folders were not made from each other, which is found before any work.
         CalibrationError: If there is no question with an answer.
         TargetError: If this machine cannot run the engine.
         QEError: Of other kinds, if a part cannot be loaded.
     """
     progress = progress or Silent()
+    built = ([engines] if engines is not None else []) + list(not_run)
+    artifacts, strangers = trace_artifacts(original, model_name(original), checkpoint, onnx, built)
     every = load_evaluation(evaluation)
     samples = every[:limit]
     if not samples:
@@ -76,7 +80,7 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
         engine = VisionLanguageEngine.load(engines, accuracy_level=0, plugin_library=plugin_library)
     calibration = calibration_of(recipe)
     shuffled = shuffle_pictures(samples)
-    notes = [] if calibration else [NO_CALIBRATION]
+    notes = strangers + ([] if calibration else [NO_CALIBRATION])
     notes += [] if shuffled else [NO_SHUFFLE]
     notes += [LIMITED.format(count=len(samples))] if len(samples) < len(every) else []
     found = evaluate(original, checkpoint, engine, Questions(samples, shuffled, calibration), progress)
@@ -96,6 +100,7 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
         model=model_name(original),
         model_type=found.model_type,
         recipe=recipe.model_dump(mode="json"),
+        artifacts=artifacts,
         machine=describe_machine(),
         evaluation=EvaluationData(
             source=evaluation,

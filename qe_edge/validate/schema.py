@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qe_edge.accounting import FileSize, ModelBits
 
-REPORT_VERSION: Literal[1] = 1
+REPORT_VERSION: Literal[2] = 2
 
 Split = Literal["calibration", "heldout"]
 Role = Literal["original", "quantized", "engine"]
@@ -268,6 +268,20 @@ class TargetState(Part):
     plugin_nodes: int = 0
 
 
+class Artifact(Part):
+    """A folder that was measured.
+
+    Attributes:
+        stage: What it holds.
+        name: Its name without the folders above; of the original, the name that the report gives it.
+        digest: SHA-256 of its description, which has the hashes of its files; None where the original has none.
+    """
+
+    stage: Literal["original", "checkpoint", "onnx", "engines"]
+    name: str
+    digest: str | None
+
+
 class Report(Part):
     """Everything that `validate` found.
 
@@ -278,6 +292,7 @@ class Report(Part):
         model: Name of the original model as given.
         model_type: Its family.
         recipe: The resolved recipe of the checkpoint.
+        artifacts: The folders that were measured, by their digests.
         machine: Where this ran.
         evaluation: The held-out data.
         bits: Bits per weight.
@@ -293,12 +308,13 @@ class Report(Part):
         notes: What a reader must know about gaps of this report.
     """
 
-    version: Literal[1] = REPORT_VERSION
+    version: Literal[2] = REPORT_VERSION
     qe_edge: str
     created: str
     model: str
     model_type: str
     recipe: dict[str, Any]
+    artifacts: list[Artifact]
     machine: Machine
     evaluation: EvaluationData
     bits: ModelBits

@@ -23,6 +23,7 @@ INFO = EngineInfo(
     version="10.7",
     graphs={"language": GraphBuild(size=1, seconds=1, plugin_nodes=("a", "b"), plugin_layers=("a",))},
     plugin=PluginBuild(sha256="0" * 64, layout_version=LAYOUT_VERSION),
+    manifest="0" * 64,
 )
 
 

@@ -21,6 +21,7 @@ from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.manifest import read_manifest
 from tests.conftest import Exported
 from tests.export.single_layers import Variant, layers_graph, make_layer
+from tests.sealing import seal
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 
@@ -142,14 +143,16 @@ def test_a_failed_build_leaves_nothing(exported: Exported, tmp_path: Path, monke
     assert [path.name for path in tmp_path.rglob("*")] == ["engines"]
 
 
-def test_engines_cannot_be_built_from_engines(exported: Exported, tmp_path: Path) -> None:
-    folder = tmp_path / "engines"
-    folder.mkdir()
-    manifest = json.loads((exported.onnx / "manifest.json").read_text(encoding="utf-8"))
-    for name, entry in manifest["graphs"].items():
-        entry["file"] = f"{name}.engine"
-        (folder / entry["file"]).touch()
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+@pytest.mark.parametrize("engine", [False, True])
+def test_engines_cannot_be_built_from_engines(exported: Exported, tmp_path: Path, engine: bool) -> None:
+    folder = build_engines(exported.onnx, tmp_path / "engines", "cpu")
+    if engine:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, entry in manifest["graphs"].items():
+            entry["file"] = f"{name}.engine"
+            (folder / entry["file"]).touch()
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        seal(folder)
     with pytest.raises(ArtifactError, match="holds engines"):
         build_engines(folder, tmp_path / "out", "cpu")
 

@@ -12,6 +12,7 @@ from qe_edge.accounting import BitCount, FileSize, LayerBits, ModelBits
 from qe_edge.validate.schema import (
     Accuracy,
     Answer,
+    Artifact,
     Contender,
     Distance,
     EngineAgreement,
@@ -47,6 +48,10 @@ def make_report() -> Report:
         model="some-model",
         model_type="qwen2_vl",
         recipe={"method": "qe", "scheme": "w3a16", "modules": ["language", "visual"], "preset": "default"},
+        artifacts=[
+            Artifact(stage="original", name="some-model", digest=None),
+            Artifact(stage="checkpoint", name="checkpoint", digest="1" * 64),
+        ],
         machine=Machine(system="Linux", processor="CPU", cores=2, memory_bytes=2**34, libraries={"torch": "2"}),
         evaluation=EvaluationData(source="demo", samples=100, kinds={"open": 50, "yesno": 50}, sha256="0" * 64),
         bits=ModelBits(

@@ -148,11 +148,21 @@ def test_files_are_written_and_read_again(report: Report, tmp_path: Path) -> Non
     assert sorted(path.name for path in data.parent.iterdir()) == ["report.html", "report.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 2}', '{"version": 1}', "\x00"])
-def test_a_file_that_is_no_report(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "no JSON table"),
+        ('{"version": 2}', "no report that this version reads: qe_edge"),
+        ('{"version": 1}', "its version is 1, and 2 is read"),
+        ("\x00", "not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_report(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ArtifactError, match="no report"):
+    with pytest.raises(ArtifactError, match=words) as caught:
         load_report(path)
+    assert caught.value.remedy == "Validate again."
     with pytest.raises(ArtifactError, match="There is no report"):
         load_report(tmp_path)

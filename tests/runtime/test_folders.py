@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from qe_edge.errors import ArtifactError, TargetError
 from qe_edge.runtime.embedding import EMBEDDING, TokenEmbedding
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild
-from qe_edge.runtime.manifest import GRAPHS, read_manifest
+from qe_edge.runtime.manifest import GRAPHS, Manifest, read_description, read_manifest
 from tests.conftest import Exported
+from tests.sealing import seal
 
 
 @pytest.fixture
@@ -33,6 +37,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     path.write_text(json.dumps(values), encoding="utf-8")
+    with suppress(ValidationError):  # of a manifest that not even its author could seal
+        manifest = Manifest.model_validate(values)
+        manifest.write_sealed(path)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +47,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     [
         (lambda m: m["graphs"]["visual"].update(file="../visual.onnx"), "graphs.visual.file"),
         (lambda m: m["graphs"]["visual"].update(file="/etc/passwd"), "graphs.visual.file"),
-        (lambda m: m["graphs"]["visual"].update(file="nosuch.onnx"), "'nosuch.onnx' is missing"),
+        (lambda m: m["graphs"]["visual"].update(file="nosuch.onnx"), "lists no file 'nosuch.onnx'"),
         (lambda m: m["graphs"].pop("merger"), "visual, merger, language"),
         (lambda m: m["graphs"]["visual"].update(inputs=[]), "graphs.visual.inputs"),
         (lambda m: m["graphs"]["visual"]["profiles"]["default"].pop("segment_ids"), "does not list the graph's inputs"),
@@ -51,7 +58,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m["kv"].update(layers=0), "kv.layers"),
         (lambda m: m.update(surprise=1), "surprise"),
         (lambda m: m.pop("eos_token_ids"), "eos_token_ids"),
-        (lambda m: m.update(format_version=2), "format version 2"),
+        (lambda m: m.update(format_version=1), "format version 1"),
         (lambda m: m.update(model_type="internvl"), "'internvl' manifest"),
         (lambda m: m["graphs"]["language"]["inputs"].pop(), "profile"),
     ],
@@ -87,7 +94,8 @@ def test_weights_outside_the_folder(folder: Path, tmp_path: Path) -> None:
             if entry.key == "location":
                 entry.value = "../secret"
     (folder / "merger.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ArtifactError, match="cannot load"):
+    seal(folder)
+    with pytest.raises(ArtifactError, match=r"lies in '\.\./secret', and only 'merger\.onnx\.data'"):
         VisionLanguageEngine.load(folder)
 
 
@@ -107,7 +115,14 @@ def test_truncated_files(folder: Path, file: str) -> None:
 
 
 def test_a_graph_with_other_inputs(folder: Path) -> None:
-    shutil.copyfile(folder / "merger.onnx", folder / "visual.onnx")
+    for end in ("", ".data"):
+        shutil.copyfile(folder / f"merger.onnx{end}", folder / f"visual.onnx{end}")
+    graph = onnx.load(folder / "visual.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for place in tensor.external_data:
+            place.value = place.value.replace("merger.", "visual.")
+    (folder / "visual.onnx").write_bytes(graph.SerializeToString())
+    seal(folder)
     with pytest.raises(ArtifactError, match=r"inputs of .*visual\.onnx"):
         VisionLanguageEngine.load(folder)
 
@@ -120,15 +135,24 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
 def test_engines_without_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qe_edge.runtime.cuda.LIBRARY", "libnosuch.so")
     graphs = {name: GraphBuild(size=1, seconds=1) for name in GRAPHS}
-    EngineInfo(target="rtx", backend="tensorrt_rtx", version="1", graphs=graphs).write(folder)
+    digest = read_description(folder).digest
+    EngineInfo(target="rtx", backend="tensorrt_rtx", version="1", graphs=graphs, manifest=digest).write(folder)
     with pytest.raises(TargetError, match="needs an NVIDIA GPU"):
         VisionLanguageEngine.load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"target": "x", "backend": "os", "version": "1", "graphs": {}}'])
-def test_damaged_engine_info(folder: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not valid JSON"),
+        ("{}", "engine.json is wrong"),
+        ('{"target": "x", "backend": "tensorrt", "version": "1", "graphs": {}}', "of an earlier version"),
+        ('{"digest": "", "target": "x", "backend": "os", "version": "1", "graphs": {}}', "backend"),
+    ],
+)
+def test_damaged_engine_info(folder: Path, text: str, words: str) -> None:
     (folder / ENGINE_INFO).write_text(text, encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"engine\.json is wrong"):
+    with pytest.raises(ArtifactError, match=re.escape(words)):
         VisionLanguageEngine.load(folder)
 
 

@@ -91,7 +91,9 @@ class Driver:
 
 
 def info(plugin: PluginBuild | None) -> EngineInfo:
-    return EngineInfo(target="tensorrt", backend="tensorrt", version="10.7", graphs={}, plugin=plugin)
+    return EngineInfo(
+        target="tensorrt", backend="tensorrt", version="10.7", graphs={}, plugin=plugin, manifest="0" * 64
+    )
 
 
 def test_engines_with_the_plugin_load_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

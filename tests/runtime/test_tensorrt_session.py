@@ -27,6 +27,7 @@ from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild
 from qe_edge.runtime.manifest import GRAPHS, read_manifest
 from tests.conftest import Exported
+from tests.sealing import seal
 
 
 class HostDriver:
@@ -113,9 +114,9 @@ def engines(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (folder / f"{name}.engine").write_bytes(ir.to_proto(model).SerializeToString())
         specs = {key: tuple(map(tensor_spec, getattr(model.graph, key))) for key in ("inputs", "outputs")}
         entries[name] = entry.model_copy(update={"file": f"{name}.engine", **specs})
-    manifest.model_copy(update={"graphs": entries}).write(folder)
+    digest = manifest.model_copy(update={"graphs": entries}).write(folder).digest
     graphs = {name: GraphBuild(size=1, seconds=1) for name in GRAPHS}
-    EngineInfo(target="tensorrt", backend="tensorrt", version="10.3", graphs=graphs).write(folder)
+    EngineInfo(target="tensorrt", backend="tensorrt", version="10.3", graphs=graphs, manifest=digest).write(folder)
     return folder
 
 
@@ -179,6 +180,7 @@ def test_more_than_the_engine_was_built_for(engines: Path, driver: HostDriver, h
 def test_an_engine_of_another_version(engines: Path, driver: HostDriver, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(engines, tmp_path / "engines"))
     (folder / "visual.engine").write_bytes(b"")
+    seal(folder)
     with pytest.raises(TargetError, match=r"built with tensorrt 10\.3 and cannot be loaded by 10\.7") as caught:
         VisionLanguageEngine.load(folder)
     assert "Build the target 'tensorrt' again" in caught.value.remedy

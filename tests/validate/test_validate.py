@@ -21,6 +21,7 @@ from qe_edge.recipe import make_recipe
 from qe_edge.validate import Report, evaluation, validate
 from qe_edge.validate.run import LIMITED, NO_CALIBRATION
 from qe_edge.validate.subjects import in_float32, load_float32
+from tests.sealing import seal
 
 
 class Counting(Silent):
@@ -135,6 +136,7 @@ def test_other_calibration_data_are_not_passed_off_as_the_original(
     recipe = json.loads((copy / RECIPE).read_text(encoding="utf-8"))
     recipe["calibration"]["sha256"] = "0" * 64
     (copy / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
+    seal(copy)
     report = validate(str(small), copy, None, "demo", limit=2)
     assert NO_CALIBRATION in report.notes
     assert all(layer.calibration is None for layer in report.layers)
@@ -146,9 +148,11 @@ def test_every_end_token_of_the_original_survives(checkpoint: Path, tmp_path: Pa
     path = copy / "generation_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**values, "eos_token_id": [2, 5]}), encoding="utf-8")
+    seal(copy)
     generation = load_quantized(copy).model.generation_config
     assert generation.eos_token_id == [2, 5]  # type: ignore[union-attr]
     path.write_text("{", encoding="utf-8")
+    seal(copy)
     with pytest.raises(ArtifactError, match="generation_config"):
         load_quantized(copy)
 

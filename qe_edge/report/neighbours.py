@@ -1,0 +1,53 @@
+"""Whether the folders beside a report are still those that it measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qe_edge.checkpoint_files import check_checkpoint, read_checkpoint_files
+from qe_edge.errors import ArtifactError
+from qe_edge.runtime.manifest import read_manifest
+from qe_edge.validate.schema import Artifact, Report
+
+CHANGED = "'{path}' is not what this report measured: {reason}. Validate again."
+NOT_FOUND = "None of the measured folders lies beside the report, so it was not compared with them."
+
+
+def find_changes(report: Report, file: Path) -> list[str]:
+    """One sentence for every folder beside a report that is another one now, or that nothing could be compared.
+
+    A folder is looked for by its name beside the report and in `engines` beside it. Its files are read once.
+
+    Args:
+        report: The report.
+        file: Where it was read.
+    """
+    found = []
+    compared = 0
+    for artifact in report.artifacts:
+        for path in _places(artifact, file.absolute().parent):
+            if artifact.stage != "original" and path.is_dir():
+                compared += 1
+                reason = _difference(artifact, path)
+                found += [CHANGED.format(path=path, reason=reason)] if reason else []
+                break
+    return found if compared else [NOT_FOUND]
+
+
+def _places(artifact: Artifact, folder: Path) -> list[Path]:
+    if Path(artifact.name).name != artifact.name or "\0" in artifact.name:
+        return []
+    return [folder / artifact.name, folder / "engines" / artifact.name]
+
+
+def _difference(artifact: Artifact, path: Path) -> str | None:
+    """How a folder differs from an artifact, None if it does not."""
+    try:
+        if artifact.stage == "checkpoint":
+            digest = read_checkpoint_files(path).digest
+            check_checkpoint(path)
+        else:
+            digest = read_manifest(path).digest
+    except ArtifactError as error:
+        return error.problem.rstrip(".")
+    return None if digest == artifact.digest else "it was written again since"

@@ -1,0 +1,143 @@
+"""Checks a graph's file before any library opens it: tensors have the bytes that they announce, in this folder.
+
+Versions of ONNX Runtime and onnx-ir differ in which paths of external data they follow, so none of them is asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, Message
+from onnx import TensorProto
+
+from qe_edge.errors import ArtifactError
+from qe_edge.integrity import check_inside
+
+MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message; weights lie beside it
+DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
+REMEDY = "Export the model again."
+TYPED = {
+    "float_data": (TensorProto.FLOAT, TensorProto.COMPLEX64),
+    "double_data": (TensorProto.DOUBLE, TensorProto.COMPLEX128),
+    "int64_data": (TensorProto.INT64,),
+    "uint64_data": (TensorProto.UINT32, TensorProto.UINT64),
+    "string_data": (TensorProto.STRING,),
+}  # every other type lies in int32_data
+BITS = {
+    TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16,
+    TensorProto.INT8: 8, TensorProto.INT16: 16, TensorProto.INT32: 32, TensorProto.INT64: 64,
+    TensorProto.UINT8: 8, TensorProto.UINT16: 16, TensorProto.UINT32: 32, TensorProto.UINT64: 64,
+    TensorProto.BOOL: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4,
+}  # fmt: skip
+
+
+def check_graph_file(folder: Path, file: str) -> onnx.ModelProto:
+    """Read a graph without its weights and check where these are.
+
+    Args:
+        folder: Folder of the graph.
+        file: Its name; external data may lie in the file of the same name with `.data` after it, and nowhere else.
+
+    Returns:
+        The graph, external data not loaded.
+
+    Raises:
+        ArtifactError: If the graph cannot be read, or a tensor does not have the bytes that it announces.
+    """
+    path = folder / file
+    if path.stat().st_size > MAX_GRAPH_BYTES:
+        raise ArtifactError(f"'{path}' has more than {MAX_GRAPH_BYTES} bytes, which no graph has.", REMEDY)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise ArtifactError(f"'{path}' is no ONNX graph, or was cut off: {_line(error)}", REMEDY) from error
+    data = folder / f"{file}{DATA}"
+    spans: set[tuple[int, int]] = set()
+    for tensor in _tensors(model):
+        size = _announced_bytes(path, tensor)
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            start, stop = _place(path, tensor, size)
+            if not data.is_file():
+                raise _wrong(path, tensor, f"lies in '{data.name}', which is missing")
+            check_inside(folder, data)
+            if stop > data.stat().st_size:
+                raise _wrong(path, tensor, f"goes beyond the end of '{data.name}'")
+            if start < stop:
+                spans.add((start, stop))
+        else:
+            _check_inline(path, tensor, size)
+    ordered = sorted(spans)
+    for (_, stop), (start, _) in itertools.pairwise(ordered):
+        if start < stop:
+            raise ArtifactError(f"Tensors of '{path}' overlap in '{data.name}' at byte {start}.", REMEDY)
+    return model
+
+
+def _announced_bytes(path: Path, tensor: TensorProto) -> int | None:
+    """Bytes of a tensor by its type and shape; None for strings."""
+    if any(size < 0 for size in tensor.dims):
+        raise _wrong(path, tensor, f"has the shape {list(tensor.dims)}")
+    if tensor.data_type == TensorProto.STRING:
+        return None
+    if tensor.data_type not in BITS:
+        raise _wrong(path, tensor, f"has the unknown type {tensor.data_type}")
+    return (prod(tensor.dims) * BITS[tensor.data_type] + 7) // 8
+
+
+def _place(path: Path, tensor: TensorProto, size: int | None) -> tuple[int, int]:
+    """First byte and end of external data."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location, wanted = entries.get("location", ""), f"{path.name}{DATA}"
+    if len(entries) != len(tensor.external_data) or tensor.data_location != TensorProto.EXTERNAL:
+        raise _wrong(path, tensor, "has no clear place outside the graph")
+    if location != wanted:
+        raise _wrong(path, tensor, f"lies in '{location}', and only '{wanted}' in the same folder is read")
+    numbers = {key: entries.get(key, "0") for key in ("offset", "length")}
+    for key, text in numbers.items():
+        if not (text.isascii() and text.isdecimal() and len(text) < 19):
+            raise _wrong(path, tensor, f"has the {key} '{text}'")
+    start, length = int(numbers["offset"]), int(numbers["length"])
+    if size is None or length != size or tensor.raw_data:
+        raise _wrong(path, tensor, f"announces {length} bytes outside the graph and has the shape {list(tensor.dims)}")
+    return start, start + length
+
+
+def _check_inline(path: Path, tensor: TensorProto, size: int | None) -> None:
+    """Data in the graph itself: bytes, or a list of one type."""
+    if tensor.HasField("raw_data"):
+        if size != len(tensor.raw_data):
+            raise _wrong(path, tensor, f"has {len(tensor.raw_data)} bytes and the shape {list(tensor.dims)}")
+        return
+    field = next((field for field, types in TYPED.items() if tensor.data_type in types), "int32_data")
+    elements = prod(tensor.dims)
+    values = len(getattr(tensor, field))
+    wanted = {elements}
+    if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
+        wanted = {(elements + 1) // 2}
+    if values not in wanted:
+        raise _wrong(path, tensor, f"has {values} values and the shape {list(tensor.dims)}")
+
+
+def _tensors(message: Message) -> Iterator[TensorProto]:
+    """Every tensor of a graph: of initializers, attributes, subgraphs and functions."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [value] if isinstance(value, Message) else value:
+            if isinstance(part, TensorProto):
+                yield part
+            else:
+                yield from _tensors(part)
+
+
+def _wrong(path: Path, tensor: TensorProto, what: str) -> ArtifactError:
+    return ArtifactError(f"'{path}' is damaged: its tensor '{tensor.name}' {what}.", REMEDY)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
