@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.errors import InputError, ModelError
-from qe_edge.models.batching import Row, answer_tokens, encode_text, left_pad
+from qe_edge.models.batching import Row, check_length, encode_text, left_pad, naming
+from qe_edge.models.chat import answer_ids, chat_ids
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 
 if TYPE_CHECKING:
@@ -65,15 +66,14 @@ class CausalLM(ModelFamily):
         """One left-padded batch of texts or chat prompts.
 
         Raises:
-            InputError: If a sample has a picture, or is longer than the model's context.
+            InputError: Naming the sample, if it has a picture, or is longer than the model's context.
         """
-        rows = [self._row(processor.tokenizer, sample, answers=answers) for sample in samples]
-        longest = max(len(row.ids) for row in rows)
-        if longest > self.config.max_position_embeddings:
-            raise InputError(
-                f"A text has {longest} tokens; the model reads {self.config.max_position_embeddings}.",
-                "Cut it into pieces, one a line.",
-            )
+        rows = []
+        for sample in samples:
+            with naming(sample):
+                row = self._row(processor.tokenizer, sample, answers=answers)
+                check_length(row, self.config.max_position_embeddings, "A text")
+            rows.append(row)
         return left_pad(rows, processor.tokenizer, NO_IMAGE_TOKEN, {})
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
@@ -112,10 +112,13 @@ class CausalLM(ModelFamily):
                 "A 'llama' model reads no pictures.", 'Give lines of {"text": ...}, or questions without an image.'
             )
         if sample.kind == TEXT or tokenizer.chat_template is None:
+            if sample.earlier:
+                raise InputError(
+                    "This model has no chat template for a conversation of several turns.",
+                    "Give one question, or copy chat_template.jinja from a model that was trained to chat.",
+                )
             ids = encode_text(tokenizer, sample.question)
         else:
-            turn = [{"role": "user", "content": sample.question}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        reply = answer_tokens(tokenizer, sample) if answers else []
+            ids = chat_ids(tokenizer, sample.conversation, as_parts=False)
+        reply = answer_ids(tokenizer, sample) if answers else []
         return Row([*ids, *reply], len(ids))
