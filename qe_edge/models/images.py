@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from qe_edge.errors import InputError, QENotice
+from qe_edge.errors import CommonNotice, InputError
 from qe_edge.models.pixel_formats import array_image, to_rgb
 from qe_edge.models.texts import shortened
 
@@ -104,7 +104,7 @@ def _read(image: Image.Image, name: str) -> Image.Image:
     check_size(image.size, name)
     try:
         if image.format != MANY_SHOTS and getattr(image, "is_animated", False):
-            warnings.warn(FRAMES_NOTICE, QENotice, stacklevel=2)
+            warnings.warn(FRAMES_NOTICE, CommonNotice, stacklevel=2)
             image.seek(0)
         image.load()
         return to_rgb(image, name)

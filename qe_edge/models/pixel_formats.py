@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from qe_edge.errors import InputError, QENotice
+from qe_edge.errors import CommonNotice, InputError
 
 DEEP_NOTICE = (
     "Pictures of 16 or 32 bits are scaled to 8 bits, each by its own range: its smallest value becomes black, its "
@@ -81,7 +81,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         turned = ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, struct.error, OverflowError):
-        warnings.warn(EXIF_NOTICE, QENotice, stacklevel=2)
+        warnings.warn(EXIF_NOTICE, CommonNotice, stacklevel=2)
         return image
     return image if turned is None else turned
 
@@ -114,7 +114,7 @@ def _scaled(values: np.ndarray, hidden: np.ndarray | None, name: str) -> np.ndar
     span = high - low
     if not np.isfinite(span):
         raise InputError(f"{name} holds values that are not finite.", "Replace NaN and infinity, for example by 0.")
-    warnings.warn(DEEP_NOTICE, QENotice, stacklevel=2)
+    warnings.warn(DEEP_NOTICE, CommonNotice, stacklevel=2)
     scaled = np.zeros(values.shape, np.uint8)
     for start in range(0, len(values) if span > 0 else 0, ROWS):
         part = values[start : start + ROWS].astype(np.float64)
