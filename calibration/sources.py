@@ -20,6 +20,7 @@ from qe_edge.models.images import is_file, open_image
 from qe_edge.models.texts import is_unicode, shortened
 
 DEMO = "demo"
+SEEING = ("visual", "merger")  # parts of a model that read nothing but pictures
 MAX_LINE = 1 << 20  # characters
 
 
@@ -76,6 +77,24 @@ def read_jsonl(path: Path) -> list[Sample]:
         CalibrationError: Naming the first bad line.
     """
     return [read_line(line, path, number) for number, line in _lines(path) if line.strip()]
+
+
+def check_reached(samples: Sequence[Sample], modules: Sequence[str]) -> None:
+    """Refuse calibration samples of which none reaches a selected part of the model.
+
+    Args:
+        samples: The samples.
+        modules: Selected parts: "visual", "merger", "language".
+
+    Raises:
+        CalibrationError: If none has a picture, and a part is selected that sees nothing else.
+    """
+    blind = [name for name in modules if name in SEEING]
+    if blind and not any(sample.pictures for sample in samples):
+        raise CalibrationError(
+            f"No calibration sample has a picture, so no data reaches '{blind[0]}'.",
+            "Use samples with pictures, or quantize the language model alone ('--modules language').",
+        )
 
 
 def hash_samples(samples: Sequence[Sample]) -> str:
