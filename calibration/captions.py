@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qe_edge.errors import CalibrationError
+from qe_edge.errors import CalibrationError, InputError
 from qe_edge.models.family import Sample
 
 CAPTION_PROMPT = "Describe the picture."
@@ -67,9 +67,15 @@ def _sharegpt4v(folder: Path | None, count: int | None, seed: int) -> list[Sampl
             raise CalibrationError(
                 f"There is no picture '{row['image']}' in '{folder}'.", "Unpack COCO's train2017.zip there."
             )
-        turns = {turn["from"]: turn["value"] for turn in reversed(row["conversations"])}  # the first of each side
-        question = turns.get("human", "").replace(IMAGE_MARK, "").strip()
-        samples.append(Sample(picture, question or CAPTION_PROMPT, turns.get("gpt")))
+        try:
+            turns = {turn["from"]: turn["value"] for turn in reversed(row["conversations"])}  # the first of each side
+            question = turns.get("human", "").replace(IMAGE_MARK, "").strip()
+            sample = Sample(picture, question or CAPTION_PROMPT, turns.get("gpt"), origin=f"'{row['image']}'")
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise CalibrationError(
+                f"The conversation about '{row['image']}' cannot be read: {error}", "Download the data again."
+            ) from error
+        samples.append(sample)
     return samples
 
 
@@ -83,13 +89,17 @@ def _coco(folder: Path | None, count: int | None, seed: int) -> list[Sample]:
         rows = _load("parquet", data_files=files)
     _check_columns(rows, ("image", "answer"), "coco")
     chosen = _draw(range(len(rows)), count, seed, "coco")
-    return [_coco_sample(rows[index]) for index in chosen]
+    rows = rows.cast_column("image", _datasets().Image(decode=False))  # it would open more formats than we do
+    return [_coco_sample(rows[index], f"Picture {index} of 'coco'") for index in chosen]
 
 
-def _coco_sample(row: dict[str, Any]) -> Sample:
+def _coco_sample(row: dict[str, Any], origin: str) -> Sample:
     captions = row["answer"]  # usually five of each picture
     captions = [captions] if isinstance(captions, str) else captions
-    return Sample(row["image"], CAPTION_PROMPT, str(captions[0]) if captions else None)
+    data = row["image"]["bytes"] if isinstance(row["image"], dict) else None
+    if data is None:
+        raise CalibrationError(f"{origin} is not in its Parquet file.", "Download the data again.")
+    return Sample(data, CAPTION_PROMPT, str(captions[0]) if captions else None, origin=origin)
 
 
 def _draw(usable: Iterable[int], count: int | None, seed: int, name: str) -> list[int]:
@@ -108,13 +118,18 @@ def _check_columns(rows: Any, wanted: Iterable[str], name: str) -> None:  # noqa
         raise CalibrationError(f"The data of '{name}' have no column '{missing[0]}'.", "Download the data again.")
 
 
-def _load(path: str, name: str | None = None, *, split: str = "train", **options: Any) -> Any:  # noqa: ANN401
+def _datasets() -> Any:  # noqa: ANN401 - datasets has no types
     try:
         import datasets
     except ImportError as error:
         raise CalibrationError(
             "Captions are read by the package 'datasets', which is not installed.", 'Run: pip install "datasets>=3.0"'
         ) from error
+    return datasets
+
+
+def _load(path: str, name: str | None = None, *, split: str = "train", **options: Any) -> Any:  # noqa: ANN401
+    datasets = _datasets()
     if "data_files" not in options and Path(path).exists():  # `datasets` would read that instead
         raise CalibrationError(
             f"A folder '{path}' lies in the current folder and hides the public data set of that name.",

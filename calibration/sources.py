@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from qe_edge.calibration.captions import CAPTION_PROMPT, is_caption_source, load_captions
+from qe_edge.calibration.captions import is_caption_source, load_captions
+from qe_edge.calibration.folders import read_folder
+from qe_edge.calibration.lines import read_line
 from qe_edge.errors import CalibrationError
+from qe_edge.models.batching import naming
 from qe_edge.models.family import TEXT, Sample
-from qe_edge.models.images import open_image
+from qe_edge.models.images import is_file, open_image
+from qe_edge.models.texts import is_unicode, shortened
 
 DEMO = "demo"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_LINE = 1 << 20
+SEEING = ("visual", "merger")  # parts of a model that read nothing but pictures
+MAX_LINE = 1 << 20  # characters
 
 
 def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[Sample]:
     """Draw samples from a source.
 
     Args:
-        source: "demo", a JSONL file, a folder with such files or with pictures (a `.txt` of the same name is a
-            picture's caption), or public captions (see `qe_edge.calibration.captions`). A line has `image`,
-            `question` and `answer`, of which `answer` and one of the others may be missing, or `text` alone: running
-            text for a language model.
+        source: "demo", a JSONL file (see `qe_edge.calibration.lines`), a folder with such files or with pictures (see
+            `qe_edge.calibration.folders`), or public captions (see `qe_edge.calibration.captions`).
         count: How many to draw without replacement; None or more than there are takes all, in order.
         seed: Seed of the draw.
 
@@ -41,16 +43,7 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
     elif is_caption_source(source):
         return load_captions(source, count, seed)
     else:
-        path = Path(source)
-        if path.is_file():
-            samples = read_jsonl(path)
-        elif path.is_dir():
-            samples = _read_folder(path)
-        else:
-            raise CalibrationError(
-                f"There is no calibration source '{source}'.",
-                "Give 'demo', a JSONL file, a folder of pictures, 'coco' or 'sharegpt4v:FOLDER'.",
-            )
+        samples = _read_path(source)
     if not samples:
         raise CalibrationError(f"'{source}' holds no sample.", "Add pictures with questions, or lines of text.")
     if count is not None and count < len(samples):
@@ -83,69 +76,91 @@ def read_jsonl(path: Path) -> list[Sample]:
     Raises:
         CalibrationError: Naming the first bad line.
     """
-    samples = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line) if len(line) <= MAX_LINE else None
-            except (ValueError, RecursionError):
-                entry = None
-            samples.append(_sample(entry, path, number))
-    return samples
+    return [read_line(line, path, number) for number, line in _lines(path) if line.strip()]
+
+
+def check_reached(samples: Sequence[Sample], modules: Sequence[str]) -> None:
+    """Refuse calibration samples of which none reaches a selected part of the model.
+
+    Args:
+        samples: The samples.
+        modules: Selected parts: "visual", "merger", "language".
+
+    Raises:
+        CalibrationError: If none has a picture, and a part is selected that sees nothing else.
+    """
+    blind = [name for name in modules if name in SEEING]
+    if blind and not any(sample.pictures for sample in samples):
+        raise CalibrationError(
+            f"No calibration sample has a picture, so no data reaches '{blind[0]}'.",
+            "Use samples with pictures, or quantize the language model alone ('--modules language').",
+        )
 
 
 def hash_samples(samples: Sequence[Sample]) -> str:
-    """SHA-256 over the decoded pictures, questions and answers."""
+    """SHA-256 over the decoded pictures, questions and answers.
+
+    Raises:
+        InputError: Naming the sample, if a picture cannot be read.
+    """
     digest = hashlib.sha256()
     for sample in samples:
-        if sample.image is not None:
-            picture = open_image(sample.image)
+        for source in sample.pictures:
+            with naming(sample):
+                picture = open_image(source)
             digest.update(f"{picture.size}".encode() + picture.tobytes())
         # running text and a question of the same words become different tokens
         kind = [TEXT] if sample.kind == TEXT else []
-        digest.update(json.dumps([sample.question, sample.answer, *kind]).encode())
+        digest.update(json.dumps([sample.question, sample.answer, *kind, *_further(sample)]).encode())
     return digest.hexdigest()
 
 
-def _sample(entry: Any, path: Path, number: int) -> Sample:  # noqa: ANN401 - anything a JSON line may hold
-    where = f"Line {number} of '{path}'"
-    entry = entry if isinstance(entry, dict) else {}
-    if isinstance(entry.get("text"), str) and entry["text"].strip() and not {"image", "question"} & entry.keys():
-        return Sample(None, entry["text"], kind=TEXT)
-    image = entry.get("image")
-    question = entry.get("question", CAPTION_PROMPT if image is not None else None)
-    if not isinstance(question, str):
-        raise CalibrationError(
-            f"{where} is not a sample.",
-            'Each line is JSON: {"image": ..., "question": ..., "answer": ...}, or {"text": ...} alone.',
-        )
-    if image is not None:
-        folder = path.parent.resolve()
-        target = (folder / str(image)).resolve()
-        if not target.is_relative_to(folder):
-            raise CalibrationError(f"{where} points outside its folder.", "Put the pictures beside the JSONL file.")
-        if not target.is_file():
-            raise CalibrationError(f"{where} names the missing picture '{image}'.", "Add the file or remove the line.")
-        image = target
-    answer = entry.get("answer")
-    return Sample(
-        image,
-        question,
-        None if answer is None else str(answer),
-        str(entry.get("kind", "")),
-        str(entry.get("topic", "")),
+def _further(sample: Sample) -> list[object]:
+    """What few samples have: several answers, earlier turns, pictures in other places than before the question."""
+    turns = sample.conversation
+    if not sample.answers and len(turns) == 1 and not any(turns[0].marks):
+        return []
+    return [{"answers": sample.answers, "turns": [asdict(turn) for turn in turns]}]
+
+
+def _read_path(source: str) -> list[Sample]:
+    path = Path(source)
+    if not is_unicode(source):  # a recipe that names it could not be written
+        raise CalibrationError("The calibration source's name is not UTF-8.", "Rename the file or folder.")
+    if is_file(path):
+        return read_jsonl(path)
+    try:
+        folder = path.is_dir()
+    except (OSError, ValueError):  # no possible name of a file
+        folder = False
+    if folder:
+        files, pictures = read_folder(path)
+        return [sample for file in files for sample in read_jsonl(file)] or pictures
+    raise CalibrationError(
+        f"There is no calibration source '{shortened(source)}'.",
+        "Give 'demo', a JSONL file, a folder of pictures, 'coco' or 'sharegpt4v:FOLDER'.",
     )
 
 
-def _read_folder(folder: Path) -> list[Sample]:
-    files = sorted(folder.glob("*.jsonl"))
-    if files:
-        return [sample for file in files for sample in read_jsonl(file)]
-    samples = []
-    for picture in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
-        caption = picture.with_suffix(".txt")
-        answer = caption.read_text(encoding="utf-8").strip() if caption.is_file() else None
-        samples.append(Sample(picture, CAPTION_PROMPT, answer))
-    return samples
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        CalibrationError: If a line is not UTF-8 or too long.
+    """
+    number = 0
+    try:
+        # a wrong byte becomes half a surrogate pair, so that its line can be named
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise CalibrationError(
+                        f"Line {number} of '{path}' has more than {MAX_LINE} characters.",
+                        "Name pictures by their files, and cut long texts into several lines.",
+                    )
+                if not is_unicode(line) or "\0" in line:
+                    raise CalibrationError(f"Line {number} of '{path}' is not UTF-8 text.", "Save the file as UTF-8.")
+                yield number, line
+    except OSError as error:
+        raise CalibrationError(f"'{path}' cannot be read: {error.strerror}.", "Check its permissions.") from error

@@ -29,6 +29,10 @@ class QENotice(UserWarning):
     """Something that a user should know, in one line; the command line prints it, elsewhere Python warns."""
 
 
+class CommonNotice(QENotice):
+    """A notice that many inputs of one kind cause; the command line prints the same words once."""
+
+
 class UnknownNameError(QEError):
     """A method, scheme, module, model family, target or recipe key that does not exist."""
 

@@ -77,7 +77,7 @@ def read_bounded_text(
         raise error(f"'{path}' is not UTF-8: byte {problem.start} is wrong.", remedy) from problem
 
 
-def parse_json(text: str, where: object, error: type[QEError], remedy: str) -> Any:  # noqa: ANN401 - any JSON value
+def parse_json(text: str, where: object, error: type[QEError], remedy: str, *, strict: bool = False) -> Any:  # noqa: ANN401 - any JSON value
     """The value that a JSON text describes.
 
     Args:
@@ -85,18 +85,34 @@ def parse_json(text: str, where: object, error: type[QEError], remedy: str) -> A
         where: What it came from, for the message: a path, or a line of a file.
         error: Class of the error for a text that is not JSON.
         remedy: Its second sentence.
+        strict: Whether to refuse a key that stands twice in one table, and NaN and infinity, which are not JSON.
 
     Raises:
         QEError: Of the class `error`, also for a text nested deeper than `MAX_DEPTH`.
     """
     try:
-        values = json.loads(text)
+        if strict:
+            values = json.loads(text, object_pairs_hook=_table, parse_constant=_refuse_constant)
+        else:
+            values = json.loads(text)
     except (ValueError, RecursionError) as problem:
         reason = "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
         raise error(f"'{where}' is not valid JSON: {reason}.", remedy) from problem
     if _deeper_than(values, MAX_DEPTH):
         raise error(f"'{where}' is nested deeper than {MAX_DEPTH} levels.", remedy)
     return values
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+    return table
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _deeper_than(values: object, limit: int) -> bool:

@@ -24,7 +24,7 @@ from qe_edge.calibration.sensitivity import (
     output_gradients,
     save_sensitivities,
 )
-from qe_edge.calibration.sources import hash_samples, load_samples
+from qe_edge.calibration.sources import check_reached, hash_samples, load_samples
 from qe_edge.calibration.statistics import (
     InputStatistics,
     StatisticsCollector,
@@ -97,6 +97,7 @@ def quantize(
         samples = list(calibration)
     if not samples:
         raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question, or text.")
+    check_reached(samples, recipe.modules)
     spec = replace_calibration(recipe, calibration, samples)
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, spec.modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """The example, as it is to be typed."""
         write_example(formatter, self.example)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line.
+
+        Raises:
+            click.UsageError: Also if an option that takes one value is given twice.
+        """
+        if args and not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            for parameter, count in Counter(order).items():
+                single = isinstance(parameter, click.Option) and not (parameter.multiple or parameter.count)
+                same_each_time = getattr(parameter, "is_flag", False) and not parameter.secondary_opts
+                if count > 1 and single and not same_each_time:
+                    raise click.UsageError(f"{parameter.opts[-1]} is given {count} times; give it once.", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what the command returns
         """Run the command's function."""

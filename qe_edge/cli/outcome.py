@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 
@@ -14,6 +16,7 @@ from qe_edge.errors import QEError, UnknownNameError
 
 MISTAKE, DEFECT, INTERRUPTED = 2, 1, 130
 RESUMABLE = ("deploy", "quantize")
+LENIENT = "backslashreplace"  # how a character that cannot be encoded is written
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
@@ -27,11 +30,12 @@ def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
         call: Runs the application; what it returns is the exit code, None for 0.
         words: The command line, to say how to resume.
     """
+    _write_any_character()
     try:
         with _terminating_like_ctrl_c():
             code = call()
     except (KeyboardInterrupt, click.Abort, Interrupted):
-        click.secho(_how_to_resume(words), fg="yellow", err=True)
+        _say(click.style(_how_to_resume(words), fg="yellow"))
         return INTERRUPTED
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -42,12 +46,30 @@ def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
         if "--verbose" in words:
             import traceback
 
-            traceback.print_exc()
+            _say("".join(traceback.format_exception(error)).rstrip())
         problem, remedy, code = _explain(error, words)
-        click.echo(click.style("Error: ", fg="red", bold=True) + _one_line(problem), err=True)
-        click.echo(click.style("  Fix: ", fg="green", bold=True) + _one_line(remedy), err=True)
+        _say(click.style("Error: ", fg="red", bold=True) + _one_line(problem))
+        _say(click.style("  Fix: ", fg="green", bold=True) + _one_line(remedy))
         return code
     return code if isinstance(code, int) else 0
+
+
+def _write_any_character() -> None:
+    """Let standard output and error take any text, whatever the locale can encode."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors=LENIENT)
+
+
+def _say(line: str) -> None:
+    """A line on standard error, as far as there is one; the exit code tells the rest."""
+    try:
+        click.echo(line, err=True)
+    except UnicodeEncodeError:  # a stream of another kind
+        with suppress(OSError, ValueError):
+            click.echo(line.encode("ascii", LENIENT).decode("ascii"), err=True)
+    except (OSError, ValueError):  # closed, full, or a pipe that nobody reads
+        pass
 
 
 @contextmanager
@@ -102,7 +124,9 @@ def _write_traceback(error: Exception, words: Sequence[str]) -> str | None:
     import traceback
 
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="qe-edge-", suffix=".log", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="qe-edge-", suffix=".log", delete=False, encoding="utf-8", errors=LENIENT
+        ) as file:
             file.write(f"qe-edge {shlex.join(words)}\n\n")
             traceback.print_exception(error, file=file)
             return file.name

@@ -11,7 +11,7 @@ from typing import TextIO
 
 import click
 
-from qe_edge.errors import QENotice
+from qe_edge.errors import CommonNotice, QENotice
 
 # Read by the libraries when they are imported; what the user has set wins.
 SETTINGS = {
@@ -50,7 +50,8 @@ def quiet_libraries(verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def _notices() -> Iterator[None]:
-    """Print a `QENotice` as one line, every time."""
+    """Print a `QENotice` as one line, every time; a `CommonNotice` once."""
+    shown: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", QENotice)
         others = warnings.showwarning
@@ -64,6 +65,9 @@ def _notices() -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if issubclass(category, QENotice):
+                if issubclass(category, CommonNotice) and str(message) in shown:
+                    return
+                shown.add(str(message))
                 click.secho(f"Note: {message}", fg="yellow", err=True)
             else:
                 others(message, category, filename, lineno, file, line)

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @click.command("run", cls=Command, example='qe-edge run out --image picture.png --prompt "What is this?"')
 @click.argument("folder", metavar="ENGINES", type=click.Path(path_type=Path))
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture; without one, text only.")
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Picture; without one, text only. May be repeated: several pictures stand before the prompt in this order.",
+)
 @click.option("--prompt", metavar="TEXT", required=True, help="Question or instruction.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Longest answer."
@@ -26,9 +33,14 @@ if TYPE_CHECKING:
 @target_option("Engine to use, where the folder holds several; the first that runs here by default.")
 @plugin_library_option()
 def command(
-    folder: Path, image: Path | None, prompt: str, max_tokens: int, target: str | None, plugin_library: Path | None
+    folder: Path,
+    images: tuple[Path, ...],
+    prompt: str,
+    max_tokens: int,
+    target: str | None,
+    plugin_library: Path | None,
 ) -> None:
-    """Answer a question about a picture.
+    """Answer a question about a picture, or about several.
 
     The answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX
     graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'.
@@ -38,7 +50,7 @@ def command(
     from qe_edge.models.images import open_image
     from qe_edge.provenance import check_deployment
 
-    sample = Sample(open_image(image) if image else None, prompt)
+    sample = Sample([open_image(image) for image in images], prompt)
     found = find_runnable(folder, target)
     check_deployment(folder, found)
     if is_checkpoint_folder(found):
@@ -81,7 +93,7 @@ def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int,
             logits = engine.decode(state, np.array([token]))
     ended = time.perf_counter()
     if encoded.pixels:
-        timings.append(f"picture {_ms(read - looked)}")
+        timings.append(f"{'picture' if len(sample.pictures) == 1 else 'pictures'} {_ms(read - looked)}")
     timings.append(f"prompt of {encoded.input_ids.shape[1]} tokens {_ms(first - read)}")
     timings.append(f"first token after {_ms(first - started)}")
     if ids:

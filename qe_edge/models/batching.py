@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from qe_edge.errors import InputError, ModelError
+from qe_edge.models.chat import answer_ids, chat_ids, text_ids
 from qe_edge.models.chat_templates import PICTURE_QUESTION, REMEDY, check_template, render_question
 from qe_edge.models.family import TEXT, Encoded, Sample
 from qe_edge.models.images import open_image
+
+MAX_VALUES = 1 << 30  # of all pictures of a batch, after preparation; 4 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -27,57 +32,93 @@ class Row:
     prompt_length: int
 
 
-def prepare_pictures(image_processor: Any, samples: Sequence[Sample], **options: Any) -> dict[str, np.ndarray]:  # noqa: ANN401
+def prepare_pictures(
+    image_processor: Any,  # noqa: ANN401 - image processors share no typed base
+    samples: Sequence[Sample],
+    **options: Any,  # noqa: ANN401 - the processor's own
+) -> dict[str, np.ndarray]:
     """Arrays that an image processor of transformers makes of the samples' pictures; empty when there is none.
 
+    Pictures are decoded and prepared one by one, in the samples' order, so that one of them is in memory at a time.
+
     Raises:
-        InputError: If a picture cannot be read or has a shape that the processor refuses.
+        InputError: Naming the sample, if a picture cannot be read or has a shape that the processor refuses, or all of
+            them together would fill the memory.
     """
-    pictures = [open_image(sample.image) for sample in samples if sample.image is not None]
-    if not pictures:
-        return {}
+    found: dict[str, list[np.ndarray]] = {}
+    for sample in samples:
+        with naming(sample):
+            for source in sample.pictures:
+                for name, array in _prepare(image_processor, open_image(source), options).items():
+                    found.setdefault(name, []).append(array)
+                values = sum(array.size for arrays in found.values() for array in arrays)
+                if values > MAX_VALUES:
+                    raise InputError(
+                        f"The pictures of one batch become {values} numbers for the model; up to {MAX_VALUES} fit.",
+                        "Scale the pictures down, or lower the picture size in preprocessor_config.json.",
+                    )
+    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
+def _prepare(image_processor: Any, picture: Image.Image, options: dict[str, Any]) -> dict[str, np.ndarray]:  # noqa: ANN401
     try:
-        return dict(image_processor(images=pictures, return_tensors="np", **options))
+        arrays = image_processor(images=[picture], return_tensors="np", **options)
     except ValueError as error:
-        sizes = ", ".join(sorted({"x".join(map(str, picture.size)) for picture in pictures}))
+        size = "x".join(map(str, picture.size))
         raise InputError(
-            f"A picture cannot be prepared for the model: {error} (sizes: {sizes}).", "Crop or scale the picture."
+            f"A picture cannot be prepared for the model: {error} (size: {size}).", "Crop or scale the picture."
         ) from error
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def encode_row(tokenizer: Any, sample: Sample, picture: tuple[int, list[int]], *, answer: bool) -> Row:  # noqa: ANN401
+@contextmanager
+def naming(sample: Sample) -> Iterator[None]:
+    """Say of an error about a sample where the sample came from.
+
+    Raises:
+        InputError: The same with the sample's origin.
+    """
+    try:
+        yield
+    except InputError as error:
+        if not sample.origin:
+            raise
+        raise InputError(f"{sample.origin}: {error.problem}", error.remedy) from error
+
+
+def encode_row(
+    tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
+    sample: Sample,
+    image_token: int,
+    pictures: Sequence[list[int]],
+    *,
+    answer: bool,
+) -> Row:
     """Tokenize one sample in the form that the tokenizer's chat template gives it; running text as it is.
 
     Args:
         tokenizer: A tokenizer of transformers with a chat template.
-        sample: The question, perhaps with a picture and a reference answer.
-        picture: The image token that the template writes, and the tokens that stand for this sample's picture in its
-            place (empty for a sample without one).
+        sample: The question, perhaps with pictures, earlier turns and a reference answer.
+        image_token: The token that the template writes for a picture.
+        pictures: For each of the sample's pictures the tokens that stand in place of that one.
         answer: Whether the reference answer follows the prompt, closed by the end-of-turn token.
 
     Raises:
-        InputError: If the question or the answer itself holds image tokens.
+        InputError: If the template or the tokenizer cannot read the sample.
     """
-    image_token, picture_tokens = picture
     if sample.kind == TEXT and sample.image is None:
         ids = encode_text(tokenizer, sample.question)
-        if image_token in ids:
-            raise InputError("A text holds an image token.", "Leave image tokens out of it.")
-        return Row(ids, len(ids))
-    content: list[dict[str, str]] = [{"type": "text", "text": sample.question}]
-    if sample.image is not None:
-        content.insert(0, {"type": "image"})
-    prompt = render_question(tokenizer, content)
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    if ids.count(image_token) != (sample.image is not None):
-        raise InputError("The question holds an image token.", "Leave image tokens out of the question's text.")
-    if sample.image is not None:
-        at = ids.index(image_token)
-        ids = [*ids[:at], *picture_tokens, *ids[at + 1 :]]
-    reply = answer_tokens(tokenizer, sample) if answer else []
-    if image_token in reply:
-        raise InputError("An answer holds an image token.", "Leave image tokens out of the answer's text.")
-    return Row([*ids, *reply], len(ids))
+    else:
+        ids = chat_ids(tokenizer, sample.conversation, as_parts=True)
+    reply = answer_ids(tokenizer, sample) if answer else []
+    if image_token in reply or ids.count(image_token) != len(pictures):
+        raise InputError(
+            f"The prompt has {[*ids, *reply].count(image_token)} image tokens for {len(pictures)} pictures.",
+            "Leave image tokens out of the texts, or use a chat template that writes one per picture.",
+        )
+    waiting = iter(pictures)
+    filled = [token for number in ids for token in (next(waiting) if number == image_token else (number,))]
+    return Row([*filled, *reply], len(filled))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
@@ -86,17 +127,28 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - token
     Raises:
         InputError: If it has no token.
     """
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # its length is the family's to check
+    ids = text_ids(tokenizer, text, add_special_tokens=True)
     if not ids:
         raise InputError("A text is empty.", "Leave empty texts out.")
     return ids
 
 
-def answer_tokens(tokenizer: Any, sample: Sample) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
-    """The reference answer closed by the end-of-turn token; empty where there is none."""
-    if sample.answer is None:
-        return []
-    return [*tokenizer(sample.answer, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+def check_length(row: Row, context: int, what: str) -> None:
+    """Refuse a sample that is longer than the model's context.
+
+    Args:
+        row: The sample's tokens.
+        context: Most tokens that the model reads.
+        what: What a message calls the sample.
+
+    Raises:
+        InputError: If it is too long.
+    """
+    if len(row.ids) > context:
+        raise InputError(
+            f"{what} has {len(row.ids)} tokens; the model reads {context}.",
+            "Shorten the text, use smaller pictures, or cut running text into pieces, one a line.",
+        )
 
 
 def check_chat_template(tokenizer: Any, folder: str, image_token: int) -> None:  # noqa: ANN401
@@ -112,19 +164,6 @@ def check_chat_template(tokenizer: Any, folder: str, image_token: int) -> None: 
     if tokenizer(prompt, add_special_tokens=False)["input_ids"].count(image_token) != 1:
         raise ModelError(
             f"The chat template of '{folder}' does not write image token {image_token} once per picture.", REMEDY
-        )
-
-
-def check_context(rows: Sequence[Row], context: int) -> None:
-    """Refuse samples that are longer than the model's context, before anything of their length squared is made.
-
-    Raises:
-        InputError: If one is.
-    """
-    longest = max(len(row.ids) for row in rows)
-    if longest > context:
-        raise InputError(
-            f"A text has {longest} tokens; the model reads {context}.", "Cut it into pieces, or scale its picture down."
         )
 
 

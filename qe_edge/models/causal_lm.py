@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.errors import InputError, ModelError
-from qe_edge.models.batching import Row, answer_tokens, check_context, encode_text, left_pad
-from qe_edge.models.chat_templates import check_template, render_question
+from qe_edge.models.batching import Row, check_length, encode_text, left_pad, naming
+from qe_edge.models.chat import answer_ids, chat_ids
+from qe_edge.models.chat_templates import check_template
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.tokenizers import load_tokenizer
 
@@ -62,10 +63,14 @@ class CausalLM(ModelFamily):
         """One left-padded batch of texts or chat prompts.
 
         Raises:
-            InputError: If a sample has a picture, or is longer than the model's context.
+            InputError: Naming the sample, if it has a picture, or is longer than the model's context.
         """
-        rows = [self._row(processor.tokenizer, sample, answers=answers) for sample in samples]
-        check_context(rows, self.config.max_position_embeddings)
+        rows = []
+        for sample in samples:
+            with naming(sample):
+                row = self._row(processor.tokenizer, sample, answers=answers)
+                check_length(row, self.config.max_position_embeddings, "A text")
+            rows.append(row)
         return left_pad(rows, processor.tokenizer, NO_IMAGE_TOKEN, {})
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
@@ -104,9 +109,13 @@ class CausalLM(ModelFamily):
                 "A 'llama' model reads no pictures.", 'Give lines of {"text": ...}, or questions without an image.'
             )
         if sample.kind == TEXT or tokenizer.chat_template is None:
+            if sample.earlier:
+                raise InputError(
+                    "This model has no chat template for a conversation of several turns.",
+                    "Give one question, or copy chat_template.jinja from a model that was trained to chat.",
+                )
             ids = encode_text(tokenizer, sample.question)
         else:
-            prompt = render_question(tokenizer, sample.question)
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        reply = answer_tokens(tokenizer, sample) if answers else []
+            ids = chat_ids(tokenizer, sample.conversation, as_parts=False)
+        reply = answer_ids(tokenizer, sample) if answers else []
         return Row([*ids, *reply], len(ids))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.errors import InputError, ModelError
-from qe_edge.models.batching import prepare_pictures
+from qe_edge.models.batching import naming, prepare_pictures
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import CropValues, load_image_processor
 
@@ -56,10 +56,16 @@ class Dinov2(ModelFamily):
         """Pixels of a batch of pictures; the token arrays are `[batch, 0]`.
 
         Raises:
-            InputError: If a sample has no picture, or one that cannot be read.
+            InputError: Naming the sample, if it has not exactly one picture, or one that cannot be read.
         """
-        if any(sample.image is None for sample in samples):
-            raise InputError("A 'dinov2' model reads pictures only.", "Leave samples without a picture out.")
+        for sample in samples:
+            with naming(sample):
+                if sample.image is None:
+                    raise InputError("A 'dinov2' model reads pictures only.", "Leave samples without a picture out.")
+                if len(sample.pictures) > 1:
+                    raise InputError(
+                        "A 'dinov2' model reads one picture at a time.", "Give every picture its own line."
+                    )
         pixels = prepare_pictures(processor.image_processor, samples)
         tokens = np.zeros((len(samples), 0), np.int64)
         return Encoded(tokens, tokens, tokens.astype(bool), tokens.astype(bool), pixels)

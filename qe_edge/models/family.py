@@ -10,32 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-TEXT = "text"  # kind of a sample that is running text, not a question to be put into a chat template
+from qe_edge.models.samples import TEXT, Sample
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture with a question, and what is known about the answer; or running text; or a picture alone.
-
-    Attributes:
-        image: Path of the picture, or a PIL image; None for a text-only sample.
-        question: The question or instruction; the text itself where `kind` is "text".
-        answer: The reference answer, or None.
-        kind: "open", "yesno" or "" when unknown; accuracy is reported apart. "text" for running text.
-        topic: Free label, for example "color".
-    """
-
-    image: Path | Image | None
-    question: str
-    answer: str | None = None
-    kind: str = ""
-    topic: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +51,8 @@ class Block:
     module: nn.Module
     group: str
 
+
+__all__ = ["TEXT", "Block", "Encoded", "GraphSpec", "ModelFamily", "Profile", "Sample"]
 
 # for every input of a graph the smallest, the typical and the largest shape that an engine is built for
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -139,7 +121,8 @@ class ModelFamily(ABC):
             answers: Whether the reference answer follows the prompt (for calibration and teacher forcing).
 
         Raises:
-            InputError: If a picture cannot be read, or the family takes no such samples.
+            InputError: Naming the sample, if a picture cannot be read, a prompt is longer than the model's context, or
+                the family takes no such samples.
         """
 
     @abstractmethod

@@ -1,38 +1,119 @@
-"""Reading pictures that come from users."""
+"""Reading pictures that come from users, the same way in calibration, evaluation, `run` and engines."""
 
 from __future__ import annotations
 
+import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from qe_edge.errors import InputError
+from qe_edge.errors import CommonNotice, InputError
+from qe_edge.models.pixel_formats import array_image, to_rgb
+from qe_edge.models.texts import shortened
+
+Picture = Path | str | Image.Image | np.ndarray | bytes
+"""A file, the bytes of one, a PIL image, or an array (see `qe_edge.models.pixel_formats.array_image`)."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow reads more, some with the help of other programs
+FORMAT_NAMES = "PNG, JPEG, WebP, BMP, TIFF or GIF"
+MANY_SHOTS = "MPO"  # what Pillow calls a camera's JPEG with a preview behind it; the first is the photograph
+MAX_PIXELS = 1 << 26  # of one picture; 8192 x 8192 take 200 MB as RGB
+FRAMES_NOTICE = "Some pictures have several frames or pages; the first one is used."
+# what Pillow's readers raise on damaged files
+DAMAGE = (
+    OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError, RuntimeError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
-def open_image(source: Path | Image.Image) -> Image.Image:
-    """Read a picture completely, as RGB.
+def open_image(source: Picture) -> Image.Image:
+    """Read a picture completely, as 8-bit RGB.
+
+    The orientation that a camera notes is applied, what is transparent is put on white, more than 8 bits are scaled by
+    the picture's own range, and of several frames the first is used.
 
     Raises:
-        InputError: If the file is missing, no picture, damaged or suspiciously large.
+        InputError: If the file is missing, no picture, damaged or too large.
+
+    Example:
+        >>> open_image(np.zeros((2, 3, 3), np.uint8)).size
+        (3, 2)
     """
+    if isinstance(source, np.ndarray):
+        check_size(source.shape[1::-1], "A picture")
+        return to_rgb(array_image(source), "A picture")
     if isinstance(source, Image.Image):
-        return _rgb(source)
-    if not source.is_file():
-        raise InputError(f"There is no picture '{source}'.", "Check the path.")
+        if source.format not in (None, *FORMATS, MANY_SHOTS):
+            raise InputError(f"A picture is a {source.format} file.", f"Give a {FORMAT_NAMES} file.")
+        return _read(source, "A picture")
+    if isinstance(source, bytes):
+        return _open(io.BytesIO(source), "A picture given as bytes")
+    path = Path(source)
+    name = f"'{shortened(str(path))}'"
+    if not is_file(path):
+        raise InputError(f"There is no picture {name}.", "Check the path.")
+    return _open(path, name)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file; a text that can be no path at all is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def check_size(size: tuple[int, ...], name: str) -> None:
+    """Refuse a picture without pixels or with too many, by its width and height, before memory is taken for it.
+
+    Raises:
+        InputError: If it is so.
+    """
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{name} has too many pixels: {width} x {height}; up to {MAX_PIXELS // 10**6} million are read.",
+            "Scale the picture down first.",
+        )
+    if width * height == 0:
+        raise InputError(f"{name} has no pixels.", "Replace the picture.")
+
+
+def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                return _rgb(image)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower
+            image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(f"'{source}' is not a picture.", "Give a PNG, JPEG or WebP file.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"'{source}' has too many pixels.", "Scale the picture down first.") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"The picture '{source}' is damaged: {error}.", "Replace the file.") from error
+        raise InputError(f"{name} is not a picture of a known format.", f"Give a {FORMAT_NAMES} file.") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} has too many pixels.", "Scale the picture down first.") from error
+    except PermissionError as error:
+        raise InputError(f"The system refuses to read {name}.", "Change its permissions.") from error
+    except DAMAGE as error:
+        raise _damaged(name, error) from error
+    with image:
+        return _read(image, name)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    converted: Image.Image = image.convert("RGB")  # reads the whole file
-    return converted
+def _read(image: Image.Image, name: str) -> Image.Image:
+    check_size(image.size, name)
+    try:
+        if image.format != MANY_SHOTS and getattr(image, "is_animated", False):
+            warnings.warn(FRAMES_NOTICE, CommonNotice, stacklevel=2)
+            image.seek(0)
+        image.load()
+        return to_rgb(image, name)
+    except Image.DecompressionBombError as error:  # a frame may be larger than the file's header says
+        raise InputError(f"{name} has too many pixels.", "Scale the picture down first.") from error
+    except DAMAGE as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: BaseException) -> InputError:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return InputError(f"The picture {name.removeprefix('A picture ')} is damaged: {reason}.", "Replace the file.")

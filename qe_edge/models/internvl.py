@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.errors import ModelError
-from qe_edge.models.batching import check_chat_template, check_context, encode_row, left_pad, prepare_pictures
+from qe_edge.models.batching import (
+    check_chat_template,
+    check_length,
+    encode_row,
+    left_pad,
+    naming,
+    prepare_pictures,
+)
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import TileValues, check_equal, load_image_processor
@@ -75,17 +82,20 @@ class InternVL(ModelFamily):
         return InternVLProcessor(tokenizer, image_processor)
 
     def encode(self, processor: InternVLProcessor, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
-        """One left-padded batch; the image token is repeated `image_seq_length` times per tile."""
+        """One left-padded batch; each picture's image token is repeated `image_seq_length` times per tile."""
         # transformers' own processor always tiles, whatever crop_to_patches says in the file; max_patches 1 prevents it
         pixels = prepare_pictures(processor.image_processor, samples, crop_to_patches=True)
         tiles = iter(pixels.pop("num_patches", ()))
         image = self.config.image_token_id
         rows = []
+        context = self.config.get_text_config().max_position_embeddings
         for sample in samples:
-            count = 0 if sample.image is None else int(next(tiles)) * self.config.image_seq_length
-            picture = _between_marks(processor.tokenizer, [image] * count)
-            rows.append(encode_row(processor.tokenizer, sample, (image, picture), answer=answers))
-        check_context(rows, self.config.text_config.max_position_embeddings)
+            counts = [int(next(tiles)) * self.config.image_seq_length for _ in sample.pictures]
+            pictures = [_between_marks(processor.tokenizer, [image] * count) for count in counts]
+            with naming(sample):
+                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                check_length(row, context, "A prompt")
+            rows.append(row)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qe_edge.models.batching import check_chat_template, check_context, encode_row, left_pad, prepare_pictures
+from qe_edge.models.batching import (
+    check_chat_template,
+    check_length,
+    encode_row,
+    left_pad,
+    naming,
+    prepare_pictures,
+)
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import PatchValues, check_equal, load_image_processor
@@ -57,16 +64,19 @@ class Qwen2VL(ModelFamily):
         return Qwen2VLProcessor(tokenizer, image_processor)
 
     def encode(self, processor: Qwen2VLProcessor, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
-        """One left-padded batch; the image token is repeated once per merged patch."""
+        """One left-padded batch; each picture's image token is repeated once per merged patch."""
         pixels = prepare_pictures(processor.image_processor, samples)
         grids = iter(pixels.get("image_grid_thw", []))
         merge = self.config.vision_config.spatial_merge_size**2
         image = self.config.image_token_id
         rows = []
+        context = self.config.get_text_config().max_position_embeddings
         for sample in samples:
-            count = 0 if sample.image is None else int(np.prod(next(grids))) // merge
-            rows.append(encode_row(processor.tokenizer, sample, (image, [image] * count), answer=answers))
-        check_context(rows, self.config.text_config.max_position_embeddings)
+            pictures = [[image] * (int(np.prod(next(grids))) // merge) for _ in sample.pictures]
+            with naming(sample):
+                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                check_length(row, context, "A prompt")
+            rows.append(row)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:

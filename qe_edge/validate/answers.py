@@ -72,13 +72,18 @@ def is_right(answer: str, reference: str) -> bool:
     return _normal(answer) == _normal(reference)
 
 
+def is_right_for(sample: Sample, answer: str) -> bool:
+    """Whether an answer is one of a sample's right answers."""
+    return any(is_right(answer, reference) for reference in sample.references)
+
+
 def score(samples: Sequence[Sample], answers: Sequence[str]) -> Accuracy:
     """Right answers by kind of question."""
     total: Counter[str] = Counter()
     correct: Counter[str] = Counter()
     for sample, answer in zip(samples, answers, strict=True):
         total[sample.kind] += 1
-        correct[sample.kind] += is_right(answer, sample.answer or "")
+        correct[sample.kind] += is_right_for(sample, answer)
     return Accuracy(correct=dict(correct), total=dict(total))
 
 

@@ -6,9 +6,11 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 
+from PIL import Image
+
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
-from qe_edge.validate.answers import is_right
+from qe_edge.validate.answers import is_right_for
 from qe_edge.validate.schema import Answer, Example, Role
 
 COUNT = 8
@@ -34,21 +36,31 @@ def choose_examples(samples: Sequence[Sample], answers: Mapping[Role, Sequence[s
 
 
 def _example(sample: Sample, answers: Mapping[Role, str]) -> Example:
-    reference = sample.answer or ""
+    earlier = [f"{turn.role}: {turn.text}" for turn in sample.earlier]
     return Example(
         picture=_picture(sample),
-        question=sample.question,
-        reference=reference,
+        question="\n".join([*earlier, sample.question]),
+        reference=" / ".join(sample.references),
         kind=sample.kind,
-        answers=[Answer(role=role, text=text, correct=is_right(text, reference)) for role, text in answers.items()],
+        answers=[Answer(role=role, text=text, correct=is_right_for(sample, text)) for role, text in answers.items()],
     )
 
 
 def _picture(sample: Sample) -> str | None:
-    if sample.image is None:
+    """A small PNG in Base64; several pictures stand side by side."""
+    shown = []
+    for source in sample.pictures:
+        shown.append(open_image(source))
+        shown[-1].thumbnail((MAX_SIDE, MAX_SIDE))
+    if not shown:
         return None
-    picture = open_image(sample.image)
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    sheet = Image.new(
+        "RGB", (sum(picture.width for picture in shown), max(picture.height for picture in shown)), "white"
+    )
+    left = 0
+    for picture in shown:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
     data = io.BytesIO()
-    picture.save(data, format="PNG", optimize=True)
+    sheet.save(data, format="PNG", optimize=True)
     return base64.b64encode(data.getvalue()).decode("ascii")

@@ -34,7 +34,7 @@ class Measurement:
         accuracy_level: Of ONNX Runtime.
         threads: Threads to use.
         question: The question.
-        picture: Path of its picture, or None.
+        pictures: Paths of its pictures.
         repeats: Most repeats.
         seconds: Stop repeating after this time, but not before three repeats.
         new_tokens: Tokens decoded after the first in every repeat.
@@ -47,7 +47,7 @@ class Measurement:
     accuracy_level: int
     threads: int
     question: str
-    picture: str | None
+    pictures: tuple[str, ...]
     repeats: int = 20
     seconds: float = 5.0
     new_tokens: int = 8
@@ -79,12 +79,11 @@ def measure_latency(
     info = read_engine_info(engines)
     threads = psutil.cpu_count(logical=False) or 1
     with tempfile.TemporaryDirectory() as folder:
-        picture = None
-        if sample.image is not None:
-            picture = str(Path(folder) / "picture.png")
-            open_image(sample.image).save(picture)
+        pictures = tuple(str(Path(folder) / f"{number}.png") for number in range(len(sample.pictures)))
+        for source, path in zip(sample.pictures, pictures, strict=True):
+            open_image(source).save(path)
         first = Measurement(
-            "onnxruntime", "", str(engines), 0, threads, sample.question, picture, plugin_library=_text(plugin_library)
+            "onnxruntime", "", str(engines), 0, threads, sample.question, pictures, plugin_library=_text(plugin_library)
         )
         if info is None or info.backend == "onnxruntime":
             wanted = [

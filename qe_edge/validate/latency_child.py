@@ -22,7 +22,7 @@ Times = dict[str, list[float]]
 
 def measure(request: Measurement) -> Latency:
     """Measure in this process."""
-    sample = Sample(Path(request.picture) if request.picture else None, request.question)
+    sample = Sample(request.pictures, request.question)
     once, prompt_tokens = (_pytorch if request.runtime == "pytorch" else _engine)(request, sample)
     for _ in range(WARM_UP):
         once({})

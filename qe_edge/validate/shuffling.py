@@ -15,29 +15,30 @@ from qe_edge.models.family import Sample
 def shuffle_pictures(samples: Sequence[Sample], seed: int = 0) -> list[Sample] | None:
     """Exchange the pictures so that no question keeps its own, deterministically; text-only samples stay as they are.
 
-    Questions that share a picture stand side by side in a random order of pictures, and the pictures move on by the
-    size of the largest such set.
+    Questions that share their pictures stand side by side in a random order of pictures, and the pictures move on by
+    the size of the largest such set. A question of several pictures gets those of another one of as many.
 
     Returns:
         The samples in their order with other pictures, or None if one picture belongs to more than half of them (then
         there is no such exchange).
     """
-    sets: dict[Hashable, list[int]] = defaultdict(list)
+    by_count: dict[int, dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, sample in enumerate(samples):
-        if sample.image is not None:
-            sets[_identity(sample)].append(index)
-    order = list(sets.values())
-    count = sum(len(members) for members in order)
-    largest = max((len(members) for members in order), default=0)
-    if not count or 2 * largest > count:
-        return None
-    random = np.random.default_rng(seed).permutation(len(order))
-    line = [index for number in random for index in order[number]]
+        if sample.pictures:
+            by_count[len(sample.pictures)][_identity(sample)].append(index)
     shuffled = list(samples)
-    for position, index in enumerate(line):
-        shuffled[index] = replace(samples[index], image=samples[line[(position + largest) % count]].image)
-    return shuffled
+    for sets in by_count.values():
+        order = list(sets.values())
+        count = sum(len(members) for members in order)
+        largest = max(len(members) for members in order)
+        if 2 * largest > count:
+            return None
+        random = np.random.default_rng(seed).permutation(len(order))
+        line = [index for number in random for index in order[number]]
+        for position, index in enumerate(line):
+            shuffled[index] = replace(samples[index], image=samples[line[(position + largest) % count]].image)
+    return shuffled if by_count else None
 
 
 def _identity(sample: Sample) -> Hashable:
-    return sample.image if isinstance(sample.image, Path) else id(sample.image)
+    return tuple(picture if isinstance(picture, Path) else id(picture) for picture in sample.pictures)

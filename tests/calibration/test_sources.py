@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,6 +15,7 @@ from qe_edge.calibration.captions import CAPTION_PROMPT, SHAREGPT4V_FILE
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
 from qe_edge.errors import CalibrationError
 from qe_edge.models.family import TEXT, Sample
+from qe_edge.models.images import open_image
 
 CAPTIONED = 12
 
@@ -114,8 +116,8 @@ def test_sharegpt4v(sharegpt4v: Path) -> None:
 def test_coco(coco: Path) -> None:
     samples = load_samples(f"coco:{coco}", 5, seed=3)
     for sample in samples:
-        assert isinstance(sample.image, Image.Image)
-        assert sample.answer == f"Caption {sample.image.getpixel((0, 0))[0]}."
+        (picture,) = sample.pictures
+        assert sample.answer == f"Caption {np.asarray(open_image(picture))[0, 0, 0]}."
     assert hash_samples(samples) == hash_samples(load_samples(f"coco:{coco}", 5, seed=3))
 
 

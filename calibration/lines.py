@@ -1,0 +1,269 @@
+r"""What one line of a JSONL file says: keys are understood or refused, and so is every value.
+
+Three forms, whose pictures are `image` or `images`, one path or a list of paths:
+
+- `{"image": ..., "question": ..., "answer": ...}`, of which `answer` and one of the others may be missing;
+- `{"image": ..., "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", ...}]}`, as
+  LLaVA writes it, or `messages` with `role` and `content`, as chat models read it;
+- `{"text": ...}` alone: running text for a language model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from qe_edge.calibration.captions import CAPTION_PROMPT, IMAGE_MARK
+from qe_edge.errors import CalibrationError, InputError
+from qe_edge.json_files import parse_json
+from qe_edge.models.images import is_file
+from qe_edge.models.samples import TEXT, Role, Sample, Turn
+from qe_edge.models.texts import shortened
+
+PICTURE_KEYS = ("image", "images")
+CONVERSATION_KEYS = ("conversations", "messages")
+KEYS = (*PICTURE_KEYS, "question", "answer", "answers", *CONVERSATION_KEYS, "text", "kind", "topic")
+IGNORED = ("id", "question_id", "image_id", "dataset", "source", "split", "metadata")  # they say nothing to a model
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+FORM = 'Each line is JSON: {"image": ..., "question": ..., "answer": ...}, or {"text": ...} alone.'
+ADDRESS = re.compile(r"^(\w[\w+.-]+):", re.ASCII)  # of a URL; one letter is a drive of Windows
+Marks = tuple[int, ...]  # where pictures stand in a text
+Spoken = tuple[Role, str, Marks]  # a turn
+
+
+def read_line(line: str, path: Path, number: int) -> Sample:
+    """The sample that a line describes.
+
+    Args:
+        line: The line.
+        path: Its file; picture paths start in the file's folder and must not leave it.
+        number: Which line of the file it is, from 1.
+
+    Raises:
+        CalibrationError: Naming file and line, and what is wrong with it.
+    """
+    where = f"Line {number} of '{path}'"
+    entry = parse_json(line, f"Line {number} of {path}", CalibrationError, FORM, strict=True)
+    if not isinstance(entry, dict):
+        raise CalibrationError(f"{where} is not a sample.", FORM)
+    _check_keys(entry, where)
+    try:
+        return _sample(entry, path.parent.resolve(), where)
+    except InputError as error:
+        raise CalibrationError(f"{where}: {error.problem}", error.remedy) from error
+
+
+def _check_keys(entry: dict[str, Any], where: str) -> None:
+    for key in entry:
+        if key not in KEYS and key not in IGNORED:
+            close = difflib.get_close_matches(key.lower(), KEYS, n=1, cutoff=0.5)
+            hint = f"Did you mean '{close[0]}'? " if close else ""
+            raise CalibrationError(
+                f"{where} has the unknown key '{shortened(key)}'.",
+                f"{hint}Known: {', '.join(KEYS)}; read over: {', '.join(IGNORED)}.",
+            )
+    used = {key for key in KEYS if entry.get(key) is not None}
+    for one, other in (("image", "images"), CONVERSATION_KEYS, *((key, "question") for key in CONVERSATION_KEYS)):
+        if {one, other} <= used:
+            raise CalibrationError(f"{where} has both '{one}' and '{other}'.", "Keep one of them.")
+    beside = sorted(used - {"text", "kind", "topic"})
+    if "text" in used and beside:
+        raise CalibrationError(f"{where} has 'text' beside '{beside[0]}'.", "Running text stands alone in its line.")
+
+
+def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
+    labels = {key: _label(entry.get(key), key) for key in ("kind", "topic")}
+    if entry.get("text") is not None:
+        text = _text(entry["text"], "text")
+        if not text.strip():
+            raise InputError("Its text is empty.", "Leave empty texts out.")
+        return Sample(None, text, kind=TEXT, topic=labels["topic"], origin=where)
+    pictures: list[Any] = []
+    for key in PICTURE_KEYS:
+        value = entry.get(key)
+        pictures += value if isinstance(value, list) else [] if value is None else [value]
+    answers = _answers(entry)
+    key = next((key for key in CONVERSATION_KEYS if entry.get(key) is not None), None)
+    if key is None:
+        question = entry.get("question", CAPTION_PROMPT if pictures else None)
+        if question is None:
+            raise InputError("It asks nothing.", FORM)
+        turns: list[Spoken] = [("user", *_marked(_text(question, "question")))]
+    else:
+        turns, inside = _turns(entry[key], key)
+        if inside and pictures:
+            raise InputError(f"Pictures are named in '{key}' and beside it.", "Name them in one place.")
+        pictures = pictures or inside
+        if turns[-1][0] == "assistant":
+            _, reply, _ = turns.pop()
+            if answers:
+                raise InputError(f"'{key}' ends with an answer, and there is another beside it.", "Keep one of them.")
+            answers = [reply]
+    return _assembled(turns, [_picture(path, folder) for path in pictures], answers, labels, where)
+
+
+def _assembled(
+    turns: list[Spoken],
+    pictures: list[Path],
+    answers: list[str],
+    labels: dict[str, str],
+    where: str,
+) -> Sample:
+    """The sample of a conversation that ends with the question."""
+    if not turns or turns[-1][0] != "user":
+        raise InputError("The conversation has no question of the user before its end.", "End it with one.")
+    marks = sum(len(turn[2]) for turn in turns)
+    if not marks and pictures:  # they stand before the first words of the user
+        first = next(index for index, turn in enumerate(turns) if turn[0] == "user")
+        turns[first] = ("user", turns[first][1], (0,) * len(pictures))
+    elif marks != len(pictures):
+        raise InputError(
+            f"It has {marks} {IMAGE_MARK} marks and {len(pictures)} pictures.",
+            "Write one mark for each picture, and no other.",
+        )
+    _, question, places = turns.pop()
+    return Sample(
+        pictures,
+        question,
+        answers=tuple(answers),
+        earlier=tuple(Turn(*turn) for turn in turns),
+        marks=places,
+        origin=where,
+        **labels,
+    )
+
+
+def _turns(value: Any, key: str) -> tuple[list[Spoken], list[Any]]:  # noqa: ANN401
+    """The turns of a conversation, and the pictures that it names itself."""
+    speaker, words = ("from", "value") if key == "conversations" else ("role", "content")
+    if not isinstance(value, list) or not value:
+        raise InputError(f"'{key}' is no list of turns.", f'Write [{{"{speaker}": ..., "{words}": ...}}, ...].')
+    turns: list[Spoken] = []
+    pictures: list[Any] = []
+    for turn in value:
+        if not isinstance(turn, dict) or set(turn) != {speaker, words}:
+            raise InputError(f"A turn of '{key}' has not just '{speaker}' and '{words}'.", "Write these two keys.")
+        role = turn[speaker]
+        if not isinstance(role, str) or role not in ROLES:
+            raise InputError(f"There is no speaker '{shortened(str(role))}'.", f"Known: {', '.join(ROLES)}.")
+        if isinstance(turn[words], list):
+            text, marks, named = _parts(turn[words], key)
+            pictures += named
+        else:
+            text, marks = _marked(_text(turn[words], words))
+        turns.append((ROLES[role], text, marks))
+    if any(marks for role, _, marks in turns if role != "user"):
+        raise InputError("A picture stands in a turn that is not the user's.", "Show pictures in the user's turns.")
+    return turns, pictures
+
+
+def _parts(parts: list[Any], key: str) -> tuple[str, Marks, list[Any]]:
+    """A turn as a list of texts and pictures: its text, the places of its pictures, and their paths if it has some."""
+    text, marks, pictures = "", [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        rest = {name: value for name, value in part.items() if name != "type"} if kind else {}
+        if kind == "text" and set(rest) == {"text"}:
+            text += _text(rest["text"], "text")
+            continue
+        source = next(iter(rest.values()), None)
+        if isinstance(source, dict) and set(source) == {"url"}:
+            source = source["url"]
+        if (
+            kind not in ("image", "image_url")
+            or len(rest) > 1
+            or not set(rest) <= {"image", "path", "url", "image_url"}
+        ):
+            raise InputError(
+                f"A part of '{key}' is neither text nor a picture.",
+                'Write {"type": "text", "text": ...} or {"type": "image", "image": ...}.',
+            )
+        marks.append(len(text))
+        pictures += [] if source is None else [source]
+    return text, tuple(marks), pictures
+
+
+def _marked(text: str) -> tuple[str, Marks]:
+    """A text without the marks of its pictures, and where they stood; space around marks at its ends goes too."""
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) == 1:
+        return text, ()
+    first = next((index for index, piece in enumerate(pieces) if piece.strip()), 0)
+    last = next((index for index in reversed(range(len(pieces))) if pieces[index].strip()), 0)
+    for index, piece in enumerate(pieces):
+        if not piece.strip() and not first < index < last:
+            pieces[index] = ""
+    if first:
+        pieces[first] = pieces[first].lstrip()
+    if last < len(pieces) - 1:
+        pieces[last] = pieces[last].rstrip()
+    places = [sum(map(len, pieces[: count + 1])) for count in range(len(pieces) - 1)]
+    return "".join(pieces), tuple(places)
+
+
+def _answers(entry: dict[str, Any]) -> list[str]:
+    found: list[str] = []
+    for key in ("answer", "answers"):
+        value = entry.get(key)
+        if value is None:
+            continue
+        if isinstance(value, list) and not value:
+            raise InputError(f"'{key}' is an empty list.", "Give at least one answer, or leave the key out.")
+        found += [_answer(one) for one in (value if isinstance(value, list) else [value])]
+    return found
+
+
+def _answer(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    if isinstance(value, bool):
+        raise InputError(f"An answer is {str(value).lower()}, not a text.", 'Write "yes" or "no" in quotes.')
+    if isinstance(value, int | float):
+        return str(value)
+    return _text(value, "answer")
+
+
+def _label(value: Any, key: str) -> str:  # noqa: ANN401 - any JSON value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return "" if value is None else _text(value, key)
+
+
+def _text(value: Any, key: str) -> str:  # noqa: ANN401 - any JSON value
+    if not isinstance(value, str):
+        raise InputError(f"'{key}' is {_named(value)}, not a text.", "Write it as a text in quotes.")
+    return value
+
+
+def _named(value: object) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a table"}
+    return names.get(type(value), "null")
+
+
+def _picture(value: Any, folder: Path) -> Path:  # noqa: ANN401 - any JSON value
+    """The file that a line names, inside `folder`."""
+    if not isinstance(value, str):
+        raise InputError(f"A picture is {_named(value)}, not a path.", "Name the picture's file.")
+    shown = shortened(value)
+    address = ADDRESS.match(value)
+    if address:
+        remedies = {"data": "Save the picture as a file", "file": "Write the path without 'file:'"}
+        raise InputError(
+            f"Its picture '{shown}' is an address, not a file.",
+            f"{remedies.get(address.group(1).lower(), 'Download the picture')}, and name the file.",
+        )
+    try:
+        target = (folder / value).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL, too long, a circle of links
+        raise InputError(f"Its picture '{shown}' is no path of a file.", "Name the picture's file.") from error
+    if not target.is_relative_to(folder):
+        raise InputError(f"Its picture '{shown}' lies outside its folder.", "Put the pictures beside the JSONL file.")
+    if not is_file(target):
+        raise InputError(f"It names the missing picture '{shown}'.", "Add the file or remove the line.")
+    return target

@@ -1,0 +1,164 @@
+"""Token ids of what users write, in the form that a chat template gives it; a user's text is never a control token.
+
+Ordinary text goes through the tokenizer as a whole. Where a user's text spells a special token ("<|im_end|>"), the
+template is rendered with stand-ins, cut at its own special tokens, and tokenized piece by piece. A tokenizer that gives
+other ids for pieces than for the whole cannot do that, and the text is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from qe_edge.errors import InputError
+from qe_edge.models.samples import Sample, Turn
+
+REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of a template that is code
+
+
+def chat_ids(tokenizer: Any, turns: Sequence[Turn], *, as_parts: bool) -> list[int]:  # noqa: ANN401
+    """Ids of a conversation up to where the assistant answers, with one image token per picture.
+
+    Args:
+        tokenizer: A tokenizer of transformers with a chat template.
+        turns: The conversation.
+        as_parts: Whether the template takes a turn as a list of texts and pictures, and not as one text.
+
+    Raises:
+        InputError: If the template refuses or leaves out a turn, or the tokenizer cannot read a special token as text.
+    """
+    special = _special_pattern(tokenizer)
+    if not any(special.search(turn.text) for turn in turns):
+        ids: list[int] = tokenizer(_render(tokenizer, turns, as_parts), add_special_tokens=False)["input_ids"]
+        return ids
+    stand_ins: dict[str, str] = {}
+
+    def hide(text: str) -> str:
+        return special.sub(lambda found: _stand_in(stand_ins, found.group()), text)
+
+    hidden = [_mapped(turn, hide) for turn in turns]
+    prompt = _render(tokenizer, hidden, as_parts)
+    whole = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if _in_pieces(tokenizer, prompt, special, {}) != whole:
+        raise _unreadable(special, turns)
+    ids = _in_pieces(tokenizer, prompt, special, {word: text for text, word in stand_ins.items()})
+    if _count_special(tokenizer, ids) != _count_special(tokenizer, whole):
+        raise _unreadable(special, turns)
+    return ids
+
+
+def text_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: ANN401
+    """Ids of a text without a template; special tokens that it spells are text.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        text: The text.
+        add_special_tokens: Whether the tokenizer puts its own special tokens around it.
+
+    Raises:
+        InputError: If the tokenizer cannot read a special token as text.
+    """
+    options = {"add_special_tokens": add_special_tokens, "verbose": False}  # its length is the family's to check
+    special = _special_pattern(tokenizer)
+    if not special.search(text):
+        ids: list[int] = tokenizer(text, **options)["input_ids"]
+        return ids
+    ids = tokenizer(text, split_special_tokens=True, **options)["input_ids"]
+    frame = tokenizer("a", **options)["input_ids"]
+    if _count_special(tokenizer, ids) != _count_special(tokenizer, frame):
+        raise _unreadable(special, [Turn("user", text)])
+    return ids
+
+
+def answer_ids(tokenizer: Any, sample: Sample) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
+    """The reference answer closed by the end-of-turn token; empty where there is none."""
+    if sample.answer is None:
+        return []
+    return [*text_ids(tokenizer, sample.answer, add_special_tokens=False), int(tokenizer.eos_token_id)]
+
+
+def _render(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str:  # noqa: ANN401
+    messages = [{"role": turn.role, "content": _parts(turn) if as_parts else turn.text} for turn in turns]
+    try:
+        prompt: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except REFUSALS as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"The model's chat template refuses the conversation: {reason}.",
+            "Give turns of user and assistant in alternation, or one question.",
+        ) from error
+    missing = next((turn for turn in turns[:-1] if turn.text.strip() not in prompt), None)
+    if missing is not None:
+        raise InputError(
+            f"The model's chat template leaves out a turn of the {missing.role}.", "Give the question without it."
+        )
+    return prompt
+
+
+def _parts(turn: Turn) -> list[dict[str, str]]:
+    """A turn as chat templates of vision-language models read it: pictures between pieces of text."""
+    parts: list[dict[str, str]] = []
+    start = 0
+    for mark in turn.marks:
+        if mark > start:
+            parts.append({"type": "text", "text": turn.text[start:mark]})
+        parts.append({"type": "image"})
+        start = mark
+    if start < len(turn.text) or start == 0:
+        parts.append({"type": "text", "text": turn.text[start:]})
+    return parts
+
+
+def _special_pattern(tokenizer: Any) -> re.Pattern[str]:  # noqa: ANN401
+    """What matches any special token's text, the longest first."""
+    spelled = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
+    words = sorted(spelled | set(filter(None, tokenizer.all_special_tokens)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")
+
+
+def _stand_in(stand_ins: dict[str, str], text: str) -> str:
+    """A word that no template knows and nobody can guess."""
+    return stand_ins.setdefault(text, f"x{secrets.token_hex(16)}x")
+
+
+def _mapped(turn: Turn, change: Any) -> Turn:  # noqa: ANN401 - a function of text
+    """A turn with other text; marks stay between the same characters unless they split a special token."""
+    pieces = [turn.text[start:end] for start, end in zip((0, *turn.marks), (*turn.marks, len(turn.text)), strict=True)]
+    changed = [change(piece) for piece in pieces]
+    ends = [sum(map(len, changed[: count + 1])) for count in range(len(turn.marks))]
+    return Turn(turn.role, "".join(changed), tuple(ends))
+
+
+def _in_pieces(tokenizer: Any, prompt: str, special: re.Pattern[str], texts: dict[str, str]) -> list[int]:  # noqa: ANN401
+    """Ids of a rendered prompt whose stand-ins are replaced by the texts that they stand for."""
+    ids: list[int] = []
+    start = 0
+    for found in [*special.finditer(prompt), None]:
+        piece = prompt[start : found.start() if found else len(prompt)]
+        for word, text in texts.items():
+            piece = piece.replace(word, text)
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if found:
+            ids.append(tokenizer.convert_tokens_to_ids(found.group()))
+            start = found.end()
+    return ids
+
+
+def _count_special(tokenizer: Any, ids: Sequence[int]) -> int:  # noqa: ANN401
+    known = set(tokenizer.all_special_ids) | {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return sum(number in known - {tokenizer.unk_token_id} for number in ids)
+
+
+def _unreadable(special: re.Pattern[str], turns: Sequence[Turn]) -> InputError:
+    found = next((match.group() for turn in turns if (match := special.search(turn.text))), "")
+    return InputError(
+        f"A text spells the special token '{found}', which this tokenizer cannot read as text.",
+        "Leave it out, or put a space into it.",
+    )
