@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,22 @@ QUANT_METHOD = "qe-edge"
 FORMAT_VERSION = 3
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.json"
+RUN = "run.json"
 
 
-def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
+def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path, run: Mapping[str, object] | None = None) -> None:
     """Write a checkpoint folder; it appears only when it is complete, and replaces an older one.
 
     Tensors that are not in memory are read one by one while they are written.
 
+    Args:
+        loaded: The model with its quantized layers.
+        recipe: The resolved recipe.
+        folder: Folder to write.
+        run: What the run depended on, for `run.json`; None writes none.
+
     Raises:
+        InputError: If `folder` holds files that QE-Edge did not write.
         ResourceError: If the disk is full.
     """
     layers = quantized_linears(loaded.model)
@@ -64,6 +73,8 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         write_tensors(tensors, part / WEIGHTS, loaded.stored.value, metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if run is not None:
+            (part / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         if getattr(loaded.model, "generation_config", None) is not None:
             loaded.model.generation_config.save_pretrained(part)
         loaded.family.save_processor(loaded.processor, part)

@@ -16,17 +16,9 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qe_edge.errors import ArtifactError
+from qe_edge.fingerprints import CONFIGURATION, file_digest
 
-CHUNK = 1 << 20
 PART = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}")  # so neither '..' nor a hidden file
-# What the libraries read when a folder is opened if it is there; none of them may be added to a folder later.
-CONFIGURATION = frozenset({
-    "adapter_config.json", "added_tokens.json", "additional_chat_templates", "chat_template.jinja",
-    "chat_template.json", "config.json", "generation_config.json", "merges.txt", "model.safetensors.index.json",
-    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json",
-    "vocab.json", "vocab.txt",
-})  # fmt: skip
 LOADED = (".onnx", ".data", ".engine", ".safetensors")  # endings of what is loaded; likewise
 
 
@@ -90,16 +82,6 @@ class Sealed(BaseModel):
 SealedType = TypeVar("SealedType", bound=Sealed)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces of 1 MiB."""
-    found = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(buffer[:count])
-    return found.hexdigest()
-
-
 def describe(folder: Path, keep: Callable[[str], bool] = lambda _name: True) -> FileTable:
     """Size and hash of the files below a folder, by name.
 
@@ -109,9 +91,9 @@ def describe(folder: Path, keep: Callable[[str], bool] = lambda _name: True) -> 
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {
-        name: FileRecord(size=(folder / name).stat().st_size, sha256=hash_file(folder / name))
+        name: FileRecord(size=found.size, sha256=found.sha256)
         for name in names
-        if keep(name)
+        if keep(name) and (found := file_digest(folder / name))
     }
 
 
@@ -136,7 +118,7 @@ def check_files(folder: Path, table: Mapping[str, FileRecord], remedy: str, only
         check_nothing_added(folder, table, remedy)
     for name, record in wanted.items():
         try:
-            found = hash_file(folder / name)
+            found = file_digest(folder / name).sha256
         except OSError as error:
             raise ArtifactError(f"'{folder / name}' cannot be read: {error.strerror}.", remedy) from error
         if found != record.sha256:

@@ -1,8 +1,7 @@
-"""What is checked of a model before any long work, and how a stopped run knows it again."""
+"""What is checked of a model before any long work."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -40,12 +39,3 @@ def check_weights(loaded: LoadedModel, blocks: Sequence[Block]) -> None:
                     f"The weights '{full}' hold NaN or infinity.",
                     "The checkpoint is damaged or diverged in training; get a sound one.",
                 )
-
-
-def model_fingerprint(loaded: LoadedModel) -> str:
-    """Hash of the model's configuration and of every tensor's shape and first values."""
-    digest = hashlib.sha256(loaded.family.config.to_json_string(use_diff=False).encode())
-    for name, tensor in loaded.model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(loaded.stored.value(name, tensor).reshape(-1)[:64].float().numpy().tobytes())
-    return digest.hexdigest()

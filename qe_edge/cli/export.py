@@ -21,9 +21,10 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
     Runtime as it is.
     """
     from qe_edge.cli.inputs import find_checkpoint, is_manifest_folder
-    from qe_edge.cli.outputs import check_disk, check_output_folder, folder_bytes
+    from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
 
     source = find_checkpoint(checkpoint)
+    check_apart(output, {"the checkpoint": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, 2 * folder_bytes(source))  # the embedding table is written on its own
     from qe_edge.console import ConsoleProgress

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from qe_edge import deploy as deployment
-from qe_edge.deploy import LEDGER, deploy, is_deployment, model_fingerprint
-from qe_edge.errors import InputError
+from qe_edge.deploy import LEDGER, deploy, is_deployment
+from qe_edge.errors import ArtifactError, InputError
 from qe_edge.export import plugin_check
+from qe_edge.fingerprints import model_fingerprint
 from qe_edge.recipe import make_recipe
 from tests.cli.running import Outcome, Run
 
@@ -164,7 +165,12 @@ def test_a_folder_of_others_is_left_alone(stages: Stages, tmp_path: Path) -> Non
 def test_another_recipe_replaces_everything_that_came_of_the_first(stages: Stages, tmp_path: Path) -> None:
     deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"])
     stages.take()
-    deploy("demo", tmp_path, make_recipe(method="rtn", scheme="w4a16", calibration={"samples": 2}), resume=True)
+    other = make_recipe(method="rtn", scheme="w4a16", calibration={"samples": 2})
+    with pytest.raises(ArtifactError, match="recipe key 'scheme' was 'w4a8' and is 'w4a16'") as refused:
+        deploy("demo", tmp_path, other, resume=True)
+    assert "--overwrite instead" in refused.value.remedy
+    assert stages.take() == []
+    deploy("demo", tmp_path, other)
     assert stages.take() == ["quantize", "export", "cpu", "report"]
     assert not (tmp_path / "engines" / "rtx").exists()
 
