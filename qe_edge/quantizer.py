@@ -38,6 +38,7 @@ from qe_edge.heap import trim_heap
 from qe_edge.linear import QELinear, QuantizedLinear
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.methods.base import AdapterSize, Choice
+from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.rotation import rotate_language_model
@@ -101,8 +102,9 @@ def quantize(
     spec = replace_calibration(recipe, calibration, samples)
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, spec.modules)
+    check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in spec.modules]
-    check_weights(loaded, chosen)
+    check_weights(loaded)
     fingerprint = model_fingerprint(loaded) if work else ""
     if spec.rotates:
         rotate_language_model(loaded, spec.seed)
