@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from typing import Any, TextIO
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -56,8 +55,8 @@ def trace_graph(spec: GraphSpec) -> ir.Model:
         except torch.onnx.OnnxExporterError as error:
             raise ModelError(
                 f"The {spec.name} part of the model cannot be exported: {_root_cause(error)}",
-                "Use the versions of torch and transformers in constraints.txt; if it fails with them too, choose another "
-                "model: this one computes what no graph can hold.",
+                "Use the versions of torch and transformers in constraints.txt; if it fails with them too, choose "
+                "another model: this one computes what no graph can hold.",
             ) from error
     if program is None:
         raise ModelError(f"The {spec.name} part was not exported.", "Use the torch version in constraints.txt.")
@@ -114,31 +113,13 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-class _Swallowed(io.TextIOBase):
-    """Standard error while torch prints the graph that it could not finish, hundreds of lines that help nobody.
-
-    A progress bar goes through to the terminal: rich asks for this attribute.
-    """
-
-    def __init__(self, terminal: TextIO) -> None:
-        self.rich_proxied_file = getattr(terminal, "rich_proxied_file", terminal)
-
-    def write(self, text: str) -> int:
-        """Forget the text."""
-        return len(text)
-
-    def isatty(self) -> bool:
-        """As the terminal itself."""
-        return bool(self.rich_proxied_file.isatty())
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter logs which optional operators are not installed, and prints and logs its graph when it fails."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with redirect_stderr(_Swallowed(sys.stderr)):
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(level)

@@ -201,24 +201,18 @@ def _from_pretrained(
     model: PreTrainedModel
     exactly: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they are told
     silent = transformers_logging.get_verbosity() >= logging.ERROR
-    try:
-        with _quiet_transformers() if silent else nullcontext():
-            if tensors is None:
-                model, info = auto_class(family).from_pretrained(
-                    source, dtype=dtype, trust_remote_code=False, use_safetensors=True, **exactly
-                )
-            else:
-                model_class: Any = type(shapes_only(family))  # the automatic class takes no tensors
-                config = copy.deepcopy(family.config)  # a dtype is noted in it
-                model, info = model_class.from_pretrained(
-                    None, config=config, dtype=dtype, state_dict=tensors, **exactly
-                )
-                model.config.name_or_path = source
-                _take_generation_config(model, source)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."
-        ) from error
+    quiet = _quiet_transformers() if silent else nullcontext()
+    with Guard(f"'{source}' cannot be loaded", "Check that the download is complete."), quiet:
+        if tensors is None:
+            model, info = auto_class(family).from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, **exactly
+            )
+        else:
+            model_class: Any = type(shapes_only(family))  # the automatic class takes no tensors
+            config = copy.deepcopy(family.config)  # a dtype is noted in it
+            model, info = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors, **exactly)
+            model.config.name_or_path = source
+            _take_generation_config(model, source)
     check_loading(source, model, info)
     model.eval()
     return model

@@ -112,9 +112,7 @@ def check_tensors(header: Mapping[str, tuple[str, tuple[int, ...]]], path: Path)
         if PACKED.search(name):
             _refuse(path, name, "is what a quantizer writes, so the model is quantized already", DEQUANTIZE)
         if dtype not in FLOATS and name.rpartition(".")[2] not in COUNTERS:
-            _refuse(
-                path, name, f"has the type {dtype}; weights that are not quantized are {_listed(FLOATS)}", DEQUANTIZE
-            )
+            _refuse(path, name, f"has the type {dtype}; unquantized weights are {_listed(FLOATS)}", DEQUANTIZE)
 
 
 def _quantizer_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:

@@ -101,7 +101,10 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         ModelError: If it cannot be read, or names a file outside its folder.
     """
-    listed = read_json_table(path, error=ModelError, remedy=DOWNLOAD, limit=MAX_INDEX).get("weight_map")
+    table = read_json_table(path, error=ModelError, remedy=DOWNLOAD, limit=MAX_INDEX)
+    listed = table.get("weight_map")
+    if not isinstance(table.get("metadata"), dict):
+        raise ModelError(f"'{path}' has no table 'metadata'; transformers cannot read it.", DOWNLOAD)
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise ModelError(f"'{path}' has no table 'weight_map' of file names.", DOWNLOAD)
     for name in set(listed.values()):
