@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.cache_utils import DynamicCache
 
-from qe_edge.errors import ModelError
+from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import GraphSpec, Profile
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
@@ -73,15 +73,10 @@ def decoder_graph(model: nn.Module, head: nn.Module, position_axes: int = 0) -> 
         position_axes: Size of the leading axis of `position_ids` (3 for M-RoPE), 0 for none.
 
     Raises:
-        ModelError: If some layers do not attend to the whole past.
+        ModelError: If its attention or its positions cannot be exported.
     """
     config: Any = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ModelError(
-            f"The language model has layers of the kind '{sorted(kinds - {'full_attention'})[0]}'.",
-            "Only full attention can be exported; choose another model.",
-        )
+    check_exportable(config)
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     batch, sequence, past = 2, 3, 5  # sizes of the example; none is 0 or 1, which torch would take for constants

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import onnx_ir as ir
@@ -38,7 +39,7 @@ def trace_graph(spec: GraphSpec) -> ir.Model:
     Raises:
         ModelError: If torch cannot export it.
     """
-    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's exporter warns about its own internals
         try:
             program = torch.onnx.export(
@@ -54,7 +55,8 @@ def trace_graph(spec: GraphSpec) -> ir.Model:
         except torch.onnx.OnnxExporterError as error:
             raise ModelError(
                 f"The {spec.name} part of the model cannot be exported: {_root_cause(error)}",
-                "Use the versions of torch and transformers in constraints.txt.",
+                "Use the versions of torch and transformers in constraints.txt; if it fails with them too, choose "
+                "another model: this one computes what no graph can hold.",
             ) from error
     if program is None:
         raise ModelError(f"The {spec.name} part was not exported.", "Use the torch version in constraints.txt.")
@@ -112,15 +114,15 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """The exporter logs which optional operators are not installed."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """The exporter logs which optional operators are not installed, and prints and logs its graph when it fails."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 def _root_cause(error: BaseException) -> str:

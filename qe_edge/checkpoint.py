@@ -18,6 +18,7 @@ from qe_edge.groups import set_module
 from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.linear import quantized_linears
 from qe_edge.models.configuration import load_config, load_family
+from qe_edge.models.exactness import note_own_head
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.loading import LoadedModel, auto_class
 from qe_edge.models.rotation import last_norm, mix_last_norm
@@ -111,24 +112,21 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     layers = assemble_layers(section["layers"], section["shared"], header, tensors)
     family = load_family(str(folder))
     model = _empty_model(str(folder), family, tensors)
-    known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
-        if name not in known:
+        if name not in linears:
             raise _damaged(folder, f"the model has no linear layer '{name}'")
+        if (layer.bias is None) != (linears[name].bias is None):
+            raise _damaged(folder, f"the bias of '{name}' is missing or unknown")
         set_module(model, name, layer)
     prefixes = tuple(f"{name}." for name in layers)
     plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     for name, source in section["tied"].items():
-        if source not in plain:
-            raise _damaged(folder, f"'{name}' shares the missing tensor '{source}'")
-        plain[name] = plain[source]
-    try:
-        missing, unexpected = model.load_state_dict(plain, strict=False, assign=True)
-    except RuntimeError as error:
-        raise _damaged(folder, "a tensor does not fit the configuration") from error
-    missing = [name for name in missing if not name.startswith(prefixes)]
-    if missing or unexpected:
-        raise _damaged(folder, f"tensor '{(missing + unexpected)[0]}' is missing or unknown")
+        if source not in plain or name in tensors:
+            raise _damaged(folder, f"'{name}' shares the missing tensor '{source}', or is one itself")
+    plain |= {name: plain[source] for name, source in section["tied"].items()}
+    _fill(model, plain, prefixes, folder)
+    note_own_head(model, family)
     model.tie_weights()
     _load_generation_config(model, folder)
     return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
@@ -162,6 +160,21 @@ def _empty_model(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     return model
+
+
+def _fill(model: PreTrainedModel, plain: dict[str, Tensor], prefixes: tuple[str, ...], folder: Path) -> None:
+    """Give a model all its tensors outside the layers with these prefixes, as they are stored.
+
+    Raises:
+        ArtifactError: If there is one too many or too few, or one of another shape.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(plain, strict=False, assign=True)
+    except RuntimeError as error:
+        raise _damaged(folder, "a tensor does not fit the configuration") from error
+    missing = [name for name in missing if not name.startswith(prefixes)]
+    if missing or unexpected:
+        raise _damaged(folder, f"tensor '{(missing + unexpected)[0]}' is missing or unknown")
 
 
 def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ TORCH_DTYPES = {
 
 
 class LayerGeometry(BaseModel):
-    """Sizes of one `QELinear`, as stored in config.json; every tensor's shape follows from it."""
+    """Sizes of one `QELinear`, as stored in config.json; every tensor's shape follows from it.
+
+    `tensors` names the layer's tensors: without it nobody would miss a bias or a channel scale.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     in_features: int = Field(ge=1, le=MAX_FEATURES)
@@ -38,11 +42,14 @@ class LayerGeometry(BaseModel):
     rank_routed: int = Field(ge=0, le=MAX_RANK)
     num_experts: int = Field(ge=0, le=256)
     packed_factors: bool = False
+    tensors: tuple[str, ...]
 
     @classmethod
     def of(cls, layer: QELinear) -> LayerGeometry:
         """Geometry of a layer in memory."""
-        return cls.model_validate({name: getattr(layer, name) for name in cls.model_fields})
+        sizes = {name: getattr(layer, name) for name in cls.model_fields if name != "tensors"}
+        present = tuple(key for key in QELinear.TENSORS if getattr(layer, key) is not None)
+        return cls.model_validate({**sizes, "tensors": present})
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...], bool]]:
         """For every tensor its shape, the dtypes it may have, and whether it must exist."""
@@ -127,7 +134,9 @@ def check_layer(name: str, geometry: LayerGeometry, header: dict[str, tuple[str,
     if group != PER_CHANNEL and (group < 1 or geometry.in_features % group):
         raise _wrong(name, f"group size {group} does not divide {geometry.in_features} inputs")
     table = geometry.shapes()
-    for key in header.keys() - table.keys():
+    for key in sorted(set(geometry.tensors) - header.keys()):
+        raise _wrong(name, f"tensor '{key}' is missing")
+    for key in sorted(header.keys() - (table.keys() & set(geometry.tensors))):
         raise _wrong(name, f"tensor '{key}' does not belong to it")
     for key, (shape, dtypes, required) in table.items():
         if key not in header:
@@ -194,8 +203,20 @@ def assemble_layers(
     header: dict[str, tuple[str, tuple[int, ...]]],
     tensors: dict[str, Tensor],
 ) -> dict[str, QELinear]:
-    """Check and build layers; shared names become the same tensor object again."""
+    """Check and build layers; shared names become the same tensor object again.
+
+    Raises:
+        ArtifactError: If a layer's tensors are not exactly those that its geometry names, or a shared name is none.
+    """
     layers = {}
+    known = {f"{name}.{key}" for name in geometries for key in QELinear.TENSORS}
+    for full, source in shared.items():
+        if full not in known or full in header or source not in known or source not in header:
+            raise _wrong(full, f"it shares a tensor '{source}' that is none of another layer")
+    for full in header:
+        owner = next((name for name in _parents(full) if name in geometries), None)
+        if owner is not None and full not in known:
+            raise _wrong(owner, f"tensor '{full}' does not belong to it")
     for name, values in geometries.items():
         geometry = parse_geometry(name, values)
         own: dict[str, str] = {}
@@ -207,6 +228,13 @@ def assemble_layers(
         check_layer(name, geometry, {key: header[source] for key, source in own.items()})
         layers[name] = build_layer(geometry, {key: tensors[source] for key, source in own.items()})
     return layers
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The dotted paths above a name, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _wrong(name: str, reason: str) -> ArtifactError:

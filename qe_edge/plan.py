@@ -23,6 +23,7 @@ from qe_edge.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.methods.base import AdapterSize
 from qe_edge.models.configuration import load_family
+from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.loading import shapes_only
 from qe_edge.preflight import check_modules
@@ -91,10 +92,11 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         samples: The calibration samples; a few are encoded to see how many tokens they make.
 
     Raises:
-        ModelError: If the model is none that QE-Edge knows.
+        ModelError: If the model is none that QE-Edge knows, or cannot be exported.
         RecipeError: If the model lacks one of the recipe's modules.
     """
     family = load_family(source)
+    check_exportable(family.config)
     model = shapes_only(family)
     blocks = family.blocks(model)
     check_modules(blocks, recipe.modules)

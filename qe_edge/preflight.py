@@ -10,6 +10,8 @@ from qe_edge.errors import NumericalError, RecipeError
 from qe_edge.models.family import Block
 from qe_edge.models.loading import LoadedModel
 
+CHUNK = 1 << 22  # numbers that are looked at together, so that a large embedding is not in memory twice
+
 
 def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
     """Refuse modules that a model with these blocks does not have.
@@ -25,17 +27,18 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
         )
 
 
-def check_weights(loaded: LoadedModel, blocks: Sequence[Block]) -> None:
-    """Refuse NaN and infinity before any long work.
+def check_weights(loaded: LoadedModel) -> None:
+    """Refuse NaN and infinity before any long work, in every tensor of the model.
+
+    A tensor that is not in memory is read, looked at and forgotten.
 
     Raises:
-        NumericalError: Naming the first layer that holds one.
+        NumericalError: Naming the first tensor that holds one.
     """
-    for block in blocks:
-        for name, parameter in block.module.named_parameters():
-            full = f"{block.name}.{name}"
-            if not bool(torch.isfinite(loaded.stored.value(full, parameter)).all()):
-                raise NumericalError(
-                    f"The weights '{full}' hold NaN or infinity.",
-                    "The checkpoint is damaged or diverged in training; get a sound one.",
-                )
+    for name, tensor in loaded.model.state_dict().items():
+        values = loaded.stored.value(name, tensor).reshape(-1)
+        if not all(bool(torch.isfinite(part).all()) for part in values.split(CHUNK)):
+            raise NumericalError(
+                f"The weights '{name}' hold NaN or infinity.",
+                "The checkpoint is damaged or diverged in training; get a sound one.",
+            )

@@ -41,6 +41,7 @@ from qe_edge.linear import QELinear, QuantizedLinear
 from qe_edge.locks import hold
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.methods.base import AdapterSize, Choice
+from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.rotation import rotate_language_model
@@ -106,8 +107,9 @@ def quantize(
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, spec.modules)
     check_reached(samples, spec.modules)
+    check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in spec.modules]
-    check_weights(loaded, chosen)
+    check_weights(loaded)
     total = sum(_parameters(block) for block in chosen)
     total *= 2 if spec.budget else 1  # measured first, then quantized
     with ExitStack() as held:

@@ -9,9 +9,11 @@ from pathlib import Path
 from qe_edge.errors import ArtifactError
 
 MAX_HEADER = 100 * 2**20
+# every type of the format; which of them are weights is for the reader to say
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
 
@@ -55,8 +57,13 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
     if not isinstance(entry, dict):
         raise _damaged(path, f"the entry of '{name}' is not a table")
     dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise _damaged(path, f"tensor '{name}' has the unknown type {dtype!r}")
+    if not isinstance(dtype, str):
+        raise _damaged(path, f"tensor '{name}' has no type")
+    if dtype not in BITS:
+        raise ArtifactError(
+            f"Tensor '{name}' of '{path}' has the type '{dtype[:40]}', which QE-Edge does not know.",
+            "Convert it to bfloat16 with the tool that wrote it, or download the file again.",
+        )
     if shape is None or offsets is None or len(offsets) != 2:
         raise _damaged(path, f"tensor '{name}' has no valid shape or offsets")
     start, stop = offsets

@@ -19,16 +19,20 @@ def open_model(reference: str) -> str:
     """Folder or hub id of an original model, with its files checked.
 
     Raises:
-        ModelError: If there is none, or it is quantized already.
+        ModelError: If there is none, it is quantized already, or its files do not hold exactly its tensors.
         ArtifactError: If a file is damaged.
     """
-    from qe_edge.models.loading import resolve_model
+    from qe_edge.models.configuration import load_family
+    from qe_edge.models.loading import check_exact, resolve_model
 
     folder = Path(reference)
     for quantized in (folder, folder / CHECKPOINT):
         if is_checkpoint_folder(quantized):
             raise ModelError(f"'{reference}' is quantized already.", "Give the original model.")
-    return resolve_model(reference)
+    source = resolve_model(reference)
+    if Path(source).is_dir():  # of a model on the hub it is said when its weights have been downloaded
+        check_exact(source, load_family(source))
+    return source
 
 
 def is_checkpoint_folder(folder: Path) -> bool:

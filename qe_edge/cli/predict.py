@@ -42,9 +42,10 @@ def command(
 ) -> None:
     """Predict latency on a device.
 
-    MODEL is 'demo', a folder with a config.json, or one of qwen2-vl-2b, -7b and -72b and internvl2-2b and -8b. Times
-    come from launches, latencies, bytes, tensor cores and the instruction counts of the compiled kernels. The model of
-    the kernels was fitted to measurements on an H100; the times of other devices were never compared with any.
+    MODEL is 'demo', a folder with a config.json, or one of qwen2-vl-2b, -7b and -72b and internvl2-2b and -8b, of
+    which 'quantize' refuses the last two. Times come from launches, latencies, bytes, tensor cores and the instruction
+    counts of the compiled kernels. The model of the kernels was fitted to measurements on an H100; the times of other
+    devices were never compared with any.
     """
     from qe_edge.predict.roofline import Request, predict
     from qe_edge.predict.shapes import find_model
@@ -77,6 +78,7 @@ def _json(request: Request, device: str, predictions: dict[str, dict[Way, Predic
         "kind": "predicted",
         "measured": False,
         "model": request.shape.title,
+        "quantize_refuses": request.shape.refused or None,
         "device": {"name": device, **request.device.model_dump()},
         "scheme": request.scheme.name,
         "adapters": asdict(request.adapters),
@@ -131,5 +133,7 @@ def _print(request: Request, predictions: dict[str, dict[Way, Prediction]]) -> N
         f"Linear layers on {known.device}: half of {known.rows} measured times lie within {known.median - 1:.0%} of "
         f"the prediction, nine of ten within {known.nine_of_ten - 1:.0%}; attention and whole models were not measured."
     )
+    if request.shape.refused:
+        click.echo(f"'qe-edge quantize' refuses this model: {request.shape.refused.rstrip('.')}.")
     if not request.device.measured:
         click.echo(f"{request.device.title}: not yet run on hardware; use the ratios, not the milliseconds.")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,29 @@ import torch
 from torch import nn
 
 from qe_edge.errors import ModelError, QENotice, ResourceError
-from qe_edge.models.configuration import REMEDY, load_family
+from qe_edge.json_files import read_json_table
+from qe_edge.models.configuration import CONFIG, REMEDY, load_family, read_config_values
+from qe_edge.models.exactness import check_all_used, check_amount, check_loading, note_own_head
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.guard import Guard
+from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files, check_tensors
 from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
+from qe_edge.models.weight_files import (
+    INDEX,
+    SINGLE,
+    Header,
+    check_index,
+    check_links,
+    folder_weights,
+    read_index,
+)
 from qe_edge.safetensors_check import check_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEMO = "demo"
+Stored = tuple[Source, tuple[int, ...], torch.dtype]  # place, shape, dtype in memory
 
 
 @dataclass
@@ -52,7 +65,7 @@ def resolve_model(reference: str) -> str:
     """Folder or hub id behind a model reference, with the folder's files checked.
 
     Raises:
-        ModelError: If the folder or its files are missing.
+        ModelError: If the folder or its files are missing, or are none of an unquantized model.
         ArtifactError: If a safetensors file is damaged.
     """
     if reference == DEMO:
@@ -74,46 +87,58 @@ def resolve_model(reference: str) -> str:
 
 
 def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel:
-    """Load a model with transformers' own classes; remote code is never run.
+    """Load a model exactly, with transformers' own classes; remote code is never run.
 
     Args:
         reference: "demo", a folder or a hub id.
         dtype: Precision in memory; "auto" keeps the checkpoint's.
 
     Raises:
-        ModelError: If the model cannot be loaded.
+        ModelError: If the model cannot be loaded, or not every tensor is found and used.
         ResourceError: If it does not fit into memory.
     """
     source = resolve_model(reference)
     family = load_family(source)
     check_memory(source, dtype)
-    model = _from_pretrained(source, family, dtype)
-    return LoadedModel(model, family, family.load_processor(source), source)
+    check_exact(source, family)
+    return _load_whole(source, family, dtype)
+
+
+def check_exact(source: str, family: ModelFamily) -> dict[str, Stored]:
+    """Refuse a model whose files do not hold exactly its tensors. The weights are not read.
+
+    Args:
+        source: Folder or hub id.
+        family: The model's family.
+
+    Returns:
+        Place, shape and dtype in memory of every tensor by its name in the files.
+
+    Raises:
+        ModelError: Naming a tensor that is missing, not used, or of another shape.
+        ArtifactError: If a file is damaged.
+    """
+    sources, _, _ = _load_placeholders(source, family)
+    return sources
 
 
 def load_outside_blocks(reference: str) -> LoadedModel:
-    """Load a model without the weights of its blocks, which are read from their safetensors files when needed.
+    """Load a model exactly, without the weights of its blocks, which are read from their files when needed.
 
     A checkpoint whose tensors transformers does not only rename but also changes for this architecture is loaded as a
-    whole, and so is one that is not in safetensors files.
+    whole.
 
     Args:
         reference: "demo", a folder or a hub id.
 
     Raises:
-        ModelError: If the model cannot be loaded.
+        ModelError: If the model cannot be loaded, or not every tensor is found and used.
         ResourceError: If what has to be in memory does not fit.
     """
     source = resolve_model(reference)
     family = load_family(source)
-    sources = _checkpoint_tensors(source, family)
-    if sources is None:
-        return _load_whole(reference, "its weights are in no safetensors files of known types")
-    # which tensor of the file becomes which of the model only transformers knows: let it load placeholders
-    given = {key: placeholder(shape, dtype) for key, (_, shape, dtype) in sources.items()}
+    sources, given, model = _load_placeholders(source, family)
     key_at = {tensor.data_ptr(): key for key, tensor in given.items()}
-    with _quiet_transformers():
-        model = _from_pretrained(source, family, "auto", dict(given))
     blocks = family.blocks(model)
     inside = {
         f"{block.name}.{name}": key_at.get(tensor.data_ptr())
@@ -123,47 +148,72 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     if None in inside.values():
         changed = next(name for name, key in inside.items() if key is None)
         del model, blocks
-        return _load_whole(reference, f"its files do not hold '{changed}' as transformers has it")
+        warnings.warn(
+            f"All of '{reference}' is in memory at once, since its files do not hold '{changed}' as transformers has "
+            "it.",
+            QENotice,
+            stacklevel=2,
+        )
+        check_memory(source, "auto")
+        return _load_whole(source, family, "auto")
     _check_memory_outside(model, [block.module for block in blocks])
     del model, blocks
     keys = {name: key for name, key in inside.items() if key is not None}
     streamed = set(keys.values())
     outside = read_tensors({key: place for key, (place, _, _) in sources.items() if key not in streamed})
     model = _from_pretrained(source, family, "auto", {key: outside.pop(key, given[key]) for key in given})
+    note_own_head(model, family)
     stored = StoredWeights(
         {name: sources[key][0] for name, key in keys.items()}, {name: given[key] for name, key in keys.items()}
     )
     return LoadedModel(model, family, family.load_processor(source), source, stored)
 
 
-def _load_whole(reference: str, reason: str) -> LoadedModel:
-    """The model in memory as a whole; the user is told why."""
-    warnings.warn(f"All of '{reference}' is in memory at once, since {reason}.", QENotice, stacklevel=3)
-    return load_model(reference)
+def _load_placeholders(
+    source: str, family: ModelFamily
+) -> tuple[dict[str, Stored], dict[str, torch.Tensor], PreTrainedModel]:
+    """What the files hold, a placeholder for each tensor, and the model made of them.
+
+    Which tensor of the files becomes which of the model only transformers knows, so it loads the placeholders.
+    """
+    check_configuration(family.config.to_dict(), source)
+    sources = _checkpoint_tensors(source, family)
+    check_amount(source, shapes_only(family), sum(prod(shape) for _, shape, _ in sources.values()))
+    given = {key: placeholder(shape, dtype) for key, (_, shape, dtype) in sources.items()}
+    with _quiet_transformers():
+        model = _from_pretrained(source, family, "auto", dict(given))
+    check_all_used(source, model, given)
+    return sources, given, model
+
+
+def _load_whole(source: str, family: ModelFamily, dtype: torch.dtype | str) -> LoadedModel:
+    model = _from_pretrained(source, family, dtype)
+    note_own_head(model, family)
+    return LoadedModel(model, family, family.load_processor(source), source)
 
 
 def _from_pretrained(
     source: str, family: ModelFamily, dtype: torch.dtype | str, tensors: dict[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
-    """The model in evaluation mode, from its files or from `tensors` in their stead."""
+    """The model in evaluation mode, exactly from its files or from `tensors` in their stead."""
     from transformers.utils import logging as transformers_logging
 
     model: PreTrainedModel
+    exactly: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they are told
     silent = transformers_logging.get_verbosity() >= logging.ERROR
-    try:
-        with _quiet_transformers() if silent else nullcontext():
-            if tensors is None:
-                model = auto_class(family).from_pretrained(source, dtype=dtype, trust_remote_code=False)
-            else:
-                model_class: Any = type(shapes_only(family))  # the automatic class takes no tensors
-                config = copy.deepcopy(family.config)  # a dtype is noted in it
-                model = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors)
-                model.config.name_or_path = source
-                _take_generation_config(model, source)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."
-        ) from error
+    quiet = _quiet_transformers() if silent else nullcontext()
+    with Guard(f"'{source}' cannot be loaded", "Check that the download is complete."), quiet:
+        if tensors is None:
+            model, info = auto_class(family).from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, **exactly
+            )
+        else:
+            model_class: Any = type(shapes_only(family))  # the automatic class takes no tensors
+            config = copy.deepcopy(family.config)  # a dtype is noted in it
+            model, info = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors, **exactly)
+            model.config.name_or_path = source
+            _take_generation_config(model, source)
+    check_loading(source, model, info)
     model.eval()
     return model
 
@@ -177,48 +227,46 @@ def _take_generation_config(model: PreTrainedModel, source: str) -> None:
             model.generation_config = GenerationConfig.from_pretrained(source)
 
 
-def _checkpoint_tensors(
-    source: str, family: ModelFamily
-) -> dict[str, tuple[Source, tuple[int, ...], torch.dtype]] | None:
-    """Place, shape and dtype in memory of every tensor of a checkpoint; None if it is not in safetensors files."""
-    files = _checkpoint_files(source)
-    if files is None:
-        return None
+def _checkpoint_tensors(source: str, family: ModelFamily) -> dict[str, Stored]:
+    """Place, shape and dtype in memory of every tensor of a checkpoint."""
     wanted = getattr(family.config, "dtype", None)
     found = {}
-    for path in files:
-        for key, (name, shape) in check_safetensors(path).items():
-            dtype = TORCH_DTYPES.get(name)
-            if dtype is None:
-                return None
+    for path, header in _weight_headers(source).items():
+        for key, (name, shape) in header.items():
+            dtype = TORCH_DTYPES[name]
             if isinstance(wanted, torch.dtype) and dtype.is_floating_point:
                 dtype = wanted  # as transformers reads it
             found[key] = (Source(path, key), shape, dtype)
     return found
 
 
-def _checkpoint_files(source: str) -> list[Path] | None:
-    """The safetensors files that transformers would read, in its order of preference; None if there are none."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+def _weight_headers(source: str) -> dict[Path, Header]:
+    """Headers of the safetensors files that hold a model's weights.
 
-    def find(name: str) -> Path | None:
-        if Path(source).is_dir():
-            path = Path(source) / name
-            return path if path.is_file() else None
-        return _hub_file(source, name)
-
-    single = find(SAFE_WEIGHTS_NAME)
-    if single:
-        return [single]
-    index = find(SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
-        return None
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    files = [find(name) for name in names]
-    return None if None in files else [path for path in files if path]
+    Raises:
+        ModelError: If there are none, or they are none of an unquantized model.
+        ArtifactError: If one is damaged.
+    """
+    if Path(source).is_dir():
+        return folder_weights(Path(source))
+    single = _hub_file(source, SINGLE)
+    index = None if single else _hub_file(source, INDEX)
+    if single is None and index is None:
+        raise ModelError(
+            f"'{source}' has no .safetensors file on the hub.",
+            "Convert the weights to safetensors; pickled weights are not loaded because they can run code.",
+        )
+    listed = read_index(index) if index else {}
+    paths = {name: _hub_file(source, name) for name in sorted(set(listed.values()))} if index else {SINGLE: single}
+    headers = {}
+    for name, path in paths.items():
+        if path is None:
+            raise ModelError(f"'{source}' lacks the weight file '{name}' on the hub.", "Choose another revision.")
+        headers[path] = check_safetensors(path)
+        check_tensors(headers[path], path)
+    if index:
+        check_index(listed, headers, index)
+    return headers
 
 
 def _hub_file(source: str, name: str) -> Path | None:
@@ -308,20 +356,13 @@ def check_free(needed: int) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
+    """Everything that can be said of a model's folder without loading a weight."""
+    check_adapter(folder)
+    config = folder / CONFIG
+    if not config.exists() and not config.is_symlink():
         raise ModelError(f"'{folder}' has no config.json.", "Give the folder of a downloaded transformers model.")
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"'{config}' is not valid JSON: {error}.", "Download the file again.") from error
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ModelError(f"'{config}' names no model_type.", "Give the folder of a transformers model.")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(
-            f"'{folder}' holds no .safetensors file.",
-            "Convert the weights to safetensors; pickled weights are not loaded because they can run code.",
-        )
-    for path in weights:
-        check_safetensors(path)
+    check_links(folder)
+    check_configuration(read_json_table(config, error=ModelError, remedy=REMEDY), str(folder))
+    read_config_values(str(folder))
+    check_quantizer_files(folder)
+    folder_weights(folder)

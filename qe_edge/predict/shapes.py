@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qe_edge.errors import ModelError, UnknownNameError
 from qe_edge.json_files import read_json_table
-from qe_edge.models.configuration import REMEDY, check_sizes_file
+from qe_edge.models import FAMILIES as SUPPORTED
+from qe_edge.models.configuration import REMEDY, check_sizes_file, load_family
+from qe_edge.models.export_limits import check_exportable
+from qe_edge.models.origin import check_configuration
 from qe_edge.predict.tables import model_table
 
 FAMILIES = ("qwen2_vl", "internvl")
@@ -54,6 +57,7 @@ class ModelShape(_Strict):
         vision: The visual encoder.
         merger: in_features and out_features of the layers between them.
         patches_per_token: Patches of a picture that become one token.
+        refused: Why 'qe-edge quantize' refuses the model; empty where it takes it.
     """
 
     title: str
@@ -61,6 +65,7 @@ class ModelShape(_Strict):
     vision: Stack
     merger: tuple[tuple[int, int], ...]
     patches_per_token: int = Field(gt=0)
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,24 @@ def find_model(reference: str) -> ModelShape:
         config = read_json_table(folder / "config.json", error=ModelError, remedy=REMEDY)
         if config.get("model_type") in FAMILIES:
             check_sizes_file(config, folder / "config.json")
-        return _from_config(config, reference)
+        shape = _from_config(config, reference)
     except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
         raise ModelError(
-            f"'{folder}' has no config.json of a Qwen2-VL or InternVL model.", "Give another folder, or 'qwen2-vl-2b'."
+            f"'{folder}' has no config.json of a Qwen2-VL or InternVL model.",
+            f"Give another folder, or 'qwen2-vl-2b'. Predicted are {' and '.join(FAMILIES)}; quantized are "
+            f"{', '.join(SUPPORTED)}.",
         ) from error
+    return shape.model_copy(update={"refused": _refusal(folder, config)})
+
+
+def _refusal(folder: Path, config: dict[str, Any]) -> str:
+    """Why a model with this configuration cannot be quantized; empty if its configuration is no reason."""
+    try:
+        check_configuration(config, str(folder))
+        check_exportable(load_family(str(folder)).config)
+    except ModelError as error:
+        return error.problem
+    return ""
 
 
 def _from_config(config: dict[str, Any], title: str) -> ModelShape:

@@ -36,3 +36,10 @@ def test_unknown_names(cli: Run) -> None:
     assert_two_lines(cli("predict", "demo", "--device", "tx2"), "There is no device 'tx2'", "orin-nano")
     assert_two_lines(cli("predict", "gpt", "--device", "thor"), "no folder or model 'gpt'", "qwen2-vl-2b")
     assert_two_lines(cli("predict", "demo", "--device", "thor", "--scheme", "w5"), "There is no scheme", "w4a8")
+
+
+def test_a_model_that_is_not_quantized_is_said(cli: Run) -> None:
+    words = ["predict", "internvl2-8b", "--device", "thor"]
+    assert "'qe-edge quantize' refuses this model: its text model InternLM2" in cli(*words).out
+    assert "InternLM2" in json.loads(cli(*words, "--json").out)["quantize_refuses"]
+    assert "refuses" not in cli("predict", "qwen2-vl-2b", "--device", "thor").out

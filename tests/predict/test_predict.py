@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.predict_error import LINEAR_LIMIT, RESULTS, SHARE, STEP_LIMIT, halves, read_rows, spread
+from qe_edge.demo import model_path
 from qe_edge.errors import ModelError, UnknownNameError
 from qe_edge.predict.kernels import Kernel, Work
 from qe_edge.predict.roofline import PHASES, Request, look_up, predict, weight_bytes
@@ -217,7 +218,17 @@ INTERNVL = {
 def test_a_folder_gives_the_shapes_of_the_table(config: dict[str, object], name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     found, known = find_model(str(tmp_path)), find_model(name)
-    assert found.model_copy(update={"title": known.title}) == known
+    assert found.model_copy(update={"title": known.title, "refused": known.refused}) == known
+
+
+def test_models_that_are_not_quantized_are_marked(tmp_path: Path) -> None:
+    refused = {name for name in MODELS if find_model(name).refused}
+    assert refused == {"internvl2-2b", "internvl2-8b"}
+    config = json.loads((model_path() / "config.json").read_text(encoding="utf-8"))
+    assert find_model("demo").refused == ""
+    config["text_config"]["layer_types"][1] = "sliding_attention"
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "'sliding_attention', which cannot be exported" in find_model(str(tmp_path)).refused
 
 
 def test_names_of_the_hub_and_the_demo_are_known() -> None:

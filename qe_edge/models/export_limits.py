@@ -1,0 +1,68 @@
+"""Which language models can become graphs: asked before anything is quantized, and again by the export itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qe_edge.errors import ModelError
+
+# frequencies that do not depend on the length of the text; dynamic and longrope choose among several at run time
+FIXED_ROPES = ("default", "linear", "yarn", "llama3")
+FULL = "full_attention"
+ANOTHER = f"Choose a model whose rope_type is one of {', '.join(FIXED_ROPES)}."
+
+
+def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' configuration classes
+    """Refuse a language model that cannot be exported. A vision encoder without one passes.
+
+    Args:
+        config: Configuration of a model, or of its language model.
+
+    Raises:
+        ModelError: Naming what cannot be exported, and what to do.
+    """
+    text = config.get_text_config()
+    if getattr(text, "num_key_value_heads", None) is None:
+        return
+    for rope in _ropes(text):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in FIXED_ROPES:
+            raise ModelError(f"The language model's rope_type '{kind}' cannot be exported.", _rope_remedy(kind, text))
+    kinds = sorted(set(getattr(text, "layer_types", None) or [FULL]) - {FULL})
+    if kinds:
+        raise ModelError(
+            f"The language model has layers of the kind '{kinds[0]}', which cannot be exported.", _window_remedy(text)
+        )
+    # transformers' classes without layer_types that have the setting obey it in every layer; Llama ignores it
+    known = "sliding_window" in getattr(type(text), "__dataclass_fields__", {})
+    window = getattr(text, "sliding_window", None) if known and not getattr(text, "layer_types", None) else None
+    if window is not None and getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings:
+        raise ModelError(
+            f"The language model attends to a sliding window of {window} tokens, which cannot be exported.",
+            _window_remedy(text),
+        )
+
+
+def _ropes(text: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Settings of rotary positions: one table, or one for each kind of layer."""
+    found = getattr(text, "rope_parameters", None) or {}
+    return [table for table in found.values() if isinstance(table, dict)] or [found]
+
+
+def _rope_remedy(kind: object, text: Any) -> str:  # noqa: ANN401
+    if kind != "dynamic":
+        return ANOTHER
+    return (
+        f"{ANOTHER} Up to {text.max_position_embeddings} tokens this one computes the same with rope_type 'default' in "
+        "a copy of config.json."
+    )
+
+
+def _window_remedy(text: Any) -> str:  # noqa: ANN401
+    window = getattr(text, "sliding_window", None)
+    if window is None:
+        return "Choose a model with full attention in every layer."
+    return (
+        f"Choose a model with full attention in every layer. Up to {window} tokens this one computes the same in a "
+        f"copy whose config.json has no sliding_window, and '{FULL}' for all layer_types."
+    )

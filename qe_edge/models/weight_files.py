@@ -1,0 +1,134 @@
+"""Which safetensors files a model consists of: all of them are there, all lie in its folder, and no other does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+
+from qe_edge.errors import ModelError
+from qe_edge.json_files import MEBIBYTE, read_json_table
+from qe_edge.models.guard import printable
+from qe_edge.models.origin import check_tensors
+from qe_edge.safetensors_check import check_safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_INDEX = 64 * MEBIBYTE
+READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # endings of the files that are read of a model
+DOWNLOAD = "Download the model again."
+COPY = "Copy the files that the links point at into the folder (cp -rL FOLDER COPY), or download the model again."
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links that point at nothing, and links out of the folder.
+
+    A folder may come from a stranger, and what is read of it ends up in checkpoints and engines. Hub snapshots are
+    folders of links to `../../blobs`, which is a part of the same download, so these are followed.
+
+    Raises:
+        ModelError: Naming the first such link.
+    """
+    root = folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append((root.parent.parent / "blobs").resolve())
+    for path in sorted(folder.iterdir()):
+        if not path.is_symlink() or path.suffix not in READ:
+            continue
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+            raise ModelError(f"The link '{path}' points at a missing file.", COPY) from error
+        if not any(target.is_relative_to(allowed) for allowed in roots):
+            raise ModelError(f"The link '{path}' leads out of the model's folder.", COPY)
+
+
+def folder_weights(folder: Path) -> dict[Path, Header]:
+    """Headers of the files that hold a model's weights, as transformers chooses them.
+
+    Args:
+        folder: The model's folder.
+
+    Raises:
+        ModelError: If there are none, if one is missing or does not belong to the others, or if a tensor is none of an
+            unquantized model.
+        ArtifactError: If a file is damaged.
+    """
+    present = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if not present and not (folder / INDEX).exists():
+        raise ModelError(
+            f"'{folder}' holds no .safetensors file.",
+            "Convert the weights to safetensors; pickled weights are not loaded because they can run code.",
+        )
+    listed = read_index(folder / INDEX) if (folder / INDEX).exists() else None
+    if listed is None:
+        if SINGLE not in present:
+            raise ModelError(
+                f"'{folder}' holds '{present[0]}', and neither '{SINGLE}' nor '{INDEX}'.",
+                f"{DOWNLOAD} Several weight files need their index.",
+            )
+        names = [SINGLE]
+    else:
+        names = sorted(set(listed.values()))
+        if SINGLE in present and names != [SINGLE]:
+            raise ModelError(
+                f"'{folder}' holds '{SINGLE}' and an index of other weight files; only one of them is the model.",
+                f"Remove '{SINGLE}', or '{INDEX}' and the files that it lists.",
+            )
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise ModelError(
+            f"'{folder}' lacks {len(missing)} of {len(names)} weight files, among them '{missing[0]}'.", DOWNLOAD
+        )
+    extra = [name for name in present if name not in names]
+    if extra:
+        raise ModelError(
+            f"'{extra[0]}' in '{folder}' is no weight file of this model, so it would be left out.",
+            f"Move it elsewhere if it is a leftover; if it belongs to the model, download '{INDEX}' that lists it.",
+        )
+    headers = {folder / name: check_safetensors(folder / name) for name in names}
+    for path, header in headers.items():
+        check_tensors(header, path)
+    if listed is not None:
+        check_index(listed, headers, folder / INDEX)
+    return headers
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """File of every tensor, from the index of a model in several files.
+
+    Raises:
+        ModelError: If it cannot be read, or names a file outside its folder.
+    """
+    table = read_json_table(path, error=ModelError, remedy=DOWNLOAD, limit=MAX_INDEX)
+    listed = table.get("weight_map")
+    if not isinstance(table.get("metadata"), dict):
+        raise ModelError(f"'{path}' has no table 'metadata'; transformers cannot read it.", DOWNLOAD)
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ModelError(f"'{path}' has no table 'weight_map' of file names.", DOWNLOAD)
+    for name in set(listed.values()):
+        if name != PureWindowsPath(name).name or "\0" in name:  # which is a bare name on any system
+            raise ModelError(
+                f"'{path}' lists '{printable(name)[:200]}', which is no file of its folder.",
+                "Get the index from where the model comes from; nothing outside the folder is read.",
+            )
+        if not name.endswith(".safetensors"):
+            raise ModelError(f"'{path}' lists '{printable(name)[:200]}', which is no .safetensors file.", DOWNLOAD)
+    return listed
+
+
+def check_index(listed: Mapping[str, str], headers: Mapping[Path, Header], index: Path) -> None:
+    """Compare an index with the files that it lists.
+
+    Raises:
+        ModelError: If a tensor is in another file than the index says, or in none.
+    """
+    held = {(name, path.name) for path, header in headers.items() for name in header}
+    for name, file in sorted(listed.items() - held):
+        raise ModelError(f"'{index}' says that '{file}' holds '{printable(name)[:200]}', which it does not.", DOWNLOAD)
+    for name, file in sorted(held - listed.items()):
+        raise ModelError(
+            f"'{file}' holds '{printable(name)[:200]}', which '{index}' does not list.",
+            f"{DOWNLOAD} The index and the weight files are of different versions.",
+        )
