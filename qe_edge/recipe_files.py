@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from qe_edge.json_files import parse_json, read_bounded_text
 MAX_BYTES = 1 << 16
 MAX_DIGITS = 32
 INTEGER = "tag:yaml.org,2002:int"
+# by PyYAML itself, and by Python about texts that YAML's tags call numbers, dates or tables
+RAISED = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 REMEDY = "A recipe is a mapping such as 'scheme: w4a8', in a YAML or JSON file below 64 KiB."
 NO_ALIASES = "Write every value out: '&' and '*' are not read, because a few of them can fill the memory."
 
@@ -33,7 +36,7 @@ class _PlainLoader(yaml.SafeLoader):
             raise RecipeError(f"{self.where} has a number of {len(node.value)} digits in line {line}.", REMEDY)
         if isinstance(node, yaml.MappingNode):
             keys = sorted(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            twice = [key for key, following in zip(keys, keys[1:], strict=False) if key == following]
+            twice = [key for key, following in itertools.pairwise(keys) if key == following]
             if twice:
                 raise RecipeError(f"{self.where} has the key '{twice[0]}' twice.", "Leave one of them out.")
         return node

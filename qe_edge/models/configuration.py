@@ -41,13 +41,13 @@ def load_config(source: str, error: type[QEError] = ModelError) -> Any:  # noqa:
         256
     """
     values = read_config_values(source, error)
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+    for section, table in _tables(values):
+        kind = PretrainedConfig if section else CONFIG_MAPPING[values["model_type"]]
+        check_key_names(kind, table, Path(source) / CONFIG, REMEDY, error)
     with Guard(f"The configuration of '{source}' cannot be read", REMEDY, error):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    for section, table in _tables(values):
-        part = getattr(config, section) if section else config
-        check_key_names(type(part), table, Path(source) / CONFIG, REMEDY, error)
     _check_sizes(config, values, source, error)
     return config
 

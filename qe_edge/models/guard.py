@@ -102,7 +102,7 @@ def check_values(kind: type[Model], values: object, path: Path | str, remedy: st
     try:
         return kind.model_validate(values)
     except ValidationError as problem:
-        first = min(problem.errors(), key=lambda found: len(found["loc"]))
+        first = problem.errors()[0]
         key = printable(_path(values, first["loc"]))[:REASON_LENGTH]
         got = printable(reprlib.repr(first["input"]))
         message = first["msg"].removeprefix("Value error, ").rstrip(".")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qe_edge.c_output import without_panic_report
 from qe_edge.errors import ModelError, QENotice
 from qe_edge.json_files import read_json_table
 from qe_edge.models.chat_templates import MAX_TEMPLATE, check_template_files
@@ -82,7 +83,8 @@ def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - token
     tokens = _check_files(source)
     from transformers import AutoTokenizer
 
-    with Guard(f"The tokenizer of '{source}' cannot be used", OLDER_REMEDY if tokens is None else REMEDY):
+    remedy = OLDER_REMEDY if tokens is None else REMEDY
+    with Guard(f"The tokenizer of '{source}' cannot be used", remedy), without_panic_report():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ids = list(tokenizer(PROBE)["input_ids"])
         tokenizer.decode(ids, skip_special_tokens=True)
@@ -139,7 +141,9 @@ def _check_files(source: str) -> dict[str, int | None] | None:
     check_template_files(source)
     if "tokenizer.json" not in tables:
         return None
-    vocabulary = tables["tokenizer.json"]["model"].get("vocab", {})
+    vocabulary = tables["tokenizer.json"]["model"].get("vocab")
+    if not isinstance(vocabulary, dict | list):
+        raise ModelError(f"Key 'model.vocab' of '{folder / 'tokenizer.json'}' is no vocabulary.", REMEDY)
     names = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary]
     added = {token["content"]: token["id"] for token in tables["tokenizer.json"]["added_tokens"]}
     return {**{name: None for name in names if isinstance(name, str)}, **added}
