@@ -9,8 +9,9 @@ from typing import Any
 from qe_edge.errors import ModelError, QEError
 from qe_edge.json_files import read_json_table
 from qe_edge.models import FAMILIES
-from qe_edge.models.config_values import ConfigFile, SizesFile
+from qe_edge.models.config_values import ConfigFile
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard, check_key_names, check_values, printable
 from qe_edge.models.model_files import find_file
 
@@ -53,8 +54,14 @@ def load_config(source: str, error: type[QEError] = ModelError) -> Any:  # noqa:
 
 
 def load_family(source: str, error: type[QEError] = ModelError) -> ModelFamily:
-    """The family of a model, from its configuration alone."""
+    """The family of a model, from its configuration alone.
+
+    Raises:
+        QEError: Of the class `error`, as `load_config`, and for a generation_config.json that is broken: every later
+            stage reads it.
+    """
     config = load_config(source, error)
+    read_generation_config(source, error)
     return FAMILIES[config.model_type](config)
 
 
@@ -82,15 +89,6 @@ def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[s
         )
     check_values(ConfigFile, values, path, REMEDY, error)
     return values
-
-
-def check_sizes_file(values: dict[str, Any], path: Path) -> None:
-    """Check the sizes that a prediction reads, in a config.json of which no model is built.
-
-    Raises:
-        ModelError: If one is missing or out of its bounds.
-    """
-    check_values(SizesFile, values, path, REMEDY, ModelError)
 
 
 def _tables(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -160,7 +160,7 @@ def _from_pretrained(
                 model = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors)
                 model.config.name_or_path = source
                 _take_generation_config(model, source)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded: {str(error).splitlines()[0]}", "Check that the download is complete."
         ) from error

@@ -56,7 +56,7 @@ def _put(key: str, value: object) -> Edit:
         ("num_key_value_heads", 3, "no multiple of num_key_value_heads 3"),
         ("head_dim", 15, "RoPE requires an even rotary dimension"),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 0}, "rope_parameters.rope_theta"),
-        ("rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}, "config.json"),
+        ("rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}, "rope_parameters.rope_type"),
         ("hidden_act", "no such curve", "describes no model that can be built"),
         ("return_dict", False, "return_dict"),
         ("attn_implementation", "somebody/kernels", "implementation that is not transformers' own"),
