@@ -110,7 +110,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in header}
     layers = assemble_layers(section["layers"], section["shared"], header, tensors)
-    family = load_family(str(folder))
+    family = load_family(str(folder), ArtifactError)
     model = _empty_model(str(folder), family, tensors)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
