@@ -42,10 +42,10 @@ def folder(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return Path(shutil.copytree(exported.onnx, tmp_path / "onnx"))
 
 
-def build_everywhere(folder: Path, out: Path) -> list[QEError | None]:
-    """What came of it in ONNX Runtime, for TensorRT, and with the plugin."""
+def build_everywhere(folder: Path, out: Path, *, plugin: bool = False) -> list[QEError | None]:
+    """What came of it in ONNX Runtime, and for TensorRT without or with the plugin."""
     found: list[QEError | None] = []
-    for target, library in (("cpu", None), ("rtx", None), ("rtx", Path("libqe_plugin.so"))):
+    for target, library in (("cpu", None), ("rtx", Path("libqe_plugin.so") if plugin else None)):
         try:
             build_engines(folder, out, target, plugin_library=library)
         except (ArtifactError, TargetError) as error:
@@ -63,14 +63,14 @@ def test_mutated_graphs_are_built_or_refused(exported: Exported, folder: Path, t
         name = GRAPHS[seed % len(GRAPHS)]
         mutate(exported.onnx / name, folder / name, seed, kind)
         seal(folder)
-        for error in build_everywhere(folder, tmp_path / "out"):
+        for error in build_everywhere(folder, tmp_path / "out", plugin=seed % 2 == 0):
             if error is not None:
                 refused += 1
                 assert name in error.problem, (kind, error)
                 assert error.remedy
                 assert len(error.problem) < 700
         shutil.copyfile(exported.onnx / name, folder / name)
-    assert refused > 2 * len(KINDS)
+    assert refused > 1.2 * len(KINDS)
 
 
 def edit(folder: Path, name: str, change: Callable[[onnx.ModelProto], object]) -> None:
