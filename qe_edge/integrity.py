@@ -17,7 +17,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qe_edge.errors import ArtifactError
 from qe_edge.fingerprints import CONFIGURATION, file_digest
+from qe_edge.json_files import read_json_table
 
+TOKENIZER = "tokenizer_config.json"
 PART = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}")  # so neither '..' nor a hidden file
 LOADED = (".onnx", ".data", ".engine", ".safetensors")  # endings of what is loaded; likewise
 
@@ -116,6 +118,7 @@ def check_files(folder: Path, table: Mapping[str, FileRecord], remedy: str, only
     check_sizes(folder, wanted, remedy)
     if not only:
         check_nothing_added(folder, table, remedy)
+        _check_tokenizer_files(folder, remedy)
     for name, record in wanted.items():
         try:
             found = file_digest(folder / name).sha256
@@ -158,6 +161,13 @@ def check_nothing_added(folder: Path, table: Iterable[str], remedy: str) -> None
         for path in sorted((folder / name).rglob("*")):
             if not path.is_dir() and path.relative_to(folder).as_posix() not in known:
                 raise ArtifactError(f"'{path}' was added after the folder was written.", f"Remove it, or: {remedy}")
+
+
+def _check_tokenizer_files(folder: Path, remedy: str) -> None:
+    """A tokenizer's configuration may name other files, anywhere, that transformers reads in the place of its own."""
+    path = folder / TOKENIZER
+    if path.is_file() and "fast_tokenizer_files" in read_json_table(path, remedy=remedy):
+        raise ArtifactError(f"'{path}' names other files to read with 'fast_tokenizer_files'.", remedy)
 
 
 def check_inside(folder: Path, path: Path) -> None:

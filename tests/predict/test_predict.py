@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.predict_error import LINEAR_LIMIT, RESULTS, SHARE, STEP_LIMIT, halves, read_rows, spread
 from hypothesis import given
 from hypothesis import strategies as st
 
