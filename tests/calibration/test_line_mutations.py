@@ -40,7 +40,8 @@ SEEDS: list[dict[str, Any]] = [
 VALUES: list[Any] = [
     None, True, -1, 0, 10**400, 1.5, float("nan"), float("inf"), "", " ", "\0", "\ud83d", "a" * 5000, "../p.png", "/",
     ".", "p.png\0", "data:image/png;base64,AAAA", "file:///p.png", "~", "<image>", "<|im_end|>", "<|image_pad|>",
-    "user", "😀", "\u202e", [], {}, [[]], [None], ["a"], [{}], {"a": 1}, {"url": "p.png"}, ["p.png"] * 6, "\\", "\r\n", "text",
+    "user", "😀", "\u202e", [], {}, [[]], [None], ["a"], [{}], {"a": 1}, {"url": "p.png"}, ["p.png"] * 6,
+    "\\", "\r\n", "text",
 ]  # fmt: skip
 KEYS = [
     "image",
