@@ -36,8 +36,9 @@ class BlockWalk:
         self.modules = modules
         self.blocks = loaded.family.blocks(loaded.model)
         walked = chains_of(self.blocks)
+        self._beyond: list[list[Block]] = []
         while walked and walked[-1][0].group not in modules:
-            walked.pop()
+            self._beyond.append(walked.pop())
         self.walked = walked
         self.chains = [chain for chain in walked if chain[0].group in modules]
         self._dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
@@ -48,7 +49,7 @@ class BlockWalk:
 
         Whoever takes a block has to leave its outputs in the chain (`hand_on`) before the next one.
         """
-        streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward)
+        streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward, self._beyond)
         for index in range(len(self.walked)):
             chain = streamer.record(index)
             for position, block in enumerate(chain.blocks):
