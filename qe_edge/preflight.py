@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from qe_edge.errors import NumericalError, RecipeError
+from qe_edge.grids import WeightGrid
+from qe_edge.groups import linear_groups
+from qe_edge.magnitudes import check_weight
 from qe_edge.models.family import Block
 from qe_edge.models.loading import LoadedModel
 
@@ -26,16 +29,20 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
         )
 
 
-def check_weights(loaded: LoadedModel, blocks: Sequence[Block]) -> None:
-    """Refuse NaN and infinity before any long work.
+def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid) -> None:
+    """Refuse NaN and infinity, and linear layers that the grid cannot hold, before any long work.
 
     Raises:
-        NumericalError: Naming the first layer that holds one.
+        NumericalError: Naming the first layer.
     """
     for block in blocks:
+        linears = {f"{name}.weight" for group in linear_groups(block, ()) for name in group.names}
         for name, parameter in block.module.named_parameters():
             full = f"{block.name}.{name}"
-            if not bool(torch.isfinite(loaded.stored.value(full, parameter)).all()):
+            value = loaded.stored.value(full, parameter)
+            if full in linears:
+                check_weight(full, value, grid)
+            elif not bool(torch.isfinite(value).all()):
                 raise NumericalError(
                     f"The weights '{full}' hold NaN or infinity.",
                     "The checkpoint is damaged or diverged in training; get a sound one.",
