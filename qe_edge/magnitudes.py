@@ -117,7 +117,7 @@ def solvable(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # torch hides it
         raise NumericalError(
             f"The error of '{name}' cannot be decomposed: its weights and calibration tokens span too wide a range.",
             "Check both for outliers that are errors, or choose method rtn, which decomposes nothing.",
