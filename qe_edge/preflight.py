@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from qe_edge.errors import NumericalError, RecipeError
+from qe_edge.grids import WeightGrid
+from qe_edge.groups import linear_groups
+from qe_edge.magnitudes import check_weight
 from qe_edge.models.family import Block
 from qe_edge.models.loading import LoadedModel
 
@@ -27,17 +30,26 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
         )
 
 
-def check_weights(loaded: LoadedModel) -> None:
-    """Refuse NaN and infinity before any long work, in every tensor of the model.
+def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid) -> None:
+    """Refuse NaN and infinity in any tensor of the model, and linear layers that the grid cannot hold.
 
-    A tensor that is not in memory is read, looked at and forgotten.
+    This comes before any long work. A tensor that is not in memory is read, looked at and forgotten.
+
+    Args:
+        loaded: The model.
+        blocks: Blocks whose linear layers are going to be quantized.
+        grid: Number grid of their weights.
 
     Raises:
-        NumericalError: Naming the first tensor that holds one.
+        NumericalError: Naming the first tensor.
     """
+    groups = [group for block in blocks for group in linear_groups(block, ())]
+    linears = {f"{name}.weight" for group in groups for name in group.names}
     for name, tensor in loaded.model.state_dict().items():
-        values = loaded.stored.value(name, tensor).reshape(-1)
-        if not all(bool(torch.isfinite(part).all()) for part in values.split(CHUNK)):
+        value = loaded.stored.value(name, tensor)
+        if name in linears:
+            check_weight(name, value, grid)
+        elif not all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(CHUNK)):
             raise NumericalError(
                 f"The weights '{name}' hold NaN or infinity.",
                 "The checkpoint is damaged or diverged in training; get a sound one.",

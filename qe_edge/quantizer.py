@@ -26,21 +26,18 @@ from qe_edge.calibration.sensitivity import (
     save_sensitivities,
 )
 from qe_edge.calibration.sources import check_reached, hash_samples, load_samples
-from qe_edge.calibration.statistics import (
-    InputStatistics,
-    StatisticsCollector,
-    StatisticsRequest,
-    collect_statistics,
-)
+from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector, StatisticsRequest
 from qe_edge.device import choose_device
-from qe_edge.errors import CalibrationError, RecipeError
+from qe_edge.errors import CalibrationError
 from qe_edge.fingerprints import model_parts
 from qe_edge.groups import LinearGroup, linear_groups, set_module
 from qe_edge.heap import trim_heap
-from qe_edge.linear import QELinear, QuantizedLinear
+from qe_edge.linear import QELinear
 from qe_edge.locks import hold
+from qe_edge.magnitudes import check_result
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.methods.base import AdapterSize, Choice
+from qe_edge.methods.checked import candidates_of, quantize_problem
 from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
@@ -109,7 +106,7 @@ def quantize(
     check_reached(samples, spec.modules)
     check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in spec.modules]
-    check_weights(loaded)
+    check_weights(loaded, chosen, spec.get_scheme().weight)
     total = sum(_parameters(block) for block in chosen)
     total *= 2 if spec.budget else 1  # measured first, then quantized
     with ExitStack() as held:
@@ -125,31 +122,6 @@ def quantize(
     if not on_disk:
         loaded.stored.read("", loaded.model)
     return loaded, spec
-
-
-def quantize_linear(weight: Tensor, tokens: Tensor, recipe: Recipe, bias: Tensor | None = None) -> QELinear:
-    """Quantize one linear layer.
-
-    Args:
-        weight: `[out, in]`.
-        tokens: `[n, in]` calibration inputs.
-        recipe: Method, scheme, options and seed.
-        bias: `[out]` or None.
-
-    Raises:
-        NumericalError: If the weight is not finite or too many tokens are not.
-        RecipeError: If the shapes do not fit each other.
-    """
-    if weight.ndim != 2 or tokens.ndim != 2 or tokens.shape[1] != weight.shape[1]:
-        raise RecipeError(
-            f"Weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not fit each other.",
-            "Pass a weight [out, in] and tokens [n, in].",
-        )
-    method = recipe.build_method()
-    request = method.request(*weight.shape)
-    statistics = collect_statistics("linear", weight, tokens, request, recipe.seed) if request else None
-    problem = LinearProblem("linear", weight.detach().float(), recipe.get_scheme(), statistics, recipe.seed)
-    return QELinear(method.quantize(problem), bias)
 
 
 def replace_calibration(recipe: Recipe, calibration: object, samples: Sequence[Sample]) -> Recipe:
@@ -251,7 +223,7 @@ class _Run:
 
         def measure(group: LinearGroup, members: list[int], problem: LinearProblem) -> tuple[str, Offer]:
             sensitivity = self._sensitivity(group, members)
-            return problem.name, Offer(problem.weight.numel(), sensitivity, self.method.candidates(problem))
+            return problem.name, Offer(problem.weight.numel(), sensitivity, candidates_of(self.method, problem))
 
         return dict(self._each_problem(groups, collectors, measure))
 
@@ -381,10 +353,11 @@ class _Run:
 
     def _quantize(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> dict[str, QELinear]:
         """The quantized layers of one problem."""
-        result: QuantizedLinear = self.method.quantize(problem)
+        result = quantize_problem(self.method, problem)
         factors = self._output_factors(group, members)
         if factors is not None:
             result = scaled_back(result, factors)
+            check_result(problem.name, result)
         parts = result.split([group.linears[member].out_features for member in members])
         return {
             group.names[member]: QELinear(part, group.linears[member].bias)
