@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import qe_edge
 from qe_edge.atomic import atomic_file
 from qe_edge.errors import InputError
+from qe_edge.json_files import read_json_table
 from qe_edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -278,11 +279,9 @@ class _Ledger:
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self._path = path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if resume else None
-        except (OSError, ValueError):
-            values = None
-        self._keys: dict[str, object] = values if isinstance(values, dict) else {}
+        self._keys: dict[str, object] = {}
+        if resume and (path.exists() or path.is_symlink()):
+            self._keys = read_json_table(path, remedy="Delete it; every stage is then made again.")
 
     def begin(self, stage: str, key: str, output: Path, announce: Callable[[str], None]) -> bool:
         """Whether the stage has to run, because its output is missing or was made from something else."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qe_edge.errors import ModelError, UnknownNameError
+from qe_edge.json_files import read_json_table
 from qe_edge.predict.tables import model_table
 
 FAMILIES = ("qwen2_vl", "internvl")
+MAX_WIDTH = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -31,11 +32,11 @@ class Stack(_Strict):
         gated: Whether the MLP has a gate.
     """
 
-    hidden: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    mlp: int = Field(gt=0)
-    kv: int = Field(0, ge=0)
-    vocabulary: int = Field(0, ge=0)
+    hidden: int = Field(gt=0, le=MAX_WIDTH)
+    layers: int = Field(gt=0, le=4096)
+    mlp: int = Field(gt=0, le=MAX_WIDTH)
+    kv: int = Field(0, ge=0, le=MAX_WIDTH)
+    vocabulary: int = Field(0, ge=0, le=1 << 24)
     gated: bool
 
     @property
@@ -59,7 +60,7 @@ class ModelShape(_Strict):
     text: Stack
     vision: Stack
     merger: tuple[tuple[int, int], ...]
-    patches_per_token: int = Field(gt=0)
+    patches_per_token: int = Field(gt=0, le=4096)
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,12 @@ def find_model(reference: str) -> ModelShape:
         folder = model_path()
     if not folder.is_dir():
         raise UnknownNameError("folder or model", reference, ["demo", *known])
+    remedy = "Give another folder, or 'qwen2-vl-2b'."
+    config = read_json_table(folder / "config.json", error=ModelError, remedy=remedy)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return _from_config(config, reference)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise ModelError(
-            f"'{folder}' has no config.json of a Qwen2-VL or InternVL model.", "Give another folder, or 'qwen2-vl-2b'."
-        ) from error
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"'{folder}' has no config.json of a Qwen2-VL or InternVL model.", remedy) from error
 
 
 def _from_config(config: dict[str, Any], title: str) -> ModelShape:

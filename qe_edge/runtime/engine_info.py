@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qe_edge.errors import ArtifactError
+from qe_edge.json_files import read_json_table
 
 ENGINE_INFO = "engine.json"
-MAX_BYTES = 16 * 2**20
 
 
 class _Strict(BaseModel):
@@ -93,10 +93,10 @@ def read_engine_info(folder: Path) -> EngineInfo | None:
         ArtifactError: If the file is damaged.
     """
     path = folder / ENGINE_INFO
-    if not path.is_file():
+    if not (path.exists() or path.is_symlink()):
         return None
+    values = read_json_table(path, remedy="Build it again.")
     try:
-        with path.open("rb") as file:
-            return EngineInfo.model_validate_json(file.read(MAX_BYTES))
-    except (OSError, ValueError) as error:
+        return EngineInfo.model_validate(values)
+    except ValidationError as error:
         raise ArtifactError(f"The folder '{folder}' is damaged: {ENGINE_INFO} is wrong.", "Build it again.") from error

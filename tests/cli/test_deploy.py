@@ -11,7 +11,7 @@ import pytest
 
 from qe_edge import deploy as deployment
 from qe_edge.deploy import LEDGER, deploy, is_deployment, model_fingerprint
-from qe_edge.errors import InputError
+from qe_edge.errors import ArtifactError, InputError
 from qe_edge.export import plugin_check
 from qe_edge.recipe import make_recipe
 from tests.cli.running import Outcome, Run
@@ -150,6 +150,17 @@ def test_a_deployment_is_known_however_far_it_came(tmp_path: Path, sign: str) ->
     (tmp_path / sign).parent.mkdir(exist_ok=True)
     (tmp_path / sign).write_text("not json")
     assert is_deployment(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\ufeff{,}"])
+def test_a_damaged_ledger_is_not_passed_over(stages: Stages, tmp_path: Path, text: str) -> None:
+    (tmp_path / LEDGER).write_text(text, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"deploy\.json' (is not valid JSON|holds no JSON table)") as caught:
+        deploy("demo", tmp_path, RECIPE, resume=True)
+    assert caught.value.remedy == "Delete it; every stage is then made again."
+    assert stages.take() == []
+    assert [path.name for path in tmp_path.iterdir()] == [LEDGER]
+    deploy("demo", tmp_path, RECIPE)
 
 
 def test_a_folder_of_others_is_left_alone(stages: Stages, tmp_path: Path) -> None:
