@@ -55,7 +55,7 @@ class Outcome:
     @property
     def key(self) -> str:
         """The same for cases that show the same defect."""
-        return f"{self.verdict} {self.kind} {self.where or self.message[:80]}"
+        return " ".join(f"{self.verdict} {self.kind} {self.where or self.message[-80:]}".split())
 
 
 def run_case(target: Target, sound: Path, work: Path, seed: int, case: int, expected: str | None) -> Outcome:
