@@ -153,6 +153,17 @@ def test_a_deployment_is_known_however_far_it_came(tmp_path: Path, sign: str) ->
     assert is_deployment(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "\ufeff{,}"])
+def test_a_damaged_ledger_is_not_passed_over(stages: Stages, tmp_path: Path, text: str) -> None:
+    (tmp_path / LEDGER).write_text(text, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"deploy\.json' (is not valid JSON|holds no JSON table)") as caught:
+        deploy("demo", tmp_path, RECIPE, resume=True)
+    assert caught.value.remedy == "Delete it; every stage is then made again."
+    assert stages.take() == []
+    assert [path.name for path in tmp_path.iterdir()] == [LEDGER]
+    deploy("demo", tmp_path, RECIPE)
+
+
 def test_a_folder_of_others_is_left_alone(stages: Stages, tmp_path: Path) -> None:
     (tmp_path / "onnx").mkdir()
     for resume in (False, True):

@@ -243,10 +243,23 @@ def test_what_cannot_be_predicted(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no folder or model 'qwen3'") as caught:
         find_model("qwen3")
     assert "qwen2-vl-72b" in caught.value.remedy
-    for text in ("{", "[]", "{}", '{"vision_config": {}}', json.dumps({**INTERNVL, "model_type": "llava"})):
-        (tmp_path / "config.json").write_text(text, encoding="utf-8")
-        with pytest.raises(ModelError, match=r"no config\.json of a Qwen2-VL or InternVL|not valid JSON|no JSON table"):
+    text = {"num_attention_heads": 0, "hidden_size": 64, "num_hidden_layers": 1}
+    huge = {**QWEN, "num_hidden_layers": 2**40}
+    for values in (
+        {},
+        {"vision_config": {}},
+        {**INTERNVL, "model_type": "llava"},
+        {**INTERNVL, "text_config": text},
+        huge,
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        with pytest.raises(ModelError, match=r"no config\.json of a Qwen2-VL or InternVL|is wrong"):
             find_model(str(tmp_path))
+    for damaged in ("{", "[]", "[" * 9999):
+        (tmp_path / "config.json").write_text(damaged, encoding="utf-8")
+        with pytest.raises(ModelError, match=r"config\.json' (is not valid JSON|holds no JSON table)") as refused:
+            find_model(str(tmp_path))
+        assert "qwen2-vl-2b" in refused.value.remedy
 
 
 def test_a_device_needs_every_figure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -154,6 +155,17 @@ def test_damaged_engine_info(folder: Path, text: str, words: str) -> None:
     (folder / ENGINE_INFO).write_text(text, encoding="utf-8")
     with pytest.raises(ArtifactError, match=re.escape(words)):
         VisionLanguageEngine.load(folder)
+
+
+def test_an_engine_info_that_is_no_file_does_not_pass_for_none(folder: Path) -> None:
+    (folder / ENGINE_INFO).symlink_to("no-such-file")
+    with pytest.raises(ArtifactError, match=r"The link '.*engine\.json' points at a missing file"):
+        VisionLanguageEngine.load(folder)
+    (folder / ENGINE_INFO).unlink()
+    os.mkfifo(folder / ENGINE_INFO)  # which never ends when it is read
+    with pytest.raises(ArtifactError, match=r"engine\.json' is not a file") as caught:
+        VisionLanguageEngine.load(folder)
+    assert caught.value.remedy == "Build it again."
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
