@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qe_edge.atomic import atomic_folder
 from qe_edge.errors import ArtifactError
 from qe_edge.groups import set_module
+from qe_edge.json_files import read_json_table
 from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.linear import quantized_linears
 from qe_edge.models.family import ModelFamily
@@ -63,7 +64,9 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if getattr(loaded.model, "generation_config", None) is not None:
-            loaded.model.generation_config.save_pretrained(part)
+            # as it is: transformers' own writer refuses what it takes for contradictory, after all the work
+            text = loaded.model.generation_config.to_json_string()
+            (part / "generation_config.json").write_text(text, encoding="utf-8")
         loaded.family.save_processor(loaded.processor, part)
 
 
@@ -154,9 +157,10 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
 
     if not (folder / "generation_config.json").is_file():
         return
+    read_json_table(folder / "generation_config.json", remedy="Quantize the model again.")
     try:
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(folder, "generation_config.json cannot be read") from error
 
 

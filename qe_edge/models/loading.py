@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qe_edge.errors import ModelError, QENotice, ResourceError
+from qe_edge.json_files import read_json_table
 from qe_edge.models import FAMILIES
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
@@ -178,6 +179,9 @@ def _from_pretrained(
     from transformers.utils import logging as transformers_logging
 
     model: PreTrainedModel
+    generation = Path(source) / "generation_config.json"
+    if generation.exists() or generation.is_symlink():  # transformers would go on without a broken one
+        read_json_table(generation, error=ModelError, remedy="Get it again from the original model, or delete it.")
     silent = transformers_logging.get_verbosity() >= logging.ERROR
     try:
         with _quiet_transformers() if silent else nullcontext():

@@ -9,9 +9,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qe_edge.errors import ArtifactError
+from qe_edge.runtime.generation import GenerationSettings
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 16 * 2**20
 GRAPHS = ("visual", "merger", "language")
 TEXT_ONLY = ("language",)
@@ -87,8 +88,8 @@ class Manifest(_Strict):
         hidden_size: Width of the language model.
         vocab_size: Number of logits.
         image_token_id: Token at whose places image features stand; None in a language model without pictures.
-        eos_token_ids: Tokens that end an answer.
-        pad_token_id: Token that fills up finished rows.
+        max_context: Tokens that the model can attend to, prompt and answer together.
+        generation: How answers are decoded.
         kv: Layout of the KV cache.
         graphs: "visual", "merger" and "language", or "language" alone.
     """
@@ -99,8 +100,8 @@ class Manifest(_Strict):
     hidden_size: int = Field(ge=1, le=1 << 20)
     vocab_size: int = Field(ge=1, le=1 << 24)
     image_token_id: int | None = Field(None, ge=0)
-    eos_token_ids: tuple[int, ...] = Field(min_length=1)
-    pad_token_id: int = Field(ge=0)
+    max_context: int = Field(ge=1, le=1 << 31)
+    generation: GenerationSettings
     kv: KVLayout
     graphs: dict[str, GraphEntry]
 
@@ -109,7 +110,21 @@ class Manifest(_Strict):
         wanted = TEXT_ONLY if self.image_token_id is None else GRAPHS
         if set(self.graphs) != set(wanted):
             raise ValueError(f"it must list the graphs {', '.join(wanted)}")
+        rules = self.generation
+        ids = (rules.pad_token_id, *rules.eos_token_ids, *rules.suppress_tokens, *rules.begin_suppress_tokens)
+        if max(ids) >= self.vocab_size:
+            raise ValueError(f"generation names token {max(ids)} of a vocabulary of {self.vocab_size}")
         return self
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.generation.eos_token_ids
+
+    @property
+    def pad_token_id(self) -> int:
+        """Token that fills up finished rows."""
+        return self.generation.pad_token_id
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
