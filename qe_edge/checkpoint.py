@@ -20,6 +20,7 @@ from qe_edge.linear import quantized_linears
 from qe_edge.models.configuration import load_config, load_family
 from qe_edge.models.exactness import note_own_head
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.loading import LoadedModel, auto_class
 from qe_edge.models.rotation import last_norm, mix_last_norm
 from qe_edge.recipe import Recipe, make_recipe
@@ -77,7 +78,9 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path, run: Mappi
         if run is not None:
             (part / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         if getattr(loaded.model, "generation_config", None) is not None:
-            loaded.model.generation_config.save_pretrained(part)
+            # as it is: transformers' own writer refuses what it takes for contradictory, after all the work
+            text = loaded.model.generation_config.to_json_string()
+            (part / "generation_config.json").write_text(text, encoding="utf-8")
         loaded.family.save_processor(loaded.processor, part)
         write_checkpoint_files(part, loaded.source, getattr(loaded.family.config, "_commit_hash", None))
 
@@ -128,7 +131,9 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     _fill(model, plain, prefixes, folder)
     note_own_head(model, family)
     model.tie_weights()
-    _load_generation_config(model, folder)
+    generation = read_generation_config(str(folder), ArtifactError)
+    if generation is not None:
+        model.generation_config = generation
     return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
 
 
@@ -175,18 +180,6 @@ def _fill(model: PreTrainedModel, plain: dict[str, Tensor], prefixes: tuple[str,
     missing = [name for name in missing if not name.startswith(prefixes)]
     if missing or unexpected:
         raise _damaged(folder, f"tensor '{(missing + unexpected)[0]}' is missing or unknown")
-
-
-def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Which tokens end an answer, among others; config.json alone may know only one of them."""
-    from transformers import GenerationConfig
-
-    if not (folder / "generation_config.json").is_file():
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder, "generation_config.json cannot be read") from error
 
 
 def _check_section(folder: Path, section: dict[str, Any]) -> None:

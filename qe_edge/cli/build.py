@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -39,4 +40,4 @@ def command(onnx: Path, output: Path, target: str, plugin: bool, plugin_library:
     built = build_engines(source, output, target, plugin_library=library, progress=ConsoleProgress())
     if library is not None:
         print_plugin_nodes([built])
-    click.echo(f"Wrote '{built}'. Next: qe-edge run {output} --image FILE --prompt \"What is this?\"")
+    click.echo(f"Wrote '{built}'. Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt \"What is this?\"")

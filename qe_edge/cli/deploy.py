@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +97,14 @@ def command(  # noqa: PLR0913 - an argument for every option
     if library is not None:
         print_plugin_nodes([Layout(output).engines / name for name in targets])
     click.echo(f"Wrote '{output}'; look at '{output / 'report.html'}'.")
-    click.echo(f'Next: qe-edge run {output} --image FILE --prompt "What is this?"')
+    click.echo(f'Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt "What is this?"')
 
 
 def print_summary(report: Report) -> None:
     """The report's most important numbers."""
     from qe_edge.cli.outputs import human_bytes
     from qe_edge.cli.tables import print_table
+    from qe_edge.report.wording import plain_significant
 
     rows = []
     for row in report.contenders:
@@ -113,7 +115,7 @@ def print_summary(report: Report) -> None:
             row.runtime,
             _percent(accuracy),
             _percent(shuffled),
-            "" if distance is None or distance.kl is None else f"{distance.kl:.4f}",
+            "" if distance is None or distance.kl is None else plain_significant(distance.kl),
             "" if distance is None or distance.top1 is None else _percent(distance.top1),
             human_bytes(row.size) if row.size else "",
         ))  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -31,4 +32,4 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
     from qe_edge.export.exporter import export_model
 
     export_model(source, output, progress=ConsoleProgress())
-    click.echo(f"Wrote '{output}'. Next: qe-edge build {output} -o ENGINES --target cpu")
+    click.echo(f"Wrote '{output}'. Next: qe-edge build {shlex.quote(str(output))} -o ENGINES --target cpu")

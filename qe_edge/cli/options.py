@@ -130,6 +130,20 @@ def plugin_library_option() -> Decorator:
     )
 
 
+def speed_options(function: Function) -> Function:
+    """`--threads` and `--accuracy-level`."""
+    function = click.option(
+        "--accuracy-level",
+        type=click.Choice(("0", "4")),
+        default="0",
+        show_default=True,
+        help="Of ONNX Runtime: 0 is exact, 4 is faster and rounds activations of INT4 products once more.",
+    )(function)
+    return click.option(
+        "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU; all cores by default."
+    )(function)
+
+
 def plugin_options(function: Function) -> Function:
     """`--plugin` and `--plugin-library`, of commands that build engines."""
     function = plugin_library_option()(function)

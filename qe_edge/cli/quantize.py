@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def command(
             return
         check_disk(output, plan.disk_bytes)
         run_quantize(source, recipe, output, device=device, resume=resume, overwrite=overwrite)
-    click.echo(f"Wrote '{output}'. Next: qe-edge export {output} -o ONNX")
+    click.echo(f"Wrote '{output}'. Next: qe-edge export {shlex.quote(str(output))} -o ONNX")
 
 
 def check_checkpoint_output(output: Path, *, overwrite: bool, resume: bool) -> None:

@@ -58,7 +58,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(vocab_size=10**6), "1000000 rows"),
         (lambda m: m["kv"].update(layers=0), "kv.layers"),
         (lambda m: m.update(surprise=1), "surprise"),
-        (lambda m: m.pop("eos_token_ids"), "eos_token_ids"),
+        (lambda m: m["generation"].pop("eos_token_ids"), "eos_token_ids"),
         (lambda m: m.update(format_version=1), "format version 1"),
         (lambda m: m.update(model_type="internvl"), "'internvl' manifest"),
         (lambda m: m["graphs"]["language"]["inputs"].pop(), "profile"),
