@@ -129,6 +129,31 @@ class ConfigFile(Section):
     downsample_ratio: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
 
 
+class _SizesSection(Sizes):
+    hidden_size: Width
+    num_attention_heads: Heads
+    num_hidden_layers: Layers
+    intermediate_size: InnerWidth
+    vocab_size: Vocabulary
+
+
+class SizesFile(BaseModel):
+    """What a prediction reads of a vision-language model: sizes only, which the family's own names may carry."""
+
+    model_config = ConfigDict(extra="allow")
+    vision_config: Sizes
+    text_config: _SizesSection | None = None
+    downsample_ratio: Annotated[float, Field(strict=True, ge=0.125, le=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, values: Any) -> Any:
+        """The hub's Qwen2-VL has the sizes of its language model beside the section of its vision encoder."""
+        if isinstance(values, dict) and values.get("text_config") is None:
+            return {**values, "text_config": values}
+        return values
+
+
 def _known_implementation(value: object) -> bool:
     """Whether it is a name of transformers' own, not a repository of kernels on the hub."""
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from typing import Any
 from qe_edge.errors import ModelError, QEError
 from qe_edge.json_files import read_json_table
 from qe_edge.models import FAMILIES
-from qe_edge.models.config_values import ConfigFile
+from qe_edge.models.config_values import ConfigFile, SizesFile
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard, check_key_names, check_values, printable
@@ -89,6 +89,15 @@ def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[s
         )
     check_values(ConfigFile, values, path, REMEDY, error)
     return values
+
+
+def check_sizes_file(values: dict[str, Any], path: Path) -> None:
+    """Check the sizes that a prediction reads, in a config.json of which no model is built.
+
+    Raises:
+        ModelError: If one is missing or out of its bounds.
+    """
+    check_values(SizesFile, values, path, REMEDY, ModelError)
 
 
 def _tables(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -126,7 +126,8 @@ def check_key_names(kind: type, keys: Iterable[str], path: Path | str, remedy: s
 
 def _path(values: object, location: tuple[int | str, ...]) -> str:
     """Dotted path of a value, without the names that pydantic puts between for the members of a union."""
-    parts, node = [], values
+    parts: list[str] = []
+    node: Any = values
     for number, part in enumerate(location):
         if (isinstance(node, dict) and part in node) or (
             isinstance(node, list) and isinstance(part, int) and part < len(node)
