@@ -20,6 +20,7 @@ from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import Recipe, load_recipe, make_recipe
+from tests.sealing import seal
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
 
@@ -298,6 +299,7 @@ def test_a_hostile_checkpoint_ends_in_an_error(name: str, saved: tuple[Path, Loa
         (folder / file.name).write_bytes(file.read_bytes())
     load_quantized(folder)
     HOSTILE[name](folder)
+    seal(folder)
     with pytest.raises(QEError):
         load_quantized(folder)
 
