@@ -232,7 +232,7 @@ def test_a_rotation_that_does_not_fit_is_a_damaged_checkpoint(change: str, small
     tensors |= {name: matrix[:-1].clone()} if change == "shape" else {f"other.{name}": matrix}
     save_file(tensors, file, metadata={"format": "pt"})
     seal(tmp_path / "rotated")
-    with pytest.raises(ArtifactError, match="The checkpoint .* is damaged"):
+    with pytest.raises(ArtifactError, match=r"The checkpoint .* is damaged"):
         load_quantized(tmp_path / "rotated")
 
 
