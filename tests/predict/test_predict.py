@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.predict_error import LINEAR_LIMIT, RESULTS, SHARE, STEP_LIMIT, halves, read_rows, spread
 from qe_edge.demo import model_path
 from qe_edge.errors import ModelError, UnknownNameError
 from qe_edge.predict.roofline import PHASES, Request, predict, seconds, weight_bytes
