@@ -86,7 +86,7 @@ def _upright(image: Image.Image) -> Image.Image:
     except (OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, struct.error, OverflowError):
         warnings.warn(EXIF_NOTICE, CommonNotice, stacklevel=2)
         return image
-    return image if turned is None else turned
+    return turned
 
 
 def _on_white(image: Image.Image) -> Image.Image:
