@@ -19,6 +19,7 @@ from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild, PluginBuild
+from qe_edge.runtime.limits import EngineLimits, with_limits
 from qe_edge.runtime.manifest import MANIFEST, GraphEntry, read_manifest
 from qe_edge.runtime.plugin_library import digest
 
@@ -26,7 +27,13 @@ DATA = ".data"  # external data lies beside its graph under the graph's name wit
 
 
 def build_engines(
-    onnx: Path, out: Path, target: str, *, plugin_library: Path | None = None, progress: Progress | None = None
+    onnx: Path,
+    out: Path,
+    target: str,
+    *,
+    plugin_library: Path | None = None,
+    limits: EngineLimits | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Build for a target; the folder appears only when it is complete, and replaces an older one.
 
@@ -35,6 +42,7 @@ def build_engines(
         out: Folder to write, for example `engines/<target>`.
         target: Name of a target.
         plugin_library: Build with this plugin library; None builds without the plugin.
+        limits: Largest sizes that engines take; None keeps those of the export. Larger ones need more memory.
         progress: Where to report progress.
 
     Returns:
@@ -43,7 +51,7 @@ def build_engines(
     Raises:
         UnknownNameError: If there is no such target.
         TargetError: If it cannot be built on this machine, or its library or the plugin's refuses the model.
-        InputError: If the target takes no plugin.
+        InputError: If the target takes no plugin, or the model cannot have such limits.
         ArtifactError: If `onnx` is no ONNX folder or is damaged.
         ResourceError: If disk or memory do not suffice.
     """
@@ -51,6 +59,8 @@ def build_engines(
     if plugin_library is not None:
         check_plugin_target(chosen)
     manifest = read_manifest(onnx)
+    if limits is not None:
+        manifest = with_limits(manifest, limits)
     for entry in manifest.graphs.values():
         if not entry.file.endswith(".onnx"):
             raise ArtifactError(

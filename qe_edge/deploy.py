@@ -113,7 +113,8 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     """
     from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
     from qe_edge.export.build import build_engines
-    from qe_edge.export.exporter import export_model
+    from qe_edge.export.exporter import check_decoding, export_model
+    from qe_edge.models.loading import resolve_model
     from qe_edge.report import load_report, write_report
     from qe_edge.validate import validate
 
@@ -121,6 +122,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     plugins = {} if plugin_library is None else _plugins(targets, plugin_library)
     if out.is_dir() and any(out.iterdir()) and not is_deployment(out):
         raise InputError(f"'{out}' holds files that 'deploy' did not write.", "Choose another folder.")
+    check_decoding(resolve_model(model))
     layout = Layout(out)
     samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
     questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found before the work

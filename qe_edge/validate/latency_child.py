@@ -83,7 +83,6 @@ def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], Non
 
 def _pytorch(request: Measurement, sample: Sample) -> tuple[Callable[[Times], None], int]:
     import torch
-
     from transformers import GenerationConfig
 
     from qe_edge.models.loading import load_model

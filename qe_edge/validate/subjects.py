@@ -108,7 +108,7 @@ class TorchSubject:
 
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers' own class
-    """transformers fills whatever is not given from the model's own settings; meanwhile there are none."""
+    """Transformers fills whatever is not given from the model's own settings; meanwhile there are none."""
     from transformers import GenerationConfig
 
     own = model.generation_config
