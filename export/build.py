@@ -21,6 +21,7 @@ from qe_edge.export.targets import Target, get_target
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
+from qe_edge.runtime.limits import EngineLimits, with_limits
 from qe_edge.runtime.manifest import GraphEntry, Manifest, read_manifest
 from qe_edge.runtime.plugin_library import digest
 from qe_edge.runtime.sessions import OrtSession
@@ -29,7 +30,13 @@ REFUSED = "Export the model again, or build for the target 'cpu'."
 
 
 def build_engines(
-    onnx: Path, out: Path, target: str, *, plugin_library: Path | None = None, progress: Progress | None = None
+    onnx: Path,
+    out: Path,
+    target: str,
+    *,
+    plugin_library: Path | None = None,
+    limits: EngineLimits | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Build for a target; the folder appears only when it is complete, and replaces an older one.
 
@@ -38,6 +45,7 @@ def build_engines(
         out: Folder to write, for example `engines/<target>`.
         target: Name of a target.
         plugin_library: Build with this plugin library; None builds without the plugin.
+        limits: Largest sizes that engines take; None keeps those of the export. Larger ones need more memory.
         progress: Where to report progress.
 
     Returns:
@@ -46,7 +54,7 @@ def build_engines(
     Raises:
         UnknownNameError: If there is no such target.
         TargetError: If it cannot be built on this machine, or its library or the plugin's refuses the model.
-        InputError: If the target takes no plugin.
+        InputError: If the target takes no plugin, or the model cannot have such limits.
         ArtifactError: If `onnx` is no ONNX folder, is damaged or was changed.
         ResourceError: If disk or memory do not suffice.
     """
@@ -54,6 +62,8 @@ def build_engines(
     if plugin_library is not None:
         check_plugin_target(chosen)
     manifest = read_manifest(onnx)
+    if limits is not None:
+        manifest = with_limits(manifest, limits)
     for entry in manifest.graphs.values():
         if not entry.file.endswith(".onnx") or manifest.onnx is not None:
             raise ArtifactError(

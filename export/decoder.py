@@ -14,8 +14,8 @@ from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import GraphSpec, Profile
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
-MAX_CONTEXT = 4096
-MAX_PREFILL = 2048
+MAX_CONTEXT = 8192  # the larger, the more memory an engine needs
+MAX_PREFILL = 4096  # a picture of 1920 x 1080 is 2691 tokens for Qwen2-VL, 13 tiles are 3328 for InternVL
 LARGEST = 1 << 20  # of any dynamic size at export time
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qe_edge.cli.options import Command, output_option, overwrite_option, plugin_options, target_option
+from qe_edge.cli.options import Command, limit_options, output_option, overwrite_option, plugin_options, target_option
 
 
 @click.command("build", cls=Command, example="qe-edge build onnx -o engines --target cpu")
@@ -15,8 +15,17 @@ from qe_edge.cli.options import Command, output_option, overwrite_option, plugin
 @output_option("Folder for the engines.")
 @target_option("What to build for; 'qe-edge doctor' lists the targets.", default="cpu", show_default=True)
 @plugin_options
+@limit_options
 @overwrite_option()
-def command(onnx: Path, output: Path, target: str, plugin: bool, plugin_library: Path | None, overwrite: bool) -> None:
+def command(
+    onnx: Path,
+    output: Path,
+    target: str,
+    plugin: bool,
+    plugin_library: Path | None,
+    overwrite: bool,
+    **limits: int | None,
+) -> None:
     """Build engines for one target.
 
     ONNX is a folder of exported graphs, or holds one as ONNX/onnx.
@@ -25,6 +34,7 @@ def command(onnx: Path, output: Path, target: str, plugin: bool, plugin_library:
     from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.deploy import check_targets
+    from qe_edge.errors import InputError
     from qe_edge.provenance import check_deployment
 
     check_targets([target])
@@ -36,8 +46,23 @@ def command(onnx: Path, output: Path, target: str, plugin: bool, plugin_library:
     check_disk(output, folder_bytes(source))
     from qe_edge.console import ConsoleProgress
     from qe_edge.export.build import build_engines
+    from qe_edge.export.targets import get_target
+    from qe_edge.runtime.engine import load_family
+    from qe_edge.runtime.limits import EngineLimits, describe_limits, warn_of_pictures, with_limits
+    from qe_edge.runtime.manifest import read_manifest
 
-    built = build_engines(source, output, target, plugin_library=library, progress=ConsoleProgress())
+    wanted = EngineLimits(**{name.removeprefix("max_"): value for name, value in limits.items()})
+    manifest = with_limits(read_manifest(source), wanted)
+    if get_target(target).backend == "onnxruntime":
+        if wanted != EngineLimits():
+            raise InputError("Engines of ONNX Runtime have no limits of size.", "Leave the --max options out.")
+    else:
+        click.echo(describe_limits(manifest), err=True)
+        if manifest.image_token_id is not None:
+            processor = load_family(source, manifest.model_type).load_processor(str(source))
+            warn_of_pictures(manifest, processor.image_processor)
+
+    built = build_engines(source, output, target, plugin_library=library, limits=wanted, progress=ConsoleProgress())
     if library is not None:
         print_plugin_nodes([built])
     click.echo(f"Wrote '{built}'. Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt \"What is this?\"")

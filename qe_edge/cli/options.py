@@ -144,6 +144,20 @@ def speed_options(function: Function) -> Function:
     )(function)
 
 
+def limit_options(function: Function) -> Function:
+    """`--max-batch`, `--max-context`, `--max-prompt`, `--max-patches`, `--max-tiles`."""
+    options = {
+        "batch": "Questions that a GPU engine takes at a time.",
+        "context": "Tokens of prompt and answer that a GPU engine takes; more need more memory.",
+        "prompt": "Tokens of a prompt that a GPU engine takes; memory grows with their square.",
+        "patches": "Patches of pictures that a GPU engine takes, of Qwen2-VL; memory grows with their square.",
+        "tiles": "Tiles of pictures that a GPU engine takes, of InternVL.",
+    }
+    for name, text in reversed(options.items()):
+        function = click.option(f"--max-{name}", type=click.IntRange(min=1), metavar="N", help=text)(function)
+    return function
+
+
 def plugin_options(function: Function) -> Function:
     """`--plugin` and `--plugin-library`, of commands that build engines."""
     function = plugin_library_option()(function)

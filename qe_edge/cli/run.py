@@ -45,9 +45,9 @@ def command(
 ) -> None:
     """Answer a question about a picture, or about several.
 
-    The most likely token is taken at every step: generation_config.json's rules hold, its sampling does not. The
-    answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX graphs, a
-    quantized checkpoint (run in PyTorch), or the output of 'deploy'.
+    The answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX
+    graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'. Decoding is greedy: the rules of
+    generation_config.json hold, its sampling has no effect.
     """
     from qe_edge.cli.inputs import find_runnable, is_checkpoint_folder
     from qe_edge.errors import InputError

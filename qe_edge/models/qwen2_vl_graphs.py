@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from qe_edge.models.family import GraphSpec
 
 TYPICAL_PATCHES = 1024
-MAX_PATCHES = 4096  # of engines; all patches attend to each other, so this bounds their memory
+MAX_PATCHES = 11264  # of engines: a picture of 1920 x 1080 has 10764; all attend to each other: it bounds memory
 LARGEST = 1 << 18  # groups at export time
 EXAMPLE = 4  # groups to trace with; not 1, which torch would take for a constant
 

@@ -15,6 +15,7 @@ from qe_edge.models.configuration import load_config
 from qe_edge.runtime.embedding import TokenEmbedding
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.runtime.generation import adjust_logits, check_context, check_finite
+from qe_edge.runtime.limits import EngineLimits, check_limits, limits_of
 from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.sessions import ACCURACY_LEVELS, Array, OrtSession, Session
 
@@ -48,6 +49,7 @@ class VisionLanguageEngine:
         manifest: What the folder holds.
         family: The model's family.
         processor: Tokenizer and image processor.
+        limits: The largest sizes that its engines take, None in ONNX Runtime.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class VisionLanguageEngine:
         processor: Any,  # noqa: ANN401 - each family has its own processor type
         embedding: TokenEmbedding,
         sessions: dict[str, Session],
+        limits: EngineLimits | None = None,
     ) -> None:
         self.manifest = manifest
         self.family = family
         self.processor = processor
+        self.limits = limits
         self._embedding = embedding
         self._sessions = sessions
 
@@ -95,11 +99,14 @@ class VisionLanguageEngine:
         info = read_engine_info(folder)
         if info is not None:
             info.check_belongs(manifest, folder)
+        if accuracy_level and info is not None and info.backend != "onnxruntime":
+            raise InputError("Only ONNX Runtime has accuracy levels.", "Choose accuracy level 0.")
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family = load_family(folder, manifest.model_type)
         processor = family.load_processor(str(folder))
         sessions = _open_sessions(folder, manifest, info, accuracy_level, threads, plugin_library)
-        return cls(manifest, family, processor, embedding, sessions)
+        limits = None if info is None or info.backend == "onnxruntime" else limits_of(manifest)
+        return cls(manifest, family, processor, embedding, sessions, limits)
 
     def encode(self, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
         """Tokenize prompts and prepare pictures as one left-padded batch; with `answers`, for teacher forcing.
@@ -163,9 +170,11 @@ class VisionLanguageEngine:
         """Refuse a prompt that leaves too little of the context, before anything runs.
 
         Raises:
-            InputError: If prompt and answer are longer than the model's context.
+            InputError: If prompt and answer are longer than the model's context, or larger than the engine takes.
         """
         check_context(int(encoded.attention_mask.sum(1).max()), max_new_tokens, self.manifest.max_context)
+        if self.limits is not None:
+            check_limits(self.limits, encoded, max_new_tokens)
 
     def features(self, encoded: Encoded) -> np.ndarray | None:
         """Image features `[features, hidden]` of a batch, None without pictures."""

@@ -157,9 +157,20 @@ class TensorRTSession:
                     self._context.set_optimization_profile_async(index, self._device.stream)
                     self._profile = index
                 return
-        raise InputError(
-            f"The engine '{self._entry.file}' was not built for inputs of this size.",
-            "Use a smaller batch, picture or prompt; manifest.json lists the largest of each.",
+        raise self._too_large(shapes)
+
+    def _too_large(self, shapes: Mapping[str, tuple[int, ...]]) -> InputError:
+        """Names the first input that is outside the profile that takes most of the inputs."""
+        reasons = []
+        for profile in self._entry.profiles.values():
+            wrong = [name for name, (low, _, high) in profile.items() if not _fits(shapes[name], low, high)]
+            reasons.append(
+                (len(wrong), f"'{wrong[0]}' is {list(shapes[wrong[0]])}, at most {list(profile[wrong[0]][2])}")
+            )
+        return InputError(
+            f"The engine '{self._entry.file}' was not built for inputs of this size: {min(reasons)[1]}.",
+            "Use a smaller picture, prompt or batch, or build with a larger --max-patches, --max-tiles, --max-prompt, "
+            "--max-context or --max-batch.",
         )
 
     def _upload(self, array: np.ndarray, spec: TensorSpec, living: list[object]) -> Buffer:

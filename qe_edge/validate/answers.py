@@ -47,6 +47,7 @@ def answer_all(
     samples: Sequence[Sample],
     max_new_tokens: int,
     done: Callable[[int], None],
+    size: int = BATCH,
 ) -> list[str]:
     """The subject's answers as text.
 
@@ -56,10 +57,11 @@ def answer_all(
         samples: The questions.
         max_new_tokens: Most tokens of an answer.
         done: Called with the number of samples of every finished batch.
+        size: Samples of a batch.
     """
     tokenizer = source.processor.tokenizer
     texts: list[str] = []
-    for part in batches(samples):
+    for part in batches(samples, size):
         encoded = source.family.encode(source.processor, part)
         rows = subject.generate_ids(encoded, max_new_tokens)
         texts.extend(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows)

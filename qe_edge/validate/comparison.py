@@ -44,9 +44,13 @@ class Comparison:
         original: The original model in float32.
         quantized: The quantized model in float32.
         engine: The built engine, or None.
+        most: Most samples of a batch.
     """
 
-    def __init__(self, original: LoadedModel, quantized: LoadedModel, engine: Subject | None) -> None:
+    def __init__(
+        self, original: LoadedModel, quantized: LoadedModel, engine: Subject | None, most: int = BATCH
+    ) -> None:
+        self._most = most
         self._original = original
         self._engine = engine
         settings = TorchSubject(quantized).settings
@@ -95,7 +99,7 @@ class Comparison:
         """Samples per batch, fewer where long prompts meet a large vocabulary."""
         tokens = self._encode(samples[:1]).input_ids.shape[1]
         row = 4 * tokens * self._original.family.config.get_text_config().vocab_size
-        return int(max(1, min(BATCH, LOGITS_BYTES // row)))
+        return int(max(1, min(self._most, LOGITS_BYTES // row)))
 
     def layer_errors(self) -> list[LayerErrors]:
         """Errors of every quantized layer, in module order."""

@@ -21,7 +21,7 @@ from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, track
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.generation import settings_of
-from qe_edge.validate.answers import Reader, answer_all, answer_length
+from qe_edge.validate.answers import BATCH, Reader, answer_all, answer_length
 from qe_edge.validate.comparison import Comparison, TeacherForced
 from qe_edge.validate.metrics import RelativeError
 from qe_edge.validate.schema import LayerErrors, Role, RoutingLoad, StreamErrors
@@ -142,12 +142,12 @@ def evaluate(
 def _compare(
     reference: LoadedModel,
     quantized: LoadedModel,
-    engine: Subject | None,
+    engine: VisionLanguageEngine | None,
     questions: Questions,
     progress: Progress,
 ) -> Comparisons:
     """Run the models side by side; what comes back holds none of them."""
-    comparison = Comparison(reference, quantized, engine)
+    comparison = Comparison(reference, quantized, engine, _batch(engine))
     comparison.measure_heldout(questions.heldout, lambda count: progress.advance(count, "logits and layers"))
     if questions.calibration:
         comparison.measure_calibration(questions.calibration, lambda count: progress.advance(count, "layers"))
@@ -158,6 +158,11 @@ def _compare(
         comparison.distances,
         None if engine is None else _known(comparison.engine_error),
     )
+
+
+def _batch(engine: VisionLanguageEngine | None) -> int:
+    """Samples of a batch: GPU engines take few pictures at a time."""
+    return BATCH if engine is None or engine.limits is None else 1
 
 
 def _known(error: RelativeError) -> float:
@@ -176,7 +181,12 @@ def _asker(
 
     def ask(role: Role, subject: Subject, questions: Sequence[Sample]) -> list[str]:
         return answer_all(
-            subject, reader, questions, length, lambda count: progress.advance(count, f"answers of the {role}")
+            subject,
+            reader,
+            questions,
+            length,
+            lambda count: progress.advance(count, f"answers of the {role}"),
+            _batch(subject) if isinstance(subject, VisionLanguageEngine) else BATCH,
         )
 
     return ask

@@ -13,6 +13,7 @@ from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samp
 from qe_edge.checkpoint import load_checkpoint_recipe
 from qe_edge.demo import model_path
 from qe_edge.errors import CalibrationError
+from qe_edge.export.exporter import check_decoding
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import DEMO
 from qe_edge.progress import Progress, Silent
@@ -75,6 +76,7 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
     if not samples:
         raise CalibrationError(f"'{evaluation}' holds no question.", "Add questions with answers, or raise the limit.")
     recipe = load_checkpoint_recipe(checkpoint)
+    check_decoding(str(checkpoint))
     engine = None
     if engines is not None:
         engine = VisionLanguageEngine.load(engines, accuracy_level=0, plugin_library=plugin_library)

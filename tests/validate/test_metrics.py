@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from qe_edge.errors import NumericalError
 from qe_edge.validate.metrics import LogitsDistance, RelativeError, kl_divergence
 
 
@@ -51,3 +52,24 @@ def test_relative_error() -> None:
     error.add(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 4.0]]))
     assert error.value() == pytest.approx(3 / 5)
     assert error.rows == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_no_perfect_score(bad: float) -> None:
+    good, broken = torch.ones(3, 4), torch.ones(3, 4)
+    broken[1, 2] = bad
+    for measure in (RelativeError(), LogitsDistance()):
+        with pytest.raises(NumericalError, match="outputs of the engine hold NaN"):
+            measure.add(good, broken, ("the original", "the engine"))
+        with pytest.raises(NumericalError, match="outputs of the original hold NaN") as caught:
+            measure.add(broken, broken, ("the original", "the engine"))
+        assert "quantize again" in caught.value.remedy
+
+
+def test_something_where_there_should_be_nothing() -> None:
+    error = RelativeError()
+    error.add(torch.zeros(2, 3), torch.zeros(2, 3))
+    assert error.value() is None
+    error.add(torch.zeros(2, 3), torch.ones(2, 3))
+    with pytest.raises(NumericalError, match="zero everywhere"):
+        error.value()

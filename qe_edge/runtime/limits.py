@@ -1,0 +1,176 @@
+"""What engines take at most: batch, context, prompt, patches or tiles. A manifest's profiles hold it.
+
+Larger limits cost memory when an engine is built and when it runs: attention over a prompt or over the patches of a
+picture grows with their square. ONNX Runtime needs no limits, it takes any size up to the model's context.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qe_edge.errors import InputError, QENotice
+from qe_edge.models.family import Encoded
+from qe_edge.runtime.manifest import GraphEntry, Manifest, Size
+
+Triple = tuple[Size, Size, Size]
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Largest sizes; None leaves one as it is.
+
+    Attributes:
+        batch: Questions at a time.
+        context: Tokens of prompt and answer together.
+        prompt: Tokens of a prompt, pictures included.
+        patches: Patches of all pictures of a batch, where a model reads pictures of any size.
+        tiles: Tiles of all pictures of a batch, where a model cuts pictures into tiles.
+    """
+
+    batch: int | None = None
+    context: int | None = None
+    prompt: int | None = None
+    patches: int | None = None
+    tiles: int | None = None
+
+
+def limits_of(manifest: Manifest) -> EngineLimits:
+    """The limits that a manifest's profiles hold."""
+    language = manifest.graphs["language"].profiles
+    batch, prompt = language["prefill"]["attention_mask"][2]
+    context = language["decode"]["attention_mask"][2][1]
+    if "visual" not in manifest.graphs:
+        return EngineLimits(batch, context, prompt)
+    pixels = manifest.graphs["visual"].profiles["default"]["pixel_values"][2]
+    if _has_patches(manifest):
+        return EngineLimits(batch, context, prompt, patches=pixels[0] * pixels[1])
+    return EngineLimits(batch, context, prompt, tiles=pixels[0])
+
+
+def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
+    """The manifest with profiles for other limits.
+
+    Raises:
+        InputError: If the model has no such limit, or a limit is above the model's context or contradicts another.
+    """
+    found = limits_of(manifest)
+    for name in ("patches", "tiles"):
+        if getattr(wanted, name) is not None and getattr(found, name) is None:
+            raise InputError(f"A '{manifest.model_type}' model has no {name}.", f"Leave --max-{name} out.")
+    batch, context = wanted.batch or found.batch or 1, wanted.context or found.context or 1
+    prompt = wanted.prompt or min(found.prompt or 1, context)
+    if context > manifest.max_context:
+        raise InputError(
+            f"The model attends to {manifest.max_context} tokens, {context} are asked for.", "Lower --max-context."
+        )
+    if prompt > context:
+        raise InputError(
+            f"A prompt of {prompt} tokens does not fit into a context of {context}.", "Raise --max-context as well."
+        )
+    if context < 2:
+        raise InputError("A context of 1 token leaves no room for an answer.", "Raise --max-context.")
+    graphs = dict(manifest.graphs)
+    sizes = {"prefill": (batch, prompt, 0), "decode": (batch, 1, context - 1)}
+    profiles = {
+        name: {key: _language(key, triple, *sizes[name]) for key, triple in shapes.items()}
+        for name, shapes in graphs["language"].profiles.items()
+    }
+    graphs["language"] = _with_profiles(graphs["language"], profiles)
+    pictures = wanted.tiles
+    if wanted.patches is not None:
+        group = manifest.graphs["visual"].profiles["default"]["pixel_values"][2][1]
+        pictures = -(-wanted.patches // group)
+    for name in ("visual", "merger") if pictures is not None else ():
+        shapes = graphs[name].profiles["default"]
+        default = {key: _capped(triple, (pictures, *triple[2][1:])) for key, triple in shapes.items()}
+        graphs[name] = _with_profiles(graphs[name], {"default": default})
+    return manifest.model_copy(update={"graphs": graphs})
+
+
+def check_limits(limits: EngineLimits, encoded: Encoded, max_new_tokens: int) -> None:
+    """Refuse a batch that engines do not take, before anything runs.
+
+    Raises:
+        InputError: If it has too many rows, tokens, patches or tiles.
+    """
+    rows, prompt = encoded.input_ids.shape
+    pictures = len(encoded.pixels.get("pixel_values", ()))
+    for name, size, most in (
+        ("batch", rows, limits.batch),
+        ("patches", pictures, limits.patches),
+        ("tiles", pictures, limits.tiles),
+        ("prompt", prompt, limits.prompt),
+        ("context", prompt + max_new_tokens, limits.context),
+    ):
+        if most is not None and size > most:
+            what = {
+                "batch": f"{size} questions at a time",
+                "prompt": f"a prompt of {size} tokens",
+                "context": f"{prompt} tokens of prompt and {max_new_tokens} of answer",
+            }.get(name, f"pictures of {size} {name}")
+            raise InputError(
+                f"This engine does not take {what}: it was built for {most}.",
+                f"Use a smaller picture or prompt, or build it with --max-{name} {size}.",
+            )
+
+
+def describe_limits(manifest: Manifest) -> str:
+    """One line: what engines of this manifest take."""
+    limits = limits_of(manifest)
+    parts = [f"{limits.batch} questions at a time", f"prompts of {limits.prompt} tokens", f"{limits.context} in all"]
+    if limits.patches is not None:
+        parts.append(f"pictures of {limits.patches} patches")
+    if limits.tiles is not None:
+        parts.append(f"pictures of {limits.tiles} tiles")
+    return f"These engines take up to {', '.join(parts)}."
+
+
+def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa: ANN401 - transformers' own classes
+    """A notice where the model's image processor makes larger pictures than the engines take."""
+    limits = limits_of(manifest)
+    if limits.patches is not None:
+        pixels, name = image_processor.size["longest_edge"], "patches"
+        largest, most = pixels // image_processor.patch_size**2, limits.patches
+    elif limits.tiles is not None:
+        tiles, name = image_processor.max_patches, "tiles"
+        largest, most = tiles + (tiles > 1), limits.tiles
+    else:
+        return
+    if largest > most:
+        warnings.warn(
+            f"The model's image processor makes pictures of up to {largest} {name}, these engines take {most}: "
+            f"larger pictures are refused; --max-{name} raises the limit.",
+            QENotice,
+            stacklevel=2,
+        )
+
+
+def _has_patches(manifest: Manifest) -> bool:
+    return any(spec.name == "segment_ids" for spec in manifest.graphs["visual"].inputs)
+
+
+def _language(name: str, triple: Triple, batch: int, sequence: int, past: int) -> Triple:
+    """Smallest, typical and largest shape of one input of the language graph."""
+    largest = triple[2]
+    if name == "inputs_embeds":
+        shape = (batch, sequence, largest[2])
+    elif name == "position_ids":
+        shape = (*largest[:-2], batch, sequence)
+    elif name == "attention_mask":
+        shape = (batch, past + sequence)
+    else:
+        shape = (batch, largest[1], past, largest[3])
+    return _capped(triple, shape)
+
+
+def _capped(triple: Triple, largest: Size) -> Triple:
+    """A triple with another largest shape; the others stay below it."""
+    smallest, typical, _ = triple
+    return smallest, tuple(min(*sizes) for sizes in zip(typical, largest, strict=True)), largest
+
+
+def _with_profiles(entry: GraphEntry, profiles: Mapping[str, dict[str, Triple]]) -> GraphEntry:
+    return entry.model_copy(update={"profiles": dict(profiles)})
