@@ -38,7 +38,7 @@ def check_weights(loaded: LoadedModel) -> None:
     """
     for name, tensor in loaded.model.state_dict().items():
         values = loaded.stored.value(name, tensor).reshape(-1)
-        if not all(bool(torch.isfinite(part).all()) for part in values.split(CHUNK)):
+        if not all(bool(torch.isfinite(part).all()) for part in torch.split(values, CHUNK)):
             raise NumericalError(
                 f"The weights '{name}' hold NaN or infinity.",
                 "The checkpoint is damaged or diverged in training; get a sound one.",
