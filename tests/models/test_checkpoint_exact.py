@@ -124,7 +124,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LAYER = "model.layers.1.self_attn.q_proj"
 EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "no bias": (lambda t: {k: v for k, v in t.items() if k != f"{LAYER}.bias"}, "tensor 'bias' is missing"),
-    "no scale": (lambda t: {k: v for k, v in t.items() if k != f"{LAYER}.inv_omega"}, "shares a tensor '.*q_proj.inv_omega' that is none"),
+    "no scale": (
+        lambda t: {k: v for k, v in t.items() if k != f"{LAYER}.inv_omega"},
+        "shares a tensor '.*q_proj.inv_omega' that is none",
+    ),
     "renamed": (lambda t: {k.replace(f"{LAYER}.bias", f"{LAYER}.b"): v for k, v in t.items()}, "does not belong to it"),
     "zero points": (lambda t: {**t, f"{LAYER}.down_scale": torch.ones(1).half()}, "does not belong to it"),
     "inside": (lambda t: {**t, f"{LAYER}.weight": torch.zeros(64, 64)}, "does not belong to it"),
