@@ -91,21 +91,21 @@ def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
         value = entry.get(key)
         pictures += value if isinstance(value, list) else [] if value is None else [value]
     answers = _answers(entry)
-    key = next((key for key in CONVERSATION_KEYS if entry.get(key) is not None), None)
-    if key is None:
+    form = next((key for key in CONVERSATION_KEYS if entry.get(key) is not None), None)
+    if form is None:
         question = entry.get("question", CAPTION_PROMPT if pictures else None)
         if question is None:
             raise InputError("It asks nothing.", FORM)
         turns: list[Spoken] = [("user", *_marked(_text(question, "question")))]
     else:
-        turns, inside = _turns(entry[key], key)
+        turns, inside = _turns(entry[form], form)
         if inside and pictures:
-            raise InputError(f"Pictures are named in '{key}' and beside it.", "Name them in one place.")
+            raise InputError(f"Pictures are named in '{form}' and beside it.", "Name them in one place.")
         pictures = pictures or inside
         if turns[-1][0] == "assistant":
             _, reply, _ = turns.pop()
             if answers:
-                raise InputError(f"'{key}' ends with an answer, and there is another beside it.", "Keep one of them.")
+                raise InputError(f"'{form}' ends with an answer, and there is another beside it.", "Keep one of them.")
             answers = [reply]
     return _assembled(turns, [_picture(path, folder) for path in pictures], answers, labels, where)
 

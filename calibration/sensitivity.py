@@ -102,6 +102,13 @@ def output_gradients(
                 meter.begin(encoded)
             generator = torch.Generator().manual_seed(seed + number) if of == "predictions" else None
             loss = _loss(loaded, encoded, generator)
+            if loss is not None and not bool(torch.isfinite(loss)):
+                first = sum(len(one.input_ids) for one in batches[:number]) + 1
+                last = first + len(encoded.input_ids) - 1
+                raise NumericalError(
+                    f"The loss on calibration samples {first} to {last} is NaN or infinite.",
+                    "Check the model in its original precision and these samples.",
+                )
             if loss is not None and loss.requires_grad:  # a batch without pictures does not reach the vision encoder
                 torch.autograd.backward(loss)
             tracked.advance(1, "gradients")

@@ -108,7 +108,8 @@ def hash_samples(samples: Sequence[Sample]) -> str:
         for source in sample.pictures:
             with naming(sample):
                 picture = open_image(source)
-            digest.update(f"{picture.size}".encode() + picture.tobytes())
+            digest.update(f"{picture.size}".encode())
+            digest.update(picture.tobytes())
         # running text and a question of the same words become different tokens
         kind = [TEXT] if sample.kind == TEXT else []
         digest.update(json.dumps([sample.question, sample.answer, *kind, *_further(sample)]).encode())

@@ -6,6 +6,7 @@ number.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +16,9 @@ from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
 from qe_edge.device import CPU
-from qe_edge.errors import NumericalError
+from qe_edge.errors import NumericalError, QENotice
 from qe_edge.int8_products import add_gram, round_channels, rounds_gram
+from qe_edge.magnitudes import check_tokens
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
 TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time
@@ -89,7 +91,7 @@ class StatisticsCollector:
         self._abs_sum = np.zeros(in_features, np.float64)
         self._abs_max = np.zeros(in_features, np.float64)
         self._count = 0
-        self._dropped = 0
+        self.dropped = 0  # tokens that held NaN or infinity
         # priorities come from one stream, so the sample does not depend on how the tokens are cut into chunks
         self._random = np.random.default_rng(seed)
         size = request.tokens
@@ -98,7 +100,11 @@ class StatisticsCollector:
         self._filled = 0
 
     def update(self, x: Tensor, kind: Tensor | None = None) -> None:
-        """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8."""
+        """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8.
+
+        Raises:
+            NumericalError: If they are too large for sums of their squares.
+        """
         tokens = x.detach().float().reshape(-1, self._abs_sum.shape[0])
         kinds = torch.zeros(len(tokens), dtype=torch.int8) if kind is None else kind.cpu().reshape(-1)
         for start in range(0, len(tokens), CHUNK):
@@ -108,11 +114,12 @@ class StatisticsCollector:
         total, largest = magnitudes(tokens)
         if not bool(torch.isfinite(total).all()):  # NaN and infinity stay what they are in a sum
             finite = torch.isfinite(tokens).all(1)
-            self._dropped += int((~finite).sum())
+            self.dropped += int((~finite).sum())
             tokens, kinds = tokens[finite], kinds[finite.cpu()]
             if not len(tokens):
                 return
             total, largest = magnitudes(tokens)
+        check_tokens(self.name, float(largest.max()))
         tokens = tokens.contiguous()
         if self._gram is not None:
             self._gram.add(tokens, largest)
@@ -122,21 +129,26 @@ class StatisticsCollector:
         self._count += len(tokens)
 
     def finish(self) -> list[InputStatistics]:
-        """The statistics of every problem; ends the collection.
+        """The statistics of every problem; ends the collection. Tokens that were left out are a notice.
 
         Raises:
             NumericalError: If the layer saw no valid token, or more than 1 % of its tokens were not finite.
         """
-        seen = self._count + self._dropped
-        if self._dropped > MAX_BAD_TOKENS * seen:
+        seen = self._count + self.dropped
+        if self.dropped > MAX_BAD_TOKENS * seen:
             raise NumericalError(
-                f"{self._dropped} of {seen} calibration tokens at '{self.name}' hold NaN or infinity.",
+                f"{self.dropped} of {seen} calibration tokens at '{self.name}' hold NaN or infinity.",
                 "Check the model in its original precision and the calibration data.",
             )
         if self._count == 0:
             raise NumericalError(
                 f"No calibration token reached '{self.name}'.",
-                "Use calibration data with pictures and text that exercise every part of the model.",
+                "Use calibration data for every part of the model, or a method without calibration (rtn, lorc).",
+            )
+        if self.dropped:
+            warnings.warn(
+                QENotice(f"{self.dropped} of {seen} tokens at '{self.name}' were left out: NaN or infinity."),
+                stacklevel=2,
             )
         order = np.argsort(self._rows[: self._filled], kind="stable")
         gram = None if self._gram is None else self._gram.mean(self._count)
@@ -145,7 +157,7 @@ class StatisticsCollector:
         return [
             InputStatistics(
                 count=self._count,
-                dropped=self._dropped,
+                dropped=self.dropped,
                 abs_mean=self._abs_sum / self._count,
                 abs_max=self._abs_max,
                 gram=gram,

@@ -27,6 +27,7 @@ from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
 from qe_edge.runtime.embedding import EMBEDDING, TENSOR
+from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
 from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest
 
 IR_VERSION = 10  # the first with function overloads
@@ -48,12 +49,13 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
 
     Raises:
         ArtifactError: If the checkpoint is missing or damaged.
-        ModelError: If the model cannot be exported.
+        ModelError: If the model cannot be exported, or no engine can decode as its generation_config.json says.
         ResourceError: If the disk is full.
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
     source = None if isinstance(checkpoint, LoadedModel) else read_checkpoint_files(checkpoint).digest
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
+    generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
         embedding = loaded.model.get_input_embeddings().get_parameter("weight").detach()
@@ -66,7 +68,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         _write_runtime_files(loaded, part)
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
-        _manifest(loaded, recipe, entries).model_copy(update={"checkpoint": source}).write(part)
+        _manifest(loaded, recipe, entries, generation).model_copy(update={"checkpoint": source}).write(part)
 
 
 def _work(spec: GraphSpec) -> float:
@@ -104,19 +106,16 @@ def _write_runtime_files(loaded: LoadedModel, folder: Path) -> None:
     config.pop("quantization_config", None)  # the weights are in the graphs
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if getattr(loaded.model, "generation_config", None) is not None:
-        loaded.model.generation_config.save_pretrained(folder)
+        text = loaded.model.generation_config.to_json_string()
+        (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
     loaded.family.save_processor(loaded.processor, folder)
 
 
-def _manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, GraphEntry]) -> Manifest:
+def _manifest(
+    loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, GraphEntry], generation: GenerationSettings
+) -> Manifest:
     config: Any = loaded.family.config
     text = config.get_text_config()
-    generation: Any = getattr(loaded.model, "generation_config", None)
-    tokenizer = loaded.processor.tokenizer
-    ends = getattr(generation, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    ends = [ends] if isinstance(ends, int) else list(ends)
-    pad = getattr(generation, "pad_token_id", None)
     return Manifest(
         format_version=FORMAT_VERSION,
         model_type=config.model_type,
@@ -124,8 +123,8 @@ def _manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, Gra
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         image_token_id=getattr(config, "image_token_id", None),
-        eos_token_ids=tuple(ends),
-        pad_token_id=ends[0] if pad is None else pad,
+        max_context=text.max_position_embeddings,
+        generation=generation,
         kv=KVLayout(
             layers=text.num_hidden_layers,
             heads=text.num_key_value_heads,

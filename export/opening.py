@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import google.protobuf.message
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped] # it ships no types
 
 from qe_edge.errors import ArtifactError, ModelError, QEError, ResourceError
 from qe_edge.export.contract import check_layers
@@ -19,7 +19,7 @@ from qe_edge.runtime.manifest import GraphEntry, TensorSpec
 # What onnx, onnx-ir, numpy and our own passes raise when a graph is not what it should be; they share no base.
 GRAPH_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-    onnx.checker.ValidationError, onnx.shape_inference.InferenceError, google.protobuf.message.Error,
+    onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ProtobufError,
 )  # fmt: skip
 
 

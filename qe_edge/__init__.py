@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from qe_edge.checkpoint import load_quantized
     from qe_edge.errors import QEError
     from qe_edge.linear import QELinear
-    from qe_edge.quantizer import quantize, quantize_linear
+    from qe_edge.quantizer import quantize
     from qe_edge.recipe import Recipe, make_recipe
+    from qe_edge.single_layer import quantize_linear
 
 __version__ = "0.1.0"
 
@@ -29,7 +30,7 @@ _PUBLIC = {
     "load_quantized": "qe_edge.checkpoint",
     "make_recipe": "qe_edge.recipe",
     "quantize": "qe_edge.quantizer",
-    "quantize_linear": "qe_edge.quantizer",
+    "quantize_linear": "qe_edge.single_layer",
 }
 
 __all__ = [

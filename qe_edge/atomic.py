@@ -1,74 +1,153 @@
-"""Writing files and folders under a temporary name and renaming them when they are complete."""
+"""Writing files and folders under a temporary name and renaming them when they are complete and on the disk.
+
+What is being written lies in a folder of its own beside the output, `.NAME.RANDOM.part`, that only its owner can read.
+A lock in there tells other processes whether somebody still writes: what a killed process has left is removed by the
+next one, and an old folder that it had moved away is put back.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
+from qe_edge.errors import InputError, ResourceError
+from qe_edge.folders import parents_of, sync_file, sync_folder, sync_tree
+from qe_edge.locks import lock_file
+from qe_edge.ownership import refuse_strangers, strangers
 
-from qe_edge.errors import ResourceError
+PART = ".part"
+LOCK, NEW, OLD = ".qe-edge-lock", "new", "old"  # inside the folder
+NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it becomes `path` if the block succeeds and vanishes if it does not.
+    """Yield a temporary path; it becomes `path` if the block succeeds and vanishes if it does not.
+
+    A link at `path` is replaced and never followed.
 
     Raises:
+        InputError: If `path` names no file.
         ResourceError: If the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _parent_of(path), no_space_explained(path):
-        _remove_stale(path)
-        try:
-            yield temporary
-            _readable(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _staged(path) as part:
+        temporary = part / path.name
+        yield temporary
+        _readable(temporary)
+        sync_file(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that replaces `path` when the block succeeds.
+    """Yield a temporary folder that replaces `path` when the block succeeds.
+
+    An older folder is replaced if QE-Edge wrote all that it holds. What others put there while the block runs is kept.
 
     Raises:
+        InputError: If `path` is a link or a file, or holds files that QE-Edge did not write.
         ResourceError: If the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    with _parent_of(path), no_space_explained(path):
-        _remove_stale(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"'{path}' is a link or a file, and is to be a folder.", "Choose another folder.")
+    restore(path)
+    refuse_strangers(path)
+    with _staged(path) as part:
+        temporary = part / NEW
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _readable(file)
+        sync_tree(temporary)
+        replaced = _take_place(temporary, path, part / OLD)
+        if replaced is not None:
+            for name in strangers(replaced):
+                if not os.path.lexists(path / name):
+                    (path / name).parent.mkdir(parents=True, exist_ok=True)
+                    (replaced / name).rename(path / name)
+        sync_folder(path.parent)
+
+
+def restore(path: Path) -> None:
+    """Remove what killed processes left beside `path`; a folder that one had moved away from `path` is put back."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
+        if left.is_symlink() or not (left / LOCK).is_file():
+            continue  # not ours, or just being made
         try:
-            temporary.mkdir()
-            yield temporary
-            for file in temporary.rglob("*"):
-                _readable(file)
-            if path.exists():
-                path.replace(old)
-            temporary.replace(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            lock = lock_file(left / LOCK)
+        except OSError:
+            continue  # of another user, or a file system without locks: nobody knows whether it is in use
+        if lock is not None:
+            try:
+                _put_back(left / OLD, path)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 @contextmanager
-def _parent_of(path: Path) -> Iterator[None]:
-    """The folders above `path` exist inside the context; those made for it vanish if it fails and leaves them empty."""
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-        raise
+def _staged(path: Path) -> Iterator[Path]:
+    """A locked folder of an unpredictable name beside `path`, which vanishes with all that is left in it."""
+    if path.name in ("", ".."):
+        raise InputError(f"'{path}' names no output.", "Give the name of a new file or folder.")
+    with parents_of(path), no_space_explained(path):
+        restore(path)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
+        lock = None
+        try:
+            with suppress(OSError):  # a file system without locks: then nobody else removes it either
+                lock = lock_file(part / LOCK)
+            yield part
+        finally:
+            _put_back(part / OLD, path)
+            shutil.rmtree(part, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _take_place(new: Path, path: Path, old: Path) -> Path | None:
+    """Rename `new` to `path`; returns where the folder that was there lies now."""
+    if not path.exists():
+        new.rename(path)
+        return None
+    if _exchange(new, path):
+        return new
+    path.rename(old)  # a failure between the two renames, of whatever kind, ends in `_put_back`
+    new.rename(path)
+    return old
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """An old folder returns to its place where no new one has taken it."""
+    if old.is_dir() and not os.path.lexists(path):
+        old.rename(path)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot do that.
+
+    Raises:
+        OSError: If the renaming itself fails.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28 and later
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
 
 
 @contextmanager
@@ -86,7 +165,7 @@ def no_space_explained(path: Path) -> Iterator[None]:
 
 def _readable(path: Path) -> None:
     """Give a file the mode that any new file has; safetensors writes files that only their owner can read."""
-    if path.is_file():
+    if stat.S_ISREG(path.lstat().st_mode):
         umask = os.umask(0)
         os.umask(umask)
         path.chmod(0o666 & ~umask)
@@ -97,11 +176,3 @@ def _is_no_space(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in codes:
         return True
     return any(os.strerror(code) in str(error) for code in codes)
-
-
-def _remove_stale(path: Path) -> None:
-    """Delete temporary files that a killed process left beside `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
-        owner, _, kind = left.name.removeprefix(f".{path.name}.").partition(".")
-        if kind in ("part", "old") and owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+LONGEST_REPORT = 2**16  # bytes
 
 
 @contextmanager
@@ -31,6 +34,37 @@ def silent_c_stdout() -> Iterator[None]:
         _flush_c()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextmanager
+def without_panic_report() -> Iterator[None]:
+    """Hold back what is written to file descriptor 2; where a Rust library panics, its own report is thrown away.
+
+    The exception says the same. Everything else that was written comes out when the context is left.
+    """
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed, so nothing can be printed
+        yield
+        return
+    panicked = False
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = type(error).__module__ == "pyo3_runtime"
+            raise
+        finally:
+            sys.stderr.flush()
+            _flush_c()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            if not panicked:
+                with suppress(OSError):
+                    os.write(2, held.read(LONGEST_REPORT))
 
 
 def _flush_c() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from qe_edge.linear import quantized_linears
 from qe_edge.models.configuration import load_config, load_family
 from qe_edge.models.exactness import note_own_head
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.loading import LoadedModel, auto_class
 from qe_edge.models.rotation import last_norm, mix_last_norm
 from qe_edge.recipe import Recipe, make_recipe
@@ -33,14 +35,22 @@ QUANT_METHOD = "qe-edge"
 FORMAT_VERSION = 3
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.json"
+RUN = "run.json"
 
 
-def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
+def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path, run: Mapping[str, object] | None = None) -> None:
     """Write a checkpoint folder; it appears only when it is complete, and replaces an older one.
 
     Tensors that are not in memory are read one by one while they are written.
 
+    Args:
+        loaded: The model with its quantized layers.
+        recipe: The resolved recipe.
+        folder: Folder to write.
+        run: What the run depended on, for `run.json`; None writes none.
+
     Raises:
+        InputError: If `folder` holds files that QE-Edge did not write.
         ResourceError: If the disk is full.
     """
     layers = quantized_linears(loaded.model)
@@ -65,8 +75,12 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         write_tensors(tensors, part / WEIGHTS, loaded.stored.value, metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if run is not None:
+            (part / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         if getattr(loaded.model, "generation_config", None) is not None:
-            loaded.model.generation_config.save_pretrained(part)
+            # as it is: transformers' own writer refuses what it takes for contradictory, after all the work
+            text = loaded.model.generation_config.to_json_string()
+            (part / "generation_config.json").write_text(text, encoding="utf-8")
         loaded.family.save_processor(loaded.processor, part)
         write_checkpoint_files(part, loaded.source, getattr(loaded.family.config, "_commit_hash", None))
 
@@ -99,7 +113,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in header}
     layers = assemble_layers(section["layers"], section["shared"], header, tensors)
-    family = load_family(str(folder))
+    family = load_family(str(folder), ArtifactError)
     model = _empty_model(str(folder), family, tensors)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
@@ -117,7 +131,9 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     _fill(model, plain, prefixes, folder)
     note_own_head(model, family)
     model.tie_weights()
-    _load_generation_config(model, folder)
+    generation = read_generation_config(str(folder), ArtifactError)
+    if generation is not None:
+        model.generation_config = generation
     return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
 
 
@@ -164,18 +180,6 @@ def _fill(model: PreTrainedModel, plain: dict[str, Tensor], prefixes: tuple[str,
     missing = [name for name in missing if not name.startswith(prefixes)]
     if missing or unexpected:
         raise _damaged(folder, f"tensor '{(missing + unexpected)[0]}' is missing or unknown")
-
-
-def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Which tokens end an answer, among others; config.json alone may know only one of them."""
-    from transformers import GenerationConfig
-
-    if not (folder / "generation_config.json").is_file():
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder, "generation_config.json cannot be read") from error
 
 
 def _check_section(folder: Path, section: dict[str, Any]) -> None:

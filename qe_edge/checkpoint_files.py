@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qe_edge.errors import ArtifactError
-from qe_edge.integrity import CONFIGURATION, FileRecord, FileTable, Sealed, check_files, describe, hash_file
+from qe_edge.fingerprints import file_digest, model_files
+from qe_edge.integrity import FileRecord, FileTable, Sealed, check_files, describe
 from qe_edge.json_files import read_json_table
 
 FILES = "files.json"
@@ -98,26 +98,19 @@ def origin_of(source: str, revision: str | None) -> Origin | None:
     """The fingerprint of a model: files of a folder, or hub id and commit; None if it is neither."""
     folder = Path(source)
     if folder.is_dir():
-        return Origin(files={name: _record(folder / name) for name in _model_files(folder)})
+        return Origin(files={name: _record(folder / name) for name in model_files(folder)})
     return Origin(hub=source, revision=revision) if source.count("/") == 1 else None
 
 
 def difference(origin: Origin, folder: Path) -> str | None:
     """The first file of a folder that is not the one of a checkpoint's origin, None if all are the same."""
-    names = set(_model_files(folder))
+    names = set(model_files(folder))
     for name in sorted(names ^ origin.files.keys()):
         return name
     changed = (name for name in sorted(names) if (folder / name).stat().st_size != origin.files[name].size)
-    hashed = (name for name in sorted(names) if hash_file(folder / name) != origin.files[name].sha256)
+    hashed = (name for name in sorted(names) if file_digest(folder / name).sha256 != origin.files[name].sha256)
     return next(changed, None) or next(hashed, None)
 
 
-def _model_files(folder: Path) -> Iterator[str]:
-    """Names of what decides what a model computes."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and (path.name in CONFIGURATION or path.suffix == ".safetensors"):
-            yield path.name
-
-
 def _record(path: Path) -> FileRecord:
-    return FileRecord(size=path.stat().st_size, sha256=hash_file(path))
+    return FileRecord.model_validate(file_digest(path).as_json())

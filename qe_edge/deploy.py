@@ -6,18 +6,21 @@ what each of them was made from, so that a stopped deployment can be continued.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import qe_edge
-from qe_edge.atomic import atomic_file
 from qe_edge.errors import InputError
+from qe_edge.fingerprints import hash_parts, model_fingerprint, model_parts  # noqa: F401 - the second is found here too
+from qe_edge.ledger import Ledger
+from qe_edge.locks import hold
+from qe_edge.ownership import is_passing, refuse_strangers
 from qe_edge.progress import Progress
+from qe_edge.run_record import make_record
+from qe_edge.stages import Stage, run_stages
 
 if TYPE_CHECKING:
     from qe_edge.models.family import Sample
@@ -68,12 +71,10 @@ class Layout:
         """What each stage was made from."""
         return self.root / LEDGER
 
-    def clear_after_checkpoint(self) -> None:
-        """Remove what was made from an earlier checkpoint, and nothing else."""
-        for folder in (self.onnx, self.engines):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.report, self.page):
-            file.unlink(missing_ok=True)
+    def made_later(self) -> list[Path]:
+        """Folders of what is made from a checkpoint, for whatever target."""
+        engines = sorted(self.engines.iterdir()) if self.engines.is_dir() and not self.engines.is_symlink() else []
+        return [self.onnx, *(path for path in engines if path.is_dir())]
 
 
 def deploy(  # noqa: PLR0913 - the choices of every stage
@@ -89,6 +90,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     device: str = "auto",
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda _line: None,
+    locked: bool = False,
 ) -> Report:
     """Quantize, export, build, validate and report.
 
@@ -100,14 +102,17 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         plugin_library: Build TensorRT targets with this plugin library; None builds all without the plugin.
         evaluation: Source of held-out questions with answers.
         limit: Use only the first questions.
-        resume: Skip stages whose output is complete and was made from the same model, recipe and data.
+        resume: Skip stages whose output is complete, as it was written, and made from the same.
         device: Where to quantize, as of `qe_edge.quantize`.
         progress: Where to report progress.
         announce: Receives one line when a stage begins or is skipped.
+        locked: Whether the caller is inside `hold_deployment`.
 
     Raises:
-        InputError: If `out` holds other files, or no target takes the plugin; raised, as the next one, before anything
-            else is done.
+        InputError: If `out` holds other files, also in what is to be replaced, or no target takes the plugin; raised,
+            as the next ones, before any work.
+        ResourceError: If another process deploys to `out` or quantizes to its checkpoint.
+        ArtifactError: If with `resume` the model, the recipe, the calibration data or the version is another one.
         TargetError: If a target cannot be built here, or the plugin library does not serve or refuses a layer.
         QEError: As the stages raise.
     """
@@ -116,52 +121,104 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     from qe_edge.export.exporter import export_model
     from qe_edge.report import load_report, write_report
     from qe_edge.validate import validate
+    from qe_edge.workfolder import WorkFolder
 
     runnable = check_targets(targets)
     plugins = {} if plugin_library is None else _plugins(targets, plugin_library)
-    if out.is_dir() and any(out.iterdir()) and not is_deployment(out):
-        raise InputError(f"'{out}' holds files that 'deploy' did not write.", "Choose another folder.")
     layout = Layout(out)
-    samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
-    questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found before the work
-    if plugins:
-        _check_layers(plugins, model, recipe, samples)
-    ledger = _Ledger(layout.ledger, resume=resume)
-    key = _hash(qe_edge.__version__, model_fingerprint(model), stored_recipe(recipe, samples).model_dump_json())
-    if ledger.begin("checkpoint", key, layout.checkpoint, announce):
-        if not resume:
-            shutil.rmtree(work_folder(layout.checkpoint), ignore_errors=True)
-        quantize_to_folder(model, recipe, layout.checkpoint, resume=resume, device=device, progress=progress)
-        layout.clear_after_checkpoint()
-        ledger.finish("checkpoint", key)
-    key = _hash(key, "onnx")
-    if ledger.begin("onnx", key, layout.onnx, announce):
-        export_model(layout.checkpoint, layout.onnx, progress=progress)
-        ledger.finish("onnx", key)
-    builds = {target: _hash(key, target, *_digests(plugins.get(target))) for target in targets}
-    for target, built in builds.items():
-        if ledger.begin(f"engines/{target}", built, layout.engines / target, announce):
+    with nullcontext() if locked else hold_deployment(out):
+        check_deployment_folder(out)
+        samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+        questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found at once
+        if plugins:
+            _check_layers(plugins, model, recipe, samples)
+        ledger = Ledger.read(layout.ledger)
+        run = make_record(model_parts(model), stored_recipe(recipe, samples))
+        if resume:
+            ledger.refuse_changes(run)
+        reports: list[Report] = []
+
+        def write_checkpoint() -> None:
+            if not resume:
+                WorkFolder.discard(work_folder(layout.checkpoint))
+            quantize_to_folder(
+                model, recipe, layout.checkpoint, resume=resume, device=device, progress=progress, locked=True
+            )
+            ledger.run = run
+
+        def build(target: str) -> None:
             library = plugins.get(target)
             build_engines(layout.onnx, layout.engines / target, target, plugin_library=library, progress=progress)
-            ledger.finish(f"engines/{target}", built)
-    key = _hash(key, *builds.values(), questions, str(limit))
-    if not ledger.begin("report", key, layout.report, announce):
-        return load_report(layout.report)
-    chosen = next(iter(runnable), None)
-    report = validate(
-        model,
-        layout.checkpoint,
-        layout.engines / chosen if chosen else None,
-        evaluation,
-        onnx=layout.onnx,
-        not_run=[layout.engines / target for target in targets if target != chosen],
-        plugin_library=plugin_library,
-        limit=limit,
-        progress=progress,
-    )
-    write_report(report, layout.report, layout.page)
-    ledger.finish("report", key)
-    return report
+
+        def compare() -> None:
+            chosen = next(iter(runnable), None)
+            report = validate(
+                model,
+                layout.checkpoint,
+                layout.engines / chosen if chosen else None,
+                evaluation,
+                onnx=layout.onnx,
+                not_run=[layout.engines / target for target in targets if target != chosen],
+                plugin_library=plugin_library,
+                limit=limit,
+                progress=progress,
+            )
+            write_report(report, layout.report, layout.page)
+            reports.append(report)
+
+        builds = tuple(f"engines/{target}" for target in targets)
+        stages = [
+            Stage("checkpoint", (layout.checkpoint,), hash_parts(run), (), write_checkpoint),
+            Stage(
+                "onnx",
+                (layout.onnx,),
+                "",
+                ("checkpoint",),
+                lambda: export_model(layout.checkpoint, layout.onnx, progress=progress),
+            ),
+            *(
+                Stage(
+                    f"engines/{target}",
+                    (layout.engines / target,),
+                    hash_parts(target, *_digests(plugins.get(target))),
+                    ("onnx",),
+                    partial(build, target),
+                )
+                for target in targets
+            ),
+            Stage(
+                "report",
+                (layout.report, layout.page),
+                hash_parts(questions, limit),
+                ("checkpoint", "onnx", *builds),
+                compare,
+            ),
+        ]
+        run_stages(stages, ledger, layout.made_later, resume=resume, announce=announce)
+        return reports[0] if reports else load_report(layout.report)
+
+
+@contextmanager
+def hold_deployment(out: Path) -> Iterator[None]:
+    """No other process deploys to a folder, or quantizes to its checkpoint, while the context is open.
+
+    Raises:
+        ResourceError: If one does; it is raised at once.
+    """
+    layout = Layout(out)
+    with hold(layout.ledger, out), hold(layout.checkpoint):
+        yield
+
+
+def check_deployment_folder(out: Path) -> None:
+    """Refuse a folder that holds something, and no deployment.
+
+    Raises:
+        InputError: If it does.
+    """
+    found = [path.name for path in out.iterdir() if not is_passing(path.name)] if out.is_dir() else []
+    if found and not is_deployment(out):
+        raise InputError(f"'{out}' holds files that 'deploy' did not write.", "Choose another folder.")
 
 
 def check_targets(targets: Sequence[str]) -> list[str]:
@@ -220,6 +277,7 @@ def quantize_to_folder(
     resume: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
+    locked: bool = False,
 ) -> None:
     """Quantize a model and write the checkpoint; finished blocks lie in `<output>.work` until it is complete.
 
@@ -230,18 +288,25 @@ def quantize_to_folder(
         resume: Continue from the finished blocks of a stopped run.
         device: As of `qe_edge.quantize`.
         progress: Where to report progress.
+        locked: Whether the caller holds the lock on `output`.
 
     Raises:
-        QEError: As `qe_edge.quantize`, and ResourceError if the disk is full.
+        InputError: If `output` holds files that QE-Edge did not write.
+        ResourceError: If another process writes there, or the disk is full.
+        QEError: As `qe_edge.quantize`.
     """
     from qe_edge.checkpoint import save_quantized
     from qe_edge.quantizer import quantize
     from qe_edge.workfolder import WorkFolder
 
     work = work_folder(output)
-    loaded, resolved = quantize(model, recipe, work=work, resume=resume, on_disk=True, device=device, progress=progress)
-    save_quantized(loaded, resolved, output)
-    WorkFolder(work).remove()
+    with nullcontext() if locked else hold(output):
+        refuse_strangers(output)
+        loaded, resolved = quantize(
+            model, recipe, work=work, resume=resume, on_disk=True, device=device, progress=progress
+        )
+        save_quantized(loaded, resolved, output, WorkFolder.run_of(work))
+        WorkFolder.discard(work)
 
 
 def work_folder(output: Path) -> Path:
@@ -254,49 +319,3 @@ def stored_recipe(recipe: Recipe, samples: Sequence[Sample]) -> Recipe:
     from qe_edge.quantizer import replace_calibration
 
     return replace_calibration(recipe, None, samples)
-
-
-def model_fingerprint(reference: str) -> str:
-    """Hash of a model's files, or of the hub id and its revision."""
-    from qe_edge.models.configuration import load_config
-    from qe_edge.models.loading import resolve_model
-
-    source = resolve_model(reference)
-    folder = Path(source)
-    if not folder.is_dir():
-        return _hash(source, str(getattr(load_config(source), "_commit_hash", None)))
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-class _Ledger:
-    """For every finished stage the hash of what it was made from; without `resume` nothing counts as finished."""
-
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self._path = path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if resume else None
-        except (OSError, ValueError):
-            values = None
-        self._keys: dict[str, object] = values if isinstance(values, dict) else {}
-
-    def begin(self, stage: str, key: str, output: Path, announce: Callable[[str], None]) -> bool:
-        """Whether the stage has to run, because its output is missing or was made from something else."""
-        complete = self._keys.get(stage) == key and output.exists()
-        announce(f"{output}: complete already" if complete else f"{output}")
-        return not complete
-
-    def finish(self, stage: str, key: str) -> None:
-        """Note that a stage is complete."""
-        self._keys[stage] = key
-        with atomic_file(self._path) as part:
-            part.write_text(json.dumps(self._keys, indent=2) + "\n", encoding="utf-8")
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -171,6 +171,9 @@ def _runtimes(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
     else:
         providers = [str(name) for name in _items(runtime.get("providers"))]
         yield Finding("Runtimes", "ONNX Runtime", OK, ", ".join(providers))
+        off = os.environ.get("ORT_DISABLE_TELEMETRY", "1") not in ("", "0")
+        detail = "off" if off else "on, as ORT_DISABLE_TELEMETRY says: a device id in ~/.cache, events to Microsoft"
+        yield Finding("Runtimes", "ORT telemetry", OK, detail)
         if _items(_table(seen.get("torch")).get("devices")) and "CUDAExecutionProvider" not in providers:
             remedy = 'Run: pip install "qe-edge[cuda]"'
             yield Finding("Runtimes", "ONNX Runtime CUDA", MISSING, "a GPU is there, its provider is not", remedy)

@@ -123,12 +123,13 @@ def quantize_weight(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:
         NumericalError: If the weight holds NaN or infinity.
     """
     w = weight.float()
-    if not torch.isfinite(w).all():
+    groups = split_groups(w, grid)
+    smallest, largest = groups.amin(-1), groups.amax(-1)  # both hand NaN on
+    if not (torch.isfinite(smallest) & torch.isfinite(largest)).all():
         raise NumericalError(
             "A weight matrix holds NaN or infinity.", "Check the checkpoint; it cannot be quantized as it is."
         )
-    groups = split_groups(w, grid)
-    scales, zeros = scales_of_range(groups.amin(-1), groups.amax(-1), grid)
+    scales, zeros = scales_of_range(smallest, largest, grid)
     return round_on_grid(w, scales, zeros, grid)
 
 

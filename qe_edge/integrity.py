@@ -16,17 +16,11 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qe_edge.errors import ArtifactError
+from qe_edge.fingerprints import CONFIGURATION, file_digest
+from qe_edge.json_files import read_json_table
 
-CHUNK = 1 << 20
+TOKENIZER = "tokenizer_config.json"
 PART = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}")  # so neither '..' nor a hidden file
-# What the libraries read when a folder is opened if it is there; none of them may be added to a folder later.
-CONFIGURATION = frozenset({
-    "adapter_config.json", "added_tokens.json", "additional_chat_templates", "chat_template.jinja",
-    "chat_template.json", "config.json", "generation_config.json", "merges.txt", "model.safetensors.index.json",
-    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json",
-    "vocab.json", "vocab.txt",
-})  # fmt: skip
 LOADED = (".onnx", ".data", ".engine", ".safetensors")  # endings of what is loaded; likewise
 
 
@@ -90,16 +84,6 @@ class Sealed(BaseModel):
 SealedType = TypeVar("SealedType", bound=Sealed)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces of 1 MiB."""
-    found = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(buffer[:count])
-    return found.hexdigest()
-
-
 def describe(folder: Path, keep: Callable[[str], bool] = lambda _name: True) -> FileTable:
     """Size and hash of the files below a folder, by name.
 
@@ -109,9 +93,9 @@ def describe(folder: Path, keep: Callable[[str], bool] = lambda _name: True) -> 
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {
-        name: FileRecord(size=(folder / name).stat().st_size, sha256=hash_file(folder / name))
+        name: FileRecord(size=found.size, sha256=found.sha256)
         for name in names
-        if keep(name)
+        if keep(name) and (found := file_digest(folder / name))
     }
 
 
@@ -134,9 +118,10 @@ def check_files(folder: Path, table: Mapping[str, FileRecord], remedy: str, only
     check_sizes(folder, wanted, remedy)
     if not only:
         check_nothing_added(folder, table, remedy)
+        _check_tokenizer_files(folder, remedy)
     for name, record in wanted.items():
         try:
-            found = hash_file(folder / name)
+            found = file_digest(folder / name).sha256
         except OSError as error:
             raise ArtifactError(f"'{folder / name}' cannot be read: {error.strerror}.", remedy) from error
         if found != record.sha256:
@@ -176,6 +161,13 @@ def check_nothing_added(folder: Path, table: Iterable[str], remedy: str) -> None
         for path in sorted((folder / name).rglob("*")):
             if not path.is_dir() and path.relative_to(folder).as_posix() not in known:
                 raise ArtifactError(f"'{path}' was added after the folder was written.", f"Remove it, or: {remedy}")
+
+
+def _check_tokenizer_files(folder: Path, remedy: str) -> None:
+    """A tokenizer's configuration may name other files, anywhere, that transformers reads in the place of its own."""
+    path = folder / TOKENIZER
+    if path.is_file() and "fast_tokenizer_files" in read_json_table(path, remedy=remedy):
+        raise ArtifactError(f"'{path}' names other files to read with 'fast_tokenizer_files'.", remedy)
 
 
 def check_inside(folder: Path, path: Path) -> None:

@@ -1,13 +1,15 @@
-"""What is checked of a model before any long work, and how a stopped run knows it again."""
+"""What is checked of a model before any long work."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 
 from qe_edge.errors import NumericalError, RecipeError
+from qe_edge.grids import WeightGrid
+from qe_edge.groups import linear_groups
+from qe_edge.magnitudes import check_weight
 from qe_edge.models.family import Block
 from qe_edge.models.loading import LoadedModel
 
@@ -28,27 +30,27 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
         )
 
 
-def check_weights(loaded: LoadedModel) -> None:
-    """Refuse NaN and infinity before any long work, in every tensor of the model.
+def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid) -> None:
+    """Refuse NaN and infinity in any tensor of the model, and linear layers that the grid cannot hold.
 
-    A tensor that is not in memory is read, looked at and forgotten.
+    This comes before any long work. A tensor that is not in memory is read, looked at and forgotten.
+
+    Args:
+        loaded: The model.
+        blocks: Blocks whose linear layers are going to be quantized.
+        grid: Number grid of their weights.
 
     Raises:
-        NumericalError: Naming the first tensor that holds one.
+        NumericalError: Naming the first tensor.
     """
+    groups = [group for block in blocks for group in linear_groups(block, ())]
+    linears = {f"{name}.weight" for group in groups for name in group.names}
     for name, tensor in loaded.model.state_dict().items():
-        values = loaded.stored.value(name, tensor).reshape(-1)
-        if not all(bool(torch.isfinite(part).all()) for part in torch.split(values, CHUNK)):
+        value = loaded.stored.value(name, tensor)
+        if name in linears:
+            check_weight(name, value, grid)
+        elif not all(bool(torch.isfinite(part).all()) for part in torch.split(value.reshape(-1), CHUNK)):
             raise NumericalError(
                 f"The weights '{name}' hold NaN or infinity.",
                 "The checkpoint is damaged or diverged in training; get a sound one.",
             )
-
-
-def model_fingerprint(loaded: LoadedModel) -> str:
-    """Hash of the model's configuration and of every tensor's shape and first values."""
-    digest = hashlib.sha256(loaded.family.config.to_json_string(use_diff=False).encode())
-    for name, tensor in loaded.model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(loaded.stored.value(name, tensor).reshape(-1)[:64].float().numpy().tobytes())
-    return digest.hexdigest()

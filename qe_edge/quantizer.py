@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -25,32 +26,33 @@ from qe_edge.calibration.sensitivity import (
     save_sensitivities,
 )
 from qe_edge.calibration.sources import check_reached, hash_samples, load_samples
-from qe_edge.calibration.statistics import (
-    InputStatistics,
-    StatisticsCollector,
-    StatisticsRequest,
-    collect_statistics,
-)
+from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector, StatisticsRequest
 from qe_edge.device import choose_device
-from qe_edge.errors import CalibrationError, RecipeError
+from qe_edge.errors import CalibrationError
+from qe_edge.fingerprints import model_parts
 from qe_edge.groups import LinearGroup, linear_groups, set_module
 from qe_edge.heap import trim_heap
-from qe_edge.linear import QELinear, QuantizedLinear
+from qe_edge.linear import QELinear
+from qe_edge.locks import hold
+from qe_edge.magnitudes import check_result
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.methods.base import AdapterSize, Choice
+from qe_edge.methods.checked import candidates_of, quantize_problem
 from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.parallel import gains_by_one_thread, map_threads
-from qe_edge.preflight import check_modules, check_weights, model_fingerprint
+from qe_edge.preflight import check_modules, check_weights
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
+from qe_edge.run_record import current_environment, make_record
 from qe_edge.sizes import predicted_bits
 from qe_edge.streaming import Chain
 from qe_edge.walk import BlockWalk
 from qe_edge.workfolder import WorkFolder
 
+GRADIENTS = "gradients.safetensors"  # in the work folder
 BATCH = 8  # calibration samples per forward pass
 Result = TypeVar("Result")
 
@@ -76,7 +78,7 @@ def quantize(
         recipe: What to do.
         calibration: Source name, or the samples themselves; None takes the recipe's source.
         work: Folder for finished blocks, so that a stopped run can be resumed.
-        resume: Continue from the finished blocks in `work`.
+        resume: Continue from the finished blocks in `work`, if they were made from the same.
         on_disk: Leave finished blocks in `work`, and blocks that are not quantized in the model's files, as
             placeholders that `save_quantized` follows. Otherwise the model that is returned is all in memory.
         device: Where blocks run, Gram matrices are added up and codes are chosen: "auto" (a GPU if there is one),
@@ -98,49 +100,28 @@ def quantize(
         samples = list(calibration)
     if not samples:
         raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question, or text.")
-    check_reached(samples, recipe.modules)
     spec = replace_calibration(recipe, calibration, samples)
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, spec.modules)
+    check_reached(samples, spec.modules)
     check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in spec.modules]
-    check_weights(loaded)
-    fingerprint = model_fingerprint(loaded) if work else ""
-    if spec.rotates:
-        rotate_language_model(loaded, spec.seed)
-    folder = WorkFolder.open(work, spec, fingerprint, resume=resume) if work else None
+    check_weights(loaded, chosen, spec.get_scheme().weight)
     total = sum(_parameters(block) for block in chosen)
     total *= 2 if spec.budget else 1  # measured first, then quantized
-    with track(progress or Silent(), "Quantizing", total) as tracked:
-        _Run(loaded, spec, samples, folder, tracked, chosen_device, on_disk=on_disk).execute()
+    with ExitStack() as held:
+        folder = None
+        if work:
+            held.enter_context(hold(work))
+            run = make_record(model_parts(model), spec, current_environment(str(chosen_device)))
+            folder = held.enter_context(WorkFolder.open(work, run, resume=resume).removed_if_useless())
+        if spec.rotates:
+            rotate_language_model(loaded, spec.seed)
+        with track(progress or Silent(), "Quantizing", total) as tracked:
+            _Run(loaded, spec, samples, folder, tracked, chosen_device, on_disk=on_disk).execute()
     if not on_disk:
         loaded.stored.read("", loaded.model)
     return loaded, spec
-
-
-def quantize_linear(weight: Tensor, tokens: Tensor, recipe: Recipe, bias: Tensor | None = None) -> QELinear:
-    """Quantize one linear layer.
-
-    Args:
-        weight: `[out, in]`.
-        tokens: `[n, in]` calibration inputs.
-        recipe: Method, scheme, options and seed.
-        bias: `[out]` or None.
-
-    Raises:
-        NumericalError: If the weight is not finite or too many tokens are not.
-        RecipeError: If the shapes do not fit each other.
-    """
-    if weight.ndim != 2 or tokens.ndim != 2 or tokens.shape[1] != weight.shape[1]:
-        raise RecipeError(
-            f"Weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not fit each other.",
-            "Pass a weight [out, in] and tokens [n, in].",
-        )
-    method = recipe.build_method()
-    request = method.request(*weight.shape)
-    statistics = collect_statistics("linear", weight, tokens, request, recipe.seed) if request else None
-    problem = LinearProblem("linear", weight.detach().float(), recipe.get_scheme(), statistics, recipe.seed)
-    return QELinear(method.quantize(problem), bias)
 
 
 def replace_calibration(recipe: Recipe, calibration: object, samples: Sequence[Sample]) -> Recipe:
@@ -242,23 +223,24 @@ class _Run:
 
         def measure(group: LinearGroup, members: list[int], problem: LinearProblem) -> tuple[str, Offer]:
             sensitivity = self._sensitivity(group, members)
-            return problem.name, Offer(problem.weight.numel(), sensitivity, self.method.candidates(problem))
+            return problem.name, Offer(problem.weight.numel(), sensitivity, candidates_of(self.method, problem))
 
         return dict(self._each_problem(groups, collectors, measure))
 
     def _gradients(self) -> dict[str, Sensitivity]:
         """Gradients at the outputs of every layer."""
-        path = self.folder.path / "gradients.safetensors" if self.folder else None
-        if path and path.is_file():
-            return load_sensitivities(path)
+        if self.folder and self.folder.holds(GRADIENTS):
+            return load_sensitivities(self.folder.path / GRADIENTS)
         blocks = [block for chain in self.chains for block in chain]
         groups = [group for block in blocks for group in linear_groups(block, self.loaded.family.siblings)]
         names = [name for group in groups for name in group.names]
         of: Of = "answers" if self.method.needs_gradients else "predictions"
         found = output_gradients(self.loaded, self.batches, names, of=of, seed=self.recipe.seed)
-        if path:
-            with atomic_file(path) as part:
+        if self.folder:
+            self.folder.expect(GRADIENTS)
+            with atomic_file(self.folder.path / GRADIENTS) as part:
                 save_sensitivities(part, found)
+            self.folder.wrote(GRADIENTS)
         return found
 
     def _sensitivity(self, group: LinearGroup, members: list[int]) -> float:
@@ -371,10 +353,11 @@ class _Run:
 
     def _quantize(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> dict[str, QELinear]:
         """The quantized layers of one problem."""
-        result: QuantizedLinear = self.method.quantize(problem)
+        result = quantize_problem(self.method, problem)
         factors = self._output_factors(group, members)
         if factors is not None:
             result = scaled_back(result, factors)
+            check_result(problem.name, result)
         parts = result.split([group.linears[member].out_features for member in members])
         return {
             group.names[member]: QELinear(part, group.linears[member].bias)

@@ -70,21 +70,28 @@ class Streamer:
         chains: Chains in data-flow order.
         batches: Number of calibration batches.
         forward: Runs the whole model on batch number `i`.
+        beyond: The model's further chains, which no batch has to reach.
     """
 
     def __init__(
-        self, model: nn.Module, chains: Sequence[list[Block]], batches: int, forward: Callable[[int], object]
+        self,
+        model: nn.Module,
+        chains: Sequence[list[Block]],
+        batches: int,
+        forward: Callable[[int], object],
+        beyond: Sequence[list[Block]] = (),
     ) -> None:
         self.model = model
         self.batches = batches
         self._chains = list(chains)
+        self._beyond = list(beyond)
         self._forward = forward
         self._finished: list[Chain] = []
 
     def record(self, index: int) -> Chain:
         """Record the inputs of chain number `index`; chains before it replay their final outputs."""
         chain = Chain(self._chains[index], calls=[[] for _ in self._chains[index]])
-        later = [chain[0].module for chain in self._chains[index + 1 :]]
+        later = [chain[0].module for chain in [*self._chains[index + 1 :], *self._beyond]]
         for batch in range(self.batches):
             with suppress(_ChainRecorded), self._replaying(batch), _stopping(later), _recording(chain), torch.no_grad():
                 self._forward(batch)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.statistics import StatisticsCollector
 from qe_edge.device import moved
+from qe_edge.errors import NumericalError
 from qe_edge.heap import reused_memory
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
@@ -36,8 +37,9 @@ class BlockWalk:
         self.modules = modules
         self.blocks = loaded.family.blocks(loaded.model)
         walked = chains_of(self.blocks)
+        self._beyond: list[list[Block]] = []
         while walked and walked[-1][0].group not in modules:
-            walked.pop()
+            self._beyond.append(walked.pop())
         self.walked = walked
         self.chains = [chain for chain in walked if chain[0].group in modules]
         self._dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
@@ -48,7 +50,7 @@ class BlockWalk:
 
         Whoever takes a block has to leave its outputs in the chain (`hand_on`) before the next one.
         """
-        streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward)
+        streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward, self._beyond)
         for index in range(len(self.walked)):
             chain = streamer.record(index)
             for position, block in enumerate(chain.blocks):
@@ -88,10 +90,14 @@ class BlockWalk:
         """Run a block on every batch, feeding each collector with the inputs of its layer; returns the outputs.
 
         The last block's outputs feed nothing: it runs until every collector has its inputs, and none are returned.
+
+        Raises:
+            NumericalError: At the first batch with NaN or infinity in a layer's input or the block's output.
         """
         valid: list[Tensor | None] = [None]
         kinds: list[Tensor | None] = [None]
         waiting: set[StatisticsCollector] = set()
+        number = 0
         last = chain.blocks == self.walked[-1] and position == len(chain.blocks) - 1
         if last and not collectors:
             return []
@@ -104,6 +110,8 @@ class BlockWalk:
                     collector.update(tokens, torch.full(tokens.shape[:-1], IMAGE, dtype=torch.int8))
                 else:
                     collector.update(tokens if bool(mask.all()) else tokens[mask.to(tokens.device)], kinds[0])
+                if collector.dropped:
+                    raise self._not_finite(f"The input of '{collector.name}' is", tokens, number, mask)
                 waiting.discard(collector)
                 if last and not waiting:
                     raise _AllFed
@@ -115,16 +123,31 @@ class BlockWalk:
             outputs = []
             with moved(block.module, self.device), fast_products(block.module, self._narrow(block)), reused_memory():
                 for batch, hidden in enumerate(chain.hidden):
+                    number = chain.batches[batch]
                     if block.group == "language":
                         valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()
                         kinds[0] = torch.from_numpy(token_kinds(self.batches[batch]))[valid[0]]
                     waiting.update(collectors.values())
                     with suppress(_AllFed):
                         outputs.append(run_block(block.module, hidden, chain.calls[position][batch], self.device))
+                        if not _finite(outputs[-1], valid[0]):
+                            raise self._not_finite(f"The output of '{block.name}' is", outputs[-1], number, valid[0])
         finally:
             for handle in handles:
                 handle.remove()
         return outputs
+
+    def _not_finite(self, what: str, values: Tensor, number: int, valid: Tensor | None) -> NumericalError:
+        """The error that names the calibration sample, counted from 1; of packed patches all samples of their batch."""
+        first = sum(len(encoded.input_ids) for encoded in self.batches[:number]) + 1
+        samples = f"samples {first} to {first + len(self.batches[number].input_ids) - 1}"
+        if valid is not None:
+            bad = ~torch.isfinite(values).all(-1).cpu() & valid
+            samples = f"sample {first + int(bad.any(1).nonzero()[0])}"
+        return NumericalError(
+            f"{what} NaN or infinite on calibration {samples}.",
+            "Run the sample on the model in its original precision: remove it if that answers, else get a sound model.",
+        )
 
     def _narrow(self, block: Block) -> set[nn.Module]:
         """The layers of a block whose weights are bfloat16 in the model's files."""
@@ -155,6 +178,13 @@ class BlockWalk:
 
 class _AllFed(Exception):  # noqa: N818 - control flow, not an error
     """Every collector has the inputs of its layer; the rest of the last block need not run."""
+
+
+def _finite(values: Tensor, valid: Tensor | None) -> bool:
+    """Whether values `[..., features]` are numbers, but for padding: tokens where `valid` `[...]` is False."""
+    if bool(torch.isfinite(torch.stack((values.amin(), values.amax()))).all()):  # both hand NaN on
+        return True
+    return valid is not None and bool(torch.isfinite(values[valid.to(values.device)]).all())
 
 
 def restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

@@ -21,6 +21,7 @@ from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import Recipe, make_recipe
 from qe_edge.recipe_files import load_recipe
+from tests.sealing import seal
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
 
@@ -299,6 +300,7 @@ def test_a_hostile_checkpoint_ends_in_an_error(name: str, saved: tuple[Path, Loa
         (folder / file.name).write_bytes(file.read_bytes())
     load_quantized(folder)
     HOSTILE[name](folder)
+    seal(folder)
     with pytest.raises(QEError):
         load_quantized(folder)
 

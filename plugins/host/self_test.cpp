@@ -8,8 +8,7 @@ namespace qe {
 namespace {
 
 constexpr int kK = 256, kN = 32, kRank = 16;  // two chunks of K, one column block, one rank tile
-constexpr char kWrong[] =
-    "The kernels compute wrong results on this GPU. Do not use this engine; run plugins/device_check.sh and report it.";
+constexpr char kNotRead[] = "The self-test could not read its results from the GPU. Run plugins/device_check.sh.";
 constexpr char kNoMemory[] = "The self-test found no GPU memory. Free some and try again.";
 
 // Small integers and powers of two, so that every float16 value below is exact and only y is rounded.
@@ -226,16 +225,19 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   QePlan plan;
   if (const char* why = QeMakePlan(&p, &b, nullptr, &plan)) return why;
   if (const char* why = device.Run(plan)) return why;
-  if (!device.Read(b.y, y.data(), y.size() * 2)) return kWrong;
+  if (!device.Read(b.y, y.data(), y.size() * 2)) return kNotRead;
   for (int m = 0; m < tokens; ++m)
     for (int n = 0; n < kN; ++n) {
       const float expected = Expected(kind, m, n), got = Value(y[static_cast<size_t>(m) * kN + n]);
-      if (!(fabsf(got - expected) <= 0.001f * fabsf(expected) + 0.01f)) return kWrong;
+      if (!(fabsf(got - expected) <= 0.001f * fabsf(expected) + 0.01f)) return kWrongResults;
     }
   return nullptr;
 }
 
 }  // namespace
+
+const char* const kWrongResults =
+    "The kernels compute wrong results on this GPU. Do not use this engine; run plugins/device_check.sh and report it.";
 
 const char* SelfTest(Device& device) {
   for (const Kind& kind : kKinds)

@@ -19,6 +19,9 @@ class Device {
   virtual bool Read(uint64_t address, void* to, size_t bytes) = 0;
 };
 
+// What the self-test says of wrong answers. Everything else that it says may be otherwise when it runs again.
+extern const char* const kWrongResults;
+
 // Null when all answers are right, else what is wrong and what to do.
 const char* SelfTest(Device& device);
 

@@ -155,6 +155,14 @@ int32_t QELinearPlugin::onShapeChange(const nvinfer1::PluginTensorDesc* in, int3
   if (!Check(in, problem)) return -1;
   if (problem.M == 0) return 0;  // an empty batch is legal and launches nothing
   if (const char* why = QeRefuse(&problem)) return Fail(why);
+  // Kernels are loaded for every number of tokens, as a stream that is captured later can load none.
+  const QeTactic tactic = TacticFor(tactic_, problem);
+  const QeBuffers nowhere{};
+  for (const int32_t tokens : {1, 9, 17}) {  // both decode kernels and the GEMM
+    QePlan plan;
+    problem.M = tokens;
+    if (!QeMakePlan(&problem, &nowhere, &tactic, &plan)) LoadAhead(plan);
+  }
   return 0;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ def command(onnx: Path, output: Path, target: str, plugin: bool, plugin_library:
     ONNX is a folder of exported graphs, or holds one as ONNX/onnx.
     """
     from qe_edge.cli.inputs import find_onnx, is_manifest_folder
-    from qe_edge.cli.outputs import check_disk, check_output_folder, folder_bytes
+    from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.deploy import check_targets
     from qe_edge.provenance import check_deployment
@@ -30,6 +31,7 @@ def command(onnx: Path, output: Path, target: str, plugin: bool, plugin_library:
     library = read_plugin([target], plugin, plugin_library)
     source = find_onnx(onnx)
     check_deployment(onnx, source)
+    check_apart(output, {"the ONNX folder": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, folder_bytes(source))
     from qe_edge.console import ConsoleProgress
@@ -38,4 +40,4 @@ def command(onnx: Path, output: Path, target: str, plugin: bool, plugin_library:
     built = build_engines(source, output, target, plugin_library=library, progress=ConsoleProgress())
     if library is not None:
         print_plugin_nodes([built])
-    click.echo(f"Wrote '{built}'. Next: qe-edge run {output} --image FILE --prompt \"What is this?\"")
+    click.echo(f"Wrote '{built}'. Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt \"What is this?\"")

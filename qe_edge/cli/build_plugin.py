@@ -22,12 +22,14 @@ def command(output: Path | None, arch: str | None, tensorrt_include: Path | None
 
     Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. Not yet run on hardware.
     """
-    from qe_edge.cli.outputs import check_writable
+    from qe_edge.cli.outputs import check_output_path, check_writable
     from qe_edge.export.plugin_build import CUDA12_FROM_PYPI, build_plugin, find_toolchain
 
+    if output is not None:
+        check_output_path(output)
     tools = find_toolchain(arch, tensorrt_include)
     if output is not None:
-        check_writable(output)
+        check_writable(output / "inside")
     click.echo(f"nvcc {tools.nvcc}, headers {tools.headers}. This takes about a minute.", err=True)
     if tools.ptxas12 is None:
         click.echo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,50 +54,57 @@ def command(  # noqa: PLR0913 - an argument for every option
     outputs lie in one folder, where the other commands find them. --plugin is for the TensorRT targets among them.
     """
     from qe_edge.cli.inputs import open_model
-    from qe_edge.cli.outputs import check_disk, check_output_folder
+    from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, check_output_path
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.cli.recipes import read_recipe
-    from qe_edge.deploy import DEFAULT_TARGETS, Layout, check_targets, deploy, is_deployment
+    from qe_edge.deploy import DEFAULT_TARGETS, Layout, check_targets, deploy, hold_deployment, is_deployment
 
     targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
-    check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
+    check_output_path(output)
     recipe = read_recipe(**choices)
     check_targets(targets)
     library = read_plugin(targets, plugin, plugin_library)
-    from qe_edge.calibration.sources import load_evaluation, load_samples
+    check_apart(output, {"the model": model})
+    data = {"the calibration data": recipe.calibration.source, "the evaluation data": evaluation}
+    check_apart(output, data, inside=True)
+    with hold_deployment(output):
+        check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
+        from qe_edge.calibration.sources import load_evaluation, load_samples
 
-    samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
-    load_evaluation(evaluation)
-    source = open_model(model)
-    from qe_edge.console import ConsoleProgress
-    from qe_edge.plan import make_plan
+        samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+        load_evaluation(evaluation)
+        source = open_model(model)
+        from qe_edge.console import ConsoleProgress
+        from qe_edge.plan import make_plan
 
-    plan = make_plan(source, recipe, samples)
-    check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)
-    report = deploy(
-        model,
-        output,
-        recipe,
-        targets,
-        plugin_library=library,
-        evaluation=evaluation,
-        limit=limit,
-        resume=resume,
-        device=device,
-        progress=ConsoleProgress(),
-        announce=lambda line: click.secho(line, bold=True, err=True),
-    )
+        plan = make_plan(source, recipe, samples)
+        check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)
+        report = deploy(
+            model,
+            output,
+            recipe,
+            targets,
+            plugin_library=library,
+            evaluation=evaluation,
+            limit=limit,
+            resume=resume,
+            device=device,
+            progress=ConsoleProgress(),
+            announce=lambda line: click.secho(line, bold=True, err=True),
+            locked=True,
+        )
     print_summary(report)
     if library is not None:
         print_plugin_nodes([Layout(output).engines / name for name in targets])
     click.echo(f"Wrote '{output}'; look at '{output / 'report.html'}'.")
-    click.echo(f'Next: qe-edge run {output} --image FILE --prompt "What is this?"')
+    click.echo(f'Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt "What is this?"')
 
 
 def print_summary(report: Report) -> None:
     """The report's most important numbers."""
     from qe_edge.cli.outputs import human_bytes
     from qe_edge.cli.tables import print_table
+    from qe_edge.report.wording import plain_significant
 
     rows = []
     for row in report.contenders:
@@ -107,7 +115,7 @@ def print_summary(report: Report) -> None:
             row.runtime,
             _percent(accuracy),
             _percent(shuffled),
-            "" if distance is None or distance.kl is None else f"{distance.kl:.4f}",
+            "" if distance is None or distance.kl is None else plain_significant(distance.kl),
             "" if distance is None or distance.top1 is None else _percent(distance.top1),
             human_bytes(row.size) if row.size else "",
         ))  # fmt: skip

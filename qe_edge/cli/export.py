@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -21,13 +22,14 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
     Runtime as it is.
     """
     from qe_edge.cli.inputs import find_checkpoint, is_manifest_folder
-    from qe_edge.cli.outputs import check_disk, check_output_folder, folder_bytes
+    from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
 
     source = find_checkpoint(checkpoint)
+    check_apart(output, {"the checkpoint": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, 2 * folder_bytes(source))  # the embedding table is written on its own
     from qe_edge.console import ConsoleProgress
     from qe_edge.export.exporter import export_model
 
     export_model(source, output, progress=ConsoleProgress())
-    click.echo(f"Wrote '{output}'. Next: qe-edge build {output} -o ENGINES --target cpu")
+    click.echo(f"Wrote '{output}'. Next: qe-edge build {shlex.quote(str(output))} -o ENGINES --target cpu")

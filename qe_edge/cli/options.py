@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from qe_edge.cli.quiet import quiet_libraries
+from qe_edge.errors import InputError
 
 Function = Callable[..., None]  # what a command runs
 Decorator = Callable[[Function], Function]
@@ -41,8 +42,11 @@ class Command(click.Command):
         """Read the command line.
 
         Raises:
+            InputError: If a word holds bytes that are no text: libraries below us could not write or open it.
             click.UsageError: Also if an option that takes one value is given twice.
         """
+        for word in args:
+            _check_text(word)
         if args and not ctx.resilient_parsing:
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))
             for parameter, count in Counter(order).items():
@@ -56,6 +60,17 @@ class Command(click.Command):
         """Run the command's function."""
         with quiet_libraries(verbose=ctx.params.pop("verbose")):
             return super().invoke(ctx)
+
+
+def _check_text(word: str) -> None:
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:  # Python reads such bytes as halves of surrogate pairs
+        shown = word.encode("ascii", "backslashreplace").decode("ascii")
+        raise InputError(
+            f"'{shown}' on the command line holds bytes that are no text in this locale.",
+            "Write it in UTF-8 and use a UTF-8 locale, for example LANG=C.UTF-8; rename files whose names are not.",
+        ) from error
 
 
 def write_example(formatter: click.HelpFormatter, example: str) -> None:
@@ -113,6 +128,20 @@ def plugin_library_option() -> Decorator:
         metavar="FILE",
         help="libqe_plugin.so to use; without it, the one of this package or of 'qe-edge build-plugin'.",
     )
+
+
+def speed_options(function: Function) -> Function:
+    """`--threads` and `--accuracy-level`."""
+    function = click.option(
+        "--accuracy-level",
+        type=click.Choice(("0", "4")),
+        default="0",
+        show_default=True,
+        help="Of ONNX Runtime: 0 is exact, 4 is faster and rounds activations of INT4 products once more.",
+    )(function)
+    return click.option(
+        "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU; all cores by default."
+    )(function)
 
 
 def plugin_options(function: Function) -> Function:

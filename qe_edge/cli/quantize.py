@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,31 +40,39 @@ def command(
     MODEL is 'demo', a folder or a hub id. Finished blocks are kept in '<output>.work' until the checkpoint is
     complete; --resume continues from them.
     """
+    from contextlib import nullcontext
+
     from qe_edge.cli.inputs import open_model
-    from qe_edge.cli.outputs import check_disk
+    from qe_edge.cli.outputs import check_apart, check_disk, check_output_path
     from qe_edge.cli.recipes import read_recipe
+    from qe_edge.locks import hold
 
     if not dry_run:
-        check_checkpoint_output(output, overwrite=overwrite, resume=resume)
+        check_output_path(output)
     recipe = read_recipe(**choices)
-    from qe_edge.calibration.sources import load_samples
+    check_apart(output, {"the model": model})
+    check_apart(output, {"the calibration data": recipe.calibration.source}, inside=True)
+    with nullcontext() if dry_run else hold(output):
+        if not dry_run:
+            check_checkpoint_output(output, overwrite=overwrite, resume=resume)
+        from qe_edge.calibration.sources import load_samples
 
-    samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
-    source = open_model(model)
-    if resume and already_complete(output, recipe, samples):
-        click.echo(f"'{output}' is complete already; nothing is left to do.")
-        return
-    from qe_edge.plan import make_plan
+        samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+        source = open_model(model)
+        if resume and already_complete(output, source, recipe, samples):
+            click.echo(f"'{output}' is complete already; nothing is left to do.")
+            return
+        from qe_edge.plan import make_plan
 
-    plan = make_plan(source, recipe, samples)
-    if dry_run:
-        from qe_edge.cli.plan_table import print_plan
+        plan = make_plan(source, recipe, samples)
+        if dry_run:
+            from qe_edge.cli.plan_table import print_plan
 
-        print_plan(recipe, plan, len(samples))
-        return
-    check_disk(output, plan.disk_bytes)
-    run_quantize(source, recipe, output, device=device, resume=resume, overwrite=overwrite)
-    click.echo(f"Wrote '{output}'. Next: qe-edge export {output} -o ONNX")
+            print_plan(recipe, plan, len(samples))
+            return
+        check_disk(output, plan.disk_bytes)
+        run_quantize(source, recipe, output, device=device, resume=resume, overwrite=overwrite)
+    click.echo(f"Wrote '{output}'. Next: qe-edge export {shlex.quote(str(output))} -o ONNX")
 
 
 def check_checkpoint_output(output: Path, *, overwrite: bool, resume: bool) -> None:
@@ -73,37 +82,52 @@ def check_checkpoint_output(output: Path, *, overwrite: bool, resume: bool) -> N
         InputError: If the folder may not be written.
         ArtifactError: If there is an unfinished run.
     """
+    from qe_edge.atomic import restore
     from qe_edge.cli.inputs import is_checkpoint_folder
     from qe_edge.cli.outputs import check_output_folder
     from qe_edge.deploy import work_folder
     from qe_edge.errors import ArtifactError
+    from qe_edge.ownership import refuse_strangers
+    from qe_edge.workfolder import MANIFEST
 
+    restore(output)
     check_output_folder(output, is_checkpoint_folder, overwrite=overwrite, resume=resume)
     work = work_folder(output)
-    if work.exists() and not (overwrite or resume):
+    if (work / MANIFEST).exists() and not (overwrite or resume):
         raise ArtifactError(
             f"'{work}' holds an unfinished run.", "Add --resume to continue it, or --overwrite to start again."
         )
+    if (work / MANIFEST).exists():
+        refuse_strangers(output)  # which the end of the run would replace
 
 
-def already_complete(output: Path, recipe: Recipe, samples: list[Sample]) -> bool:
-    """Whether `output` is a finished checkpoint of this recipe and these samples, with nothing left to resume.
+def already_complete(output: Path, model: str, recipe: Recipe, samples: list[Sample]) -> bool:
+    """Whether `output` is a finished checkpoint of this model, recipe and samples, with nothing left to resume.
 
     Raises:
-        ArtifactError: If it is a finished checkpoint of another recipe.
+        ArtifactError: If it is a finished checkpoint of something else; it says what differs.
     """
     from qe_edge.cli.inputs import is_checkpoint_folder
     from qe_edge.deploy import work_folder
     from qe_edge.errors import ArtifactError
+    from qe_edge.workfolder import MANIFEST
 
-    if not is_checkpoint_folder(output) or work_folder(output).exists():
+    if not is_checkpoint_folder(output) or (work_folder(output) / MANIFEST).exists():
         return False
-    from qe_edge.checkpoint import load_checkpoint_recipe
-    from qe_edge.quantizer import replace_calibration
+    from qe_edge.checkpoint import RUN, load_checkpoint_recipe
+    from qe_edge.deploy import stored_recipe
+    from qe_edge.fingerprints import model_parts
+    from qe_edge.json_files import read_json_table
+    from qe_edge.run_record import changes, make_record
 
-    if load_checkpoint_recipe(output) != replace_calibration(recipe, None, samples):
+    if (output / RUN).is_file():
+        before, parts = read_json_table(output / RUN), model_parts(model)
+    else:  # made from Python, or by an earlier version: the recipe is all that is known
+        before, parts = make_record({}, load_checkpoint_recipe(output)), {}
+    found = changes(before, make_record(parts, stored_recipe(recipe, samples)))
+    if found:
         raise ArtifactError(
-            f"'{output}' is a finished checkpoint of another recipe or other calibration data.",
+            f"'{output}' is a finished checkpoint of another model, recipe or calibration data: {'; '.join(found)}.",
             "Add --overwrite instead of --resume to replace it.",
         )
     return True
@@ -111,11 +135,10 @@ def already_complete(output: Path, recipe: Recipe, samples: list[Sample]) -> boo
 
 def run_quantize(source: str, recipe: Recipe, output: Path, *, device: str, resume: bool, overwrite: bool) -> None:
     """Quantize with progress on stderr; `overwrite` throws an unfinished run away."""
-    import shutil
-
     from qe_edge.console import ConsoleProgress
     from qe_edge.deploy import quantize_to_folder, work_folder
+    from qe_edge.workfolder import WorkFolder
 
     if overwrite and not resume:
-        shutil.rmtree(work_folder(output), ignore_errors=True)
-    quantize_to_folder(source, recipe, output, resume=resume, device=device, progress=ConsoleProgress())
+        WorkFolder.discard(work_folder(output))
+    quantize_to_folder(source, recipe, output, resume=resume, device=device, progress=ConsoleProgress(), locked=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qe_edge.cli.options import Command, plugin_library_option, target_option
+from qe_edge.cli.options import Command, plugin_library_option, speed_options, target_option
 
 if TYPE_CHECKING:
     from qe_edge.models.family import Sample
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 )
 @target_option("Engine to use, where the folder holds several; the first that runs here by default.")
 @plugin_library_option()
+@speed_options
 def command(
     folder: Path,
     images: tuple[Path, ...],
@@ -39,13 +40,17 @@ def command(
     max_tokens: int,
     target: str | None,
     plugin_library: Path | None,
+    threads: int | None,
+    accuracy_level: str,
 ) -> None:
     """Answer a question about a picture, or about several.
 
-    The answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX
-    graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'.
+    The most likely token is taken at every step: generation_config.json's rules hold, its sampling does not. The
+    answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX graphs, a
+    quantized checkpoint (run in PyTorch), or the output of 'deploy'.
     """
     from qe_edge.cli.inputs import find_runnable, is_checkpoint_folder
+    from qe_edge.errors import InputError
     from qe_edge.models.family import Sample
     from qe_edge.models.images import open_image
     from qe_edge.provenance import check_deployment
@@ -54,12 +59,16 @@ def command(
     found = find_runnable(folder, target)
     check_deployment(folder, found)
     if is_checkpoint_folder(found):
-        _answer_in_torch(found, sample, max_tokens)
+        if accuracy_level != "0":
+            raise InputError("PyTorch has no accuracy levels.", "Leave --accuracy-level out, or run exported graphs.")
+        _answer_in_torch(found, sample, max_tokens, threads)
         return
     from qe_edge.runtime.engine import VisionLanguageEngine
 
     timings: list[str] = []
-    engine = VisionLanguageEngine.load(found, plugin_library=plugin_library)
+    engine = VisionLanguageEngine.load(
+        found, plugin_library=plugin_library, threads=threads, accuracy_level=int(accuracy_level)
+    )
     for text in stream_answer(engine, sample, max_tokens, timings):
         click.echo(text, nl=False)
     click.echo()
@@ -73,6 +82,7 @@ def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int,
     tokenizer = engine.processor.tokenizer
     started = time.perf_counter()
     encoded = engine.encode([sample])
+    engine.check_length(encoded, max_tokens)
     looked = time.perf_counter()
     features = engine.features(encoded)
     read = time.perf_counter()
@@ -81,7 +91,7 @@ def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int,
     ids: list[int] = []
     shown = ""
     while len(ids) < max_tokens:
-        token = int(logits[0, -1].argmax())
+        token = int(engine.next_tokens(logits, state)[0])
         if token in engine.manifest.eos_token_ids:
             break
         ids.append(token)
@@ -100,15 +110,19 @@ def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int,
         timings.append(f"{len(ids)} tokens {_ms((ended - first) / len(ids))} each")
 
 
-def _answer_in_torch(folder: Path, sample: Sample, max_tokens: int) -> None:
+def _answer_in_torch(folder: Path, sample: Sample, max_tokens: int, threads: int | None) -> None:
     """The quantized checkpoint itself, computed in float32."""
+    import torch
+
     from qe_edge.checkpoint import load_quantized
     from qe_edge.validate.subjects import TorchSubject, in_float32
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     loaded = in_float32(load_quantized(folder))
     started = time.perf_counter()
     encoded = loaded.family.encode(loaded.processor, [sample])
-    (ids,) = TorchSubject(loaded).generate_ids(encoded, max_tokens)
+    (ids,) = TorchSubject(loaded, name="the quantized model").generate_ids(encoded, max_tokens)
     click.echo(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
     click.echo(f"{folder}: {_ms(time.perf_counter() - started)} in PyTorch", err=True)
 

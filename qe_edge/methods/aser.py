@@ -45,6 +45,7 @@ class ASER(StaticCorrection):
             count = scale_rank(count, min(problem.weight.shape))
         importance = abs_mean * problem.weight.abs().mean(0).double().numpy()
         outliers = np.argsort(-importance, kind="stable")[: min(count, len(importance))]
+        outliers = outliers[importance[outliers] > 0]  # no input, no outlier
         branch = leave_out_channels(problem.weight, problem.scheme.weight, outliers, abs_mean, "scale")
         directions = whitened_directions(branch.error, problem.gram(), self.rank(*problem.weight.shape))
         adapters = static_correction(branch.error, directions, self.options.adapter_dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -99,6 +99,10 @@ class LinearProblem:
     choice: Choice | None = None
     modality_ratio: float = 1.0
     device: torch.device = CPU
+
+    def given(self, choice: Choice) -> LinearProblem:
+        """The same problem with what a budget gives it."""
+        return replace(self, choice=choice)
 
     def measured(self) -> InputStatistics:
         """The statistics of a method that asked for some.

@@ -12,7 +12,7 @@ import numpy as np
 from qe_edge.errors import InputError, ModelError
 from qe_edge.models.batching import Row, check_length, encode_text, left_pad, naming
 from qe_edge.models.chat import answer_ids, chat_ids
-from qe_edge.models.chat_templates import check_template
+from qe_edge.models.chat_templates import check_template, take_processor_template
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.tokenizers import load_tokenizer
 
@@ -51,6 +51,7 @@ class CausalLM(ModelFamily):
     def load_processor(self, folder: str) -> TextProcessor:
         """Tokenizer of `folder`."""
         tokenizer = load_tokenizer(folder, self.config.vocab_size)
+        take_processor_template(tokenizer, folder)
         if tokenizer.chat_template is not None:
             check_template(tokenizer, folder, "?")
         return TextProcessor(tokenizer)

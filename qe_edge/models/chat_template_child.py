@@ -1,7 +1,7 @@
 """Child process: renders a stranger's chat template once, within bounds of memory and time; imports jinja2 only.
 
 Standard input: JSON with `template`, `content` (of one question), `tokens` (special tokens by name), `bytes` and
-`seconds`. Exit code 0 if it is rendered; what it writes is the number of characters. Otherwise Python's own last line.
+`seconds`. Exit code 0 if it is rendered; what it writes is the number of characters. Otherwise standard error says why.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Generation(Extension):
@@ -63,4 +65,8 @@ def _refuse(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except REFUSALS as error:
+        name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        sys.exit(name + " ".join(str(error).split()))

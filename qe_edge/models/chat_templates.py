@@ -19,7 +19,7 @@ REMEDY = "Copy chat_template.jinja, tokenizer.json and tokenizer_config.json fro
 MAX_TEMPLATE = 2**18  # bytes; the longest known has 20 thousand
 MAX_PROMPT = 2**18  # characters around one question of a character
 MEMORY = 2**29  # bytes that one question may take
-SECONDS = 5  # of processor time
+SECONDS = 3  # of processor time
 PATIENCE = 60  # seconds until a child that waits for its turn is given up
 CHILD = Path(__file__).with_name("chat_template_child.py")
 PICTURE_QUESTION = [{"type": "image"}, {"type": "text", "text": "?"}]
@@ -121,4 +121,4 @@ def _rendering(question: str) -> str:
     last = (done.stderr.strip().splitlines() or [""])[-1]
     if done.returncode < 0 or last.startswith("MemoryError"):
         return share
-    return f"refuses a question: {printable(last.rpartition('exceptions.')[2])[:300].rstrip('.')}"
+    return f"refuses a question: {printable(last)[:300].rstrip('.')}"

@@ -5,7 +5,7 @@ Keys that are not named here are transformers' to check.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,7 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, le=1e12, allow_inf_nan=False)]
 Pair = Annotated[list[Side], Field(min_length=1, max_length=2)]
 PatchPair = Annotated[list[Patch], Field(min_length=1, max_length=2)]
+RopeType = Literal["default", "mrope", "axial", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"]
 DType = Literal["float32", "float16", "bfloat16", "auto"]
 
 
@@ -32,8 +33,8 @@ class Rope(BaseModel):
     """Rotary positions, under any of the names that they had: rope_parameters, rope_scaling."""
 
     rope_theta: Annotated[float, Field(strict=True, ge=1, le=1e12, allow_inf_nan=False)] | None = None
-    rope_type: str | None = None
-    type: str | None = None
+    rope_type: RopeType | None = None
+    type: RopeType | None = None
     factor: Positive | None = None
     original_max_position_embeddings: Context | None = None
     low_freq_factor: Positive | None = None
@@ -146,7 +147,7 @@ class SizesFile(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _flat(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic's own form
+    def _flat(cls, values: Any) -> Any:
         """The hub's Qwen2-VL has the sizes of its language model beside the section of its vision encoder."""
         if isinstance(values, dict) and values.get("text_config") is None:
             return {**values, "text_config": values}

@@ -11,6 +11,7 @@ from qe_edge.json_files import read_json_table
 from qe_edge.models import FAMILIES
 from qe_edge.models.config_values import ConfigFile, SizesFile
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard, check_key_names, check_values, printable
 from qe_edge.models.model_files import find_file
 
@@ -41,20 +42,26 @@ def load_config(source: str, error: type[QEError] = ModelError) -> Any:  # noqa:
         256
     """
     values = read_config_values(source, error)
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+    for section, table in _tables(values):
+        kind = PretrainedConfig if section else CONFIG_MAPPING[values["model_type"]]
+        check_key_names(kind, table, Path(source) / CONFIG, REMEDY, error)
     with Guard(f"The configuration of '{source}' cannot be read", REMEDY, error):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    for section, table in _tables(values):
-        part = getattr(config, section) if section else config
-        check_key_names(type(part), table, Path(source) / CONFIG, REMEDY, error)
     _check_sizes(config, values, source, error)
     return config
 
 
 def load_family(source: str, error: type[QEError] = ModelError) -> ModelFamily:
-    """The family of a model, from its configuration alone."""
+    """The family of a model, from its configuration alone.
+
+    Raises:
+        QEError: Of the class `error`, as `load_config`, and for a generation_config.json that is broken: every later
+            stage reads it.
+    """
     config = load_config(source, error)
+    read_generation_config(source, error)
     return FAMILIES[config.model_type](config)
 
 

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -102,8 +102,8 @@ def check_values(kind: type[Model], values: object, path: Path | str, remedy: st
     try:
         return kind.model_validate(values)
     except ValidationError as problem:
-        first = min(problem.errors(), key=lambda found: len(found["loc"]))
-        key = printable(".".join(str(part) for part in first["loc"] if "[" not in str(part)))[:REASON_LENGTH]
+        first = problem.errors()[0]
+        key = printable(_path(values, first["loc"]))[:REASON_LENGTH]
         got = printable(reprlib.repr(first["input"]))
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
         where = f"key '{key}' of '{path}'" if key else f"'{path}'"
@@ -122,3 +122,20 @@ def check_key_names(kind: type, keys: Iterable[str], path: Path | str, remedy: s
         of_class = callable(found) or (bool(fields) and isinstance(found, dict))
         if of_class or (key.startswith("__") and found is not None):
             raise error(f"Key '{printable(key)}' of '{path}' is no setting of a model.", remedy)
+
+
+def _path(values: object, location: tuple[int | str, ...]) -> str:
+    """Dotted path of a value, without the names that pydantic puts between for the members of a union."""
+    parts: list[str] = []
+    node: Any = values
+    for number, part in enumerate(location):
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
+            node = node[part]
+        elif isinstance(part, str) and hasattr(node, part):
+            node = getattr(node, part)
+        elif number < len(location) - 1 or not isinstance(node, dict):
+            continue
+        parts.append(str(part))
+    return ".".join(parts)

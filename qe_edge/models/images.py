@@ -19,7 +19,7 @@ Picture = Path | str | Image.Image | np.ndarray | bytes
 """A file, the bytes of one, a PIL image, or an array (see `qe_edge.models.pixel_formats.array_image`)."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow reads more, some with the help of other programs
-FORMAT_NAMES = "PNG, JPEG, WebP, BMP, TIFF or GIF"
+CONVERT = "Give a PNG, JPEG or WebP file; BMP, TIFF and GIF are read too."
 MANY_SHOTS = "MPO"  # what Pillow calls a camera's JPEG with a preview behind it; the first is the photograph
 MAX_PIXELS = 1 << 26  # of one picture; 8192 x 8192 take 200 MB as RGB
 FRAMES_NOTICE = "Some pictures have several frames or pages; the first one is used."
@@ -44,11 +44,12 @@ def open_image(source: Picture) -> Image.Image:
         (3, 2)
     """
     if isinstance(source, np.ndarray):
-        check_size(source.shape[1::-1], "A picture")
+        if source.ndim > 1:
+            check_size((source.shape[1], source.shape[0]), "A picture")
         return to_rgb(array_image(source), "A picture")
     if isinstance(source, Image.Image):
         if source.format not in (None, *FORMATS, MANY_SHOTS):
-            raise InputError(f"A picture is a {source.format} file.", f"Give a {FORMAT_NAMES} file.")
+            raise InputError(f"A picture is a {source.format} file.", CONVERT)
         return _read(source, "A picture")
     if isinstance(source, bytes):
         return _open(io.BytesIO(source), "A picture given as bytes")
@@ -67,7 +68,7 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def check_size(size: tuple[int, ...], name: str) -> None:
+def check_size(size: tuple[int, int], name: str) -> None:
     """Refuse a picture without pixels or with too many, by its width and height, before memory is taken for it.
 
     Raises:
@@ -89,7 +90,7 @@ def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower
             image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a picture of a known format.", f"Give a {FORMAT_NAMES} file.") from error
+        raise InputError(f"{name} is not a picture of a known format.", CONVERT) from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} has too many pixels.", "Scale the picture down first.") from error
     except PermissionError as error:

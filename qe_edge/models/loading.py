@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from qe_edge.json_files import read_json_table
 from qe_edge.models.configuration import CONFIG, REMEDY, load_family, read_config_values
 from qe_edge.models.exactness import check_all_used, check_amount, check_loading, note_own_head
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard
 from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files, check_tensors
 from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
@@ -212,19 +213,20 @@ def _from_pretrained(
             config = copy.deepcopy(family.config)  # a dtype is noted in it
             model, info = model_class.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors, **exactly)
             model.config.name_or_path = source
-            _take_generation_config(model, source)
     check_loading(source, model, info)
+    _take_generation_config(model, source)
     model.eval()
     return model
 
 
 def _take_generation_config(model: PreTrainedModel, source: str) -> None:
-    """What ends an answer, among others, where a folder says more about it than config.json."""
-    from transformers import GenerationConfig
+    """What ends an answer, among others, where a model says more about it than config.json.
 
-    if model.can_generate():
-        with suppress(OSError):  # most folders have none
-            model.generation_config = GenerationConfig.from_pretrained(source)
+    transformers goes on without a file that is broken; here that is an error.
+    """
+    found = read_generation_config(source) if model.can_generate() else None
+    if found is not None:
+        model.generation_config = found
 
 
 def _checkpoint_tensors(source: str, family: ModelFamily) -> dict[str, Stored]:

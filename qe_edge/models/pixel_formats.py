@@ -6,7 +6,7 @@ import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from qe_edge.errors import CommonNotice, InputError
 
@@ -17,6 +17,7 @@ DEEP_NOTICE = (
 EXIF_NOTICE = "The EXIF data of some pictures cannot be read; they are taken as they are stored."
 DEEP = ("I", "F")  # Pillow's modes of 32 bits; those of 16 bits begin with "I;16"
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
+AS_STORED = 1  # EXIF's orientation of a picture that stands upright
 ROWS = 256  # scaled at once, so that float64 takes little memory
 BACKGROUND = (255, 255, 255)
 
@@ -79,11 +80,13 @@ def array_image(array: np.ndarray) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture as the camera was held."""
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, AS_STORED) == AS_STORED:
+            return image  # exif_transpose would copy it
         turned = ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, struct.error, OverflowError):
         warnings.warn(EXIF_NOTICE, CommonNotice, stacklevel=2)
         return image
-    return image if turned is None else turned
+    return turned
 
 
 def _on_white(image: Image.Image) -> Image.Image:

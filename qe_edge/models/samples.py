@@ -16,7 +16,6 @@ from qe_edge.models.texts import check_text
 
 TEXT = "text"  # kind of a sample that is running text, not a question to be put into a chat template
 Role = Literal["system", "user", "assistant"]
-PICTURE_TYPES = (Path, str, Image.Image, np.ndarray, bytes)
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,15 @@ class Sample:
         for name in ("kind", "topic", "origin"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"The {name} of a sample is no text.", "Give a str.")
-        if isinstance(self.answers, str) or not isinstance(self.answers, Sequence):
+        answers: object = self.answers
+        if isinstance(answers, str) or not isinstance(answers, Sequence):
             raise InputError("The answers of a sample are no list of texts.", "Give one text as 'answer'.")
         for answer in (*self.answers, *([] if self.answer is None else [self.answer])):
             check_text(answer, "An answer")
         first = [] if self.answer is None else [self.answer]
-        answers = tuple(dict.fromkeys([*first, *self.answers]))
-        self._set("answer", answers[0] if answers else None)
-        self._set("answers", answers if len(answers) > 1 else ())
+        right = tuple(dict.fromkeys([*first, *self.answers]))
+        self._set("answer", right[0] if right else None)
+        self._set("answers", right if len(right) > 1 else ())
         self._set("earlier", tuple(self.earlier))
         self._set("marks", tuple(self.marks))
         _check_marks(self.marks, self.question)
@@ -128,14 +128,17 @@ def _pictures(image: Picture | Sequence[Picture] | None) -> tuple[Picture, ...]:
     if image is None:
         return ()
     parts = list(image) if isinstance(image, list | tuple) else [image]
+    pictures: list[Picture] = []
     for part in parts:
-        if not isinstance(part, PICTURE_TYPES):
+        if not isinstance(part, Path | str | Image.Image | np.ndarray | bytes):
             raise InputError(
                 f"A picture is a {type(part).__name__}.", "Give a path, a PIL image, an array, or the bytes of a file."
             )
-    return tuple(Path(part) if isinstance(part, str) else part for part in parts)
+        pictures.append(Path(part) if isinstance(part, str) else part)
+    return tuple(pictures)
 
 
 def _check_marks(marks: tuple[int, ...], text: str) -> None:
-    if any(not isinstance(mark, int) or not 0 <= mark <= len(text) for mark in marks) or list(marks) != sorted(marks):
+    numbers: tuple[object, ...] = marks
+    if any(not isinstance(mark, int) or not 0 <= mark <= len(text) for mark in numbers) or list(marks) != sorted(marks):
         raise InputError(f"The marks {list(marks)} are no places in a text of {len(text)}.", "Correct the marks.")

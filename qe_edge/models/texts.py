@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qe_edge.errors import InputError
 
-SHOWN = 80  # characters of a user's text in a message
+SHOWN = 200  # characters of a user's text in a message
 
 
 def check_text(text: object, what: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qe_edge.c_output import without_panic_report
 from qe_edge.errors import ModelError, QENotice
 from qe_edge.json_files import read_json_table
 from qe_edge.models.chat_templates import MAX_TEMPLATE, check_template_files
@@ -19,6 +20,10 @@ from qe_edge.models.guard import Guard, check_key_names, check_values, printable
 from qe_edge.models.model_files import find_file
 
 REMEDY = "Copy tokenizer.json and tokenizer_config.json from the original model."
+OLDER_REMEDY = (
+    "Load the tokenizer with transformers, sentencepiece and tiktoken installed, and save it as tokenizer.json."
+)
+UNTRAINED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # never asked of the model
 MAX_TOKENIZER = 64 * 2**20  # bytes; the largest known tokenizer.json has 33 million
 MAX_GROWTH = 256  # how many times longer a normalizer may make a text
 PROBE = "The quick brown fox, 123.\n\t\u00e9\u4e2d\U0001f600"
@@ -75,10 +80,11 @@ def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - token
     Raises:
         ModelError: If a file is missing or broken, if a token is outside the embedding, or if no end token is named.
     """
-    _check_files(source)
+    tokens = _check_files(source)
     from transformers import AutoTokenizer
 
-    with Guard(f"The tokenizer of '{source}' cannot be used", REMEDY):
+    remedy = OLDER_REMEDY if tokens is None else REMEDY
+    with Guard(f"The tokenizer of '{source}' cannot be used", remedy), without_panic_report():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ids = list(tokenizer(PROBE)["input_ids"])
         tokenizer.decode(ids, skip_special_tokens=True)
@@ -91,13 +97,19 @@ def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - token
             f"Token '{printable(token)[:60]}' of '{source}' has number {highest}; the embedding has {vocabulary} rows.",
             "Resize the model's embedding to its tokenizer and save both, or use the original model's tokenizer.",
         )
+    if tokens is not None:
+        _check_numbers(tokenizer, tokens, source)
     if tokenizer.eos_token_id is None:
         _take_end_token(tokenizer, source, set(known.values()))
     return tokenizer
 
 
-def _check_files(source: str) -> None:
-    """Check every file of a tokenizer before the libraries read it."""
+def _check_files(source: str) -> dict[str, int | None] | None:
+    """Check every file of a tokenizer before the libraries read it.
+
+    Returns:
+        Number of every added token of tokenizer.json, None for the tokens of its model; None without such a file.
+    """
     tables = {
         name: read_json_table(path, error=ModelError, remedy=REMEDY, limit=MAX_TOKENIZER)
         for name in (
@@ -127,6 +139,31 @@ def _check_files(source: str) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         check_key_names(PreTrainedTokenizerFast, tables.get(name, {}), folder / name, REMEDY, ModelError)
     check_template_files(source)
+    if "tokenizer.json" not in tables:
+        return None
+    vocabulary = tables["tokenizer.json"]["model"].get("vocab")
+    if not isinstance(vocabulary, dict | list):
+        raise ModelError(f"Key 'model.vocab' of '{folder / 'tokenizer.json'}' is no vocabulary.", REMEDY)
+    names = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary]
+    added = {token["content"]: token["id"] for token in tables["tokenizer.json"]["added_tokens"]}
+    return {**{name: None for name in names if isinstance(name, str)}, **added}
+
+
+def _check_numbers(tokenizer: Any, tokens: dict[str, int | None], source: str) -> None:  # noqa: ANN401
+    """Refuse special tokens that tokenizer.json lacks: the library would number them anew, for rows nobody trained."""
+    for name, token in tokenizer.special_tokens_map.items():
+        if name not in UNTRAINED and str(token) not in tokens:
+            raise ModelError(
+                f"'{name}' of '{source}' is '{printable(str(token))[:60]}', which tokenizer.json does not have.", REMEDY
+            )
+    for token, number in tokens.items():
+        found = None if number is None else tokenizer.convert_tokens_to_ids(token)
+        if found != number:
+            raise ModelError(
+                f"Token '{printable(token)[:60]}' of '{source}' has number {number} in tokenizer.json and {found} when "
+                "it is loaded.",
+                "Number added tokens on from the last one, without gaps.",
+            )
 
 
 def _check_older_files(source: str, has_vocabulary: bool) -> None:

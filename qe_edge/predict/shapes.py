@@ -17,6 +17,7 @@ from qe_edge.models.origin import check_configuration
 from qe_edge.predict.tables import model_table
 
 FAMILIES = ("qwen2_vl", "internvl")
+MAX_WIDTH = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -35,11 +36,11 @@ class Stack(_Strict):
         gated: Whether the MLP has a gate.
     """
 
-    hidden: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    mlp: int = Field(gt=0)
-    kv: int = Field(0, ge=0)
-    vocabulary: int = Field(0, ge=0)
+    hidden: int = Field(gt=0, le=MAX_WIDTH)
+    layers: int = Field(gt=0, le=4096)
+    mlp: int = Field(gt=0, le=MAX_WIDTH)
+    kv: int = Field(0, ge=0, le=MAX_WIDTH)
+    vocabulary: int = Field(0, ge=0, le=1 << 24)
     gated: bool
 
     @property
@@ -64,7 +65,7 @@ class ModelShape(_Strict):
     text: Stack
     vision: Stack
     merger: tuple[tuple[int, int], ...]
-    patches_per_token: int = Field(gt=0)
+    patches_per_token: int = Field(gt=0, le=4096)
     refused: str = ""
 
 
@@ -115,12 +116,19 @@ def find_model(reference: str) -> ModelShape:
         folder = model_path()
     if not folder.is_dir():
         raise UnknownNameError("folder or model", reference, ["demo", *known])
+    remedy = f"{REMEDY} Or predict 'qwen2-vl-2b'."
+    config = read_json_table(folder / "config.json", error=ModelError, remedy=remedy)
     try:
-        config = read_json_table(folder / "config.json", error=ModelError, remedy=REMEDY)
         if config.get("model_type") in FAMILIES:
             check_sizes_file(config, folder / "config.json")
         shape = _from_config(config, reference)
-    except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
+    except (
+        ArithmeticError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # ValueError: ValidationError too
         raise ModelError(
             f"'{folder}' has no config.json of a Qwen2-VL or InternVL model.",
             f"Give another folder, or 'qwen2-vl-2b'. Predicted are {' and '.join(FAMILIES)}; quantized are "

@@ -211,7 +211,7 @@ def gptq_round(
     """
     hessian = gram if isinstance(gram, Hessian) else Hessian(gram)
     diagonal = torch.from_numpy(hessian.gram.diagonal().copy())
-    dead = diagonal == 0
+    dead = (diagonal == 0) & bool(diagonal.any())  # inputs that are all zero say nothing of any channel
     coupling = torch.from_numpy(hessian.coupling(damping)).to(device)
     importance = diagonal.float().to(device) if clip else None
     kept = weight.float().masked_fill(dead, 0.0).to(device)

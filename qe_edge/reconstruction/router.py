@@ -13,6 +13,7 @@ from qe_edge.reconstruction.directions import ErrorSpace
 
 KINDS = ("ridge", "tri")
 RIDGE = 1e-2  # damping relative to the mean diagonal of |X||X|^T
+LARGEST = float(np.finfo(np.float16).max)  # of a router
 SPREAD_TOKENS = 1024  # scores of so many tokens give the factor that scales a router
 DUAL_TOKENS = 4096  # of a layer with more inputs than this, so many tokens are regressed on
 
@@ -111,7 +112,11 @@ def routed_residuals(
 
 
 def normalise_router(router: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Scale all scores by one factor so that they spread by about 1 over the experts; the argmin stays the same."""
+    """Scale all scores by one factor so that they spread by about 1 over the experts; the argmin stays the same.
+
+    Experts that are nearly alike get a smaller factor, with which the router still fits float16.
+    """
     tokens = tokens[:: max(1, len(tokens) // SPREAD_TOKENS)]
     spread = (np.abs(tokens) @ router.T).std(1).mean() if len(tokens) else 0.0
-    return router / spread if spread > 0 else router
+    divisor = max(spread, float(np.abs(router).max(initial=0.0)) / LARGEST)
+    return router / divisor if divisor > 0 else router

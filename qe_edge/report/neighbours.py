@@ -35,7 +35,7 @@ def find_changes(report: Report, file: Path) -> list[str]:
 
 
 def _places(artifact: Artifact, folder: Path) -> list[Path]:
-    if Path(artifact.name).name != artifact.name or "\0" in artifact.name:
+    if Path(artifact.name).name != artifact.name or artifact.name == ".." or "\0" in artifact.name:
         return []
     return [folder / artifact.name, folder / "engines" / artifact.name]
 

@@ -50,6 +50,16 @@ def points(value: float) -> str:
     return f"{sign}{abs(rounded):.1f} points"
 
 
+def plain_significant(value: float, digits: int = 2) -> str:
+    """A number for a terminal; small ones with an exponent, so that none is shown as zero.
+
+    Example:
+        >>> plain_significant(4.1e-06), plain_significant(0.0123), plain_significant(0.0)
+        ('4.1e-06', '0.012', '0')
+    """
+    return "0" if value == 0 else f"{value:.{digits}g}"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """A number with so many significant digits; small ones as powers of ten."""
     if value is None:

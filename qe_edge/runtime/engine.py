@@ -14,6 +14,7 @@ from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
 from qe_edge.models.configuration import load_config
 from qe_edge.runtime.embedding import TokenEmbedding
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
+from qe_edge.runtime.generation import adjust_logits, check_context, check_finite
 from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.sessions import ACCURACY_LEVELS, Array, OrtSession, Session
 
@@ -25,12 +26,14 @@ class Decoding:
     Attributes:
         positions: Positions of the prompt, as `family.position_ids` gives them.
         attention_mask: `[batch, tokens so far]` int64.
+        tokens: `[batch, tokens so far]` int64.
         cache: Keys and values under the names of the graph's inputs.
         step: Tokens fed after the prompt.
     """
 
     positions: np.ndarray
     attention_mask: np.ndarray
+    tokens: np.ndarray
     cache: dict[str, Array] = field(default_factory=dict)
     step: int = 0
 
@@ -114,13 +117,19 @@ class VisionLanguageEngine:
         return [self.processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
     def generate_ids(self, encoded: Encoded, max_new_tokens: int = 64) -> list[list[int]]:
-        """Greedy answers as token ids, each without the token that ended it."""
+        """Greedy answers as token ids, each without the token that ended it.
+
+        Raises:
+            InputError: If prompt and answer are longer than the model's context.
+            NumericalError: If logits are not finite.
+        """
+        self.check_length(encoded, max_new_tokens)
         ends = self.manifest.eos_token_ids
         answers: list[list[int]] = [[] for _ in encoded.input_ids]
         running = np.ones(len(answers), bool)
         logits, state = self.prefill(encoded, self.features(encoded))
         for index in range(max_new_tokens):
-            tokens = logits[:, -1].argmax(-1)
+            tokens = self.next_tokens(logits, state)
             running &= ~np.isin(tokens, ends)
             for row in np.flatnonzero(running):
                 answers[row].append(int(tokens[row]))
@@ -131,7 +140,32 @@ class VisionLanguageEngine:
 
     def logits(self, encoded: Encoded) -> np.ndarray:
         """Logits float32 `[batch, sequence, vocabulary]` of every position of a batch, teacher-forced."""
+        self.check_length(encoded, 0)
         return self.prefill(encoded, self.features(encoded))[0]
+
+    def next_tokens(self, logits: np.ndarray, state: Decoding) -> np.ndarray:
+        """The tokens `[batch]` int64 that follow: the most likely ones after the manifest's generation settings.
+
+        Args:
+            logits: As `prefill` and `decode` return them.
+            state: What they belong to.
+
+        Raises:
+            NumericalError: If logits are not finite.
+        """
+        last = logits[:, -1]
+        check_finite(last, "The logits of the engine")
+        scores = adjust_logits(self.manifest.generation, last, state.tokens, state.attention_mask, state.step)
+        chosen: np.ndarray = scores.argmax(-1)
+        return chosen
+
+    def check_length(self, encoded: Encoded, max_new_tokens: int) -> None:
+        """Refuse a prompt that leaves too little of the context, before anything runs.
+
+        Raises:
+            InputError: If prompt and answer are longer than the model's context.
+        """
+        check_context(int(encoded.attention_mask.sum(1).max()), max_new_tokens, self.manifest.max_context)
 
     def features(self, encoded: Encoded) -> np.ndarray | None:
         """Image features `[features, hidden]` of a batch, None without pictures."""
@@ -171,7 +205,7 @@ class VisionLanguageEngine:
         if features is not None:
             embeds[encoded.image_mask] = features
         kv, batch = self.manifest.kv, len(embeds)
-        state = Decoding(self.family.position_ids(encoded), encoded.attention_mask)
+        state = Decoding(self.family.position_ids(encoded), encoded.attention_mask, encoded.input_ids)
         for layer in range(kv.layers):
             for part in ("key", "value"):
                 empty = np.zeros((batch, kv.heads, 0, kv.head_dim), np.float32)
@@ -179,12 +213,45 @@ class VisionLanguageEngine:
         return self._language(embeds, state.positions, state), state
 
     def decode(self, state: Decoding, tokens: np.ndarray) -> np.ndarray:
-        """Feed one token per row `[batch]`; returns the next logits float32 `[batch, 1, vocabulary]`."""
-        ones = np.ones((len(tokens), 1), state.attention_mask.dtype)
+        """Feed the next tokens of every row.
+
+        Args:
+            state: From `prefill`; goes on with the tokens.
+            tokens: Integers `[batch]`, or `[batch, n]` for n tokens one after the other.
+
+        Returns:
+            Logits float32 `[batch, n, vocabulary]`, n being 1 for `[batch]`.
+
+        Raises:
+            InputError: If there is no token for some row, a token is none, or the context is full.
+        """
+        tokens = np.asarray(tokens)
+        rows = len(state.attention_mask)
+        if tokens.ndim not in (1, 2) or tokens.shape[0] != rows or not tokens.size:
+            raise InputError(
+                f"Tokens of shape {list(tokens.shape)} cannot be fed to a batch of {rows}.",
+                f"Give integers of shape [{rows}] or [{rows}, n].",
+            )
+        if tokens.dtype.kind not in "iu":
+            raise InputError(f"Tokens of type {tokens.dtype} are no token ids.", "Give integers.")
+        if tokens.min() < 0 or tokens.max() >= self.manifest.vocab_size:
+            raise InputError(
+                f"A token is outside the vocabulary of {self.manifest.vocab_size}.", "Give ids of the tokenizer."
+            )
+        columns = tokens.astype(np.int64).reshape(rows, -1)
+        used = int(state.attention_mask.sum(1).max())
+        check_context(used, columns.shape[1], self.manifest.max_context)
+        # one by one, as engines are built for
+        return np.concatenate([self._step(state, column[:, None]) for column in columns.T], axis=1)
+
+    def _step(self, state: Decoding, tokens: np.ndarray) -> np.ndarray:
+        """Logits `[batch, 1, vocabulary]` after one token per row, `[batch, 1]`."""
+        ones = np.ones(tokens.shape, state.attention_mask.dtype)
         state.attention_mask = np.concatenate((state.attention_mask, ones), axis=1)
+        state.tokens = np.concatenate((state.tokens, tokens), axis=1)
         positions = self.family.next_position_ids(state.positions, state.step)
         state.step += 1
-        return self._language(self._embedding(tokens[:, None]), positions, state)
+        return self._language(self._embedding(tokens), positions, state)
 
     def _language(self, embeds: np.ndarray, positions: np.ndarray, state: Decoding) -> np.ndarray:
         feeds: dict[str, Array] = {

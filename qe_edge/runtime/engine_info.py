@@ -106,7 +106,7 @@ def read_engine_info(folder: Path) -> EngineInfo | None:
         ArtifactError: If the file is damaged, was changed, or is of an earlier version.
     """
     path = folder / ENGINE_INFO
-    if not path.is_file():
+    if not (path.exists() or path.is_symlink()):
         return None
     values = read_json_table(path, remedy=REMEDY)
     if values and "digest" not in values:

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped] # it ships no types
 from onnx import TensorProto
 
 from qe_edge.errors import ArtifactError
@@ -20,14 +20,14 @@ from qe_edge.integrity import check_inside
 MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message; weights lie beside it
 DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
 REMEDY = "Export the model again."
-TYPED = {
+TYPED: dict[str, tuple[int, ...]] = {
     "float_data": (TensorProto.FLOAT, TensorProto.COMPLEX64),
     "double_data": (TensorProto.DOUBLE, TensorProto.COMPLEX128),
     "int64_data": (TensorProto.INT64,),
     "uint64_data": (TensorProto.UINT32, TensorProto.UINT64),
     "string_data": (TensorProto.STRING,),
 }  # every other type lies in int32_data
-BITS = {
+BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16,
     TensorProto.INT8: 8, TensorProto.INT16: 16, TensorProto.INT32: 32, TensorProto.INT64: 64,
     TensorProto.UINT8: 8, TensorProto.UINT16: 16, TensorProto.UINT32: 32, TensorProto.UINT64: 64,
@@ -86,7 +86,7 @@ def _announced_bytes(path: Path, tensor: TensorProto) -> int | None:
         return None
     if tensor.data_type not in BITS:
         raise _wrong(path, tensor, f"has the unknown type {tensor.data_type}")
-    return (prod(tensor.dims) * BITS[tensor.data_type] + 7) // 8
+    return (prod(map(int, tensor.dims)) * BITS[tensor.data_type] + 7) // 8
 
 
 def _place(path: Path, tensor: TensorProto, size: int | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from qe_edge.errors import ArtifactError
 from qe_edge.integrity import Digest, FileTable, Sealed, check_files, check_sizes, describe
 from qe_edge.json_files import read_json_table
 from qe_edge.runtime.embedding import EMBEDDING
+from qe_edge.runtime.generation import GenerationSettings
 
 MANIFEST = "manifest.json"
 ENGINE_INFO = "engine.json"  # of an engine folder; it seals itself and names the manifest
@@ -90,8 +91,8 @@ class Manifest(Sealed):
         hidden_size: Width of the language model.
         vocab_size: Number of logits.
         image_token_id: Token at whose places image features stand; None in a language model without pictures.
-        eos_token_ids: Tokens that end an answer.
-        pad_token_id: Token that fills up finished rows.
+        max_context: Tokens that the model can attend to, prompt and answer together.
+        generation: How answers are decoded.
         kv: Layout of the KV cache.
         graphs: "visual", "merger" and "language", or "language" alone.
         checkpoint: Digest of the checkpoint that the graphs were exported from; None for a model in memory.
@@ -105,8 +106,8 @@ class Manifest(Sealed):
     hidden_size: int = Field(ge=1, le=1 << 20)
     vocab_size: int = Field(ge=1, le=1 << 24)
     image_token_id: int | None = Field(None, ge=0)
-    eos_token_ids: tuple[int, ...] = Field(min_length=1)
-    pad_token_id: int = Field(ge=0)
+    max_context: int = Field(ge=1, le=1 << 31)
+    generation: GenerationSettings
     kv: KVLayout
     graphs: dict[str, GraphEntry]
     checkpoint: Digest | None = None
@@ -118,7 +119,21 @@ class Manifest(Sealed):
         wanted = TEXT_ONLY if self.image_token_id is None else GRAPHS
         if set(self.graphs) != set(wanted):
             raise ValueError(f"it must list the graphs {', '.join(wanted)}")
+        rules = self.generation
+        ids = (rules.pad_token_id, *rules.eos_token_ids, *rules.suppress_tokens, *rules.begin_suppress_tokens)
+        if max(ids) >= self.vocab_size:
+            raise ValueError(f"generation names token {max(ids)} of a vocabulary of {self.vocab_size}")
         return self
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.generation.eos_token_ids
+
+    @property
+    def pad_token_id(self) -> int:
+        """Token that fills up finished rows."""
+        return self.generation.pad_token_id
 
     def write(self, folder: Path) -> Manifest:
         """Describe the files of `folder` and write `manifest.json` into it; returns the manifest as written."""

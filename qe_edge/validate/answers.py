@@ -61,7 +61,7 @@ def answer_all(
     texts: list[str] = []
     for part in batches(samples):
         encoded = source.family.encode(source.processor, part)
-        rows = [_until_end(list(ids), tokenizer.eos_token_id) for ids in subject.generate_ids(encoded, max_new_tokens)]
+        rows = subject.generate_ids(encoded, max_new_tokens)
         texts.extend(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows)
         done(len(part))
     return texts
@@ -89,7 +89,3 @@ def score(samples: Sequence[Sample], answers: Sequence[str]) -> Accuracy:
 
 def _normal(text: str) -> str:
     return text.strip().rstrip(".").strip().casefold()
-
-
-def _until_end(ids: list[int], end: int | None) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids

@@ -14,11 +14,12 @@ from qe_edge.linear import quantized_linears
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.validate.answers import BATCH, batches
-from qe_edge.validate.metrics import LogitsDistance, RelativeError
+from qe_edge.validate.metrics import NAMES, LogitsDistance, Names, RelativeError
 from qe_edge.validate.probes import LayerProbe, StreamProbe
 from qe_edge.validate.schema import Distance, LayerErrors, Role, RoutingLoad, StreamErrors, TokenErrors
 from qe_edge.validate.subjects import Subject, TorchSubject, block_groups
 
+ENGINE: Names = ("the model in PyTorch", "the engine")
 LOGITS_BYTES = 1 << 30  # most memory that one batch of logits may take
 
 
@@ -29,11 +30,11 @@ class TeacherForced:
     answer: LogitsDistance = field(default_factory=LogitsDistance)
     text: LogitsDistance = field(default_factory=LogitsDistance)
 
-    def add(self, encoded: Encoded, reference: np.ndarray, other: np.ndarray) -> None:
-        """Add logits `[batch, sequence, vocabulary]` of the same batch."""
+    def add(self, encoded: Encoded, reference: np.ndarray, other: np.ndarray, names: Names = NAMES) -> None:
+        """Add logits `[batch, sequence, vocabulary]` of the same batch; `names` are what messages call the two."""
         for name, mask in predicting_positions(encoded).items():
             distance: LogitsDistance = getattr(self, name)
-            distance.add(torch.from_numpy(reference[:, :-1][mask]), torch.from_numpy(other[:, :-1][mask]))
+            distance.add(torch.from_numpy(reference[:, :-1][mask]), torch.from_numpy(other[:, :-1][mask]), names)
 
 
 class Comparison:
@@ -48,7 +49,8 @@ class Comparison:
     def __init__(self, original: LoadedModel, quantized: LoadedModel, engine: Subject | None) -> None:
         self._original = original
         self._engine = engine
-        self._subjects = TorchSubject(original), TorchSubject(quantized)
+        settings = TorchSubject(quantized).settings
+        self._subjects = TorchSubject(original, settings), TorchSubject(quantized, settings)
         self._layers = quantized_linears(quantized.model)
         blocks = original.family.blocks(original.model)
         groups = block_groups(original)
@@ -61,7 +63,11 @@ class Comparison:
         self.engine_error = RelativeError()
 
     def measure_heldout(self, samples: Sequence[Sample], done: Callable[[int], None]) -> None:
-        """Layers, streams and logits on held-out samples with their answers."""
+        """Layers, streams and logits on held-out samples with their answers.
+
+        Raises:
+            NumericalError: If an output is not finite; names the model and the first such layer or block.
+        """
         original, quantized = self._subjects
         for part in batches(samples, self.batch_size(samples)):
             encoded = self._encode(part)
@@ -73,8 +79,8 @@ class Comparison:
             if self._engine is not None:
                 built = self._engine.logits(encoded)
                 valid = encoded.attention_mask.astype(bool)
-                self.distances["engine"].add(encoded, wanted, built)
-                self.engine_error.add(torch.from_numpy(found[valid]), torch.from_numpy(built[valid]))
+                self.distances["engine"].add(encoded, wanted, built, ENGINE)
+                self.engine_error.add(torch.from_numpy(found[valid]), torch.from_numpy(built[valid]), ENGINE)
             done(len(part))
 
     def measure_calibration(self, samples: Sequence[Sample], done: Callable[[int], None]) -> None:

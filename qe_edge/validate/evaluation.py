@@ -14,13 +14,16 @@ from pathlib import Path
 
 from qe_edge.accounting import ModelBits, count_bits
 from qe_edge.checkpoint import load_quantized
+from qe_edge.errors import ArtifactError, CalibrationError
 from qe_edge.heap import trim_heap
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, track
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.generation import settings_of
 from qe_edge.validate.answers import Reader, answer_all, answer_length
 from qe_edge.validate.comparison import Comparison, TeacherForced
+from qe_edge.validate.metrics import RelativeError
 from qe_edge.validate.schema import LayerErrors, Role, RoutingLoad, StreamErrors
 from qe_edge.validate.subjects import Subject, TorchSubject, block_groups, decode_layers, in_float32, load_float32
 
@@ -97,11 +100,17 @@ def evaluate(
         progress: Where to report progress.
 
     Raises:
-        QEError: If a model cannot be loaded.
+        NumericalError: If outputs are not finite.
+        QEError: If a model cannot be loaded, or cannot be decoded as its settings say.
     """
     quantized = load_quantized(checkpoint)  # first: while it is opened it takes as much as an unquantized one
     bits = count_bits(quantized.model, block_groups(quantized))
     _give_back()
+    settings = settings_of(quantized.model, quantized.family.config, quantized.processor.tokenizer)
+    if engine is not None and engine.manifest.generation != settings:
+        raise ArtifactError(
+            "The engine and the checkpoint decode by different generation settings.", "Export and build it again."
+        )
     reference = load_float32(original)
     in_float32(quantized, like=reference, decoded=False)
     source, model_type = reference.source, reference.family.model_type
@@ -117,12 +126,12 @@ def evaluate(
             if questions.shuffled:
                 blind[role] = ask(role, subject, questions.shuffled)
 
-        collect("original", TorchSubject(reference))
+        collect("original", TorchSubject(reference, settings, "the original model"))
         compared = _compare(reference, quantized, engine, questions, tracked)
         del reference
         _give_back()
         decode_layers(quantized)
-        collect("quantized", TorchSubject(quantized))
+        collect("quantized", TorchSubject(quantized, settings, "the quantized model"))
         del quantized
         _give_back()
         if engine is not None:
@@ -147,8 +156,16 @@ def _compare(
         comparison.stream_errors(),
         comparison.routing_loads(),
         comparison.distances,
-        None if engine is None else comparison.engine_error.value() or 0.0,
+        None if engine is None else _known(comparison.engine_error),
     )
+
+
+def _known(error: RelativeError) -> float:
+    """An error that was measured; outputs that are zero in both models are equal."""
+    value = error.value()
+    if not error.rows:
+        raise CalibrationError("The engine was asked nothing.", "Give held-out samples with at least one token.")
+    return 0.0 if value is None else value
 
 
 def _asker(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qe_edge.errors import CalibrationError
+from qe_edge.errors import CalibrationError, NumericalError
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel
+from qe_edge.validate.metrics import REMEDY
 
 BATCH = 16
 MAX_STEPS = 2000  # of the probe's solver
@@ -38,6 +39,7 @@ def extract_features(loaded: LoadedModel, samples: Sequence[Sample]) -> Features
     Raises:
         InputError: If a picture cannot be read.
         CalibrationError: If there is no picture.
+        NumericalError: If features are not finite.
     """
     if not samples:
         raise CalibrationError("There is no picture to measure on.", "Give lines that name pictures.")
@@ -47,6 +49,8 @@ def extract_features(loaded: LoadedModel, samples: Sequence[Sample]) -> Features
         with torch.no_grad():
             outputs.append(loaded.model(**loaded.family.torch_inputs(encoded)).last_hidden_state.float())
     tokens = torch.cat(outputs)
+    if not tokens.isfinite().all():
+        raise NumericalError("The features of a model that is measured hold NaN or infinity.", REMEDY)
     return Features(tokens[:, 0], tokens[:, 1:])
 
 

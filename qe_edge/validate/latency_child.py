@@ -63,6 +63,7 @@ def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], Non
     def once(times: Times) -> None:
         start = time.perf_counter()
         encoded = engine.encode([sample])
+        engine.check_length(encoded, request.new_tokens)
         mark = _note(times, "encode", start)
         features = None
         if encoded.pixels:
@@ -74,7 +75,7 @@ def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], Non
         mark = _note(times, "prefill", mark)
         _note(times, "first_token", start)
         for _ in range(request.new_tokens):
-            logits = engine.decode(state, logits[:, -1].argmax(-1))
+            logits = engine.decode(state, engine.next_tokens(logits, state))
             mark = _note(times, "decode", mark)
 
     return once, engine.encode([sample]).input_ids.shape[1]
@@ -82,21 +83,26 @@ def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], Non
 
 def _pytorch(request: Measurement, sample: Sample) -> tuple[Callable[[Times], None], int]:
     import torch
+    from transformers import GenerationConfig
 
     from qe_edge.models.loading import load_model
+    from qe_edge.validate.subjects import TorchSubject
 
     torch.set_num_threads(request.threads)
     loaded = load_model(request.model, torch.float32)
+    subject = TorchSubject(loaded)
+    loaded.model.generation_config = GenerationConfig()  # nothing ends an answer early
+    wanted = GenerationConfig(do_sample=False, max_new_tokens=1 + request.new_tokens)
 
     def once(times: Times) -> None:
         clock = _Clock()
-        inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, [sample]))
+        asked = loaded.family.encode(loaded.processor, [sample])
+        inputs = loaded.family.torch_inputs(asked)
         with torch.no_grad():
             loaded.model.generate(  # type: ignore[operator] # from a mixin that the base class does not have
                 **inputs,
-                do_sample=False,
-                min_new_tokens=1 + request.new_tokens,
-                max_new_tokens=1 + request.new_tokens,
+                generation_config=wanted,
+                logits_processor=[subject.rules(asked)],
                 streamer=clock,
             )
         start, _, first, *rest = clock.times

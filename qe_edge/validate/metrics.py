@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qe_edge.errors import NumericalError
+
+REMEDY = "Check the original's weights, then quantize again with another method or scheme."
+Names = tuple[str, str]
+NAMES: Names = ("the original", "the quantized model")
 ROWS = 256  # positions whose full vocabulary is held in float64 at a time
 
 
@@ -24,16 +30,30 @@ class RelativeError:
     norm: float = 0.0
     rows: int = 0
 
-    def add(self, reference: Tensor, other: Tensor) -> None:
-        """Add tokens `[n, features]`."""
+    def add(self, reference: Tensor, other: Tensor, names: Names = NAMES) -> None:
+        """Add tokens `[n, features]`; `names` are what messages call the two.
+
+        Raises:
+            NumericalError: If a sum is not finite: NaN would pass for no error.
+        """
         wanted, found = reference.double(), other.double()
         self.error += float((wanted - found).square().sum())
         self.norm += float(wanted.square().sum())
+        if not math.isfinite(self.error + self.norm):
+            raise _not_finite(reference, other, names)
         self.rows += len(wanted)
 
     def value(self) -> float | None:
-        """The error, or None if nothing (or nothing but zeros) was added."""
-        return (self.error / self.norm) ** 0.5 if self.norm else None
+        """The error, or None if nothing (or nothing but zeros, met exactly) was added.
+
+        Raises:
+            NumericalError: If the reference is zero everywhere and the other is not.
+        """
+        if not self.norm:
+            if self.error:
+                raise NumericalError("The original's outputs are zero everywhere, the compared ones are not.", REMEDY)
+            return None
+        return (self.error / self.norm) ** 0.5
 
 
 @dataclass
@@ -50,9 +70,15 @@ class LogitsDistance:
     agreed: int = 0
     positions: int = 0
 
-    def add(self, reference: Tensor, other: Tensor) -> None:
-        """Add logits `[positions, vocabulary]`."""
+    def add(self, reference: Tensor, other: Tensor, names: Names = NAMES) -> None:
+        """Add logits `[positions, vocabulary]`; `names` are what messages call the two.
+
+        Raises:
+            NumericalError: If a logit is not finite: NaN would pass for agreement.
+        """
         for wanted, found in zip(torch.split(reference, ROWS), torch.split(other, ROWS), strict=True):
+            if not (wanted.isfinite().all() and found.isfinite().all()):
+                raise _not_finite(wanted, found, names)
             self.divergence += float(kl_divergence(wanted, found).sum())
             self.agreed += int((wanted.argmax(-1) == found.argmax(-1)).sum())
         self.positions += len(reference)
@@ -64,6 +90,14 @@ class LogitsDistance:
     def agreement(self) -> float | None:
         """Share of positions with the same top-1 token."""
         return self.agreed / self.positions if self.positions else None
+
+
+def _not_finite(reference: Tensor, other: Tensor, names: Names) -> NumericalError:
+    """What to say of outputs that cannot be compared."""
+    for name, tensor in zip(names, (reference, other), strict=True):
+        if not tensor.isfinite().all():
+            return NumericalError(f"The outputs of {name} hold NaN or infinity.", REMEDY)
+    return NumericalError(f"The outputs of {names[0]} and {names[1]} are too large to be compared.", REMEDY)
 
 
 def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:

@@ -24,10 +24,21 @@ class KindErrors:
 
     kinds: dict[str, RelativeError] = field(default_factory=lambda: {kind: RelativeError() for kind in KINDS})
 
-    def add(self, reference: Tensor, other: Tensor, masks: Mapping[str, Tensor] | None) -> None:
-        """Add outputs `[..., features]`; without masks every token stands for a picture."""
+    def add(self, reference: Tensor, other: Tensor, masks: Mapping[str, Tensor] | None, place: str) -> None:
+        """Add outputs `[..., features]`; without masks every token stands for a picture.
+
+        Args:
+            reference: Of the original.
+            other: Of the quantized model.
+            masks: Of each kind of token.
+            place: The layer or block, for messages.
+
+        Raises:
+            NumericalError: If an output is not finite.
+        """
+        names = f"the original's {place}", f"the quantized model's {place}"
         for kind, (wanted, found) in _split(masks, reference, other):
-            self.kinds[kind].add(wanted, found)
+            self.kinds[kind].add(wanted, found, names)
 
     def result(self) -> TokenErrors:
         """The errors so far."""
@@ -73,7 +84,7 @@ class LayerProbe:
 
             def measure(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 own = masks if group == "language" else None
-                self.errors[name].add(output, layer(inputs[0]), own)
+                self.errors[name].add(output, layer(inputs[0]), own, f"layer '{name}'")
                 expert = layer.expert_index(inputs[0])
                 if expert is not None:
                     for kind, (chosen,) in _split(own, expert.unsqueeze(-1)):
@@ -116,7 +127,8 @@ class StreamProbe:
             own = masks if block.group == "language" else None
 
             def compare(_module: nn.Module, _inputs: object, output: object) -> None:
-                self.errors[block.name].add(self._outputs.pop(block.name), first_tensor(output), own)
+                wanted, found = self._outputs.pop(block.name), first_tensor(output)
+                self.errors[block.name].add(wanted, found, own, f"block '{block.name}'")
 
             return compare
 

@@ -1,8 +1,9 @@
-"""The models that are compared, behind one interface."""
+"""The models that are compared, behind one interface; all decode by the same settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from qe_edge.linear import QELinear, quantized_linears
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel, check_free, load_outside_blocks
 from qe_edge.models.stored import StoredWeights
+from qe_edge.runtime.generation import GenerationSettings, adjust_logits, check_context, check_finite, settings_of
 
 
 class Subject(Protocol):
@@ -24,7 +26,7 @@ class Subject(Protocol):
         """Logits float32 `[batch, sequence, vocabulary]`."""
 
     def generate_ids(self, encoded: Encoded, max_new_tokens: int) -> Sequence[Sequence[int]]:
-        """Greedy continuation of every sample; what follows an end token is ignored."""
+        """Greedy answer of every sample, without the token that ended it."""
 
 
 class TorchSubject:
@@ -32,35 +34,93 @@ class TorchSubject:
 
     Args:
         loaded: The model.
+        settings: How to decode; None decodes as the model's own generation_config.json says.
+        name: What messages call it: "the quantized model".
 
     Raises:
-        ModelError: If it writes no text.
+        ModelError: If it writes no text, or cannot be decoded as its generation_config.json says.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(
+        self, loaded: LoadedModel, settings: GenerationSettings | None = None, name: str = "the model"
+    ) -> None:
         if not loaded.family.writes_text:
             raise ModelError(
                 f"A '{loaded.family.model_type}' model writes no text, so it has no answers to compare.",
                 "Compare its features: qe_edge.validate.features.",
             )
         self._loaded = loaded
+        config, tokenizer = loaded.family.config, loaded.processor.tokenizer
+        self.settings = settings_of(loaded.model, config, tokenizer) if settings is None else settings
+        self._context: int = config.get_text_config().max_position_embeddings
+        self._name = name
 
     def logits(self, encoded: Encoded) -> np.ndarray:
-        """Logits float32 `[batch, sequence, vocabulary]`."""
+        """Logits float32 `[batch, sequence, vocabulary]`.
+
+        Raises:
+            InputError: If a sample is longer than the model's context.
+        """
+        check_context(int(encoded.attention_mask.sum(1).max()), 0, self._context)
         with torch.no_grad():
             output = self._loaded.model(**self._loaded.family.torch_inputs(encoded), use_cache=False)
         logits: Tensor = output.logits
         return logits.float().numpy()
 
     def generate_ids(self, encoded: Encoded, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation of every sample."""
+        """Greedy answer of every sample, without the token that ended it.
+
+        Raises:
+            InputError: If prompt and answer are longer than the model's context.
+            NumericalError: If logits are not finite.
+        """
+        from transformers import GenerationConfig
+
+        check_context(int(encoded.attention_mask.sum(1).max()), max_new_tokens, self._context)
+        if not max_new_tokens:
+            return [[] for _ in encoded.input_ids]
+        settings, prompt = self.settings, encoded.input_ids.shape[1]
+        wanted = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(settings.eos_token_ids),
+            pad_token_id=settings.pad_token_id,
+        )
         inputs = self._loaded.family.torch_inputs(encoded)
         generate: Any = self._loaded.model.generate
-        with torch.no_grad():
-            tokens: Tensor = generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
-            )
-        return tokens[:, encoded.input_ids.shape[1] :].tolist()
+        with torch.no_grad(), _without_own_settings(self._loaded.model):
+            tokens: Tensor = generate(**inputs, generation_config=wanted, logits_processor=[self.rules(encoded)])
+        return [_until_end(row, settings.eos_token_ids) for row in tokens[:, prompt:].tolist()]
+
+    def rules(self, encoded: Encoded) -> Any:  # noqa: ANN401 - transformers takes any function
+        """The settings as a processor of transformers, the same code as an engine's."""
+        prompt = encoded.input_ids.shape[1]
+
+        def adjust(tokens: Tensor, scores: Tensor) -> Tensor:
+            logits = scores.numpy()
+            check_finite(logits, f"The logits of {self._name}")
+            new = tokens.shape[1] - prompt
+            mask = np.pad(encoded.attention_mask, ((0, 0), (0, new)), constant_values=1)
+            return torch.from_numpy(adjust_logits(self.settings, logits, tokens.numpy(), mask, new))
+
+        return adjust
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers' own class
+    """Transformers fills whatever is not given from the model's own settings; meanwhile there are none."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def block_groups(loaded: LoadedModel) -> dict[str, str]:

@@ -7,6 +7,7 @@ measures are `perplexity` and `mean_kl` on running text, and `mean_kl` and `exac
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qe_edge.errors import CalibrationError, ModelError
+from qe_edge.errors import CalibrationError, ModelError, NumericalError
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel
 from qe_edge.validate.comparison import predicting_positions
+from qe_edge.validate.metrics import REMEDY
 
 WINDOW = 256  # tokens
 ROWS = 256  # predictions whose logits are held at a time
@@ -119,6 +121,7 @@ def perplexity(predictions: Predictions) -> float:
     total = sum(
         float(nn.functional.cross_entropy(logits, targets, reduction="sum")) for logits, targets in predictions.logits()
     )
+    _check_measure(total)
     return float(np.exp(total / len(predictions.targets)))
 
 
@@ -146,6 +149,7 @@ def _divergences(original: Predictions, other: Predictions) -> Tensor:
         difference = got.log_softmax(-1).sub_(reference)
         terms = reference.exp_().mul_(torch.expm1(difference).sub_(difference))
         found.append(terms.sum(-1).double())
+        _check_measure(float(found[-1].sum()))
     return torch.cat(found)
 
 
@@ -154,11 +158,22 @@ def exact_answers(predictions: Predictions, samples: int) -> np.ndarray:
 
     That is when greedy generation gives that very answer. A sample without an answer counts as wrong.
     """
-    right = torch.cat([logits.argmax(-1) == targets for logits, targets in predictions.logits()]).numpy()
+    right = torch.cat([_most_likely(logits) == targets for logits, targets in predictions.logits()]).numpy()
     rows = predictions.samples.numpy()
     total, correct = np.bincount(rows, minlength=samples), np.bincount(rows, right, minlength=samples)
     found: np.ndarray = (total > 0) & (correct == total)
     return found
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """Token ids `[rows]` of logits `[rows, vocabulary]`; the largest of NaN would be any token."""
+    _check_measure(float(logits.abs().max()))
+    return logits.argmax(-1)
+
+
+def _check_measure(value: float) -> None:
+    if not math.isfinite(value):
+        raise NumericalError("The logits of a model that is measured hold NaN or infinity.", REMEDY)
 
 
 def _window_batch(windows: Sequence[list[int]], length: int) -> Encoded:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from qe_edge import deploy as deployment
-from qe_edge.deploy import LEDGER, deploy, is_deployment, model_fingerprint
-from qe_edge.errors import InputError
+from qe_edge.deploy import LEDGER, deploy, is_deployment
+from qe_edge.errors import ArtifactError, InputError
 from qe_edge.export import plugin_check
+from qe_edge.fingerprints import model_fingerprint
 from qe_edge.recipe import make_recipe
 from tests.cli.running import Outcome, Run
 
@@ -152,6 +153,17 @@ def test_a_deployment_is_known_however_far_it_came(tmp_path: Path, sign: str) ->
     assert is_deployment(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "\ufeff{,}"])
+def test_a_damaged_ledger_is_not_passed_over(stages: Stages, tmp_path: Path, text: str) -> None:
+    (tmp_path / LEDGER).write_text(text, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"deploy\.json' (is not valid JSON|holds no JSON table)") as caught:
+        deploy("demo", tmp_path, RECIPE, resume=True)
+    assert caught.value.remedy == "Delete it; every stage is then made again."
+    assert stages.take() == []
+    assert [path.name for path in tmp_path.iterdir()] == [LEDGER]
+    deploy("demo", tmp_path, RECIPE)
+
+
 def test_a_folder_of_others_is_left_alone(stages: Stages, tmp_path: Path) -> None:
     (tmp_path / "onnx").mkdir()
     for resume in (False, True):
@@ -164,7 +176,12 @@ def test_a_folder_of_others_is_left_alone(stages: Stages, tmp_path: Path) -> Non
 def test_another_recipe_replaces_everything_that_came_of_the_first(stages: Stages, tmp_path: Path) -> None:
     deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"])
     stages.take()
-    deploy("demo", tmp_path, make_recipe(method="rtn", scheme="w4a16", calibration={"samples": 2}), resume=True)
+    other = make_recipe(method="rtn", scheme="w4a16", calibration={"samples": 2})
+    with pytest.raises(ArtifactError, match="recipe key 'scheme' was 'w4a8' and is 'w4a16'") as refused:
+        deploy("demo", tmp_path, other, resume=True)
+    assert "--overwrite instead" in refused.value.remedy
+    assert stages.take() == []
+    deploy("demo", tmp_path, other)
     assert stages.take() == ["quantize", "export", "cpu", "report"]
     assert not (tmp_path / "engines" / "rtx").exists()
 

@@ -104,3 +104,12 @@ def test_a_jetson_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["Jetson"].detail == release
     assert found["CUDA device"].detail == "Orin, sm_87, 8.0 GiB"
     assert found["nvcc"].state == MISSING
+
+
+@pytest.mark.parametrize(("value", "detail"), [(None, "off"), ("1", "off"), ("0", "on, as ORT_DISABLE_TELEMETRY says")])
+def test_whether_onnx_runtime_reports_home(monkeypatch: pytest.MonkeyPatch, value: str | None, detail: str) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", value)
+    found = {item.name: item for item in doctor._runtimes({"onnxruntime": {"providers": []}})}
+    assert found["ORT telemetry"].detail.startswith(detail)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from qe_edge.cli.recipes import read_recipe
+from qe_edge.errors import RecipeError
 from tests.cli.running import Run
 
 FILE = """
@@ -63,3 +65,52 @@ def test_the_recipe_that_a_dry_run_prints_is_a_recipe_file(cli: Run, tmp_path: P
     (tmp_path / "printed.yaml").write_text(text)
     assert read_recipe(recipe_file=tmp_path / "printed.yaml").options["experts"] == 2
     assert yaml.safe_load(text)["calibration"] == {"source": "demo", "samples": 8}
+
+
+ALIASES = "a: &a [x, x, x]\nb: &b [*a, *a, *a]\n"
+MERGES = "base: &base {scheme: w4a8}\nnext: {<<: *base}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint", "remedy"),
+    [
+        (ALIASES, "has a YAML alias in line 1", "Write every value out"),
+        (MERGES, "has a YAML alias in line 1", "Write every value out"),
+        ("scheme: w4a8\nmethod: rtn\nscheme: w4a16\n", "has the key 'scheme' twice", "Leave one of them out"),
+        (f"seed: 0x{'f' * 5000}\n", "has a number of 5002 digits in line 1", "below 64 KiB"),
+        (f"seed: 1{':1' * 4000}\n", "has a number of 8001 digits", "below 64 KiB"),
+        ("[" * 4000, "nested too deeply", "Correct that line"),
+        ("seed: !!timestamp soon\n", "is not valid YAML", "Correct that line"),
+        ("seed: !!python/name:os.system\n", "is not valid YAML", "Correct that line"),
+        ("#" * 70_000, "has 70000 bytes", "below 64 KiB"),
+        ("scheme: \udcff", "is not UTF-8", "below 64 KiB"),
+        ("calibration: {samples: 1000000000000}", "'calibration.samples' is wrong", "Correct the value"),
+        ("options: {tokens: 1000000000000}", "'options.tokens' is wrong", "Correct the value"),
+        ("options: {rho: .nan}", "'options.rho' is wrong", "Correct the value"),
+        ("seed: 18446744073709551616", "'seed' is wrong", "Correct the value"),
+    ],
+)
+def test_a_recipe_of_a_stranger(tmp_path: Path, text: str, complaint: str, remedy: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RecipeError, match=complaint) as caught:
+        read_recipe(recipe_file=path)
+    assert remedy in caught.value.remedy
+    assert len(str(caught.value)) < 600
+
+
+def test_a_recipe_that_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(RecipeError, match="is not a file"):
+            read_recipe(recipe_file=path)
+    for name in ("gone.yaml", "a\0b", "n" * 300):
+        with pytest.raises(RecipeError, match="There is no recipe file"):
+            read_recipe(recipe_file=tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "[" * 3000, "x" * 100_000, "0x" + "f" * 999])
+def test_values_of_set_have_the_same_bounds(value: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be read") as caught:
+        read_recipe(settings=[f"experts={value}"])
+    assert len(str(caught.value)) < 300

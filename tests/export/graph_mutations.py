@@ -15,10 +15,10 @@ SIZES = (0, -1, 1, 2, 3, 7, 2**31, 2**62)
 OPERATORS = ("NoSuchOperator", "MatMul", "Gelu", "Cast", "Loop", "If", "Reshape", "QELinear", "")
 
 
-def mutate(path: Path, out: Path, seed: int) -> str:
-    """Write a damaged copy of a graph; returns the name of what was done to it."""
+def mutate(path: Path, out: Path, seed: int, kind: str | None = None) -> str:
+    """Write a damaged copy of a graph; returns the name of what was done to it, drawn if it is not given."""
     draw = random.Random(seed)
-    name = draw.choice(sorted(BYTES) + 3 * sorted(MUTATIONS))
+    name = kind or draw.choice(sorted(BYTES) + 3 * sorted(MUTATIONS))
     if name in BYTES:
         out.write_bytes(BYTES[name](path.read_bytes(), draw))
         return name
@@ -238,7 +238,7 @@ def graph_output(model: onnx.ModelProto, draw: random.Random) -> None:
 def versions(model: onnx.ModelProto, draw: random.Random) -> None:
     if draw.random() < 0.3:
         model.ir_version = draw.choice((0, 1, 3, 99))
-    elif draw.random() < 0.5:
+    elif draw.random() < 0.5 or not model.opset_import:
         del model.opset_import[:]
     else:
         draw.choice(list(model.opset_import)).version = draw.choice((-1, 0, 1, 7, 13, 999))

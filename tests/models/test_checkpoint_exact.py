@@ -21,6 +21,7 @@ from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks
 from qe_edge.preflight import check_weights
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import Recipe, make_recipe
+from qe_edge.schemes import get_scheme
 from tests.sealing import seal
 from tests.small_models import write_small_dinov2, write_small_llama
 from tests.small_vlm import write_small_vlm
@@ -174,5 +175,5 @@ def test_every_tensor_is_a_number(name: str, value: float, tmp_path: Path) -> No
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     for load in (load_model, load_outside_blocks):
         with pytest.raises(NumericalError, match=f"The weights '{name}' hold NaN or infinity") as caught:
-            check_weights(load(str(folder)))
+            check_weights(load(str(folder)), [], get_scheme("w4a16").weight)
         assert "sound one" in caught.value.remedy

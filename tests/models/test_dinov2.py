@@ -24,6 +24,7 @@ from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from qe_edge.validate.subjects import TorchSubject
 from qe_edge.validate.text import predict
+from tests.sealing import seal
 from tests.small_models import LAYERS, PATCH, PICTURE, write_small_dinov2
 
 LINEARS = LAYERS * 6
@@ -72,6 +73,7 @@ def test_a_rotation_in_an_encoders_checkpoint_is_damage(folder: Path, pictures: 
     save_quantized(*quantize(str(folder), recipe, pictures), tmp_path / "checkpoint")
     file = tmp_path / "checkpoint" / "model.safetensors"
     save_file(load_file(file) | {"model.norm.mixing.weight": torch.zeros(8, 8)}, file, metadata={"format": "pt"})
+    seal(tmp_path / "checkpoint")
     with pytest.raises(ArtifactError, match="it is rotated"):
         load_quantized(tmp_path / "checkpoint")
 

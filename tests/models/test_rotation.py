@@ -23,6 +23,7 @@ from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.rotation import hadamard_like, mixing_of, random_rotation, rotate_language_model
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
+from tests.sealing import seal
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
 
@@ -230,7 +231,8 @@ def test_a_rotation_that_does_not_fit_is_a_damaged_checkpoint(change: str, small
     matrix = tensors.pop(name)
     tensors |= {name: matrix[:-1].clone()} if change == "shape" else {f"other.{name}": matrix}
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ArtifactError, match="damaged"):
+    seal(tmp_path / "rotated")
+    with pytest.raises(ArtifactError, match=r"The checkpoint .* is damaged"):
         load_quantized(tmp_path / "rotated")
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qe_edge.calibration.sources import load_evaluation
+from qe_edge.calibration.sources import load_evaluation, load_samples
 from qe_edge.checkpoint import save_quantized
+from qe_edge.device import CPU
 from qe_edge.errors import ModelError, QENotice
 from qe_edge.models import loading
 from qe_edge.models.configuration import load_family
@@ -25,7 +26,9 @@ from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from qe_edge.safetensors_write import write_tensors
 from qe_edge.streaming import Streamer, chains_of, fast_products, first_tensor, run_block
+from qe_edge.walk import BlockWalk
 from tests.small_models import write_small_dinov2, write_small_llama
+from tests.small_vlm import write_small_vlm
 
 
 @contextmanager
@@ -330,3 +333,18 @@ def test_a_file_written_tensor_by_tensor_is_the_librarys(tmp_path: Path) -> None
     write_tensors(tensors, tmp_path / "ours", lambda _, tensor: tensor, {"format": "pt"})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_batches_without_pictures_stop_before_what_is_not_walked(tmp_path: Path) -> None:
+    """Language blocks that are not walked stay in bfloat16, and states of float32 must not meet them."""
+    loaded = load_model(str(write_small_vlm(tmp_path / "model")), torch.bfloat16)
+    pictures = load_samples("demo", 2)
+    batches = [loaded.family.encode(loaded.processor, part) for part in ([Sample(None, "why?")], pictures)]
+    walk = BlockWalk(loaded, ["visual"], batches, CPU)
+    reached = []
+    for chain, position, block in walk:
+        reached.append(chain.batches)
+        with walk.original(block):
+            walk.hand_on(chain, position, walk.run(chain, position, block, {}))
+    assert reached
+    assert all(numbers == [1] for numbers in reached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(vocab_size=10**6), "1000000 rows"),
         (lambda m: m["kv"].update(layers=0), "kv.layers"),
         (lambda m: m.update(surprise=1), "surprise"),
-        (lambda m: m.pop("eos_token_ids"), "eos_token_ids"),
+        (lambda m: m["generation"].pop("eos_token_ids"), "eos_token_ids"),
         (lambda m: m.update(format_version=1), "format version 1"),
         (lambda m: m.update(model_type="internvl"), "'internvl' manifest"),
         (lambda m: m["graphs"]["language"]["inputs"].pop(), "profile"),
@@ -154,6 +155,17 @@ def test_damaged_engine_info(folder: Path, text: str, words: str) -> None:
     (folder / ENGINE_INFO).write_text(text, encoding="utf-8")
     with pytest.raises(ArtifactError, match=re.escape(words)):
         VisionLanguageEngine.load(folder)
+
+
+def test_an_engine_info_that_is_no_file_does_not_pass_for_none(folder: Path) -> None:
+    (folder / ENGINE_INFO).symlink_to("no-such-file")
+    with pytest.raises(ArtifactError, match=r"The link '.*engine\.json' points at a missing file"):
+        VisionLanguageEngine.load(folder)
+    (folder / ENGINE_INFO).unlink()
+    os.mkfifo(folder / ENGINE_INFO)  # which never ends when it is read
+    with pytest.raises(ArtifactError, match=r"engine\.json' is not a file") as caught:
+        VisionLanguageEngine.load(folder)
+    assert caught.value.remedy == "Build it again."
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -38,3 +38,9 @@ def test_a_batch_answers_as_its_members_alone(original: LoadedModel, questions: 
 def test_there_is_room_for_more_than_the_reference(original: LoadedModel, questions: list[Sample]) -> None:
     encoded = original.family.encode(original.processor, questions, answers=True)
     assert answer_length(original, questions) > encoded.answer_mask.sum(1).max()
+
+
+def test_an_answer_is_right_if_it_is_any_of_the_references() -> None:
+    samples = [Sample(None, "?", answers=("teal", "Green"), kind="open"), Sample(None, "?", "teal", kind="open")]
+    assert score(samples, ["green.", "green"]).correct == {"open": 1}
+    assert score(samples, ["", "TEAL"]).correct == {"open": 1}

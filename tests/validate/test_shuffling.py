@@ -38,3 +38,15 @@ def test_the_demo_is_shuffled_the_same_way_every_time() -> None:
     assert first == second
     assert first is not None
     assert all(one.image != other.image for one, other in zip(samples, first, strict=True))
+
+
+def test_several_pictures_are_exchanged_for_as_many() -> None:
+    pairs = [Sample([Path(f"{number}a.png"), Path(f"{number}b.png")], "which?", marks=(2, 3)) for number in range(4)]
+    single = [Sample(Path(f"{number}.png"), "what?") for number in range(3)]
+    shuffled = shuffle_pictures([*pairs, *single, Sample(None, "why?")])
+    assert shuffled is not None
+    for before, after in zip([*pairs, *single], shuffled, strict=False):
+        assert len(after.pictures) == len(before.pictures)
+        assert not set(after.pictures) & set(before.pictures)
+        assert after.marks == before.marks
+    assert shuffle_pictures([*single, pairs[0]]) is None  # nobody can give it another pair

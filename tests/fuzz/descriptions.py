@@ -1,0 +1,96 @@
+"""Targets: reports, ledgers of deployments, recipes and samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
+from qe_edge.cli.recipes import read_recipe
+from qe_edge.demo import calibration_path
+from qe_edge.deploy import Layout, _Ledger, is_deployment
+from qe_edge.errors import QEError
+from qe_edge.recipe import make_recipe
+from tests.fuzz.target import Target, digest
+from tests.report.conftest import make_report
+
+DEVICE = Path(__file__).parents[1] / "report" / "device.json"
+
+
+def _prepare_report(folder: Path, _sound: Mapping[str, Path]) -> None:
+    (folder / "report.json").write_text(make_report().model_dump_json(), encoding="utf-8")
+    shutil.copy(DEVICE, folder / "device.json")
+
+
+def _read_report(folder: Path) -> str:
+    from qe_edge.report import load_device_check, load_report, write_page
+
+    write_page(load_report(folder / "report.json"), folder / "page.html", load_device_check(folder / "device.json"))
+    return ""
+
+
+def _prepare_deployment(folder: Path, _sound: Mapping[str, Path]) -> None:
+    stages = {"checkpoint": "0" * 64, "onnx": "1" * 64, "engines/cpu": "2" * 64}
+    (folder / "deploy.json").write_text(json.dumps(stages), encoding="utf-8")
+
+
+def _read_deployment(folder: Path) -> str:
+    layout = Layout(folder)
+    is_deployment(folder)
+    ledger = _Ledger(layout.ledger, resume=True)
+    begun = [ledger.begin(name, "0" * 64, folder, lambda _line: None) for name in ("checkpoint", "onnx", "report")]
+    ledger.finish("onnx", "3" * 64)
+    return digest(begun)
+
+
+def _prepare_recipe(folder: Path, _sound: Mapping[str, Path]) -> None:
+    import yaml
+
+    recipe = make_recipe(scheme="w3a16", budget={"bits": 3.5}, options={"experts": 2}).resolved()
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    (folder / "recipe.json").write_text(json.dumps(values), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    settings = {"settings": ["experts=4", "tokens=128", "rotate=false"], "bits": "4.5"}
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _read_recipe(folder: Path) -> str:
+    for name in ("recipe.json", "recipe.yaml"):
+        read_recipe(recipe_file=folder / name).resolved().model_dump_json()
+    try:  # stands for a command line, which has words and no JSON
+        words = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        words = []
+    settings = (
+        [word for word in words if isinstance(word, str) and len(word) < 100_000] if isinstance(words, list) else []
+    )
+    read_recipe(settings=settings).resolved().model_dump_json()
+    return ""
+
+
+def _prepare_samples(folder: Path, _sound: Mapping[str, Path]) -> None:
+    shutil.copytree(calibration_path().parent / "images" / "calibration", folder / "images" / "calibration")
+    for path in sorted((folder / "images" / "calibration").iterdir())[4:]:
+        path.unlink()
+    lines = calibration_path().read_text(encoding="utf-8").splitlines()[:4]
+    lines += ['{"text": "running text"}', '{"question": "is it?", "answer": "no"}']
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _read_samples(folder: Path) -> str:
+    hash_samples(load_samples(str(folder / "samples.jsonl")))
+    hash_samples(load_samples(str(folder / "images")))
+    with suppress(QEError):  # not every line has an answer
+        load_evaluation(str(folder / "samples.jsonl"))
+    return ""
+
+
+TARGETS = (
+    Target("report", _prepare_report, _read_report, ("*.json",)),
+    Target("deployment", _prepare_deployment, _read_deployment, ("deploy.json",)),
+    Target("recipe", _prepare_recipe, _read_recipe, ("recipe.*", "settings.json")),
+    Target("samples", _prepare_samples, _read_samples, ("samples.jsonl", "images/calibration/*.png")),
+)
