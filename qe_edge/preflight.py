@@ -49,7 +49,7 @@ def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid
         value = loaded.stored.value(name, tensor)
         if name in linears:
             check_weight(name, value, grid)
-        elif not all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(CHUNK)):
+        elif not all(bool(torch.isfinite(part).all()) for part in torch.split(value.reshape(-1), CHUNK)):
             raise NumericalError(
                 f"The weights '{name}' hold NaN or infinity.",
                 "The checkpoint is damaged or diverged in training; get a sound one.",

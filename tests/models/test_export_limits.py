@@ -1,0 +1,97 @@
+"""What cannot be exported is refused before anything is quantized, and torch's dumps stay off the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Dinov2Config, InternVLConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+from qe_edge.errors import ModelError
+from qe_edge.export.tracing import trace_graph
+from qe_edge.models.export_limits import check_exportable
+from qe_edge.models.family import TEXT, GraphSpec, Sample
+from qe_edge.plan import make_plan
+from qe_edge.quantizer import quantize
+from qe_edge.recipe import make_recipe
+from tests.small_models import write_small_llama
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem", "remedy"),
+    [
+        (
+            LlamaConfig(**SMALL, rope_scaling={"type": "dynamic", "factor": 2.0}),
+            "rope_type 'dynamic'",
+            "Up to 128 tokens",
+        ),
+        (
+            LlamaConfig(**SMALL, rope_parameters={**LONG, "rope_theta": 1e4}),
+            "rope_type 'longrope'",
+            "Choose a model whose",
+        ),
+        (MistralConfig(**SMALL, sliding_window=32), "a sliding window of 32 tokens", "Up to 32 tokens"),
+        (
+            Qwen2Config(**SMALL, num_hidden_layers=2, use_sliding_window=True, sliding_window=32, max_window_layers=1),
+            "layers of the kind 'sliding_attention'",
+            "Up to 32 tokens",
+        ),
+        (
+            InternVLConfig(text_config={"model_type": "mistral", **SMALL, "sliding_window": 16}),
+            "a sliding window of 16 tokens",
+            "full attention in every layer",
+        ),
+    ],
+)
+def test_refused(config: Any, problem: str, remedy: str) -> None:  # noqa: ANN401 - transformers' configurations
+    with pytest.raises(ModelError, match="cannot be exported") as caught:
+        check_exportable(config)
+    assert problem in caught.value.problem
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL),
+        LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        LlamaConfig(**SMALL, sliding_window=16),  # which Llama ignores
+        MistralConfig(**SMALL, sliding_window=None),
+        MistralConfig(**SMALL, sliding_window=4096),  # longer than any text
+        Dinov2Config(),
+    ],
+)
+def test_taken(config: Any) -> None:  # noqa: ANN401 - transformers' configurations
+    check_exportable(config)
+
+
+def test_before_quantizing(tmp_path: Path) -> None:
+    rope: Any = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    folder = write_small_llama(tmp_path / "model", rope_parameters=rope)
+    recipe, samples = make_recipe(method="rtn"), [Sample(None, "one two", kind=TEXT)]
+    with pytest.raises(ModelError, match="'dynamic' cannot be exported"):
+        make_plan(str(folder), recipe, samples)
+    with pytest.raises(ModelError, match="'dynamic' cannot be exported"):
+        quantize(str(folder), recipe, samples, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+class Undecided(torch.nn.Module):
+    """Computes what depends on its data."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Twice the input if its sum is positive."""
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_what_torch_prints_when_it_fails_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    spec = GraphSpec("language", Undecided(), (torch.ones(3),), ["x"], ["y"], (None,), {})
+    with pytest.raises(ModelError, match="The language part of the model cannot be exported") as caught:
+        trace_graph(spec)
+    assert "choose another model" in caught.value.remedy
+    assert capfd.readouterr() == ("", "")
