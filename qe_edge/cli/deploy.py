@@ -70,10 +70,13 @@ def command(  # noqa: PLR0913 - an argument for every option
     with hold_deployment(output):
         check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
         from qe_edge.calibration.sources import load_evaluation, load_samples
+        from qe_edge.models.configuration import load_family
+        from qe_edge.models.export_limits import check_deployable
 
         samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
         load_evaluation(evaluation)
         source = open_model(model)
+        check_deployable(load_family(source))
         from qe_edge.console import ConsoleProgress
         from qe_edge.plan import make_plan
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qe_edge.errors import ModelError
+from qe_edge.models.family import ModelFamily
 
 # frequencies that do not depend on the length of the text; dynamic and longrope choose among several at run time
 FIXED_ROPES = ("default", "linear", "yarn", "llama3")
@@ -41,6 +42,20 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
             f"The language model attends to a sliding window of {window} tokens, which cannot be exported.",
             _window_remedy(text),
         )
+
+
+def check_deployable(family: ModelFamily) -> None:
+    """Refuse a model that can be quantized for PyTorch and has no graphs: a vision encoder alone.
+
+    Raises:
+        ModelError: If it is one.
+    """
+    if not family.writes_text:
+        raise ModelError(
+            f"A '{family.model_type}' model alone cannot be exported, so it cannot be deployed.",
+            "Quantize it with 'qe-edge quantize' and load the checkpoint with qe_edge.load_quantized in PyTorch.",
+        )
+    check_exportable(family.config)
 
 
 def _ropes(text: Any) -> list[dict[str, Any]]:  # noqa: ANN401

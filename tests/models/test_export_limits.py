@@ -11,12 +11,13 @@ from transformers import Dinov2Config, InternVLConfig, LlamaConfig, MistralConfi
 
 from qe_edge.errors import ModelError
 from qe_edge.export.tracing import trace_graph
-from qe_edge.models.export_limits import check_exportable
+from qe_edge.models.configuration import load_family
+from qe_edge.models.export_limits import check_deployable, check_exportable
 from qe_edge.models.family import TEXT, GraphSpec, Sample
 from qe_edge.plan import make_plan
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
-from tests.small_models import write_small_llama
+from tests.small_models import write_small_dinov2, write_small_llama
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -79,6 +80,13 @@ def test_before_quantizing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'dynamic' cannot be exported"):
         quantize(str(folder), recipe, samples, work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_an_encoder_alone_is_not_deployed(tmp_path: Path) -> None:
+    family = load_family(str(write_small_dinov2(tmp_path / "model")))
+    with pytest.raises(ModelError, match="A 'dinov2' model alone cannot be exported") as caught:
+        check_deployable(family)
+    assert "load_quantized in PyTorch" in caught.value.remedy
 
 
 class Undecided(torch.nn.Module):
