@@ -5,7 +5,7 @@ Keys that are not named here are transformers' to check.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -147,7 +147,7 @@ class SizesFile(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _flat(cls, values: object) -> object:
+    def _flat(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic's own form
         """The hub's Qwen2-VL has the sizes of its language model beside the section of its vision encoder."""
         if isinstance(values, dict) and values.get("text_config") is None:
             return {**values, "text_config": values}
