@@ -97,10 +97,10 @@ def quantize(
         samples = list(calibration)
     if not samples:
         raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question, or text.")
-    check_reached(samples, recipe.modules)
     spec = replace_calibration(recipe, calibration, samples)
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, spec.modules)
+    check_reached(samples, spec.modules)
     chosen = [block for block in blocks if block.group in spec.modules]
     check_weights(loaded, chosen)
     fingerprint = model_fingerprint(loaded) if work else ""
