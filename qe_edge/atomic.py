@@ -1,16 +1,16 @@
 """Writing files and folders under a temporary name and renaming them when they are complete and on the disk.
 
-What is being written lies in a folder of its own beside the output, `.NAME.RANDOM.part`, that only its owner can read.
-A lock in there tells other processes whether somebody still writes: what a killed process has left is removed by the
-next one, and an old folder that it had moved away is put back.
+Temporary names beside the output, `.NAME.RANDOM.part`, cannot be guessed, and links are never opened. A lock tells
+other processes whether somebody still writes there: what a killed process has left is removed by the next one, and an
+old folder that it had moved away is put back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -39,13 +39,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
         InputError: If `path` names no file.
         ResourceError: If the disk is full.
     """
-    with _staged(path) as part:
-        temporary = part / path.name
-        yield temporary
-        _readable(temporary)
-        sync_file(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
+    with _prepared(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        with _locked(temporary):
+            try:
+                yield temporary
+                _readable(temporary)
+                sync_file(temporary)
+                temporary.replace(path)
+                sync_folder(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -80,39 +86,66 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def restore(path: Path) -> None:
     """Remove what killed processes left beside `path`; a folder that one had moved away from `path` is put back."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
-        if left.is_symlink() or not (left / LOCK).is_file():
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        if name.fullmatch(left.name) is None or left.is_symlink():
+            continue
+        lock_at = left / LOCK if left.is_dir() else left
+        if not lock_at.is_file():
             continue  # not ours, or just being made
         try:
-            lock = lock_file(left / LOCK)
+            lock = lock_file(lock_at)
         except OSError:
             continue  # of another user, or a file system without locks: nobody knows whether it is in use
         if lock is not None:
             try:
-                _put_back(left / OLD, path)
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left, path)
             finally:
                 os.close(lock)
 
 
 @contextmanager
 def _staged(path: Path) -> Iterator[Path]:
-    """A locked folder of an unpredictable name beside `path`, which vanishes with all that is left in it."""
+    """A locked folder beside `path` that only its owner can read; it vanishes with all that is left in it."""
+    with _prepared(path):
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
+        with _locked(part / LOCK):
+            try:
+                yield part
+            finally:
+                _remove(part, path)
+
+
+@contextmanager
+def _prepared(path: Path) -> Iterator[None]:
+    """The folders above `path` exist, nothing of killed processes is left, and a full disk is explained."""
     if path.name in ("", ".."):
         raise InputError(f"'{path}' names no output.", "Give the name of a new file or folder.")
     with parents_of(path), no_space_explained(path):
         restore(path)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
-        lock = None
-        try:
-            with suppress(OSError):  # a file system without locks: then nobody else removes it either
-                lock = lock_file(part / LOCK)
-            yield part
-        finally:
-            _put_back(part / OLD, path)
-            shutil.rmtree(part, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A lock on a temporary file, where the file system knows locks; elsewhere nobody removes what others have left."""
+    lock = None
+    with suppress(OSError):
+        lock = lock_file(path)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove(part: Path, path: Path) -> None:
+    """Remove what is left of writing `path`."""
+    if part.is_dir():
+        _put_back(part / OLD, path)
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)
 
 
 def _take_place(new: Path, path: Path, old: Path) -> Path | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qe_edge.atomic import atomic_file
+from qe_edge.atomic import atomic_file, restore
 from qe_edge.budget import Offer, offers_from_json, offers_to_json
 from qe_edge.errors import (
     ArtifactError,
@@ -151,6 +151,7 @@ class WorkFolder:
     def remove(self) -> None:
         """Delete what is listed, once the checkpoint is written, and the folder if nothing else is in it."""
         for name in (*self._files, MANIFEST):  # the manifest last: a removal that is stopped can be repeated
+            restore(self.path / name)
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()

@@ -54,19 +54,24 @@ def command(  # noqa: PLR0913 - an argument for every option
     outputs lie in one folder, where the other commands find them. --plugin is for the TensorRT targets among them.
     """
     from qe_edge.cli.inputs import open_model
-    from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, check_output_path
+    from qe_edge.cli.outputs import (
+        check_apart_from_sources,
+        check_disk,
+        check_output_folder,
+        check_output_path,
+        check_writable,
+    )
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.cli.recipes import read_recipe
     from qe_edge.deploy import DEFAULT_TARGETS, Layout, check_targets, deploy, hold_deployment, is_deployment
 
     targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
     check_output_path(output)
+    check_writable(output / "inside" if output.is_dir() else output)
     recipe = read_recipe(**choices)
     check_targets(targets)
     library = read_plugin(targets, plugin, plugin_library)
-    check_apart(output, {"the model": model})
-    data = {"the calibration data": recipe.calibration.source, "the evaluation data": evaluation}
-    check_apart(output, data, inside=True)
+    check_apart_from_sources(output, model, recipe.calibration.source, evaluation)
     with hold_deployment(output):
         check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
         from qe_edge.calibration.sources import load_evaluation, load_samples

@@ -132,6 +132,18 @@ def check_apart(output: Path, inputs: dict[str, str | Path | None], *, inside: b
             raise InputError(f"The output '{output}' {where} {name} '{value}'.", "Choose another folder.")
 
 
+def check_apart_from_sources(output: Path, model: str, *data: str) -> None:
+    """Refuse an output in the model's folder, or in the place of one that samples are read from.
+
+    Raises:
+        InputError: If it is there.
+    """
+    if (Path(model) / "config.json").is_file():
+        check_apart(output, {"the model": model})
+    for source in data:
+        check_apart(output, {"the folder of samples": source}, inside=True)
+
+
 def check_writable(path: Path) -> None:
     """Make sure that `path` can be created: the nearest existing parent is a folder that may be written.
 

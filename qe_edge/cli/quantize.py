@@ -43,15 +43,15 @@ def command(
     from contextlib import nullcontext
 
     from qe_edge.cli.inputs import open_model
-    from qe_edge.cli.outputs import check_apart, check_disk, check_output_path
+    from qe_edge.cli.outputs import check_apart_from_sources, check_disk, check_output_path, check_writable
     from qe_edge.cli.recipes import read_recipe
     from qe_edge.locks import hold
 
     if not dry_run:
         check_output_path(output)
+        check_writable(output)
     recipe = read_recipe(**choices)
-    check_apart(output, {"the model": model})
-    check_apart(output, {"the calibration data": recipe.calibration.source}, inside=True)
+    check_apart_from_sources(output, model, recipe.calibration.source)
     with nullcontext() if dry_run else hold(output):
         if not dry_run:
             check_checkpoint_output(output, overwrite=overwrite, resume=resume)
