@@ -89,7 +89,7 @@ def test_a_batch_decodes_as_its_rows_do(llama: LoadedModel) -> None:
     ],
 )
 def test_settings_that_cannot_be_obeyed(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(ModelError, match="generation_config.json|vocabulary") as caught:
+    with pytest.raises(ModelError, match=r"generation_config\.json|vocabulary") as caught:
         make_settings(values, CONFIG, TOKENIZER)
     assert words in caught.value.problem
     assert "generation_config.json" in caught.value.remedy
