@@ -56,9 +56,9 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         check_decoding(str(checkpoint))
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
-    generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
+        generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
         embedding = loaded.model.get_input_embeddings().get_parameter("weight").detach()
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
