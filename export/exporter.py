@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx.checker import ValidationError
 from safetensors.torch import save_file
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 import qe_edge
 from qe_edge.atomic import atomic_folder
