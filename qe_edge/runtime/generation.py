@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
 }
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 TokenIds = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=1 << 16)]
 Count = Annotated[StrictInt, Field(ge=0, le=1 << 24)]
