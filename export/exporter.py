@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx.checker import ValidationError
 from safetensors.torch import save_file
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 import qe_edge
 from qe_edge.atomic import atomic_folder
@@ -58,9 +58,9 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
     source = None if isinstance(checkpoint, LoadedModel) else read_checkpoint_files(checkpoint).digest
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
-    generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
+        generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
         embedding = loaded.model.get_input_embeddings().get_parameter("weight").detach()
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:

@@ -101,6 +101,7 @@ def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int,
             shown = text
         if len(ids) < max_tokens:
             logits = engine.decode(state, np.array([token]))
+    yield tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]  # bytes that never became a character
     ended = time.perf_counter()
     if encoded.pixels:
         timings.append(f"{'picture' if len(sample.pictures) == 1 else 'pictures'} {_ms(read - looked)}")

@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
 }
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 TokenIds = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=1 << 16)]
 Count = Annotated[StrictInt, Field(ge=0, le=1 << 24)]
@@ -114,7 +113,7 @@ def make_settings(values: Mapping[str, Any], config: Any, tokenizer: Any) -> Gen
         settings = GenerationSettings(eos_token_ids=tuple(ends), pad_token_id=pad if known else ends[0], **chosen)
     except ValidationError as error:
         first = error.errors()[0]
-        name = "eos_token_id" if first["loc"][0] in ("eos_token_ids", "pad_token_id") else first["loc"][0]
+        name = "eos_token_id" if first["loc"][0] in ("eos_token_ids", "pad_token_id") else str(first["loc"][0])
         raise ModelError(f"{name} in {GENERATION_CONFIG} is wrong: {first['msg'].lower()}.", EDIT) from error
     for name, ids in (
         ("eos_token_id", settings.eos_token_ids),

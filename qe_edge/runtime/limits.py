@@ -83,7 +83,9 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
     if wanted.patches is not None:
         group = manifest.graphs["visual"].profiles["default"]["pixel_values"][2][1]
         pictures = -(-wanted.patches // group)
-    for name in ("visual", "merger") if pictures is not None else ():
+    for name in ("visual", "merger"):
+        if pictures is None:
+            break
         shapes = graphs[name].profiles["default"]
         default = {key: _capped(triple, (pictures, *triple[2][1:])) for key, triple in shapes.items()}
         graphs[name] = _with_profiles(graphs[name], {"default": default})
@@ -155,6 +157,7 @@ def _has_patches(manifest: Manifest) -> bool:
 def _language(name: str, triple: Triple, batch: int, sequence: int, past: int) -> Triple:
     """Smallest, typical and largest shape of one input of the language graph."""
     largest = triple[2]
+    shape: Size
     if name == "inputs_embeds":
         shape = (batch, sequence, largest[2])
     elif name == "position_ids":

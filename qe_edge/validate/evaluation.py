@@ -20,7 +20,6 @@ from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, track
 from qe_edge.runtime.engine import VisionLanguageEngine
-from qe_edge.runtime.generation import settings_of
 from qe_edge.validate.answers import BATCH, Reader, answer_all, answer_length
 from qe_edge.validate.comparison import Comparison, TeacherForced
 from qe_edge.validate.metrics import RelativeError
@@ -106,7 +105,7 @@ def evaluate(
     quantized = load_quantized(checkpoint)  # first: while it is opened it takes as much as an unquantized one
     bits = count_bits(quantized.model, block_groups(quantized))
     _give_back()
-    settings = settings_of(quantized.model, quantized.family.config, quantized.processor.tokenizer)
+    settings = TorchSubject(quantized).settings
     if engine is not None and engine.manifest.generation != settings:
         raise ArtifactError(
             "The engine and the checkpoint decode by different generation settings.", "Export and build it again."

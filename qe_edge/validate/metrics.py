@@ -53,7 +53,7 @@ class RelativeError:
             if self.error:
                 raise NumericalError("The original's outputs are zero everywhere, the compared ones are not.", REMEDY)
             return None
-        return (self.error / self.norm) ** 0.5
+        return math.sqrt(self.error / self.norm)
 
 
 @dataclass

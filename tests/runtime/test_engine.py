@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qe_edge.errors import InputError
+from qe_edge.checkpoint import load_quantized
+from qe_edge.errors import InputError, NumericalError
 from qe_edge.models.family import Sample
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.validate.subjects import TorchSubject, in_float32
 from tests.conftest import Exported
 
 
@@ -47,6 +49,75 @@ def test_decoding_step_by_step_is_teacher_forcing(engine: VisionLanguageEngine, 
     expected = engine.logits(longer)[:, -4:]
     # 8-bit codes close to a half fall either way
     assert np.linalg.norm(np.stack(following, 1) - expected) / np.linalg.norm(expected) < 5e-3
+
+
+def test_several_tokens_at_once(engine: VisionLanguageEngine, held_out: list[Sample]) -> None:
+    encoded = engine.encode(held_out[:2])
+    features = engine.features(encoded)
+    tokens = np.array([[3, 4, 5], [9, 8, 7]], np.int32)
+    one_by_one, state = engine.prefill(encoded, features)[1], engine.prefill(encoded, features)[1]
+    expected = [engine.decode(one_by_one, column) for column in tokens.T]
+    found = engine.decode(state, tokens)
+    assert found.shape[:2] == (2, 3)
+    assert np.array_equal(found, np.concatenate(expected, axis=1))
+    assert np.array_equal(state.tokens[:, -3:], tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (np.array([3]), "shape [1] cannot be fed to a batch of 2"),
+        (np.zeros((2, 0), np.int64), "shape [2, 0]"),
+        (np.zeros((2, 1, 1), np.int64), "shape [2, 1, 1]"),
+        (np.array([1.0, 2.0]), "float64 are no token ids"),
+        (np.array([1, -1]), "outside the vocabulary"),
+        (np.array([1, 1 << 20]), "outside the vocabulary"),
+        (np.ones((2, 5000), np.int64), "answer up to 5000"),
+    ],
+)
+def test_tokens_that_cannot_be_fed(
+    engine: VisionLanguageEngine, held_out: list[Sample], tokens: np.ndarray, words: str
+) -> None:
+    state = engine.prefill(encoded := engine.encode(held_out[:2]), engine.features(encoded))[1]
+    with pytest.raises(InputError) as caught:
+        engine.decode(state, tokens)
+    assert words in caught.value.problem
+    assert state.step == 0
+
+
+def test_the_context_of_an_engine(engine: VisionLanguageEngine, held_out: list[Sample]) -> None:
+    encoded = engine.encode(held_out[:1])
+    with pytest.raises(InputError, match="together at most"):
+        engine.generate_ids(encoded, engine.manifest.max_context)
+
+
+def test_an_engine_and_pytorch_follow_the_same_rules(
+    exported: Exported, engine: VisionLanguageEngine, held_out: list[Sample]
+) -> None:
+    rules = engine.manifest.generation.model_copy(
+        update={"min_new_tokens": 5, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": (11,)}
+    )
+    loaded = in_float32(load_quantized(exported.checkpoint))
+    encoded = engine.encode(held_out[:2])
+    obeying = VisionLanguageEngine(
+        engine.manifest.model_copy(update={"generation": rules}),
+        engine.family,
+        engine.processor,
+        engine._embedding,
+        engine._sessions,
+    )
+    answers = obeying.generate_ids(encoded, 8)
+    assert answers == TorchSubject(loaded, rules).generate_ids(encoded, 8)
+    assert min(map(len, answers)) >= 5
+    assert answers != engine.generate_ids(encoded, 8)
+
+
+def test_logits_that_are_not_finite(engine: VisionLanguageEngine, held_out: list[Sample]) -> None:
+    encoded = engine.encode(held_out[:1])
+    logits, state = engine.prefill(encoded, engine.features(encoded))
+    logits[0, -1, 4] = np.nan
+    with pytest.raises(NumericalError, match="The logits of the engine are not finite"):
+        engine.next_tokens(logits, state)
 
 
 def test_answers_end_and_have_a_limit(engine: VisionLanguageEngine, held_out: list[Sample]) -> None:
