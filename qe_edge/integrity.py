@@ -92,11 +92,7 @@ def describe(folder: Path, keep: Callable[[str], bool] = lambda _name: True) -> 
         keep: Whether a file belongs to the table, by its name relative to the folder.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {
-        name: FileRecord(size=found.size, sha256=found.sha256)
-        for name in names
-        if keep(name) and (found := file_digest(folder / name))
-    }
+    return {name: FileRecord.model_validate(file_digest(folder / name).as_json()) for name in names if keep(name)}
 
 
 def check_files(folder: Path, table: Mapping[str, FileRecord], remedy: str, only: Collection[str] = ()) -> None:

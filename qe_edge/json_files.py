@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,13 @@ def _refuse_constant(name: str) -> None:
 def _deeper_than(values: object, limit: int) -> bool:
     level = [values]
     for _ in range(limit):
-        children = [value if isinstance(value, list) else value.values() for value in level if _is_nested(value)]
-        level = [child for group in children for child in group if _is_nested(child)]
+        level = [child for value in level for child in _children(value) if isinstance(child, dict | list)]
         if not level:
             return False
     return True
 
 
-def _is_nested(value: object) -> bool:
-    return isinstance(value, dict | list)
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

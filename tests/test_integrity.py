@@ -13,7 +13,8 @@ from qe_edge.checkpoint_files import FILES, difference, origin_of, read_checkpoi
 from qe_edge.errors import ArtifactError
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
-from qe_edge.integrity import CHUNK, check_files, describe, hash_file
+from qe_edge.fingerprints import CHUNK, file_digest
+from qe_edge.integrity import check_files, describe
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import read_description
 from tests.conftest import Exported
@@ -43,7 +44,7 @@ def flip(path: Path) -> None:
 def test_the_hash_is_sha256_whatever_the_size(tmp_path: Path, size: int) -> None:
     data = bytes(range(251)) * (size // 251 + 1)
     (tmp_path / "file").write_bytes(data[:size])
-    assert hash_file(tmp_path / "file") == hashlib.sha256(data[:size]).hexdigest()
+    assert file_digest(tmp_path / "file").sha256 == hashlib.sha256(data[:size]).hexdigest()
 
 
 def test_a_folder_is_described_with_the_folders_in_it(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen2Config
 
 from qe_edge.checkpoint import load_quantized
 from qe_edge.errors import ArtifactError, ModelError
@@ -192,6 +193,6 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_sliding_windows_are_refused() -> None:
     text = nn.Module()
-    text.config = type("Config", (), {"layer_types": ["full_attention", "sliding_attention"]})()  # type: ignore[assignment]
+    text.config = Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])  # type: ignore[assignment]
     with pytest.raises(ModelError, match="'sliding_attention'"):
         decoder_graph(text, nn.Identity())

@@ -24,6 +24,7 @@ from qe_edge.models.rotation import hadamard_like, mixing_of, random_rotation, r
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
 from tests.sealing import seal
+from tests.small_models import write_small_llama
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
 
@@ -163,8 +164,8 @@ def test_other_decoders_are_refused_and_left_as_they_are(change: str) -> None:
 
 
 def test_a_refused_model_leaves_no_unfinished_run(tmp_path: Path) -> None:
-    loaded = tiny_llama()
-    loaded.model.model.norm = nn.LayerNorm(48)
+    loaded = load_model(str(write_small_llama(tmp_path / "model")))
+    loaded.model.model.norm = nn.LayerNorm(64)
     recipe = make_recipe(method="quarot", modules=("language",))
     with pytest.raises(ModelError, match="cannot be rotated"):
         quantize(loaded, recipe, [Sample(None, "?", "!")], work=tmp_path / "work")

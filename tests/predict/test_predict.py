@@ -6,16 +6,27 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.predict_error import LINEAR_LIMIT, RESULTS, SHARE, STEP_LIMIT, halves, read_rows, spread
 from qe_edge.demo import model_path
 from qe_edge.errors import ModelError, UnknownNameError
-from qe_edge.predict.roofline import PHASES, Request, predict, seconds, weight_bytes
+from qe_edge.predict.kernels import Kernel, Work
+from qe_edge.predict.roofline import PHASES, Request, look_up, predict, weight_bytes
 from qe_edge.predict.shapes import block_linears, find_model
-from qe_edge.predict.tables import Device, device_table, get_device, instruction_table, model_table
-from qe_edge.predict.variants import WAYS, Adapters, Work, kernel_variant, linear_work
+from qe_edge.predict.tables import (
+    Device,
+    accuracy,
+    device_table,
+    get_device,
+    instruction_table,
+    model_table,
+    timing_table,
+)
+from qe_edge.predict.variants import WAYS, Adapters, kernel_variant, linear_work
 from qe_edge.schemes import SCHEMES, get_scheme
 
 DEVICES, MODELS = sorted(device_table().devices), sorted(model_table())
@@ -53,12 +64,12 @@ def test_more_tokens_are_never_faster_in_prefill_or_with_more_context(device: st
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", ["qwen2-vl-2b", "qwen2-vl-7b", "internvl2-8b"])
-def test_decoding_in_fp16_is_bytes_over_bandwidth_and_launches(model: str, device: str) -> None:
+def test_decoding_in_fp16_is_bound_by_its_weights(model: str, device: str) -> None:
     wanted = request(model, device)
-    row, table = predict(wanted)["decode"]["fp16"], device_table()
+    row, timing = predict(wanted)["decode"]["fp16"], timing_table()
     assert row.bound == "memory"
-    streaming = row.work.bytes / (wanted.device.bandwidth_gbs * 1e6 * table.efficiency.bandwidth)
-    assert row.milliseconds == pytest.approx(streaming + row.work.launches * wanted.device.launch_us.graph / 1000)
+    streaming = row.work.bytes / (wanted.device.bandwidth_gbs * 1e6 * timing.bandwidth)
+    assert streaming < row.milliseconds < 1.7 * streaming + row.launch_milliseconds
     text = wanted.shape.text
     weights = 2 * text.layers * sum(each.in_features * each.out_features for each in block_linears(text))
     assert 0 < row.work.bytes - weights - 2 * text.hidden * text.vocabulary < 0.1 * weights  # activations and cache
@@ -73,27 +84,58 @@ def test_nothing_beats_a_peak(device: str) -> None:
             assert row.milliseconds > 1000 * row.work.bytes / (peak.bandwidth_gbs * 1e9)
             assert row.milliseconds > 1000 * row.work.int8_macs / peak.per_second(peak.int8_macs)
             assert row.milliseconds > 1000 * row.work.instructions / peak.per_second(4)
+            assert row.milliseconds > row.launch_milliseconds > 0
 
 
 def test_each_resource_can_be_the_bound() -> None:
-    device, share = get_device("orin-agx"), device_table().efficiency
-    for work, bound in (
-        (Work(bytes=1e9, int8_macs=1, instructions=1), "memory"),
-        (Work(bytes=1, int8_macs=1e12, instructions=1), "tensor cores"),
-        (Work(bytes=1, int8_macs=1, instructions=1e9), "instruction issue"),
+    device, timing = get_device("orin-agx"), timing_table()
+    for kernel, bound in (
+        (Kernel("a", Work(1, bytes=1e9), latency=1, busy=1), "memory"),
+        (Kernel("a", Work(1, int8_macs=1e12), latency=1, busy=1), "tensor cores"),
+        (Kernel("a", Work(1, fp16_macs=1e12), latency=1, busy=1), "tensor cores"),
+        (Kernel("a", latency=1, busy=1e6), "instruction issue"),
+        (Kernel("a", latency=1e6, busy=1), "latency"),
     ):
-        needed = seconds(work, device, share, 4)
+        needed = kernel.microseconds(device, timing)
         assert max(needed, key=lambda name: needed[name]) == bound
+        assert kernel.total(device, timing, 2.0) == pytest.approx(2.0 + needed[bound], rel=1e-3)
 
 
-def test_the_figures_of_the_plan() -> None:
-    """Orin AGX, CUDA graph: W4A16 decodes Qwen2-VL-2B in 7.5 ms; three launches a layer cost Quant Experts about 9."""
+def test_a_librarys_gemm_may_use_faster_instructions() -> None:
+    device, timing, work = get_device("h100"), timing_table(), Work(1, fp16_macs=1e12)
+    own, library = (Kernel("a", work, library=which).microseconds(device, timing) for which in (False, True))
+    assert own["tensor cores"] / library["tensor cores"] == pytest.approx(2048 / 1270)
+
+
+def test_a_step_on_orin() -> None:
+    """What changed when latencies were learnt: short kernels cost more than their bytes."""
     decode = predict(request())["decode"]
-    assert decode["w4a16"].milliseconds == pytest.approx(7.5, rel=0.05)
-    assert decode["plugin"].milliseconds == pytest.approx(9.0, rel=0.08)
-    assert decode["naive"].milliseconds > 1.2 * decode["plugin"].milliseconds
-    prefill = predict(request())["prefill"]
-    assert prefill["plugin"].milliseconds < 0.7 * prefill["fp16"].milliseconds
+    assert decode["w4a16"].milliseconds == pytest.approx(8.1, rel=0.1)
+    assert decode["naive"].milliseconds > 1.2 * decode["plugin"].milliseconds > 1.2 * decode["w4a16"].milliseconds
+
+
+def test_a_small_grid_leaves_a_large_device_empty() -> None:
+    """Ten times the multiprocessors do not make a linear of 48 blocks ten times as fast."""
+    orin, h100 = get_device("orin-agx"), get_device("h100")
+    like_h100 = orin.model_copy(update={"multiprocessors": 160, "bandwidth_gbs": 10 * orin.bandwidth_gbs})
+    slow, fast = (predict(replace(request(), device=each))["decode"]["plugin"] for each in (orin, like_h100))
+    assert 2 < slow.milliseconds / fast.milliseconds < 8
+    assert fast.bound == "latency"
+    assert predict(request(device="h100"))["decode"]["plugin"].milliseconds < slow.milliseconds
+    assert h100.measured
+    assert not orin.measured
+
+
+def test_the_stored_accuracy_is_what_the_benchmark_finds() -> None:
+    measured = json.loads(RESULTS.read_text(encoding="utf-8"))
+    linears, steps = read_rows(measured, "h100")
+    _, checked = halves(linears)
+    factors, whole = spread(checked, timing_table()), spread(steps, timing_table())
+    assert accuracy().rows == len(checked)
+    assert accuracy().median == pytest.approx(float(np.median(factors)), abs=2e-3)
+    assert accuracy().worst_step == pytest.approx(float(whole.max()), abs=2e-3)
+    assert whole.max() <= STEP_LIMIT
+    assert np.mean(factors <= LINEAR_LIMIT) >= SHARE
 
 
 @pytest.mark.parametrize("way", ["plugin", "naive"])
@@ -143,7 +185,7 @@ def test_schemes_of_3_bits_have_their_kernels_and_bytes() -> None:
     bare = Adapters(shared=0, routed=0, experts=0)
     for three, four in (("w3a8", "w4a8"), ("w3a16", "w4a16")):
         moved = [
-            sum(linear_work("plugin", each, 1, get_scheme(name), bare, instruction_table(), "sm_87").bytes
+            sum(linear_work("plugin", each, 1, get_scheme(name), bare, look_up(get_device("orin-agx"))).bytes
                 for each in block_linears(find_model("qwen2-vl-7b").text))
             for name in (three, four)
         ]  # fmt: skip
