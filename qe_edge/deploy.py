@@ -134,7 +134,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found at once
         if plugins:
             _check_layers(plugins, model, recipe, samples)
-        ledger = Ledger.read(layout.ledger)
+        ledger = Ledger.read(layout.ledger, resume=resume)
         run = make_record(model_parts(model), stored_recipe(recipe, samples))
         if resume:
             ledger.refuse_changes(run)

@@ -48,11 +48,23 @@ class Ledger:
     stages: dict[str, Finished] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> Ledger:
-        """The ledger of a folder; an empty one if there is none, or it cannot be read, or is of an earlier version."""
+    def read(cls, path: Path, *, resume: bool) -> Ledger:
+        """The ledger of a folder; an empty one if there is none, or it is of an earlier version.
+
+        Args:
+            path: The file.
+            resume: Whether its stages are to be kept. A damaged ledger is an error then, and counts as none otherwise.
+
+        Raises:
+            ArtifactError: If it cannot be read.
+        """
+        if not (path.exists() or path.is_symlink()):
+            return cls(path)
         try:
-            values = read_json_table(path)
+            values = read_json_table(path, remedy="Delete it; every stage is then made again.")
         except QEError:
+            if resume:
+                raise
             return cls(path)
         stages, run = values.get("stages"), values.get("run")
         if not isinstance(stages, dict) or not isinstance(run, dict):

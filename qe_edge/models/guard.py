@@ -129,9 +129,8 @@ def _path(values: object, location: tuple[int | str, ...]) -> str:
     parts: list[str] = []
     node: Any = values
     for number, part in enumerate(location):
-        if (isinstance(node, dict) and part in node) or (
-            isinstance(node, list) and isinstance(part, int) and part < len(node)
-        ):
+        in_list = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        if in_list or (isinstance(node, dict) and part in node):
             node = node[part]
         elif isinstance(part, str) and hasattr(node, part):
             node = getattr(node, part)

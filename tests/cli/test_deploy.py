@@ -29,7 +29,10 @@ class Stages:
         self.fail_in = ""
         monkeypatch.setattr(deployment, "quantize_to_folder", lambda _m, _r, out, **_k: self._folder("quantize", out))
         for module, attributes in {
-            "qe_edge.export.exporter": {"export_model": lambda _c, out, **_k: self._folder("export", out)},
+            "qe_edge.export.exporter": {
+                "export_model": lambda _c, out, **_k: self._folder("export", out),
+                "check_decoding": lambda _source: None,
+            },
             "qe_edge.export.build": {"build_engines": self._build},
             "qe_edge.validate": {"validate": lambda *_a, **_k: "report"},
             "qe_edge.report": {"write_report": self._report, "load_report": lambda path: path.read_text()},

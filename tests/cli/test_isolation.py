@@ -97,7 +97,7 @@ def test_the_check_of_the_plugin(downloads: Downloads, tmp_path: Path, monkeypat
 
 
 def test_measuring_speed(downloads: Downloads, tmp_path: Path) -> None:
-    wanted = Measurement("onnxruntime", "", str(tmp_path / "no-engine"), 0, 1, "what?", None)
+    wanted = Measurement("onnxruntime", "", str(tmp_path / "no-engine"), 0, 1, "what?", ())
     with pytest.raises(ResourceError, match="no-engine"):
         _in_child(wanted)
     assert downloads.executed() == ""

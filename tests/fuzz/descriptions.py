@@ -11,8 +11,9 @@ from pathlib import Path
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
 from qe_edge.cli.recipes import read_recipe
 from qe_edge.demo import calibration_path
-from qe_edge.deploy import Layout, _Ledger, is_deployment
+from qe_edge.deploy import Layout, is_deployment
 from qe_edge.errors import QEError
+from qe_edge.ledger import Ledger
 from qe_edge.recipe import make_recipe
 from tests.fuzz.target import Target, digest
 from tests.report.conftest import make_report
@@ -33,16 +34,19 @@ def _read_report(folder: Path) -> str:
 
 
 def _prepare_deployment(folder: Path, _sound: Mapping[str, Path]) -> None:
-    stages = {"checkpoint": "0" * 64, "onnx": "1" * 64, "engines/cpu": "2" * 64}
-    (folder / "deploy.json").write_text(json.dumps(stages), encoding="utf-8")
+    (folder / "report.json").write_text("{}", encoding="utf-8")
+    ledger = Ledger(folder / "deploy.json", {"version": "1"})
+    for stage in ("checkpoint", "onnx", "engines/cpu"):
+        ledger.finish(stage, "0" * 64, [folder / "report.json"])
 
 
 def _read_deployment(folder: Path) -> str:
     layout = Layout(folder)
     is_deployment(folder)
-    ledger = _Ledger(layout.ledger, resume=True)
-    begun = [ledger.begin(name, "0" * 64, folder, lambda _line: None) for name in ("checkpoint", "onnx", "report")]
-    ledger.finish("onnx", "3" * 64)
+    ledger = Ledger.read(layout.ledger, resume=True)
+    begun = [ledger.problem(name, "0" * 64, [layout.report]) for name in ("checkpoint", "onnx", "report")]
+    ledger.listed(layout.onnx)
+    ledger.finish("onnx", "3" * 64, [layout.report])
     return digest(begun)
 
 
