@@ -11,13 +11,13 @@ import onnx
 import onnx_ir as ir
 from onnx.checker import ValidationError
 from safetensors.torch import save_file
-from transformers.utils.hub import cached_file
 
 import qe_edge
 from qe_edge.atomic import atomic_folder
 from qe_edge.checkpoint import RECIPE, is_checkpoint, load_checkpoint_recipe, load_quantized
 from qe_edge.checkpoint_files import read_checkpoint_files
 from qe_edge.errors import ModelError
+from qe_edge.export.decoding import check_decoding
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.naming import name_nodes
 from qe_edge.export.signature import tensor_spec
@@ -29,7 +29,7 @@ from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
 from qe_edge.runtime.embedding import EMBEDDING, TENSOR
-from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, read_settings, settings_of
+from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
 from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest
 
 IR_VERSION = 10  # the first with function overloads
@@ -73,25 +73,6 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
         _manifest(loaded, recipe, entries, generation).model_copy(update={"checkpoint": source}).write(part)
-
-
-def check_decoding(source: str) -> None:
-    """Refuse, before any long work, a model that no engine can decode as its generation_config.json says.
-
-    Args:
-        source: A model's or checkpoint's folder, or a hub id.
-
-    Raises:
-        ModelError: If it cannot be decoded, or the file is broken.
-    """
-    family = load_family(source)
-    if not family.writes_text:
-        return
-    folder = Path(source)
-    if not folder.is_dir():
-        found = cached_file(source, GENERATION_CONFIG, _raise_exceptions_for_missing_entries=False)
-        folder = Path(found).parent if found else folder
-    read_settings(folder, family.config, family.load_processor(source).tokenizer)
 
 
 def _work(spec: GraphSpec) -> float:

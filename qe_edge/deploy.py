@@ -118,7 +118,8 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     """
     from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
     from qe_edge.export.build import build_engines
-    from qe_edge.export.exporter import check_decoding, export_model
+    from qe_edge.export.decoding import check_decoding
+    from qe_edge.export.exporter import export_model
     from qe_edge.models.loading import resolve_model
     from qe_edge.report import load_report, write_report
     from qe_edge.validate import validate

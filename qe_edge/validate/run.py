@@ -13,7 +13,7 @@ from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samp
 from qe_edge.checkpoint import load_checkpoint_recipe
 from qe_edge.demo import model_path
 from qe_edge.errors import CalibrationError
-from qe_edge.export.exporter import check_decoding
+from qe_edge.export.decoding import check_decoding
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import DEMO
 from qe_edge.progress import Progress, Silent
