@@ -23,7 +23,6 @@ from qe_edge.export.naming import name_nodes
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.linear import quantized_linears
-from qe_edge.models.configuration import load_family
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.loading import LoadedModel
 from qe_edge.progress import Progress, Silent, track
