@@ -1,4 +1,4 @@
-"""Co-occurrence of important channels and their spectral clustering (specification 4.4)."""
+"""Co-occurrence of important channels and their spectral clustering (docs/method.md, section 4.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split of input channels into token-independent and token-dependent important ones (specification 4.3)."""
+"""Split of input channels into token-independent and token-dependent important ones (docs/method.md, section 4.2)."""
 
 from __future__ import annotations
 

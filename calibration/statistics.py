@@ -1,4 +1,4 @@
-"""Streamed statistics of a linear layer's input: Gram matrix, token sample, important channels (specification 4).
+"""Streamed statistics of a layer's input: Gram matrix, token sample, important channels (docs/method.md, section 4).
 
 One pass over the tokens, chunk by chunk; memory is the Gram matrix and a bounded sample of tokens, whatever their
 number.

@@ -1,4 +1,4 @@
-"""Number grids: how a real value becomes an integer code and back (specification of the rounding).
+"""Number grids: how a real value becomes an integer code and back (docs/method.md, section 3).
 
 Everything that quantizes, decodes, packs or exports goes through this module, so that PyTorch, ONNX and the
 kernels agree bit for bit.

@@ -1,6 +1,6 @@
 """The quantized linear layer: INT4 codes, shared and routed low-rank correction.
 
-`y = W_q Q_a(x * inv_omega) + L_SA L_SB x + L_RA[e] L_RB[e] x + b`, `e = argmin_i (R |x|)_i` per token (specification
+`y = W_q Q_a(x * inv_omega) + L_SA L_SB x + L_RA[e] L_RB[e] x + b`, `e = argmin_i (R |x|)_i` per token (docs/method.md,
 section 8). The low-rank branches read the unquantized input.
 """
 

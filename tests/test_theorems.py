@@ -1,4 +1,4 @@
-"""The method's theorems, as numbered in its specification: identities and bounds that hold for any data."""
+"""The method's theorems, as numbered in docs/method.md: identities and bounds that hold for any data."""
 
 from __future__ import annotations
 

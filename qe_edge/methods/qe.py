@@ -1,7 +1,7 @@
 """Quant Experts: shared and routed low-rank reconstruction of the quantization error (CVPR 2026, arXiv 2602.24059).
 
-The equations and section numbers are those of our specification of the method; every departure from the paper is an
-option, and the preset "paper" selects the paper's choices.
+The equations and section numbers are those of docs/method.md; every departure from the paper is an option, and the
+preset "paper" selects the paper's choices.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class QuantExperts(Method):
         return StatisticsRequest(gram=True, tokens=self.options.tokens, important=size.important_channels)
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
-        """Quantize one linear problem (specification sections 4 to 7, and 9)."""
+        """Quantize one linear problem (docs/method.md, section 1)."""
         statistics = problem.measured()
         size, choice = self._size(problem), problem.choice
         split = split_channels(_lists(statistics), problem.weight.shape[1], size.important_channels, size.experts)

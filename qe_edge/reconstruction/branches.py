@@ -46,7 +46,7 @@ def leave_out_channels(
     rounding: Rounding = NEAREST,
     hessian: Hessian | None = None,
 ) -> MainBranch:
-    """Quantize `weight` `[out, in]` without the input channels `channels` (specification 5.1, 5.2, 5.5).
+    """Quantize `weight` `[out, in]` without the input channels `channels` (docs/method.md, section 5.2).
 
     Args:
         weight: Float32.

@@ -1,4 +1,4 @@
-"""Best output directions for a low-rank correction, without inverses or damping (specification 5.3).
+"""Best output directions for a low-rank correction, without inverses or damping (docs/method.md, section 5.3).
 
 The optimal rank-r correction of an error `E` under the Gram matrix `G` is `U U^T E`, with `U` the top eigenvectors of
 `E G E^T`. When there are more outputs than inputs the same problem is solved in the column space of `E` (`E = B R`, R

@@ -1,4 +1,4 @@
-"""Low-rank factors as they are stored: rounding, and what the rounding leaves is refitted (specification 5.3, 5.4).
+"""Low-rank factors as they are stored: rounding, and what that leaves is refitted (docs/method.md, section 5.4).
 
 Correction `i` is `up_i @ down_i` with orthonormal `up_i`. The up factors of all experts are rounded together first
 (int8 has one scale per output channel across all of them); then every down factor is the least-squares fit to

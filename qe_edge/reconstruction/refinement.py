@@ -1,4 +1,4 @@
-"""Refinement of routed experts and router by gradient descent, kept only where it helps (specification 9, eq. 11-15).
+"""Refinement of routed experts and router by gradient descent, kept only where it helps (docs/method.md, section 9).
 
 For a token with the remaining error `z = W x - (W_q Q_a(x_m) + L_SA L_SB x)`:
 

@@ -1,4 +1,4 @@
-"""Router initialisation: scores on |x| that predict every expert's residual (specification 7)."""
+"""Router initialisation: scores on |x| that predict every expert's residual (docs/method.md, section 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T13 of the method's specification, and what the guard of the refinement promises."""
+"""T13 of docs/method.md, and what the guard of the refinement promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rounding rules of the specification, one scalar at a time."""
+"""The rounding rules of docs/method.md, section 3, one scalar at a time."""
 
 from __future__ import annotations
 
