@@ -1,4 +1,4 @@
-"""Routed experts: which tokens belong together and the low-rank correction of each group (docs/method.md, section 6)."""
+"""Routed experts: tokens that belong together and the low-rank correction of each group (docs/method.md, section 6)."""
 
 from __future__ import annotations
 
