@@ -27,7 +27,7 @@ from qe_edge.calibration.sensitivity import (
 )
 from qe_edge.calibration.sources import check_reached, hash_samples, load_samples
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector, StatisticsRequest
-from qe_edge.device import choose_device
+from qe_edge.device import CPU, choose_device
 from qe_edge.errors import CalibrationError
 from qe_edge.fingerprints import model_parts
 from qe_edge.groups import LinearGroup, linear_groups, set_module
@@ -342,7 +342,8 @@ class _Run:
                 results.append(work(group, members, problem))
             return results
 
-        apart = [group for group in groups if gains_by_one_thread(_weights(group))]
+        # where a device computes, threads would only wait for it
+        apart = [group for group in groups if self.device == CPU and gains_by_one_thread(_weights(group))]
         for group in groups:
             if group not in apart:
                 yield from run(group)
