@@ -119,10 +119,7 @@ def saved_by(model: PreTrainedModel) -> str:
     mine = type(model).__name__
     if not names or mine in names:
         return ""
-    return (
-        f"It was saved as a {printable(names[0])[:80]} and QE-Edge loads a {mine}; "
-        f"load it as that in transformers, save it, and give that folder."
-    )
+    return f"It was saved as a {printable(names[0])[:80]}, and QE-Edge quantizes a {mine}: give a model of that class."
 
 
 def _unused(source: str, names: list[str], remedy: str) -> ModelError:
