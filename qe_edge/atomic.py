@@ -36,9 +36,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     A link at `path` is replaced and never followed.
 
     Raises:
-        InputError: If `path` names no file.
+        InputError: If `path` names no file, or is a folder.
         ResourceError: If the disk is full.
     """
+    if path.is_dir() and not path.is_symlink():
+        raise InputError(f"'{path}' is a folder, and is to be a file.", "Choose another name, or rename the folder.")
     with _prepared(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         os.close(descriptor)

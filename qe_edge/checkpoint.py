@@ -15,6 +15,7 @@ from qe_edge.atomic import atomic_folder
 from qe_edge.checkpoint_files import check_checkpoint, write_checkpoint_files
 from qe_edge.errors import ArtifactError
 from qe_edge.groups import set_module
+from qe_edge.json_files import read_json_table
 from qe_edge.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.linear import quantized_linears
 from qe_edge.models.configuration import load_config, load_family
@@ -88,10 +89,9 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path, run: Mappi
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a checkpoint that `save_quantized` wrote."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        section = read_json_table(folder / "config.json").get("quantization_config")
+    except ArtifactError:
         return False
-    section = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
@@ -106,7 +106,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
         raise ArtifactError(
             f"'{folder}' is not a quantized checkpoint.", "Give the output folder of 'qe-edge quantize'."
         )
-    section = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    section = read_json_table(folder / "config.json")["quantization_config"]
     _check_section(folder, section)
     check_checkpoint(folder)
     header = check_safetensors(folder / WEIGHTS)

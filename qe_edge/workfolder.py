@@ -63,7 +63,13 @@ class WorkFolder:
                 )
             values = _read(path)
             _refuse_changes(path, values.get("run"), run)
-            return cls(path, run, _listed(values))
+            files = _listed(values)
+            folders = sorted(name for name in files if (path / name).is_dir())
+            if folders:
+                raise ArtifactError(
+                    f"'{path / folders[0]}' is a folder, where the unfinished run had a file.", "Rename it or move it."
+                )
+            return cls(path, run, files)
         if path.is_dir() and (others := [name.name for name in path.iterdir() if not is_passing(name.name)]):
             raise InputError(
                 f"'{path}' holds '{min(others)}' and no unfinished run; unfinished runs are kept there.",
@@ -152,7 +158,8 @@ class WorkFolder:
         """Delete what is listed, once the checkpoint is written, and the folder if nothing else is in it."""
         for name in (*self._files, MANIFEST):  # the manifest last: a removal that is stopped can be repeated
             restore(self.path / name)
-            (self.path / name).unlink(missing_ok=True)
+            if not (self.path / name).is_dir() or (self.path / name).is_symlink():  # a folder is somebody else's
+                (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
 

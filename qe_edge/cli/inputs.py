@@ -6,11 +6,11 @@ of those also takes `OUT`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from qe_edge.errors import ArtifactError, InputError, ModelError, UnknownNameError
+from qe_edge.json_files import read_json_table
 
 CHECKPOINT, ONNX, ENGINES, REPORT = "checkpoint", "onnx", "engines", "report.json"
 
@@ -38,10 +38,9 @@ def open_model(reference: str) -> str:
 def is_checkpoint_folder(folder: Path) -> bool:
     """Whether a folder holds a quantized checkpoint; reads its config.json only."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        section = read_json_table(folder / "config.json").get("quantization_config")
+    except ArtifactError:
         return False
-    section = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(section, dict) and section.get("quant_method") == "qe-edge"
 
 

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 SAVE = "Download the weights and config.json again, together; or load the model in transformers and save it anew."
 
 
-SLACK = 2**24  # numbers, above twice what a file holds, that a model may lack before they are looked for one by one
+COMPUTED = ("inv_freq", "position_ids")  # buffers that old files hold and nobody reads
+SLACK = 2**24  # numbers that a model may lack before they are looked for one by one
 
 
 def check_amount(source: str, model: nn.Module, held: int) -> None:
-    """Refuse a model of which most is missing, before transformers takes memory for random numbers in its stead.
+    """Refuse a model of which much is missing, before transformers takes memory for random numbers in its stead.
+
+    A vocabulary, a width or a number of layers in config.json that the files do not have ends here.
 
     Args:
         source: Folder or hub id, for the message.
@@ -33,10 +36,10 @@ def check_amount(source: str, model: nn.Module, held: int) -> None:
         held: Numbers that the files hold.
 
     Raises:
-        ModelError: If there are far too few.
+        ModelError: If there are too few.
     """
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > 2 * held + SLACK:
+    if wanted > held + SLACK:
         raise ModelError(
             f"config.json of '{source}' describes {wanted / 1e6:.0f} million weights, and the files hold "
             f"{held / 1e6:.0f} million.",
@@ -92,7 +95,7 @@ def check_all_used(source: str, model: nn.Module, given: Mapping[str, Tensor]) -
     # one that was put together of several, or changed, has an address that none of them has
     theirs = {tensor.data_ptr() for tensor in given.values()}
     changed = any(tensor.data_ptr() not in theirs for tensor in state.values())
-    unused = [name for name in unused if not name.endswith(("inv_freq", "position_ids"))]
+    unused = [name for name in unused if not name.endswith(COMPUTED)]
     if unused and not changed:
         raise _unused(source, unused, SAVE)
 

@@ -5,42 +5,41 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
 from torch import nn
 
-from qe_edge.errors import ModelError, QENotice, ResourceError
+from qe_edge.errors import CommonNotice, ModelError, QENotice, ResourceError
 from qe_edge.json_files import read_json_table
 from qe_edge.models.configuration import CONFIG, REMEDY, load_family, read_config_values
-from qe_edge.models.exactness import check_all_used, check_amount, check_loading, note_own_head
+from qe_edge.models.exactness import COMPUTED, check_all_used, check_amount, check_loading, note_own_head
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard
-from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files, check_tensors
+from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files
 from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
-from qe_edge.models.weight_files import (
-    INDEX,
-    SINGLE,
-    Header,
-    check_index,
-    check_links,
-    folder_weights,
-    read_index,
-)
-from qe_edge.safetensors_check import check_safetensors
+from qe_edge.models.weight_files import check_links, folder_weights, weight_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEMO = "demo"
-Stored = tuple[Source, tuple[int, ...], torch.dtype]  # place, shape, dtype in memory
+
+
+class Stored(NamedTuple):
+    """A tensor of the files: its place, its shape, its dtype in memory and in its file."""
+
+    place: Source
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
 
 
 @dataclass
@@ -101,7 +100,9 @@ def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel
     source = resolve_model(reference)
     family = load_family(source)
     check_memory(source, dtype)
-    check_exact(source, family)
+    sources = check_exact(source, family)
+    if dtype == "auto":
+        _note_narrowed(source, sources)
     return _load_whole(source, family, dtype)
 
 
@@ -139,6 +140,7 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     source = resolve_model(reference)
     family = load_family(source)
     sources, given, model = _load_placeholders(source, family)
+    _note_narrowed(source, sources)
     key_at = {tensor.data_ptr(): key for key, tensor in given.items()}
     blocks = family.blocks(model)
     inside = {
@@ -161,11 +163,11 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     del model, blocks
     keys = {name: key for name, key in inside.items() if key is not None}
     streamed = set(keys.values())
-    outside = read_tensors({key: place for key, (place, _, _) in sources.items() if key not in streamed})
+    outside = read_tensors({key: stored.place for key, stored in sources.items() if key not in streamed})
     model = _from_pretrained(source, family, "auto", {key: outside.pop(key, given[key]) for key in given})
     note_own_head(model, family)
     stored = StoredWeights(
-        {name: sources[key][0] for name, key in keys.items()}, {name: given[key] for name, key in keys.items()}
+        {name: sources[key].place for name, key in keys.items()}, {name: given[key] for name, key in keys.items()}
     )
     return LoadedModel(model, family, family.load_processor(source), source, stored)
 
@@ -179,8 +181,8 @@ def _load_placeholders(
     """
     check_configuration(family.config.to_dict(), source)
     sources = _checkpoint_tensors(source, family)
-    check_amount(source, shapes_only(family), sum(prod(shape) for _, shape, _ in sources.values()))
-    given = {key: placeholder(shape, dtype) for key, (_, shape, dtype) in sources.items()}
+    check_amount(source, shapes_only(family), sum(prod(stored.shape) for stored in sources.values()))
+    given = {key: placeholder(stored.shape, stored.dtype) for key, stored in sources.items()}
     with _quiet_transformers():
         model = _from_pretrained(source, family, "auto", dict(given))
     check_all_used(source, model, given)
@@ -233,59 +235,28 @@ def _checkpoint_tensors(source: str, family: ModelFamily) -> dict[str, Stored]:
     """Place, shape and dtype in memory of every tensor of a checkpoint."""
     wanted = getattr(family.config, "dtype", None)
     found = {}
-    for path, header in _weight_headers(source).items():
+    for path, header in weight_headers(source).items():
         for key, (name, shape) in header.items():
             dtype = TORCH_DTYPES[name]
-            if isinstance(wanted, torch.dtype) and dtype.is_floating_point:
-                dtype = wanted  # as transformers reads it
-            found[key] = (Source(path, key), shape, dtype)
+            read = wanted if isinstance(wanted, torch.dtype) and dtype.is_floating_point else dtype  # as transformers
+            found[key] = Stored(Source(path, key), shape, read, dtype)
     return found
 
 
-def _weight_headers(source: str) -> dict[Path, Header]:
-    """Headers of the safetensors files that hold a model's weights.
-
-    Raises:
-        ModelError: If there are none, or they are none of an unquantized model.
-        ArtifactError: If one is damaged.
-    """
-    if Path(source).is_dir():
-        return folder_weights(Path(source))
-    single = _hub_file(source, SINGLE)
-    index = None if single else _hub_file(source, INDEX)
-    if single is None and index is None:
-        raise ModelError(
-            f"'{source}' has no .safetensors file on the hub.",
-            "Convert the weights to safetensors; pickled weights are not loaded because they can run code.",
+def _note_narrowed(source: str, sources: Mapping[str, Stored]) -> None:
+    """Say that weights lose digits because config.json says another type than their files have."""
+    narrowed = {
+        (stored.stored_dtype, stored.dtype)
+        for name, stored in sources.items()
+        if not name.endswith(COMPUTED) and stored.stored_dtype.itemsize > stored.dtype.itemsize
+    }
+    for before, after in sorted(narrowed, key=str):
+        names = [str(dtype).removeprefix("torch.") for dtype in (before, after)]
+        warnings.warn(
+            f"The files of '{source}' hold {names[0]} weights, which are read as {names[1]}, as config.json says.",
+            CommonNotice,
+            stacklevel=2,
         )
-    listed = read_index(index) if index else {}
-    paths = {name: _hub_file(source, name) for name in sorted(set(listed.values()))} if index else {SINGLE: single}
-    headers = {}
-    for name, path in paths.items():
-        if path is None:
-            raise ModelError(f"'{source}' lacks the weight file '{name}' on the hub.", "Choose another revision.")
-        headers[path] = check_safetensors(path)
-        check_tensors(headers[path], path)
-    if index:
-        check_index(listed, headers, index)
-    return headers
-
-
-def _hub_file(source: str, name: str) -> Path | None:
-    """A file of a model on the hub, downloaded if it is not here yet; None if there is none.
-
-    On a terminal the hub's own bar shows the download, elsewhere the notice is all there is.
-    """
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils.hub import cached_file
-
-    if try_to_load_from_cache(source, name) is None:  # it may be there, and is not here
-        warnings.warn(f"Looking for {name} of '{source}' on the hub, to download it.", QENotice, stacklevel=2)
-    try:
-        found = cached_file(source, name)
-    except (OSError, ValueError):
-        return None
-    return Path(found) if found else None
 
 
 @contextmanager

@@ -52,11 +52,21 @@ def check_adapter(folder: Path) -> None:
     if found is None:
         return
     if _is_there(folder / "config.json"):
-        raise ModelError(
-            f"'{folder}' holds an adapter ('{found}') beside the model; its weights would be left out.",
-            f"{MERGE} If the model is meant without it, move the adapter's files elsewhere.",
-        )
+        raise adapter_beside(str(folder), found)
     raise ModelError(f"'{folder}' is an adapter ('{found}'), not a model.", MERGE)
+
+
+def adapter_beside(source: str, found: str) -> ModelError:
+    """The error about an adapter that lies beside a model.
+
+    Args:
+        source: Folder or hub id.
+        found: Name of the adapter's file.
+    """
+    return ModelError(
+        f"'{source}' holds an adapter ('{found}') beside the model; its weights would be left out.",
+        f"{MERGE} If the model is meant without it, give a folder without the adapter's files.",
+    )
 
 
 def check_configuration(values: Mapping[str, Any], source: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
-from qe_edge.errors import ModelError
+from qe_edge.errors import ModelError, QENotice
 from qe_edge.json_files import MEBIBYTE, read_json_table
 from qe_edge.models.guard import printable
-from qe_edge.models.origin import check_tensors
+from qe_edge.models.origin import ADAPTER_FILES, adapter_beside, check_tensors
 from qe_edge.safetensors_check import check_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,6 +43,40 @@ def check_links(folder: Path) -> None:
             raise ModelError(f"The link '{path}' points at a missing file.", COPY) from error
         if not any(target.is_relative_to(allowed) for allowed in roots):
             raise ModelError(f"The link '{path}' leads out of the model's folder.", COPY)
+
+
+def weight_headers(source: str) -> dict[Path, Header]:
+    """Headers of the safetensors files that hold a model's weights.
+
+    Args:
+        source: Folder or hub id.
+
+    Raises:
+        ModelError: If there are none, or they are none of an unquantized model.
+        ArtifactError: If one is damaged.
+    """
+    if Path(source).is_dir():
+        return folder_weights(Path(source))
+    if _hub_file(source, ADAPTER_FILES[0], is_expected=False):
+        raise adapter_beside(source, ADAPTER_FILES[0])
+    single = _hub_file(source, SINGLE)
+    index = None if single else _hub_file(source, INDEX)
+    if single is None and index is None:
+        raise ModelError(
+            f"'{source}' has no .safetensors file on the hub.",
+            "Convert the weights to safetensors; pickled weights are not loaded because they can run code.",
+        )
+    listed = read_index(index) if index else {}
+    paths = {name: _hub_file(source, name) for name in sorted(set(listed.values()))} if index else {SINGLE: single}
+    headers = {}
+    for name, path in paths.items():
+        if path is None:
+            raise ModelError(f"'{source}' lacks the weight file '{name}' on the hub.", "Choose another revision.")
+        headers[path] = check_safetensors(path)
+        check_tensors(headers[path], path)
+    if index:
+        check_index(listed, headers, index)
+    return headers
 
 
 def folder_weights(folder: Path) -> dict[Path, Header]:
@@ -132,3 +167,20 @@ def check_index(listed: Mapping[str, str], headers: Mapping[Path, Header], index
             f"'{file}' holds '{printable(name)[:200]}', which '{index}' does not list.",
             f"{DOWNLOAD} The index and the weight files are of different versions.",
         )
+
+
+def _hub_file(source: str, name: str, *, is_expected: bool = True) -> Path | None:
+    """A file of a model on the hub, downloaded if it is not here yet; None if there is none.
+
+    On a terminal the hub's own bar shows the download, elsewhere the notice is all there is.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import cached_file
+
+    if is_expected and try_to_load_from_cache(source, name) is None:  # it may be there, and is not here
+        warnings.warn(f"Looking for {name} of '{source}' on the hub, to download it.", QENotice, stacklevel=2)
+    try:
+        found = cached_file(source, name)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None

@@ -23,6 +23,7 @@ class Target:
         after: Target that has to be prepared first.
         judge: What is wrong with a change that is accepted, from what `read` finds in the sound files and in the
             changed ones; "" if nothing is.
+        repairs: Whether a file that is not as its hash says may be made again instead of being refused.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     files: tuple[str, ...]
     after: str = ""
     judge: Callable[[str, str], str] = lambda _sound, _found: ""
+    repairs: bool = False
 
 
 class SilentSuccessError(Exception):

@@ -142,5 +142,6 @@ TARGETS = (
     ),
     Target("weights", _prepare_weights, _read_weights, ("*.safetensors",), after="model-llama"),
     Target("checkpoint", _prepare_checkpoint, _read_checkpoint, ("checkpoint/*",), after="model-qwen2-vl"),
-    Target("work", _prepare_work, _resume, ("out.work/*",), after="model-qwen2-vl", judge=unchanged),
+    Target("work", _prepare_work, _resume, ("out.work/*",), after="model-qwen2-vl", judge=unchanged,
+        repairs=True),
 )  # fmt: skip

@@ -131,7 +131,9 @@ def _in_child(target: Target, sound: Path, work: Path, seed: int, case: int, exp
         path = rng.choice([path for path in rng.choice([paths for paths in choices if paths]) if path.is_file()])
         before = path.read_bytes()
         change = change_file(path, rng)
-        sealed = _is_sealed(work, before) and not (path.is_file() and path.read_bytes() == before)
+        sealed = (
+            not target.repairs and _is_sealed(work, before) and not (path.is_file() and path.read_bytes() == before)
+        )
     work.with_name(f"{work.name}.change").write_text(change, encoding="utf-8")
     size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))

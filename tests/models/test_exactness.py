@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,15 @@ def test_tensors_that_do_not_fit_are_named(name: str, folder: Path) -> None:
 
 def test_computed_buffers_of_old_files_are_no_surprise(folder: Path) -> None:
     change(folder, lambda t: {**t, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    for load in (load_model, load_outside_blocks):
-        load(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that nobody reads them in float32 is no loss
+        for load in (load_model, load_outside_blocks):
+            load(str(folder))
+
+
+def test_a_larger_vocabulary_takes_no_memory(folder: Path) -> None:
+    set_config(folder, vocab_size=2**20)
+    assert_refused(folder, "million weights, and the files hold 0 million", "again")
 
 
 def test_far_too_few_weights_take_no_memory(folder: Path) -> None:

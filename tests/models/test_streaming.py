@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +18,7 @@ from qe_edge.calibration.sources import load_evaluation, load_samples
 from qe_edge.checkpoint import save_quantized
 from qe_edge.device import CPU
 from qe_edge.errors import ModelError, QENotice
-from qe_edge.models import loading
+from qe_edge.models import loading, weight_files
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import TEXT, Block, Encoded, ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks, resolve_model
@@ -242,10 +242,10 @@ def test_a_download_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     here = {"here": str(tmp_path)}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, _name: here.get(source))
     with pytest.warns(QENotice, match="Looking for a.safetensors of 'owner/name' on the hub"):
-        assert loading._hub_file("owner/name", "a.safetensors") == tmp_path / "a.safetensors"
+        assert weight_files._hub_file("owner/name", "a.safetensors") == tmp_path / "a.safetensors"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert loading._hub_file("here", "a.safetensors") == tmp_path / "a.safetensors"
+        assert weight_files._hub_file("here", "a.safetensors") == tmp_path / "a.safetensors"
 
 
 def test_what_is_computed_with_a_block_that_is_on_disk_is_nan(samples: list[Sample]) -> None:
@@ -348,3 +348,45 @@ def test_batches_without_pictures_stop_before_what_is_not_walked(tmp_path: Path)
             walk.hand_on(chain, position, walk.run(chain, position, block, {}))
     assert reached
     assert all(numbers == [1] for numbers in reached)
+
+
+def test_an_adapter_beside_a_model_on_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda _source, name: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is downloaded where there is no adapter, so nothing is said
+        with pytest.raises(ModelError, match=r"'owner/name' holds an adapter \('adapter_config.json'\)") as error:
+            weight_files.weight_headers("owner/name")
+    assert "Merge the adapter into its base model" in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("stored", "said", "notices"),
+    [
+        (torch.float32, "bfloat16", ["hold float32 weights, which are read as bfloat16"]),
+        (torch.float32, "float16", ["hold float32 weights, which are read as float16"]),
+        (torch.bfloat16, "float32", []),
+        (torch.float16, "float16", []),
+    ],
+)
+def test_weights_that_lose_digits_are_told_once(
+    stored: torch.dtype, said: str, notices: list[str], tmp_path: Path
+) -> None:
+    folder = write_small_llama(tmp_path / "model")
+    weights = {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": said}), encoding="utf-8")
+    for load in (load_model, load_outside_blocks):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            loaded = load(str(folder))
+        assert loaded.model.dtype == getattr(torch, said)
+        found = [str(notice.message) for notice in told if isinstance(notice.message, QENotice)]
+        assert len(found) == len(notices)
+        assert all(notice in text for notice, text in zip(notices, found, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QENotice)
+        load_model(str(folder), dtype=torch.float32)
