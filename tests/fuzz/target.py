@@ -23,6 +23,8 @@ class Target:
         after: Target that has to be prepared first.
         judge: What is wrong with a change that is accepted, from what `read` finds in the sound files and in the
             changed ones; "" if nothing is.
+        sealed: Folder whose hashes are made those of the changed files, as a stranger who knows the format can; "" for
+            none.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Target:
     files: tuple[str, ...]
     after: str = ""
     judge: Callable[[str, str], str] = lambda _sound, _found: ""
+    sealed: str = ""
 
 
 class SilentSuccessError(Exception):
