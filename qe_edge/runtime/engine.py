@@ -152,9 +152,16 @@ class VisionLanguageEngine:
         return answers
 
     def logits(self, encoded: Encoded) -> np.ndarray:
-        """Logits float32 `[batch, sequence, vocabulary]` of every position of a batch, teacher-forced."""
+        """Logits float32 `[batch, sequence, vocabulary]` of every position of a batch, teacher-forced.
+
+        Raises:
+            InputError: If the batch is longer than the model's context.
+            NumericalError: If logits are not finite, other than on padding.
+        """
         self.check_length(encoded, 0)
-        return self.prefill(encoded, self.features(encoded))[0]
+        logits = self.prefill(encoded, self.features(encoded))[0]
+        check_finite(logits[encoded.attention_mask.astype(bool)], "The logits of the engine")
+        return logits
 
     def next_tokens(self, logits: np.ndarray, state: Decoding) -> np.ndarray:
         """The tokens `[batch]` int64 that follow: the most likely ones after the manifest's generation settings.
