@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qe_edge.errors import ArtifactError
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, Attributes
 from qe_edge.grids import PER_CHANNEL
+from qe_edge.models.texts import shortened
 
 REMEDY = "Export the model again."
 INT4, INT8 = ir.DataType.INT4, ir.DataType.INT8
@@ -35,12 +36,14 @@ def check_layers(model: ir.Model, path: Path) -> None:
     names: set[str] = set()
     for node in model.graph:
         if node.name and node.name in names:
-            raise ArtifactError(f"Two nodes of '{path}' are called '{node.name}'.", REMEDY)
+            raise ArtifactError(f"Two nodes of '{path}' are called '{shortened(node.name)}'.", REMEDY)
         names.add(node.name or "")
         if (node.domain, node.op_type) == (DOMAIN, NAME):
             reason = _wrong_attribute(node) or _wrong_operand(node, Attributes.of(node))
             if reason:
-                raise ArtifactError(f"Layer '{node.name}' of '{path}' is damaged: {reason}.", REMEDY)
+                raise ArtifactError(
+                    f"Layer '{shortened(node.name or '')}' of '{path}' is damaged: {shortened(reason)}.", REMEDY
+                )
 
 
 def _wrong_attribute(node: ir.Node) -> str | None:

@@ -107,6 +107,12 @@ def decoder_graph(model: nn.Module, head: nn.Module, position_axes: int = 0) -> 
     )
 
 
+def default_lengths(config: Any) -> tuple[int, int]:  # noqa: ANN401 - transformers' configuration classes
+    """Longest context and longest prompt of engines of a text model, unless the user asks for others."""
+    context = min(config.max_position_embeddings, MAX_CONTEXT)
+    return context, min(context, MAX_PREFILL)
+
+
 def _profiles(
     config: Any,  # noqa: ANN401 - transformers' configuration classes
     axes: tuple[int, ...],
@@ -115,8 +121,7 @@ def _profiles(
     names: list[str],
 ) -> dict[str, Profile]:
     """Shapes for engines: prefill starts with an empty cache, decode adds one token."""
-    context = min(config.max_position_embeddings, MAX_CONTEXT)
-    prefill = min(context, MAX_PREFILL)
+    context, prefill = default_lengths(config)
     sizes = {  # (batch, sequence, past) at the smallest, typical and largest
         "prefill": ((1, 1, 0), (1, prefill // 4, 0), (MAX_BATCH, prefill, 0)),
         "decode": ((1, 1, 1), (1, 1, context // 4), (MAX_BATCH, 1, context - 1)),

@@ -102,6 +102,11 @@ TARGETS = {
 }
 
 
+def has_limits(name: str) -> bool:
+    """Whether a target's engines are built for largest sizes; those of ONNX Runtime take any."""
+    return get_target(name).backend != "onnxruntime"
+
+
 def get_target(name: str) -> Target:
     """Look up a target.
 

@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qe_edge.linear import QELinear
 
+Count = Annotated[int, Field(ge=0, le=2**62)]  # of anything
+Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 PARTS = {
     "codes": ("qweight",),
     "scales": ("scales", "zeros", "inv_omega"),
@@ -47,12 +49,12 @@ class BitCount(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True)
-    weights: int = 0
-    codes: float = 0
-    scales: float = 0
-    adapters: float = 0
-    router: float = 0
-    read: float = 0
+    weights: Count = 0
+    codes: Amount = 0
+    scales: Amount = 0
+    adapters: Amount = 0
+    router: Amount = 0
+    read: Amount = 0
 
     @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
     @property
@@ -112,8 +114,8 @@ class ModelBits(BaseModel):
     layers: list[LayerBits]
     groups: dict[str, BitCount]
     total: BitCount
-    parameters: int
-    model_bytes: int
+    parameters: Annotated[Count, Field(ge=1)]
+    model_bytes: Count
 
     @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
     @property
@@ -134,7 +136,7 @@ class FileSize(BaseModel):
     model_config = ConfigDict(frozen=True)
     stage: str
     name: str
-    size: int
+    size: Count
 
 
 def count_bits(model: nn.Module, groups: Mapping[str, str]) -> ModelBits:

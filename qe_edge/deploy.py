@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from qe_edge.stages import Stage, run_stages
 if TYPE_CHECKING:
     from qe_edge.models.family import Sample
     from qe_edge.recipe import Recipe
+    from qe_edge.runtime.limits import EngineLimits
     from qe_edge.validate.schema import Report
 
 LEDGER = "deploy.json"
@@ -84,6 +85,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     targets: Sequence[str] = DEFAULT_TARGETS,
     *,
     plugin_library: Path | None = None,
+    limits: EngineLimits | None = None,
     evaluation: str = "demo",
     limit: int | None = None,
     resume: bool = False,
@@ -100,6 +102,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         recipe: How to quantize.
         targets: Names of the targets to build for; the first that runs here is validated.
         plugin_library: Build TensorRT targets with this plugin library; None builds all without the plugin.
+        limits: Largest sizes that engines of TensorRT take; None keeps the defaults.
         evaluation: Source of held-out questions with answers.
         limit: Use only the first questions.
         resume: Skip stages whose output is complete, as it was written, and made from the same.
@@ -109,8 +112,8 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         locked: Whether the caller is inside `hold_deployment`.
 
     Raises:
-        InputError: If `out` holds other files, also in what is to be replaced, or no target takes the plugin; raised,
-            as the next ones, before any work.
+        InputError: If `out` holds other files, also in what is to be replaced, no target takes the plugin, or the model
+            cannot have such limits; raised, as the next ones, before any work.
         ResourceError: If another process deploys to `out` or quantizes to its checkpoint.
         ArtifactError: If with `resume` the model, the recipe, the calibration data or the version is another one.
         TargetError: If a target cannot be built here, or the plugin library does not serve or refuses a layer.
@@ -120,14 +123,21 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     from qe_edge.export.build import build_engines
     from qe_edge.export.decoding import check_decoding
     from qe_edge.export.exporter import export_model
+    from qe_edge.export.targets import has_limits
     from qe_edge.models.loading import resolve_model
     from qe_edge.report import load_report, write_report
+    from qe_edge.runtime.limits import with_limits
+    from qe_edge.runtime.manifest import read_manifest
+    from qe_edge.runtime.picture_limits import tell_limits
     from qe_edge.validate import validate
     from qe_edge.workfolder import WorkFolder
 
     runnable = check_targets(targets)
     plugins = {} if plugin_library is None else _plugins(targets, plugin_library)
-    check_decoding(resolve_model(model))
+    source = resolve_model(model)
+    check_decoding(source)
+    if limits is not None:
+        _check_limits(limits, source)
     layout = Layout(out)
     with nullcontext() if locked else hold_deployment(out):
         check_deployment_folder(out)
@@ -150,8 +160,18 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
             ledger.run = run
 
         def build(target: str) -> None:
-            library = plugins.get(target)
-            build_engines(layout.onnx, layout.engines / target, target, plugin_library=library, progress=progress)
+            wanted = limits if has_limits(target) else None
+            if has_limits(target):
+                manifest = read_manifest(layout.onnx)
+                tell_limits(layout.onnx, with_limits(manifest, wanted) if wanted else manifest, announce)
+            build_engines(
+                layout.onnx,
+                layout.engines / target,
+                target,
+                plugin_library=plugins.get(target),
+                limits=wanted,
+                progress=progress,
+            )
 
         def compare() -> None:
             chosen = next(iter(runnable), None)
@@ -183,7 +203,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
                 Stage(
                     f"engines/{target}",
                     (layout.engines / target,),
-                    hash_parts(target, *_digests(plugins.get(target))),
+                    hash_parts(target, *_digests(plugins.get(target)), *_sizes(target, limits)),
                     ("onnx",),
                     partial(build, target),
                 )
@@ -256,6 +276,27 @@ def _check_layers(plugins: Mapping[str, Path], model: str, recipe: Recipe, sampl
 
     forms = planned_forms(make_plan(resolve_model(model), recipe, samples), recipe)
     check_forms([get_target(name) for name in plugins], next(iter(plugins.values())), forms)
+
+
+def _check_limits(limits: EngineLimits, source: str) -> None:
+    """Refuse limits that the model cannot have, before it is quantized."""
+    from qe_edge.export.decoder import default_lengths
+    from qe_edge.models.configuration import load_family
+    from qe_edge.runtime.limits import EngineLimits, resolve_limits
+
+    family = load_family(source)
+    context, prompt = default_lengths(family.config.get_text_config())
+    pictures = {family.picture_unit: 1} if family.picture_unit else {}
+    present = EngineLimits(context=context, prompt=prompt, **pictures)
+    resolve_limits(limits, present, family.model_type, family.config.get_text_config().max_position_embeddings)
+
+
+def _sizes(target: str, limits: EngineLimits | None) -> list[dict[str, int]]:
+    """What a build with limits was made from besides."""
+    from qe_edge.export.targets import has_limits
+
+    given = {} if limits is None else {name: size for name, size in asdict(limits).items() if size is not None}
+    return [given] if given and has_limits(target) else []
 
 
 def _digests(library: Path | None) -> list[str]:

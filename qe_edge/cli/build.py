@@ -31,13 +31,14 @@ def command(
     ONNX is a folder of exported graphs, or holds one as ONNX/onnx.
     """
     from qe_edge.cli.inputs import find_onnx, is_manifest_folder
+    from qe_edge.cli.limits import read_limits
     from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.deploy import check_targets
-    from qe_edge.errors import InputError
     from qe_edge.provenance import check_deployment
 
     check_targets([target])
+    wanted = read_limits([target], limits)
     library = read_plugin([target], plugin, plugin_library)
     source = find_onnx(onnx)
     check_deployment(onnx, source)
@@ -46,21 +47,14 @@ def command(
     check_disk(output, folder_bytes(source))
     from qe_edge.console import ConsoleProgress
     from qe_edge.export.build import build_engines
-    from qe_edge.export.targets import get_target
-    from qe_edge.runtime.engine import load_family
-    from qe_edge.runtime.limits import EngineLimits, describe_limits, warn_of_pictures, with_limits
+    from qe_edge.export.targets import has_limits
+    from qe_edge.runtime.limits import with_limits
     from qe_edge.runtime.manifest import read_manifest
+    from qe_edge.runtime.picture_limits import tell_limits
 
-    wanted = EngineLimits(**{name.removeprefix("max_"): value for name, value in limits.items()})
     manifest = with_limits(read_manifest(source), wanted)
-    if get_target(target).backend == "onnxruntime":
-        if wanted != EngineLimits():
-            raise InputError("Engines of ONNX Runtime have no limits of size.", "Leave the --max options out.")
-    else:
-        click.echo(describe_limits(manifest), err=True)
-        if manifest.image_token_id is not None:
-            processor = load_family(source, manifest.model_type).load_processor(str(source))
-            warn_of_pictures(manifest, processor.image_processor)
+    if has_limits(target):
+        tell_limits(source, manifest, lambda line: click.echo(line, err=True))
 
     built = build_engines(source, output, target, plugin_library=library, limits=wanted, progress=ConsoleProgress())
     if library is not None:

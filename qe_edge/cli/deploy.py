@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qe_edge.cli.options import (
+    LIMITS,
     Command,
     device_option,
     evaluation_options,
+    limit_options,
     output_option,
     overwrite_option,
     plugin_options,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 @output_option("Folder for checkpoint, onnx, engines/<target>, report.json and report.html.")
 @target_option("What to build for; may be repeated. [default: cpu]", multiple=True)
 @plugin_options
+@limit_options
 @recipe_options
 @device_option
 @evaluation_options()
@@ -46,7 +49,7 @@ def command(  # noqa: PLR0913 - an argument for every option
     limit: int | None,
     resume: bool,
     overwrite: bool,
-    **choices: Any,  # noqa: ANN401 - the recipe's options
+    **choices: Any,  # noqa: ANN401 - the recipe's options, and the limits of engines
 ) -> None:
     """Do everything, from the model to the report.
 
@@ -54,6 +57,7 @@ def command(  # noqa: PLR0913 - an argument for every option
     outputs lie in one folder, where the other commands find them. --plugin is for the TensorRT targets among them.
     """
     from qe_edge.cli.inputs import open_model
+    from qe_edge.cli.limits import read_limits
     from qe_edge.cli.outputs import (
         check_apart_from_sources,
         check_disk,
@@ -68,8 +72,10 @@ def command(  # noqa: PLR0913 - an argument for every option
     targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
     check_output_path(output)
     check_writable(output / "inside" if output.is_dir() else output)
+    sizes = {name: choices.pop(name) for name in LIMITS}
     recipe = read_recipe(**choices)
     check_targets(targets)
+    limits = read_limits(targets, sizes)
     library = read_plugin(targets, plugin, plugin_library)
     check_apart_from_sources(output, model, recipe.calibration.source, evaluation)
     with hold_deployment(output):
@@ -93,6 +99,7 @@ def command(  # noqa: PLR0913 - an argument for every option
             recipe,
             targets,
             plugin_library=library,
+            limits=limits,
             evaluation=evaluation,
             limit=limit,
             resume=resume,

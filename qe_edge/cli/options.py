@@ -14,6 +14,13 @@ from qe_edge.errors import InputError
 
 Function = Callable[..., None]  # what a command runs
 Decorator = Callable[[Function], Function]
+LIMITS = {
+    "max_batch": "Questions that a GPU engine takes at a time.",
+    "max_context": "Tokens of prompt and answer that a GPU engine takes; more need more memory.",
+    "max_prompt": "Tokens of a prompt that a GPU engine takes; memory grows with their square.",
+    "max_patches": "Patches of pictures that a GPU engine takes, of Qwen2-VL; memory grows with their square.",
+    "max_tiles": "Tiles of pictures that a GPU engine takes, of InternVL.",
+}
 
 
 class Command(click.Command):
@@ -146,15 +153,9 @@ def speed_options(function: Function) -> Function:
 
 def limit_options(function: Function) -> Function:
     """`--max-batch`, `--max-context`, `--max-prompt`, `--max-patches`, `--max-tiles`."""
-    options = {
-        "batch": "Questions that a GPU engine takes at a time.",
-        "context": "Tokens of prompt and answer that a GPU engine takes; more need more memory.",
-        "prompt": "Tokens of a prompt that a GPU engine takes; memory grows with their square.",
-        "patches": "Patches of pictures that a GPU engine takes, of Qwen2-VL; memory grows with their square.",
-        "tiles": "Tiles of pictures that a GPU engine takes, of InternVL.",
-    }
-    for name, text in reversed(options.items()):
-        function = click.option(f"--max-{name}", type=click.IntRange(min=1), metavar="N", help=text)(function)
+    for name, text in reversed(LIMITS.items()):
+        option = f"--{name.replace('_', '-')}"
+        function = click.option(option, type=click.IntRange(min=1), metavar="N", help=text)(function)
     return function
 
 

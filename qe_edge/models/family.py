@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -89,6 +89,7 @@ class ModelFamily(ABC):
         model_type: `model_type` of the family's config.json.
         auto_class: The class of transformers that loads the family's models.
         writes_text: Whether the models answer; others are compared by their features only.
+        picture_unit: What the size of pictures is counted in: "patches", "tiles", or "" where there are no pictures.
         siblings: Names of linear layers of one parent module that read the same input.
 
     Args:
@@ -98,6 +99,7 @@ class ModelFamily(ABC):
     model_type: ClassVar[str]
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     writes_text: ClassVar[bool] = True
+    picture_unit: ClassVar[Literal["patches", "tiles", ""]] = ""
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     def __init__(self, config: PretrainedConfig) -> None:

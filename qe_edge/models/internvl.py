@@ -46,6 +46,7 @@ class InternVL(ModelFamily):
     """
 
     model_type = "internvl"
+    picture_unit = "tiles"
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)

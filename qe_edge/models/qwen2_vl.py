@@ -39,6 +39,7 @@ class Qwen2VL(ModelFamily):
     """Qwen2-VL 2B, 7B and 72B and anything of the same architecture."""
 
     model_type = "qwen2_vl"
+    picture_unit = "patches"
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Vision blocks, the patch merger, decoder layers; found by class, not by path."""

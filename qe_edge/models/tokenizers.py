@@ -130,6 +130,11 @@ def _check_files(source: str) -> dict[str, int | None] | None:
     else:
         _check_older_files(source, "vocab.json" in tables)
     config = tables["tokenizer_config.json"]
+    if "fast_tokenizer_files" in config:  # transformers reads what it names, be it anywhere on the disk
+        raise ModelError(
+            f"'{folder / 'tokenizer_config.json'}' names other files to read with 'fast_tokenizer_files'.",
+            "Remove that key, and keep the tokenizer in tokenizer.json.",
+        )
     check_values(_TokenizerConfig, config, folder / "tokenizer_config.json", REMEDY, ModelError)
     for number in tables.get("added_tokens.json", {}).values():
         if type(number) is not int or not 0 <= number < 2**21:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from qe_edge.atomic import atomic_file
 from qe_edge.errors import ArtifactError
 from qe_edge.json_files import read_json_table
+from qe_edge.models.texts import is_unicode
 from qe_edge.report import figures, wording
 from qe_edge.report.device_check import DeviceCheck
 from qe_edge.validate.schema import REPORT_VERSION, Report
@@ -50,6 +52,8 @@ def load_report(path: Path) -> Report:
     if not path.is_file():
         raise ArtifactError(f"There is no report '{path}'.", "Give the report.json of 'qe-edge validate'.")
     values = read_json_table(path, remedy="Validate again.", limit=MAX_REPORT_BYTES)
+    if not is_unicode(json.dumps(values, ensure_ascii=False)):
+        raise ArtifactError(f"'{path}' holds half a surrogate pair, which is no character.", "Validate again.")
     if values.get("version") != REPORT_VERSION:
         raise ArtifactError(
             f"'{path}' is no report that this version reads: its version is {values.get('version')!r}, "
@@ -62,7 +66,8 @@ def load_report(path: Path) -> Report:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ArtifactError(
-            f"'{path}' is no report that this version reads: {where}: {first['msg']}.", "Validate again."
+            f"'{path}' is no report that this version reads: {where}: {first['msg'].removeprefix('Value error, ')}.",
+            "Validate again.",
         ) from error
 
 

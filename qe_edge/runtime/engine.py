@@ -86,6 +86,7 @@ class VisionLanguageEngine:
             plugin_library: For engines with the plugin: its library, None for the one that is found.
 
         Raises:
+            InputError: If there is no such accuracy level or number of threads, or the engines have none.
             ArtifactError: If the folder is missing or damaged.
             TargetError: If this machine cannot run its engines.
         """
@@ -94,13 +95,18 @@ class VisionLanguageEngine:
             raise InputError(f"There is no accuracy level {accuracy_level}.", "Choose 0 (exact) or 4 (faster).")
         if threads is not None and threads < 1:
             raise InputError(f"{threads} threads cannot run anything.", "Choose at least 1.")
+        info = read_engine_info(folder)
+        if info is not None and info.backend != "onnxruntime":
+            if accuracy_level:
+                raise InputError("Only ONNX Runtime has accuracy levels.", "Choose accuracy level 0.")
+            if threads is not None:
+                raise InputError(
+                    f"'{folder}' holds engines for a GPU, which use no threads of the CPU.", "Leave --threads out."
+                )
         check_runnable(folder, plugin_library)
         manifest = read_manifest(folder)
-        info = read_engine_info(folder)
         if info is not None:
             info.check_belongs(manifest, folder)
-        if accuracy_level and info is not None and info.backend != "onnxruntime":
-            raise InputError("Only ONNX Runtime has accuracy levels.", "Choose accuracy level 0.")
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family = load_family(folder, manifest.model_type)
         processor = family.load_processor(str(folder))
@@ -146,9 +152,16 @@ class VisionLanguageEngine:
         return answers
 
     def logits(self, encoded: Encoded) -> np.ndarray:
-        """Logits float32 `[batch, sequence, vocabulary]` of every position of a batch, teacher-forced."""
+        """Logits float32 `[batch, sequence, vocabulary]` of every position of a batch, teacher-forced.
+
+        Raises:
+            InputError: If the batch is longer than the model's context.
+            NumericalError: If logits are not finite, other than on padding.
+        """
         self.check_length(encoded, 0)
-        return self.prefill(encoded, self.features(encoded))[0]
+        logits = self.prefill(encoded, self.features(encoded))[0]
+        check_finite(logits[encoded.attention_mask.astype(bool)], "The logits of the engine")
+        return logits
 
     def next_tokens(self, logits: np.ndarray, state: Decoding) -> np.ndarray:
         """The tokens `[batch]` int64 that follow: the most likely ones after the manifest's generation settings.

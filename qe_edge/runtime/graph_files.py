@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from qe_edge.errors import ArtifactError
 from qe_edge.integrity import check_inside
+from qe_edge.models.texts import shortened
 
 MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message; weights lie beside it
 DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
@@ -81,7 +82,7 @@ def check_graph_file(folder: Path, file: str) -> onnx.ModelProto:
 def _announced_bytes(path: Path, tensor: TensorProto) -> int | None:
     """Bytes of a tensor by its type and shape; None for strings."""
     if any(size < 0 for size in tensor.dims):
-        raise _wrong(path, tensor, f"has the shape {list(tensor.dims)}")
+        raise _wrong(path, tensor, f"has the shape {_shape(tensor)}")
     if tensor.data_type == TensorProto.STRING:
         return None
     if tensor.data_type not in BITS:
@@ -96,14 +97,14 @@ def _place(path: Path, tensor: TensorProto, size: int | None) -> tuple[int, int]
     if len(entries) != len(tensor.external_data) or tensor.data_location != TensorProto.EXTERNAL:
         raise _wrong(path, tensor, "has no clear place outside the graph")
     if location != wanted:
-        raise _wrong(path, tensor, f"lies in '{location}', and only '{wanted}' in the same folder is read")
+        raise _wrong(path, tensor, f"lies in '{shortened(location)}', and only '{wanted}' in the same folder is read")
     numbers = {key: entries.get(key, "0") for key in ("offset", "length")}
     for key, text in numbers.items():
         if not (text.isascii() and text.isdecimal() and len(text) < 19):
-            raise _wrong(path, tensor, f"has the {key} '{text}'")
+            raise _wrong(path, tensor, f"has the {key} '{shortened(text)}'")
     start, length = int(numbers["offset"]), int(numbers["length"])
     if size is None or length != size or tensor.raw_data:
-        raise _wrong(path, tensor, f"announces {length} bytes outside the graph and has the shape {list(tensor.dims)}")
+        raise _wrong(path, tensor, f"announces {length} bytes outside the graph and has the shape {_shape(tensor)}")
     return start, start + length
 
 
@@ -111,7 +112,7 @@ def _check_inline(path: Path, tensor: TensorProto, size: int | None) -> None:
     """Data in the graph itself: bytes, or a list of one type."""
     if tensor.HasField("raw_data"):
         if size != len(tensor.raw_data):
-            raise _wrong(path, tensor, f"has {len(tensor.raw_data)} bytes and the shape {list(tensor.dims)}")
+            raise _wrong(path, tensor, f"has {len(tensor.raw_data)} bytes and the shape {_shape(tensor)}")
         return
     field = next((field for field, types in TYPED.items() if tensor.data_type in types), "int32_data")
     elements = prod(tensor.dims)
@@ -120,7 +121,7 @@ def _check_inline(path: Path, tensor: TensorProto, size: int | None) -> None:
     if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
         wanted = {(elements + 1) // 2}
     if values not in wanted:
-        raise _wrong(path, tensor, f"has {values} values and the shape {list(tensor.dims)}")
+        raise _wrong(path, tensor, f"has {values} values and the shape {_shape(tensor)}")
 
 
 def _tensors(message: Message) -> Iterator[TensorProto]:
@@ -136,7 +137,11 @@ def _tensors(message: Message) -> Iterator[TensorProto]:
 
 
 def _wrong(path: Path, tensor: TensorProto, what: str) -> ArtifactError:
-    return ArtifactError(f"'{path}' is damaged: its tensor '{tensor.name}' {what}.", REMEDY)
+    return ArtifactError(f"'{path}' is damaged: its tensor '{shortened(tensor.name)}' {what}.", REMEDY)
+
+
+def _shape(tensor: TensorProto) -> str:
+    return shortened(str(list(tensor.dims)))
 
 
 def _line(error: Exception) -> str:

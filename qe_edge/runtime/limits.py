@@ -6,12 +6,10 @@ picture grows with their square. ONNX Runtime needs no limits, it takes any size
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from qe_edge.errors import InputError, QENotice
+from qe_edge.errors import InputError
 from qe_edge.models.family import Encoded
 from qe_edge.runtime.manifest import GraphEntry, Manifest, Size
 
@@ -56,22 +54,7 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
     Raises:
         InputError: If the model has no such limit, or a limit is above the model's context or contradicts another.
     """
-    found = limits_of(manifest)
-    for name in ("patches", "tiles"):
-        if getattr(wanted, name) is not None and getattr(found, name) is None:
-            raise InputError(f"A '{manifest.model_type}' model has no {name}.", f"Leave --max-{name} out.")
-    batch, context = wanted.batch or found.batch or 1, wanted.context or found.context or 1
-    prompt = wanted.prompt or min(found.prompt or 1, context)
-    if context > manifest.max_context:
-        raise InputError(
-            f"The model attends to {manifest.max_context} tokens, {context} are asked for.", "Lower --max-context."
-        )
-    if prompt > context:
-        raise InputError(
-            f"A prompt of {prompt} tokens does not fit into a context of {context}.", "Raise --max-context as well."
-        )
-    if context < 2:
-        raise InputError("A context of 1 token leaves no room for an answer.", "Raise --max-context.")
+    batch, context, prompt = resolve_limits(wanted, limits_of(manifest), manifest.model_type, manifest.max_context)
     graphs = dict(manifest.graphs)
     sizes = {"prefill": (batch, prompt, 0), "decode": (batch, 1, context - 1)}
     profiles = {
@@ -90,6 +73,36 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
         default = {key: _capped(triple, (pictures, *triple[2][1:])) for key, triple in shapes.items()}
         graphs[name] = _with_profiles(graphs[name], {"default": default})
     return manifest.model_copy(update={"graphs": graphs})
+
+
+def resolve_limits(
+    wanted: EngineLimits, present: EngineLimits, model_type: str, max_context: int
+) -> tuple[int, int, int]:
+    """Largest batch, context and prompt.
+
+    Args:
+        wanted: What is asked for.
+        present: What holds without it.
+        model_type: The model's, for messages.
+        max_context: Tokens that the model attends to.
+
+    Raises:
+        InputError: If the model has no such limit, or a limit is above the model's context or contradicts another.
+    """
+    for name in ("patches", "tiles"):
+        if getattr(wanted, name) is not None and getattr(present, name) is None:
+            raise InputError(f"A '{model_type}' model has no {name}.", f"Leave --max-{name} out.")
+    batch, context = wanted.batch or present.batch or 1, wanted.context or present.context or 1
+    prompt = wanted.prompt or min(present.prompt or 1, context)
+    if context > max_context:
+        raise InputError(f"The model attends to {max_context} tokens, {context} are asked for.", "Lower --max-context.")
+    if prompt > context:
+        raise InputError(
+            f"A prompt of {prompt} tokens does not fit into a context of {context}.", "Raise --max-context as well."
+        )
+    if context < 2:
+        raise InputError("A context of 1 token leaves no room for an answer.", "Raise --max-context.")
+    return batch, context, prompt
 
 
 def check_limits(limits: EngineLimits, encoded: Encoded, max_new_tokens: int) -> None:
@@ -128,26 +141,6 @@ def describe_limits(manifest: Manifest) -> str:
     if limits.tiles is not None:
         parts.append(f"pictures of {limits.tiles} tiles")
     return f"These engines take up to {', '.join(parts)}."
-
-
-def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa: ANN401 - transformers' own classes
-    """A notice where the model's image processor makes larger pictures than the engines take."""
-    limits = limits_of(manifest)
-    if limits.patches is not None:
-        pixels, name = image_processor.size["longest_edge"], "patches"
-        largest, most = pixels // image_processor.patch_size**2, limits.patches
-    elif limits.tiles is not None:
-        tiles, name = image_processor.max_patches, "tiles"
-        largest, most = tiles + (tiles > 1), limits.tiles
-    else:
-        return
-    if largest > most:
-        warnings.warn(
-            f"The model's image processor makes pictures of up to {largest} {name}, these engines take {most}: "
-            f"larger pictures are refused; --max-{name} raises the limit.",
-            QENotice,
-            stacklevel=2,
-        )
 
 
 def _has_patches(manifest: Manifest) -> bool:

@@ -56,7 +56,7 @@ def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], Non
     engine = VisionLanguageEngine.load(
         request.model,
         accuracy_level=request.accuracy_level,
-        threads=request.threads,
+        threads=request.threads if request.runtime == "onnxruntime" else None,
         plugin_library=Path(request.plugin_library) if request.plugin_library else None,
     )
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qe_edge.accounting import FileSize, ModelBits
+from qe_edge.accounting import Amount, Count, FileSize, ModelBits
 
 REPORT_VERSION: Literal[2] = 2
 
 Split = Literal["calibration", "heldout"]
 Role = Literal["original", "quantized", "engine"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[list[Share], Field(max_length=1024)]  # of experts
 
 
 class Part(BaseModel):
     """Base of every part of the report; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Machine(Part):
@@ -33,8 +35,8 @@ class Machine(Part):
 
     system: str
     processor: str
-    cores: int
-    memory_bytes: int
+    cores: Count
+    memory_bytes: Count
     libraries: dict[str, str]
 
 
@@ -49,8 +51,8 @@ class EvaluationData(Part):
     """
 
     source: str
-    samples: int
-    kinds: dict[str, int]
+    samples: Count
+    kinds: dict[str, Count]
     sha256: str
 
 
@@ -64,10 +66,10 @@ class TokenErrors(Part):
         tokens: Number of tokens measured.
     """
 
-    all: float | None
-    vision: float | None
-    text: float | None
-    tokens: int
+    all: Amount | None
+    vision: Amount | None
+    text: Amount | None
+    tokens: Count
 
 
 class LayerErrors(Part):
@@ -111,11 +113,11 @@ class RoutingLoad(Part):
         text: Over text tokens, or None.
     """
 
-    layers: list[str]
+    layers: Annotated[list[str], Field(min_length=1)]
     group: str
-    all: list[float]
-    vision: list[float] | None
-    text: list[float] | None
+    all: Annotated[Shares, Field(min_length=1)]
+    vision: Shares | None
+    text: Shares | None
 
 
 class Accuracy(Part):
@@ -126,8 +128,14 @@ class Accuracy(Part):
         total: Questions of every kind.
     """
 
-    correct: dict[str, int]
-    total: dict[str, int]
+    correct: dict[str, Count]
+    total: dict[str, Count]
+
+    @model_validator(mode="after")
+    def _check(self) -> Accuracy:
+        if any(right > self.total.get(kind, 0) for kind, right in self.correct.items()):
+            raise ValueError("more answers are right than there are questions")
+        return self
 
     def share(self, kind: str | None = None) -> float | None:
         """Accuracy on one kind of question, or on all; None if there is no such question."""
@@ -146,8 +154,8 @@ class Distance(Part):
     """
 
     kl: float | None
-    top1: float | None
-    positions: int
+    top1: Share | None
+    positions: Count
 
 
 class Contender(Part):
@@ -169,7 +177,7 @@ class Contender(Part):
     shuffled: Accuracy | None
     answer_tokens: Distance | None
     text_tokens: Distance | None
-    size: int | None
+    size: Count | None
 
 
 class EngineAgreement(Part):
@@ -180,8 +188,8 @@ class EngineAgreement(Part):
         logits_error: Relative error of the logits `||l_e - l_q||_F / ||l_q||_F`.
     """
 
-    same_answers: float
-    logits_error: float
+    same_answers: Share
+    logits_error: Amount
 
 
 class Timing(Part):
@@ -194,10 +202,10 @@ class Timing(Part):
         repeats: Number of measurements.
     """
 
-    median: float
-    lower: float
-    upper: float
-    repeats: int
+    median: Amount
+    lower: Amount
+    upper: Amount
+    repeats: Count
 
 
 class Latency(Part):
@@ -215,9 +223,16 @@ class Latency(Part):
     runtime: str
     setting: str
     steps: dict[str, Timing]
-    prompt_tokens: int
-    threads: int
-    peak_bytes: int
+    prompt_tokens: Count
+    threads: Count
+    peak_bytes: Count
+
+    @model_validator(mode="after")
+    def _check(self) -> Latency:
+        missing = sorted({"first_token", "decode"} - self.steps.keys())
+        if missing:
+            raise ValueError(f"the step '{missing[0]}' is missing")
+        return self
 
 
 class Answer(Part):
@@ -263,9 +278,9 @@ class TargetState(Part):
     """
 
     name: str
-    size: int
+    size: Count
     validated: bool
-    plugin_nodes: int = 0
+    plugin_nodes: Count = 0
 
 
 class Artifact(Part):
@@ -324,10 +339,23 @@ class Report(Part):
     routing: list[RoutingLoad]
     contenders: list[Contender]
     engine: EngineAgreement | None
-    latency: list[Latency]
+    latency: Annotated[list[Latency], Field(max_length=64)]
     targets: list[TargetState]
     examples: list[Example]
     notes: list[str]
+
+    @model_validator(mode="after")
+    def _check(self) -> Report:
+        modules = self.recipe.get("modules")
+        names = [self.recipe.get("method"), self.recipe.get("scheme"), *(modules if isinstance(modules, list) else [0])]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("the recipe has no method, scheme and modules")
+        roles = [row.role for row in self.contenders]
+        if roles[:2] != ["original", "quantized"] or len(roles) != len(set(roles)):
+            raise ValueError("the contenders are not the original, the quantized model and an engine")
+        if any(not layer.bits.weights for layer in self.bits.layers):
+            raise ValueError("a quantized layer has no weights")
+        return self
 
     def contender(self, role: Role) -> Contender | None:
         """The row of one model."""

@@ -15,6 +15,7 @@ from qe_edge.errors import ArtifactError, InputError
 from qe_edge.export import plugin_check
 from qe_edge.fingerprints import model_fingerprint
 from qe_edge.recipe import make_recipe
+from qe_edge.runtime.limits import EngineLimits
 from tests.cli.running import Outcome, Run
 
 RECIPE = make_recipe(method="rtn", calibration={"samples": 2})
@@ -26,6 +27,7 @@ class Stages:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[str] = []
         self.libraries: dict[str, Path | None] = {}
+        self.limits: dict[str, object] = {}
         self.fail_in = ""
         monkeypatch.setattr(deployment, "quantize_to_folder", lambda _m, _r, out, **_k: self._folder("quantize", out))
         for module, attributes in {
@@ -34,6 +36,8 @@ class Stages:
                 "check_decoding": lambda _source: None,
             },
             "qe_edge.export.build": {"build_engines": self._build},
+            "qe_edge.runtime.manifest": {"read_manifest": lambda _folder: "manifest"},
+            "qe_edge.runtime.picture_limits": {"tell_limits": lambda *words: words[-1](f"limits of {words[1]}")},
             "qe_edge.validate": {"validate": lambda *_a, **_k: "report"},
             "qe_edge.report": {"write_report": self._report, "load_report": lambda path: path.read_text()},
         }.items():
@@ -41,6 +45,9 @@ class Stages:
             stand_in.__dict__.update(attributes)
             monkeypatch.setitem(sys.modules, module, stand_in)
         monkeypatch.setattr(deployment, "check_targets", list)
+        monkeypatch.setattr(
+            "qe_edge.runtime.limits.with_limits", lambda manifest, wanted: f"{manifest}, {wanted.batch}"
+        )
 
     def _folder(self, stage: str, out: Path) -> None:
         if stage == self.fail_in:
@@ -48,8 +55,9 @@ class Stages:
         out.mkdir(parents=True, exist_ok=True)
         self.ran.append(stage)
 
-    def _build(self, _onnx: Path, out: Path, target: str, plugin_library: Path | None, **_others: object) -> None:
+    def _build(self, _onnx: Path, out: Path, target: str, plugin_library: Path | None, **others: object) -> None:
         self.libraries[target] = plugin_library
+        self.limits[target] = others["limits"]
         self._folder(target, out)
 
     def _report(self, report: str, path: Path, page: Path) -> None:
@@ -138,6 +146,39 @@ def test_only_targets_that_take_the_plugin_are_built_with_it(
     deploy("demo", out, RECIPE, ["cpu", "rtx"], resume=True)
     assert stages.take() == ["rtx", "report"]
     assert stages.libraries == {"cpu": None, "rtx": None}
+
+
+def test_limits_are_for_the_engines_of_gpus(stages: Stages, tmp_path: Path) -> None:
+    lines: list[str] = []
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], limits=EngineLimits(batch=2), announce=lines.append)
+    assert stages.limits == {"cpu": None, "rtx": EngineLimits(batch=2)}
+    assert [line for line in lines if line.startswith("limits")] == ["limits of manifest, 2"]
+    stages.take()
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], limits=EngineLimits(batch=2), resume=True)
+    assert stages.take() == []
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], limits=EngineLimits(batch=3), resume=True)
+    assert stages.take() == ["rtx", "report"]
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], limits=EngineLimits(), resume=True)
+    assert stages.take() == ["rtx", "report"]
+    deploy("demo", tmp_path, RECIPE, ["cpu", "rtx"], resume=True)
+    assert stages.take() == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (EngineLimits(tiles=3), "A 'qwen2_vl' model has no tiles"),
+        (EngineLimits(context=1 << 20), "1048576 are asked for"),
+        (EngineLimits(prompt=60, context=40), "does not fit into a context of 40"),
+    ],
+)
+def test_limits_that_the_model_cannot_have_are_found_first(
+    stages: Stages, tmp_path: Path, limits: EngineLimits, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        deploy("demo", tmp_path / "out", RECIPE, ["rtx"], limits=limits)
+    assert stages.take() == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_model_fingerprint_follows_every_file(model: Path) -> None:

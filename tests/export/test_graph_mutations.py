@@ -103,6 +103,7 @@ def set_attribute(node: onnx.NodeProto, name: str, value: object) -> None:
     [
         (lambda m: put(weight(m, ".qweight"), "location", "../visual.onnx.data"), "lies in '../visual.onnx.data', and"),
         (lambda m: put(weight(m, ".qweight"), "location", "/etc/hostname"), "lies in '/etc/hostname', and only"),
+        (lambda m: put(weight(m, ".qweight"), "location", "w" * 9000), "lies in '" + "w" * 199 + "…', and only"),
         (lambda m: put(weight(m, ".qweight"), "location", "merger.onnx.data"), "lies in 'merger.onnx.data', and only"),
         (lambda m: put(weight(m, ".qweight"), "location", "embedding.safetensors"), "and only 'visual.onnx.data' in"),
         (lambda m: put(weight(m, ".qweight"), "offset", "-4096"), "has the offset '-4096'"),

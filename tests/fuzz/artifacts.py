@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +18,10 @@ def _prepare_onnx(folder: Path, sound: Mapping[str, Path]) -> None:
     from qe_edge.export.exporter import export_model
 
     export_model(sound["checkpoint"] / "checkpoint", folder / "onnx")
+
+
+def _copy(name: str) -> Callable[[Path, Mapping[str, Path]], object]:
+    return lambda folder, sound: shutil.copytree(sound[name] / name, folder / name)
 
 
 def _prepare_engines(folder: Path, sound: Mapping[str, Path]) -> None:
@@ -37,10 +41,6 @@ def _run(folder: Path) -> str:
     return digest(engine.generate_ids(encoded, 3), logits)
 
 
-def _copy_onnx(folder: Path, sound: Mapping[str, Path]) -> None:
-    shutil.copytree(sound["onnx"] / "onnx", folder / "onnx")
-
-
 def _build(folder: Path) -> str:
     """`build` for the CPU, and for TensorRT-RTX up to its builder."""
     from qe_edge.export.build import build_engines
@@ -57,13 +57,15 @@ def _build(folder: Path) -> str:
 
 def _prepare_embedding(folder: Path, sound: Mapping[str, Path]) -> None:
     shutil.copy(sound["onnx"] / "onnx" / "embedding.safetensors", folder / "embedding.safetensors")
-    shutil.copy(sound["onnx"] / "onnx" / "manifest.json", folder / "manifest.json")
+    manifest = json.loads((sound["onnx"] / "onnx" / "manifest.json").read_text(encoding="utf-8"))
+    sizes = {name: manifest[name] for name in ("vocab_size", "hidden_size")}  # no hash: the reader itself is tried
+    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def _read_embedding(folder: Path) -> str:
     from qe_edge.runtime.embedding import TokenEmbedding
 
-    sizes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
     embedding = TokenEmbedding(folder, sizes["vocab_size"], sizes["hidden_size"])
     embedding(np.array([[0, 1, sizes["vocab_size"] - 1]]))
     return ""
@@ -86,10 +88,17 @@ def _predict(folder: Path) -> str:
     return digest(repr(predict(request)))
 
 
+RUN, BUILT = ("onnx/*", "onnx/*.onnx"), ("onnx/*.onnx", "onnx/manifest.json", "onnx/*")
 TARGETS = (
-    Target("onnx", _prepare_onnx, lambda at: _run(at / "onnx"), ("onnx/*", "onnx/*.onnx"), after="checkpoint"),
+    Target("onnx", _prepare_onnx, lambda at: _run(at / "onnx"), RUN, after="checkpoint"),
     Target("engines", _prepare_engines, lambda at: _run(at / "engines"), ("engines/*",), after="onnx"),
-    Target("build", _copy_onnx, _build, ("onnx/*.onnx", "onnx/manifest.json", "onnx/*"), after="onnx"),
+    Target("build", _copy("onnx"), _build, BUILT, after="onnx"),
+    Target("onnx-sealed", _copy("onnx"), lambda at: _run(at / "onnx"), RUN, after="onnx", sealed="onnx"),
+    Target(
+        "engines-sealed", _copy("engines"), lambda at: _run(at / "engines"), ("engines/*", "engines/*.json"),
+        after="engines", sealed="engines",
+    ),
+    Target("build-sealed", _copy("onnx"), _build, BUILT, after="onnx", sealed="onnx"),
     Target("embedding", _prepare_embedding, _read_embedding, ("*.safetensors",), after="onnx"),
     Target("prediction", _prepare_prediction, _predict, ("config.json",), after="model-qwen2-vl"),
-)
+)  # fmt: skip

@@ -24,6 +24,8 @@ class Target:
         judge: What is wrong with a change that is accepted, from what `read` finds in the sound files and in the
             changed ones; "" if nothing is.
         repairs: Whether a file that is not as its hash says may be made again instead of being refused.
+        sealed: Folder whose hashes are made those of the changed files, as a stranger who knows the format can; "" for
+            none.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Target:
     after: str = ""
     judge: Callable[[str, str], str] = lambda _sound, _found: ""
     repairs: bool = False
+    sealed: str = ""
 
 
 class SilentSuccessError(Exception):

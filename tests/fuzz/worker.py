@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from types import TracebackType
 from qe_edge.errors import QEError
 from tests.fuzz.mutations import change_file
 from tests.fuzz.target import SilentSuccessError, Target
+from tests.sealing import seal
 
 MEMORY = 3 * 2**30  # bytes over what the process has when it begins
 CPU_SECONDS, WALL_SECONDS = 20, 60
@@ -131,9 +133,11 @@ def _in_child(target: Target, sound: Path, work: Path, seed: int, case: int, exp
         path = rng.choice([path for path in rng.choice([paths for paths in choices if paths]) if path.is_file()])
         before = path.read_bytes()
         change = change_file(path, rng)
-        sealed = (
-            not target.repairs and _is_sealed(work, before) and not (path.is_file() and path.read_bytes() == before)
-        )
+        if target.sealed:
+            with suppress(OSError, ValueError, TypeError, LookupError, RecursionError):  # a manifest that is none
+                seal(work / target.sealed)
+        changed = not (path.is_file() and path.read_bytes() == before)
+        sealed = not target.repairs and changed and _is_sealed(work, before)
     work.with_name(f"{work.name}.change").write_text(change, encoding="utf-8")
     size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))

@@ -70,6 +70,12 @@ GROWING = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 40}
         ("tokenizer_config.json", _put(model_max_length=-1), "Key 'model_max_length' of", "Copy"),
         ("tokenizer_config.json", _put(added_tokens_decoder={"x": {}}), "added_tokens_decoder", "Copy"),
         ("tokenizer_config.json", _put(extra_special_tokens=3), "cannot be used", "Copy"),
+        (
+            "tokenizer_config.json",
+            _put(fast_tokenizer_files=["../tokenizer.4.0.0.json"]),
+            "names other files to read with 'fast_tokenizer_files'",
+            "Remove that key",
+        ),
         ("tokenizer_config.json", _put(convert_tokens_to_ids=1), "is no setting", "Copy"),
     ],
 )

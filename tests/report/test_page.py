@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,3 +168,38 @@ def test_a_file_that_is_no_report(tmp_path: Path, content: str, words: str) -> N
     assert caught.value.remedy == "Validate again."
     with pytest.raises(ArtifactError, match="There is no report"):
         load_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("latency.0.steps", {}, "latency.0: the step 'decode' is missing"),
+        ("latency.0.steps.decode.median", -1, "steps.decode.median"),
+        ("latency.0.steps.decode.median", "Infinity", "steps.decode.median"),
+        ("recipe.modules", ["language", 0.5], "the recipe has no method, scheme and modules"),
+        ("latency.0.setting", "\ud800", "holds half a surrogate pair"),
+        ("recipe.modules", None, "the recipe has no method, scheme and modules"),
+        ("contenders", [], "the contenders are not the original"),
+        ("contenders.0.role", "engine", "the contenders are not the original"),
+        ("contenders.1.accuracy.correct.open", 51, "more answers are right than there are questions"),
+        ("routing.0.all", [], "routing.0.all"),
+        ("routing.0.vision", [4.0], "routing.0.vision.0"),
+        ("routing.1.layers", [], "routing.1.layers"),
+        ("bits.layers.0.bits.weights", 0, "a quantized layer has no weights"),
+        ("bits.parameters", 0, "bits.parameters"),
+        ("layers.0.heldout.all", 1e300, "layers.0.heldout.all"),
+        ("machine.memory_bytes", 10**400, "machine.memory_bytes"),
+    ],
+)
+def test_values_that_no_page_can_show(report: Report, tmp_path: Path, place: str, value: object, words: str) -> None:
+    path = tmp_path / "report.json"
+    table = report.model_dump(mode="json")
+    *parents, last = [int(part) if part.isdigit() else part for part in place.split(".")]
+    node: Any = table
+    for part in parents:
+        node = node[part]
+    node[last] = value
+    path.write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=re.escape(words)) as caught:
+        load_report(path)
+    assert caught.value.remedy == "Validate again."

@@ -10,8 +10,8 @@ import pytest
 
 from qe_edge.checkpoint import load_quantized
 from qe_edge.errors import InputError, NumericalError
-from qe_edge.models.family import Sample
-from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.models.family import Encoded, Sample
+from qe_edge.runtime.engine import Decoding, VisionLanguageEngine
 from qe_edge.validate.subjects import TorchSubject, in_float32
 from tests.conftest import Exported
 
@@ -118,6 +118,29 @@ def test_logits_that_are_not_finite(engine: VisionLanguageEngine, held_out: list
     logits[0, -1, 4] = np.nan
     with pytest.raises(NumericalError, match="The logits of the engine are not finite"):
         engine.next_tokens(logits, state)
+
+
+def test_teacher_forced_logits_that_are_not_finite(
+    exported: Exported, held_out: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = VisionLanguageEngine.load(exported.onnx, threads=1)
+    encoded = engine.encode(held_out[:2])
+    prefill = engine.prefill
+
+    def poisoned(row: int, position: int) -> np.ndarray:
+        def run(batch: Encoded, features: np.ndarray | None) -> tuple[np.ndarray, Decoding]:
+            logits, state = prefill(batch, features)
+            logits[row, position, 4] = np.inf
+            return logits, state
+
+        monkeypatch.setattr(engine, "prefill", run)
+        return engine.logits(encoded)
+
+    padded = int(encoded.attention_mask[:, 0].argmin())
+    assert encoded.attention_mask[padded, 0] == 0
+    assert np.isinf(poisoned(padded, 0)).any()
+    with pytest.raises(NumericalError, match="The logits of the engine are not finite"):
+        poisoned(1 - padded, 3)
 
 
 def test_answers_end_and_have_a_limit(engine: VisionLanguageEngine, held_out: list[Sample]) -> None:

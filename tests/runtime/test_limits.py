@@ -9,15 +9,16 @@ import pytest
 
 from qe_edge.errors import InputError, QENotice
 from qe_edge.models.family import Encoded
+from qe_edge.runtime.engine import load_family
 from qe_edge.runtime.limits import (
     EngineLimits,
     check_limits,
     describe_limits,
     limits_of,
-    warn_of_pictures,
     with_limits,
 )
 from qe_edge.runtime.manifest import Manifest, read_manifest
+from qe_edge.runtime.picture_limits import describe_pictures, tell_limits, warn_of_pictures
 from tests.conftest import Exported
 
 
@@ -81,3 +82,33 @@ def test_pictures_that_the_model_makes_and_the_engine_refuses(manifest: Manifest
     pictures = SimpleNamespace(size={"longest_edge": 14 * 14 * 20000}, patch_size=14)
     with pytest.warns(QENotice, match=r"up to 20000 patches.*--max-patches"):
         warn_of_pictures(manifest, pictures)
+
+
+@pytest.mark.parametrize(
+    ("limits", "line"),
+    [
+        (EngineLimits(), "A picture of 1920 x 1080 fits."),
+        (EngineLimits(patches=5000), "A picture of 1280 x 720 fits, 1920 x 1080 does not fit."),
+        (EngineLimits(prompt=100), "A picture of 640 x 480 does not fit."),
+        (EngineLimits(context=420, prompt=420), "A picture of 640 x 480 does not fit."),  # 64 are for the answer
+    ],
+)
+def test_camera_pictures_are_named(exported: Exported, manifest: Manifest, limits: EngineLimits, line: str) -> None:
+    family = load_family(exported.onnx, manifest.model_type)
+    processor = family.load_processor(str(exported.onnx))
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 16384}
+    roomy = family.config.get_text_config()
+    roomy.max_position_embeddings = 4096
+    manifest = with_limits(manifest.model_copy(update={"max_context": 4096}), EngineLimits(context=4096, prompt=4096))
+    assert describe_pictures(with_limits(manifest, limits), family, processor) == line
+
+
+def test_what_is_said_of_a_folder(exported: Exported, manifest: Manifest) -> None:
+    lines: list[str] = []
+    tell_limits(exported.onnx, manifest, lines.append)
+    assert len(lines) == 1
+    assert lines[0].startswith(describe_limits(manifest))
+    assert " x " in lines[0]
+    lines.clear()
+    tell_limits(exported.onnx, manifest.model_copy(update={"image_token_id": None}), lines.append)
+    assert lines == [describe_limits(manifest)]

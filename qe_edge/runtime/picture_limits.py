@@ -1,0 +1,80 @@
+"""What the limits of engines mean for pictures: which sizes of cameras fit, and what the model would make larger."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qe_edge.errors import InputError, QENotice
+from qe_edge.models.family import ModelFamily, Sample
+from qe_edge.runtime.engine import load_family
+from qe_edge.runtime.limits import check_limits, describe_limits, limits_of
+
+if TYPE_CHECKING:
+    from qe_edge.runtime.manifest import Manifest
+
+CAMERAS = ((640, 480), (1280, 720), (1920, 1080))  # width and height, from small to large
+QUESTION, ANSWER = "What is this?", 64  # of the example; tokens of its answer
+
+
+def tell_limits(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
+    """Say what engines take, and warn where the model's image processor makes more than that.
+
+    Args:
+        folder: Folder of exported graphs.
+        manifest: Its manifest, with the limits that engines are to have.
+        say: Receives one line.
+
+    Raises:
+        ArtifactError: If the folder's configuration is missing or damaged.
+    """
+    line = describe_limits(manifest)
+    if manifest.image_token_id is None:
+        say(line)
+        return
+    family = load_family(folder, manifest.model_type)
+    processor = family.load_processor(str(folder))
+    say(f"{line} {describe_pictures(manifest, family, processor)}")
+    warn_of_pictures(manifest, processor.image_processor)
+
+
+def describe_pictures(manifest: Manifest, family: ModelFamily, processor: Any) -> str:  # noqa: ANN401
+    """Which of a camera's usual pictures engines take with a short question and its answer."""
+    fitting = [size for size in CAMERAS if _fits(manifest, family, processor, size)]
+    refused = [size for size in CAMERAS if size not in fitting]
+    parts = [f"{max(fitting)[0]} x {max(fitting)[1]} fits"] if fitting else []
+    parts += [f"{min(refused)[0]} x {min(refused)[1]} does not fit"] if refused else []
+    return f"A picture of {', '.join(parts)}."
+
+
+def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa: ANN401 - transformers' own classes
+    """A notice where the model's image processor makes larger pictures than the engines take."""
+    limits = limits_of(manifest)
+    if limits.patches is not None:
+        pixels, name = image_processor.size["longest_edge"], "patches"
+        largest, most = pixels // image_processor.patch_size**2, limits.patches
+    elif limits.tiles is not None:
+        tiles, name = image_processor.max_patches, "tiles"
+        largest, most = tiles + (tiles > 1), limits.tiles
+    else:
+        return
+    if largest > most:
+        warnings.warn(
+            f"The model's image processor makes pictures of up to {largest} {name}, these engines take {most}: "
+            f"larger pictures are refused; --max-{name} raises the limit.",
+            QENotice,
+            stacklevel=2,
+        )
+
+
+def _fits(manifest: Manifest, family: ModelFamily, processor: Any, size: tuple[int, int]) -> bool:  # noqa: ANN401
+    from PIL import Image
+
+    try:
+        encoded = family.encode(processor, [Sample(Image.new("RGB", size), QUESTION)])
+        check_limits(limits_of(manifest), encoded, ANSWER)
+    except InputError:  # beyond the model's own context, or beyond the engine's limits
+        return False
+    return True
