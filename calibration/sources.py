@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from qe_edge.calibration.captions import is_caption_source, load_captions
 from qe_edge.calibration.folders import read_folder
 from qe_edge.calibration.lines import read_line
-from qe_edge.errors import CalibrationError
+from qe_edge.errors import CalibrationError, CommonNotice
 from qe_edge.models.batching import naming
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import is_file, open_image
@@ -24,7 +25,7 @@ SEEING = ("visual", "merger")  # parts of a model that read nothing but pictures
 MAX_LINE = 1 << 20  # characters
 
 
-def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[Sample]:
+def load_samples(source: str, count: int | None = None, seed: int = 0, *, asked: bool = True) -> list[Sample]:
     """Draw samples from a source.
 
     Args:
@@ -32,6 +33,7 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
             `qe_edge.calibration.folders`), or public captions (see `qe_edge.calibration.captions`).
         count: How many to draw without replacement; None or more than there are takes all, in order.
         seed: Seed of the draw.
+        asked: Whether a user asked for this number; a notice says if there are fewer.
 
     Raises:
         CalibrationError: If the source is missing, empty or malformed.
@@ -41,7 +43,7 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
 
         samples = read_jsonl(calibration_path())
     elif is_caption_source(source):
-        return load_captions(source, count, seed)
+        samples = load_captions(source, count, seed)
     else:
         samples = _read_path(source)
     if not samples:
@@ -49,6 +51,13 @@ def load_samples(source: str, count: int | None = None, seed: int = 0) -> list[S
     if count is not None and count < len(samples):
         chosen = np.random.default_rng(seed).choice(len(samples), count, replace=False)
         samples = [samples[index] for index in sorted(chosen)]
+    if asked and count is not None and count > len(samples):
+        warnings.warn(
+            f"{count} calibration samples were asked for; '{shortened(source)}' holds {len(samples)}, and all are "
+            "taken.",
+            CommonNotice,
+            stacklevel=2,
+        )
     return samples
 
 

@@ -141,7 +141,8 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     layout = Layout(out)
     with nullcontext() if locked else hold_deployment(out):
         check_deployment_folder(out)
-        samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+        drawn = recipe.calibration
+        samples = load_samples(drawn.source, drawn.samples, recipe.seed, asked=drawn.asks)
         questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found at once
         if plugins:
             _check_layers(plugins, model, recipe, samples)

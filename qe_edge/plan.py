@@ -26,7 +26,7 @@ from qe_edge.models.configuration import load_family
 from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.loading import shapes_only
-from qe_edge.preflight import check_modules
+from qe_edge.preflight import check_modules, note_groups
 from qe_edge.quantizer import BATCH
 from qe_edge.recipe import Recipe
 from qe_edge.sizes import empty_linear
@@ -101,6 +101,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     blocks = family.blocks(model)
     check_modules(blocks, recipe.modules)
     blocks = [block for block in blocks if block.group in recipe.modules]
+    note_groups(blocks, recipe.grids)
     method = recipe.build_method()
     linears: dict[str, QELinear] = {}
     adapters: dict[str, AdapterSize] = {}
@@ -149,11 +150,10 @@ def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
     from qe_edge.export.plugin_check import LayerForm
 
     scheme = recipe.get_scheme()
-    grids = scheme.budget_grids() if recipe.budget else [scheme.weight]
     forms = []
     for layer in plan.layers:
         routed = layer.adapter.experts > 1
-        for grid in grids:
+        for grid in recipe.grids:
             group = grid.resolve_group(layer.in_features)
             forms.append(
                 LayerForm(

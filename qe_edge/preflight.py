@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from qe_edge.errors import NumericalError, RecipeError
-from qe_edge.grids import WeightGrid
+from qe_edge.errors import CommonNotice, NumericalError, RecipeError
+from qe_edge.grids import PER_CHANNEL, WeightGrid
 from qe_edge.groups import linear_groups
 from qe_edge.magnitudes import check_weight
 from qe_edge.models.family import Block
@@ -28,6 +31,32 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
         raise RecipeError(
             f"The model has no {missing[0]} module.", f"Choose among those that it has: --modules {','.join(present)}."
         )
+
+
+def note_groups(blocks: Sequence[Block], grids: Iterable[WeightGrid]) -> None:
+    """Say which linear layers get other groups than a grid asks for, because their width is no multiple of them.
+
+    Args:
+        blocks: Blocks whose linear layers are going to be quantized.
+        grids: Number grids that their weights may get.
+    """
+    widths: dict[int, set[str]] = defaultdict(set)
+    for block in blocks:
+        for group in linear_groups(block, ()):
+            names = {re.sub(r"\.\d+\.", ".*.", name) for name in group.names}
+            widths[group.linears[0].in_features] |= names
+    for size in dict.fromkeys(grid.group_size for grid in grids if grid.group_size != PER_CHANNEL):
+        for width, names in sorted(widths.items()):
+            found = WeightGrid(4, size).resolve_group(width)
+            if found == min(size, width):
+                continue
+            instead = "one scale per output channel" if found == PER_CHANNEL else f"groups of {found}"
+            warnings.warn(
+                f"Inputs of width {width} are no multiple of groups of {size}; {', '.join(sorted(names))} get "
+                f"{instead}.",
+                CommonNotice,
+                stacklevel=2,
+            )
 
 
 def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid) -> None:

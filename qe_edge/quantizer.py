@@ -43,7 +43,7 @@ from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.parallel import gains_by_one_thread, map_threads
-from qe_edge.preflight import check_modules, check_weights
+from qe_edge.preflight import check_modules, check_weights, note_groups
 from qe_edge.progress import Progress, Silent, track
 from qe_edge.recipe import Recipe
 from qe_edge.run_record import current_environment, make_record
@@ -95,7 +95,8 @@ def quantize(
     chosen_device = choose_device(device)
     loaded = load_outside_blocks(model) if isinstance(model, str) else model
     if calibration is None or isinstance(calibration, str):
-        samples = load_samples(calibration or recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+        drawn = recipe.calibration
+        samples = load_samples(calibration or drawn.source, drawn.samples, recipe.seed, asked=drawn.asks)
     else:
         samples = list(calibration)
     if not samples:
@@ -107,6 +108,7 @@ def quantize(
     check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in spec.modules]
     check_weights(loaded, chosen, spec.get_scheme().weight)
+    note_groups(chosen, spec.grids)
     total = sum(_parameters(block) for block in chosen)
     total *= 2 if spec.budget else 1  # measured first, then quantized
     with ExitStack() as held:

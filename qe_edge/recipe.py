@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qe_edge.budget import Budget
 from qe_edge.errors import QEError, RecipeError, UnknownNameError
+from qe_edge.grids import WeightGrid
 from qe_edge.methods import METHODS, Method
 from qe_edge.schemes import Scheme, get_scheme
 
@@ -28,6 +29,11 @@ class CalibrationSpec(BaseModel):
     source: str = Field("demo", max_length=4096)
     samples: int = Field(128, ge=1, le=1 << 20)
     sha256: str | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether somebody chose the number of samples; otherwise it is the default."""
+        return "samples" in self.model_fields_set
 
 
 class Recipe(BaseModel):
@@ -88,6 +94,12 @@ class Recipe(BaseModel):
     def get_scheme(self) -> Scheme:
         """The scheme that `scheme` names."""
         return get_scheme(self.scheme)
+
+    @property
+    def grids(self) -> list[WeightGrid]:
+        """Grids that a layer's weights may get: the scheme's own, or those among which a budget chooses."""
+        scheme = self.get_scheme()
+        return scheme.budget_grids() if self.budget else [scheme.weight]
 
     def resolved(self) -> Recipe:
         """The same recipe with every option of the method written out, for storing beside the result."""

@@ -84,7 +84,8 @@ def command(  # noqa: PLR0913 - an argument for every option
         from qe_edge.models.configuration import load_family
         from qe_edge.models.export_limits import check_deployable
 
-        samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+        drawn = recipe.calibration
+        samples = load_samples(drawn.source, drawn.samples, recipe.seed, asked=drawn.asks)
         load_evaluation(evaluation)
         source = open_model(model)
         check_deployable(load_family(source))

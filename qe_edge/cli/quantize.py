@@ -57,7 +57,8 @@ def command(
             check_checkpoint_output(output, overwrite=overwrite, resume=resume)
         from qe_edge.calibration.sources import load_samples
 
-        samples = load_samples(recipe.calibration.source, recipe.calibration.samples, recipe.seed)
+        drawn = recipe.calibration
+        samples = load_samples(drawn.source, drawn.samples, recipe.seed, asked=drawn.asks)
         source = open_model(model)
         if resume and already_complete(output, source, recipe, samples):
             click.echo(f"'{output}' is complete already; nothing is left to do.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qe_edge.errors import RecipeError
+from qe_edge.errors import QENotice, RecipeError
 
 if TYPE_CHECKING:
     from qe_edge.recipe import Recipe
@@ -43,6 +44,10 @@ def read_recipe(
     from qe_edge.recipe_files import load_recipe
 
     merged = load_recipe(recipe_file) if recipe_file else {}
+    if values.get("preset") is not None and merged.pop("options", None):
+        warnings.warn(
+            f"--preset {values['preset']} takes the place of the options in '{recipe_file}'.", QENotice, stacklevel=2
+        )
     merged.update({key: value for key, value in values.items() if value is not None})
     if modules is not None:
         merged["modules"] = [name.strip() for name in modules.split(",") if name.strip()]

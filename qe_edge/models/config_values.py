@@ -73,11 +73,14 @@ class Sizes(BaseModel):
     mlp_ratio: Annotated[float, Field(strict=True, gt=0, le=64)] | None = None
 
 
+ATTENTION = ("sdpa", "eager")  # implementations that every machine has
+
+
 class Section(Sizes):
     """One transformer: sizes, numbers of its formulas, token ids.
 
     Raises:
-        ValueError: For an attention implementation that is code to be downloaded.
+        ValueError: For an attention implementation that is code to be downloaded, or that needs other libraries.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -113,6 +116,11 @@ class Section(Sizes):
     @model_validator(mode="after")
     def _no_code_of_others(self) -> Section:
         for key, value in (self.model_extra or {}).items():
+            if key.endswith("attn_implementation") and not _runs_anywhere(value):
+                raise ValueError(
+                    f"'{key}' asks for another attention than {' or '.join(ATTENTION)}; take this key out, since it "
+                    f"changes no weight"
+                )
             if "_implementation" in key and not _known_implementation(value):
                 raise ValueError(f"'{key}' names an implementation that is not transformers' own")
         return self
@@ -158,4 +166,11 @@ def _known_implementation(value: object) -> bool:
     """Whether it is a name of transformers' own, not a repository of kernels on the hub."""
     if isinstance(value, dict):
         return all(_known_implementation(found) for found in value.values())
-    return value is None or (isinstance(value, str) and not set("/:@") & set(value))
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and not set("/:@") & set(value))
+
+
+def _runs_anywhere(value: object) -> bool:
+    """Whether it is computed by torch alone; what is code to be downloaded is told by another check."""
+    if isinstance(value, dict):
+        return all(_runs_anywhere(found) for found in value.values())
+    return value is None or value in ATTENTION or not _known_implementation(value)

@@ -66,6 +66,12 @@ def check_loading(source: str, model: PreTrainedModel, info: Mapping[str, Any]) 
             remedy,
         )
     missing = sorted(set(info.get("missing_keys") or ()))
+    part = _missing_part(model, set(missing))
+    if part:
+        raise ModelError(
+            f"The files of '{source}' hold nothing of the model's '{part}'; they were saved without this part.",
+            other or f"Add the tensors of '{part}' from the model that was fine-tuned, and save it whole.",
+        )
     if missing:
         raise ModelError(
             f"The files of '{source}' lack {len(missing)} of the model's tensors, among them '{missing[0]}'.", remedy
@@ -76,6 +82,17 @@ def check_loading(source: str, model: PreTrainedModel, info: Mapping[str, Any]) 
     wrong = list(info.get("error_msgs") or ()) + list((info.get("conversion_errors") or {}).values())
     if wrong:
         raise ModelError(f"'{source}' cannot be loaded: {printable(str(wrong[0]).splitlines()[0])[:300]}.", SAVE)
+
+
+def _missing_part(model: nn.Module, missing: set[str]) -> str:
+    """The outermost part of a model, at most two levels down, of which every tensor is missing; empty if none is."""
+    state = list(model.state_dict())
+    for depth in (1, 2):
+        for prefix in dict.fromkeys(".".join(name.split(".")[:depth]) for name in state):
+            inside = [name for name in state if name.startswith(f"{prefix}.")]
+            if len(inside) > 1 and missing.issuperset(inside):
+                return prefix
+    return ""
 
 
 def check_all_used(source: str, model: nn.Module, given: Mapping[str, Tensor]) -> None:

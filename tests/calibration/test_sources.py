@@ -13,9 +13,10 @@ from PIL import Image
 
 from qe_edge.calibration.captions import CAPTION_PROMPT, SHAREGPT4V_FILE
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
-from qe_edge.errors import CalibrationError
+from qe_edge.errors import CalibrationError, CommonNotice
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import open_image
+from qe_edge.recipe import make_recipe
 
 CAPTIONED = 12
 
@@ -181,3 +182,21 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(CalibrationError, match=r"Couldn't reach the Hub\. .*coco:FOLDER"):
         load_samples("coco", 5)
+
+
+def test_fewer_samples_than_were_asked_for_are_said(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "data.jsonl", *({"text": f"text {number}"} for number in range(3)))
+    with pytest.warns(CommonNotice, match=r"^7 calibration samples were asked for; '.*data\.jsonl' holds 3, and all"):
+        assert len(load_samples(source, 7)) == 3
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("count", "asked"), [(7, False), (3, True), (None, True)])
+def test_a_default_number_is_silent(tmp_path: Path, count: int | None, asked: bool) -> None:
+    source = write_lines(tmp_path / "data.jsonl", *({"text": f"text {number}"} for number in range(3)))
+    assert len(load_samples(source, count, asked=asked)) == 3
+
+
+def test_only_a_number_in_the_recipe_was_asked_for() -> None:
+    assert not make_recipe(calibration={"source": "demo"}).resolved().calibration.asks
+    assert make_recipe(calibration={"samples": 128}).calibration.asks

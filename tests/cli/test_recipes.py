@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qe_edge.cli.recipes import read_recipe
-from qe_edge.errors import RecipeError
+from qe_edge.errors import QENotice, RecipeError
 from tests.cli.running import Run
 
 FILE = """
@@ -114,3 +114,15 @@ def test_values_of_set_have_the_same_bounds(value: str) -> None:
     with pytest.raises(RecipeError, match="cannot be read") as caught:
         read_recipe(settings=[f"experts={value}"])
     assert len(str(caught.value)) < 300
+
+
+def test_a_preset_wins_over_the_options_of_the_file(file: Path) -> None:
+    with pytest.warns(QENotice, match=r"--preset default takes the place of the options in '.*recipe\.yaml'"):
+        recipe = read_recipe(recipe_file=file, preset="default", settings=["experts=2"])
+    assert (recipe.preset, recipe.options) == ("default", {"experts": 2})
+
+
+def test_every_option_wins_over_the_file(file: Path) -> None:
+    recipe = read_recipe(recipe_file=file, bits=4.5, read_bits=5.0, calibration="pictures", method="qe")
+    assert (recipe.budget.bits, recipe.budget.read_bits, recipe.calibration.source) == (4.5, 5.0, "pictures")
+    assert read_recipe(recipe_file=file, method="rtn", preset="default").method == "rtn"

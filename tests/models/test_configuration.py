@@ -60,6 +60,9 @@ def _put(key: str, value: object) -> Edit:
         ("hidden_act", "no such curve", "describes no model that can be built"),
         ("return_dict", False, "return_dict"),
         ("attn_implementation", "somebody/kernels", "implementation that is not transformers' own"),
+        ("_attn_implementation", "flash_attention_2", "another attention than sdpa or eager; take this key out"),
+        ("attn_implementation", "flex_attention", "'attn_implementation' asks for another attention"),
+        ("_attn_implementation", {"": "paged"}, "'_attn_implementation' asks for another attention"),
         ("get_text_config", 5, "Key 'get_text_config' of .* is no setting of a model"),
     ],
 )
@@ -162,3 +165,13 @@ def test_a_text_beyond_the_context_is_refused(family: str, llama: Path, tiny_int
     with pytest.raises(InputError, match=f"tokens; the model reads {context}") as caught:
         found.encode(found.load_processor(str(source)), [sample])
     assert "pieces" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("_attn_implementation", "eager"), ("attn_implementation", "sdpa"), ("_attn_implementation_autoset", True)],
+)
+def test_what_older_transformers_wrote_about_attention(llama: Path, tmp_path: Path, key: str, value: object) -> None:
+    folder = copy_files(llama, tmp_path / "model")
+    edit(folder / "config.json", _put(key, value))
+    assert shapes_only(load_family(str(folder))).config.vocab_size == 512
