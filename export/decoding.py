@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
-from qe_edge.models.loading import load_family
+from qe_edge.models.configuration import load_family
 from qe_edge.runtime.generation import GENERATION_CONFIG, read_settings
 
 
