@@ -120,15 +120,10 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         QEError: As the stages raise.
     """
     from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
-    from qe_edge.export.build import build_engines
     from qe_edge.export.decoding import check_decoding
     from qe_edge.export.exporter import export_model
-    from qe_edge.export.targets import has_limits
     from qe_edge.models.loading import resolve_model
     from qe_edge.report import load_report, write_report
-    from qe_edge.runtime.limits import with_limits
-    from qe_edge.runtime.manifest import read_manifest
-    from qe_edge.runtime.picture_limits import tell_limits
     from qe_edge.validate import validate
     from qe_edge.workfolder import WorkFolder
 
@@ -161,18 +156,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
             ledger.run = run
 
         def build(target: str) -> None:
-            wanted = limits if has_limits(target) else None
-            if has_limits(target):
-                manifest = read_manifest(layout.onnx)
-                tell_limits(layout.onnx, with_limits(manifest, wanted) if wanted else manifest, announce)
-            build_engines(
-                layout.onnx,
-                layout.engines / target,
-                target,
-                plugin_library=plugins.get(target),
-                limits=wanted,
-                progress=progress,
-            )
+            _build(layout, target, plugins.get(target), limits, progress, announce)
 
         def compare() -> None:
             chosen = next(iter(runnable), None)
@@ -220,6 +204,29 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         ]
         run_stages(stages, ledger, layout.made_later, resume=resume, announce=announce)
         return reports[0] if reports else load_report(layout.report)
+
+
+def _build(
+    layout: Layout,
+    target: str,
+    library: Path | None,
+    limits: EngineLimits | None,
+    progress: Progress | None,
+    announce: Callable[[str], None],
+) -> None:
+    """One target's engines, after a line that says which sizes they take."""
+    from qe_edge.export.build import build_engines
+    from qe_edge.export.targets import has_limits
+    from qe_edge.runtime.limits import with_limits
+    from qe_edge.runtime.manifest import read_manifest
+    from qe_edge.runtime.picture_limits import tell_limits
+
+    wanted = limits if has_limits(target) else None
+    if has_limits(target):
+        manifest = read_manifest(layout.onnx)
+        tell_limits(layout.onnx, with_limits(manifest, wanted) if wanted else manifest, announce)
+    engines = layout.engines / target
+    build_engines(layout.onnx, engines, target, plugin_library=library, limits=wanted, progress=progress)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from qe_edge.atomic import atomic_file
 from qe_edge.errors import ArtifactError, QEError
 from qe_edge.fingerprints import FileDigest, file_digest, folder_digests, hash_parts
 from qe_edge.json_files import read_json_table
-from qe_edge.run_record import Record, changes
+from qe_edge.run_record import Record, changes, in_one_line
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Ledger:
         if found:
             raise ArtifactError(
                 f"The deployment in '{self.path.parent}' has another model, recipe or calibration data, or was made by "
-                f"another version of QE-Edge: {'; '.join(found)}.",
+                f"another version of QE-Edge: {in_one_line(found)}.",
                 "Repeat the original command with --resume, or start again with --overwrite instead.",
             )
 

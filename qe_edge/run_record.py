@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qe_edge
 from qe_edge.fingerprints import part_in_words
+from qe_edge.models.guard import printable
 
 if TYPE_CHECKING:
     from qe_edge.recipe import Recipe
 
 Record = dict[str, Any]  # as JSON holds it
+MOST_REASONS = 4  # in one message
+LENGTH = 80  # characters of a name or a value in a message
 
 
 def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[str, object] | None = None) -> Record:
@@ -46,26 +50,34 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs in model, recipe, calibration data and version, each in a few words; empty if nothing does."""
     found = []
     if before.get("qe_edge") != now["qe_edge"]:
-        found.append(f"QE-Edge {before.get('qe_edge')} became {now['qe_edge']}")
+        found.append(f"QE-Edge {_shown(before.get('qe_edge'))} became {now['qe_edge']}")
     old, new = _table(before.get("model")), _table(now.get("model"))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             how = "is gone" if name not in new else "is new" if name not in old else "changed"
-            found.append(f"{part_in_words(name)} {how}")
+            found.append(f"{part_in_words(printable(name)[:LENGTH])} {how}")
     old, new = dict(_flat(before.get("recipe"))), dict(_flat(now.get("recipe")))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             if key == "calibration.sha256":
                 found.append("the calibration data changed")
             else:
-                found.append(f"recipe key '{key}' was {old.get(key)!r} and is {new.get(key)!r}")
+                found.append(
+                    f"recipe key '{printable(key)[:LENGTH]}' was {_quoted(old.get(key))} and is {_quoted(new.get(key))}"
+                )
     return found
 
 
 def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs in the environment, each in a few words."""
     old, new = _table(before.get("environment")), _table(now.get("environment"))
-    return [f"{key}: {old.get(key)} then, {new.get(key)} now" for key in new if old.get(key) != new[key]]
+    return [f"{key}: {_shown(old.get(key))} then, {new.get(key)} now" for key in new if old.get(key) != new[key]]
+
+
+def in_one_line(reasons: Sequence[str]) -> str:
+    """The first of several reasons and how many more there are; a damaged record differs in everything."""
+    more = len(reasons) - MOST_REASONS
+    return "; ".join([*reasons[:MOST_REASONS], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _flat(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -79,3 +91,15 @@ def _flat(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _table(values: object) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
+
+
+def _quoted(value: object) -> str:
+    """A value of JSON as Python writes it, cut off where it is long: the file may be damaged."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = LENGTH
+    return printable(short.repr(value))
+
+
+def _shown(value: object) -> str:
+    """The same, of a text without quotes."""
+    return printable(value)[:LENGTH] if isinstance(value, str) else _quoted(value)

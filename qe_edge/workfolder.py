@@ -31,7 +31,7 @@ from qe_edge.layer_files import read_layers, stored_keys, write_layers
 from qe_edge.linear import QELinear
 from qe_edge.models.stored import Source
 from qe_edge.ownership import is_passing
-from qe_edge.run_record import Record, changes, environment_changes
+from qe_edge.run_record import Record, changes, environment_changes, in_one_line
 
 MANIFEST = "run.json"
 ON_INPUT = (CalibrationError, InputError, ModelError, NumericalError, RecipeError)
@@ -202,12 +202,12 @@ def _refuse_changes(path: Path, before: object, now: Record) -> None:
     if not isinstance(before, dict):
         what = f"'{MANIFEST}' does not say which"
     else:
-        what = "; ".join(changes(before, now))
+        what = in_one_line(changes(before, now))
         environment = environment_changes(before, now)
         if environment and not what:
             raise ArtifactError(
                 f"The unfinished run in '{path}' was made in another environment, which changes the last bits of its "
-                f"results ({'; '.join(environment)}).",
+                f"results ({in_one_line(environment)}).",
                 f"Continue as it began{_how_many_threads(before, now)}, or start again with --overwrite.",
             )
     if what:

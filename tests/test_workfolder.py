@@ -51,3 +51,19 @@ def test_no_file_is_written_over_a_folder(tmp_path: Path) -> None:
     ):
         pytest.fail("nothing is computed for it")
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_record_that_differs_in_everything_is_said_in_a_sentence(tmp_path: Path) -> None:
+    others = {"qe_edge": "1" * 5000, "model": {"x" * 5000: "1"}, "recipe": {f"key {n}": "v" * 999 for n in range(99)}}
+    WorkFolder.open(tmp_path / "work", {**RUN, **others}, resume=False)
+    with pytest.raises(ArtifactError, match=r"and 97 more") as error:
+        WorkFolder.open(tmp_path / "work", RUN, resume=True)
+    assert len(error.value.problem) < 900
+
+
+def test_an_environment_that_is_damaged_is_said_in_a_sentence(tmp_path: Path) -> None:
+    record = {**RUN, "environment": {"threads": "1" * 9000, "device": [["x" * 9000]]}}
+    WorkFolder.open(tmp_path / "work", record, resume=False)
+    with pytest.raises(ArtifactError, match="made in another environment") as error:
+        WorkFolder.open(tmp_path / "work", {**RUN, "environment": {"threads": 2, "device": "cpu"}}, resume=True)
+    assert len(error.value.problem) < 900

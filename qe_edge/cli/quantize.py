@@ -119,7 +119,7 @@ def already_complete(output: Path, model: str, recipe: Recipe, samples: list[Sam
     from qe_edge.deploy import stored_recipe
     from qe_edge.fingerprints import model_parts
     from qe_edge.json_files import read_json_table
-    from qe_edge.run_record import changes, make_record
+    from qe_edge.run_record import changes, in_one_line, make_record
 
     if (output / RUN).is_file():
         before, parts = read_json_table(output / RUN), model_parts(model)
@@ -128,7 +128,7 @@ def already_complete(output: Path, model: str, recipe: Recipe, samples: list[Sam
     found = changes(before, make_record(parts, stored_recipe(recipe, samples)))
     if found:
         raise ArtifactError(
-            f"'{output}' is a finished checkpoint of another model, recipe or calibration data: {'; '.join(found)}.",
+            f"'{output}' is a finished checkpoint of another model, recipe or calibration data: {in_one_line(found)}.",
             "Add --overwrite instead of --resume to replace it.",
         )
     return True
