@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from qe_edge.export.exporter import export_model
 from qe_edge.recipe import make_recipe
 from qe_edge.validate import validate
 from tests.conftest import Exported
+from tests.sealing import seal
 from tests.small_vlm import write_small_vlm
 
 
@@ -34,13 +36,9 @@ def test_deploy_refuses_before_it_quantizes(tmp_path: Path) -> None:
 def test_export_and_validate_refuse_before_they_load(
     tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = tmp_path / "checkpoint"
-    copy.mkdir()
-    for file in exported.checkpoint.iterdir():
-        if file.name != "generation_config.json":
-            (copy / file.name).symlink_to(file)
-    (copy / "generation_config.json").write_bytes((exported.checkpoint / "generation_config.json").read_bytes())
+    copy = Path(shutil.copytree(exported.checkpoint, tmp_path / "checkpoint"))
     _generation(copy, stop_strings=["###"])
+    seal(copy)
     assert load_quantized(copy).model.generation_config is not None  # quantizing and loading keep it
     monkeypatch.setattr("qe_edge.export.exporter.load_quantized", lambda _folder: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="stop_strings"):
@@ -51,11 +49,8 @@ def test_export_and_validate_refuse_before_they_load(
 
 
 def test_a_broken_file_of_a_checkpoint(tmp_path: Path, exported: Exported) -> None:
-    copy = tmp_path / "checkpoint"
-    copy.mkdir()
-    for file in exported.checkpoint.iterdir():
-        if file.name != "generation_config.json":
-            (copy / file.name).symlink_to(file)
+    copy = Path(shutil.copytree(exported.checkpoint, tmp_path / "checkpoint"))
     (copy / "generation_config.json").write_text("{]", encoding="utf-8")
+    seal(copy)
     with pytest.raises(ArtifactError, match="not valid JSON"):
         load_quantized(copy)
