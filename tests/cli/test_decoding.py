@@ -44,7 +44,7 @@ def test_export_and_validate_refuse_before_they_load(
     with pytest.raises(ModelError, match="stop_strings"):
         export_model(copy, tmp_path / "onnx")
     with pytest.raises(ModelError, match="stop_strings"):
-        validate("demo", copy, None, "demo", limit=1)
+        validate(str(write_small_vlm(tmp_path / "model")), copy, None, "demo", limit=1)
     assert not (tmp_path / "onnx").exists()
 
 
