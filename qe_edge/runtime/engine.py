@@ -216,6 +216,7 @@ class VisionLanguageEngine:
 
         Raises:
             InputError: If features and image tokens do not match.
+            ArtifactError: If a graph computes another shape than the manifest says.
         """
         embeds = self._embedding(encoded.input_ids)
         count = 0 if features is None else len(features)
@@ -225,6 +226,7 @@ class VisionLanguageEngine:
                 "Pass the features of the same batch.",
             )
         if features is not None:
+            _check_shape(features, (count, self.manifest.hidden_size), "merger")
             embeds[encoded.image_mask] = features
         kv, batch = self.manifest.kv, len(embeds)
         state = Decoding(self.family.position_ids(encoded), encoded.attention_mask, encoded.input_ids)
@@ -284,8 +286,17 @@ class VisionLanguageEngine:
         }
         outputs = self._sessions["language"].run(feeds)
         logits = np.asarray(outputs.pop("logits"))
+        _check_shape(logits, (*embeds.shape[:2], self.manifest.vocab_size), "language")
         state.cache = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
         return logits
+
+
+def _check_shape(values: np.ndarray, shape: tuple[int, ...], graph: str) -> None:
+    if values.shape != shape:
+        raise ArtifactError(
+            f"The graph '{graph}' computes the shape {list(values.shape)}, the manifest says {list(shape)}.",
+            "Export and build the model again.",
+        )
 
 
 def _open_sessions(

@@ -11,7 +11,7 @@ from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
 from qe_edge.validate import latency
 from qe_edge.validate.latency import Measurement, measure_latency
-from qe_edge.validate.schema import Latency
+from qe_edge.validate.schema import Latency, Timing
 from qe_edge.validate.targets import runtime_name, target_states
 from tests import fake_tensorrt
 from tests.cli.running import Run, assert_two_lines
@@ -99,7 +99,8 @@ def test_speed_is_measured_with_the_library(engines: Path, monkeypatch: pytest.M
 
     def measure(measurement: Measurement) -> Latency:
         asked.append(measurement)
-        return Latency(runtime="", setting="", steps={}, prompt_tokens=1, threads=1, peak_bytes=1)
+        steps = dict.fromkeys(("first_token", "decode"), Timing(median=1, lower=1, upper=1, repeats=1))
+        return Latency(runtime="", setting="", steps=steps, prompt_tokens=1, threads=1, peak_bytes=1)
 
     monkeypatch.setattr(latency, "_in_child", measure)
     monkeypatch.setattr(latency, "check_runnable", lambda *_: None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qe_edge.checkpoint import load_quantized
-from qe_edge.errors import InputError, NumericalError
+from qe_edge.errors import ArtifactError, InputError, NumericalError
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.runtime.engine import Decoding, VisionLanguageEngine
 from qe_edge.validate.subjects import TorchSubject, in_float32
@@ -141,6 +141,19 @@ def test_teacher_forced_logits_that_are_not_finite(
     assert np.isinf(poisoned(padded, 0)).any()
     with pytest.raises(NumericalError, match="The logits of the engine are not finite"):
         poisoned(1 - padded, 3)
+
+
+def test_a_graph_that_computes_another_shape(exported: Exported, held_out: list[Sample]) -> None:
+    engine = VisionLanguageEngine.load(exported.onnx, threads=1)
+    encoded = engine.encode(held_out[:1])
+    features = engine.features(encoded)
+    assert features is not None
+    with pytest.raises(ArtifactError, match="The graph 'merger' computes the shape") as caught:
+        engine.prefill(encoded, features[:, :-1])
+    assert caught.value.remedy == "Export and build the model again."
+    engine.manifest = engine.manifest.model_copy(update={"vocab_size": engine.manifest.vocab_size + 1})
+    with pytest.raises(ArtifactError, match="The graph 'language' computes the shape"):
+        engine.prefill(encoded, features)
 
 
 def test_answers_end_and_have_a_limit(engine: VisionLanguageEngine, held_out: list[Sample]) -> None:
