@@ -40,8 +40,8 @@ def print_plan(recipe: Recipe, plan: Plan, samples: int) -> None:
         limits = {"stored": recipe.budget.bits, "read": recipe.budget.read_bits}
         wanted = " and ".join(f"{bits:g} {kind} bits" for kind, bits in limits.items() if bits is not None)
         click.echo(f"Budget:      {wanted} per weight; chosen after measuring, the bits above are the least")
-    wanted = recipe.calibration.samples
-    fewer = f", all there are; {wanted} were wanted" if samples < wanted else ""
+    asked = recipe.calibration.samples
+    fewer = f", all there are; {asked} were wanted" if samples < asked else ""
     click.echo(f"Calibration: {samples} samples of '{recipe.calibration.source}'{fewer}")
     click.echo(f"Memory:      about {human_bytes(plan.memory_bytes)}")
     click.echo(
