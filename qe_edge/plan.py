@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
 LIBRARIES = 480 * 2**20  # what Python, torch and transformers take with the smallest model
+MASK_BYTES = 5  # of an attention mask per pair of tokens: kept as one byte, and as a float while a block computes
 SMALLEST_PATCH = 14  # pixels per side, of vision encoders without text
 
 
@@ -200,9 +201,14 @@ def _memory(
     parameters = sum(parameter.numel() for parameter in model.parameters()) + _mixing(model, recipe)
     sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
     weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
-    encoded = family.encode(family.load_processor(source), samples[:BATCH], answers=True)
+    processor, rows = family.load_processor(source), min(BATCH, len(samples))
+    encoded = family.encode(processor, samples[:BATCH], answers=True)
     batches = -(-len(samples) // BATCH)
-    text = encoded.input_ids.size * batches
+    # a single long text makes its whole batch long
+    usual = encoded.input_ids.shape[1]
+    longest = family.encode(processor, [max(samples, key=_characters)], answers=True).input_ids.shape[1]
+    text = encoded.input_ids.size * batches + rows * max(0, longest - usual)
+    masks = rows * (batches * usual**2 + MASK_BYTES * max(longest, usual) ** 2)
     pixels = sum(array.nbytes for array in encoded.pixels.values()) * batches
     image_grids = encoded.pixels.get("image_grid_thw")
     patches = text if image_grids is None else int(image_grids.prod(1).sum()) * batches
@@ -210,10 +216,14 @@ def _memory(
         patches = pixels // (4 * 3 * SMALLEST_PATCH**2)
     peak, method = 0, recipe.build_method()
     for block in blocks:
-        tokens = text if block.group == "language" else patches
+        tokens, beside = (text, masks) if block.group == "language" else (patches, 0)
         width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
-        peak = max(peak, 8 * tokens * width + _statistics(block, family, method, tokens))
+        peak = max(peak, beside + 8 * tokens * width + _statistics(block, family, method, tokens))
     return LIBRARIES + weights + pixels + peak
+
+
+def _characters(sample: Sample) -> int:
+    return sum(len(turn.text) for turn in sample.conversation) + len(sample.answer or "")
 
 
 def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:

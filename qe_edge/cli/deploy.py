@@ -61,6 +61,7 @@ def command(  # noqa: PLR0913 - an argument for every option
     from qe_edge.cli.outputs import (
         check_apart_from_sources,
         check_disk,
+        check_memory,
         check_output_folder,
         check_output_path,
         check_writable,
@@ -94,6 +95,7 @@ def command(  # noqa: PLR0913 - an argument for every option
 
         plan = make_plan(source, recipe, samples)
         check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)
+        check_memory(plan.memory_bytes)
         report = deploy(
             model,
             output,

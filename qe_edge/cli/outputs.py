@@ -8,6 +8,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from qe_edge.errors import InputError, ResourceError
 from qe_edge.ownership import is_passing, refuse_strangers
 
@@ -168,6 +170,20 @@ def check_disk(path: Path, needed: int) -> None:
         raise ResourceError(
             f"'{path}' needs about {human_bytes(needed * MARGIN)} of disk and {human_bytes(free)} are free.",
             "Free some space or choose a folder on another disk.",
+        )
+
+
+def check_memory(needed: int) -> None:
+    """Make sure that about `needed` bytes of memory are free.
+
+    Raises:
+        ResourceError: If they are not.
+    """
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            f"Quantizing needs about {human_bytes(needed)} of memory and {human_bytes(free)} are free.",
+            "Use fewer --samples, shorter texts or smaller pictures, or a machine with more memory.",
         )
 
 

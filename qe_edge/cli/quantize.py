@@ -43,7 +43,13 @@ def command(
     from contextlib import nullcontext
 
     from qe_edge.cli.inputs import open_model
-    from qe_edge.cli.outputs import check_apart_from_sources, check_disk, check_output_path, check_writable
+    from qe_edge.cli.outputs import (
+        check_apart_from_sources,
+        check_disk,
+        check_memory,
+        check_output_path,
+        check_writable,
+    )
     from qe_edge.cli.recipes import read_recipe
     from qe_edge.locks import hold
 
@@ -72,6 +78,7 @@ def command(
             print_plan(recipe, plan, len(samples))
             return
         check_disk(output, plan.disk_bytes)
+        check_memory(plan.memory_bytes)
         run_quantize(source, recipe, output, device=device, resume=resume, overwrite=overwrite)
     click.echo(f"Wrote '{output}'. Next: qe-edge export {shlex.quote(str(output))} -o ONNX")
 

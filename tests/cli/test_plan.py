@@ -14,10 +14,11 @@ from qe_edge.cli.outputs import folder_bytes
 from qe_edge.demo import model_path
 from qe_edge.deploy import quantize_to_folder
 from qe_edge.linear import quantized_linears
+from qe_edge.models.family import TEXT, Sample
 from qe_edge.plan import collapse, make_plan
 from qe_edge.quantizer import quantize
 from qe_edge.recipe import make_recipe
-from tests.cli.running import Run
+from tests.cli.running import Run, assert_two_lines
 from tests.small_models import write_small_llama
 
 
@@ -112,3 +113,18 @@ def test_predicted_memory_is_that_of_a_streamed_model(tmp_path: Path) -> None:
     recipe = make_recipe(method="rtn", calibration={"source": str(data)})
     plan = make_plan(str(model), recipe, load_samples(str(data)))
     assert 1024 * int(done.stdout.splitlines()[-1]) == pytest.approx(plan.memory_bytes, rel=0.25)
+
+
+def test_one_long_text_counts_with_its_whole_batch(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_small_llama(tmp_path / "model", max_position_embeddings=4096)
+    source, recipe = str(model), make_recipe(method="rtn", scheme="w4a16")
+    short = [Sample(None, "a red circle", kind=TEXT) for _ in range(16)]
+    long = Sample(None, "a red circle and " * 600, kind=TEXT)
+    usual, more = (make_plan(source, recipe, samples).memory_bytes for samples in (short, [*short[:-1], long]))
+    assert more - usual > 8 * 5 * 2000**2  # the mask of eight rows as long as that one
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a red circle"}\n', encoding="utf-8")
+    monkeypatch.setattr("qe_edge.plan._memory", lambda *_arguments: 2**50)
+    outcome = cli("quantize", "model", "-o", "out", "--method", "rtn", "--calibration", "texts.jsonl")
+    assert_two_lines(outcome, "Quantizing needs about 1048576.0 GiB of memory", "fewer --samples")
+    assert not (tmp_path / "out").exists()
