@@ -42,8 +42,8 @@ def prepare_pictures(
     Pictures are decoded and prepared one by one, in the samples' order, so that one of them is in memory at a time.
 
     Raises:
-        InputError: Naming the sample, if a picture cannot be read or has a shape that the processor refuses, if it becomes
-            another shape than those before it, or if all of them together would fill the memory.
+        InputError: Naming the sample, if a picture cannot be read, has a shape that the processor refuses, or becomes
+            an array of another shape than those before it, or if all of them together would fill the memory.
     """
     found: dict[str, list[np.ndarray]] = {}
     for sample in samples:
