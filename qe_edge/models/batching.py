@@ -42,15 +42,23 @@ def prepare_pictures(
     Pictures are decoded and prepared one by one, in the samples' order, so that one of them is in memory at a time.
 
     Raises:
-        InputError: Naming the sample, if a picture cannot be read or has a shape that the processor refuses, or all of
-            them together would fill the memory.
+        InputError: Naming the sample, if a picture cannot be read, has a shape that the processor refuses, or becomes
+            an array of another shape than those before it, or if all of them together would fill the memory.
     """
     found: dict[str, list[np.ndarray]] = {}
     for sample in samples:
         with naming(sample):
             for source in sample.pictures:
                 for name, array in _prepare(image_processor, open_image(source), options).items():
-                    found.setdefault(name, []).append(array)
+                    arrays = found.setdefault(name, [])
+                    if arrays and arrays[0].shape[1:] != array.shape[1:]:
+                        raise InputError(
+                            f"A picture becomes an array of {_sizes(array)} for the model, and one before it of "
+                            f"{_sizes(arrays[0])}.",
+                            "Set do_center_crop or a height and a width in preprocessor_config.json, or give pictures "
+                            "of one shape.",
+                        )
+                    arrays.append(array)
                 values = sum(array.size for arrays in found.values() for array in arrays)
                 if values > MAX_VALUES:
                     raise InputError(
@@ -58,6 +66,11 @@ def prepare_pictures(
                         "Scale the pictures down, or lower the picture size in preprocessor_config.json.",
                     )
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
+def _sizes(array: np.ndarray) -> str:
+    """The sizes of one entry of a batch."""
+    return " x ".join(map(str, array.shape[1:]))
 
 
 def _prepare(image_processor: Any, picture: Image.Image, options: dict[str, Any]) -> dict[str, np.ndarray]:  # noqa: ANN401

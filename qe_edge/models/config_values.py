@@ -85,6 +85,7 @@ class Section(Sizes):
 
     model_config = ConfigDict(extra="allow")
 
+    architectures: Annotated[list[str], Field(max_length=64)] | None = None
     layer_types: Annotated[list[str], Field(max_length=512)] | None = None
     max_window_layers: Annotated[int, Field(strict=True, ge=0, le=4096)] | None = None
     sliding_window: Annotated[int, Field(strict=True, ge=0, le=2**24)] | None = None

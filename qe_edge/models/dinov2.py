@@ -56,7 +56,8 @@ class Dinov2(ModelFamily):
         """Pixels of a batch of pictures; the token arrays are `[batch, 0]`.
 
         Raises:
-            InputError: Naming the sample, if it has not exactly one picture, or one that cannot be read.
+            InputError: If a sample, which is named, has not exactly one picture, or one that cannot be read, or if
+                the pictures become smaller than a patch.
         """
         for sample in samples:
             with naming(sample):
@@ -67,6 +68,14 @@ class Dinov2(ModelFamily):
                         "A 'dinov2' model reads one picture at a time.", "Give every picture its own line."
                     )
         pixels = prepare_pictures(processor.image_processor, samples)
+        height, width = pixels["pixel_values"].shape[-2:]
+        rows, columns = np.broadcast_to(self.config.patch_size, 2)
+        if height < rows or width < columns:
+            raise InputError(
+                f"Pictures become {height} x {width} pixels for the model, and one of its patches has "
+                f"{rows} x {columns}.",
+                "Set a larger size in preprocessor_config.json, or give larger pictures.",
+            )
         tokens = np.zeros((len(samples), 0), np.int64)
         return Encoded(tokens, tokens, tokens.astype(bool), tokens.astype(bool), pixels)
 

@@ -50,6 +50,8 @@ def _put(key: str, value: object) -> Edit:
         ("rms_norm_eps", 0.0, "greater than 0"),
         ("dtype", "int8", "'float32', 'float16'"),
         ("num_labels", 10**9, "num_labels"),
+        ("architectures", 14, "Key .architectures. of .* valid list"),
+        ("architectures", [["LlamaForCausalLM"]], "valid string"),
         ("eos_token_id", [2, 4000], "eos_token_id 4000 is outside the vocabulary of 512"),
         ("pad_token_id", 512, "pad_token_id 512 is outside"),
         ("num_attention_heads", 5, "multiple of"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +138,27 @@ def test_gradients_are_of_the_distance_of_the_features(folder: Path, pictures: l
         handle.remove()
         found.append(float((moved[:, 0] + moved[:, 1:].mean(1)).mean()))
     assert np.mean(found) == pytest.approx(energy * size**2 * outputs, rel=0.15)
+
+
+def with_preprocessor(folder: Path, copy: Path, **values: object) -> LoadedModel:
+    shutil.copytree(folder, copy)
+    path = copy / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+    return load_model(str(copy))
+
+
+def test_pictures_that_become_smaller_than_a_patch(folder: Path, pictures: list[Sample], tmp_path: Path) -> None:
+    loaded = with_preprocessor(
+        folder, tmp_path / "model", do_center_crop=False, size={"height": PATCH * 2, "width": PATCH - 1}
+    )
+    with pytest.raises(InputError, match=rf"{PATCH * 2} x {PATCH - 1} pixels .* {PATCH} x {PATCH}") as error:
+        features_of(loaded, pictures)
+    assert "larger size in preprocessor_config.json" in error.value.remedy
+
+
+def test_pictures_that_become_arrays_of_two_shapes(folder: Path, pictures: list[Sample], tmp_path: Path) -> None:
+    loaded = with_preprocessor(folder, tmp_path / "model", do_center_crop=False, size={"shortest_edge": PICTURE})
+    assert len(features_of(loaded, pictures[:1])) == 1
+    with pytest.raises(InputError, match=r"A picture becomes an array of 3 x .* and one before it of 3 x ") as error:
+        features_of(loaded, pictures)
+    assert "do_center_crop" in error.value.remedy
