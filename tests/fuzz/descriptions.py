@@ -13,6 +13,7 @@ from qe_edge.cli.recipes import read_recipe
 from qe_edge.demo import calibration_path
 from qe_edge.deploy import Layout, is_deployment
 from qe_edge.errors import QEError
+from qe_edge.json_files import read_json_table
 from qe_edge.ledger import Ledger
 from qe_edge.recipe import make_recipe
 from tests.fuzz.target import Target, digest
@@ -65,8 +66,8 @@ def _read_recipe(folder: Path) -> str:
     for name in ("recipe.json", "recipe.yaml"):
         read_recipe(recipe_file=folder / name).resolved().model_dump_json()
     try:  # stands for a command line, which has words and no JSON
-        words = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        words = read_json_table(folder / "settings.json")["settings"]
+    except (QEError, KeyError):
         words = []
     settings = (
         [word for word in words if isinstance(word, str) and len(word) < 100_000] if isinstance(words, list) else []
