@@ -27,7 +27,7 @@ class _PlainLoader(yaml.SafeLoader):
     where = "The recipe"
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call] # PyYAML has no types here
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise RecipeError(f"{self.where} has a YAML alias in line {line}.", NO_ALIASES)

@@ -9,7 +9,7 @@ import numpy as np
 
 from emulator.ptx_text import TYPES, Instruction, Kernel, PtxError, vector
 from emulator.ptx_warp import Lanes, Mask, Warp, reader, writer
-from prepack.floats import from_bits, to_bits
+from prepack.floats import Dtype, from_bits, to_bits
 
 Step = Callable[[Warp, Mask], None]
 
@@ -81,8 +81,8 @@ def _convert(instruction: Instruction) -> Callable[[Lanes], Lanes]:
     kinds = [part for part in instruction.op if part in TYPES or part in ("f16", "bf16")]
     target, source = kinds[0], kinds[1]
     if source in ("f16", "bf16"):
-        half = "f16" if source == "f16" else "bf16"
-        return lambda v: from_bits(np.ascontiguousarray(v), half)  # type: ignore[arg-type] # a Literal, checked above
+        half: Dtype = "f16" if source == "f16" else "bf16"
+        return lambda v: from_bits(np.ascontiguousarray(v), half)
     if target in ("f16", "bf16"):
         return lambda v: to_bits(v, target)  # type: ignore[arg-type] # a Literal, checked above
     if source == "f32" and target == "s32":

@@ -24,9 +24,9 @@ MANY_SHOTS = "MPO"  # what Pillow calls a camera's JPEG with a preview behind it
 MAX_PIXELS = 1 << 26  # of one picture; 8192 x 8192 take 200 MB as RGB
 FRAMES_NOTICE = "Some pictures have several frames or pages; the first one is used."
 # what Pillow's readers raise on damaged files
-DAMAGE = (AssertionError,
+DAMAGE = (
     OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError, RuntimeError,
-    struct.error, zlib.error,
+    AssertionError, struct.error, zlib.error,
 )  # fmt: skip
 
 

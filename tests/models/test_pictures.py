@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from qe_edge.errors import CommonNotice, InputError
 from qe_edge.models import batching
@@ -20,6 +20,7 @@ from qe_edge.models.images import open_image
 from qe_edge.models.loading import load_model
 from qe_edge.models.samples import Turn
 
+DAMAGE = (AssertionError, AttributeError, EOFError, IndexError, OSError, struct.error, SyntaxError, ZeroDivisionError)
 MakePicture = Callable[[int, int], Image.Image]
 
 
@@ -43,6 +44,19 @@ def refusal(path: Path) -> str:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     assert "no picture" in refusal(tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_whatever_pillow_raises_about_a_picture(
+    tmp_path: Path, picture: MakePicture, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fail(image: Image.Image) -> None:
+        raise kind("inside Pillow")
+
+    path = tmp_path / "picture.png"
+    picture(8, 8).save(path)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    assert "is damaged: inside Pillow" in refusal(path)
 
 
 def test_a_folder(tmp_path: Path) -> None:
