@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGe
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from qe_edge.demo import model_path
-from qe_edge.models.family import Sample
+from qe_edge.models.configuration import load_family
+from qe_edge.models.family import ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel, load_model
+from tests.models.model_files import copy_files
 
 TILE, PATCH = 56, 14
 TOKENS_PER_TILE = 4
@@ -104,3 +106,15 @@ def samples(picture: Callable[[int, int], Image.Image]) -> list[Sample]:
         Sample(None, "is it?", "no"),
         Sample(picture(56, 168), "what is the color of the shape in this very image?", "teal"),
     ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the demo model's small files, to be damaged."""
+    return copy_files(model_path(), tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def family() -> ModelFamily:
+    """The demo model's family."""
+    return load_family(str(model_path()))

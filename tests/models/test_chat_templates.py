@@ -10,23 +10,12 @@ import pytest
 from qe_edge.demo import model_path
 from qe_edge.errors import ModelError, QENotice
 from qe_edge.models import chat_templates
-from qe_edge.models.configuration import load_family
 from qe_edge.models.family import ModelFamily
-from tests.models.model_files import copy_files, edit
+from tests.models.model_files import edit
 
 TEMPLATE = (model_path() / "chat_template.jinja").read_text(encoding="utf-8")
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLED = "{% set n = namespace(x='abcdefgh') %}{% for a in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return copy_files(model_path(), tmp_path / "model")
-
-
-@pytest.fixture(scope="module")
-def family() -> ModelFamily:
-    return load_family(str(model_path()))
 
 
 @pytest.mark.parametrize(

@@ -9,24 +9,12 @@ from typing import Any
 
 import pytest
 
-from qe_edge.demo import model_path
 from qe_edge.errors import ModelError, QENotice
-from qe_edge.models.configuration import load_family
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.tokenizers import load_tokenizer
-from tests.models.model_files import SAMPLES, Edit, copy_files, edit
+from tests.models.model_files import SAMPLES, Edit, edit
 
 ROWS = 512
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return copy_files(model_path(), tmp_path / "model")
-
-
-@pytest.fixture(scope="module")
-def family() -> ModelFamily:
-    return load_family(str(model_path()))
 
 
 def _token(number: int, content: str) -> dict[str, Any]:
