@@ -22,7 +22,7 @@ class Problem(ctypes.Structure):
 class Tactic(ctypes.Structure):
     """QeTactic: zero means that the plan chooses."""
 
-    _fields_ = [("block_rows", ctypes.c_int32), ("decode_warps", ctypes.c_int32)]
+    _fields_ = [(name, ctypes.c_int32) for name in ("block_rows", "decode_warps", "multiprocessors")]
 
 
 class Buffers(ctypes.Structure):
@@ -32,7 +32,7 @@ class Buffers(ctypes.Structure):
         (name, ctypes.c_uint64)
         for name in (
             "x", "weight", "scales", "zeros", "columns", "inv_omega", "down", "down_scale", "up", "router", "y",
-            "workspace",
+            "workspace", "counters",
         )
     ]  # fmt: skip
 
@@ -47,8 +47,8 @@ class Launch(ctypes.Structure):
         ("threads", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
         ("args_bytes", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
-        ("args", ctypes.c_ubyte * 160),
+        ("overlaps", ctypes.c_uint32),
+        ("args", ctypes.c_ubyte * 200),
     ]
 
     @property
@@ -80,6 +80,7 @@ class Planner:
         library.QeRefuse.restype = ctypes.c_char_p
         library.QeMakePlan.restype = ctypes.c_char_p
         library.QeWorkspaceBytes.restype = ctypes.c_size_t
+        library.QeCounterBytes.restype = ctypes.c_size_t
         return cls(library)
 
     def refusal(self, problem: Problem) -> str | None:
@@ -90,6 +91,10 @@ class Planner:
     def workspace_bytes(self, problem: Problem) -> int:
         """Device memory that the launches of the problem need besides their tensors."""
         return int(self.library.QeWorkspaceBytes(ctypes.byref(problem)))
+
+    def counter_bytes(self, problem: Problem) -> int:
+        """Device memory that is zero before the first launch and after every plan."""
+        return int(self.library.QeCounterBytes(ctypes.byref(problem)))
 
     def launches(self, problem: Problem, buffers: Buffers, tactic: Tactic) -> list[Launch]:
         """The launches in order. Raises PlanError when the host code refuses."""

@@ -254,6 +254,11 @@ size_t QeWorkspaceBytes(const QeProblem* problem) {
   return Layout(*problem, Shape(*problem)).end;
 }
 
+size_t QeCounterBytes(const QeProblem* problem) {
+  if (QeRefuse(problem)) return 0;
+  return size_t{4} * Shape(*problem).Np / 32;
+}
+
 const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const QeTactic* tactic, QePlan* plan) {
   if (const char* why = QeRefuse(problem)) return why;
   if (!buffers || !plan) return "Buffers or plan are missing. Pass both.";

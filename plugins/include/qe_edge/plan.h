@@ -25,17 +25,21 @@ struct QeProblem {
 struct QeTactic {
   int32_t block_rows;    // prefill: rows of the GEMM tile, 64 or (int8 activations) 128
   int32_t decode_warps;  // decode: warps that split K, 2, 4 or 8
+  int32_t multiprocessors;  // of the GPU, so that the plan can fill it
 };
 
-// Device addresses. Unused ones are zero. `workspace` has QeWorkspaceBytes(problem) bytes, 256-byte aligned.
+// Device addresses. Unused ones are zero. `workspace` has QeWorkspaceBytes(problem) bytes, 256-byte aligned. `counters` has
+// QeCounterBytes(problem) bytes that are zero before the first launch; every plan leaves them zero. Plans that share them
+// must not run at the same time. Without them decode does not split K over blocks.
 struct QeBuffers {
-  uint64_t x, weight, scales, zeros, columns, inv_omega, down, down_scale, up, router, y, workspace;
+  uint64_t x, weight, scales, zeros, columns, inv_omega, down, down_scale, up, router, y, workspace, counters;
 };
 
 struct QeLaunch {
   char kernel[48];
   uint32_t grid_x, grid_y, threads, shared_bytes, args_bytes;
-  alignas(8) unsigned char args[160];
+  uint32_t overlaps;  // 1: may start before the launch in front of it ends, because the kernel waits for that itself
+  alignas(8) unsigned char args[200];
 };
 
 struct QePlan {
@@ -46,6 +50,7 @@ struct QePlan {
 // Null when the kernels can run the problem, else one sentence that says what is wrong and one that says what to do.
 const char* QeRefuse(const QeProblem* problem);
 size_t QeWorkspaceBytes(const QeProblem* problem);
+size_t QeCounterBytes(const QeProblem* problem);
 // The same refusals, plus those of a tactic; fills `plan` only when it returns null.
 const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const QeTactic* tactic, QePlan* plan);
 
