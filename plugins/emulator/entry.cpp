@@ -7,6 +7,7 @@
 #include "../kernels/kernels.cu"
 #undef QE_PREPARE
 #undef QE_DOWN_DECODE
+#undef QE_PREPARE_DOWN
 #undef QE_DOWN_PREFILL
 #undef QE_MAIN_DECODE
 #undef QE_MAIN_PREFILL
@@ -32,6 +33,7 @@ std::function<void()> find_kernel(const QeLaunch& launch) {
   if (name == #kernel) return bind(kernel, launch);
 #define QE_PREPARE(kernel, ...) QE_ONE(kernel)
 #define QE_DOWN_DECODE(kernel, ...) QE_ONE(kernel)
+#define QE_PREPARE_DOWN(kernel, ...) QE_ONE(kernel)
 #define QE_DOWN_PREFILL(kernel, ...) QE_ONE(kernel)
 #define QE_MAIN_DECODE(kernel, ...) QE_ONE(kernel)
 #define QE_MAIN_PREFILL(kernel, ...) QE_ONE(kernel)
@@ -41,20 +43,21 @@ std::function<void()> find_kernel(const QeLaunch& launch) {
 
 }  // namespace
 
-// Returns how many kinds of errors were found; `errors` gets one line each.
-extern "C" int qe_emu_launch(const QeLaunch* launch, uint64_t seed, int preempt, char* errors, size_t room) {
+// Returns how many kinds of errors were found; `errors` gets one line each. `first`: of a plan.
+extern "C" int qe_emu_launch(const QeLaunch* launch, int first, uint64_t seed, int preempt, char* errors, size_t room) {
   const auto kernel = find_kernel(*launch);
   if (!kernel) return snprintf(errors, room, "no kernel is called %s", launch->kernel), 1;
   const qe_emu::Shape shape{static_cast<int>(launch->grid_x), static_cast<int>(launch->grid_y),
                             static_cast<int>(launch->threads), launch->shared_bytes};
-  const auto found = qe_emu::launch(shape, seed, preempt, kernel);
+  const auto found = qe_emu::launch(shape, first != 0, seed, preempt, kernel);
   std::string all;
   for (const std::string& e : found) all += e + "\n";
   snprintf(errors, room, "%s", all.c_str());
   return static_cast<int>(found.size());
 }
+// writable: 0, 1, or 2 for memory that has contents.
 extern "C" void qe_emu_add_buffer(const void* p, size_t bytes, int writable, const char* name) {
-  qe_emu::add_buffer(p, bytes, writable != 0, name);
+  qe_emu::add_buffer(p, bytes, writable != 0, name, writable == 2);
 }
 extern "C" void qe_emu_clear_buffers() { qe_emu::clear_buffers(); }
 
@@ -77,7 +80,7 @@ class EmulatedDevice final : public qe::Device {
   }
   const char* Run(const QePlan& plan) override {
     for (int i = 0; i < plan.count; ++i)
-      if (qe_emu_launch(&plan.launch[i], 1, 0, errors_, sizeof errors_)) return errors_;
+      if (qe_emu_launch(&plan.launch[i], i == 0, 1, 0, errors_, sizeof errors_)) return errors_;
     return nullptr;
   }
   bool Read(uint64_t address, void* to, size_t bytes) override {

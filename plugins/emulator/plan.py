@@ -48,7 +48,7 @@ class Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint32),
         ("args_bytes", ctypes.c_uint32),
         ("overlaps", ctypes.c_uint32),
-        ("args", ctypes.c_ubyte * 200),
+        ("args", ctypes.c_ubyte * 320),
     ]
 
     @property

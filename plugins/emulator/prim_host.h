@@ -20,6 +20,7 @@ namespace qe {
 QE_EMU_OUT inline int thread_id() { return qe_emu::now.thread; }
 QE_EMU_OUT inline int block_threads() { return qe_emu::now.threads; }
 QE_EMU_OUT inline int block_x() { return qe_emu::now.block_x; }
+QE_EMU_OUT inline int grid_x() { return qe_emu::now.grid_x; }
 QE_EMU_OUT inline int block_y() { return qe_emu::now.block_y; }
 
 template <class To, class From>
@@ -87,6 +88,7 @@ QE_DEV uint32_t rotate_right(uint32_t v, uint32_t by) { return by ? (v >> by) | 
 QE_DEV float int_bits_to_float(int v) { return bits_as<float>(v); }
 QE_DEV int float_to_int_bits(float v) { return bits_as<int>(v); }
 QE_DEV float divide_rn(float a, float b) { return a / b; }
+QE_DEV float reciprocal(float v) { return 1.f / v; }
 QE_DEV int round_to_int(float v) { return static_cast<int>(nearbyintf(v)); }
 QE_DEV float abs_f(float v) { return fabsf(v); }
 QE_DEV float max_f(float a, float b) { return fmaxf(a, b); }
@@ -149,6 +151,17 @@ QE_DEV void mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   const uint32_t a[4] = {a0, a1, 0, 0};
   const qe_emu::MmaIn m = mma_operands(a, b, 0, c);
   collective(qe_emu::Collective::kMmaF16K8, &m, c);
+}
+QE_DEV void release_next() { qe_emu::release_next(); }
+QE_DEV void wait_for_previous() { qe_emu::wait_for_previous(); }
+QE_DEV void prefetch_line(const void* p) { qe_emu::prefetch(p); }
+QE_EMU_OUT inline uint32_t count_up(uint32_t* counter, uint32_t last) { return qe_emu::count_up(counter, last); }
+QE_DEV void device_fence() { qe_emu::device_fence(); }
+QE_EMU_OUT inline float load_fresh(const float* p) {
+  qe_emu::on_fresh_read(p, sizeof(float));
+  float v;
+  memcpy(&v, p, sizeof v);
+  return v;
 }
 QE_DEV float shuffle_xor(float v, int mask) {
   const qe_emu::ShuffleIn in{v, mask};

@@ -20,11 +20,11 @@ DTYPE_CODE = {"f16": 0, "bf16": 1}
 class Machine(Protocol):
     """What both emulators offer."""
 
-    def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
-        """Register memory and return its device address."""
+    def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:
+        """Register memory and return its device address; `zeroed` memory may be read before it is written."""
 
-    def launch(self, launch: Launch, seed: int) -> list[str]:
-        """Run one kernel; returns the errors that were found."""
+    def launch(self, launch: Launch, seed: int, *, first: bool = True) -> list[str]:
+        """Run one kernel, the first of a plan or another; returns the errors that were found."""
 
     def clear(self) -> None:
         """Forget all memory."""
@@ -91,7 +91,9 @@ def run_linear(
 
     y = aligned(np.full((len(x), linear.out_features), 0x7E00, np.uint16))
     workspace = np.full(max(1, planner.workspace_bytes(problem)), 0xFF, np.uint8)
+    counters = aligned(np.zeros(planner.counter_bytes(problem), np.uint8))
     buffers = Buffers(
+        counters=machine.add(counters, "counters", writable=True, zeroed=True) if counters.size else 0,
         x=add(to_bits(x, dtype), "x"),
         y=machine.add(y, "y", writable=True),
         workspace=add(workspace, "workspace", writable=True),
@@ -100,7 +102,9 @@ def run_linear(
     errors: list[str] = []
     launches = planner.launches(problem, buffers, tactic or Tactic())
     for launch in launches:
-        errors += [f"{launch.name}: {error}" for error in machine.launch(launch, seed)]
+        errors += [f"{launch.name}: {error}" for error in machine.launch(launch, seed, first=launch is launches[0])]
+    if counters.any():
+        errors.append("counters are left that are not zero")
     return Outcome(from_bits(y, dtype), errors, [launch.name for launch in launches])
 
 

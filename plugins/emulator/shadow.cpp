@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <map>
 
 #include "simt.h"
 
@@ -26,7 +27,14 @@ struct Buffer {
   std::string name;
   std::vector<uint8_t> written;  // over the life of the buffer
   std::vector<int64_t> writer;   // in this launch: block and thread
+  std::vector<uint32_t> epoch;   // of the writer's block, when it wrote
 };
+
+// Of the blocks of this launch: until which epoch what they wrote was fenced off.
+using Released = std::map<int64_t, uint32_t>;
+std::map<const void*, Released> counted;  // what each counter's arrivals had fenced off
+std::map<int64_t, uint32_t> fenced;
+Released seen, acquired;  // by the running block: at a counter, and after its next fence
 
 std::vector<SharedByte> shared_bytes(kSharedBytes);
 std::vector<Buffer> buffers;
@@ -35,7 +43,7 @@ size_t shared_limit = 0;
 uint32_t epoch = 1;
 
 int64_t whoami() { return (static_cast<int64_t>(now.block_y) << 40) | (static_cast<int64_t>(now.block_x) << 12) | now.thread; }
-bool same_block(int64_t a, int64_t b) { return (a >> 12) == (b >> 12); }
+int64_t block_of(int64_t who) { return who >> 12; }
 
 Buffer* find(const void* p, size_t slack = 0) {
   const char* c = static_cast<const char*>(p);
@@ -58,15 +66,29 @@ void shadow_start_launch(size_t bytes) {
   errors.clear();
   shared_limit = bytes;
   for (Buffer& b : buffers) std::fill(b.writer.begin(), b.writer.end(), kNobody);
+  counted.clear(), fenced.clear();
 }
 
 void shadow_start_block() {
   ++epoch;
+  seen.clear(), acquired.clear();
   std::fill(shared_bytes.begin(), shared_bytes.begin() + static_cast<long>(shared_limit), SharedByte{});
   memset(shared_memory, 0xA5, shared_limit);
 }
 
 void shadow_next_epoch() { ++epoch; }
+
+void shadow_count(const void* counter) {
+  for (const auto& [block, until] : counted[counter]) seen[block] = until;
+  const int64_t own = block_of(whoami());
+  if (fenced.count(own)) counted[counter][own] = fenced[own];
+}
+
+// What the block wrote before its last barrier; and what its counter showed can be read from now on.
+void shadow_fence() {
+  fenced[block_of(whoami())] = epoch;
+  for (const auto& [block, until] : seen) acquired[block] = until;
+}
 
 bool shadow_shared(size_t at, size_t bytes, bool write, int thread) {
   if (at + bytes > shared_limit) return report("shared memory: access out of bounds"), false;
@@ -114,7 +136,7 @@ void shadow_land_copy(const PendingCopy& copy, int thread) {
     memcpy(copy.to, copy.from, 16);
 }
 
-bool shadow_global(const void* p, size_t bytes, bool write) {
+bool shadow_global(const void* p, size_t bytes, bool write, bool fresh) {
   Buffer* b = find(p);
   const char* c = static_cast<const char*>(p);
   if (!b || c + bytes > b->p + b->bytes) {
@@ -124,27 +146,34 @@ bool shadow_global(const void* p, size_t bytes, bool write) {
     return false;
   }
   if (write && !b->writable) return report("global memory: write to the input " + b->name), false;
+  if ((b->writable || (b->name == "x" && !x_is_ready())) && !thread_has_waited())
+    report("global memory: access to " + b->name + " before the launch in front has ended");
   if (!b->writable) return true;
   const size_t at = static_cast<size_t>(c - b->p);
   for (size_t i = at; i < at + bytes; ++i) {
     const int64_t writer = b->writer[i];
-    if (write) {
+    if (write && fresh) {
+      b->written[i] = 1;  // a counter
+    } else if (write) {
       if (writer != kNobody && writer != whoami()) report("global memory: two threads write the same byte of " + b->name);
       b->writer[i] = whoami();
+      b->epoch[i] = epoch;
       b->written[i] = 1;
     } else {
       if (!b->written[i]) report("global memory: read of bytes of " + b->name + " that nobody wrote");
-      if (writer != kNobody && !same_block(writer, whoami()))
+      if (writer == kNobody || block_of(writer) == block_of(whoami())) continue;
+      const auto until = acquired.find(block_of(writer));
+      if (!fresh || until == acquired.end() || b->epoch[i] >= until->second)
         report("global memory: read of " + b->name + " that another block writes in the same launch");
     }
   }
   return true;
 }
 
-void add_buffer(const void* p, size_t bytes, bool writable, const char* name) {
+void add_buffer(const void* p, size_t bytes, bool writable, const char* name, bool zeroed) {
   const size_t tracked = writable ? bytes : 0;
-  buffers.push_back({static_cast<const char*>(p), bytes, writable, name, std::vector<uint8_t>(tracked, 0),
-                     std::vector<int64_t>(tracked, kNobody)});
+  buffers.push_back({static_cast<const char*>(p), bytes, writable, name, std::vector<uint8_t>(tracked, zeroed),
+                     std::vector<int64_t>(tracked, kNobody), std::vector<uint32_t>(tracked, 0)});
 }
 
 void clear_buffers() { buffers.clear(); }

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+
+#include <algorithm>
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -30,6 +32,8 @@ struct Fiber {
   const void* in = nullptr;
   void* out = nullptr;
   const void* site = nullptr;
+  bool waited = false;  // for the launch in front
+  int looks = 0;        // at what other blocks write
   std::vector<std::vector<PendingCopy>> groups;
   std::vector<PendingCopy> open_group;
 };
@@ -39,6 +43,8 @@ Fiber* running = nullptr;
 std::function<void()> body;
 uint64_t random_state = 1;
 int preempt = 0;
+bool released_early = true;  // some thread of this launch let the next one start before it had waited itself
+bool early = false;
 bool stopped = false;  // after an access that would harm the emulator itself
 
 uint32_t random_number() {
@@ -184,6 +190,47 @@ void on_access(const void* p, size_t bytes, bool write, size_t alignment) {
   if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(*running);
 }
 
+namespace {
+
+constexpr int kMostLooks = 1 << 16;
+
+void stop() {
+  stopped = true;
+  leave(*running);  // and never comes back
+}
+
+// A thread that looks that often waits for a block that has not run; a GPU may not run it either before this one ends.
+void look() {
+  if (++running->looks <= kMostLooks) return;
+  report("deadlock: a block waits for another block");
+  stop();
+}
+
+}  // namespace
+
+void on_fresh_read(const void* p, size_t bytes) {
+  look();
+  if (!shadow_global(p, bytes, false, true)) stop();
+  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(*running);
+}
+
+uint32_t count_up(uint32_t* counter, uint32_t last) {
+  look();
+  if (reinterpret_cast<uintptr_t>(counter) % 4) report("misaligned access");
+  if (!shadow_global(counter, 4, true, true)) stop();
+  shadow_count(counter);
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+
+void device_fence() { shadow_fence(); }
+void prefetch(const void* p) { shadow_global(p, 1, false, true); }
+void wait_for_previous() { running->waited = true; }
+void release_next() { released_early = released_early || !running->waited; }
+bool x_is_ready() { return early; }
+bool thread_has_waited() { return running->waited; }
+
 void barrier(const void* site) {
   running->state = State::kAtBarrier;
   running->site = site;
@@ -216,16 +263,21 @@ void copy_wait(int pending) {
   }
 }
 
-std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel) {
+std::set<std::string> launch(const Shape& shape, bool first, uint64_t seed, int preempt_every, const std::function<void()>& kernel) {
+  early = !first && !released_early;
+  released_early = false;
   shadow_start_launch(shape.shared_bytes);
   random_state = seed * 0x9E3779B97F4A7C15ull + 1;
   preempt = preempt_every;
   body = kernel;
   stopped = false;
   bool alive = true;
-  for (int y = 0; alive && y < shape.grid_y; ++y)
-    for (int x = 0; alive && x < shape.grid_x; ++x) {
-      now = {0, shape.threads, x, y};
+  const size_t blocks = static_cast<size_t>(shape.grid_x) * static_cast<size_t>(shape.grid_y);
+  std::vector<int> order(blocks);
+  for (size_t i = 0; i < blocks; ++i) order[i] = static_cast<int>(i);
+  for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
+  for (size_t i = 0; alive && i < blocks; ++i) {
+      now = {0, shape.threads, order[i] % shape.grid_x, order[i] / shape.grid_x, shape.grid_x};
       shadow_start_block();
       fibers.assign(static_cast<size_t>(shape.threads), Fiber{});
       for (int t = 0; t < shape.threads; ++t) {

@@ -4,7 +4,9 @@
 // maps of mma and ldmatrix as the PTX ISA prints them, asynchronous copies that land as late as they may, and a shadow of
 // every byte of shared and global memory that finds races, accesses out of bounds, misalignment and reads of bytes that
 // nobody wrote. What it does not model: time, caches, the PTX behind the primitives (the PTX emulator does that), and
-// weak memory order between blocks (no kernel of ours lets blocks talk).
+// weak memory order beyond one rule: what another block of the launch wrote may be read, by a fresh read, only after a
+// counter showed that the other block had fenced it off before. Blocks run one after the other, in a random order, so that a
+// block that waits for one that was not scheduled yet never ends, which is reported.
 //
 // Plain loads and stores of the kernels reach `on_access` through the hooks that -fsanitize=thread plants; the
 // sanitizer's own runtime is not linked.
@@ -23,7 +25,7 @@ constexpr size_t kSharedBytes = 232448;  // the most any supported chip has
 extern unsigned char shared_memory[kSharedBytes];
 
 struct ThreadIndex {
-  int thread, threads, block_x, block_y;
+  int thread, threads, block_x, block_y, grid_x;
 };
 extern ThreadIndex now;  // of the running fiber
 
@@ -33,6 +35,12 @@ enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuf
 void on_access(const void* p, size_t bytes, bool write, size_t alignment);
 void barrier(const void* site);
 void collective(Collective kind, const void* in, void* out, const void* site);
+void on_fresh_read(const void* p, size_t bytes);
+uint32_t count_up(uint32_t* counter, uint32_t last);
+void device_fence();
+void prefetch(const void* p);
+void wait_for_previous();
+void release_next();
 void copy_async(void* to, const void* from);
 void copy_commit();
 void copy_wait(int pending);
@@ -52,15 +60,16 @@ struct ShuffleIn {
 void run_collective(Collective kind, const void* const (&in)[32], void* const (&out)[32]);
 
 // Memory that kernels may touch. Host addresses; writable buffers also remember who wrote what.
-void add_buffer(const void* p, size_t bytes, bool writable, const char* name);
+// Those that are not may be read before `wait_for_previous`, unless they are called x; `zeroed` ones have contents.
+void add_buffer(const void* p, size_t bytes, bool writable, const char* name, bool zeroed = false);
 void clear_buffers();
 
 struct Shape {
   int grid_x, grid_y, threads;
   size_t shared_bytes;
 };
-// Runs the kernel and returns what went wrong, each kind of error once.
-std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel);
+// Runs the kernel, the first of a plan or another, and returns what went wrong, each kind of error once.
+std::set<std::string> launch(const Shape& shape, bool first, uint64_t seed, int preempt_every, const std::function<void()>& kernel);
 
 // Between the scheduler (simt.cpp) and the memory model (shadow.cpp).
 struct PendingCopy {
@@ -74,7 +83,11 @@ void shadow_start_block();
 void shadow_next_epoch();
 // False: the access is out of bounds and must not be carried out.
 bool shadow_shared(size_t at, size_t bytes, bool write, int thread);
-bool shadow_global(const void* p, size_t bytes, bool write);
+bool shadow_global(const void* p, size_t bytes, bool write, bool fresh = false);
+void shadow_count(const void* counter);
+void shadow_fence();
+bool thread_has_waited();
+bool x_is_ready();  // before this launch has waited, because the one in front released it only after x was there
 bool shadow_issue_copy(const PendingCopy& copy, int thread);
 void shadow_land_copy(const PendingCopy& copy, int thread);
 bool in_shared(const void* p);

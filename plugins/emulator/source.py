@@ -26,19 +26,19 @@ class SourceMachine:
         self._library = ctypes.CDLL(str(path))
         self._preempt = preempt_every
 
-    def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
+    def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:
         """Register memory; its address is the host address."""
         address = int(array.ctypes.data)
         self._library.qe_emu_add_buffer(
-            ctypes.c_void_p(address), ctypes.c_size_t(array.nbytes), int(writable), name.encode()
+            ctypes.c_void_p(address), ctypes.c_size_t(array.nbytes), 2 if zeroed else int(writable), name.encode()
         )
         return address
 
-    def launch(self, launch: Launch, seed: int) -> list[str]:
+    def launch(self, launch: Launch, seed: int, *, first: bool = True) -> list[str]:
         """Run one kernel over its grid; returns the errors that were found."""
         text = ctypes.create_string_buffer(_ERROR_ROOM)
         self._library.qe_emu_launch(
-            ctypes.byref(launch), ctypes.c_uint64(seed), self._preempt, text, ctypes.c_size_t(_ERROR_ROOM)
+            ctypes.byref(launch), int(first), ctypes.c_uint64(seed), self._preempt, text, ctypes.c_size_t(_ERROR_ROOM)
         )
         return text.value.decode().splitlines()
 

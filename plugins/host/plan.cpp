@@ -1,6 +1,7 @@
 #include "../include/qe_edge/plan.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -9,19 +10,31 @@
 
 namespace {
 
-constexpr int kDecodeLimit = 16;      // tokens; above it the tiled GEMM runs
+constexpr int kDecodeLimit = 64;      // tokens; above it the tiled GEMM runs
+constexpr int kLoneLimit = 4;         // tokens that `main` can quantize itself
+constexpr int kGroupTokens = 16;      // tokens of one block in decode, where `main` does not
+constexpr int kMostSets = 8, kMostWarps = 12;  // of 32 columns that a block has at once, and of the block
+constexpr int kUnknownMultiprocessors = 16;
+constexpr int kMostMultiprocessors = 192;  // of any GPU, for the workspace
+constexpr int kSharedBytes = 96 << 10;     // that a block of decode may take, on every chip
 constexpr int kMaxRank = 128;
 constexpr int kMaxExperts = 16;
-constexpr int kMaxSplits = 16;
+constexpr int kMaxSplits = 16, kMaxSlices = 8;
 constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq and of 8 * code * xq stay exact up to it
 constexpr int64_t kMaxPieces = int64_t{1} << 32;
+
+#ifdef QE_PLAN_TRY
+int Try(const char* name, int otherwise) { const char* v = getenv(name); return v ? atoi(v) : otherwise; }
+#else
+#define Try(name, otherwise) (otherwise)
+#endif
 
 int RoundUp(int v, int to) { return (v + to - 1) / to * to; }
 int Divide(int v, int by) { return (v + by - 1) / by; }
 
 // The problem as the kernels count it.
 struct Shape {
-  int Kp, Np, shared_tiles, routed_tiles, experts;
+  int Kp, Np, shared_tiles, routed_tiles, experts, tokens;
   bool int8, decode, lowrank;
 
   explicit Shape(const QeProblem& p) {
@@ -33,9 +46,16 @@ struct Shape {
     shared_tiles = Divide(p.rank_shared + (p.num_experts == 1 ? p.rank_routed : 0), 16);
     routed_tiles = routed ? Divide(p.rank_routed, 16) : 0;
     int8 = p.act_bits != 0;
+    tokens = p.M;
     decode = p.M <= kDecodeLimit;
     lowrank = shared_tiles + routed_tiles > 0;
   }
+  int token_groups() const { return tokens <= kLoneLimit ? 1 : Divide(tokens, kGroupTokens); }
+  // Blocks of 32 tokens of the prefill down-projection, and its pairs of column tiles.
+  int down_blocks(int m) const {
+    return (shared_tiles ? Divide(m, 32) : 0) + (experts ? Divide(m, 32) + experts : 0);
+  }
+  int down_pairs() const { return Divide(std::max(shared_tiles, routed_tiles), 2); }
   int rank() const { return 16 * (shared_tiles + routed_tiles); }
   int down_tiles() const { return shared_tiles + experts * routed_tiles; }
 };
@@ -50,18 +70,96 @@ bool SumsOfGemm(const QeProblem& p) { return p.act_bits != 0 && p.group_size == 
 size_t SumBytes(const QeProblem& p, const Shape& s) {
   if (!Zeros(p)) return 0;
   if (p.group_size < 0) return size_t{4} * p.M;
-  if (s.decode) return size_t{4} * kDecodeLimit * (s.Kp / p.group_size);
+  if (s.decode) return size_t{4} * RoundUp(p.M, kGroupTokens) * (s.Kp / p.group_size);
   return SumsOfGemm(p) ? static_cast<size_t>(p.M) * (s.Kp / 128) * qe::kTokenSums : 0;
 }
 
-// Slices of K in the decode down-projection: enough blocks to draw on all of the memory, each with work for its warps.
+// Slices of K in the down-projection: enough blocks to draw on all of the memory, each with work for its warps.
 int Splits(const QeProblem& p, const Shape& s) {
-  const int used_tiles = s.shared_tiles + s.routed_tiles * std::min(p.M, std::max(1, s.experts));
-  return std::clamp(std::min(64 / std::max(1, used_tiles), Divide(p.K, 256)), 1, kMaxSplits);
+  if (s.decode) {
+    const int most = p.M <= kLoneLimit ? kMaxSplits : 4;  // `main` reads every slice's h
+    return std::clamp(std::min(Try("DOWNBLOCKS", 320) / std::max(1, s.down_tiles()), Divide(p.K, 128)), 1, most);
+  }
+  const int blocks = s.down_blocks(p.M) * s.down_pairs();
+  return std::clamp(std::min(512 / std::max(1, blocks), Divide(p.K, 512)), 1, kMaxSplits);
+}
+
+// How a decode launch of `main` is cut: slices of K and sets of 32 columns, warps of a set, and blocks beside each other; and
+// where its shared memory has what.
+struct Cut {
+  bool lone;  // it quantizes x itself
+  int slices, slice_chunks, sets, set_warps, warp_chunks, blocks, groups;
+  int group_sums_at, ring_at, results_at, tokens_at, scores_at, h_at, shared;
+};
+
+void PlaceShared(const QeProblem& p, const Shape& s, Cut& c) {
+  const int of_group = p.group_size < 0 ? 0 : 128 / p.group_size, warps = c.sets * c.set_warps;
+  int at = 0;
+  const auto take = [&](int bytes) {
+    const int here = at;
+    at += RoundUp(bytes, 16);
+    return here;
+  };
+  take(c.lone ? c.slice_chunks * p.M * 128 * (s.int8 ? 1 : 2) : 0);
+  c.group_sums_at = take(c.lone && Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
+  c.ring_at = take(warps * 3 * 512 * p.weight_bits);
+  c.results_at = take(warps * 2 * (c.lone ? 1 : 2) * 4 * 128);
+  c.tokens_at = take(3 * kGroupTokens * 4 + 16 + (c.lone ? 2 * p.M * RoundUp(warps, 4) * 4 : 0));
+  c.scores_at = take(c.lone && s.experts ? p.M * kMaxExperts * 4 : 0);
+  c.h_at = take((c.lone ? p.M : std::min(p.M, kGroupTokens)) * s.rank() * 2);
+  c.shared = at;
+}
+
+// With this many slices of K: a block on every multiprocessor, with as many columns as that takes, and as many warps as its
+// shared memory has room for.
+Cut CutColumns(const QeProblem& p, const Shape& s, bool lone, int slices, int multiprocessors, int set_warps) {
+  Cut c{};
+  const int blocks = s.Np / 32, chunks = s.Kp / 128;
+  c.lone = lone;
+  c.slice_chunks = Divide(chunks, slices);
+  c.slices = Divide(chunks, c.slice_chunks);  // none is empty
+  c.groups = lone ? 1 : s.token_groups();
+  const int beside = std::max(1, multiprocessors / c.groups);
+  c.sets = c.slices > 1 ? 1 : std::clamp(Divide(blocks, beside), 1, Try("SETS", kMostSets));
+  c.blocks = c.slices > 1 ? blocks : std::min(blocks, beside);
+  const int most = std::max(1, Try("WARPS", kMostWarps) / c.sets);
+  for (c.set_warps = std::clamp(set_warps ? set_warps : most, 1, std::max(1, std::min(most, Divide(c.slice_chunks, 2))));; --c.set_warps) {
+    c.warp_chunks = Divide(c.slice_chunks, c.set_warps);
+    PlaceShared(p, s, c);
+    if (c.shared <= kSharedBytes || c.set_warps == 1) break;
+  }
+  while (c.shared > kSharedBytes && c.sets > 1) {
+    --c.sets;
+    PlaceShared(p, s, c);
+  }
+  return c;
+}
+
+// Slices of K until every multiprocessor has a block, as long as each has some chunks of K.
+int Slices(const Shape& s, int multiprocessors) {
+  const int blocks = s.Np / 32 * s.token_groups(), chunks = s.Kp / 128;
+  const int wanted = std::clamp(std::min(Divide(std::min(multiprocessors, kMostMultiprocessors), blocks), chunks / Try("MINCHUNKS", 16)), 1, kMaxSlices);
+  return Divide(chunks, Divide(chunks, wanted));  // none is empty
+}
+
+Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, bool counters) {
+  const int multiprocessors = t.multiprocessors > 0 ? t.multiprocessors : kUnknownMultiprocessors;
+  const int wanted = counters ? Slices(s, multiprocessors) : 1;
+  for (int slices = wanted; p.M <= kLoneLimit && slices <= (counters ? kMaxSlices : 1); ++slices) {
+    const Cut cut = CutColumns(p, s, true, slices, multiprocessors, t.decode_warps);
+    if (cut.shared <= kSharedBytes) return cut;
+  }
+  return CutColumns(p, s, false, wanted, multiprocessors, t.decode_warps);
+}
+
+// The most slices that any GPU has.
+int MostSlices(const QeProblem& p, const Shape& s) {
+  const bool roomy = p.M > kLoneLimit || CutColumns(p, s, true, 1, kMostMultiprocessors, 0).shared <= kSharedBytes;
+  return roomy ? Slices(s, kMostMultiprocessors) : kMaxSlices;
 }
 
 struct Workspace {
-  size_t act, token_scale, sums, expert, order, h, end;
+  size_t act, token_scale, sums, expert, order, h, partial, scores, slices, counters, end;
 };
 
 size_t Take(size_t& at, size_t bytes) {
@@ -73,14 +171,22 @@ size_t Take(size_t& at, size_t bytes) {
 Workspace Layout(const QeProblem& p, const Shape& s) {
   Workspace w{};
   size_t at = 0;
-  const size_t m = static_cast<size_t>(p.M);
-  const size_t places = !s.decode ? m : m <= 8 ? 8 : 16;  // see store_words in kernels/prepare.cuh
+  const size_t m = static_cast<size_t>(p.M), splits = static_cast<size_t>(Splits(p, s));
+  const size_t places = s.decode ? static_cast<size_t>(RoundUp(p.M, kGroupTokens)) : m;  // see store_words in kernels/prepare.cuh
   w.act = Take(at, places * s.Kp * (s.int8 ? 1 : 2));
   w.token_scale = Take(at, m * 4);
   w.sums = Take(at, SumBytes(p, s));
   w.expert = Take(at, m * 4);
   w.order = Take(at, m * 4);
-  w.h = Take(at, s.decode ? m * s.rank() * 4 * Splits(p, s) : m * s.rank() * 2);
+  if (s.decode) {
+    w.partial = Take(at, m * 16 * s.down_tiles() * 4 * splits);
+    w.scores = Take(at, s.experts && p.M <= kLoneLimit ? m * kMaxExperts * 4 * splits : 0);
+    w.slices = Take(at, m * s.Np * 4 * static_cast<size_t>(MostSlices(p, s)));
+  } else {
+    w.h = Take(at, m * s.rank() * 2);
+    w.partial = Take(at, splits > 1 ? m * s.rank() * 4 * splits : 0);
+    w.counters = Take(at, static_cast<size_t>(s.down_blocks(p.M)) * s.down_pairs() * 4);
+  }
   w.end = at;
   return w;
 }
@@ -100,6 +206,7 @@ void Fill(QeLaunch& launch, const char* name, int gx, int gy, int threads, int s
   launch.threads = static_cast<uint32_t>(threads);
   launch.shared_bytes = static_cast<uint32_t>(shared);
   launch.args_bytes = sizeof(Args);
+  launch.overlaps = 1;  // all kernels wait for what runs before them (wait_for_previous)
   memcpy(launch.args, &args, sizeof(Args));
 }
 
@@ -123,6 +230,8 @@ int PrefillShared(const QeProblem& p, int rows) {
   return 3 * (rows * of_row + 128 * 16 * p.weight_bits + groups * 256 + (Zeros(p) ? groups * 128 : 0));
 }
 
+int ActMax(const QeProblem& p) { return p.act_bits == 8 ? 127 : p.act_bits == 6 ? 31 : 0; }
+
 // What the codes of 16-bit activations are multiplied by; a GEMM takes it off 3-bit weights that become numbers.
 uint64_t CodeShifts(const QeProblem& p, const Shape& s) {
   if (p.act_bits != 0) return 0;
@@ -130,7 +239,7 @@ uint64_t CodeShifts(const QeProblem& p, const Shape& s) {
   return p.group_size < 0 || s.decode ? qe::kCodeShifts3 : 0;
 }
 
-void PlanPrepare(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, QeLaunch& launch) {
+qe::PrepareArgs PrepareArgsOf(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w) {
   qe::PrepareArgs a{};
   a.x = At<void>(b.x);
   a.inv_omega = p.has_inv_omega ? At<void>(b.inv_omega) : nullptr;
@@ -139,46 +248,80 @@ void PlanPrepare(const QeProblem& p, const Shape& s, const QeBuffers& b, const W
   a.token_scale = At<float>(b.workspace + w.token_scale);
   a.sums = SumBytes(p, s) ? At<void>(b.workspace + w.sums) : nullptr;
   a.expert = s.experts ? At<int32_t>(b.workspace + w.expert) : nullptr;
+  a.counters = At<uint32_t>(b.workspace + w.counters);
   a.M = p.M, a.K = p.K, a.Kp = s.Kp, a.E = s.experts;
-  a.act_max = p.act_bits == 8 ? 127 : p.act_bits == 6 ? 31 : 0;
+  a.act_max = ActMax(p);
   a.decode_order = s.decode;
   a.sum_rows = p.group_size < 0 ? 0 : p.group_size;
+  a.counter_count = s.decode ? 0 : s.down_blocks(p.M) * s.down_pairs();
   a.code_shifts = CodeShifts(p, s);
-  // A lone token has one block to itself: more threads draw the router's weights faster.
-  const int threads = p.M <= kDecodeLimit && p.K >= 4096 ? 512 : 256;
-  char name[48];
-  snprintf(name, sizeof name, "qe_prepare_%s", Tag(p));
-  Fill(launch, name, p.M, 1, threads, (1 + threads / 32) * (kMaxExperts + 1) * 4, a);
+  return a;
 }
 
-void PlanDown(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, QeLaunch& launch) {
+qe::DownArgs DownArgsOf(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w) {
   qe::DownArgs a{};
   a.x = At<void>(b.x);
   a.down = At<void>(b.down);
   a.down_scale = At<float>(b.down_scale);
-  a.expert = At<int32_t>(b.workspace + w.expert);
+  a.partial = At<float>(b.workspace + w.partial);
   a.M = p.M, a.K = p.K, a.E = s.experts;
   a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
-  a.splits = s.decode ? Splits(p, s) : 1;
-  constexpr int kWarps = 4;
-  char name[48];
-  if (s.decode) {
-    a.partial = At<float>(b.workspace + w.h);
-    const int tokens8 = p.M <= 8 ? 1 : 2;
-    snprintf(name, sizeof name, "qe_down_decode_a%d_t%d_%s", p.adapter_bits, tokens8 * 8, Tag(p));
-    Fill(launch, name, s.down_tiles(), a.splits, kWarps * 32, kWarps * tokens8 * 4 * 128, a);
-    return;
-  }
-  a.h = At<void>(b.workspace + w.h);
-  a.order = At<int32_t>(b.workspace + w.order);
-  const int blocks = Divide(p.M, 32);
-  const int shared_blocks = s.shared_tiles ? blocks : 0, routed_blocks = s.experts ? blocks + s.experts : 0;
-  snprintf(name, sizeof name, "qe_down_prefill_a%d_%s", p.adapter_bits, Tag(p));
-  Fill(launch, name, shared_blocks + routed_blocks, Divide(std::max(s.shared_tiles, s.routed_tiles), 2), kWarps * 32,
-       32 * 4 + kWarps * 16 * 4 + kWarps * 2 * 4 * 4 * 128, a);
+  a.splits = Splits(p, s);
+  return a;
 }
 
-void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, const QeTactic& t,
+// Threads that prepare a token: where few tokens leave the GPU empty, more threads are done sooner.
+int PrepareThreads(const QeProblem& p, const Shape& s) { return s.decode && p.K >= 4096 ? 512 : 256; }
+int PrepareShared(int threads) { return (1 + threads / 32) * (kMaxExperts + 1) * 4; }
+
+// What `main` of the decode needs first: h and scores where it quantizes x itself, else the tokens too.
+void PlanFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, bool lone, QePlan& plan) {
+  if (lone && !s.lowrank) return;
+  QeLaunch& launch = plan.launch[plan.count++];
+  char name[48];
+  qe::DownArgs down = DownArgsOf(p, s, b, w);
+  if (lone) {
+    down.router = s.experts ? At<void>(b.router) : nullptr;
+    down.scores = At<float>(b.workspace + w.scores);
+    down.next = At<void>(b.weight);
+    down.next_bytes = std::min<int64_t>(int64_t{s.Np} * s.Kp * p.weight_bits / 8, Try("NEXTBYTES", 12 << 20));
+    snprintf(name, sizeof name, "qe_down_decode_a%d_%s", p.adapter_bits, Tag(p));
+    // As many warps as have four blocks of 32 rows each, which they hold in registers.
+    const int warps = std::clamp(Divide(Divide(Divide(p.K, 32), down.splits), 4), 1, 8);
+    Fill(launch, name, s.down_tiles() + (s.experts ? 1 : 0), down.splits, warps * 32, warps * 4 * 128, down);
+    return;
+  }
+  const int threads = PrepareThreads(p, s);
+  const qe::PrepareArgs prepare = PrepareArgsOf(p, s, b, w);
+  if (!s.lowrank) {
+    snprintf(name, sizeof name, "qe_prepare_%s", Tag(p));
+    Fill(launch, name, p.M, 1, threads, PrepareShared(threads), prepare);
+    return;
+  }
+  snprintf(name, sizeof name, "qe_prepare_down_a%d_%s", p.adapter_bits, Tag(p));
+  const int blocks = s.down_tiles() * Divide(p.M, kGroupTokens) * down.splits;
+  Fill(launch, name, p.M + blocks, 1, threads, std::max(PrepareShared(threads), threads / 32 * 2 * 4 * 128),
+       qe::PrepareDownArgs{prepare, down});
+}
+
+void PlanPrefillFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, QePlan& plan) {
+  char name[48];
+  const int threads = PrepareThreads(p, s);
+  snprintf(name, sizeof name, "qe_prepare_%s", Tag(p));
+  Fill(plan.launch[plan.count++], name, p.M, 1, threads, PrepareShared(threads), PrepareArgsOf(p, s, b, w));
+  if (!s.lowrank) return;
+  qe::DownArgs a = DownArgsOf(p, s, b, w);
+  a.expert = At<int32_t>(b.workspace + w.expert);
+  a.h = At<void>(b.workspace + w.h);
+  a.order = At<int32_t>(b.workspace + w.order);
+  a.counters = At<uint32_t>(b.workspace + w.counters);
+  constexpr int kWarps = 4;
+  snprintf(name, sizeof name, "qe_down_prefill_a%d_%s", p.adapter_bits, Tag(p));
+  Fill(plan.launch[plan.count++], name, s.down_blocks(p.M), s.down_pairs() * a.splits, kWarps * 32,
+       32 * 4 + kWarps * 16 * 4 + 16 + kWarps * 2 * 4 * 4 * 128, a);
+}
+
+void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, const QeTactic& t, const Cut& cut,
               QeLaunch& launch) {
   qe::MainArgs a{};
   a.act = At<void>(b.workspace + w.act);
@@ -188,7 +331,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   a.scales = At<void>(b.scales);
   a.zeros = At<uint8_t>(b.zeros);
   a.columns = At<float>(b.columns);
-  a.partial = At<float>(b.workspace + w.h);
+  a.partial = At<float>(b.workspace + w.partial);
   a.h = At<void>(b.workspace + w.h);
   a.up = At<void>(b.up);
   a.expert = At<int32_t>(b.workspace + w.expert);
@@ -196,13 +339,25 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   a.y = At<void>(b.y);
   a.M = p.M, a.N = p.N, a.Np = s.Np, a.Kp = s.Kp;
   a.E = s.experts, a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
-  a.splits = s.decode ? Splits(p, s) : 1;
+  a.splits = Splits(p, s);
   a.up_bits = p.adapter_bits;
+  a.x = At<void>(b.x);
+  a.inv_omega = p.has_inv_omega ? At<void>(b.inv_omega) : nullptr;
+  a.scores = At<float>(b.workspace + w.scores);
+  a.slices = At<float>(b.workspace + w.slices);
+  a.counters = At<uint32_t>(b.counters);
+  a.code_shifts = CodeShifts(p, s);
+  a.K = p.K, a.act_max = ActMax(p), a.k_splits = cut.slices;
+  a.chunks = s.Kp / 128, a.slice_chunks = cut.slice_chunks, a.warp_chunks = cut.warp_chunks;
+  a.sets = cut.sets, a.set_warps = cut.set_warps, a.token_groups = cut.groups;
+  if (s.decode) a.set_factor = Divide(256, cut.set_warps);
+  a.group_sums_at = cut.group_sums_at, a.ring_at = cut.ring_at, a.results_at = cut.results_at;
+  a.tokens_at = cut.tokens_at, a.scores_at = cut.scores_at, a.h_at = cut.h_at;
+  a.x_is_ready = cut.lone && s.lowrank;
   char name[48];
   if (s.decode) {
-    const int warps = t.decode_warps ? t.decode_warps : 8, tokens8 = p.M <= 8 ? 1 : 2;
-    snprintf(name, sizeof name, "qe_decode_%s_t%d_%s", Variant(p), tokens8 * 8, Tag(p));
-    Fill(launch, name, Divide(p.N, 32), 1, warps * 32, warps * 2 * tokens8 * 4 * 128, a);
+    snprintf(name, sizeof name, "qe_decode_%s_t%d_%s", Variant(p), cut.lone ? 8 : 16, Tag(p));
+    Fill(launch, name, cut.blocks, cut.slices * cut.groups, cut.sets * cut.set_warps * 32, cut.shared, a);
     return;
   }
   const int rows = t.block_rows ? t.block_rows : 64;
@@ -256,7 +411,8 @@ size_t QeWorkspaceBytes(const QeProblem* problem) {
 
 size_t QeCounterBytes(const QeProblem* problem) {
   if (QeRefuse(problem)) return 0;
-  return size_t{4} * Shape(*problem).Np / 32;
+  const Shape s(*problem);
+  return s.decode ? size_t{4} * s.token_groups() * (s.Np / 32) : 0;
 }
 
 const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const QeTactic* tactic, QePlan* plan) {
@@ -271,8 +427,12 @@ const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const
   const Shape s(p);
   const Workspace w = Layout(p, s);
   *plan = QePlan{};
-  PlanPrepare(p, s, *buffers, w, plan->launch[plan->count++]);
-  if (s.lowrank) PlanDown(p, s, *buffers, w, plan->launch[plan->count++]);
-  PlanMain(p, s, *buffers, w, t, plan->launch[plan->count++]);
+  const Cut cut = s.decode ? CutDecode(p, s, t, buffers->counters != 0) : Cut{};
+  if (s.decode) {
+    PlanFirst(p, s, *buffers, w, cut.lone, *plan);
+  } else {
+    PlanPrefillFirst(p, s, *buffers, w, *plan);
+  }
+  PlanMain(p, s, *buffers, w, t, cut, plan->launch[plan->count++]);
   return nullptr;
 }

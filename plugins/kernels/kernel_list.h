@@ -1,7 +1,7 @@
-// The kernels by name. The includer defines QE_PREPARE, QE_DOWN_DECODE, QE_DOWN_PREFILL, QE_MAIN_DECODE and
+// The kernels by name. The includer defines QE_PREPARE, QE_DOWN_DECODE, QE_PREPARE_DOWN, QE_DOWN_PREFILL, QE_MAIN_DECODE and
 // QE_MAIN_PREFILL; host/plan.cpp builds the same names. Their parts: s8 = int8 activations, h = 16-bit ones; w3 = 3-bit
 // weights; c = scale per channel, g128 and g64 = per group, z = zero points; a16, a8 and a4 = bits of the low-rank factors;
-// t8 and t16 = at most 8 or 16 tokens.
+// t8 = at most 8 tokens, t16 = 16 tokens a block, at most 64.
 // 3-bit weights are for float16 and for the layers that schemes with 3 bits make; all others keep 4 (prepack/width.py).
 // QE_SUBSET keeps only what the planted-bug tests need, because they compile the kernels once per bug: 4 or 3 says of
 // which weights. Of 9 to 16 tokens that is one kernel.
@@ -31,24 +31,23 @@
   QE_FOR_FULL(QE_MAIN_DECODE(qe_decode_##variant##_t16_##tag, T, bits, mode, groups, zeros, 2)) \
   QE_MAIN_PREFILL(qe_prefill_##variant##_##tag, T, bits, mode, groups, zeros)
 
+#define QE_FACTORS(bits, tag, T)                                    \
+  QE_DOWN_DECODE(qe_down_decode_a##bits##_##tag, T, bits)           \
+  QE_PREPARE_DOWN(qe_prepare_down_a##bits##_##tag, T, bits)         \
+  QE_DOWN_PREFILL(qe_down_prefill_a##bits##_##tag, T, bits)
+
 #define QE_KERNELS_OF(tag, T)                                       \
   QE_PREPARE(qe_prepare_##tag, T)                                   \
-  QE_DOWN_DECODE(qe_down_decode_a16_t8_##tag, T, 16, 1)             \
-  QE_DOWN_PREFILL(qe_down_prefill_a16_##tag, T, 16)                 \
+  QE_FACTORS(16, tag, T)                                            \
   QE_FOR_W4(                                                        \
-  QE_DOWN_DECODE(qe_down_decode_a4_t8_##tag, T, 4, 1)               \
-  QE_DOWN_PREFILL(qe_down_prefill_a4_##tag, T, 4)                   \
+  QE_FACTORS(4, tag, T)                                             \
   QE_MAIN_VARIANT(s8_c, tag, T, 4, kInt8, 0, false)                 \
   QE_MAIN_VARIANT(s8_g128z, tag, T, 4, kInt8, 1, true)              \
   QE_MAIN_VARIANT(s8_g64z, tag, T, 4, kInt8, 2, true)               \
   QE_FOR_SUBSET(QE_MAIN_DECODE(qe_decode_h_g128z_t16_##tag, T, 4, k16Bit, 1, true, 2)) \
   QE_MAIN_VARIANT(h_g128z, tag, T, 4, k16Bit, 1, true))             \
   QE_FOR_FULL(                                                      \
-  QE_DOWN_DECODE(qe_down_decode_a16_t16_##tag, T, 16, 2)            \
-  QE_DOWN_DECODE(qe_down_decode_a8_t8_##tag, T, 8, 1)               \
-  QE_DOWN_DECODE(qe_down_decode_a8_t16_##tag, T, 8, 2)              \
-  QE_DOWN_PREFILL(qe_down_prefill_a8_##tag, T, 8)                   \
-  QE_DOWN_DECODE(qe_down_decode_a4_t16_##tag, T, 4, 2)              \
+  QE_FACTORS(8, tag, T)                                             \
   QE_MAIN_VARIANT(s8_cz, tag, T, 4, kInt8, 0, true)                 \
   QE_MAIN_VARIANT(s8_g128, tag, T, 4, kInt8, 1, false)              \
   QE_MAIN_VARIANT(s8_g64, tag, T, 4, kInt8, 2, false)               \

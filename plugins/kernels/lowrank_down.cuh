@@ -1,48 +1,41 @@
-// Launch 2: h = x @ down for the shared expert and for each token's routed expert.
+// h = x @ down for the shared expert and for each token's routed expert. One block per 16 columns of `down` (of more than 64
+// tokens: 32) and slice of K.
 //
-// Decode (M <= 16): one block per 16 columns of `down` and slice of K; experts that no token chose exit at once, so only
-// bytes that are needed are read. The slices are summed in a fixed order by `main`.
-// Prefill: one block per 32 tokens. Routed blocks find their tokens by a stable counting sort over `expert`, each on its
-// own (no atomics, nothing to clear), and record the order for `main`.
+// Decode: all experts' columns at once, because the scores are known only when the launch ends; reading them costs less than
+// a launch of its own. `main` adds the slices up in their order, for the experts that the tokens chose.
+// Prefill: 32 tokens a block. Routed blocks find their tokens by a stable counting sort over `expert`, each on its own, and
+// record the order for `main`. Whoever finishes the last slice adds all of them up, in their order.
 #pragma once
 #include "../include/qe_edge/args.h"
+#include "prepare.cuh"
 #include "unpack.cuh"
 
 namespace qe {
 
 constexpr int kDownTokens = 32;  // tokens of one prefill block
 constexpr int kDownColumnTiles = 2;
+constexpr int kMaxSlices = 16;  // of K, here and in main_decode
 
-// Registers of one warp over its share of K: columns of `down` are the rows of the product, tokens its columns.
-template <class T, int Bits, int Tokens8, int Tiles>
-QE_DEV void down_accumulate(const DownArgs& p, const int (&tile)[Tiles], const int (&token)[Tokens8], int first,
-                            int last, float (&acc)[Tiles][Tokens8][4]) {
-  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
-  const int blocks = (p.K + 31) / 32;
+// What a lane multiplies of 32 rows of x: eight values of each of its tokens.
+template <class T, int Tokens8>
+QE_DEV void load_x_rows(const DownArgs& p, const int (&token)[Tokens8], int block, u32x4 (&x)[Tokens8]) {
+  const int k = block * 32 + (thread_id() & 3) * 8;
   QE_UNROLL
-  for (int c = 0; c < Tiles; ++c)
+  for (int t = 0; t < Tokens8; ++t) {
+    x[t] = u32x4{};
+    if (k < p.K) x[t] = load16(static_cast<const T*>(p.x) + static_cast<size_t>(token[t]) * p.K + k);
+  }
+}
+
+// Columns of `down` are the rows of the product, tokens its columns.
+template <class T, int Bits, int Tokens8>
+QE_DEV void multiply_down(const DownWords<Bits>& words, const u32x4 (&x)[Tokens8], float (&acc)[Tokens8][4]) {
+  QE_UNROLL
+  for (int step = 0; step < 2; ++step) {
+    uint32_t a[4];
+    down_fragment<T, Bits>(words, step, a);
     QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t)
-      QE_UNROLL
-      for (int i = 0; i < 4; ++i) acc[c][t][i] = 0.f;
-  for (int b = first + warp; b < last; b += warps) {
-    u32x4 x[Tokens8];
-    const int k = b * 32 + (lane & 3) * 8;
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) {
-      x[t] = u32x4{};
-      if (k < p.K) x[t] = load16(static_cast<const T*>(p.x) + static_cast<size_t>(token[t]) * p.K + k);
-    }
-    QE_UNROLL
-    for (int c = 0; c < Tiles; ++c) {
-      const size_t block = static_cast<size_t>(tile[c]) * blocks + b;
-      uint32_t a[2][4];
-      load_down<T, Bits>(p.down, block, lane, a);
-      QE_UNROLL
-      for (int step = 0; step < 2; ++step)
-        QE_UNROLL
-        for (int t = 0; t < Tokens8; ++t) mma_16<T>(acc[c][t], a[step], x[t].v[step * 2], x[t].v[step * 2 + 1]);
-    }
+    for (int t = 0; t < Tokens8; ++t) mma_16<T>(acc[t], a, x[t].v[step * 2], x[t].v[step * 2 + 1]);
   }
 }
 
@@ -68,39 +61,121 @@ QE_DEV float collect(const float* sums, int column, int token) {
   return v;
 }
 
+// The stretch of K of one slice, in blocks of 32 rows.
+struct Slice {
+  int first, last;
+  QE_DEV Slice(const DownArgs& p, int split) {
+    const int blocks = (p.K + 31) / 32, each = (blocks + p.splits - 1) / p.splits;
+    first = split * each;
+    last = first + each < blocks ? first + each : blocks;
+  }
+};
+
+// Starts the way of the next launch's weights from memory; every block has a part of them.
+QE_DEV void prefetch_next(const DownArgs& p) {
+  const int64_t threads = static_cast<int64_t>(grid_x()) * p.splits * block_threads();
+  const int64_t thread = (static_cast<int64_t>(block_y()) * grid_x() + block_x()) * block_threads() + thread_id();
+  for (int64_t at = thread * 128; at < p.next_bytes; at += threads * 128)
+    prefetch_line(static_cast<const uint8_t*>(p.next) + at);
+}
+
+// Tokens from m0 on, `count` of them, in one slice of K and 16 columns of `down`. Weights are on their way before the launch
+// in front ends: of most layers they are all in registers then.
 template <class T, int Bits, int Tokens8>
-QE_DEV void lowrank_down_decode(const DownArgs& p) {
+QE_DEV void down_decode(const DownArgs& p, int tile, int m0, int count, int split) {
+  constexpr int kHeld = 4;
   QE_DYNAMIC_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
-  const int lane = thread_id() & 31, split = block_y();
-  const int tile[1] = {block_x()};
-  const int expert = tile[0] < p.shared_tiles ? -1 : (tile[0] - p.shared_tiles) / p.routed_tiles;
-  if (expert >= 0) {
-    bool wanted = false;
-    for (int m = 0; m < p.M; ++m) wanted = wanted || p.expert[m] == expert;
-    if (!wanted) return;
+  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
+  const Slice slice(p, split);
+  const size_t block0 = static_cast<size_t>(tile) * ((p.K + 31) / 32);
+  DownWords<Bits> held[kHeld];
+  QE_UNROLL
+  for (int i = 0; i < kHeld; ++i) {
+    const int block = slice.first + warp + i * warps;
+    if (block < slice.last) load_down<Bits>(p.down, block0 + block, lane, held[i]);
   }
+  const float scale = p.down_scale[tile * 16 + (thread_id() & 15)];  // of this thread's column below
+  prefetch_next(p);
+  wait_for_previous();
+  release_next();
   int token[Tokens8];
   QE_UNROLL
   for (int t = 0; t < Tokens8; ++t) {
     const int m = t * 8 + (lane >> 2);
-    token[t] = m < p.M ? m : p.M - 1;  // the copy's result is not stored
+    token[t] = m0 + (m < count ? m : count - 1);  // the copy's result is not stored
   }
-  const int blocks = (p.K + 31) / 32, each = (blocks + p.splits - 1) / p.splits;
-  const int first = split * each, last = first + each < blocks ? first + each : blocks;
   float acc[1][Tokens8][4];
-  down_accumulate<T, Bits, Tokens8, 1>(p, tile, token, first, last, acc);
+  QE_UNROLL
+  for (int t = 0; t < Tokens8; ++t)
+    QE_UNROLL
+    for (int i = 0; i < 4; ++i) acc[0][t][i] = 0.f;
+  u32x4 x[kHeld][Tokens8];
+  QE_UNROLL
+  for (int i = 0; i < kHeld; ++i)
+    if (slice.first + warp + i * warps < slice.last) load_x_rows<T>(p, token, slice.first + warp + i * warps, x[i]);
+  QE_UNROLL
+  for (int i = 0; i < kHeld; ++i)
+    if (slice.first + warp + i * warps < slice.last) multiply_down<T, Bits>(held[i], x[i], acc[0]);
+  for (int block = slice.first + warp + kHeld * warps; block < slice.last; block += warps) {
+    load_down<Bits>(p.down, block0 + block, lane, held[0]);
+    load_x_rows<T>(p, token, block, x[0]);
+    multiply_down<T, Bits>(held[0], x[0], acc[0]);
+  }
   store_partial<Tokens8, 1>(acc, sums);
   block_sync();
-
-  const int rank = 16 * (p.shared_tiles + p.routed_tiles);
-  const int at = expert < 0 ? tile[0] : p.shared_tiles + (tile[0] - p.shared_tiles) % p.routed_tiles;
-  for (int o = thread_id(); o < 16 * p.M; o += block_threads()) {
+  const int columns = 16 * (p.shared_tiles + p.E * p.routed_tiles);
+  for (int o = thread_id(); o < 16 * count; o += block_threads()) {
     const int column = o & 15, m = o >> 4;
-    if (expert >= 0 && p.expert[m] != expert) continue;
-    const float v = collect<Tokens8, 1>(sums, column, m) * p.down_scale[tile[0] * 16 + column];
-    p.partial[(static_cast<size_t>(split) * p.M + m) * rank + at * 16 + column] = v;
+    const float v = collect<Tokens8, 1>(sums, column, m) * scale;
+    p.partial[(static_cast<size_t>(split) * p.M + m0 + m) * columns + tile * 16 + column] = v;
   }
+}
+
+// What a slice of K adds to every token's scores.
+template <class T>
+QE_DEV void scores_decode(const DownArgs& p, int split) {
+  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
+  const Slice slice(p, split);
+  const int end = slice.last * 32 < p.K ? slice.last * 32 : p.K;
+  wait_for_previous();
+  release_next();
+  for (int m = warp; m < p.M; m += warps) {
+    float score[kMaxExperts];
+    QE_UNROLL
+    for (int e = 0; e < kMaxExperts; ++e) score[e] = 0.f;
+    for (int k = slice.first * 32 + lane * 8; k < end; k += 256) {
+      const u32x4 x = load16(static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k);
+      float raw[8];
+      QE_UNROLL
+      for (int i = 0; i < 8; ++i) raw[i] = half_of<T>(x, i);
+      add_scores<T>(static_cast<const T*>(p.router), p.E, p.K, k, raw, score);
+    }
+    QE_UNROLL
+    for (int e = 0; e < kMaxExperts; ++e) {
+      if (e >= p.E) continue;
+      QE_UNROLL
+      for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
+      if (lane == 0) p.scores[(static_cast<size_t>(split) * p.M + m) * kMaxExperts + e] = score[e];
+    }
+  }
+}
+
+// One block for every slice and tile of `down`, and one for every slice's scores.
+template <class T, int Bits>
+QE_DEV void lowrank_down_decode(const DownArgs& p) {
+  const int tiles = p.shared_tiles + p.E * p.routed_tiles;
+  if (block_x() == tiles) return scores_decode<T>(p, block_y());
+  down_decode<T, Bits, 1>(p, block_x(), 0, p.M, block_y());
+}
+
+// The first M blocks prepare a token each. The others have a slice, a tile and 16 tokens.
+template <class T, int Bits>
+QE_DEV void prepare_and_down(const PrepareDownArgs& p) {
+  if (block_x() < p.down.M) return prepare<T>(p.prepare);
+  const int tiles = p.down.shared_tiles + p.down.E * p.down.routed_tiles, groups = (p.down.M + 15) / 16;
+  const int at = block_x() - p.down.M, m0 = at % groups * 16, left = p.down.M - m0;
+  down_decode<T, Bits, 2>(p.down, at / groups % tiles, m0, left < 16 ? left : 16, at / groups / tiles);
 }
 
 // Which tokens a prefill block works on.
@@ -111,7 +186,7 @@ struct TokenGroup {
 
 // Fills list[0..31] with the tokens of this block; `counts` is [warps][16] of scratch. Every warp scans its own stretch
 // of tokens, so the order inside an expert is the token order.
-QE_DEV TokenGroup pick_tokens(const DownArgs& p, int block, int* list, int* counts) {
+QE_DEV TokenGroup pick_tokens(const DownArgs& p, int block, bool records, int* list, int* counts) {
   const int shared_blocks = p.shared_tiles ? (p.M + kDownTokens - 1) / kDownTokens : 0;
   if (block < shared_blocks) {
     const int left = p.M - block * kDownTokens, count = left < kDownTokens ? left : kDownTokens;
@@ -157,7 +232,7 @@ QE_DEV TokenGroup pick_tokens(const DownArgs& p, int block, int* list, int* coun
     const int at = base + popcount(hits & ((1u << lane) - 1u)) - window;
     if (hit && at >= 0 && at < kDownTokens) {
       list[at] = m + lane;
-      if (block_y() == 0) p.order[start + window + at] = m + lane;
+      if (records) p.order[start + window + at] = m + lane;
     }
     base += popcount(hits);
   }
@@ -167,15 +242,46 @@ QE_DEV TokenGroup pick_tokens(const DownArgs& p, int block, int* list, int* coun
   return {expert, count};
 }
 
+// Whether this block is the last of `parts` that come here, after all of them wrote what they have to add. What the
+// others wrote is read with load_fresh.
+QE_DEV bool last_to_arrive(uint32_t* counter, int parts, int* flag) {
+  block_sync();
+  if (thread_id() == 0) {
+    device_fence();
+    *flag = count_up(counter, static_cast<uint32_t>(parts - 1)) == static_cast<uint32_t>(parts - 1);
+    device_fence();
+  }
+  block_sync();
+  return *flag;
+}
+
+// Values that lie `step` apart, one of each slice, in their order. All of them are on their way at once.
+template <bool Fresh>
+QE_DEV float sum_of_slices(const float* from, int slices, int step) {
+  float part[kMaxSlices], sum = 0.f;
+  QE_UNROLL
+  for (int s = 0; s < kMaxSlices; ++s) {
+    part[s] = 0.f;
+    if (s < slices) part[s] = Fresh ? load_fresh(from + static_cast<size_t>(s) * step) : from[static_cast<size_t>(s) * step];
+  }
+  QE_UNROLL
+  for (int s = 0; s < kMaxSlices; ++s) sum += part[s];
+  return sum;
+}
+
 template <class T, int Bits>
 QE_DEV void lowrank_down_prefill(const DownArgs& p) {
   constexpr int kTokens8 = kDownTokens / 8;
   QE_DYNAMIC_SHARED(shared);
   int* list = reinterpret_cast<int*>(shared);
   int* counts = list + kDownTokens;
-  float* sums = reinterpret_cast<float*>(counts + 16 * (block_threads() >> 5));
-  const TokenGroup group = pick_tokens(p, block_x(), list, counts);
-  const int tiles = group.expert < 0 ? p.shared_tiles : p.routed_tiles, first_tile = block_y() * kDownColumnTiles;
+  int* flag = counts + 16 * (block_threads() >> 5);
+  float* sums = reinterpret_cast<float*>(flag + 4);
+  const int pairs = ((p.shared_tiles > p.routed_tiles ? p.shared_tiles : p.routed_tiles) + 1) / 2;
+  const int pair = block_y() % pairs, split = block_y() / pairs;
+  wait_for_previous();
+  const TokenGroup group = pick_tokens(p, block_x(), block_y() == 0, list, counts);
+  const int tiles = group.expert < 0 ? p.shared_tiles : p.routed_tiles, first_tile = pair * kDownColumnTiles;
   if (group.count == 0 || first_tile >= tiles) return;
   const int base = group.expert < 0 ? 0 : p.shared_tiles + group.expert * p.routed_tiles;
 
@@ -184,20 +290,48 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
   for (int c = 0; c < kDownColumnTiles; ++c) tile[c] = base + (first_tile + c < tiles ? first_tile + c : first_tile);
   QE_UNROLL
   for (int t = 0; t < kTokens8; ++t) token[t] = list[t * 8 + ((thread_id() & 31) >> 2)];
+  const Slice slice(p, split);
+  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5, blocks = (p.K + 31) / 32;
   float acc[kDownColumnTiles][kTokens8][4];
-  down_accumulate<T, Bits, kTokens8, kDownColumnTiles>(p, tile, token, 0, (p.K + 31) / 32, acc);
+  QE_UNROLL
+  for (int c = 0; c < kDownColumnTiles; ++c)
+    QE_UNROLL
+    for (int t = 0; t < kTokens8; ++t)
+      QE_UNROLL
+      for (int i = 0; i < 4; ++i) acc[c][t][i] = 0.f;
+  QE_UNROLL_BY(2)
+  for (int block = slice.first + warp; block < slice.last; block += warps) {
+    u32x4 x[kTokens8];
+    DownWords<Bits> words[kDownColumnTiles];
+    QE_UNROLL
+    for (int c = 0; c < kDownColumnTiles; ++c) load_down<Bits>(p.down, static_cast<size_t>(tile[c]) * blocks + block, lane, words[c]);
+    load_x_rows<T>(p, token, block, x);
+    QE_UNROLL
+    for (int c = 0; c < kDownColumnTiles; ++c) multiply_down<T, Bits>(words[c], x, acc[c]);
+  }
   store_partial<kTokens8, kDownColumnTiles>(acc, sums);
   block_sync();
 
   const int rank = 16 * (p.shared_tiles + p.routed_tiles);
   const int width = 16 * (tiles - first_tile < kDownColumnTiles ? tiles - first_tile : kDownColumnTiles);
   const int column0 = (group.expert < 0 ? 0 : p.shared_tiles * 16) + first_tile * 16;
-  T* h = static_cast<T*>(p.h);
+  const float* scale = p.down_scale + (base + first_tile) * 16;
+  T* h = static_cast<T*>(p.h) + column0;
+  float* partial = p.partial + column0;
   for (int o = thread_id(); o < width * group.count; o += block_threads()) {
     const int column = o % width, i = o / width;
-    const float v = collect<kTokens8, kDownColumnTiles>(sums, column, i);
-    store2(h + static_cast<size_t>(list[i]) * rank + column0 + column,
-           from_float<T>(v * p.down_scale[(base + first_tile) * 16 + column]).bits);
+    const float v = collect<kTokens8, kDownColumnTiles>(sums, column, i) * scale[column];
+    if (p.splits == 1) {
+      store2(h + static_cast<size_t>(list[i]) * rank + column, from_float<T>(v).bits);
+    } else {
+      partial[(static_cast<size_t>(split) * p.M + list[i]) * rank + column] = v;
+    }
+  }
+  if (p.splits == 1 || !last_to_arrive(p.counters + block_x() * pairs + pair, p.splits, flag)) return;
+  for (int o = thread_id(); o < width * group.count; o += block_threads()) {
+    const int column = o % width, i = o / width;
+    const float v = sum_of_slices<true>(partial + static_cast<size_t>(list[i]) * rank + column, p.splits, p.M * rank);
+    store2(h + static_cast<size_t>(list[i]) * rank + column, from_float<T>(v).bits);
   }
 }
 

@@ -1,281 +1,68 @@
-// Launch 3 for M <= 16. Packed weights are the A operand (16 output columns x 128 rows per pair of 16-byte loads) and go
-// from DRAM to registers; tokens are the 8-wide operand. Warps split K; their sums meet once, in a fixed order.
+// `main` of at most 64 tokens. Packed weights are the A operand (16 output columns x 128 rows per pair of 16-byte loads);
+// tokens are the 8-wide operand, 8 or 16 to a block. A block has several sets of warps; a set shares the K of 32 columns.
+// Where the columns alone do not fill the GPU, blocks split K too. Warps' sums meet once, and blocks' sums in the block that
+// comes last; both are added in a fixed order.
 #pragma once
 #include "../include/qe_edge/args.h"
-#include "prepare.cuh"
-#include "unpack.cuh"
+#include "decode_chunk.cuh"
+#include "decode_tokens.cuh"
 
 namespace qe {
 
-constexpr int kDecodeColumns = kBlockColumns;  // output columns of one block
-constexpr int kDecodeTiles = 2;                // of 16 columns each
+constexpr int kChunksAtOnce = 2;
+constexpr int kRing = 3;  // chunks of weights that a warp has in flight
 
-// What one lane reads of a chunk; all strides from chunk to chunk are constants, so that the loop adds little.
-template <int Bits, int Mode, int Groups, int Tokens8>
-struct Cursor {
-  static constexpr int kRowBytes = Mode == kInt8 ? kChunk : kChunk * 2;  // of one token in one chunk
-  const uint8_t *weight, *scales, *zeros, *sums;
-  const uint8_t* x;  // one place for all tokens: theirs are at constant distances (store_words in prepare.cuh)
-
-  QE_DEV Cursor(const MainArgs& p, int block, int chunk, int token) {
-    const int lane = thread_id() & 31;
-    const size_t at = static_cast<size_t>(block) * (p.Kp / kChunk) + chunk;
-    weight = p.weight + at * kBlockBytes<Bits> + lane * 16;
-    scales = static_cast<const uint8_t*>(p.scales) + at * (Groups * kBlockColumns * 2) + (lane >> 2) * 8;
-    zeros = p.zeros + at * (Groups * kBlockColumns) + (lane >> 2) * 4;
-    sums = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(chunk) * (Groups * kSumTokens * 4) +
-           (Mode == kInt8 && Groups == 1 ? (lane & 3) * 16 : (lane >> 2) * 8);
-    if (Mode == kInt8 && Groups == 2) {  // the group that this lane has in decode_two_groups_s8
-      zeros += (lane >> 1 & 1) * kBlockColumns;
-      sums += (lane >> 1 & 1) * kSumTokens * 4;
+// A warp's weights on their way from memory. A lane reads only what it copied itself, so that no barrier is needed; and the
+// copies start before the launch in front ends.
+template <int Bits>
+struct Ring {
+  const uint8_t* from;
+  unsigned char* slots;
+  int left;  // chunks to copy
+  QE_DEV void push(unsigned char* slot) {
+    if (left > 0) {
+      QE_UNROLL
+      for (int i = 0; i < Bits; ++i) cp_async16(slot + i * kPieceBytes, from + i * kPieceBytes);
+      from += kBlockBytes<Bits>;
+      --left;
     }
-    x = static_cast<const uint8_t*>(p.act) + (static_cast<size_t>(chunk) * (Tokens8 * 8) + token) * kRowBytes +
-        (lane & 3) * (kRowBytes / 4);
+    cp_async_commit();
   }
-  QE_DEV void next() {
-    weight += kBlockBytes<Bits>;
-    scales += Groups * kBlockColumns * 2;
-    zeros += Groups * kBlockColumns;
-    sums += Groups * kSumTokens * 4;
-    x += Tokens8 * 8 * kRowBytes;
+  QE_DEV void start(const uint8_t* weights, int count) {
+    from = weights, left = count;
+    QE_UNROLL
+    for (int i = 0; i < kRing; ++i) push(slots + i * kBlockBytes<Bits>);
   }
-  QE_DEV u32x4 load_x(int t, int piece) const { return load16(x + t * 8 * kRowBytes + piece * 16); }
 };
 
-// Scales and zero points of the lane's columns c, c + 8, c + 16 and c + 24, which prepack put side by side.
-QE_DEV void lane_scales(const u32x2& pairs, float (&s)[4]) {
-  QE_UNROLL
-  for (int i = 0; i < 4; ++i) s[i] = to_float(f16_t{static_cast<uint16_t>(pairs.v[i / 2] >> (16 * (i & 1)))});
-}
-// The sums of one token and of the token 8 after it, which `prepare` puts side by side.
-template <int Tokens8>
-QE_DEV u32x2 load_sums(const uint8_t* sums) {
-  if constexpr (Tokens8 == 2) return load8(sums);
-  return {{load4(sums), 0u}};
-}
-QE_DEV void unpack_zeros(uint32_t zeros, int (&z)[4]) {
-  z[0] = zero_of<0>(zeros), z[1] = zero_of<1>(zeros), z[2] = zero_of<2>(zeros), z[3] = zero_of<3>(zeros);
-}
-
-// One 128-row chunk against int8 activations. Groups: scale rows in the chunk, 0 = the scale is per output channel.
-template <int Bits, int Groups, bool Zeros, int Tokens8, class Acc>
-QE_DEV void decode_chunk_s8(const Cursor<Bits, kInt8, Groups, Tokens8>& at, const BlockWords<Bits>& w,
-                            Acc (&acc)[kDecodeTiles][Tokens8][4]) {
-  int sum[kDecodeTiles][Tokens8][4];
-  if (Groups == 1) {
-    int z[4] = {0, 0, 0, 0};
-    if (Zeros) unpack_zeros(load4(at.zeros), z);
-    u32x4 xs{};  // sums of the two tokens that this lane's accumulators belong to, and of those 8 after them
-    if constexpr (Zeros && Tokens8 == 2) {
-      xs = load16(at.sums);
-    } else if constexpr (Zeros) {
-      const u32x2 two = load8(at.sums);
-      xs.v[0] = two.v[0], xs.v[1] = two.v[1];
-    }
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) {
-      QE_UNROLL
-      for (int i = 0; i < kDecodeTiles; ++i)
-        QE_UNROLL
-        for (int j = 0; j < 4; ++j)
-          sum[i][t][j] = kMagicBits - (Zeros ? z[2 * i + j / 2] * static_cast<int>(xs.v[2 * t + (j & 1)]) : 0);
-    }
-  }
-  QE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    u32x4 x[Tokens8];  // two k32 steps of two registers
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) x[t] = at.load_x(t, half);
-    QE_UNROLL
-    for (int i = 0; i < kDecodeTiles; ++i)
-      QE_UNROLL
-      for (int step = 0; step < 2; ++step) {
-        uint32_t a[4];
-        int8_fragment<Zeros>(w, 2 * i, half, step, a);
-        QE_UNROLL
-        for (int t = 0; t < Tokens8; ++t) {
-          if constexpr (Groups == 0) {
-            mma_s8(acc[i][t], a, x[t].v[2 * step], x[t].v[2 * step + 1], acc[i][t]);
-          } else {
-            mma_s8(sum[i][t], a, x[t].v[2 * step], x[t].v[2 * step + 1], sum[i][t]);
-          }
-        }
-      }
-  }
-  if constexpr (Groups == 1) {
-    float s[4];
-    lane_scales(load8(at.scales), s);
-    QE_UNROLL
-    for (int i = 0; i < kDecodeTiles; ++i)
-      QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t)
-        QE_UNROLL
-        for (int j = 0; j < 4; ++j)
-          acc[i][t][j] += (int_bits_to_float(sum[i][t][j]) - kMagic) * s[2 * i + j / 2];
-  }
-}
-
-// The same with two groups, which join the accumulators together. Zero points are taken off there and not from the
-// sums: minus the sum of x, times zero point times scale, on the tensor cores. Either factor needs more than the 11 bits
-// of an fp16 and comes as two, so that the eight rows of the short product hold both groups: lanes 0 and 1 of four have
-// the first one. That product comes last because ptxas for sm_120 would spill otherwise.
-template <int Bits, bool Zeros, int Tokens8>
-QE_DEV void decode_two_groups_s8(const Cursor<Bits, kInt8, 2, Tokens8>& at, const BlockWords<Bits>& w,
-                                 float (&acc)[kDecodeTiles][Tokens8][4]) {
-  const u32x2 scales[2] = {load8(at.scales), load8(at.scales + kBlockColumns * 2)};
-  u32x2 sums{};
-  if constexpr (Zeros) sums = load_sums<Tokens8>(at.sums);
-  float s[2][4], start[4];
-  lane_scales(scales[0], s[0]);
-  lane_scales(scales[1], s[1]);
-  QE_UNROLL
-  for (int c = 0; c < 4; ++c) start[c] = pair_start<Zeros>(s[0][c], s[1][c]);
-  QE_UNROLL
-  for (int i = 0; i < kDecodeTiles; ++i) {
-    int sum[2][Tokens8][4];
-    QE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      u32x4 x[Tokens8];
-      QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t) x[t] = at.load_x(t, half);
-      QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t)
-        QE_UNROLL
-        for (int j = 0; j < 4; ++j) sum[half][t][j] = start_bits<Zeros>();
-      QE_UNROLL
-      for (int step = 0; step < 2; ++step) {
-        uint32_t a[4];
-        int8_fragment<Zeros>(w, 2 * i, half, step, a);
-        QE_UNROLL
-        for (int t = 0; t < Tokens8; ++t)
-          mma_s8(sum[half][t], a, x[t].v[2 * step], x[t].v[2 * step + 1], sum[half][t]);
-      }
-    }
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t)
-      QE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int c = 2 * i + j / 2;
-        acc[i][t][j] += pair_of_sums(sum[0][t][j], sum[1][t][j], s[0][c], s[1][c], start[c]);
-      }
-  }
-  if constexpr (Zeros) {
-    const int lane = thread_id() & 31;
-    const bool second = lane & 2;
-    const uint32_t zeros = load4(at.zeros);  // of this lane's group, as are the sums
-    uint32_t a[4];
-    zero_times_scale<0>(zeros, second ? scales[1].v[0] : scales[0].v[0], a[0], a[1]);
-    zero_times_scale<2>(zeros, second ? scales[1].v[1] : scales[0].v[1], a[2], a[3]);
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t) {
-      const uint32_t xs = twice_half(sums.v[t], lane & 1);
-      QE_UNROLL
-      for (int i = 0; i < kDecodeTiles; ++i) mma_f16_k8(acc[i][t], a[2 * i], a[2 * i + 1], xs);
-    }
-  }
-}
-
-// One chunk against 16-bit activations, in pieces of 32 rows; a part has one scale. Two groups take 16 columns after the
-// other, which needs fewer registers. The short products come last for 4 bits, because the NOPs that ptxas for sm_120
-// puts between neighbouring matrix instructions are fewest then, and first elsewhere, where it would spill otherwise.
-template <int Bits, int Groups, int Tokens8>
-QE_DEV void decode_chunk_16(const Cursor<Bits, k16Bit, Groups, Tokens8>& at, const BlockWords<Bits>& w,
-                            float (&acc)[kDecodeTiles][Tokens8][4]) {
-  constexpr int kParts = Groups == 2 ? 2 : 1, kPieces = 4 / kParts;
-  constexpr int kZeroStep = Groups == 1 && Bits == 4 ? 2 * kPieces - 1 : 0;
-  QE_UNROLL
-  for (int part = 0; part < kParts; ++part) {
-    u32x4 x[kPieces][Tokens8];  // two k16 steps of two registers
-    QE_UNROLL
-    for (int piece = 0; piece < kPieces; ++piece)
-      QE_UNROLL
-      for (int t = 0; t < Tokens8; ++t) x[piece][t] = at.load_x(t, part * kPieces + piece);
-    uint32_t zeros = 0;
-    u32x2 sums{}, scales{};
-    if constexpr (Groups != 0) {
-      zeros = load4(at.zeros + part * kBlockColumns);
-      sums = load_sums<Tokens8>(at.sums + part * kSumTokens * 4);
-      scales = load8(at.scales + part * kBlockColumns * 2);
-    }
-    float sum[kDecodeTiles][Tokens8][4];
-    QE_UNROLL
-    for (int n = 0; n < kDecodeTiles * kPieces; ++n) {
-      const int i = Groups == 2 ? n / kPieces : n % kDecodeTiles;
-      const int piece = Groups == 2 ? n % kPieces : n / kDecodeTiles, r = (part * kPieces + piece) * 4;
-      if (Groups != 0 && piece == 0) {
-        QE_UNROLL
-        for (int t = 0; t < Tokens8; ++t)
-          QE_UNROLL
-          for (int j = 0; j < 4; ++j) sum[i][t][j] = 0.f;
-      }
-      QE_UNROLL
-      for (int step = 0; step < 2; ++step) {
-        if (Groups != 0 && piece * 2 + step == kZeroStep) {
-          const uint32_t z0 = i ? zero_pair<2>(zeros) : zero_pair<0>(zeros);
-          const uint32_t z1 = i ? zero_pair<3>(zeros) : zero_pair<1>(zeros);
-          QE_UNROLL
-          for (int t = 0; t < Tokens8; ++t) mma_f16_k8(sum[i][t], z0, z1, sums.v[t]);
-        }
-        uint32_t u[2], v[2];
-        unpack_step_decode<Bits>(w, 2 * i, r + step * 2, u);
-        unpack_step_decode<Bits>(w, 2 * i + 1, r + step * 2, v);
-        const uint32_t a[4] = {u[0], v[0], u[1], v[1]};
-        QE_UNROLL
-        for (int t = 0; t < Tokens8; ++t)
-          mma_16<f16_t>(Groups == 0 ? acc[i][t] : sum[i][t], a, x[piece][t].v[2 * step], x[piece][t].v[2 * step + 1]);
-      }
-      if (Groups != 0 && piece == kPieces - 1) {
-        const f16_t lower{static_cast<uint16_t>(scales.v[i])}, upper{static_cast<uint16_t>(scales.v[i] >> 16)};
-        const float s[2] = {to_float(lower), to_float(upper)};
-        QE_UNROLL
-        for (int t = 0; t < Tokens8; ++t)
-          QE_UNROLL
-          for (int j = 0; j < 4; ++j) acc[i][t][j] += sum[i][t][j] * s[j / 2];
-      }
-    }
-  }
-}
-
-// An accumulator over all of K as a float, less the zero point's share when one zero point belongs to the whole column.
+// An accumulator over a slice of K as a float, less the zero point's share when one zero point belongs to the whole column.
+// `sum` is what the activations of that slice add up to, in their stored units.
 template <int Mode, bool WholeColumn, class Acc>
-QE_DEV float without_zero(const MainArgs& p, Acc acc, int zero, int token) {
+QE_DEV float without_zero(Acc acc, int zero, float sum) {
   if (!WholeColumn) return static_cast<float>(acc);
-  const int sum = static_cast<int>(load4(static_cast<const uint32_t*>(p.sums) + token));
-  const float x = Mode == kInt8 ? static_cast<float>(sum) : int_bits_to_float(sum) * kCodeUnit;
-  return static_cast<float>(acc) - static_cast<float>(zero) * x;
+  return static_cast<float>(acc) - static_cast<float>(zero) * (Mode == kInt8 ? sum : sum * kCodeUnit);
 }
 
-// Two neighbouring ranks of one token's h: the slices of K are summed in their order, then rounded to T.
-template <class T>
-QE_DEV uint32_t load_h(const MainArgs& p, int token, int rank_at) {
-  const int rank = 16 * (p.shared_tiles + p.routed_tiles);
-  float lo = 0.f, hi = 0.f;
-  for (int s = 0; s < p.splits; ++s) {
-    const u32x2 v = load8(p.partial + (static_cast<size_t>(s) * p.M + token) * rank + rank_at);
-    lo += int_bits_to_float(static_cast<int>(v.v[0]));
-    hi += int_bits_to_float(static_cast<int>(v.v[1]));
-  }
-  return pack2<T>(lo, hi);
-}
-
-// h @ up, on the tensor cores: 16 ranks at a time, the steps dealt out to the warps.
+// h @ up, on the tensor cores: 16 ranks at a time, the steps dealt out to the warps of a set.
 template <class T, int Tokens8>
-QE_DEV void decode_lowrank(const MainArgs& p, int pair0, const int (&token)[Tokens8],
+QE_DEV void decode_lowrank(const MainArgs& p, int part, const Tokens& tokens, int pair0, const int (&token)[Tokens8], int count,
                            float (&out)[kDecodeTiles][Tokens8][4]) {
-  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5, pair = (lane & 3) * 2;
+  const int lane = thread_id() & 31, pair = (lane & 3) * 2;
+  const int rank = 16 * (p.shared_tiles + p.routed_tiles);
   uint32_t hit = 0;
-  for (int m = 0; p.E && m < p.M; ++m) hit |= 1u << p.expert[m];
+  for (int m = 0; p.E && m < count; ++m) hit |= 1u << tokens.expert[m];
   for (int e = -1; e < p.E; ++e) {
     if (e >= 0 && !((hit >> e) & 1u)) continue;
     const int tiles = e < 0 ? p.shared_tiles : p.routed_tiles;
     const int h0 = e < 0 ? 0 : p.shared_tiles, up0 = e < 0 ? 0 : p.shared_tiles + e * p.routed_tiles;
-    for (int step = warp; step < tiles; step += warps) {
+    for (int step = part; step < tiles; step += p.set_warps) {
       uint32_t b[Tokens8][2];
       QE_UNROLL
       for (int t = 0; t < Tokens8; ++t) {
-        const bool routed_here = e < 0 || p.expert[token[t]] == e;
-        b[t][0] = routed_here ? load_h<T>(p, token[t], (h0 + step) * 16 + pair) : 0u;
-        b[t][1] = routed_here ? load_h<T>(p, token[t], (h0 + step) * 16 + pair + 8) : 0u;
+        const bool routed_here = e < 0 || tokens.expert[token[t]] == e;
+        const uint16_t* from = tokens.h + token[t] * rank + (h0 + step) * 16 + pair;
+        b[t][0] = routed_here ? load4(from) : 0u;
+        b[t][1] = routed_here ? load4(from + 8) : 0u;
       }
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i) {
@@ -298,78 +85,174 @@ struct Accumulator<true> {
   using type = int;
 };
 
+// What the warps of one set found for token m and this lane's column, added up in their order.
+template <int Tokens8>
+QE_DEV float sum_of_warps(const MainArgs& p, const float* results, int set, int m) {
+  const int c = thread_id() & 31, j = ((c >> 3) & 1) * 2 + (m & 1), at = (c & 7) * 4 + ((m & 7) >> 1);
+  const float* from = results + (((set * p.set_warps * kDecodeTiles + (c >> 4)) * Tokens8 + (m >> 3)) * 4 + j) * 32 + at;
+  float v = 0.f;
+  QE_UNROLL_BY(4)
+  for (int w = 0; w < p.set_warps; ++w) v += from[w * (kDecodeTiles * Tokens8 * 4 * 32)];
+  return v;
+}
+
+template <class T>
+QE_DEV void store_y(const MainArgs& p, int m, int n, float v, float scale, float bias) {
+  store2(static_cast<T*>(p.y) + static_cast<size_t>(m) * p.N + n, from_float<T>(v * scale + bias).bits);
+}
+
 template <class T, int Bits, int Mode, int Groups, bool Zeros, int Tokens8>
 QE_DEV void main_decode(const MainArgs& p) {
+  constexpr bool kQuantizes = Tokens8 == 1, kWholeColumn = Zeros && Groups == 0;
+  constexpr int kRowBytes = Mode == kInt8 ? 1 : 2;
   QE_DYNAMIC_SHARED(shared);
-  float* sums = reinterpret_cast<float*>(shared);  // [warps][tiles][Tokens8][4][32]
-  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
-  const int n0 = block_x() * kDecodeColumns, column = n0 + (lane >> 2), chunks = p.Kp / kChunk;
-  typename Accumulator<Mode == kInt8 && Groups == 0>::type acc[kDecodeTiles][Tokens8][4];
-  QE_UNROLL
-  for (int i = 0; i < kDecodeTiles; ++i)
-    QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t)
-      QE_UNROLL
-      for (int j = 0; j < 4; ++j) acc[i][t][j] = 0;
-  const int each = (chunks + warps - 1) / warps, first = warp * each;
-  const int count = chunks - first < each ? chunks - first : each;
-  Cursor<Bits, Mode, Groups, Tokens8> at(p, block_x(), first, Tokens8 == 1 && (lane >> 2) >= p.M ? p.M - 1 : lane >> 2);
-  // Two chunks of weights in flight hide the latency of DRAM, where registers allow it without spills.
-  constexpr bool kCrowded = Mode == k16Bit && Groups != 0;
-  constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : 2;
-  QE_UNROLL_BY(kAtOnce)
-  for (int chunk = 0; chunk < count; ++chunk) {
-    BlockWords<Bits> w;
-    QE_UNROLL
-    for (int i = 0; i < Bits; ++i) w[i] = load16_stream(at.weight + i * kPieceBytes);
-    if constexpr (Mode == kInt8 && Groups == 2) {
-      decode_two_groups_s8<Bits, Zeros, Tokens8>(at, w, acc);
-    } else if constexpr (Mode == kInt8) {
-      decode_chunk_s8<Bits, Groups, Zeros, Tokens8>(at, w, acc);
-    } else {
-      decode_chunk_16<Bits, Groups, Tokens8>(at, w, acc);
+  const int lane = thread_id() & 31, warp = thread_id() >> 5, blocks = p.Np / kBlockColumns, stride = grid_x();
+  const int set = (warp * p.set_factor) >> 8, part = warp - set * p.set_warps;
+  const int split = kQuantizes ? block_y() : block_y() / p.token_groups;
+  const int m0 = kQuantizes ? 0 : (block_y() - split * p.token_groups) * kSumTokens;
+  const int left = p.M - m0, count = left < kSumTokens ? left : kSumTokens;
+  const int first = split * p.slice_chunks;  // of this block's slice of K
+  const int own = p.chunks - first < p.slice_chunks ? p.chunks - first : p.slice_chunks;
+  const int start = part * p.warp_chunks, end = start + p.warp_chunks < own ? start + p.warp_chunks : own;
+
+  // What does not depend on the launch in front is on its way before that one ends.
+  int block = block_x() + set * stride;
+  Ring<Bits> ring;
+  ring.slots = shared + p.ring_at + warp * (kRing * kBlockBytes<Bits>) + lane * 16;
+  const auto start_ring = [&]() {
+    const uint8_t* weights = p.weight + (static_cast<size_t>(block) * p.chunks + first + start) * kBlockBytes<Bits> + lane * 16;
+    ring.start(weights, block < blocks ? end - start : 0);
+  };
+  start_ring();
+  const bool corrects = split == 0 && p.shared_tiles + p.routed_tiles > 0;
+  const Tokens tokens(p, shared);
+  const uint8_t* act = static_cast<const uint8_t*>(p.act);
+  const uint8_t* group_sums = static_cast<const uint8_t*>(p.sums);
+  if constexpr (kQuantizes) {
+    act = shared;
+    group_sums = shared + p.group_sums_at;
+    const int k0 = first * kChunk;
+    const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
+                    Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
+                    own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
+    if (!p.x_is_ready) wait_for_previous();
+    quantize_slice<T, kWholeColumn>(p, rows, k0, tokens);
+  } else {
+    const size_t at = static_cast<size_t>(m0) * p.chunks + static_cast<size_t>(first) * kSumTokens;
+    act += at * (kChunk * kRowBytes);
+    if (Groups != 0) group_sums += at * (Groups * 4);
+    wait_for_previous();
+    if (thread_id() < count) {
+      tokens.unit[thread_id()] = p.token_scale[m0 + thread_id()];
+      // The sums are those of all of K, so the first slice takes the zero points off.
+      if (kWholeColumn) tokens.sum[thread_id()] = split == 0 ? static_cast<const float*>(p.sums)[m0 + thread_id()] : 0.f;
+      if (p.E) tokens.expert[thread_id()] = p.expert[m0 + thread_id()];
     }
-    at.next();
+    if (p.E) block_sync();
   }
 
-  int token[Tokens8];  // found only now: registers that hold them through the loop make the crowded kernels spill
-  QE_UNROLL
-  for (int t = 0; t < Tokens8; ++t) {
-    const int m = t * 8 + (lane >> 2);
-    token[t] = m < p.M ? m : p.M - 1;  // the copy's result is not stored
-  }
-  constexpr bool kWholeColumn = Zeros && Groups == 0;
-  constexpr float kUnit = Mode == kInt8 && Groups == 2 && Zeros ? kSmallUnit : 1.f;
-  int z[4] = {0, 0, 0, 0};
-  if (kWholeColumn && warp == 0) unpack_zeros(load4(p.zeros + n0 + (lane >> 2) * 4), z);  // once for all warps
-  float out[kDecodeTiles][Tokens8][4];
-  QE_UNROLL
-  for (int i = 0; i < kDecodeTiles; ++i)
+  float* results = reinterpret_cast<float*>(shared + p.results_at);  // [warps][tiles][Tokens8][4][32]
+  bool waits = corrects || p.x_is_ready;  // what depends on the launch in front is collected once
+  for (int block0 = block_x(); block0 < blocks; block0 += stride * p.sets, block += stride * p.sets) {
+    const int n0 = block * kDecodeColumns;
+    const bool present = block < blocks;  // the last columns may be fewer than the sets
+    typename Accumulator<Mode == kInt8 && Groups == 0>::type acc[kDecodeTiles][Tokens8][4];
     QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t)
+    for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int m = t * 8 + (lane & 3) * 2 + (j & 1), at = m < p.M ? m : p.M - 1;
-        const float v = without_zero<Mode, kWholeColumn>(p, acc[i][t][j], z[2 * i + j / 2], at);
-        out[i][t][j] = v * (p.columns[column + i * 16 + (j >> 1) * 8] * p.token_scale[at] * kUnit);
+      for (int t = 0; t < Tokens8; ++t)
+        QE_UNROLL
+        for (int j = 0; j < 4; ++j) acc[i][t][j] = 0;
+    Cursor<Bits, Mode, Groups, Tokens8> at(p, block, first + start, first, act, group_sums, count);
+    unsigned char* slot = ring.slots;
+    constexpr bool kCrowded = Mode == k16Bit && Groups != 0;
+    constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : kChunksAtOnce;
+    QE_UNROLL_BY(kAtOnce)
+    for (int chunk = start; chunk < (present ? end : 0); ++chunk) {
+      cp_async_wait<kRing - 1>();
+      BlockWords<Bits> w;
+      QE_UNROLL
+      for (int i = 0; i < Bits; ++i) w[i] = load16(slot + i * kPieceBytes);
+      if constexpr (Mode == kInt8 && Groups == 2) {
+        decode_two_groups_s8<Bits, Zeros, Tokens8>(at, w, acc);
+      } else if constexpr (Mode == kInt8) {
+        decode_chunk_s8<Bits, Groups, Zeros, Tokens8>(at, w, acc);
+      } else {
+        decode_chunk_16<Bits, Groups, Tokens8>(at, w, acc);
       }
-  decode_lowrank<T, Tokens8>(p, n0 / 16, token, out);
-
-  QE_UNROLL
-  for (int i = 0; i < kDecodeTiles; ++i)
+      ring.push(slot);
+      slot = slot == ring.slots + (kRing - 1) * kBlockBytes<Bits> ? ring.slots : slot + kBlockBytes<Bits>;
+      at.next();
+    }
+    float scale[2 * kDecodeTiles];
     QE_UNROLL
-    for (int t = 0; t < Tokens8; ++t)
+    for (int i = 0; i < 2 * kDecodeTiles; ++i) scale[i] = present ? p.columns[n0 + (lane >> 2) + i * 8] : 0.f;
+    // Of the first 32 results that this warp stores, which are those of its own set when there is one token.
+    const int stored = block0 + warp * stride, mine = count == 1 && stored < blocks ? stored * kDecodeColumns + lane : lane;
+    const float out_scale = p.columns[p.Np + mine], bias = p.columns[2 * p.Np + mine];
+    if (waits) {
+      wait_for_previous();
+      if (corrects) collect_correction<T, Tokens8>(p, m0, count, tokens);
+      waits = false;
+    }
+    block_sync();  // h, units and sums of the activations are there
+
+    int token[Tokens8];  // found only now: registers that hold them through the loop make the crowded kernels spill
+    QE_UNROLL
+    for (int t = 0; t < Tokens8; ++t) {
+      const int m = t * 8 + (lane >> 2);
+      token[t] = m < count ? m : count - 1;  // the copy's result is not stored
+    }
+    constexpr float kUnit = Mode == kInt8 && Groups == 2 && Zeros ? kSmallUnit : 1.f;
+    int z[4] = {0, 0, 0, 0};
+    if (kWholeColumn && part == 0 && present) unpack_zeros(load4(p.zeros + n0 + (lane >> 2) * 4), z);  // once for all warps
+    float out[kDecodeTiles][Tokens8][4];
+    QE_UNROLL
+    for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
-      for (int j = 0; j < 4; ++j) sums[(((warp * kDecodeTiles + i) * Tokens8 + t) * 4 + j) * 32 + lane] = out[i][t][j];
-  block_sync();
-  for (int o = thread_id(); o < kDecodeColumns * p.M; o += block_threads()) {
-    const int c = o % kDecodeColumns, m = o / kDecodeColumns, n = n0 + c;
+      for (int t = 0; t < Tokens8; ++t)
+        QE_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const int m = t * 8 + (lane & 3) * 2 + (j & 1), at = m < count ? m : count - 1;
+          const float v = without_zero<Mode, kWholeColumn>(acc[i][t][j], z[2 * i + j / 2], kWholeColumn ? tokens.sum[at] : 0.f);
+          out[i][t][j] = v * (scale[2 * i + (j >> 1)] * tokens.unit[at] * kUnit);
+        }
+    if (corrects && present) decode_lowrank<T, Tokens8>(p, part, tokens, n0 / 16, token, count, out);
+    QE_UNROLL
+    for (int i = 0; i < kDecodeTiles; ++i)
+      QE_UNROLL
+      for (int t = 0; t < Tokens8; ++t)
+        QE_UNROLL
+        for (int j = 0; j < 4; ++j) results[(((warp * kDecodeTiles + i) * Tokens8 + t) * 4 + j) * 32 + lane] = out[i][t][j];
+    const bool again = block0 + stride * p.sets < blocks;
+    if (again) {
+      block += stride * p.sets;
+      start_ring();
+      block -= stride * p.sets;
+    }
+    block_sync();
+    // A warp stores 32 columns of one token at a time.
+    const int all = p.sets * count, warps = block_threads() >> 5;
+    for (int pair = warp; pair < all; pair += warps) {
+      const int from_set = count == 1 ? pair : pair / count, m = pair - from_set * count;
+      const int n = (block0 + from_set * stride) * kDecodeColumns + lane;
+      if (n >= p.Np) continue;
+      const float v = sum_of_warps<Tokens8>(p, results, from_set, m);
+      if (p.k_splits > 1) {
+        p.slices[(static_cast<size_t>(split) * p.M + m0 + m) * p.Np + n] = v;
+      } else if (n < p.N) {
+        const bool own_set = count == 1 && pair == warp;
+        store_y<T>(p, m0 + m, n, v, own_set ? out_scale : p.columns[p.Np + n], own_set ? bias : p.columns[2 * p.Np + n]);
+      }
+    }
+    if (again) block_sync();  // the results are read before the next columns' are written
+  }
+  if (p.k_splits == 1 || !last_to_arrive(p.counters + (m0 / kSumTokens) * blocks + block_x(), p.k_splits, tokens.flag)) return;
+  for (int m = warp; m < count; m += block_threads() >> 5) {
+    const int n = block_x() * kDecodeColumns + lane;
     if (n >= p.N) continue;
-    const int j = ((c >> 3) & 1) * 2 + (m & 1), at = (c & 7) * 4 + ((m & 7) >> 1);
-    float v = 0.f;
-    for (int w = 0; w < warps; ++w) v += sums[(((w * kDecodeTiles + (c >> 4)) * Tokens8 + (m >> 3)) * 4 + j) * 32 + at];
-    store2(static_cast<T*>(p.y) + static_cast<size_t>(m) * p.N + n,
-           from_float<T>(v * p.columns[p.Np + n] + p.columns[2 * p.Np + n]).bits);
+    const float* from = p.slices + static_cast<size_t>(m0 + m) * p.Np + n;
+    store_y<T>(p, m0 + m, n, sum_of_slices<true>(from, p.k_splits, p.M * p.Np), p.columns[p.Np + n], p.columns[2 * p.Np + n]);
   }
 }
 

@@ -1,4 +1,4 @@
-// Launch 3 for M > 16: a tiled GEMM with 16-byte asynchronous copies in three stages. Warp tile 64 x 32, four warps
+// `main` of more than 64 tokens: a tiled GEMM with 16-byte asynchronous copies in three stages. Warp tile 64 x 32, four warps
 // across the 128 columns of a block, 1 or 2 across its 64 or 128 rows (chosen at launch: TensorRT times the choices). The
 // warp tile is tall because every unpacked weight then serves four matrix instructions.
 // Packed weights lie in the order of the tensor core's B fragments: a lane reads its 128 rows of a column tile at once,
@@ -8,6 +8,9 @@
 #include "main_decode.cuh"
 #include "prefill_loader.cuh"
 
+#ifndef QE_RANK_STEPS
+#define QE_RANK_STEPS 1
+#endif
 namespace qe {
 
 // What a lane needs of a group beside its weights: the scales of the eight columns that its accumulators hold, by
@@ -246,6 +249,7 @@ QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2],
     if (!ballot(wanted)) continue;
     const int tiles = e < 0 ? p.shared_tiles : p.routed_tiles;
     const int h0 = e < 0 ? 0 : p.shared_tiles, up0 = e < 0 ? 0 : p.shared_tiles + e * p.routed_tiles;
+    QE_UNROLL_BY(QE_RANK_STEPS)
     for (int step = 0; step < tiles; ++step) {
       uint32_t x[kRowTiles][4];
       QE_UNROLL
@@ -279,6 +283,7 @@ QE_DEV void main_prefill(const MainArgs& p) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, rows = block_threads() / 2;
   const int wm = warp / kWarpsAcross * kWarpRows, wn = warp % kWarpsAcross * kWarpColumns;
   const int m0 = block_y() * rows, n0 = block_x() * kPrefillColumns, chunks = p.Kp / kChunk;
+  wait_for_previous();
   Loader<Bits, Mode, Groups, Zeros> load(p, rows, m0, n0);
   const int stage_bytes = load.stage_bytes();
 
@@ -333,12 +338,13 @@ QE_DEV void main_prefill(const MainArgs& p) {
       const int m = m0 + wm + i * 16 + h * 8 + (lane >> 2), last = m < p.M ? m : p.M - 1;
       token[i][h] = p.order ? p.order[last] : last;
       const float sx = p.token_scale[token[i][h]];
+      const float sum = kWholeColumn ? static_cast<const float*>(p.sums)[token[i][h]] : 0.f;
       QE_UNROLL
       for (int j = 0; j < kColumnTiles; ++j) {
         const int at = n0 + wn + j * 8, n = (at < p.Np ? at : p.Np - 8) + (lane & 3) * 2;
         QE_UNROLL
         for (int c = 0; c < 2; ++c)
-          out[i][j][2 * h + c] = without_zero<Mode, kWholeColumn>(p, acc[i][j][2 * h + c], z[c][j], token[i][h]) *
+          out[i][j][2 * h + c] = without_zero<Mode, kWholeColumn>(acc[i][j][2 * h + c], z[c][j], sum) *
                                  (p.columns[n + c] * sx * kUnit);
       }
     }

@@ -1,6 +1,7 @@
-// Launch 1, once per distinct input: channel scale, per-token absolute maximum, int8 or 6-bit values, router scores in
-// fp32 and their argmin (spec QE.md 3, 7 and 8). One block per token; every sum has a fixed order. 6-bit values are
-// stored 4 times as large: then `main` rounds as little as with 8 bits where it adds two groups (pair_of_sums).
+// From x to the activations that `main` multiplies: channel scale, per-token absolute maximum, int8 or 6-bit values,
+// router scores in fp32 and their argmin (Quant Experts, equations 3 and 7). Of few tokens `main` does it itself; of more,
+// one block per token does it in a launch before. Every sum has a fixed order. 6-bit values are stored 4 times as large:
+// then `main` rounds as little as with 8 bits where it adds two groups (pair_of_sums).
 //
 // 16-bit activations become fp16, whatever T is, in units of a power of two of their token that puts the largest below
 // 2^8: nothing overflows, sums of 128 of them included, and what is rounded is below 2^-26 of the largest, but for every
@@ -20,35 +21,63 @@ constexpr int kMaxExperts = 16;
 constexpr int kSumTokens = 16;                  // tokens of `sums` in decode
 constexpr int kPrepareSlots = kMaxExperts + 1;  // the scores, then the maximum
 
+// Where `prepare` or a block of `main` puts what it quantizes, and what of it.
+struct Rows {
+  const void* inv_omega;
+  uint8_t* act;
+  uint32_t* sums;
+  int K, Kp;          // Kp: rows of `act`
+  int tokens, slots;  // tokens that are there, and places for them in decode order; 0: in the order of rows
+  int act_max, sum_rows;
+  uint64_t code_shifts;
+};
+
+// One of eight 16-bit floats.
+template <class T>
+QE_DEV float half_of(const u32x4& eight, int i) {
+  return to_float(T{static_cast<uint16_t>(eight.v[i / 2] >> (16 * (i & 1)))});
+}
+
 // Eight activations, and the same after the channel scale: a product of two 16-bit floats, exact in float32.
 // Zero beyond K.
 template <class T>
-QE_DEV void load_scaled(const PrepareArgs& p, const T* row, int k, float (&raw)[8], float (&scaled)[8]) {
-  if (k >= p.K) {
+QE_DEV void load_scaled(const void* inv_omega, int K, const T* row, int k, float (&raw)[8], float (&scaled)[8]) {
+  if (k >= K) {
     QE_UNROLL
     for (int i = 0; i < 8; ++i) raw[i] = 0.f, scaled[i] = 0.f;
     return;
   }
   const u32x4 x = load16(row + k);
   u32x4 omega{};
-  if (p.inv_omega) omega = load16(static_cast<const T*>(p.inv_omega) + k);
+  if (inv_omega) omega = load16(static_cast<const T*>(inv_omega) + k);
   QE_UNROLL
   for (int i = 0; i < 8; ++i) {
-    const T value{static_cast<uint16_t>(x.v[i / 2] >> (16 * (i & 1)))};
-    const T factor{static_cast<uint16_t>(omega.v[i / 2] >> (16 * (i & 1)))};
-    raw[i] = to_float(value);
-    scaled[i] = p.inv_omega ? raw[i] * to_float(factor) : raw[i];
+    raw[i] = half_of<T>(x, i);
+    scaled[i] = inv_omega ? raw[i] * half_of<T>(omega, i) : raw[i];
+  }
+}
+
+// Adds the share of eight rows to the scores of every expert.
+template <class T>
+QE_DEV void add_scores(const T* router, int experts, int K, int k, const float (&raw)[8], float (&score)[kMaxExperts]) {
+  QE_UNROLL
+  for (int e = 0; e < kMaxExperts; ++e) {
+    if (e >= experts) continue;
+    const u32x4 weight = load16(router + static_cast<size_t>(e) * K + k);
+    QE_UNROLL
+    for (int i = 0; i < 8; ++i) score[e] += abs_f(raw[i]) * half_of<T>(weight, i);
   }
 }
 
 // Leaves in slot 0..E-1 the score sums and in slot kMaxExperts the maximum, for the whole block.
-QE_DEV void reduce_block(float (&score)[kMaxExperts], float largest, float* slots) {
+QE_DEV void reduce_block(int experts, float (&score)[kMaxExperts], float largest, float* slots) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
   QE_UNROLL
   for (int step = 16; step > 0; step >>= 1) {
     largest = max_f(largest, shuffle_xor(largest, step));
     QE_UNROLL
-    for (int e = 0; e < kMaxExperts; ++e) score[e] += shuffle_xor(score[e], step);
+    for (int e = 0; e < kMaxExperts; ++e)
+      if (e < experts) score[e] += shuffle_xor(score[e], step);
   }
   if (lane == 0) {
     QE_UNROLL
@@ -89,14 +118,14 @@ QE_DEV void token_unit(float largest, float& unit, float& inverse) {
 }
 
 // Eight values from row k on. For main_decode, as the words of its lanes: a lane (of four) has its words of a chunk
-// together, and a chunk has places for 8 or 16 tokens, so that they are at constant distances. Of 16, the last token's
-// stand for the tokens that are not there, because lanes read them.
+// together, and a chunk has a place for each token. Where it has more of them, the last token's stand for the tokens that
+// are not there, because lanes read them.
 template <int Words>
-QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (&words)[Words]) {
+QE_DEV void store_words(const Rows& p, int token, int k, const uint32_t (&words)[Words]) {
   constexpr int kBytes = Words * 4, kRowBytes = kBytes / 8;  // of the eight, of one
   const int at = k % 128 * kRowBytes;  // in bytes; every 16 belong to four lanes
-  if (!p.decode_order) {
-    uint8_t* chunk = static_cast<uint8_t*>(p.act) + (static_cast<size_t>(token) * p.Kp + k / 128 * 128) * kRowBytes;
+  if (!p.slots) {
+    uint8_t* chunk = p.act + (static_cast<size_t>(token) * p.Kp + k / 128 * 128) * kRowBytes;
     if constexpr (Words == 2) {
       store8(chunk + at, {{words[0], words[1]}});
     } else {
@@ -104,35 +133,34 @@ QE_DEV void store_words(const PrepareArgs& p, int token, int k, const uint32_t (
     }
     return;
   }
-  const int slots = p.M <= 8 ? 8 : kSumTokens, last = p.M > 8 && token == p.M - 1 ? kSumTokens : token + 1;
-  uint8_t* chunk = static_cast<uint8_t*>(p.act) + (static_cast<size_t>(k / 128) * slots + token) * (128 * kRowBytes);
+  const int last = token == p.tokens - 1 ? p.slots : token + 1;
+  uint8_t* chunk = p.act + (static_cast<size_t>(k / 128) * p.slots + token) * (128 * kRowBytes);
   for (int m = token; m < last; ++m, chunk += 128 * kRowBytes) {
     QE_UNROLL
     for (int i = 0; i < Words; ++i) store4(chunk + (at / 4 % 4 + i) * (32 * kRowBytes) + at / 16 * 4, words[i]);
   }
 }
 
-// Writes one sum: a sum over all of K to [token], others for main_decode to [group][token % 8][token / 8], or with both
+// Writes the sum of a group: for main_decode to [group][token % 8][token / 8], or with both
 // tokens of a lane first in decode_chunk_s8, where the last token's stand for those that are not there. For main_prefill,
 // [chunk][token] has the rows of an A operand: either fp16 of either half of the chunk, twice.
-QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
-  uint32_t word = static_cast<uint32_t>(float_to_int_bits(sum));
-  if (p.act_max && p.sum_rows != 64) {
+QE_DEV void store_sum(const Rows& p, int token, int group, float sum) {
+  uint32_t word;
+  if (p.act_max && p.sum_rows == 128) {
     word = static_cast<uint32_t>(round_to_int(sum));
-  } else if (p.sum_rows) {
+  } else {
     const float share = p.act_max ? -sum : -0.25f * sum;  // of 16-bit ones all four lanes of a token multiply it
     const f16_t most = from_float<f16_t>(share);
     word = most.bits | static_cast<uint32_t>(from_float<f16_t>(share - to_float(most)).bits) << 16;
   }
-  uint32_t* to = static_cast<uint32_t*>(p.sums);
-  if (p.sum_rows && !p.decode_order) {
-    to += (static_cast<size_t>(group / 2) * p.M + token) * (kTokenSums / 4) + group % 2 * 2;
+  uint32_t* to = p.sums;
+  if (!p.slots) {
+    to += (static_cast<size_t>(group / 2) * p.tokens + token) * (kTokenSums / 4) + group % 2 * 2;
     store8(to, {{twice_half(word, 0), twice_half(word, 1)}});
     return;
   }
   to += static_cast<size_t>(group) * kSumTokens;
-  const int last = p.sum_rows && token == p.M - 1 ? kSumTokens : token + 1;
-  if (!p.sum_rows) return store4(to + token, word);
+  const int last = token == p.tokens - 1 ? kSumTokens : token + 1;
   const int beside = p.act_max && p.sum_rows == 128 ? 2 : 1;  // tokens of a lane that stand before those 8 after them
   for (int m = token; m < last; ++m) store4(to + m % 8 / beside * (2 * beside) + m / 8 * beside + m % beside, word);
 }
@@ -141,11 +169,11 @@ QE_DEV void store_sum(const PrepareArgs& p, int token, int group, float sum) {
 // the lower one (unpack_step_decode), `shared` is what the upper one's x does to the lower one's. It is taken off and the
 // rest rounded to fp16, one of four eights; `sum` gets what both make together, so that zero points meet the same x.
 template <class T>
-QE_DEV void x_of_eight(const PrepareArgs& p, const T* row, int k, const float (&scaled)[8], float inverse, float (&x)[8],
+QE_DEV void x_of_eight(const Rows& p, const T* row, int k, const float (&scaled)[8], float inverse, float (&x)[8],
                        float& sum) {
   float raw[8], next[8];
-  const bool joined = p.decode_order && p.code_shifts == kCodeShifts4 && k / 8 % 4 == 2;
-  if (joined) load_scaled<T>(p, row, k + 8, raw, next);
+  const bool joined = p.slots && p.code_shifts == kCodeShifts4 && k / 8 % 4 == 2;
+  if (joined) load_scaled<T>(p.inv_omega, p.K, row, k + 8, raw, next);
   QE_UNROLL
   for (int i = 0; i < 8; ++i) {
     x[i] = to_float(from_float<T>(scaled[i])) * inverse;
@@ -158,6 +186,93 @@ QE_DEV void x_of_eight(const PrepareArgs& p, const T* row, int k, const float (&
   }
 }
 
+// Eight values in steps of `unit`, rounded to the nearest and even as after an IEEE division: the product with the inverse
+// is within 2e-5 of the quotient, so that only what lies next to a half is divided, and what is not finite. `sum` gets what
+// the stored values add up to.
+QE_DEV void int8_codes(const Rows& p, const float (&scaled)[8], float unit, float inverse, uint32_t (&words)[2], float& sum) {
+  const bool six_bits = p.act_max == 31;
+  float code[8], codes = 0.f;  // with kMagic added: the lowest byte of the bits is the code
+  bool clear = true;
+  QE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    code[i] = fma_f(scaled[i], inverse, kMagic);
+    clear = clear && abs_f(fma_f(scaled[i], inverse, kMagic - code[i])) < 0.4999f;
+  }
+  if (!clear) {
+    QE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int q = round_to_int(divide_rn(scaled[i], unit));
+      code[i] = kMagic + static_cast<float>(q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q);
+    }
+  }
+  QE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    uint32_t bits[4];
+    QE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      codes += code[4 * half + i] - kMagic;
+      bits[i] = static_cast<uint32_t>(float_to_int_bits(code[4 * half + i]));
+    }
+    const uint32_t word = pick_bytes<0x5410>(pick_bytes<0x0040>(bits[0], bits[1]), pick_bytes<0x0040>(bits[2], bits[3]));
+    words[half] = six_bits ? (word << 2) & 0xFCFCFCFCu : word;
+  }
+  sum += six_bits ? 4.f * codes : codes;
+}
+
+// The sums of the groups that a warp's 256 rows have, of which this lane has eight from row k on that add up to `sum`.
+QE_DEV void store_sums(const Rows& p, int token, int k, float sum) {
+  if (!p.sums || !p.sum_rows) return;
+  QE_UNROLL
+  for (int step = 1; step < 8; step <<= 1) sum += shuffle_xor(sum, step);
+  const float neighbour = shuffle_xor(sum, 8);
+  if (p.sum_rows == 128) sum += neighbour;
+  if (k >= 0 && k < p.Kp && k % p.sum_rows == 0) store_sum(p, token, k / p.sum_rows, sum);
+}
+
+// This lane's eight of a warp's 256 rows of one token, from row k on: as int8, stored, with the sums of their groups. Returns
+// what the eight add up to. `unit` is what one step of an activation stands for.
+QE_DEV float store_codes(const Rows& p, int token, int k, const float (&scaled)[8], float unit, float inverse) {
+  float sum = 0.f;
+  if (k >= 0 && k < p.Kp) {
+    uint32_t words[2];
+    int8_codes(p, scaled, unit, inverse, words, sum);
+    store_words(p, token, k, words);
+  }
+  store_sums(p, token, k, sum);
+  return sum;
+}
+
+// The same for any kind of activations, read from `row`.
+template <class T>
+QE_DEV float quantize_rows(const Rows& p, const T* row, int token, int k, float unit, float inverse) {
+  float raw[8], scaled[8], sum = 0.f;
+  load_scaled<T>(p.inv_omega, p.K, row, k, raw, scaled);
+  if (p.act_max) return store_codes(p, token, k, scaled, unit, inverse);
+  if (k < p.Kp) {
+    const uint32_t shift = static_cast<uint32_t>(p.code_shifts >> (k / 8 % 16 * 4)) & 15u;
+    const float share = int_bits_to_float(static_cast<int>((127u - shift) << 23));
+    float x[8];
+    x_of_eight<T>(p, row, k, scaled, inverse, x, sum);
+    uint32_t words[4];
+    QE_UNROLL
+    for (int i = 0; i < 4; ++i) words[i] = pack2<f16_t>(x[2 * i] * share, x[2 * i + 1] * share);
+    store_words(p, token, k, words);
+  }
+  store_sums(p, token, k, sum);
+  return sum;
+}
+
+// The step of a token's activations and its inverse, from its largest value.
+QE_DEV void step_of_token(int act_max, float largest, float& unit, float& inverse) {
+  if (!act_max) return token_unit(largest, unit, inverse);
+  unit = divide_rn(max_f(largest, 1e-5f), static_cast<float>(act_max));
+  inverse = reciprocal(unit);
+}
+// What one unit of the stored activations stands for: 6-bit ones are stored in steps of 4.
+QE_DEV float stored_unit(int act_max, float unit) {
+  return act_max == 31 ? 0.25f * unit : unit;
+}
+
 template <class T>
 QE_DEV void prepare(const PrepareArgs& p) {
   QE_DYNAMIC_SHARED(shared);
@@ -165,72 +280,35 @@ QE_DEV void prepare(const PrepareArgs& p) {
   const int token = block_x(), stride = block_threads() * 8, lane = thread_id() & 31, warp = thread_id() >> 5;
   const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
   const T* router = static_cast<const T*>(p.router);
-  float raw[8], scaled[8];
+  // In decode order 16 tokens lie together, with their sums.
+  const int group = p.decode_order ? token / kSumTokens : 0, first = group * kSumTokens;
+  const int places = p.decode_order ? kSumTokens : 0, left = p.M - first;
+  Rows rows{p.inv_omega, static_cast<uint8_t*>(p.act), static_cast<uint32_t*>(p.sums), p.K, p.Kp,
+            places && left > kSumTokens ? kSumTokens : left, places, p.act_max, p.sum_rows, p.code_shifts};
+  rows.act += static_cast<size_t>(first) * p.Kp * (p.act_max ? 1 : 2);
+  if (p.sums && p.sum_rows) rows.sums += static_cast<size_t>(first) * (p.Kp / p.sum_rows);
+  wait_for_previous();
+  for (int i = token * block_threads() + thread_id(); i < p.counter_count; i += p.M * block_threads())
+    store4(p.counters + i, 0u);
 
-  float score[kMaxExperts], largest = 0.f;
+  float raw[8], scaled[8], score[kMaxExperts], largest = 0.f;
   QE_UNROLL
   for (int e = 0; e < kMaxExperts; ++e) score[e] = 0.f;
   for (int k = thread_id() * 8; k < p.K; k += stride) {
-    load_scaled<T>(p, row, k, raw, scaled);
+    load_scaled<T>(rows.inv_omega, p.K, row, k, raw, scaled);
     QE_UNROLL
     for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scaled[i]));
-    QE_UNROLL
-    for (int e = 0; e < kMaxExperts; ++e) {
-      if (e >= p.E) continue;
-      const u32x4 weight = load16(router + static_cast<size_t>(e) * p.K + k);
-      QE_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const T w{static_cast<uint16_t>(weight.v[i / 2] >> (16 * (i & 1)))};
-        score[e] += abs_f(raw[i]) * to_float(w);
-      }
-    }
+    add_scores<T>(router, p.E, p.K, k, raw, score);
   }
-  reduce_block(score, largest, slots);
+  reduce_block(p.E, score, largest, slots);
   if (thread_id() == 0 && p.expert) p.expert[token] = choose_expert(slots, p.E);
 
-  float scale, inverse = 1.f;
-  const int steps = p.act_max ? 128 / (p.act_max + 1) : 1;  // of an int8 in one of the activation's values
-  if (p.act_max) {
-    scale = divide_rn(max_f(slots[kMaxExperts], 1e-5f), static_cast<float>(p.act_max));
-  } else {
-    token_unit(slots[kMaxExperts], scale, inverse);
-  }
-  if (thread_id() == 0) p.token_scale[token] = divide_rn(scale, static_cast<float>(steps));
+  float unit, inverse;
+  step_of_token(p.act_max, slots[kMaxExperts], unit, inverse);
+  if (thread_id() == 0) p.token_scale[token] = stored_unit(p.act_max, unit);
   float total = 0.f;
-  for (int k = thread_id() * 8; k - lane * 8 < p.Kp; k += stride) {  // a warp stays together for the sums
-    float sum = 0.f;
-    if (k < p.Kp) {
-      load_scaled<T>(p, row, k, raw, scaled);
-      if (p.act_max) {
-        uint32_t packed[2] = {0u, 0u};
-        QE_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          int q = round_to_int(divide_rn(scaled[i], scale));
-          q = (q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q) * steps;
-          packed[i / 4] |= (static_cast<uint32_t>(q) & 0xFFu) << (8 * (i & 3));
-          sum += static_cast<float>(q);
-        }
-        store_words(p, token, k, packed);
-      } else {
-        const uint32_t shift = static_cast<uint32_t>(p.code_shifts >> (k / 8 % 16 * 4)) & 15u;
-        const float share = int_bits_to_float(static_cast<int>((127u - shift) << 23));
-        float x[8];
-        x_of_eight<T>(p, row, k, scaled, inverse, x, sum);
-        uint32_t packed[4];
-        QE_UNROLL
-        for (int i = 0; i < 4; ++i) packed[i] = pack2<f16_t>(x[2 * i] * share, x[2 * i + 1] * share);
-        store_words(p, token, k, packed);
-      }
-    }
-    if (p.sums && p.sum_rows) {
-      QE_UNROLL
-      for (int step = 1; step < 8; step <<= 1) sum += shuffle_xor(sum, step);
-      const float neighbour = shuffle_xor(sum, 8);
-      if (p.sum_rows == 128) sum += neighbour;
-      if (k < p.Kp && k % p.sum_rows == 0) store_sum(p, token, k / p.sum_rows, sum);
-    }
-    total += sum;
-  }
+  for (int k = thread_id() * 8; k - lane * 8 < p.Kp; k += stride)  // a warp stays together for the sums
+    total += quantize_rows<T>(rows, row, token - first, k, unit, inverse);
   if (!p.sums || p.sum_rows) return;
   QE_UNROLL
   for (int step = 16; step > 0; step >>= 1) total += shuffle_xor(total, step);
@@ -239,7 +317,7 @@ QE_DEV void prepare(const PrepareArgs& p) {
   if (thread_id() != 0) return;
   total = slots[kPrepareSlots];
   for (int w = 1; w < block_threads() >> 5; ++w) total += slots[(1 + w) * kPrepareSlots];
-  store_sum(p, token, 0, total);
+  store4(static_cast<float*>(p.sums) + token, static_cast<uint32_t>(float_to_int_bits(total)));
 }
 
 }  // namespace qe

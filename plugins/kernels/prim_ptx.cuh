@@ -17,6 +17,7 @@ namespace qe {
 QE_DEV int thread_id() { return static_cast<int>(threadIdx.x); }
 QE_DEV int block_threads() { return static_cast<int>(blockDim.x); }
 QE_DEV int block_x() { return static_cast<int>(blockIdx.x); }
+QE_DEV int grid_x() { return static_cast<int>(gridDim.x); }
 QE_DEV int block_y() { return static_cast<int>(blockIdx.y); }
 
 QE_DEV float to_float(f16_t h) {
@@ -115,6 +116,12 @@ QE_DEV uint32_t rotate_right(uint32_t v, uint32_t by) { return __funnelshift_r(v
 QE_DEV float int_bits_to_float(int v) { return __int_as_float(v); }
 QE_DEV int float_to_int_bits(float v) { return __float_as_int(v); }
 QE_DEV float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
+// Within one unit in the last place.
+QE_DEV float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 QE_DEV int round_to_int(float v) { return __float2int_rn(v); }
 QE_DEV float abs_f(float v) { return fabsf(v); }
 QE_DEV float max_f(float a, float b) { return fmaxf(a, b); }
@@ -195,6 +202,35 @@ QE_DEV void mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(b));
+}
+
+// Programmatic dependent launch, on chips that have it: the launch that follows may start, and this one waits until all
+// launches in front of it have ended and what they wrote can be read.
+QE_DEV void release_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+QE_DEV void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+QE_DEV void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Adds one and returns what was there before; `last` becomes zero again.
+QE_DEV uint32_t count_up(uint32_t* counter, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before;
+}
+// What this block wrote before its last barrier can be read by blocks that see what it writes next.
+QE_DEV void device_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// A value that another block of this launch wrote.
+QE_DEV float load_fresh(const float* p) {
+  float v;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
 }
 
 QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }

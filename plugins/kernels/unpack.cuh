@@ -254,26 +254,40 @@ QE_DEV void int4_pairs<f16_t>(uint32_t w, uint32_t (&r)[4]) {
   }
 }
 
-// The two A fragments of a block of `down`, [32 rows x 16 columns] of values with this many bits.
-template <class T, int Bits>
-QE_DEV void load_down(const void* down, size_t block, int lane, uint32_t (&a)[2][4]) {
-  const uint8_t* at = static_cast<const uint8_t*>(down) + block * (32 * 16 * Bits / 8);
+// A lane's words of a block of `down`, [32 rows x 16 columns] of values with this many bits.
+template <int Bits>
+struct DownWords {
+  static constexpr int kBytes = 32 * 16 * Bits / 8;  // of the block
+  uint32_t v[Bits / 2];
+};
+template <int Bits>
+QE_DEV void load_down(const void* down, size_t block, int lane, DownWords<Bits>& words) {
+  const uint8_t* at = static_cast<const uint8_t*>(down) + block * DownWords<Bits>::kBytes;
   if constexpr (Bits == 4) {
     const u32x2 w = load8_stream(at + lane * 8);
-    QE_UNROLL
-    for (int step = 0; step < 2; ++step) int4_pairs<T>(w.v[step], a[step]);
-  } else if constexpr (Bits == 8) {
-    const u32x4 w = load16_stream(at + lane * 16);
-    QE_UNROLL
-    for (int step = 0; step < 2; ++step)
-      QE_UNROLL
-      for (int i = 0; i < 4; ++i) a[step][i] = int8_pair<T>(w.v[step * 2 + i / 2], i & 1);
+    words.v[0] = w.v[0], words.v[1] = w.v[1];
   } else {
     QE_UNROLL
-    for (int step = 0; step < 2; ++step) {
-      const u32x4 w = load16_stream(at + (step * 32 + lane) * 16);
+    for (int i = 0; i < Bits / 8; ++i) {
+      const u32x4 w = load16_stream(at + (i * 32 + lane) * 16);
       QE_UNROLL
-      for (int i = 0; i < 4; ++i) a[step][i] = w.v[i];
+      for (int j = 0; j < 4; ++j) words.v[4 * i + j] = w.v[j];
+    }
+  }
+}
+// The A fragment of one of its two k16 steps.
+template <class T, int Bits>
+QE_DEV void down_fragment(const DownWords<Bits>& words, int step, uint32_t (&a)[4]) {
+  if constexpr (Bits == 4) {
+    int4_pairs<T>(words.v[step], a);
+  } else {
+    QE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (Bits == 8) {
+        a[i] = int8_pair<T>(words.v[step * 2 + i / 2], i & 1);
+      } else {
+        a[i] = words.v[step * 4 + i];
+      }
     }
   }
 }

@@ -39,7 +39,7 @@ struct QeLaunch {
   char kernel[48];
   uint32_t grid_x, grid_y, threads, shared_bytes, args_bytes;
   uint32_t overlaps;  // 1: may start before the launch in front of it ends, because the kernel waits for that itself
-  alignas(8) unsigned char args[200];
+  alignas(8) unsigned char args[320];
 };
 
 struct QePlan {
