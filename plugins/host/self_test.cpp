@@ -220,12 +220,18 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   std::vector<uint16_t> y(static_cast<size_t>(tokens) * kN);
   b.y = device.Allocate(y.size() * 2, nullptr);
   b.workspace = device.Allocate(QeWorkspaceBytes(&p), nullptr);
+  std::vector<uint32_t> counters(QeCounterBytes(&p) / sizeof(uint32_t));
+  b.counters = device.Counters(counters.size() * sizeof(uint32_t));
   for (const uint64_t address : {b.x, b.weight, b.columns, b.scales, b.zeros, b.down, b.down_scale, b.up, b.y, b.workspace})
     if (!address) return kNoMemory;
   QePlan plan;
-  if (const char* why = QeMakePlan(&p, &b, nullptr, &plan)) return why;
+  const QeTactic tactic{0, 0, device.Multiprocessors()};
+  if (const char* why = QeMakePlan(&p, &b, &tactic, &plan)) return why;
   if (const char* why = device.Run(plan)) return why;
   if (!device.Read(b.y, y.data(), y.size() * 2)) return kNotRead;
+  if (b.counters && !device.Read(b.counters, counters.data(), counters.size() * sizeof(uint32_t))) return kNotRead;
+  for (const uint32_t counter : counters)
+    if (counter != 0) return kWrongResults;
   for (int m = 0; m < tokens; ++m)
     for (int n = 0; n < kN; ++n) {
       const float expected = Expected(kind, m, n), got = Value(y[static_cast<size_t>(m) * kN + n]);
