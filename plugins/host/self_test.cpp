@@ -7,7 +7,8 @@
 namespace qe {
 namespace {
 
-constexpr int kK = 256, kN = 32, kRank = 16;  // two chunks of K, one column block, one rank tile
+// Four chunks of K, so that decode can split them over blocks; one column block, one rank tile.
+constexpr int kK = 512, kN = 32, kRank = 16;
 constexpr char kNotRead[] = "The self-test could not read its results from the GPU. Run plugins/device_check.sh.";
 constexpr char kNoMemory[] = "The self-test found no GPU memory. Free some and try again.";
 
@@ -17,8 +18,8 @@ int Activation(int m, int k) { return k == 3 ? 127 : (m * 31 + k * 11) % 201 - 1
 // Low-rank factors are small integers too, with one scale. Those of `down` have magnitudes that sum to 16 in a column.
 constexpr float kDownScale = 0.25f, kUpScale = 0.125f;
 int Down(int k, int r) {
-  constexpr int kCodes[kRank] = {1, 0, 0, -8, 0, 0, 0, 0, 0, 7};
-  return k % kRank == r ? kCodes[(k / kRank + r) % kRank] : 0;
+  constexpr int kCodes[kK / kRank] = {1, 0, 0, -8, 0, 0, 0, 0, 0, 7};
+  return k % kRank == r ? kCodes[(k / kRank + r) % (kK / kRank)] : 0;
 }
 int Up(int r, int n) { return (r * 3 + n * 5) % 16 - 8; }
 // Scales of groups differ, zero points too; without groups or zero points they are 1/64 and 0.

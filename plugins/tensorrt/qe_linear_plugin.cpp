@@ -16,15 +16,15 @@ using nvinfer1::DataType;
 constexpr QeTactic kTactics[] = {{64, 8, 0}, {64, 4, 0}, {64, 2, 0}, {128, 8, 0}};
 constexpr int kTacticCount = sizeof(kTactics) / sizeof(kTactics[0]);
 
-// Numbers of tokens, one between any two powers of two. Where a plan changes kernels at powers of two, these have all.
+// Numbers of tokens: powers of two, and one more. Plans change their kernels only between these two, and in between
+// counters only grow.
 template <class Do>
 void ForTokenClasses(QeProblem problem, Do with) {
-  problem.M = 1;
-  with(problem);
-  for (int32_t power = 1; power <= 1 << 14; power *= 2) {
-    problem.M = power + 1;
-    with(problem);
-  }
+  for (int32_t power = 1; power <= 1 << 14; power *= 2)
+    for (const int32_t tokens : {power, power + 1}) {
+      problem.M = tokens;
+      with(problem);
+    }
 }
 
 int32_t Fail(const char* why) {
@@ -134,8 +134,10 @@ size_t QELinearPlugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc*
   QeProblem problem = attributes_.problem;
   const int64_t most = Tokens(in[0].max, problem.K);
   if (most < 1 || most > INT32_MAX) return 0;
-  size_t bytes = 0;  // decode splits K over slices, so that fewer tokens may need more
-  for (int64_t tokens = 1; tokens <= std::min<int64_t>(most, 16); ++tokens) {
+  // Few tokens split K over slices, so that fewer of them may need more: up to 128 any number may need the most, up to
+  // 16384 any multiple of 32, where blocks are full, and above that the largest number.
+  size_t bytes = 0;
+  for (int64_t tokens = 1; tokens <= std::min<int64_t>(most, 16384); tokens += tokens < 128 ? 1 : 32) {
     problem.M = static_cast<int32_t>(tokens);
     bytes = std::max(bytes, QeWorkspaceBytes(&problem));
   }
