@@ -1,6 +1,6 @@
 """The launcher and the plugin class on a stand-in for CUDA's driver.
 
-Contexts that are made anew, threads, captures, memory that ran out, launches that overlap, and what an enqueue asks for.
+Contexts that are made anew, threads, captures, memory that ran out, overlapping launches, what an enqueue asks for.
 
 Not yet run on hardware: what a real driver does in these situations is what NVIDIA's documentation says.
 """
@@ -69,5 +69,5 @@ def test_plugin(driver: Path) -> None:
     subprocess.run(
         [*COMPILER, *includes, *map(str, sources), *LAUNCHER, str(driver), "-ldl", "-o", str(program)], check=True
     )
-    errors = run(program).splitlines()
-    assert ["no GPU memory for the counters" in line for line in errors] == [False, True], errors  # the first: no context
+    errors = run(program).splitlines()  # that there is no context, and the warning
+    assert ["no GPU memory for the counters" in line for line in errors] == [False, True], errors
