@@ -119,7 +119,8 @@ void Launcher::Leave() {
   if (counters_) {
     const Driver& driver = TheDriver();
     unsigned long long id = 0;
-    const bool alive = driver.get_id ? driver.get_id(loaded_->context, &id) == kSuccess && id == loaded_->id : Knows(driver);
+    const bool alive =
+        driver.get_id ? driver.get_id(loaded_->context, &id) == kSuccess && id == loaded_->id : Knows(driver);
     if (alive && driver.push_context(loaded_->context) == kSuccess) {
       int mode = kRelaxedCapture;  // nothing that this thread captures uses the memory
       if (driver.exchange_capture_mode) driver.exchange_capture_mode(&mode);

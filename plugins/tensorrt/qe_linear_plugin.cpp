@@ -185,7 +185,7 @@ void QELinearPlugin::Enter(cudaStream_t stream) noexcept {
   if (!launcher_.without_counters()) return;
   static std::atomic<bool> said{false};
   if (!said.exchange(true))
-    LogWarning("There is no GPU memory for the counters of a layer, so decode is slower. Free some and make the context again.");
+    LogWarning("There is no GPU memory for a layer's counters, so decode is slower. Free some and make the context anew.");
 }
 
 QeTactic QELinearPlugin::TacticFor(const QeProblem& problem) const noexcept {
