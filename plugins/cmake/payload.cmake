@@ -2,6 +2,11 @@
 #
 # CUDA 12 gets the very same PTX with a lower version in its header: it uses nothing newer than PTX 8.3, and ptxas
 # refuses what it does not know. So what the emulator verified is what runs under both drivers.
+#
+# Chips from 9.0 on get it with the instructions that its comments hold: a kernel says "// sm_90: griddepcontrol.wait;" in
+# inline PTX, which older chips lack. Without such comments they get the very same PTX, and the launcher, which asks for
+# what chip a kernel was written, overlaps no launches.
+#
 # QE_FATBIN_FOLDER reuses the fatbins of another build folder: they are the same for every host architecture.
 set(QE_FATBIN_FOLDER ${CMAKE_CURRENT_BINARY_DIR} CACHE PATH "Where cuda13.fatbin and cuda12.fatbin are")
 set(QE_FATBIN13 ${QE_FATBIN_FOLDER}/cuda13.fatbin)
@@ -17,6 +22,8 @@ find_program(QE_FATBINARY fatbinary HINTS ${QE_CUDA_BIN} REQUIRED)
 
 set(QE_PTX ${CMAKE_CURRENT_BINARY_DIR}/kernels.ptx)
 set(QE_PTX12 ${CMAKE_CURRENT_BINARY_DIR}/kernels12.ptx)
+set(QE_PTX90 ${CMAKE_CURRENT_BINARY_DIR}/kernels_sm_90.ptx)
+set(QE_PTX12_90 ${CMAKE_CURRENT_BINARY_DIR}/kernels12_sm_90.ptx)
 file(GLOB QE_KERNEL_SOURCES CONFIGURE_DEPENDS kernels/*.cu kernels/*.cuh kernels/*.h include/qe_edge/args.h)
 add_custom_command(OUTPUT ${QE_PTX}
   COMMAND ${QE_NVCC} -O3 -std=c++17 -arch=compute_80 -ptx -o ${QE_PTX} ${CMAKE_CURRENT_SOURCE_DIR}/kernels/kernels.cu
@@ -25,13 +32,25 @@ add_custom_command(OUTPUT ${QE_PTX12}
   COMMAND sed "s/^\\.version .*/.version 8.3/" ${QE_PTX} > ${QE_PTX12}
   DEPENDS ${QE_PTX} VERBATIM)
 
-function(qe_fatbin output ptx ptxas tag)
+function(qe_sm_90 from to)
+  set(script ${CMAKE_CURRENT_SOURCE_DIR}/cmake/sm_90.cmake)
+  add_custom_command(OUTPUT ${to}
+    COMMAND ${CMAKE_COMMAND} -DFROM=${from} -DTO=${to} -P ${script} DEPENDS ${from} ${script} VERBATIM)
+endfunction()
+qe_sm_90(${QE_PTX} ${QE_PTX90})
+qe_sm_90(${QE_PTX12} ${QE_PTX12_90})
+
+function(qe_fatbin output ptx ptx90 ptxas tag)
   set(images "")
   set(cubins "")
   foreach(chip ${ARGN})
     set(cubin ${CMAKE_CURRENT_BINARY_DIR}/${tag}_sm_${chip}.cubin)
+    set(source ${ptx})
+    if(chip GREATER_EQUAL 90)
+      set(source ${ptx90})
+    endif()
     add_custom_command(OUTPUT ${cubin}
-      COMMAND ${ptxas} -O3 -arch=sm_${chip} ${ptx} -o ${cubin} DEPENDS ${ptx} VERBATIM)
+      COMMAND ${ptxas} -O3 -arch=sm_${chip} ${source} -o ${cubin} DEPENDS ${source} VERBATIM)
     list(APPEND cubins ${cubin})
     list(APPEND images --image3=kind=elf,sm=${chip},file=${cubin})
   endforeach()
@@ -40,9 +59,9 @@ function(qe_fatbin output ptx ptxas tag)
     DEPENDS ${cubins} ${ptx} VERBATIM)
 endfunction()
 
-qe_fatbin(${QE_FATBIN13} ${QE_PTX} ${QE_PTXAS} cuda13 ${QE_CHIPS})
+qe_fatbin(${QE_FATBIN13} ${QE_PTX} ${QE_PTX90} ${QE_PTXAS} cuda13 ${QE_CHIPS})
 if(QE_PTXAS12)
-  qe_fatbin(${QE_FATBIN12} ${QE_PTX12} ${QE_PTXAS12} cuda12 ${QE_CHIPS12})
+  qe_fatbin(${QE_FATBIN12} ${QE_PTX12} ${QE_PTX12_90} ${QE_PTXAS12} cuda12 ${QE_CHIPS12})
 else()
   message(WARNING "QE_PTXAS12 is not set: the plugin will not run under CUDA 12 drivers (JetPack 6).")
   add_custom_command(OUTPUT ${QE_FATBIN12} COMMAND ${CMAKE_COMMAND} -E touch ${QE_FATBIN12} VERBATIM)

@@ -1,196 +1,29 @@
 #include "driver.h"
 
+#include <string.h>
+
+#include <algorithm>
+
 #include "self_test.h"
-
-#include <dlfcn.h>
-
-#include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <string>
-#include <vector>
-
-// payload.S: one fatbin per CUDA major version. The driver of JetPack 6 (CUDA 12) cannot read what CUDA 13 writes.
-extern "C" {
-extern const unsigned char qe_fatbin_cuda12[], qe_fatbin_cuda13[];
-extern const unsigned long long qe_fatbin_cuda12_bytes;
-}
 
 namespace qe {
 namespace {
 
-// The part of cuda.h that is needed; its ABI has been stable since CUDA 4.
-using Result = int;
-using Context = void*;
-using Module = void*;
-using Function = void*;
-constexpr Result kSuccess = 0;
-constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-constexpr unsigned kDefaultSharedBytes = 48 << 10;
-constexpr int kMaxLaunches = sizeof(QePlan::launch) / sizeof(QeLaunch);
-
-constexpr Result kInvalidHandle = 400, kFirstCaptureError = 900, kLastCaptureError = 908;  // of CUresult
-
-bool IsCaptureError(Result result) { return result >= kFirstCaptureError && result <= kLastCaptureError; }
-
-constexpr char kCapturing[] =
-    "A stream of this GPU is being captured, so kernels can be neither loaded nor tested. Run the engine once before it.";
-
-struct Driver {
-  Result (*get_version)(int*) = nullptr;
-  Result (*get_context)(Context*) = nullptr;
-  Result (*load_module)(Module*, const void*) = nullptr;
-  Result (*get_function)(Function*, Module, const char*) = nullptr;
-  Result (*set_attribute)(Function, int, int) = nullptr;
-  Result (*launch)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-                   void**) = nullptr;
-  Result (*allocate)(uint64_t*, size_t) = nullptr;
-  Result (*release)(uint64_t) = nullptr;
-  Result (*copy_in)(uint64_t, const void*, size_t) = nullptr;
-  Result (*copy_out)(void*, uint64_t, size_t) = nullptr;
-  Result (*synchronize)() = nullptr;
-  Result (*get_id)(Context, unsigned long long*) = nullptr;  // from CUDA 12.0 on, else null
-  Result (*capture_status)(void*, int*) = nullptr;           // from CUDA 10.0 on, else null
-  bool usable = false;
-
-  Driver() {
-    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (!library) return;
-    usable = Find(library, "cuDriverGetVersion", get_version) && Find(library, "cuCtxGetCurrent", get_context) &&
-             Find(library, "cuModuleLoadData", load_module) && Find(library, "cuModuleGetFunction", get_function) &&
-             Find(library, "cuFuncSetAttribute", set_attribute) && Find(library, "cuLaunchKernel", launch) &&
-             Find(library, "cuMemAlloc_v2", allocate) && Find(library, "cuMemFree_v2", release) &&
-             Find(library, "cuMemcpyHtoD_v2", copy_in) && Find(library, "cuMemcpyDtoH_v2", copy_out) &&
-             Find(library, "cuCtxSynchronize", synchronize);
-    Find(library, "cuCtxGetId", get_id);
-    Find(library, "cuStreamIsCapturing", capture_status);
-  }
-
-  template <class F>
-  static bool Find(void* library, const char* name, F& function) {
-    function = reinterpret_cast<F>(dlsym(library, name));
-    return function != nullptr;
-  }
-
-  // Whether work for this stream is recorded instead of run. Asked for the null stream, it is an error when any stream
-  // that waits for the null stream is being captured; to ask leaves the capture valid. Not yet run on hardware.
-  bool Captures(void* stream) const {
-    int status = 0;
-    return capture_status && (IsCaptureError(capture_status(stream, &status)) || status != 0);
-  }
-};
-
-const Driver& TheDriver() {
-  static const Driver driver;
-  return driver;
-}
-
-struct Kernel {
-  Function function = nullptr;
-  unsigned shared_bytes = kDefaultSharedBytes;  // that it may be launched with
-};
-
-// What one context has loaded. Its mutexes are its own, so that no context waits for another.
-struct Loaded {
-  explicit Loaded(unsigned long long id) : id(id) {}
-
-  const unsigned long long id;  // of the context; 0 where the driver gives none
-  std::mutex mutex;             // of `module` and `kernels`
-  Module module = nullptr;
-  std::map<std::string, Kernel, std::less<>> kernels;
-  std::mutex test_mutex;  // of what follows; held while the self-test runs
-  bool tested = false;
-  const char* verdict = nullptr;
-};
-
-std::mutex contexts_mutex;  // where contexts have ids, never held during a call of the driver that waits
-std::map<Context, std::shared_ptr<Loaded>>& Contexts() {
-  static auto* contexts = new std::map<Context, std::shared_ptr<Loaded>>;  // threads may outlive the library's statics
-  return *contexts;
-}
-
-// Whether the context that this was loaded in is the current one. A context that is made anew may have the address of
-// one that was destroyed, with its modules; its id tells. Without ids the driver is asked for a kernel of the module.
-bool Alive(const Driver& driver, Loaded& loaded, unsigned long long id) {
-  if (loaded.id != id) return false;
-  if (driver.get_id) return true;
-  const std::lock_guard<std::mutex> lock(loaded.mutex);
-  Function found = nullptr;
-  return loaded.kernels.empty() ||
-         (driver.get_function(&found, loaded.module, loaded.kernels.begin()->first.c_str()) == kSuccess &&
-          found == loaded.kernels.begin()->second.function);
-}
-
-// What the current context has loaded so far; null, and the reason, without a context.
-std::shared_ptr<Loaded> Current(const Driver& driver, const char*& why) {
-  Context context = nullptr;
-  unsigned long long id = 0;
-  if (!driver.usable) {
-    why = "The CUDA driver (libcuda.so.1) is missing or too old. Install the NVIDIA driver.";
-  } else if (driver.get_context(&context) != kSuccess || !context ||
-             (driver.get_id && driver.get_id(context, &id) != kSuccess)) {
-    why = "No CUDA context is current. Call this from TensorRT, or make a context current first.";
-  } else {
-    const std::lock_guard<std::mutex> lock(contexts_mutex);
-    std::shared_ptr<Loaded>& loaded = Contexts()[context];
-    if (!loaded || !Alive(driver, *loaded, id)) loaded = std::make_shared<Loaded>(id);
-    return loaded;
-  }
-  return nullptr;
-}
-
-// Forgets what a context had loaded, so that the next call loads again.
-void Forget(const std::shared_ptr<Loaded>& loaded) {
-  const std::lock_guard<std::mutex> lock(contexts_mutex);
-  for (auto entry = Contexts().begin(); entry != Contexts().end(); ++entry)
-    if (entry->second == loaded) return static_cast<void>(Contexts().erase(entry));
-}
-
-const char* LoadModule(const Driver& driver, Module& module) {
-  int version = 0;
-  if (driver.get_version(&version) != kSuccess) return "The CUDA driver does not answer. Reinstall the NVIDIA driver.";
-  const bool cuda13 = version >= 13000;
-  if (!cuda13 && qe_fatbin_cuda12_bytes == 0)
-    return "This build has no kernels for CUDA 12. Build the plugin with QE_PTXAS12 set to the ptxas of CUDA 12.";
-  const Result result = driver.load_module(&module, cuda13 ? qe_fatbin_cuda13 : qe_fatbin_cuda12);
-  if (result == kSuccess) return nullptr;
-  module = nullptr;
-  if (IsCaptureError(result)) return kCapturing;
-  return "The kernels do not load on this GPU. Use one of compute capability 8.0 or later.";
-}
-
-// The functions of a plan's kernels, loaded if they are not there yet, which no stream may be captured for.
-const char* FindKernels(const Driver& driver, Loaded& loaded, const QePlan& plan, void* stream, Function* functions) {
-  const std::lock_guard<std::mutex> lock(loaded.mutex);
-  for (int i = 0; i < plan.count; ++i) {
-    const QeLaunch& launch = plan.launch[i];
-    auto entry = loaded.kernels.find(launch.kernel);
-    if (entry == loaded.kernels.end() || launch.shared_bytes > entry->second.shared_bytes) {
-      if (driver.Captures(stream)) return kCapturing;
-      if (!loaded.module)
-        if (const char* why = LoadModule(driver, loaded.module)) return why;
-      Kernel kernel;
-      const Result result = driver.get_function(&kernel.function, loaded.module, launch.kernel);
-      if (result != kSuccess)
-        return IsCaptureError(result) ? kCapturing : "A kernel is missing from the plugin. Build the plugin again.";
-      if (launch.shared_bytes > kernel.shared_bytes) {
-        kernel.shared_bytes = launch.shared_bytes;
-        if (driver.set_attribute(kernel.function, kMaxDynamicSharedBytes, static_cast<int>(launch.shared_bytes)) !=
-            kSuccess)
-          return "The GPU has too little shared memory for this tile. Choose a tactic with fewer rows.";
-      }
-      entry = loaded.kernels.insert_or_assign(launch.kernel, kernel).first;
-    }
-    functions[i] = entry->second.function;
-  }
-  return nullptr;
+Result Launch(const Driver& driver, const QeLaunch& launch, const Kernel& kernel, void* stream) {
+  void* parameters[] = {const_cast<unsigned char*>(launch.args)};  // the driver copies them
+  if (!launch.overlaps || !kernel.overlaps)
+    return driver.launch(kernel.function, launch.grid_x, launch.grid_y, 1, launch.threads, 1, 1, launch.shared_bytes,
+                         stream, parameters, nullptr);
+  LaunchAttribute attribute;
+  const LaunchConfig config{launch.grid_x, launch.grid_y,       1,      launch.threads, 1,
+                            1,             launch.shared_bytes, stream, &attribute,     1};
+  return driver.launch_extended(&config, kernel.function, parameters, nullptr);
 }
 
 // The current context as the place of the self-test.
 class CurrentContext final : public Device {
  public:
-  explicit CurrentContext(const Driver& driver) : driver_(driver) {}
+  explicit CurrentContext(const Driver& driver) : driver_(driver) { launcher_.Enter(0, nullptr); }
   ~CurrentContext() override {
     for (const uint64_t address : memory_) driver_.release(address);
   }
@@ -202,8 +35,10 @@ class CurrentContext final : public Device {
     memory_.push_back(address);
     return contents && driver_.copy_in(address, contents, bytes) != kSuccess ? 0 : address;
   }
+  uint64_t Counters(size_t bytes) override { return Allocate(bytes, std::vector<unsigned char>(bytes).data()); }
+  int Multiprocessors() override { return launcher_.multiprocessors(); }
   const char* Run(const QePlan& plan) override {
-    if (const char* why = RunPlan(plan, nullptr)) return why;
+    if (const char* why = launcher_.Run(plan, nullptr)) return why;
     return driver_.synchronize() == kSuccess
                ? nullptr
                : "A kernel of the self-test failed. Run plugins/device_check.sh and report what it prints.";
@@ -216,11 +51,150 @@ class CurrentContext final : public Device {
 
  private:
   const Driver& driver_;
+  Launcher launcher_;
   bool captured_ = false;
   std::vector<uint64_t> memory_;
 };
 
 }  // namespace
+
+// Whether the current context is the one that this is ready for.
+bool Launcher::Knows(const Driver& driver) const {
+  Context context = nullptr;
+  unsigned long long id = 0;
+  if (!loaded_ || !CurrentId(driver, context, id) || context != loaded_->context || id != loaded_->id) return false;
+  if (driver.get_id) return true;
+  Function found = nullptr;
+  return !kernels_.empty() && driver.get_function(&found, loaded_->module, kernels_[0].name) == kSuccess &&
+         found == kernels_[0].kernel.function;
+}
+
+void Launcher::Enter(size_t counter_bytes, void* stream) {
+  const Driver& driver = TheDriver();
+  if (!driver.usable || !Knows(driver)) {
+    std::shared_ptr<Loaded> now = Current(driver, why_);
+    if (!now) return;
+    if (now != loaded_) {
+      Leave();
+      loaded_ = std::move(now);
+      ++generation_;
+    }
+  }
+  why_ = reserved_ && counter_bytes == counter_bytes_ ? nullptr : Reserve(driver, counter_bytes, stream);
+}
+
+const char* Launcher::Reserve(const Driver& driver, size_t bytes, void* stream) {
+  if (bytes && driver.Captures(stream)) return kCapturing;
+  if (counters_) driver.release(counters_);
+  counters_ = 0;
+  if (bytes) {
+    uint64_t address = 0;
+    const Result result = driver.allocate(&address, bytes);
+    if (IsCaptureError(result)) return kCapturing;
+    if (result == kSuccess) {
+      // Streams of TensorRT need not wait for the null stream, so the host does.
+      if (driver.fill(address, 0, bytes / 4, nullptr) == kSuccess && driver.synchronize_stream(nullptr) == kSuccess)
+        counters_ = address;
+      else
+        driver.release(address);
+    }
+  }
+  counter_bytes_ = bytes;
+  reserved_ = true;
+  unknown_ = false;
+  return nullptr;
+}
+
+// Zeroes counters that a plan left half way, in the order of the stream.
+const char* Launcher::Zero(const Driver& driver, void* stream) {
+  if (driver.fill(counters_, 0, counter_bytes_ / 4, stream) != kSuccess)
+    return "The counters of a layer could not be zeroed. Run plugins/device_check.sh to see whether the GPU works.";
+  unknown_ = driver.Captures(stream);  // then the graph zeroes its own runs, and nothing has been zeroed yet
+  return nullptr;
+}
+
+// Leaves the context that this is ready for, which may have been destroyed, with its memory. A context without an id is
+// known to be alive only when it is the current one; otherwise it keeps the memory.
+void Launcher::Leave() {
+  if (counters_) {
+    const Driver& driver = TheDriver();
+    unsigned long long id = 0;
+    const bool alive =
+        driver.get_id ? driver.get_id(loaded_->context, &id) == kSuccess && id == loaded_->id : Knows(driver);
+    if (alive && driver.push_context(loaded_->context) == kSuccess) {
+      int mode = kRelaxedCapture;  // nothing that this thread captures uses the memory
+      if (driver.exchange_capture_mode) driver.exchange_capture_mode(&mode);
+      driver.release(counters_);
+      if (driver.exchange_capture_mode) driver.exchange_capture_mode(&mode);
+      Context popped = nullptr;
+      driver.pop_context(&popped);
+    }
+  }
+  why_ = "Nothing is ready to be launched. Call Launcher::Enter first.";
+  counters_ = 0;
+  counter_bytes_ = 0;
+  reserved_ = unknown_ = false;
+  kernels_.clear();
+  loaded_.reset();
+}
+
+// A plan's launch is most often the same kernel as last time. Null when the kernel is not in the table.
+const Kernel* Launcher::Find(const QeLaunch& launch, size_t place) {
+  for (size_t i = 0, at = last_[place]; i < kernels_.size(); ++i, ++at) {
+    if (at >= kernels_.size()) at = 0;
+    if (strcmp(kernels_[at].name, launch.kernel) != 0) continue;
+    last_[place] = at;
+    return launch.shared_bytes <= kernels_[at].kernel.shared_bytes ? &kernels_[at].kernel : nullptr;
+  }
+  return nullptr;
+}
+
+// The kernels of a plan's launches; what is missing in the table is put into it.
+const char* Launcher::Resolve(const Driver& driver, const QePlan& plan, void* stream, Kernel* kernels) {
+  for (int i = 0; i < plan.count; ++i) {
+    const QeLaunch& launch = plan.launch[i];
+    if (const Kernel* known = Find(launch, static_cast<size_t>(i))) {
+      kernels[i] = *known;
+      continue;
+    }
+    Entry entry{};
+    if (const char* why = FindKernel(driver, *loaded_, launch, stream, entry.kernel)) return why;
+    memcpy(entry.name, launch.kernel, sizeof entry.name);
+    kernels[i] = entry.kernel;
+    const auto same = [&](const Entry& known) { return strcmp(known.name, entry.name) == 0; };
+    const auto at = std::find_if(kernels_.begin(), kernels_.end(), same);  // with less shared memory
+    if (at == kernels_.end())
+      kernels_.push_back(entry);
+    else
+      *at = entry;
+  }
+  return nullptr;
+}
+
+const char* Launcher::Load(const QePlan& plan, void* stream) {
+  Kernel kernels[kMaxLaunches];
+  return why_ ? why_ : Resolve(TheDriver(), plan, stream, kernels);
+}
+
+const char* Launcher::Run(const QePlan& plan, void* stream) {
+  if (why_) return why_;
+  const Driver& driver = TheDriver();
+  Kernel kernels[kMaxLaunches];
+  if (const char* why = Resolve(driver, plan, stream, kernels)) return why;
+  if (unknown_)
+    if (const char* why = Zero(driver, stream)) return why;
+  for (int i = 0; i < plan.count; ++i) {
+    const Result result = Launch(driver, plan.launch[i], kernels[i], stream);
+    if (result == kSuccess) continue;
+    unknown_ = counters_ != 0;
+    if (result == kInvalidHandle) {  // the module is gone: load it again
+      Forget(loaded_);
+      Leave();
+    }
+    return "A kernel launch failed. Run plugins/device_check.sh to see which.";
+  }
+  return nullptr;
+}
 
 const char* SelfTestOnce() {
   const Driver& driver = TheDriver();
@@ -236,33 +210,6 @@ const char* SelfTestOnce() {
   loaded->tested = !verdict || verdict == kWrongResults;
   loaded->verdict = verdict;
   return device.captured() ? kCapturing : verdict;
-}
-
-void LoadAhead(const QePlan& plan) {
-  const Driver& driver = TheDriver();
-  const char* why = nullptr;
-  const std::shared_ptr<Loaded> loaded = Current(driver, why);
-  Function functions[kMaxLaunches];
-  if (loaded) FindKernels(driver, *loaded, plan, nullptr, functions);
-}
-
-const char* RunPlan(const QePlan& plan, void* stream) {
-  const Driver& driver = TheDriver();
-  const char* why = nullptr;
-  const std::shared_ptr<Loaded> loaded = Current(driver, why);
-  if (!loaded) return why;
-  Function functions[kMaxLaunches];
-  if ((why = FindKernels(driver, *loaded, plan, stream, functions))) return why;
-  for (int i = 0; i < plan.count; ++i) {
-    QeLaunch launch = plan.launch[i];
-    void* parameters[] = {launch.args};
-    const Result result = driver.launch(functions[i], launch.grid_x, launch.grid_y, 1, launch.threads, 1, 1,
-                                        launch.shared_bytes, stream, parameters, nullptr);
-    if (result == kSuccess) continue;
-    if (result == kInvalidHandle) Forget(loaded);
-    return "A kernel launch failed. Run plugins/device_check.sh to see which.";
-  }
-  return nullptr;
 }
 
 }  // namespace qe

@@ -7,7 +7,8 @@
 namespace qe {
 namespace {
 
-constexpr int kK = 256, kN = 32, kRank = 16;  // two chunks of K, one column block, one rank tile
+// Four chunks of K, so that decode can split them over blocks; one column block, one rank tile.
+constexpr int kK = 512, kN = 32, kRank = 16;
 constexpr char kNotRead[] = "The self-test could not read its results from the GPU. Run plugins/device_check.sh.";
 constexpr char kNoMemory[] = "The self-test found no GPU memory. Free some and try again.";
 
@@ -17,8 +18,8 @@ int Activation(int m, int k) { return k == 3 ? 127 : (m * 31 + k * 11) % 201 - 1
 // Low-rank factors are small integers too, with one scale. Those of `down` have magnitudes that sum to 16 in a column.
 constexpr float kDownScale = 0.25f, kUpScale = 0.125f;
 int Down(int k, int r) {
-  constexpr int kCodes[kRank] = {1, 0, 0, -8, 0, 0, 0, 0, 0, 7};
-  return k % kRank == r ? kCodes[(k / kRank + r) % kRank] : 0;
+  constexpr int kCodes[kK / kRank] = {1, 0, 0, -8, 0, 0, 0, 0, 0, 7};
+  return k % kRank == r ? kCodes[(k / kRank + r) % (kK / kRank)] : 0;
 }
 int Up(int r, int n) { return (r * 3 + n * 5) % 16 - 8; }
 // Scales of groups differ, zero points too; without groups or zero points they are 1/64 and 0.
@@ -220,12 +221,18 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   std::vector<uint16_t> y(static_cast<size_t>(tokens) * kN);
   b.y = device.Allocate(y.size() * 2, nullptr);
   b.workspace = device.Allocate(QeWorkspaceBytes(&p), nullptr);
+  std::vector<uint32_t> counters(QeCounterBytes(&p) / sizeof(uint32_t));
+  b.counters = device.Counters(counters.size() * sizeof(uint32_t));
   for (const uint64_t address : {b.x, b.weight, b.columns, b.scales, b.zeros, b.down, b.down_scale, b.up, b.y, b.workspace})
     if (!address) return kNoMemory;
   QePlan plan;
-  if (const char* why = QeMakePlan(&p, &b, nullptr, &plan)) return why;
+  const QeTactic tactic{0, 0, device.Multiprocessors()};
+  if (const char* why = QeMakePlan(&p, &b, &tactic, &plan)) return why;
   if (const char* why = device.Run(plan)) return why;
   if (!device.Read(b.y, y.data(), y.size() * 2)) return kNotRead;
+  if (b.counters && !device.Read(b.counters, counters.data(), counters.size() * sizeof(uint32_t))) return kNotRead;
+  for (const uint32_t counter : counters)
+    if (counter != 0) return kWrongResults;
   for (int m = 0; m < tokens; ++m)
     for (int n = 0; n < kN; ++n) {
       const float expected = Expected(kind, m, n), got = Value(y[static_cast<size_t>(m) * kN + n]);

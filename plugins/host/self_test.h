@@ -14,6 +14,10 @@ class Device {
   virtual ~Device() = default;
   // Memory with these contents, or scratch when they are null; 0 when there is none. Freed with the device.
   virtual uint64_t Allocate(size_t bytes, const void* contents) = 0;
+  // QeBuffers.counters, zeroed. 0 where there are none, and plans do without.
+  virtual uint64_t Counters(size_t) { return 0; }
+  // QeTactic.multiprocessors.
+  virtual int Multiprocessors() { return 0; }
   // Runs the launches and waits. Null, or what went wrong.
   virtual const char* Run(const QePlan& plan) = 0;
   virtual bool Read(uint64_t address, void* to, size_t bytes) = 0;

@@ -9,7 +9,8 @@ class ILoggerFinder;
 namespace qe {
 
 void SetLoggerFinder(nvinfer1::ILoggerFinder* finder);
-// "QELinear: " and the message, as an error. Never throws.
+// "QELinear: " and the message. Never throw.
 void LogError(const char* message) noexcept;
+void LogWarning(const char* message) noexcept;
 
 }  // namespace qe

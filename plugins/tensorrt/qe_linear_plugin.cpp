@@ -1,9 +1,9 @@
 #include "qe_linear_plugin.h"
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 
-#include "../host/driver.h"
 #include "log.h"
 
 namespace qe {
@@ -13,13 +13,18 @@ using nvinfer1::DataType;
 
 // Tactic i + 1 for TensorRT, which wants positive numbers; 0 lets the plan choose. 128 rows of 16-bit activations do not
 // fit the shared memory of every chip.
-constexpr QeTactic kTactics[] = {{64, 8}, {64, 4}, {64, 2}, {128, 8}};
+constexpr QeTactic kTactics[] = {{64, 8, 0}, {64, 4, 0}, {64, 2, 0}, {128, 8, 0}};
 constexpr int kTacticCount = sizeof(kTactics) / sizeof(kTactics[0]);
 
-QeTactic TacticFor(int32_t number, const QeProblem& problem) {
-  QeTactic tactic = number > 0 ? kTactics[number - 1] : QeTactic{};
-  if (problem.act_bits == 0) tactic.block_rows = std::min(tactic.block_rows, 64);
-  return tactic;
+// Numbers of tokens: powers of two, and one more. Plans change their kernels only between these two, and in between
+// counters only grow.
+template <class Do>
+void ForTokenClasses(QeProblem problem, Do with) {
+  for (int32_t power = 1; power <= 1 << 14; power *= 2)
+    for (const int32_t tokens : {power, power + 1}) {
+      problem.M = tokens;
+      with(problem);
+    }
 }
 
 int32_t Fail(const char* why) {
@@ -35,6 +40,11 @@ constexpr char kWrongX[] =
     "x is not a float16 or bfloat16 tensor [..., in_features] of rank 2 to 8. Export the model with the right type.";
 
 }  // namespace
+
+QELinearPlugin::QELinearPlugin(const Attributes& attributes) : attributes_(attributes), counter_bytes_(0) {
+  ForTokenClasses(attributes.problem,
+                  [&](const QeProblem& p) { counter_bytes_ = std::max(counter_bytes_, QeCounterBytes(&p)); });
+}
 
 nvinfer1::IPluginCapability* QELinearPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
   switch (type) {
@@ -124,8 +134,10 @@ size_t QELinearPlugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc*
   QeProblem problem = attributes_.problem;
   const int64_t most = Tokens(in[0].max, problem.K);
   if (most < 1 || most > INT32_MAX) return 0;
-  size_t bytes = 0;  // decode splits K over slices, so that fewer tokens may need more
-  for (int64_t tokens = 1; tokens <= std::min<int64_t>(most, 16); ++tokens) {
+  // Few tokens split K over slices, so that fewer of them may need more: up to 128 any number may need the most, up to
+  // 16384 any multiple of 32, where blocks are full, and above that the largest number.
+  size_t bytes = 0;
+  for (int64_t tokens = 1; tokens <= std::min<int64_t>(most, 16384); tokens += tokens < 128 ? 1 : 32) {
     problem.M = static_cast<int32_t>(tokens);
     bytes = std::max(bytes, QeWorkspaceBytes(&problem));
   }
@@ -155,15 +167,41 @@ int32_t QELinearPlugin::onShapeChange(const nvinfer1::PluginTensorDesc* in, int3
   if (!Check(in, problem)) return -1;
   if (problem.M == 0) return 0;  // an empty batch is legal and launches nothing
   if (const char* why = QeRefuse(&problem)) return Fail(why);
-  // Kernels are loaded for every number of tokens, as a stream that is captured later can load none.
-  const QeTactic tactic = TacticFor(tactic_, problem);
-  const QeBuffers nowhere{};
-  for (const int32_t tokens : {1, 9, 17}) {  // both decode kernels and the GEMM
-    QePlan plan;
-    problem.M = tokens;
-    if (!QeMakePlan(&problem, &nowhere, &tactic, &plan)) LoadAhead(plan);
-  }
+  Enter(nullptr);
+  LoadAhead(problem);
+  // Kernels are loaded for every number of tokens, as a stream that is captured later can load none. Once is enough.
+  const unsigned long generation = launcher_.generation();
+  if (loaded_generation_ == generation && loaded_tactic_ == tactic_ && loaded_dtype_ == problem.dtype) return 0;
+  bool all = true;
+  ForTokenClasses(problem, [&](const QeProblem& p) { all = LoadAhead(p) && all; });
+  loaded_generation_ = all ? generation : 0;
+  loaded_tactic_ = tactic_;
+  loaded_dtype_ = problem.dtype;
   return 0;
+}
+
+void QELinearPlugin::Enter(cudaStream_t stream) noexcept {
+  launcher_.Enter(counter_bytes_, stream);
+  if (!launcher_.without_counters()) return;
+  static std::atomic<bool> said{false};
+  if (!said.exchange(true))
+    LogWarning("There is no GPU memory for a layer's counters, so decode is slower. Free some and make the context anew.");
+}
+
+QeTactic QELinearPlugin::TacticFor(const QeProblem& problem) const noexcept {
+  QeTactic tactic = tactic_ > 0 ? kTactics[tactic_ - 1] : QeTactic{};
+  if (problem.act_bits == 0) tactic.block_rows = std::min(tactic.block_rows, 64);
+  tactic.multiprocessors = launcher_.multiprocessors();
+  return tactic;
+}
+
+bool QELinearPlugin::LoadAhead(const QeProblem& problem) noexcept {
+  const QeTactic tactic = TacticFor(problem);
+  QeBuffers nowhere{};
+  nowhere.counters = launcher_.counters();
+  QePlan plan;
+  // A problem that is refused is never run, and so needs no kernels.
+  return QeMakePlan(&problem, &nowhere, &tactic, &plan) || !launcher_.Load(plan, nullptr);
 }
 
 int32_t QELinearPlugin::enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
@@ -186,17 +224,21 @@ int32_t QELinearPlugin::enqueue(const nvinfer1::PluginTensorDesc* in, const nvin
   b.workspace = address(workspace);
   if (!b.y || b.y % 4 || (!workspace && QeWorkspaceBytes(&problem)))
     return Fail("The output or the workspace is missing. Bind all buffers before running the engine.");
+  Enter(stream);
+  b.counters = launcher_.counters();
   QePlan plan;
-  const QeTactic tactic = TacticFor(tactic_, problem);
+  const QeTactic tactic = TacticFor(problem);
   if (const char* why = QeMakePlan(&problem, &b, &tactic, &plan)) return Fail(why);
-  if (const char* why = RunPlan(plan, stream)) return Fail(why);
+  if (const char* why = launcher_.Run(plan, stream)) return Fail(why);
   return 0;
 }
 
-// Outside of any stream capture, so the place for the self-test.
+// Outside of any stream capture, so the place for the self-test and for the memory of the copy's counters.
 nvinfer1::IPluginV3* QELinearPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
   if (const char* why = SelfTestOnce()) return LogError(why), nullptr;
-  return clone();
+  nvinfer1::IPluginV3* copy = clone();
+  if (copy) static_cast<QELinearPlugin*>(copy)->Enter(nullptr);
+  return copy;
 }
 
 const nvinfer1::PluginFieldCollection* QELinearPlugin::getFieldsToSerialize() noexcept {

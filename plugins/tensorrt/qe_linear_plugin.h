@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "../host/driver.h"
 #include "fields.h"
 #include "signature.h"
 
@@ -18,8 +19,9 @@ class QELinearPlugin final : public nvinfer1::IPluginV3,
                              public nvinfer1::v_1_0::IPluginV3OneBuild,
                              public nvinfer1::v_1_0::IPluginV3OneRuntime {
  public:
-  explicit QELinearPlugin(const Attributes& attributes) : attributes_(attributes) {}
-  QELinearPlugin(const QELinearPlugin& other) : attributes_(other.attributes_), tactic_(other.tactic_) {}
+  explicit QELinearPlugin(const Attributes& attributes);
+  // A copy launches on its own: it may run at the same time, so it shares no counters.
+  QELinearPlugin(const QELinearPlugin& other) : QELinearPlugin(other.attributes_) { tactic_ = other.tactic_; }
   QELinearPlugin& operator=(const QELinearPlugin&) = delete;
 
   // IPluginV3
@@ -60,9 +62,19 @@ class QELinearPlugin final : public nvinfer1::IPluginV3,
  private:
   // The problem of these descriptors. False, with an error logged, when a type or size is not what the layer needs.
   bool Check(const nvinfer1::PluginTensorDesc* x, QeProblem& problem) const noexcept;
+  // Makes the launcher ready for the current context, and says once if that has no memory for counters.
+  void Enter(cudaStream_t stream) noexcept;
+  QeTactic TacticFor(const QeProblem& problem) const noexcept;
+  // Loads the kernels of a problem. False when some could not be loaded.
+  bool LoadAhead(const QeProblem& problem) noexcept;
 
   Attributes attributes_;
+  size_t counter_bytes_;  // that any number of tokens needs
   int32_t tactic_ = 0;
+  Launcher launcher_;
+  // What all kernels were loaded for; see onShapeChange.
+  unsigned long loaded_generation_ = 0;
+  int32_t loaded_tactic_ = 0, loaded_dtype_ = 0;
   std::array<nvinfer1::PluginField, kFieldCount> fields_{};
   nvinfer1::PluginFieldCollection collection_{};
 };

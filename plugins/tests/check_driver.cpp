@@ -1,8 +1,12 @@
 // host/driver.cpp on the stand-in driver: `check_driver SCENARIO` prints what went wrong, and nothing when all is right.
+// Linked with --wrap=pthread_mutex_lock, which counts the locks of our code.
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
+#include <atomic>
 #include <initializer_list>
+#include <optional>
 #include <thread>
 
 #include "../host/driver.h"
@@ -12,19 +16,29 @@
 extern "C" {
 extern const unsigned char qe_fatbin_cuda12[1] = {0}, qe_fatbin_cuda13[1] = {0};
 extern const unsigned long long qe_fatbin_cuda12_bytes = 1;
+
+std::atomic<long> locks{0};
+int __real_pthread_mutex_lock(pthread_mutex_t* mutex);
+int __wrap_pthread_mutex_lock(pthread_mutex_t* mutex) { return ++locks, __real_pthread_mutex_lock(mutex); }
 }
 
 namespace {
 bool answers_are_wrong = false;
 int self_tests = 0;
 
-QePlan Plan(const char* kernel, unsigned shared_bytes = 1024) {
+// Like the plugin's plans: the first launch overlaps nothing. The kernel is the last one.
+QePlan Plan(const char* kernel, unsigned shared_bytes = 1024, int count = 2) {
   QePlan plan{};
-  plan.count = 2;
-  for (QeLaunch& launch : plan.launch) launch.grid_x = launch.grid_y = launch.threads = 1;
-  snprintf(plan.launch[0].kernel, sizeof plan.launch[0].kernel, "prepare");
-  snprintf(plan.launch[1].kernel, sizeof plan.launch[1].kernel, "%s", kernel);
-  plan.launch[1].shared_bytes = shared_bytes;
+  plan.count = count;
+  const char* names[] = {"prepare", "down", "main"};
+  names[count - 1] = kernel;
+  for (int i = 0; i < count; ++i) {
+    QeLaunch& launch = plan.launch[i];
+    launch.grid_x = launch.grid_y = launch.threads = 1;
+    launch.overlaps = i > 0;
+    snprintf(launch.kernel, sizeof launch.kernel, "%s", names[i]);
+  }
+  plan.launch[count - 1].shared_bytes = shared_bytes;
   return plan;
 }
 
@@ -35,7 +49,12 @@ namespace qe {
 const char* const kWrongResults = "wrong";
 const char* SelfTest(Device& device) {
   ++self_tests;
-  if (!device.Allocate(64, nullptr)) return "no memory";
+  const uint64_t counters = device.Counters(64);
+  if (!counters) return "no memory";
+  uint32_t counter = 1;
+  device.Read(counters, &counter, sizeof counter);
+  if (counter) return "no zero";
+  if (device.Multiprocessors() < 100) return "no multiprocessors";
   if (const char* why = device.Run(Plan("main"))) return why;
   return answers_are_wrong ? kWrongResults : nullptr;
 }
@@ -43,13 +62,27 @@ const char* SelfTest(Device& device) {
 
 namespace {
 
-int failures = 0;
-void Expect(bool right, const char* what) {
-  if (!right) ++failures, printf("%s\n", what);
+std::atomic<int> failures{0};
+void Expect(bool right, const char* what, int line) {
+  if (!right) ++failures, printf("line %d: %s\n", line, what);
 }
-#define EXPECT(condition) Expect(condition, #condition)
+#define EXPECT(condition) Expect(condition, #condition, __LINE__)
 
 void* const kStream = reinterpret_cast<void*>(64);
+constexpr size_t kCounterBytes = 64;
+
+// What an enqueue does.
+const char* Run(qe::Launcher& launcher, const QePlan& plan, void* stream = kStream) {
+  launcher.Enter(kCounterBytes, stream);
+  return launcher.Run(plan, stream);
+}
+
+bool AreZero(uint64_t counters) {
+  const auto* words = reinterpret_cast<const uint32_t*>(counters);
+  for (size_t i = 0; i < kCounterBytes / 4; ++i)
+    if (words[i]) return false;
+  return true;
+}
 
 void* NewContext(int place) {
   void* context = standin_create(place);
@@ -58,17 +91,21 @@ void* NewContext(int place) {
 }
 
 void MadeAnew() {
+  qe::Launcher launcher;
   void* first = NewContext(0);
-  EXPECT(!qe::SelfTestOnce() && !qe::RunPlan(Plan("main"), kStream) && !qe::RunPlan(Plan("main"), kStream));
+  EXPECT(!qe::SelfTestOnce() && !Run(launcher, Plan("main")) && !Run(launcher, Plan("main")));
   EXPECT(standin_counts().loads == 1);
   for (long round = 2; round < 5; ++round) {
     standin_destroy(first);
+    EXPECT(standin_counts().allocated == 0);
     EXPECT(NewContext(0) == first);
     if (round == 3) EXPECT(!qe::SelfTestOnce());
-    EXPECT(!qe::RunPlan(Plan("main", 64 << 10), kStream) && !qe::RunPlan(Plan("other"), kStream));
+    EXPECT(!Run(launcher, Plan("main", 64 << 10)) && !Run(launcher, Plan("other")));
     EXPECT(standin_counts().loads == round);
+    EXPECT(launcher.counters() && AreZero(launcher.counters()) && standin_counts().allocated == 1);
   }
   EXPECT(standin_counts().dead_launches == 0 && standin_counts().launches == 6 + 3 * 4 + 2);
+  EXPECT(standin_counts().dead_memory == 0);
 }
 
 void TestedAgain() {
@@ -86,33 +123,86 @@ void NoMemory() {
   EXPECT(qe::SelfTestOnce() && qe::SelfTestOnce());
   EXPECT(!qe::SelfTestOnce() && !qe::SelfTestOnce() && self_tests == 3);
   EXPECT(standin_counts().allocated == 0);
+  standin_fail_allocations(1);
+  qe::Launcher launcher;  // asks once, so that its plans stay the same
+  EXPECT(!Run(launcher, Plan("main")) && !Run(launcher, Plan("main")));
+  EXPECT(!launcher.counters() && launcher.without_counters() && standin_counts().allocated == 0);
 }
 
 void TwoContexts() {
   void *one = standin_create(0), *two = standin_create(1);
-  for (void* context : {one, two, one, two}) {
-    standin_make_current(context);
-    EXPECT(!qe::RunPlan(Plan("main"), kStream));
+  {
+    qe::Launcher launchers[2], wanderer;
+    for (const int i : {0, 1, 0, 1}) {
+      standin_make_current(i ? two : one);
+      EXPECT(!Run(launchers[i], Plan("main")) && !Run(wanderer, Plan("main")));
+      EXPECT(launchers[i].multiprocessors() == 100 + i && wanderer.multiprocessors() == 100 + i);
+    }
+    EXPECT(standin_counts().loads == 2 && standin_counts().dead_launches == 0);
+    standin_destroy(one);
+    standin_make_current(two);
+    EXPECT(!Run(launchers[1], Plan("main")) && standin_counts().loads == 2);
   }
-  EXPECT(standin_counts().loads == 2 && standin_counts().dead_launches == 0);
+  EXPECT(standin_counts().dead_memory == 0);
+}
+
+// Their destructor finds the context alive and not current, or destroyed, or made anew.
+void Destroyed() {
+  void *one = NewContext(0), *two = standin_create(1);
+  std::optional<qe::Launcher> a, b, c;
+  EXPECT(!Run(a.emplace(), Plan("main")) && !Run(b.emplace(), Plan("main")) && !Run(c.emplace(), Plan("main")));
+  EXPECT(standin_counts().allocated == 3);
+  standin_capture(kStream, 1);
+  a.reset();
+  standin_capture(kStream, 0);
+  EXPECT(standin_counts().allocated == 2 && standin_counts().spoilt_captures == 0);
+  if (standin_has_ids()) {
+    standin_make_current(two);
+    b.reset();
+    EXPECT(standin_counts().allocated == 1);
+    qe::Launcher still;
+    EXPECT(!Run(still, Plan("main")) && still.multiprocessors() == 101);  // `two` is still current
+  }
   standin_destroy(one);
-  standin_make_current(two);
-  EXPECT(!qe::RunPlan(Plan("main"), kStream) && standin_counts().loads == 2);
+  NewContext(0);
+  b.reset();
+  c.reset();
+  EXPECT(standin_counts().allocated == 0 && standin_counts().dead_memory == 0);
 }
 
 void TwoThreads() {
   void *one = standin_create(0), *two = standin_create(1);
   standin_make_current(two);
-  EXPECT(!qe::RunPlan(Plan("main"), kStream));
+  qe::Launcher launcher;
+  EXPECT(!Run(launcher, Plan("main")));
   standin_wait_in_load(1);
   std::thread other([&] {  // loads, and waits meanwhile until the context `two` has launched
     standin_make_current(one);
-    EXPECT(!qe::RunPlan(Plan("main"), kStream));
+    qe::Launcher another;
+    EXPECT(!Run(another, Plan("main")));
   });
   while (standin_counts().loads < 2) std::this_thread::yield();
-  EXPECT(!qe::RunPlan(Plan("main"), kStream));
+  EXPECT(!Run(launcher, Plan("main")));
   other.join();
   EXPECT(standin_counts().timeouts == 0 && standin_counts().dead_launches == 0 && standin_counts().launches == 6);
+}
+
+// One context: a launcher that has its kernels does not wait for another that loads some.
+void LoadsAside() {
+  void* context = NewContext(0);
+  qe::Launcher launcher;
+  EXPECT(!Run(launcher, Plan("main")));
+  standin_wait_in_lookup(1);
+  const long before = standin_counts().lookups;
+  std::thread other([&] {
+    standin_make_current(context);
+    qe::Launcher another;
+    EXPECT(!Run(another, Plan("other")));
+  });
+  while (standin_counts().lookups == before) std::this_thread::yield();
+  EXPECT(!Run(launcher, Plan("main")));
+  other.join();
+  EXPECT(standin_counts().timeouts == 0 && standin_counts().launches == 6);
 }
 
 void OneContextManyThreads() {
@@ -121,46 +211,125 @@ void OneContextManyThreads() {
   for (std::thread& thread : threads)
     thread = std::thread([&] {
       standin_make_current(context);
+      qe::Launcher launcher;
       for (int i = 0; i < 50; ++i)
-        if (qe::SelfTestOnce() || qe::RunPlan(Plan(i % 2 ? "main" : "other"), kStream)) printf("a thread failed\n");
+        if (qe::SelfTestOnce() || Run(launcher, Plan(i % 2 ? "main" : "other"))) printf("a thread failed\n");
     });
   for (std::thread& thread : threads) thread.join();
   EXPECT(standin_counts().loads == 1 && standin_counts().launches == 402 && self_tests == 1);
+  EXPECT(standin_counts().allocated == 0);
 }
 
 void Capture() {
   NewContext(0);
+  qe::Launcher launcher;
   standin_capture(kStream, 1);
-  const char* why = qe::RunPlan(Plan("main"), kStream);
+  const char* why = Run(launcher, Plan("main"));
   EXPECT(why && strstr(why, "captured") && strstr(why, "Run the engine once"));
   why = qe::SelfTestOnce();
   EXPECT(why && strstr(why, "captured") && self_tests == 0);
-  qe::LoadAhead(Plan("main"));
+  launcher.Enter(kCounterBytes, nullptr);
+  EXPECT(launcher.Load(Plan("main"), nullptr));
   EXPECT(standin_counts().spoilt_captures == 0 && standin_counts().loads == 0 && standin_counts().launches == 0);
   standin_capture(kStream, 0);
   EXPECT(!qe::SelfTestOnce());
-  qe::LoadAhead(Plan("main", 64 << 10));
+  launcher.Enter(kCounterBytes, nullptr);
+  EXPECT(!launcher.Load(Plan("main", 64 << 10), nullptr));
+  const uint64_t counters = launcher.counters();
   standin_capture(kStream, 1);
-  EXPECT(!qe::RunPlan(Plan("main", 64 << 10), kStream) && !qe::SelfTestOnce());
-  EXPECT(qe::RunPlan(Plan("other"), kStream));           // not loaded ahead
-  EXPECT(qe::RunPlan(Plan("main", 96 << 10), kStream));  // needs more shared memory than it was given
+  EXPECT(!Run(launcher, Plan("main", 64 << 10)) && !qe::SelfTestOnce());
+  EXPECT(Run(launcher, Plan("other")));           // not loaded ahead
+  EXPECT(Run(launcher, Plan("main", 96 << 10)));  // needs more shared memory than it was given
   EXPECT(standin_counts().spoilt_captures == 0 && standin_counts().launches == 4);
+  EXPECT(standin_counts().overlapped == (standin_has_ids() ? 2 : 0));
+  qe::Launcher late;  // all its kernels are there, but no memory for counters can be had
+  why = Run(late, Plan("main"));
+  EXPECT(why && strstr(why, "captured") && standin_counts().spoilt_captures == 0);
   standin_capture(kStream, 0);
-  EXPECT(!qe::RunPlan(Plan("other"), kStream) && !qe::RunPlan(Plan("main", 96 << 10), kStream));
+  EXPECT(!Run(launcher, Plan("other")) && !Run(launcher, Plan("main", 96 << 10)) && !Run(late, Plan("main")));
+  EXPECT(launcher.counters() == counters && AreZero(counters));
 }
 
 void NoContext() {
-  EXPECT(qe::RunPlan(Plan("main"), kStream) && !qe::SelfTestOnce());
-  qe::LoadAhead(Plan("main"));
-  EXPECT(standin_counts().loads == 0);
+  qe::Launcher launcher;
+  EXPECT(launcher.Run(Plan("main"), kStream));  // without Enter
+  EXPECT(Run(launcher, Plan("main")) && !qe::SelfTestOnce());
+  EXPECT(launcher.Load(Plan("main"), nullptr));
+  EXPECT(standin_counts().loads == 0 && launcher.multiprocessors() == 0 && !launcher.counters());
+}
+
+// After its first plans, a launcher takes no lock, looks up no name and asks for no attribute.
+void Steady() {
+  NewContext(0);
+  qe::Launcher launcher;
+  const QePlan plans[] = {Plan("main", 64 << 10, 3), Plan("lone", 1024, 1), Plan("gemm"), Plan("main", 64 << 10)};
+  for (const QePlan& plan : plans) EXPECT(!Run(launcher, plan));
+  const StandinCounts before = standin_counts();
+  const long locks_before = locks;
+  EXPECT(locks_before > 0 && before.lookups > 0 && before.attributes > 0);
+  for (int i = 0; i < 1000; ++i)
+    if (Run(launcher, plans[i % 4])) EXPECT(false);
+  EXPECT(locks == locks_before);
+  const StandinCounts after = standin_counts();
+  EXPECT(after.lookups - before.lookups == (standin_has_ids() ? 0 : 1000));  // how an old driver says who is current
+  EXPECT(after.attributes == before.attributes && after.loads == 1);
+  EXPECT(after.launches - before.launches == 250 * (3 + 1 + 2 + 2));
+}
+
+// Exactly the launches that may overlap do so, on chips and drivers and with code that know how.
+void Overlaps() {
+  QePlan plan = Plan("main", 1024, 3);
+  plan.launch[1].overlaps = 0;
+  constexpr struct {
+    int capability, ptx_version;
+    long expected;
+  } kChips[] = {{90, 90, 1}, {120, 90, 1}, {89, 80, 0}, {80, 80, 0}, {90, 80, 0}, {100, 80, 0}, {89, 90, 0}};
+  long expected = 0;
+  for (const auto& chip : kChips) {
+    standin_chip(chip.capability, chip.ptx_version);
+    void* context = NewContext(0);
+    qe::Launcher launcher;
+    EXPECT(!Run(launcher, plan) && !Run(launcher, plan));
+    expected += standin_has_ids() ? 2 * chip.expected : 0;
+    EXPECT(standin_counts().overlapped == expected && standin_overlapped("main") == expected);
+    standin_destroy(context);
+  }
+  EXPECT(standin_counts().launches == 7 * 6 && standin_counts().dead_memory == 0);
+}
+
+void Counters() {
+  NewContext(0);
+  void* const stream_that_waits_for_nobody = reinterpret_cast<void*>(128);
+  qe::Launcher one, two, none;
+  EXPECT(!Run(one, Plan("main")) && !Run(two, Plan("main"), stream_that_waits_for_nobody));
+  const uint64_t counters = one.counters();
+  EXPECT(counters && AreZero(counters) && two.counters() && two.counters() != counters && AreZero(two.counters()));
+  for (const char* kernel : {"other", "gemm", "main"}) EXPECT(!Run(one, Plan(kernel)) && one.counters() == counters);
+  none.Enter(0, kStream);
+  EXPECT(!none.Run(Plan("main"), kStream) && !none.counters() && !none.without_counters());
+  EXPECT(standin_counts().allocated == 2);
+
+  // A plan that stops half way leaves anything behind.
+  standin_fail_launch(2);
+  EXPECT(Run(one, Plan("main")));
+  memset(reinterpret_cast<void*>(counters), 1, kCounterBytes);
+  standin_capture(kStream, 1);
+  EXPECT(!Run(one, Plan("main")) && !AreZero(counters));  // the graph will zero them, but has not run
+  standin_capture(kStream, 0);
+  EXPECT(!Run(one, Plan("main")) && AreZero(counters) && one.counters() == counters);
+  memset(reinterpret_cast<void*>(counters), 1, kCounterBytes);
+  EXPECT(!Run(one, Plan("main")) && !AreZero(counters));  // kernels leave zeros: nobody zeroes them for each plan
+  EXPECT(standin_counts().spoilt_captures == 0 && standin_counts().dead_memory == 0);
 }
 
 constexpr struct {
   const char* name;
   void (*run)();
-} kScenarios[] = {{"made_anew", MadeAnew},     {"tested_again", TestedAgain}, {"no_memory", NoMemory},
-                  {"two_contexts", TwoContexts}, {"two_threads", TwoThreads},   {"many_threads", OneContextManyThreads},
-                  {"capture", Capture},          {"no_context", NoContext}};
+} kScenarios[] = {{"made_anew", MadeAnew},       {"tested_again", TestedAgain}, {"no_memory", NoMemory},
+                  {"two_contexts", TwoContexts}, {"destroyed", Destroyed},      {"two_threads", TwoThreads},
+                  {"loads_aside", LoadsAside},   {"many_threads", OneContextManyThreads},
+                  {"capture", Capture},          {"no_context", NoContext},     {"steady", Steady},
+                  {"overlaps", Overlaps},        {"counters", Counters}};
 
 }  // namespace
 

@@ -1,4 +1,6 @@
-"""The launcher's host code on a stand-in for CUDA's driver: contexts made anew, threads, captures, memory that ran out.
+"""The launcher and the plugin class on a stand-in for CUDA's driver.
+
+Contexts that are made anew, threads, captures, memory that ran out, overlapping launches, what an enqueue asks for.
 
 Not yet run on hardware: what a real driver does in these situations is what NVIDIA's documentation says.
 """
@@ -6,6 +8,7 @@ Not yet run on hardware: what a real driver does in these situations is what NVI
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,27 +17,57 @@ import pytest
 from emulator.build import ROOT
 
 SCENARIOS = [
-    "made_anew", "tested_again", "no_memory", "two_contexts", "two_threads", "many_threads", "capture", "no_context",
+    "made_anew", "tested_again", "no_memory", "two_contexts", "destroyed", "two_threads", "loads_aside", "many_threads",
+    "capture", "no_context", "steady", "overlaps", "counters",
 ]  # fmt: skip
 
 
+COMPILER = [os.environ.get("CXX", "g++"), "-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]
+LAUNCHER = [str(ROOT / "host/driver.cpp"), str(ROOT / "host/contexts.cpp")]
+
+
 @pytest.fixture(scope="module", params=["with ids of contexts", "without"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `libcuda.so.1`, the stand-in, and `check_driver`."""
-    folder = tmp_path_factory.mktemp("driver")
-    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]
+def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`libcuda.so.1`, the stand-in, in a folder of its own."""
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     without = ["-DSTANDIN_WITHOUT_IDS"] if request.param == "without" else []
-    library, program = folder / "libcuda.so.1", folder / "check_driver"
-    sources = [ROOT / "tests/check_driver.cpp", ROOT / "host/driver.cpp"]
     standin = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *without, str(ROOT / "tests/standin_driver.cpp")]
-    subprocess.run([*compiler, *standin, "-o", str(library)], check=True)
-    subprocess.run([*compiler, *map(str, sources), str(library), "-ldl", "-o", str(program)], check=True)
-    return folder
+    subprocess.run([*COMPILER, *standin, "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def check_driver(driver: Path) -> Path:
+    program = driver.with_name("check_driver")
+    sources = [str(ROOT / "tests/check_driver.cpp"), *LAUNCHER, str(driver)]
+    subprocess.run([*COMPILER, *sources, "-Wl,--wrap=pthread_mutex_lock", "-ldl", "-o", str(program)], check=True)
+    return program
+
+
+def run(program: Path, *arguments: str) -> str:
+    """Expect success and nothing on standard output; returns standard error."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent)}
+    command = [str(program), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+    return done.stderr
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_scenario(built: Path, scenario: str) -> None:
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(built)}
-    command = [str(built / "check_driver"), scenario]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+def test_scenario(check_driver: Path, scenario: str) -> None:
+    run(check_driver, scenario)
+
+
+def test_plugin(driver: Path) -> None:
+    cache = ROOT / "build/plugin/CMakeCache.txt"
+    assert cache.exists(), f"{cache} is missing. Run plugins/ladder.sh, which builds the plugin."
+    headers = re.findall(r"^QE_(?:TENSORRT_FOUND|CUDA_INCLUDE):PATH=(.+)$", cache.read_text(), re.MULTILINE)
+    program = driver.with_name("check_plugin")
+    names = ("tensorrt/fields.cpp", "tensorrt/log.cpp", "tensorrt/qe_linear_plugin.cpp", "tensorrt/signature.cpp")
+    sources = [ROOT / "tests/check_plugin.cpp", ROOT / "host/plan.cpp", *(ROOT / name for name in names)]
+    includes = [word for folder in headers for word in ("-isystem", folder)]
+    subprocess.run(
+        [*COMPILER, *includes, *map(str, sources), *LAUNCHER, str(driver), "-ldl", "-o", str(program)], check=True
+    )
+    errors = run(program).splitlines()  # that there is no context, and the warning
+    assert ["no GPU memory for a layer's counters" in line for line in errors] == [False, True], errors
