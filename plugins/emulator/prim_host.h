@@ -163,6 +163,11 @@ QE_EMU_OUT inline float load_fresh(const float* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+QE_EMU_OUT inline void load_fresh(const float* p, float (&v)[4]) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) qe_emu::report("misaligned access");
+  qe_emu::on_fresh_read(p, sizeof v);
+  memcpy(v, p, sizeof v);
+}
 QE_DEV float shuffle_xor(float v, int mask) {
   const qe_emu::ShuffleIn in{v, mask};
   float out;

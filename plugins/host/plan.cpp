@@ -13,6 +13,7 @@ namespace {
 constexpr int kDecodeLimit = 64;      // tokens; above it the tiled GEMM runs
 constexpr int kLoneLimit = 4;         // tokens that `main` can quantize itself
 constexpr int kGroupTokens = 16;      // tokens of one block in decode, where `main` does not
+constexpr int kSliceChunks = 256;      // of K that a slice has at least: blocks that meet take 3.5 us on an H100
 constexpr int kMostSets = 8, kMostWarps = 12;  // of 32 columns that a block has at once, and of the block
 constexpr int kUnknownMultiprocessors = 16;
 constexpr int kMostMultiprocessors = 192;  // of any GPU, for the workspace
@@ -37,7 +38,8 @@ struct Shape {
   int Kp, Np, shared_tiles, routed_tiles, experts, tokens;
   bool int8, decode, lowrank;
 
-  explicit Shape(const QeProblem& p) {
+  // Short prompts are decoded where the tiles of the GEMM would leave most of the GPU empty.
+  Shape(const QeProblem& p, int multiprocessors) {
     Kp = RoundUp(p.K, 128);
     Np = RoundUp(p.N, 32);
     // One expert needs no router: prepack joined its columns to the shared ones.
@@ -47,15 +49,15 @@ struct Shape {
     routed_tiles = routed ? Divide(p.rank_routed, 16) : 0;
     int8 = p.act_bits != 0;
     tokens = p.M;
-    decode = p.M <= kDecodeLimit;
+    decode = p.M <= kGroupTokens || (p.M <= kDecodeLimit && 2 * Divide(p.N, 128) <= multiprocessors);
     lowrank = shared_tiles + routed_tiles > 0;
   }
   int token_groups() const { return tokens <= kLoneLimit ? 1 : Divide(tokens, kGroupTokens); }
-  // Blocks of 32 tokens of the prefill down-projection, and its pairs of column tiles.
+  // Blocks of 32 tokens of the prefill down-projection, and its strips of 64 columns.
   int down_blocks(int m) const {
     return (shared_tiles ? Divide(m, 32) : 0) + (experts ? Divide(m, 32) + experts : 0);
   }
-  int down_pairs() const { return Divide(std::max(shared_tiles, routed_tiles), 2); }
+  int down_strips() const { return Divide(std::max(shared_tiles, routed_tiles), 4); }
   int rank() const { return 16 * (shared_tiles + routed_tiles); }
   int down_tiles() const { return shared_tiles + experts * routed_tiles; }
 };
@@ -80,8 +82,8 @@ int Splits(const QeProblem& p, const Shape& s) {
     const int most = p.M <= kLoneLimit ? kMaxSplits : 4;  // `main` reads every slice's h
     return std::clamp(std::min(Try("DOWNBLOCKS", 320) / std::max(1, s.down_tiles()), Divide(p.K, 128)), 1, most);
   }
-  const int blocks = s.down_blocks(p.M) * s.down_pairs();
-  return std::clamp(std::min(512 / std::max(1, blocks), Divide(p.K, 512)), 1, kMaxSplits);
+  const int blocks = s.down_blocks(p.M) * s.down_strips();
+  return std::clamp(std::min(Try("PREBLOCKS", 264) / std::max(1, blocks), Divide(p.K, 192)), 1, 8);
 }
 
 // How a decode launch of `main` is cut: slices of K and sets of 32 columns, warps of a set, and blocks beside each other; and
@@ -104,7 +106,7 @@ void PlaceShared(const QeProblem& p, const Shape& s, Cut& c) {
   c.group_sums_at = take(c.lone && Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
   c.ring_at = take(warps * 3 * 512 * p.weight_bits);
   c.results_at = take(warps * 2 * (c.lone ? 1 : 2) * 4 * 128);
-  c.tokens_at = take(3 * kGroupTokens * 4 + 16 + (c.lone ? 2 * p.M * RoundUp(warps, 4) * 4 : 0));
+  c.tokens_at = take(3 * kGroupTokens * 4 + 16 + (c.lone ? 2 * p.M * kMostWarps * 4 : 0));
   c.scores_at = take(c.lone && s.experts ? p.M * kMaxExperts * 4 : 0);
   c.h_at = take((c.lone ? p.M : std::min(p.M, kGroupTokens)) * s.rank() * 2);
   c.shared = at;
@@ -123,7 +125,7 @@ Cut CutColumns(const QeProblem& p, const Shape& s, bool lone, int slices, int mu
   c.sets = c.slices > 1 ? 1 : std::clamp(Divide(blocks, beside), 1, Try("SETS", kMostSets));
   c.blocks = c.slices > 1 ? blocks : std::min(blocks, beside);
   const int most = std::max(1, Try("WARPS", kMostWarps) / c.sets);
-  for (c.set_warps = std::clamp(set_warps ? set_warps : most, 1, std::max(1, std::min(most, Divide(c.slice_chunks, 2))));; --c.set_warps) {
+  for (c.set_warps = std::clamp(set_warps ? set_warps : most, 1, std::min(most, c.slice_chunks));; --c.set_warps) {
     c.warp_chunks = Divide(c.slice_chunks, c.set_warps);
     PlaceShared(p, s, c);
     if (c.shared <= kSharedBytes || c.set_warps == 1) break;
@@ -138,12 +140,11 @@ Cut CutColumns(const QeProblem& p, const Shape& s, bool lone, int slices, int mu
 // Slices of K until every multiprocessor has a block, as long as each has some chunks of K.
 int Slices(const Shape& s, int multiprocessors) {
   const int blocks = s.Np / 32 * s.token_groups(), chunks = s.Kp / 128;
-  const int wanted = std::clamp(std::min(Divide(std::min(multiprocessors, kMostMultiprocessors), blocks), chunks / Try("MINCHUNKS", 16)), 1, kMaxSlices);
+  const int wanted = std::clamp(std::min(Divide(std::min(multiprocessors, kMostMultiprocessors), blocks), chunks / Try("MINCHUNKS", kSliceChunks)), 1, kMaxSlices);
   return Divide(chunks, Divide(chunks, wanted));  // none is empty
 }
 
-Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, bool counters) {
-  const int multiprocessors = t.multiprocessors > 0 ? t.multiprocessors : kUnknownMultiprocessors;
+Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors, bool counters) {
   const int wanted = counters ? Slices(s, multiprocessors) : 1;
   for (int slices = wanted; p.M <= kLoneLimit && slices <= (counters ? kMaxSlices : 1); ++slices) {
     const Cut cut = CutColumns(p, s, true, slices, multiprocessors, t.decode_warps);
@@ -185,7 +186,7 @@ Workspace Layout(const QeProblem& p, const Shape& s) {
   } else {
     w.h = Take(at, m * s.rank() * 2);
     w.partial = Take(at, splits > 1 ? m * s.rank() * 4 * splits : 0);
-    w.counters = Take(at, static_cast<size_t>(s.down_blocks(p.M)) * s.down_pairs() * 4);
+    w.counters = Take(at, static_cast<size_t>(s.down_blocks(p.M)) * s.down_strips() * 4);
   }
   w.end = at;
   return w;
@@ -253,7 +254,7 @@ qe::PrepareArgs PrepareArgsOf(const QeProblem& p, const Shape& s, const QeBuffer
   a.act_max = ActMax(p);
   a.decode_order = s.decode;
   a.sum_rows = p.group_size < 0 ? 0 : p.group_size;
-  a.counter_count = s.decode ? 0 : s.down_blocks(p.M) * s.down_pairs();
+  a.counter_count = s.decode ? 0 : s.down_blocks(p.M) * s.down_strips();
   a.code_shifts = CodeShifts(p, s);
   return a;
 }
@@ -271,7 +272,10 @@ qe::DownArgs DownArgsOf(const QeProblem& p, const Shape& s, const QeBuffers& b, 
 }
 
 // Threads that prepare a token: where few tokens leave the GPU empty, more threads are done sooner.
-int PrepareThreads(const QeProblem& p, const Shape& s) { return s.decode && p.K >= 4096 ? 512 : 256; }
+int PrepareThreads(const QeProblem& p, const Shape& s) {
+  const int eights = Divide(p.K, 8), most = s.decode ? 512 : 320;
+  return RoundUp(Divide(eights, Divide(eights, most)), 32);  // all threads have as many
+}
 int PrepareShared(int threads) { return (1 + threads / 32) * (kMaxExperts + 1) * 4; }
 
 // What `main` of the decode needs first: h and scores where it quantizes x itself, else the tokens too.
@@ -317,8 +321,8 @@ void PlanPrefillFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, co
   a.counters = At<uint32_t>(b.workspace + w.counters);
   constexpr int kWarps = 4;
   snprintf(name, sizeof name, "qe_down_prefill_a%d_%s", p.adapter_bits, Tag(p));
-  Fill(plan.launch[plan.count++], name, s.down_blocks(p.M), s.down_pairs() * a.splits, kWarps * 32,
-       32 * 4 + kWarps * 16 * 4 + 16 + kWarps * 2 * 4 * 4 * 128, a);
+  Fill(plan.launch[plan.count++], name, s.down_blocks(p.M), s.down_strips() * a.splits, kWarps * 32,
+       32 * 4 + kWarps * 16 * 4 + 16 + kWarps * 4 * 4 * 4 * 128, a);
 }
 
 void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, const QeTactic& t, const Cut& cut,
@@ -406,12 +410,13 @@ const char* QeRefuse(const QeProblem* problem) {
 
 size_t QeWorkspaceBytes(const QeProblem* problem) {
   if (QeRefuse(problem)) return 0;
-  return Layout(*problem, Shape(*problem)).end;
+  // Whether a short prompt is decoded depends on the GPU.
+  return std::max(Layout(*problem, Shape(*problem, 0)).end, Layout(*problem, Shape(*problem, kMostMultiprocessors)).end);
 }
 
 size_t QeCounterBytes(const QeProblem* problem) {
   if (QeRefuse(problem)) return 0;
-  const Shape s(*problem);
+  const Shape s(*problem, kMostMultiprocessors);
   return s.decode ? size_t{4} * s.token_groups() * (s.Np / 32) : 0;
 }
 
@@ -424,10 +429,11 @@ const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const
     return "decode_warps is not 2, 4 or 8. Use a tactic from the plugin's list.";
   if (t.block_rows != 0 && t.block_rows != 64 && (t.block_rows != 128 || !p.act_bits))
     return "block_rows is not 64, or 128 with int8 activations. Use a tactic from the plugin's list.";
-  const Shape s(p);
+  const int multiprocessors = t.multiprocessors > 0 ? t.multiprocessors : kUnknownMultiprocessors;
+  const Shape s(p, multiprocessors);
   const Workspace w = Layout(p, s);
   *plan = QePlan{};
-  const Cut cut = s.decode ? CutDecode(p, s, t, buffers->counters != 0) : Cut{};
+  const Cut cut = s.decode ? CutDecode(p, s, t, multiprocessors, buffers->counters != 0) : Cut{};
   if (s.decode) {
     PlanFirst(p, s, *buffers, w, cut.lone, *plan);
   } else {

@@ -4,8 +4,7 @@
 #include "main_prefill.cuh"
 #include "prepare.cuh"
 
-// What follows on the stream may start its own weights' way from memory at once, except behind QE_DOWN_DECODE, which lets
-// its `main` start when x is there.
+// What follows on the stream may start its own weights' way from memory at once, unless a kernel says so itself.
 #define QE_PREPARE(name, T)                                    \
   QE_KERNEL void QE_BOUNDS(1024) name(qe::PrepareArgs p) {     \
     qe::release_next();                                        \
@@ -22,7 +21,6 @@
   }
 #define QE_DOWN_PREFILL(name, T, bits)                         \
   QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) {         \
-    qe::release_next();                                        \
     qe::lowrank_down_prefill<qe::T, bits>(p);                  \
   }
 #define QE_MAIN_DECODE(name, T, bits, mode, groups, zeros, tokens8)         \
@@ -30,17 +28,17 @@
     qe::release_next();                                                     \
     qe::main_decode<qe::T, bits, qe::mode, groups, zeros, tokens8>(p);      \
   }
-// Bounds chosen by the registers that the assembler then takes, 128 to 184. Of int8 activations the second number keeps
-// it from squeezing the kernels without groups into 128 at the price of instructions, and makes it spend more than 184
-// on the others. Kernels of 16-bit ones may take 184, or it would squeeze some of them too, though only sm_90 and
-// sm_110 have shared memory for more than the two blocks of 128 threads that 184 registers allow.
-#ifndef QE_LIMIT_kInt8
-#define QE_LIMIT_kInt8(groups) QE_BOUNDS(256, groups == 0 ? 1 : 0)
-#endif
-#define QE_LIMIT_k16Bit(groups) QE_REGISTERS(184)
+// Bounds chosen by the registers that the assembler then takes, 151 to 184. Without groups 168 leave room for three blocks of
+// 128 threads on a multiprocessor. Of the others the second number makes it spend no more than 184, and 16-bit activations may
+// take as many, or it would squeeze some of them at the price of instructions.
+#define QE_LIMIT_kInt8_0 QE_REGISTERS(168)
+#define QE_LIMIT_kInt8_1 QE_BOUNDS(256, 0)
+#define QE_LIMIT_kInt8_2 QE_BOUNDS(256, 0)
+#define QE_LIMIT_k16Bit_0 QE_REGISTERS(184)
+#define QE_LIMIT_k16Bit_1 QE_REGISTERS(184)
+#define QE_LIMIT_k16Bit_2 QE_REGISTERS(184)
 #define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)          \
-  QE_KERNEL void QE_LIMIT_##mode(groups) name(qe::MainArgs p) {      \
-    qe::release_next();                                              \
+  QE_KERNEL void QE_LIMIT_##mode##_##groups name(qe::MainArgs p) {   \
     qe::main_prefill<qe::T, bits, qe::mode, groups, zeros>(p);       \
   }
 #include "kernel_list.h"

@@ -1,5 +1,5 @@
 // h = x @ down for the shared expert and for each token's routed expert. One block per 16 columns of `down` (of more than 64
-// tokens: 32) and slice of K.
+// tokens: 64) and slice of K.
 //
 // Decode: all experts' columns at once, because the scores are known only when the launch ends; reading them costs less than
 // a launch of its own. `main` adds the slices up in their order, for the experts that the tokens chose.
@@ -13,8 +13,9 @@
 namespace qe {
 
 constexpr int kDownTokens = 32;  // tokens of one prefill block
-constexpr int kDownColumnTiles = 2;
-constexpr int kMaxSlices = 16;  // of K, here and in main_decode
+constexpr int kDownColumnTiles = 4;
+constexpr int kMaxSlices = 16;        // of K, here and in main_decode
+constexpr int kMaxPrefillSlices = 8;
 
 // What a lane multiplies of 32 rows of x: eight values of each of its tokens.
 template <class T, int Tokens8>
@@ -277,11 +278,11 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
   int* counts = list + kDownTokens;
   int* flag = counts + 16 * (block_threads() >> 5);
   float* sums = reinterpret_cast<float*>(flag + 4);
-  const int pairs = ((p.shared_tiles > p.routed_tiles ? p.shared_tiles : p.routed_tiles) + 1) / 2;
-  const int pair = block_y() % pairs, split = block_y() / pairs;
+  const int most = p.shared_tiles > p.routed_tiles ? p.shared_tiles : p.routed_tiles;
+  const int strips = (most + kDownColumnTiles - 1) / kDownColumnTiles, strip = block_y() % strips, split = block_y() / strips;
   wait_for_previous();
   const TokenGroup group = pick_tokens(p, block_x(), block_y() == 0, list, counts);
-  const int tiles = group.expert < 0 ? p.shared_tiles : p.routed_tiles, first_tile = pair * kDownColumnTiles;
+  const int tiles = group.expert < 0 ? p.shared_tiles : p.routed_tiles, first_tile = strip * kDownColumnTiles;
   if (group.count == 0 || first_tile >= tiles) return;
   const int base = group.expert < 0 ? 0 : p.shared_tiles + group.expert * p.routed_tiles;
 
@@ -309,6 +310,7 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
     QE_UNROLL
     for (int c = 0; c < kDownColumnTiles; ++c) multiply_down<T, Bits>(words[c], x, acc[c]);
   }
+  release_next();  // as in main_prefill
   store_partial<kTokens8, kDownColumnTiles>(acc, sums);
   block_sync();
 
@@ -318,8 +320,10 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
   const float* scale = p.down_scale + (base + first_tile) * 16;
   T* h = static_cast<T*>(p.h) + column0;
   float* partial = p.partial + column0;
-  for (int o = thread_id(); o < width * group.count; o += block_threads()) {
-    const int column = o % width, i = o / width;
+  constexpr int kColumns = kDownColumnTiles * 16;
+  for (int o = thread_id(); o < kColumns * group.count; o += block_threads()) {
+    const int column = o % kColumns, i = o / kColumns;
+    if (column >= width) continue;
     const float v = collect<kTokens8, kDownColumnTiles>(sums, column, i) * scale[column];
     if (p.splits == 1) {
       store2(h + static_cast<size_t>(list[i]) * rank + column, from_float<T>(v).bits);
@@ -327,11 +331,21 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
       partial[(static_cast<size_t>(split) * p.M + list[i]) * rank + column] = v;
     }
   }
-  if (p.splits == 1 || !last_to_arrive(p.counters + block_x() * pairs + pair, p.splits, flag)) return;
-  for (int o = thread_id(); o < width * group.count; o += block_threads()) {
-    const int column = o % width, i = o / width;
-    const float v = sum_of_slices<true>(partial + static_cast<size_t>(list[i]) * rank + column, p.splits, p.M * rank);
-    store2(h + static_cast<size_t>(list[i]) * rank + column, from_float<T>(v).bits);
+  if (p.splits == 1 || !last_to_arrive(p.counters + block_x() * strips + strip, p.splits, flag)) return;
+  QE_UNROLL_BY(2)
+  for (int o = thread_id() * 4; o < kColumns * group.count; o += block_threads() * 4) {
+    const int column = o % kColumns, i = o / kColumns;
+    if (column >= width) continue;
+    const size_t at = static_cast<size_t>(list[i]) * rank + column, step = static_cast<size_t>(p.M) * rank;
+    float part[kMaxPrefillSlices][4], v[4] = {0.f, 0.f, 0.f, 0.f};
+    QE_UNROLL
+    for (int s = 0; s < kMaxPrefillSlices; ++s)
+      if (s < p.splits) load_fresh(p.partial + column0 + s * step + at, part[s]);
+    QE_UNROLL
+    for (int s = 0; s < kMaxPrefillSlices; ++s)
+      QE_UNROLL
+      for (int c = 0; c < 4; ++c) v[c] += s < p.splits ? part[s][c] : 0.f;
+    store8(h + at, {{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])}});
   }
 }
 

@@ -45,14 +45,13 @@ QE_DEV float without_zero(Acc acc, int zero, float sum) {
 
 // h @ up, on the tensor cores: 16 ranks at a time, the steps dealt out to the warps of a set.
 template <class T, int Tokens8>
-QE_DEV void decode_lowrank(const MainArgs& p, int part, const Tokens& tokens, int pair0, const int (&token)[Tokens8], int count,
-                           float (&out)[kDecodeTiles][Tokens8][4]) {
+QE_DEV void decode_lowrank(const MainArgs& p, int part, const Tokens& tokens, const UpWords (&first)[kDecodeTiles], int pair0,
+                           const int (&token)[Tokens8], int count, float (&out)[kDecodeTiles][Tokens8][4]) {
   const int lane = thread_id() & 31, pair = (lane & 3) * 2;
   const int rank = 16 * (p.shared_tiles + p.routed_tiles);
   uint32_t hit = 0;
   for (int m = 0; p.E && m < count; ++m) hit |= 1u << tokens.expert[m];
-  for (int e = -1; e < p.E; ++e) {
-    if (e >= 0 && !((hit >> e) & 1u)) continue;
+  for (int e = -1;;) {
     const int tiles = e < 0 ? p.shared_tiles : p.routed_tiles;
     const int h0 = e < 0 ? 0 : p.shared_tiles, up0 = e < 0 ? 0 : p.shared_tiles + e * p.routed_tiles;
     for (int step = part; step < tiles; step += p.set_warps) {
@@ -67,12 +66,18 @@ QE_DEV void decode_lowrank(const MainArgs& p, int part, const Tokens& tokens, in
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i) {
         uint32_t u[4];
-        load_up<T>(p.up, p.up_bits, static_cast<size_t>(up0 + step) * (p.Np / 16) + pair0 + i, lane, u);
+        UpWords words = first[i];
+        if (e >= 0 || step != part)
+          load_up(p.up, p.up_bits, static_cast<size_t>(up0 + step) * (p.Np / 16) + pair0 + i, lane, words);
+        up_fragments<T>(words, p.up_bits, u);
         const uint32_t a[4] = {u[0], u[2], u[1], u[3]};
         QE_UNROLL
         for (int t = 0; t < Tokens8; ++t) mma_16<T>(out[i][t], a, b[t][0], b[t][1]);
       }
     }
+    if (!hit) return;
+    e = popcount((hit & (0u - hit)) - 1u);  // the next expert that a token has
+    hit &= hit - 1u;
   }
 }
 
@@ -123,8 +128,25 @@ QE_DEV void main_decode(const MainArgs& p) {
     const uint8_t* weights = p.weight + (static_cast<size_t>(block) * p.chunks + first + start) * kBlockBytes<Bits> + lane * 16;
     ring.start(weights, block < blocks ? end - start : 0);
   };
-  start_ring();
   const bool corrects = split == 0 && p.shared_tiles + p.routed_tiles > 0;
+  float scale[2 * kDecodeTiles], out_scale = 0.f, bias = 0.f;
+  UpWords first_up[kDecodeTiles];
+  // The scales of what this warp multiplies and, of a lone token, of what it stores: 32 columns of set `warp`. Then the first
+  // 16 ranks that it adds.
+  const auto load_ahead = [&](int block0) {
+    const int n0 = block * kDecodeColumns, stored = (block0 + warp * stride) * kDecodeColumns + lane;
+    QE_UNROLL
+    for (int i = 0; i < 2 * kDecodeTiles; ++i) scale[i] = block < blocks ? p.columns[n0 + (lane >> 2) + i * 8] : 0.f;
+    if (count == 1 && warp < p.sets && stored < p.Np) out_scale = p.columns[p.Np + stored], bias = p.columns[2 * p.Np + stored];
+    QE_UNROLL
+    for (int i = 0; i < kDecodeTiles; ++i)
+      if (corrects && part < p.shared_tiles && block < blocks)
+        load_up(p.up, p.up_bits, static_cast<size_t>(part) * (p.Np / 16) + n0 / 16 + i, lane, first_up[i]);
+  };
+  u32x2 first_x[kLoneTokens];
+  if (kQuantizes && p.x_is_ready) load_first<T>(p, first_x);
+  start_ring();
+  load_ahead(block_x());
   const Tokens tokens(p, shared);
   const uint8_t* act = static_cast<const uint8_t*>(p.act);
   const uint8_t* group_sums = static_cast<const uint8_t*>(p.sums);
@@ -135,8 +157,7 @@ QE_DEV void main_decode(const MainArgs& p) {
     const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
                     Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
                     own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
-    if (!p.x_is_ready) wait_for_previous();
-    quantize_slice<T, kWholeColumn>(p, rows, k0, tokens);
+    quantize_slice<T, Mode, Groups, Zeros>(p, rows, k0, first_x, tokens);
   } else {
     const size_t at = static_cast<size_t>(m0) * p.chunks + static_cast<size_t>(first) * kSumTokens;
     act += at * (kChunk * kRowBytes);
@@ -184,12 +205,6 @@ QE_DEV void main_decode(const MainArgs& p) {
       slot = slot == ring.slots + (kRing - 1) * kBlockBytes<Bits> ? ring.slots : slot + kBlockBytes<Bits>;
       at.next();
     }
-    float scale[2 * kDecodeTiles];
-    QE_UNROLL
-    for (int i = 0; i < 2 * kDecodeTiles; ++i) scale[i] = present ? p.columns[n0 + (lane >> 2) + i * 8] : 0.f;
-    // Of the first 32 results that this warp stores, which are those of its own set when there is one token.
-    const int stored = block0 + warp * stride, mine = count == 1 && stored < blocks ? stored * kDecodeColumns + lane : lane;
-    const float out_scale = p.columns[p.Np + mine], bias = p.columns[2 * p.Np + mine];
     if (waits) {
       wait_for_previous();
       if (corrects) collect_correction<T, Tokens8>(p, m0, count, tokens);
@@ -217,7 +232,7 @@ QE_DEV void main_decode(const MainArgs& p) {
           const float v = without_zero<Mode, kWholeColumn>(acc[i][t][j], z[2 * i + j / 2], kWholeColumn ? tokens.sum[at] : 0.f);
           out[i][t][j] = v * (scale[2 * i + (j >> 1)] * tokens.unit[at] * kUnit);
         }
-    if (corrects && present) decode_lowrank<T, Tokens8>(p, part, tokens, n0 / 16, token, count, out);
+    if (corrects && present) decode_lowrank<T, Tokens8>(p, part, tokens, first_up, n0 / 16, token, count, out);
     QE_UNROLL
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
@@ -225,9 +240,11 @@ QE_DEV void main_decode(const MainArgs& p) {
         QE_UNROLL
         for (int j = 0; j < 4; ++j) results[(((warp * kDecodeTiles + i) * Tokens8 + t) * 4 + j) * 32 + lane] = out[i][t][j];
     const bool again = block0 + stride * p.sets < blocks;
+    const float stored_scale = out_scale, stored_bias = bias;
     if (again) {
       block += stride * p.sets;
       start_ring();
+      load_ahead(block0 + stride * p.sets);
       block -= stride * p.sets;
     }
     block_sync();
@@ -242,7 +259,7 @@ QE_DEV void main_decode(const MainArgs& p) {
         p.slices[(static_cast<size_t>(split) * p.M + m0 + m) * p.Np + n] = v;
       } else if (n < p.N) {
         const bool own_set = count == 1 && pair == warp;
-        store_y<T>(p, m0 + m, n, v, own_set ? out_scale : p.columns[p.Np + n], own_set ? bias : p.columns[2 * p.Np + n]);
+        store_y<T>(p, m0 + m, n, v, own_set ? stored_scale : p.columns[p.Np + n], own_set ? stored_bias : p.columns[2 * p.Np + n]);
       }
     }
     if (again) block_sync();  // the results are read before the next columns' are written

@@ -8,9 +8,6 @@
 #include "main_decode.cuh"
 #include "prefill_loader.cuh"
 
-#ifndef QE_RANK_STEPS
-#define QE_RANK_STEPS 1
-#endif
 namespace qe {
 
 // What a lane needs of a group beside its weights: the scales of the eight columns that its accumulators hold, by
@@ -231,11 +228,33 @@ QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wn, const int
   }
 }
 
-// h @ up for the 64 rows of a warp, 16 ranks at a time. Rows come sorted by expert, so most warps see one or two.
+// h of the block's rows, in place of the stages: rows are 16 bytes longer than they need to be, so that eight of them lie in
+// different banks.
 template <class T>
-QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2], int column0,
+QE_DEV void copy_h(const MainArgs& p, int m0, int rows, unsigned char* shared) {
+  const int pieces = 2 * (p.shared_tiles + p.routed_tiles), row_bytes = pieces * 16 + 16, threads_of_row = block_threads() / rows;
+  const int row = thread_id() / threads_of_row, m = m0 + row < p.M ? m0 + row : p.M - 1, token = p.order ? p.order[m] : m;
+  for (int piece = thread_id() % threads_of_row; piece < pieces; piece += threads_of_row)
+    cp_async16(shared + row * row_bytes + piece * 16, static_cast<const T*>(p.h) + static_cast<size_t>(token) * (pieces * 8) + piece * 8);
+  cp_async_commit();
+}
+
+// The words of `up` that a warp's 32 columns have of 16 ranks.
+QE_DEV void load_up_columns(const MainArgs& p, int step, int column0, UpWords (&words)[kColumnTiles / 2]) {
+  QE_UNROLL
+  for (int j = 0; j < kColumnTiles / 2; ++j) {
+    const int own = column0 / 16 + j, last_pair = p.Np / 16 - 1, pair = own < last_pair ? own : last_pair;
+    load_up(p.up, p.up_bits, static_cast<size_t>(step) * (p.Np / 16) + pair, thread_id() & 31, words[j]);
+  }
+}
+
+// h @ up for the 64 rows of a warp, 16 ranks at a time; the words of the next ones are on their way. Rows come sorted by
+// expert, so most warps see one or two.
+template <class T>
+QE_DEV void prefill_lowrank(const MainArgs& p, const unsigned char* shared, int wm, const int (&token)[kRowTiles][2], int column0,
                             float (&out)[kRowTiles][kColumnTiles][4]) {
-  const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), last_pair = p.Np / 16 - 1;
+  const int lane = thread_id() & 31, row_bytes = 32 * (p.shared_tiles + p.routed_tiles) + 16;
+  const unsigned char* rows = shared + (wm + (lane & 15)) * row_bytes + (lane >> 4) * 16;
   int expert[kRowTiles][2] = {};
   QE_UNROLL
   for (int i = 0; i < kRowTiles; ++i)
@@ -249,24 +268,25 @@ QE_DEV void prefill_lowrank(const MainArgs& p, const int (&token)[kRowTiles][2],
     if (!ballot(wanted)) continue;
     const int tiles = e < 0 ? p.shared_tiles : p.routed_tiles;
     const int h0 = e < 0 ? 0 : p.shared_tiles, up0 = e < 0 ? 0 : p.shared_tiles + e * p.routed_tiles;
-    QE_UNROLL_BY(QE_RANK_STEPS)
+    UpWords next[kColumnTiles / 2];
+    if (tiles > 0) load_up_columns(p, up0, column0, next);
     for (int step = 0; step < tiles; ++step) {
+      UpWords words[kColumnTiles / 2];
+      QE_UNROLL
+      for (int j = 0; j < kColumnTiles / 2; ++j) words[j] = next[j];
+      if (step + 1 < tiles) load_up_columns(p, up0 + step + 1, column0, next);
       uint32_t x[kRowTiles][4];
       QE_UNROLL
-      for (int i = 0; i < kRowTiles; ++i)
+      for (int i = 0; i < kRowTiles; ++i) {
+        load_matrix(x[i], rows + i * 16 * row_bytes + (h0 + step) * 32);
         QE_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const T* row = static_cast<const T*>(p.h) + static_cast<size_t>(token[i][h]) * rank + (h0 + step) * 16 +
-                         (lane & 3) * 2;
-          const bool routed_here = e < 0 || expert[i][h] == e;
-          x[i][h] = routed_here ? load4(row) : 0u;
-          x[i][2 + h] = routed_here ? load4(row + 8) : 0u;
-        }
+        for (int h = 0; h < 2; ++h)
+          if (e >= 0 && expert[i][h] != e) x[i][h] = 0u, x[i][2 + h] = 0u;
+      }
       QE_UNROLL
       for (int j = 0; j < kColumnTiles; j += 2) {
-        const int own = (column0 + j * 8) / 16, pair = own < last_pair ? own : last_pair;
         uint32_t u[4];
-        load_up<T>(p.up, p.up_bits, static_cast<size_t>(up0 + step) * (p.Np / 16) + pair, lane, u);
+        up_fragments<T>(words[j / 2], p.up_bits, u);
         QE_UNROLL
         for (int i = 0; i < kRowTiles; ++i) {
           mma_16<T>(out[i][j], x[i], u[0], u[1]);
@@ -319,6 +339,12 @@ QE_DEV void main_prefill(const MainArgs& p) {
     read = read == (kStages - 1) * stage_bytes ? 0 : read + stage_bytes;
   }
   cp_async_wait<0>();
+  release_next();  // not before: blocks of the next launch that come while all are busy would gather on few multiprocessors
+  const bool corrects = p.shared_tiles + p.routed_tiles > 0;
+  if (corrects) {
+    block_sync();  // nobody reads the stages any more
+    copy_h<T>(p, m0, rows, shared);
+  }
 
   constexpr bool kWholeColumn = Zeros && Groups == 0;
   constexpr float kUnit = Mode == kInt8 && Groups == 2 && Zeros ? kSmallUnit : 1.f;
@@ -348,7 +374,11 @@ QE_DEV void main_prefill(const MainArgs& p) {
                                  (p.columns[n + c] * sx * kUnit);
       }
     }
-  prefill_lowrank<T>(p, token, n0 + wn, out);
+  if (corrects) {
+    cp_async_wait<0>();
+    block_sync();
+    prefill_lowrank<T>(p, shared, wm, token, n0 + wn, out);
+  }
   QE_UNROLL
   for (int i = 0; i < kRowTiles; ++i)
     QE_UNROLL

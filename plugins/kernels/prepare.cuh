@@ -117,6 +117,12 @@ QE_DEV void token_unit(float largest, float& unit, float& inverse) {
   inverse = int_bits_to_float(static_cast<int>((261u - exponent) << 23));
 }
 
+// The step of a token's integer activations, and nearly its inverse.
+QE_DEV float unit_of(int act_max, float largest) { return divide_rn(max_f(largest, 1e-5f), static_cast<float>(act_max)); }
+QE_DEV float inverse_unit(int act_max, float largest) {
+  return reciprocal(max_f(largest, 1e-5f)) * static_cast<float>(act_max);
+}
+
 // Eight values from row k on. For main_decode, as the words of its lanes: a lane (of four) has its words of a chunk
 // together, and a chunk has a place for each token. Where it has more of them, the last token's stand for the tokens that
 // are not there, because lanes read them.
@@ -186,37 +192,35 @@ QE_DEV void x_of_eight(const Rows& p, const T* row, int k, const float (&scaled)
   }
 }
 
-// Eight values in steps of `unit`, rounded to the nearest and even as after an IEEE division: the product with the inverse
-// is within 2e-5 of the quotient, so that only what lies next to a half is divided, and what is not finite. `sum` gets what
-// the stored values add up to.
-QE_DEV void int8_codes(const Rows& p, const float (&scaled)[8], float unit, float inverse, uint32_t (&words)[2], float& sum) {
-  const bool six_bits = p.act_max == 31;
-  float code[8], codes = 0.f;  // with kMagic added: the lowest byte of the bits is the code
+// Four values in steps of `unit`, rounded to the nearest and even as after an IEEE division: the product with `inverse`,
+// which is within 2^-22 of its inverse, is within 4e-5 of the quotient, so that only what lies next to a half is divided, and
+// what is not finite. `sum` gets what the stored values add up to.
+QE_DEV uint32_t int8_codes(int act_max, const float (&scaled)[4], float largest, float inverse, float& sum) {
+  float code[4], codes = 0.f;  // with kMagic added: the lowest byte of the bits is the code
+  uint32_t bits[4];
   bool clear = true;
   QE_UNROLL
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 4; ++i) {
     code[i] = fma_f(scaled[i], inverse, kMagic);
     clear = clear && abs_f(fma_f(scaled[i], inverse, kMagic - code[i])) < 0.4999f;
   }
   if (!clear) {
+    const float unit = unit_of(act_max, largest);
     QE_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const int q = round_to_int(divide_rn(scaled[i], unit));
-      code[i] = kMagic + static_cast<float>(q > p.act_max ? p.act_max : q < -p.act_max - 1 ? -p.act_max - 1 : q);
+      code[i] = kMagic + static_cast<float>(q > act_max ? act_max : q < -act_max - 1 ? -act_max - 1 : q);
     }
   }
   QE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    uint32_t bits[4];
-    QE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      codes += code[4 * half + i] - kMagic;
-      bits[i] = static_cast<uint32_t>(float_to_int_bits(code[4 * half + i]));
-    }
-    const uint32_t word = pick_bytes<0x5410>(pick_bytes<0x0040>(bits[0], bits[1]), pick_bytes<0x0040>(bits[2], bits[3]));
-    words[half] = six_bits ? (word << 2) & 0xFCFCFCFCu : word;
+  for (int i = 0; i < 4; ++i) {
+    codes += code[i] - kMagic;
+    bits[i] = static_cast<uint32_t>(float_to_int_bits(code[i]));
   }
+  const uint32_t word = pick_bytes<0x5410>(pick_bytes<0x0040>(bits[0], bits[1]), pick_bytes<0x0040>(bits[2], bits[3]));
+  const bool six_bits = act_max == 31;
   sum += six_bits ? 4.f * codes : codes;
+  return six_bits ? (word << 2) & 0xFCFCFCFCu : word;
 }
 
 // The sums of the groups that a warp's 256 rows have, of which this lane has eight from row k on that add up to `sum`.
@@ -229,26 +233,24 @@ QE_DEV void store_sums(const Rows& p, int token, int k, float sum) {
   if (k >= 0 && k < p.Kp && k % p.sum_rows == 0) store_sum(p, token, k / p.sum_rows, sum);
 }
 
-// This lane's eight of a warp's 256 rows of one token, from row k on: as int8, stored, with the sums of their groups. Returns
-// what the eight add up to. `unit` is what one step of an activation stands for.
-QE_DEV float store_codes(const Rows& p, int token, int k, const float (&scaled)[8], float unit, float inverse) {
-  float sum = 0.f;
-  if (k >= 0 && k < p.Kp) {
-    uint32_t words[2];
-    int8_codes(p, scaled, unit, inverse, words, sum);
-    store_words(p, token, k, words);
-  }
-  store_sums(p, token, k, sum);
-  return sum;
-}
-
-// The same for any kind of activations, read from `row`.
+// This lane's eight of a warp's 256 rows of one token, from row k of `row` on: in steps of the token's unit, stored, with the
+// sums of their groups. Returns what the eight add up to.
 template <class T>
-QE_DEV float quantize_rows(const Rows& p, const T* row, int token, int k, float unit, float inverse) {
+QE_DEV float quantize_rows(const Rows& p, const T* row, int token, int k, float largest) {
   float raw[8], scaled[8], sum = 0.f;
   load_scaled<T>(p.inv_omega, p.K, row, k, raw, scaled);
-  if (p.act_max) return store_codes(p, token, k, scaled, unit, inverse);
-  if (k < p.Kp) {
+  if (k < p.Kp && p.act_max) {
+    const float inverse = inverse_unit(p.act_max, largest);
+    uint32_t words[2];
+    QE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float four[4] = {scaled[4 * half], scaled[4 * half + 1], scaled[4 * half + 2], scaled[4 * half + 3]};
+      words[half] = int8_codes(p.act_max, four, largest, inverse, sum);
+    }
+    store_words(p, token, k, words);
+  } else if (k < p.Kp) {
+    float unit, inverse;
+    token_unit(largest, unit, inverse);
     const uint32_t shift = static_cast<uint32_t>(p.code_shifts >> (k / 8 % 16 * 4)) & 15u;
     const float share = int_bits_to_float(static_cast<int>((127u - shift) << 23));
     float x[8];
@@ -262,15 +264,12 @@ QE_DEV float quantize_rows(const Rows& p, const T* row, int token, int k, float 
   return sum;
 }
 
-// The step of a token's activations and its inverse, from its largest value.
-QE_DEV void step_of_token(int act_max, float largest, float& unit, float& inverse) {
-  if (!act_max) return token_unit(largest, unit, inverse);
-  unit = divide_rn(max_f(largest, 1e-5f), static_cast<float>(act_max));
-  inverse = reciprocal(unit);
-}
 // What one unit of the stored activations stands for: 6-bit ones are stored in steps of 4.
-QE_DEV float stored_unit(int act_max, float unit) {
-  return act_max == 31 ? 0.25f * unit : unit;
+QE_DEV float stored_unit(int act_max, float largest) {
+  if (act_max) return act_max == 31 ? 0.25f * unit_of(act_max, largest) : unit_of(act_max, largest);
+  float unit, inverse;
+  token_unit(largest, unit, inverse);
+  return unit;
 }
 
 template <class T>
@@ -303,12 +302,11 @@ QE_DEV void prepare(const PrepareArgs& p) {
   reduce_block(p.E, score, largest, slots);
   if (thread_id() == 0 && p.expert) p.expert[token] = choose_expert(slots, p.E);
 
-  float unit, inverse;
-  step_of_token(p.act_max, slots[kMaxExperts], unit, inverse);
-  if (thread_id() == 0) p.token_scale[token] = stored_unit(p.act_max, unit);
+  largest = slots[kMaxExperts];
+  if (thread_id() == 0) p.token_scale[token] = stored_unit(p.act_max, largest);
   float total = 0.f;
   for (int k = thread_id() * 8; k - lane * 8 < p.Kp; k += stride)  // a warp stays together for the sums
-    total += quantize_rows<T>(rows, row, token - first, k, unit, inverse);
+    total += quantize_rows<T>(rows, row, token - first, k, largest);
   if (!p.sums || p.sum_rows) return;
   QE_UNROLL
   for (int step = 16; step > 0; step >>= 1) total += shuffle_xor(total, step);

@@ -204,19 +204,12 @@ QE_DEV void mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
       : "r"(a0), "r"(a1), "r"(b));
 }
 
-// Programmatic dependent launch, on chips that have it: the launch that follows may start, and this one waits until all
-// launches in front of it have ended and what they wrote can be read.
-QE_DEV void release_next() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-QE_DEV void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-QE_DEV void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Programmatic dependent launch, on chips that have it, from 9.0 on: the launch that follows may start, and this one waits
+// until all launches in front of it have ended and what they wrote can be read. What the comments hold becomes code for
+// those chips (cmake/sm_90.cmake). Elsewhere nothing overlaps, so that there is no time to fetch anything ahead either.
+QE_DEV void release_next() { asm volatile("// sm_90: griddepcontrol.launch_dependents;" ::: "memory"); }
+QE_DEV void wait_for_previous() { asm volatile("// sm_90: griddepcontrol.wait;" ::: "memory"); }
+QE_DEV void prefetch_line(const void* p) { asm volatile("// sm_90: prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Adds one and returns what was there before; `last` becomes zero again.
 QE_DEV uint32_t count_up(uint32_t* counter, uint32_t last) {
@@ -231,6 +224,10 @@ QE_DEV float load_fresh(const float* p) {
   float v;
   asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
   return v;
+}
+
+QE_DEV void load_fresh(const float* p, float (&v)[4]) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(p));
 }
 
 QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }

@@ -292,25 +292,34 @@ QE_DEV void down_fragment(const DownWords<Bits>& words, int step, uint32_t (&a)[
   }
 }
 
-// The registers of two neighbouring [16 ranks x 8 columns] tiles of `up`, two each; `pair` counts (rank step, 16 columns).
-template <class T>
-QE_DEV void load_up(const void* up, int bits, size_t pair, int lane, uint32_t (&r)[4]) {
+// A lane's words of two neighbouring [16 ranks x 8 columns] tiles of `up`: four of 16 bits, two of 8, one of 4.
+struct UpWords {
+  uint32_t v[4];
+};
+// `pair` counts (rank step, 16 columns).
+QE_DEV void load_up(const void* up, int bits, size_t pair, int lane, UpWords& words) {
   const uint8_t* at = static_cast<const uint8_t*>(up);
   if (bits == 4) {
-    int4_pairs<T>(load4(at + (pair * 32 + lane) * 4), r);
+    words.v[0] = load4(at + (pair * 32 + lane) * 4);
     return;
   }
   QE_UNROLL
   for (int j = 0; j < 2; ++j) {
     const size_t tile = (pair * 2 + j) * 32 + lane;
     if (bits == 8) {
-      const uint32_t w = load4(at + tile * 4);
-      r[2 * j] = int8_pair<T>(w, 0), r[2 * j + 1] = int8_pair<T>(w, 1);
+      words.v[j] = load4(at + tile * 4);
     } else {
       const u32x2 w = load8(at + tile * 8);
-      r[2 * j] = w.v[0], r[2 * j + 1] = w.v[1];
+      words.v[2 * j] = w.v[0], words.v[2 * j + 1] = w.v[1];
     }
   }
+}
+// Their registers, two for each tile.
+template <class T>
+QE_DEV void up_fragments(const UpWords& words, int bits, uint32_t (&r)[4]) {
+  if (bits == 4) return int4_pairs<T>(words.v[0], r);
+  QE_UNROLL
+  for (int i = 0; i < 4; ++i) r[i] = bits == 8 ? int8_pair<T>(words.v[i / 2], i & 1) : words.v[i];
 }
 
 }  // namespace qe
