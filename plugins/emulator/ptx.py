@@ -3,7 +3,7 @@
 It covers what the source emulator replaces: the inline PTX of kernels/prim_ptx.cuh and what the compiler made of the
 rest. Warp w of several blocks is one vector, because numpy takes as long for 32 lanes as for a few hundred; the warps
 of a block are interleaved at random, a new order per seed. Not modelled: time, caches, races inside one warp, and weak
-memory order between blocks.
+memory order between blocks beyond the rules of ptx_memory.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from emulator.ptx_collectives import collective
 from emulator.ptx_memory import GlobalMemory, SharedMemory
 from emulator.ptx_memory_ops import memory
 from emulator.ptx_ops import Step, arithmetic
+from emulator.ptx_order import ordering
 from emulator.ptx_text import Instruction, Kernel, PtxError, PtxFile
-from emulator.ptx_warp import LANES, MOST_BLOCKS, Lanes, Mask, Warp
+from emulator.ptx_warp import LANES, MOST_BLOCKS, Deadlock, Lanes, Mask, Warp
 
 _MOST_ERRORS = 20
 
@@ -30,8 +31,12 @@ _MOST_ERRORS = 20
 class Blocks:
     """Thread blocks that run in step: their warps, their shared memory and the errors seen in them."""
 
-    def __init__(self, machine: PtxMachine, launch: Launch, parameters: bytes, places: list[tuple[int, int]]) -> None:
-        self.memory, self.parameters = machine.memory, parameters
+    def __init__(
+        self, machine: PtxMachine, launch: Launch, places: list[tuple[int, int]], order: random.Random
+    ) -> None:
+        self.memory, self.order, self.overlap = machine.memory, order, machine.sm_90
+        self.parameters = bytes(launch.args)[: launch.args_bytes]
+        self.released_early = False  # some thread let the next launch start before it had waited itself
         self.count = len(places)
         x, y = (np.repeat(np.array(place, np.uint32), LANES) for place in zip(*places, strict=True))
         self.number = y.astype(np.int64) * launch.grid_x + x
@@ -56,6 +61,12 @@ class Blocks:
             raise PtxError(f"special register {register}")
         return self._place[register]
 
+    def check_waited(self) -> None:
+        """Report blocks that ended without waiting: the launch behind would not know that the one in front has ended."""
+        waited = np.stack([warp.waited.reshape(-1, LANES).any(axis=1) for warp in self.warps])
+        if not waited.any(axis=0).all():
+            self.report("a block ends before the launch in front has ended")
+
     def release_barrier(self) -> bool:
         """Let the waiting warps go on. False when there is nobody left.
 
@@ -73,38 +84,49 @@ class Blocks:
 
 
 class PtxMachine:
-    """Memory plus the kernels of one PTX file."""
+    """Memory plus the kernels of one PTX file.
 
-    def __init__(self, path: Path) -> None:
-        self.file = PtxFile(path.read_text())
+    Args:
+        path: of the file.
+        sm_90: run what chips from 9.0 on get, where launches overlap.
+    """
+
+    def __init__(self, path: Path, *, sm_90: bool = False) -> None:
+        self.file, self.sm_90 = PtxFile(path.read_text(), sm_90=sm_90), sm_90
         self.memory = GlobalMemory()
         self._steps: dict[str, list[Step | None]] = {}
+        self._released_early = True  # the last launch let the next one start before it had waited itself
 
-    def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
-        """Register memory and return its made-up address."""
-        return self.memory.add(array, name, writable=writable)
+    def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:
+        """Register memory and return its made-up address; `zeroed` memory may be read before it is written."""
+        return self.memory.add(array, name, writable=writable, zeroed=zeroed)
 
     def clear(self) -> None:
         """Forget all memory."""
         self.memory.clear()
 
-    def launch(self, launch: Launch, seed: int) -> list[str]:
-        """Run one kernel over its grid; returns the errors that were found."""
+    def launch(self, launch: Launch, seed: int, *, first: bool = True) -> list[str]:
+        """Run one kernel, the first of a plan or another, over its grid; returns the errors that were found."""
         kernel = self.file.kernel(launch.name)
         if kernel.parameter_bytes != launch.args_bytes:
             return [
                 f"the kernel takes {kernel.parameter_bytes} bytes of arguments, the host passes {launch.args_bytes}"
             ]
-        parameters = bytes(launch.args)[: launch.args_bytes]
-        self.memory.start_launch()
+        self.memory.start_launch(x_is_ready=not self.sm_90 or not (first or self._released_early))
+        self._released_early = False
         order = random.Random(seed)
         places = [(x, y) for y in range(launch.grid_y) for x in range(launch.grid_x)]
         order.shuffle(places)
         errors: list[str] = []
         with np.errstate(all="ignore"):
             for start in range(0, len(places), MOST_BLOCKS):
-                blocks = Blocks(self, launch, parameters, places[start : start + MOST_BLOCKS])
-                self._run(blocks, kernel, order)
+                blocks = Blocks(self, launch, places[start : start + MOST_BLOCKS], order)
+                try:
+                    self._run(blocks, kernel, order)
+                except Deadlock as deadlock:
+                    return [*errors, *blocks.errors, str(deadlock)]
+                blocks.check_waited()
+                self._released_early |= blocks.released_early
                 errors += [error for error in blocks.errors if error not in errors]
         return errors
 
@@ -178,7 +200,12 @@ _CONTROL: dict[str, Callable[[Warp, Kernel, Instruction, int, Mask, Mask], None]
 
 def _compile(kernel: Kernel, pc: int) -> Step:
     instruction = kernel.code[pc]
-    step = memory(kernel, instruction) or collective(kernel, instruction) or arithmetic(kernel, instruction)
+    step = (
+        memory(kernel, instruction)
+        or collective(kernel, instruction)
+        or ordering(kernel, instruction)
+        or arithmetic(kernel, instruction)
+    )
     if step is None:
         raise PtxError(f"not modelled: `{instruction.text}`")
     return step

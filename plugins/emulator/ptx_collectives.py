@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from emulator.ptx_memory_ops import _pointer as pointer_of
+from emulator.ptx_memory_ops import pointer_of
 from emulator.ptx_ops import Step
 from emulator.ptx_text import Instruction, Kernel, PtxError, vector
 from emulator.ptx_warp import LANES, Lanes, Mask, Warp, reader, writer

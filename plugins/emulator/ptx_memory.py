@@ -1,10 +1,13 @@
 """Memory of the PTX emulator, with the same rules as shadow.cpp but whole warps at a time.
 
-Races are checked between warps, not inside one: the source emulator, which schedules single threads, does that.
+Races are checked between warps, not inside one: the source emulator, which schedules single threads, does that. What
+another block of the launch wrote may be read by a fresh read alone, after a counter showed that the other block had fenced
+it off. On chips that overlap launches a thread must wait for the launch in front before it touches what that one may use.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +35,43 @@ class Buffer:
     written: NDArray[np.bool_]
     writer: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # block and thread
     reader: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # block
+    epoch: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # of the writer's block, when it wrote
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Who accesses memory: an entry a lane."""
+
+    block: Ints
+    thread: Ints
+    waited: NDArray[np.bool_]  # for the launch in front
+    epoch: int  # barriers that their blocks have passed
+
+
+class Known:
+    """What the blocks of a launch know of each other: until which epoch another one has fenced off what it wrote."""
+
+    def __init__(self) -> None:
+        self._fenced: dict[int, int] = {}
+        self._counted: defaultdict[int, dict[int, int]] = defaultdict(dict)  # what each counter's arrivals had fenced off
+        self._seen: defaultdict[int, dict[int, int]] = defaultdict(dict)  # by a block at its counters
+        self._acquired: defaultdict[int, dict[int, int]] = defaultdict(dict)  # and after its next fence
+
+    def count(self, counter: int, block: int) -> None:
+        """A block arrives at a counter."""
+        self._seen[block] |= self._counted[counter]
+        if block in self._fenced:
+            self._counted[counter][block] = self._fenced[block]
+
+    def fence(self, block: int, epoch: int) -> None:
+        """What the block wrote before its last barrier is fenced off, and what its counters showed can be read."""
+        self._fenced[block] = epoch
+        self._acquired[block] |= self._seen[block]
+
+    def may_read(self, block: Ints, writer: Ints, epoch: Ints) -> bool:
+        """Whether blocks may read what others wrote in these epochs."""
+        found = np.unique(np.stack([block, writer, epoch]), axis=1).T.tolist()
+        return all(epoch < self._acquired[block].get(writer, 0) for block, writer, epoch in found)
 
 
 class GlobalMemory:
@@ -40,11 +80,13 @@ class GlobalMemory:
     def __init__(self) -> None:
         self._buffers: list[Buffer] = []
         self._next = 1 << 32
+        self._x_is_ready = True
+        self.known = Known()
 
-    def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:
-        """Register memory and return its made-up address."""
+    def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:
+        """Register memory and return its made-up address; `zeroed` memory may be read before it is written."""
         data = array.view(np.uint8).reshape(-1)
-        self._buffers.append(Buffer(name, self._next, data, writable, np.zeros(data.size, bool)))
+        self._buffers.append(Buffer(name, self._next, data, writable, np.full(data.size, zeroed)))
         self._next += (data.size + 2 * _GAP) // 256 * 256
         return self._buffers[-1].base
 
@@ -52,11 +94,13 @@ class GlobalMemory:
         """Forget all buffers."""
         self._buffers.clear()
 
-    def start_launch(self) -> None:
-        """Forget who wrote and read what in the launch before."""
+    def start_launch(self, *, x_is_ready: bool = True) -> None:
+        """Forget who wrote and read what in the launch before. `x_is_ready`: threads may read x before they wait."""
+        self._x_is_ready, self.known = x_is_ready, Known()
         for buffer in self._buffers:
             size = buffer.data.size if buffer.writable else 0
             buffer.writer, buffer.reader = np.full(size, _NOBODY, np.int64), np.full(size, _NOBODY, np.int64)
+            buffer.epoch = np.zeros(size, np.int64)
 
     def _locate(self, at: Ints, size: int, what: str, report: Report) -> list[tuple[Buffer, NDArray[np.bool_], Ints]]:
         """Which lanes fall into which buffer, and the byte indices there."""
@@ -81,35 +125,65 @@ class GlobalMemory:
                 return f" of {buffer.name}"
         return ""
 
-    def read(self, at: Ints, size: int, block: Ints, report: Report) -> Bytes:
-        """Bytes ``[lanes, size]`` at these addresses, for one block number a lane; zeros where nothing is."""
+    def _check_waited(self, buffer: Buffer, waited: NDArray[np.bool_], report: Report) -> None:
+        if (buffer.writable or (buffer.name == "x" and not self._x_is_ready)) and not waited.all():
+            report(f"global memory: access to {buffer.name} before the launch in front has ended")
+
+    def read(self, at: Ints, size: int, who: Threads, report: Report, *, fresh: bool = False) -> Bytes:
+        """Bytes ``[lanes, size]`` at these addresses; zeros where nothing is."""
         out = np.zeros((at.size, size), np.uint8)
         for buffer, lanes, index in self._locate(at, size, "read", report):
             out[lanes] = buffer.data[index]
+            self._check_waited(buffer, who.waited[lanes], report)
             if buffer.writable:
                 if not buffer.written[index].all():
                     report(f"global memory: read of bytes of {buffer.name} that nobody wrote")
-                writer, reader, who = buffer.writer[index], buffer.reader[index], block[lanes][:, None]
-                if ((writer >= 0) & (writer >> 12 != who)).any():
+                block = np.broadcast_to(who.block[lanes][:, None], index.shape)
+                writer, reader = buffer.writer[index], buffer.reader[index]
+                other = (writer >= 0) & (writer >> 12 != block)
+                if other.any() and not (
+                    fresh and self.known.may_read(block[other], writer[other] >> 12, buffer.epoch[index][other])
+                ):
                     report(f"global memory: read of {buffer.name} that another block writes in the same launch")
-                buffer.reader[index] = np.where((reader == _NOBODY) | (reader == who), who, _SEVERAL)
+                buffer.reader[index] = np.where((reader == _NOBODY) | (reader == block), block, _SEVERAL)
         return out
 
-    def write(self, at: Ints, values: Bytes, block: Ints, threads: Ints, report: Report) -> None:
+    def write(self, at: Ints, values: Bytes, who: Threads, report: Report) -> None:
         """Store one row of bytes per address."""
         for buffer, lanes, index in self._locate(at, values.shape[1], "write", report):
             if not buffer.writable:
                 report(f"global memory: write to the input {buffer.name}")
                 continue
-            who = np.broadcast_to(((block[lanes] << 12) | threads[lanes])[:, None], index.shape)
+            self._check_waited(buffer, who.waited[lanes], report)
+            writer = np.broadcast_to(((who.block[lanes] << 12) | who.thread[lanes])[:, None], index.shape)
             before, reader = buffer.writer[index], buffer.reader[index]
-            if ((reader != _NOBODY) & (reader != who >> 12)).any():
+            if ((reader != _NOBODY) & (reader != writer >> 12)).any():
                 report(f"global memory: write to {buffer.name} that another block reads in the same launch")
             repeated = np.unique(index).size != index.size
-            if ((before >= 0) & (before != who)).any() or repeated:
+            if ((before >= 0) & (before != writer)).any() or repeated:
                 report(f"global memory: two threads write the same byte of {buffer.name}")
-            buffer.writer[index], buffer.written[index] = who, True
+            buffer.writer[index], buffer.written[index], buffer.epoch[index] = writer, True, who.epoch
             buffer.data[index] = values[lanes]
+
+    def count_up(self, at: Ints, last: int, who: Threads, report: Report) -> int:
+        """Add one to the counter of one lane, or make zero of `last` and more; returns what was there before."""
+        for buffer, _, index in self._locate(at, 4, "write", report):
+            if not buffer.writable:
+                report(f"global memory: write to the input {buffer.name}")
+                return 0
+            self._check_waited(buffer, who.waited, report)
+            if not buffer.written[index].all():
+                report(f"global memory: read of bytes of {buffer.name} that nobody wrote")
+            self.known.count(int(at[0]), int(who.block[0]))
+            counter = buffer.data[index[0, 0] : index[0, 0] + 4].view(np.uint32)
+            before = int(counter[0])
+            counter[0] = 0 if before >= last else before + 1
+            return before
+        return 0
+
+    def prefetch(self, at: Ints, report: Report) -> None:
+        """These addresses must be in bounds."""
+        self._locate(at, 1, "prefetch", report)
 
 
 class SharedMemory:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from emulator.ptx_memory import Threads
 from emulator.ptx_ops import Step
 from emulator.ptx_text import Instruction, Kernel, PtxError, address, vector
 from emulator.ptx_warp import Copies, Lanes, Mask, Reader, Warp, reader, writer
 
 
-def _pointer(kernel: Kernel, operand: str) -> Reader:
+def pointer_of(kernel: Kernel, operand: str) -> Reader:
+    """How to fetch the address ``[%rd1+16]``."""
     base, offset = address(operand)
     wide = kernel.registers.get(base) is np.uint64
     fetch = reader(kernel, base, np.uint64 if wide else np.uint32)
     return lambda warp: fetch(warp).astype(np.int64) + offset
+
+
+def threads_of(warp: Warp, lanes: NDArray[np.int64]) -> Threads:
+    """These lanes of a warp, as memory sees them."""
+    return Threads(warp.blocks.number[lanes], warp.thread[lanes], warp.waited[lanes], warp.blocks.shared.epoch)
 
 
 def _width(instruction: Instruction) -> tuple[type[Any], int]:
@@ -29,7 +37,7 @@ def _load_parameter(kernel: Kernel, instruction: Instruction) -> Step:
     stores = [writer(kernel, register) for register in vector(instruction.operands[0])]
 
     def step(warp: Warp, mask: Mask) -> None:
-        at = int(start(warp)[0]) + offset  # the argument block is the same for all lanes
+        at = int(start(warp)[warp.lanes_of(mask)[0]]) + offset  # the argument block is the same for all lanes
         values = np.frombuffer(warp.blocks.parameters, kind, count, at)
         for store, value in zip(stores, values, strict=True):
             store(warp, np.full(warp.lanes.size, value, kind), mask)
@@ -40,19 +48,21 @@ def _load_parameter(kernel: Kernel, instruction: Instruction) -> Step:
 def _load(kernel: Kernel, instruction: Instruction) -> Step:
     kind, count = _width(instruction)
     size = np.dtype(kind).itemsize * count
-    pointer = _pointer(kernel, instruction.operands[1])
+    pointer = pointer_of(kernel, instruction.operands[1])
     stores = [writer(kernel, register) for register in vector(instruction.operands[0])]
-    shared = instruction.op[1] == "shared"
-    if not shared and instruction.op[1] != "global":
+    shared, fresh = instruction.op[1] == "shared", instruction.op[1:4] == ("relaxed", "gpu", "global")
+    if not shared and not fresh and instruction.op[1] != "global":
         raise PtxError(f"state space of `{instruction.text}`")
 
     def step(warp: Warp, mask: Mask) -> None:
         lanes, blocks = warp.lanes_of(mask), warp.blocks
+        if fresh:
+            warp.look()
         at = pointer(warp)[lanes]
         found = (
             blocks.shared.read(at, size, warp.index, warp.slot[lanes])
             if shared
-            else blocks.memory.read(at, size, blocks.number[lanes], blocks.report)
+            else blocks.memory.read(at, size, threads_of(warp, lanes), blocks.report, fresh=fresh)
         )
         raw = found
         if mask is not None:
@@ -67,7 +77,7 @@ def _load(kernel: Kernel, instruction: Instruction) -> Step:
 
 def _store(kernel: Kernel, instruction: Instruction) -> Step:
     kind, _ = _width(instruction)
-    pointer = _pointer(kernel, instruction.operands[0])
+    pointer = pointer_of(kernel, instruction.operands[0])
     sources = [reader(kernel, register, kind) for register in vector(instruction.operands[1])]
     shared = instruction.op[1] == "shared"
 
@@ -79,7 +89,7 @@ def _store(kernel: Kernel, instruction: Instruction) -> Step:
         if shared:
             blocks.shared.write(at, raw, warp.index, warp.slot[lanes])
         else:
-            blocks.memory.write(at, raw, blocks.number[lanes], warp.thread[lanes], blocks.report)
+            blocks.memory.write(at, raw, threads_of(warp, lanes), blocks.report)
 
     return step
 
@@ -116,14 +126,14 @@ def _copy(kernel: Kernel, instruction: Instruction) -> Step:
         return wait
     if len(instruction.operands) != 3:
         raise PtxError(f"not modelled: `{instruction.text}`")
-    to, source = _pointer(kernel, instruction.operands[0]), _pointer(kernel, instruction.operands[1])
+    to, source = pointer_of(kernel, instruction.operands[0]), pointer_of(kernel, instruction.operands[1])
     size = int(instruction.operands[2])
 
     def issue(warp: Warp, mask: Mask) -> None:
         lanes, blocks = warp.lanes_of(mask), warp.blocks
         target: Lanes = to(warp)[lanes]
         blocks.shared.issue_copy(target, size, warp.index, warp.slot[lanes])
-        values = blocks.memory.read(source(warp)[lanes], size, blocks.number[lanes], blocks.report)
+        values = blocks.memory.read(source(warp)[lanes], size, threads_of(warp, lanes), blocks.report)
         warp.copies.append(Copies(lanes, warp.committed[lanes], target, values))
 
     return issue

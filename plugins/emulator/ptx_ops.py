@@ -13,8 +13,11 @@ from prepack.floats import Dtype, from_bits, to_bits
 
 Step = Callable[[Warp, Mask], None]
 
+_SHARED_WINDOW = np.uint64(1 << 24)  # where shared memory is among generic addresses; only compared with null
+
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "geu": lambda a, b: ~np.less(a, b),  # true where one is not a number
 }  # fmt: skip
 
 
@@ -22,6 +25,16 @@ def _divide(a: Lanes, b: Lanes) -> Lanes:
     """Integer division toward zero."""
     wide_a, wide_b = a.astype(np.int64), np.where(b == 0, 1, b.astype(np.int64))
     return np.asarray(np.sign(wide_a) * np.sign(wide_b) * (np.abs(wide_a) // np.abs(wide_b)))
+
+
+def _reciprocal(values: Lanes) -> Lanes:
+    """`rcp.approx.ftz`, as wrong as it may be: a unit in the last place more or less."""
+    least = np.finfo(np.float32).tiny
+    exact = np.float32(1) / np.where(np.abs(values) < least, np.copysign(np.float32(0), values), values)
+    off = (values.view(np.uint32) % 3).astype(np.int32) - 1
+    near = (exact.view(np.int32) + off).view(np.float32)
+    usual = np.isfinite(exact) & (np.abs(exact) > 2 * least)
+    return np.where(usual, near, np.where(np.abs(exact) < least, np.copysign(np.float32(0), exact), exact))
 
 
 def _shift(values: Lanes, amount: Lanes, *, left: bool) -> Lanes:
@@ -124,7 +137,7 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
     t = instruction.type
     table: dict[str, tuple[Callable[..., Any], list[type[Any]]]] = {
         "mov": (lambda a: a, [t]),
-        "cvta": (lambda a: a, [t]),
+        "cvta": ((lambda a: a) if "to" in instruction.op else (lambda a: a + _SHARED_WINDOW), [t]),
         "add": (np.add, [t, t]),
         "sub": (np.subtract, [t, t]),
         "and": (np.bitwise_and, [t, t]),
@@ -138,6 +151,7 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
         "div": (np.divide if t is np.float32 else _divide, [t, t]),
         "rem": (lambda a, b: a.astype(np.int64) - _divide(a, b) * b.astype(np.int64), [t, t]),
         "mul": (_wide(instruction) if "wide" in instruction.op else np.multiply, [t, t]),
+        "rcp": (_reciprocal, [t]),
         "mad": (lambda a, b, c: a * b + c, [t, t, t]),
         "fma": (_fma, [t, t, t]),
         "shl": (lambda v, n: _shift(v, n, left=True), [t, np.uint32]),
@@ -147,7 +161,6 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
         "prmt": (_permute, [t, t, t]),
         "bfi": (_insert, [t, t, np.uint32, np.uint32]),
         "lop3": (_lookup, [t, t, t, t]),
-        "selp": (lambda a, b, c: np.where(c, a, b), [t, t, np.bool_]),
         "setp": (_COMPARE.get(instruction.op[1], np.equal), [t, t]),
     }
     unknown = {
@@ -155,6 +168,8 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
         "mul": "hi" in instruction.op,
         "mad": not {"lo", "f32"} & {*instruction.op},
         "setp": instruction.op[1] not in _COMPARE,
+        "cvta": instruction.op[1:-1] not in (("to", "global"), ("shared",)),
+        "rcp": instruction.op[1:] != ("approx", "ftz", "f32"),
     }
     if unknown.get(op):
         raise PtxError(f"not modelled: `{instruction.text}`")
@@ -164,6 +179,34 @@ def function(instruction: Instruction) -> tuple[Callable[..., Lanes], list[type[
 def _fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     """Fused: float64 holds the product exactly."""
     return np.asarray((a.astype(np.float64) * b + c).astype(a.dtype))
+
+
+def _select(kernel: Kernel, instruction: Instruction) -> Step:
+    """`selp`: a register that no lane chooses need not have been written."""
+    kinds: list[type[Any]] = [instruction.type, instruction.type, np.bool_]
+    a, b, choice = (reader(kernel, each, kind) for each, kind in zip(instruction.operands[1:], kinds, strict=True))
+    store = writer(kernel, instruction.operands[0])
+
+    def step(warp: Warp, mask: Mask) -> None:
+        chosen = choice(warp)
+        among = chosen if mask is None else chosen[mask]
+        store(warp, a(warp) if among.all() else b(warp) if not among.any() else np.where(chosen, a(warp), b(warp)), mask)
+
+    return step
+
+
+def _copy_register(kernel: Kernel, instruction: Instruction) -> Step:
+    """`mov` of a register: one that was not written yet makes another one, because nobody may ever read it."""
+    to, source = instruction.operands
+    fetch, store = reader(kernel, source, instruction.type), writer(kernel, to)
+
+    def step(warp: Warp, mask: Mask) -> None:
+        if source in warp.registers:
+            store(warp, fetch(warp), mask)
+        elif mask is None:
+            warp.registers.pop(to, None)
+
+    return step
 
 
 def _repack(kernel: Kernel, instruction: Instruction) -> Step:
@@ -190,6 +233,10 @@ def arithmetic(kernel: Kernel, instruction: Instruction) -> Step | None:
     """The step of an arithmetic instruction, or None when it is something else."""
     if instruction.op[0] == "mov" and any(operand.startswith("{") for operand in instruction.operands):
         return _repack(kernel, instruction)
+    if instruction.op[0] == "mov" and instruction.operands[1] in kernel.registers:
+        return _copy_register(kernel, instruction)
+    if instruction.op[0] == "selp":
+        return _select(kernel, instruction)
     found = function(instruction)
     if found is None:
         return None

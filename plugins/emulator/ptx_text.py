@@ -60,13 +60,21 @@ _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(\s*\.param\s+\.align\s+\d+\s+\.b8\s+(\
 _SHARED = re.compile(r"\.extern\s+\.shared\s+[^;]*?(\w+)\[\]")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>\s*;")
 _LABEL = re.compile(r"^\s*(\$\w+):", re.M)
+_SCOPE = re.compile(r"\{\s*\.reg \.b64 %tmp;(.*?)\}", re.S)  # around what makes a generic address of a shared one
 _DIRECTIVE = re.compile(r"^\s*\.(maxntid|minnctapersm|maxnreg|pragma)[^\n]*$", re.M)
 
 
 class PtxFile:
-    """The entries of a PTX file, each parsed when it is first asked for."""
+    """The entries of a PTX file, each parsed when it is first asked for.
 
-    def __init__(self, text: str) -> None:
+    Args:
+        text: of the file.
+        sm_90: as cmake/sm_90.cmake writes it for chips from 9.0 on, with the instructions that comments hold.
+    """
+
+    def __init__(self, text: str, *, sm_90: bool = False) -> None:
+        if sm_90:
+            text = text.replace("// sm_90: ", "")
         text = re.sub(r"//[^\n]*", "", text)
         self._symbols = frozenset(_SHARED.findall(text))
         self._entries = {match.group(1): match for match in _ENTRY.finditer(text)}
@@ -92,9 +100,9 @@ def _kernel(match: re.Match[str], symbols: frozenset[str]) -> Kernel:
         f"{prefix}{i}": REGISTER_TYPES[kind]
         for kind, prefix, count in _REGISTERS.findall(body)
         for i in range(int(count))
-    }
+    } | {"%tmp": np.uint64}
     kernel = Kernel(name, parameter, int(size), registers, symbols)
-    body = _DIRECTIVE.sub("", _REGISTERS.sub("", body)).replace("{\n", "\n", 1)
+    body = _DIRECTIVE.sub("", _REGISTERS.sub("", _SCOPE.sub(r"\1", body))).replace("{\n", "\n", 1)
     for piece in _LABEL.sub(r"\1:;", body).split(";"):
         statement = " ".join(piece.split())
         if statement.endswith(":"):

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 LANES = 32
 MOST_BLOCKS = 16  # that run in step: beyond it the work grows with the lanes
+_MOST_LOOKS = 4096
 
 Lanes = NDArray[Any]
 Mask = NDArray[np.bool_] | None  # None: all lanes
 Reader = Callable[["Warp"], Lanes]
 Writer = Callable[["Warp", Lanes, Mask], None]
+
+
+class Deadlock(Exception):
+    """A block that never ends; the message says why."""
 
 
 class Warp:
@@ -44,6 +49,17 @@ class Warp:
         self._resume_at = np.zeros(self.lanes.size, np.int64)
         self.committed = np.zeros(self.lanes.size, np.int64)  # groups of asynchronous copies
         self.copies: list[Copies] = []
+        self.waited = np.full(self.lanes.size, not blocks.overlap)  # for the launch in front
+        self._looks = 0
+
+    def look(self) -> None:
+        """Count looks at what other blocks write. A thread that looks often waits for a block that may not run yet.
+
+        Raises Deadlock after thousands of them.
+        """
+        self._looks += 1
+        if self._looks > _MOST_LOOKS:
+            raise Deadlock("deadlock: a block waits for another block")
 
     def where(self) -> tuple[int, Mask]:
         """The next program counter and the lanes that stand there."""
