@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+from emulator.plan import Tactic
 from prepack.floats import Dtype
 from tests.cases import Mode
 
@@ -42,7 +43,7 @@ MODES = [
 ]
 """What the paper's settings and ours need: 3- and 4-bit weights, 6-, 8- and 16-bit activations, all scale shapes."""
 
-TOKENS = [1, 7, 16, 17, 65, 150]
+TOKENS = [1, 3, 7, 16, 17, 65, 150]
 EXPERTS = [0, 1, 8, 16]
 
 
@@ -99,12 +100,18 @@ COMBINATION_IDS = [f"{mode.name}-{tokens}" for mode, tokens in COMBINATIONS]
 def shape_for(mode: Mode, tokens: int) -> tuple[int, int]:
     """K and N with tails: K is no multiple of 128 unless groups ask for it, N none of 32 or 128.
 
-    At 17 tokens K is long enough for the tiled product to come back to the first stage of its pipeline; at 150 it is
-    short, because there the many blocks are the point.
+    At 3 and 16 tokens K is long enough for a warp of decode to come back to the first slot of its ring, and N has more
+    columns than a block of the smallest GPU takes at once; at 65 the tiled product comes back to the first stage of its
+    pipeline; at 150 K is short, because there the many blocks are the point.
     """
-    k = (
-        {-1: 136, 64: 192, 128: 256}[mode.group_size]
-        if tokens == 150
-        else {-1: 264, 64: 320, 128: 256}[mode.group_size]
-    )
-    return k + (384 if tokens == 17 else 0), 40 if tokens <= 16 else 136
+    if tokens == 150:
+        return {-1: 136, 64: 192, 128: 256}[mode.group_size], 136
+    k = {-1: 264, 64: 320, 128: 256}[mode.group_size]
+    if tokens in (3, 16):
+        return k + 256 + (k == 256) * 128, 296
+    return k + (384 if tokens == 65 else 0), 40 if tokens <= 16 else 136
+
+
+def tactic_for(tokens: int) -> Tactic:
+    """Blocks have eight sets of columns, several times, at 3 and 16 tokens, and three, of which one lacks columns, at 17."""
+    return Tactic(multiprocessors={3: 1, 16: 1, 17: 4}.get(tokens, 16))

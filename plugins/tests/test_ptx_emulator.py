@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
+from emulator.build import ROOT, ptx, source_emulator
 from emulator.plan import Buffers, Planner, Tactic
 from emulator.ptx import PtxMachine
+from emulator.ptx_text import PtxFile
 from emulator.session import problem_of, run_linear
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
-from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for
+from tests.forced import forced_slices
+from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for, tactic_for
 
 
 def check(mode: Mode, tokens: int, planner: Planner, machine: PtxMachine, tactic: Tactic | None = None) -> None:
     k, n = shape_for(mode, tokens)
     layer, x = random_layer(mode, k, n, seed=tokens), random_tokens(mode, tokens, k)
-    outcome = run_linear(machine, planner, layer, x, mode.dtype, tactic=tactic)
+    outcome = run_linear(machine, planner, layer, x, mode.dtype, tactic=tactic or tactic_for(tokens))
     assert outcome.errors == []
     assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+def launched(planner: Planner, mode: Mode, tokens: int) -> list[str]:
+    """The kernels of one case."""
+    problem = problem_of(random_layer(mode, *shape_for(mode, tokens)), tokens, mode.dtype)
+    return [launch.name for launch in planner.launches(problem, Buffers(counters=256), tactic_for(tokens))]
+
+
+def first_of_every_kernel() -> list[tuple[Mode, int]]:
+    """Of the combinations, those that launch what none before them did."""
+    planner, seen, cases = Planner.load(source_emulator()), set[str](), []
+    for mode, tokens in COMBINATIONS:
+        kernels = set(launched(planner, mode, tokens))
+        if kernels - seen:
+            cases.append((mode, tokens))
+            seen |= kernels
+    return cases
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS, 40])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_matches_reference(mode: Mode, tokens: int, planner: Planner, ptx_machine: PtxMachine) -> None:
     check(mode, tokens, planner, ptx_machine)
@@ -29,6 +52,33 @@ def test_matches_reference(mode: Mode, tokens: int, planner: Planner, ptx_machin
 @pytest.mark.parametrize(("mode", "tokens"), COMBINATIONS, ids=COMBINATION_IDS)
 def test_every_combination(mode: Mode, tokens: int, planner: Planner, ptx_machine: PtxMachine) -> None:
     check(mode, tokens, planner, ptx_machine)
+
+
+def test_every_kernel_where_launches_overlap(planner: Planner) -> None:
+    """What chips from 9.0 on get: the same PTX with the instructions that its comments hold."""
+    machine = PtxMachine(ptx(), sm_90=True)
+    text = ptx().read_text()
+    assert all(each in text for each in ("// sm_90: griddepcontrol.wait", "// sm_90: griddepcontrol.launch_dependents"))
+    for mode, tokens in first_of_every_kernel():
+        check(mode, tokens, planner, machine)
+
+
+def test_the_text_for_9_0_is_the_one_that_cmake_writes(tmp_path: Path) -> None:
+    written = tmp_path / "kernels_sm_90.ptx"
+    script = ["cmake", f"-DFROM={ptx()}", f"-DTO={written}", "-P", str(ROOT / "cmake/sm_90.cmake")]
+    subprocess.run(script, check=True)
+    name = "qe_decode_s8_c_t8_f16"
+    shipped, emulated = PtxFile(written.read_text()), PtxFile(ptx().read_text(), sm_90=True)
+    assert shipped.kernel(name).code == emulated.kernel(name).code != PtxFile(ptx().read_text()).kernel(name).code
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1160), (4, 2056), (16, 1160)])
+def test_slices_of_k(tokens: int, k: int, planner: Planner, ptx_machine: PtxMachine) -> None:
+    for mode in (MODES[0], MODES[2], MODES[11]):
+        layer, x = random_layer(mode, k, 72), random_tokens(mode, tokens, k)
+        outcome = run_linear(ptx_machine, forced_slices(planner, 3), layer, x, mode.dtype)
+        assert outcome.errors == []
+        assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w3a8"])
@@ -44,8 +94,5 @@ def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine) -> None
 
 def test_the_combinations_launch_every_kernel(planner: Planner, ptx_machine: PtxMachine) -> None:
     """A kernel that ships and that no case above reaches would be unverified."""
-    launched = set()
-    for mode, tokens in COMBINATIONS:
-        problem = problem_of(random_layer(mode, *shape_for(mode, tokens)), tokens, mode.dtype)
-        launched |= {launch.name for launch in planner.launches(problem, Buffers(), Tactic())}
-    assert launched == set(ptx_machine.file.names)
+    found = {name for mode, tokens in COMBINATIONS for name in launched(planner, mode, tokens)}
+    assert found == set(ptx_machine.file.names)
