@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emulator.plan import Buffers, PlanError, Planner, Problem, Tactic
+from emulator.plan import Buffers, Launch, PlanError, Planner, Problem, Tactic
 from emulator.session import DTYPE_CODE
 from prepack.floats import Dtype
 from prepack.width import has_3_bit_kernels
+from tests.forced import main_args
 
 SMALLEST_SHARED_BYTES = 99 * 1024  # sm_86, 89 and 120
 
@@ -43,24 +46,129 @@ def test_fits_every_chip(
             planner.launches(case, Buffers(), Tactic(rows, 0))
         return
     launches = planner.launches(case, Buffers(), Tactic(rows, 0))
-    assert len(launches) == 3
+    assert len(launches) == (2 if launches[-1].name.startswith("qe_decode") else 3)
     for launch in launches:
         assert 0 < launch.threads <= 1024 and launch.threads % 32 == 0
         assert launch.grid_x > 0 and 0 < launch.grid_y < 65536
         assert launch.shared_bytes <= SMALLEST_SHARED_BYTES
 
 
-@pytest.mark.parametrize(
-    ("changes", "launches"),
-    [
-        ({"rank_shared": 0, "rank_routed": 0, "num_experts": 0}, 2),
-        ({"rank_shared": 0, "rank_routed": 0, "num_experts": 0, "act_bits": 0, "has_inv_omega": 0}, 2),
-        ({"num_experts": 1, "act_bits": 0, "has_inv_omega": 0}, 3),
-        ({}, 3),
-    ],
-)
-def test_launches_only_what_is_needed(planner: Planner, changes: dict[str, int], launches: int) -> None:
-    assert len(planner.launches(problem(**changes), Buffers(), Tactic())) == launches
+PLAIN = {"rank_shared": 0, "rank_routed": 0, "num_experts": 0}
+CORRECTIONS = [PLAIN, {"rank_shared": 64, "rank_routed": 32}, {"rank_shared": 8, "rank_routed": 8, "num_experts": 1}]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 64, 65, 1024])
+def test_launches_only_what_is_needed(planner: Planner, tokens: int, correction: dict[str, int]) -> None:
+    """Decode of up to 4 tokens is the product alone; the correction adds a launch to it, and to a GEMM's two."""
+    plain = correction is PLAIN
+    for act_bits in (0, 8):
+        case = problem(M=tokens, act_bits=act_bits, has_inv_omega=act_bits // 8, **correction)
+        names = [launch.name for launch in planner.launches(case, Buffers(), Tactic())]
+        if tokens <= 4:
+            expected = ["qe_decode"] if plain else ["qe_down_decode", "qe_decode"]
+        elif tokens <= 16:
+            expected = ["qe_prepare" if plain else "qe_prepare_down", "qe_decode"]
+        else:
+            expected = ["qe_prepare", *([] if plain else ["qe_down_prefill"]), "qe_prefill"]
+        assert len(names) == len(expected)
+        assert all(name.startswith(f"{start}_") for name, start in zip(names, expected, strict=True))
+        assert ("_t8_" in names[-1]) == (tokens <= 4) and ("_t16_" in names[-1]) == (5 <= tokens <= 16)
+
+
+QWEN2_VL = [
+    (1536, 2048), (1536, 1536), (1536, 17920), (8960, 1536), (3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584),
+    (1280, 3840), (1280, 1280), (1280, 5120), (5120, 1280),
+]  # fmt: skip
+"""in_features and out_features of every linear of the 2B and 7B models, vision included."""
+MULTIPROCESSORS = [16, 46, 132, 170]
+FORMS = [
+    {"act_bits": 8}, {"act_bits": 6, "group_size": 64, "has_zeros": 1}, {"act_bits": 0, "group_size": 128, "has_zeros": 1},
+    {"act_bits": 0, "weight_bits": 3}, {"act_bits": 8, "group_size": 128, "weight_bits": 3},
+]  # fmt: skip
+
+
+def check_covers(main: Launch, columns: int) -> None:
+    """Every block of 32 columns and every chunk of K belongs to one set, slice and warp."""
+    args = main_args(main)
+    blocks = (columns + 31) // 32
+    taken = sorted(
+        first + of_set * main.grid_x
+        for x in range(main.grid_x)
+        for first in range(x, blocks, main.grid_x * args.sets)
+        for of_set in range(args.sets)
+        if first + of_set * main.grid_x < blocks
+    )
+    assert taken == list(range(blocks))
+    chunks = []
+    for split in range(args.k_splits):
+        own = min(args.slice_chunks, args.chunks - split * args.slice_chunks)
+        assert own > 0
+        for part in range(args.set_warps):
+            start = part * args.warp_chunks
+            chunks += [split * args.slice_chunks + chunk for chunk in range(start, min(start + args.warp_chunks, own))]
+    assert chunks == list(range(args.chunks))
+    warps = args.sets * args.set_warps
+    assert main.threads == 32 * warps and main.grid_y == args.k_splits * args.token_groups
+    assert [warp * args.set_factor >> 8 for warp in range(warps)] == [warp // args.set_warps for warp in range(warps)]
+
+
+@pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
+@pytest.mark.parametrize("shape", QWEN2_VL, ids=str)
+def test_grids_fill_the_gpu(planner: Planner, shape: tuple[int, int], multiprocessors: int) -> None:
+    k, n = shape
+    for form, correction, counters in product(FORMS, CORRECTIONS, (0, 256)):
+        for tokens in (1, 2, 3, 4, 5, 16, 17, 33, 64, 65, 150, 1024):
+            case = problem(M=tokens, K=k, N=n, **(form | correction))
+            launches = planner.launches(case, Buffers(counters=counters), Tactic(multiprocessors=multiprocessors))
+            for launch in launches:
+                assert launch.grid_x * launch.grid_y > 1
+                assert launch.shared_bytes <= SMALLEST_SHARED_BYTES
+            main = launches[-1]
+            if main.name.startswith("qe_prefill"):
+                assert (main.grid_x, main.grid_y) == (-(-n // 128), -(-tokens // 64))
+                continue
+            check_covers(main, n)
+            args = main_args(main)
+            assert args.k_splits == 1 or counters
+            if args.k_splits == 1 and "_t8_" in main.name:  # blocks that meet may come one after the other
+                assert main.grid_x <= multiprocessors
+
+
+@pytest.mark.parametrize("multiprocessors", [1, *MULTIPROCESSORS, 192])
+def test_the_workspace_is_enough_on_every_gpu(planner: Planner, multiprocessors: int) -> None:
+    """Its size is known when an engine is built, the plan only on the GPU."""
+    start = 1 << 20
+    for k, n, tokens in product((264, 8960, 18944, 131072), (8, 72, 1536, 12288), (1, 3, 4, 5, 16, 17, 40, 64, 65)):
+        for form, correction in product(FORMS[1:3], CORRECTIONS):
+            case = problem(M=tokens, K=k // 128 * 128, N=n, **(form | correction))
+            end = start + planner.workspace_bytes(case)
+            main = planner.launches(
+                case, Buffers(workspace=start, counters=256), Tactic(multiprocessors=multiprocessors)
+            )[-1]
+            args = main_args(main)
+            decode = main.name.startswith("qe_decode")
+            places = -(-tokens // 16) * 16 if decode else tokens
+            columns = 16 * (args.shared_tiles + args.E * args.routed_tiles)
+            parts = {
+                args.act: places * args.Kp * (2 if form["act_bits"] == 0 else 1),
+                args.partial: args.splits * tokens * columns * 4 if decode else 0,
+                args.slices: args.k_splits * tokens * args.Np * 4 if args.k_splits > 1 else 0,
+                args.scores: args.splits * tokens * 64 if decode and tokens <= 4 and args.E else 0,
+                args.h: tokens * 32 * (args.shared_tiles + args.routed_tiles) if not decode else 0,
+            }
+            assert all(at + size <= end for at, size in parts.items())
+            if args.k_splits > 1:
+                assert planner.counter_bytes(case) == 4 * args.token_groups * args.Np // 32
+
+
+def test_huge_k_has_slices(planner: Planner) -> None:
+    """Where the columns leave most of the GPU empty."""
+    case = problem(K=131072, N=256, **PLAIN)
+    slices = [
+        main_args(planner.launches(case, Buffers(counters=at), Tactic(multiprocessors=132))[-1]).k_splits for at in (0, 256)
+    ]
+    assert slices == [1, 4]
 
 
 BAD = [
