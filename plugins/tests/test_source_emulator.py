@@ -14,7 +14,8 @@ from emulator.source import SourceMachine
 from prepack.floats import Dtype, rounded
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
-from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for
+from tests.forced import forced_slices, main_args
+from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for, tactic_for
 
 SEEDS = range(1, 21)
 THREE_BITS = [mode for mode in MODES if mode.name in ("w3a8", "w3a8_g64")]
@@ -34,7 +35,7 @@ def check(mode: Mode, tokens: int, seeds: range, planner: Planner, machine: Sour
     layer, x = random_layer(mode, k, n, seed=tokens), random_tokens(mode, tokens, k)
     first: NDArray[np.float32] | None = None
     for seed in seeds:
-        outcome = run_linear(machine, planner, layer, x, mode.dtype, seed=seed)
+        outcome = run_linear(machine, planner, layer, x, mode.dtype, seed=seed, tactic=tactic_for(tokens))
         assert outcome.errors == []
         if first is None:
             first = outcome.y
@@ -42,7 +43,7 @@ def check(mode: Mode, tokens: int, seeds: range, planner: Planner, machine: Sour
         assert np.array_equal(first, outcome.y)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", [*TOKENS, 40])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_matches_reference_under_every_schedule(
     mode: Mode, tokens: int, planner: Planner, preempting_machine: SourceMachine
@@ -59,7 +60,7 @@ def test_the_combinations_schedule_every_kernel_often_enough(planner: Planner) -
     schedules: Counter[tuple[str, int]] = Counter()
     for mode, tokens in COMBINATIONS:
         problem = problem_of(random_layer(mode, *shape_for(mode, tokens)), tokens, mode.dtype)
-        for launch in planner.launches(problem, Buffers(), Tactic()):
+        for launch in planner.launches(problem, Buffers(counters=256), tactic_for(tokens)):
             schedules[launch.name, tokens] += len(few_seeds(mode))
     assert min(schedules.values()) >= len(SEEDS)
 
@@ -69,11 +70,53 @@ def test_every_product_meets_factors_of_every_width(planner: Planner) -> None:
     met: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     for mode, tokens in COMBINATIONS:
         problem = problem_of(random_layer(mode, *shape_for(mode, tokens)), tokens, mode.dtype)
-        met[planner.launches(problem, Buffers(), Tactic())[-1].name, tokens].add(problem.adapter_bits)
+        met[planner.launches(problem, Buffers(counters=256), tactic_for(tokens))[-1].name, tokens].add(problem.adapter_bits)
     for (kernel, tokens), widths in met.items():
         assert len(widths) >= (2 if "w3" in kernel else 3), (kernel, tokens)
     for kernel in {kernel for kernel, _ in met}:
         assert 4 in set().union(*(widths for (name, _), widths in met.items() if name == kernel))
+
+
+@pytest.mark.parametrize(("tokens", "slices"), [(1, 8), (4, 3), (16, 2), (40, 3)])
+@pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[6], MODES[12], *THREE_BITS], ids=lambda mode: mode.name)
+def test_slices_of_k(
+    mode: Mode, tokens: int, slices: int, planner: Planner, preempting_machine: SourceMachine
+) -> None:
+    """Blocks that share columns meet in whichever comes last, with the same bits, and leave their counters at zero."""
+    k = 1160 if mode.group_size < 0 else 1152
+    layer, x = random_layer(mode, k, 72), random_tokens(mode, tokens, k)
+    runs = [
+        run_linear(preempting_machine, forced_slices(planner, slices), layer, x, mode.dtype, seed=seed) for seed in (1, 2, 3)
+    ]
+    assert [run.errors for run in runs] == [[], [], []]
+    assert all(np.array_equal(runs[0].y, run.y) for run in runs)
+    assert relative_error(runs[0].y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
+
+
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_slices_where_shared_memory_is_too_small(tokens: int, planner: Planner, source_machine: SourceMachine) -> None:
+    """16-bit x of all of K does not fit a block. Without counters the blocks do not quantize x themselves."""
+    mode = Mode("long", act_bits=0, rank_shared=16, experts=4)
+    layer, x = random_layer(mode, 18944, 40), random_tokens(mode, tokens, 18944)
+    problem = problem_of(layer, tokens, "f16")
+    main, alone = (planner.launches(problem, Buffers(counters=at), Tactic())[-1] for at in (256, 0))
+    assert (main.name, main_args(main).k_splits) == ("qe_decode_h_cz_t8_f16", 2)
+    assert (alone.name, main_args(alone).k_splits) == ("qe_decode_h_cz_t16_f16", 1)
+    outcome = run_linear(source_machine, planner, layer, x, "f16")
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 200])
+@pytest.mark.parametrize("tokens", [2, 12, 33])
+def test_gpus_of_every_size(
+    tokens: int, multiprocessors: int, planner: Planner, source_machine: SourceMachine
+) -> None:
+    layer, x = random_layer(MODES[0], 648, 328), random_tokens(MODES[0], tokens, 648)
+    tactic = Tactic(multiprocessors=multiprocessors)
+    outcome = run_linear(source_machine, planner, layer, x, "f16", tactic=tactic)
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
 
 
 @pytest.mark.parametrize("rows", [64, 128])
