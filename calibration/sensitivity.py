@@ -361,7 +361,7 @@ class _Recompute(torch.autograd.Function):
 
 @contextmanager
 def _in_float32(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Own parameters and buffers of `modules` on a device in float32; afterwards the very tensors from before are back."""
+    """Own parameters and buffers of `modules` in float32 on a device; afterwards the tensors from before are back."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     for module in modules:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

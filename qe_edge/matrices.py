@@ -58,7 +58,7 @@ def joined(parts: Sequence[Matrix], axis: int) -> Matrix:
 def parts_of(matrix: Matrix, sizes: Sequence[int], axis: int) -> list[Matrix]:
     """What `joined` put together."""
     if isinstance(matrix, Tensor):
-        return list(matrix.split(list(sizes), axis))
+        return list(torch.split(matrix, list(sizes), axis))
     return np.split(matrix, np.cumsum(sizes)[:-1], axis=axis)
 
 

@@ -192,7 +192,7 @@ class QuantExperts(Method):
         error, space = shared.branch.error, shared.space
         own = shared.vectors[:, : size.shared_rank]
         size = replace(size, experts=min(size.experts, len(dependent)))
-        parts, assigned, outputs = [space.lift(own)], None, None
+        parts, assigned, outputs = [space.lift(own)], np.zeros(0), None
         if size.experts > 1:
             outputs = space.outputs(cast(statistics.tokens, error))
             routed, assigned = self._routed_directions(problem, statistics, shared, outputs, dependent, size)

@@ -29,7 +29,6 @@ PANEL = 512  # columns of a symmetric matrix that are multiplied at a time
 FEW = 1 / 8  # share of a matrix's eigenvectors up to which LAPACK finds them faster without the others
 EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
 KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
-DEVICE_STEPS = 5  # where they stand for eigenvectors
 SHIFT, TINY = 1e-13, 1e-300  # of the energy of a block of columns, and in itself: what keeps Cholesky's pivots above 0
 WARM_STEPS = 3  # products that suffice from the directions of a matrix that is much alike
 
@@ -150,13 +149,14 @@ class ErrorSpace:
 def top_eigenvectors(matrix: Matrix, rank: int) -> Matrix:
     """Eigenvectors `[n, rank]` of the largest eigenvalues of a symmetric matrix, largest first.
 
-    On a device those of a large positive matrix are leading directions, which capture as much to about 1e-4.
+    On a device those of a large positive matrix are leading directions. What they leave is at most 1e-3 more, and that
+    where nothing but noise is left.
     """
     size = len(matrix)
     rank = min(rank, size)
     if isinstance(matrix, Tensor):
         nothing = matrix.new_zeros(1, size, 0)
-        return krylov_directions(lambda block: matrix @ block, nothing, rank, DEVICE_STEPS)[0]
+        return krylov_directions(lambda block: matrix @ block, nothing, rank, KRYLOV_STEPS)[0]
     if rank == 0:
         return np.zeros((size, 0))
     with one_lapack_thread():
@@ -225,7 +225,8 @@ def krylov_directions(multiply: Callable[[Tensor], Tensor], start: Tensor, rank:
     width = rank + KRYLOV_EXTRA
     if size <= EXACT_SIDE or width * (steps + 1) > size:
         whole = multiply(torch.eye(size, dtype=start.dtype, device=start.device).expand(count, size, size)).double()
-        return torch.linalg.eigh((whole + whole.mT) / 2)[1][:, :, size - rank :].flip(2)
+        exact: Tensor = torch.linalg.eigh((whole + whole.mT) / 2)[1][:, :, size - rank :].flip(2)
+        return exact
     if known < width:
         more = torch.from_numpy(np.random.default_rng(0).standard_normal((size, width - known)) / np.sqrt(size))
         start = torch.cat((start, more.to(start).expand(count, -1, -1)), dim=2)
@@ -236,7 +237,7 @@ def krylov_directions(multiply: Callable[[Tensor], Tensor], start: Tensor, rank:
         product = multiply(block)
         space, image = torch.cat((space, block), dim=2), torch.cat((image, product), dim=2)
     inner = (space.mT @ image).double()
-    vectors = torch.linalg.eigh((inner + inner.mT) / 2)[1][:, :, inner.shape[1] - rank :].flip(2)
+    vectors: Tensor = torch.linalg.eigh((inner + inner.mT) / 2)[1][:, :, inner.shape[1] - rank :].flip(2)
     return space.double() @ vectors
 
 
@@ -269,7 +270,7 @@ def without(covariance: Matrix, own: Matrix) -> Matrix:
     return covariance - (captured + captured.T) / 2
 
 
-def whitened_directions(error: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarray:
+def whitened_directions(error: Matrix, gram: Matrix, rank: int) -> Matrix:
     """Directions `U` `[out, r]` of the rank-r correction `U U^T E` that is optimal for `||(E - L) X||_F`.
 
     Args:
@@ -281,7 +282,7 @@ def whitened_directions(error: np.ndarray, gram: np.ndarray, rank: int) -> np.nd
     return space.lift(top_eigenvectors(space.covariance(gram), rank))
 
 
-def diagonal_directions(error: np.ndarray, weights: np.ndarray, rank: int) -> np.ndarray:
+def diagonal_directions(error: np.ndarray, weights: np.ndarray, rank: int) -> Matrix:
     """Directions `[out, r]` of the best rank-r correction of `E diag(weights)` (plain SVD weighting)."""
     space = ErrorSpace.of(error * weights.astype(error.dtype))
     return space.lift(top_eigenvectors((space.reduced @ space.reduced.T).astype(np.float64), rank))

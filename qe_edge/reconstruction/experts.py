@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) ->
         everyone = outputs.T @ outputs / max(len(outputs), 1) if gram is None else space.covariance(gram)
     everyone = cast(everyone, outputs)
     energy = energies(outputs)[:, None]
-    fit = _fit_at_once if isinstance(outputs, Tensor) else _fit
+    fit: _Fit = _fit_at_once if isinstance(outputs, Tensor) else _fit
     assigned = beside(assigned, outputs)
     directions = fit(outputs, assigned, everyone, problem, None)
     previous = np.inf
@@ -110,6 +111,9 @@ def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) ->
         previous, assigned = total, residual.argmin(1)
         directions = fit(outputs, assigned, everyone, problem, directions)
     return [space.lift(direction) for direction in directions], to_numpy(assigned)
+
+
+_Fit = Callable[[Matrix, Matrix, Matrix, ExpertProblem, Any], Any]
 
 
 def _least(residual: Matrix) -> Matrix:

@@ -82,7 +82,10 @@ def pack_correction(
         downs.append(down)
         fitted.append(up)
         weighing.append(hidden)
-    energies = torch.block_diag(*weighing) if isinstance(error, Tensor) else block_diag(*weighing)
+    if isinstance(error, Tensor):
+        energies: Matrix = torch.block_diag(*weighing)  # type: ignore[no-untyped-call] # torch has no types here
+    else:
+        energies = block_diag(*weighing)
     diagonal = energies.diagonal()
     damping = max(UP_DAMPING, ROUNDING * float(diagonal.max()) / max(float(diagonal.mean()), 1e-300))
     up = gptq_round(to_tensor(joined(fitted, 1)).float(), energies, GRID, damping, clip=True)
@@ -97,7 +100,7 @@ def pack_correction(
 def _spread(gram: Matrix, down: Matrix) -> Matrix:
     """`gram @ down^T` `[in, rank]` float64; a device makes float64 of some rows of the Gram matrix at a time."""
     if isinstance(gram, Tensor):
-        return torch.cat([rows.double() @ down.T for rows in gram.split(ROWS)])
+        return torch.cat([gram[start : start + ROWS].double() @ down.T for start in range(0, len(gram), ROWS)])
     return gram @ down.T
 
 

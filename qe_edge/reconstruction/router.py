@@ -89,7 +89,8 @@ class RidgeRegression:
         centred = picked(residuals, self._rows)
         centred = cast(centred - centred.mean(1, keepdim=True), self._magnitude)
         if self._dual:
-            return (torch.cholesky_solve(centred, lower).T @ self._magnitude).double()
+            weights: Tensor = torch.cholesky_solve(centred, lower).T @ self._magnitude
+            return weights.double()
         return torch.cholesky_solve(self._magnitude.T @ centred, lower).T.double()
 
 
@@ -147,4 +148,5 @@ def normalise_router(router: Matrix, tokens: Matrix) -> np.ndarray:
     router, tokens = to_numpy(router), to_numpy(tokens[:: max(1, len(tokens) // SPREAD_TOKENS)])
     spread = (np.abs(tokens) @ router.T).std(1).mean() if len(tokens) else 0.0
     divisor = max(spread, float(np.abs(router).max(initial=0.0)) / LARGEST)
-    return router / divisor if divisor > 0 else router
+    scaled: np.ndarray = router / divisor if divisor > 0 else router
+    return scaled
