@@ -13,20 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.device import CPU
-
 Matrix: TypeAlias = Any  # np.ndarray on the CPU, Tensor on a device; no common type has their operators
-
-
-def place(values: np.ndarray, device: torch.device) -> Matrix:
-    """The same numbers, as a matrix of a layer that `device` computes."""
-    return values if device == CPU else torch.from_numpy(values).to(device)
 
 
 def beside(values: np.ndarray | Tensor, other: Matrix) -> Matrix:
     """The same numbers, as a matrix of `other`'s layer."""
     if isinstance(other, Tensor):
-        return (values if isinstance(values, Tensor) else torch.from_numpy(values)).to(other.device)
+        tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+        return tensor.to(other.device)
     return values.numpy() if isinstance(values, Tensor) else values
 
 
