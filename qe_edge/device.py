@@ -81,12 +81,16 @@ def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     if device == CPU:
         yield
         return
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    kept = [(tensor, tensor.data) for tensor in tensors.values()]
     try:
         with fitting(device, "one block and its activations", "Choose --device cpu."):
-            module.to(device)
+            for tensor, data in kept:
+                tensor.data = data.to(device)
             yield
     finally:
-        module.to(CPU)
+        for tensor, data in kept:  # nothing changes them meanwhile
+            tensor.data = data
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - arguments of any block
