@@ -24,7 +24,7 @@ import quantizer_speed
 import torch
 
 LARGE = 1000  # sides of eigenproblems that numpy is not asked
-EIGENPROBLEMS = ((1, 432), (1, 816), (1, 1536), (8, 240), (8, 160), (8, 128))
+EIGENPROBLEMS = ((1, 384), (1, 512), (1, 1536), (8, 240), (8, 160), (8, 128))
 
 
 def show_machine(device: str) -> None:

@@ -17,7 +17,7 @@ from qe_edge.errors import ResourceError
 from qe_edge.grids import WeightGrid
 from qe_edge.linear import QELinear, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Choice, LinearProblem, Method
-from qe_edge.reconstruction.directions import ErrorSpace, krylov_directions, orthonormal, top_eigenvectors
+from qe_edge.reconstruction.directions import ErrorSpace, filled, krylov_directions, orthonormal, top_eigenvectors
 from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.rounding import Hessian, gptq_round
 
@@ -131,7 +131,19 @@ def test_directions_on_a_device_leave_hardly_more_than_eigenvectors(spread: floa
 
 def test_directions_of_nothing_are_numbers() -> None:
     nothing = torch.zeros(512, 512)
-    assert torch.isfinite(krylov_directions(lambda block: nothing @ block, nothing[None, :, :0], 16, 3)).all()
+    assert torch.isfinite(krylov_directions(lambda block: nothing @ block, nothing[None, :, :24], 16, 3)).all()
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_several_matrices_are_solved_at_once(steps: int) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 500, 400) * torch.exp(torch.randn(400))
+    covariances = rows.mT @ rows / 500
+    start = filled(torch.zeros(3, 400, 0), 40)
+    found = krylov_directions(lambda block: covariances @ block, start, 32, steps)
+    for covariance, directions in zip(covariances.double(), found, strict=True):
+        most = float(torch.linalg.eigvalsh(covariance)[-32:].sum())
+        assert float((directions * (covariance @ directions)).sum()) == pytest.approx(most, rel=1e-2)
 
 
 def test_columns_are_orthonormal_however_steep_they_are() -> None:

@@ -30,6 +30,7 @@ FEW = 1 / 8  # share of a matrix's eigenvectors up to which LAPACK finds them fa
 EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
 KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
 SHIFT, TINY = 1e-13, 1e-300  # of the energy of a block of columns, and in itself: what keeps Cholesky's pivots above 0
+NARROW, NARROW_STEPS = 32, 7  # directions that a device starts from, and steps without those for the rank
 WARM_STEPS = 3  # products that suffice from the directions of a matrix that is much alike
 
 
@@ -155,8 +156,8 @@ def top_eigenvectors(matrix: Matrix, rank: int) -> Matrix:
     size = len(matrix)
     rank = min(rank, size)
     if isinstance(matrix, Tensor):
-        nothing = matrix.new_zeros(1, size, 0)
-        return krylov_directions(lambda block: matrix @ block, nothing, rank, KRYLOV_STEPS)[0]
+        start = filled(matrix.new_zeros(1, size, 0), NARROW)
+        return krylov_directions(lambda block: matrix @ block, start, rank, NARROW_STEPS + rank // 16)[0]
     if rank == 0:
         return np.zeros((size, 0))
     with one_lapack_thread():
@@ -216,21 +217,17 @@ def krylov_directions(multiply: Callable[[Tensor], Tensor], start: Tensor, rank:
 
     Args:
         multiply: Multiplies every matrix with a block of columns of its own, `[matrices, n, k]`.
-        start: `[matrices, n, k]` in the precision of the products.
+        start: `[matrices, n, k]` in the precision of the products; `filled` adds random ones.
         rank: Wanted number of directions.
-        steps: Products with the matrices.
+        steps: Products with the matrices; there are more directions to choose from than are wanted, k after each.
     """
-    count, size, known = start.shape
+    count, size, width = start.shape
     rank = min(rank, size)
-    width = rank + KRYLOV_EXTRA
     if size <= EXACT_SIDE or width * (steps + 1) > size:
         whole = multiply(torch.eye(size, dtype=start.dtype, device=start.device).expand(count, size, size)).double()
         exact: Tensor = torch.linalg.eigh((whole + whole.mT) / 2)[1][:, :, size - rank :].flip(2)
         return exact
-    if known < width:
-        more = torch.from_numpy(np.random.default_rng(0).standard_normal((size, width - known)) / np.sqrt(size))
-        start = torch.cat((start, more.to(start).expand(count, -1, -1)), dim=2)
-    space = orthonormal(start[:, :, :width])
+    space = orthonormal(start)
     product = image = multiply(space)
     for _ in range(steps):
         block = orthonormal(product, space)
@@ -239,6 +236,13 @@ def krylov_directions(multiply: Callable[[Tensor], Tensor], start: Tensor, rank:
     inner = (space.mT @ image).double()
     vectors: Tensor = torch.linalg.eigh((inner + inner.mT) / 2)[1][:, :, inner.shape[1] - rank :].flip(2)
     return space.double() @ vectors
+
+
+def filled(start: Tensor, width: int) -> Tensor:
+    """Directions `[matrices, n, k]` with random ones up to `width`, the same for every matrix."""
+    count, size, known = start.shape
+    more = np.random.default_rng(0).standard_normal((size, max(width - known, 0))) / np.sqrt(size)
+    return torch.cat((start, torch.from_numpy(more).to(start).expand(count, -1, -1)), dim=2)
 
 
 def orthonormal(block: Tensor, space: Tensor | None = None) -> Tensor:

@@ -17,12 +17,15 @@ from qe_edge.matrices import Matrix, beside, cast, double, energies, to_numpy
 from qe_edge.parallel import map_threads
 from qe_edge.reconstruction.directions import (
     EXACT_SIDE,
+    KRYLOV_EXTRA,
     KRYLOV_STEPS,
     WARM_STEPS,
     ErrorSpace,
     diagonal_directions,
+    filled,
     krylov_directions,
     leading_directions,
+    top_eigenvectors,
 )
 
 WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
@@ -160,24 +163,24 @@ def _fit_at_once(
     outputs: Tensor, assigned: Tensor, everyone: Tensor, problem: ExpertProblem, previous: Tensor | None
 ) -> Tensor:
     """`_fit` on a device, of all experts at once: `[experts, side, rank]`. No number of tokens leaves the device."""
-    own = torch.nn.functional.one_hot(assigned + 1, problem.experts + 1)[:, 1:].to(outputs.dtype)
-    counts = own.sum(0)
+    own = (assigned == torch.arange(problem.experts, device=outputs.device)[:, None]).to(outputs.dtype)
+    counts = own.sum(1)
     rho = torch.full_like(counts, problem.rho)
     if problem.rho > 0:
         rho[counts < FEW_TOKENS * problem.rank] = 0.5
     rho[counts == 0] = 1.0
-    shares = (own * ((1 - rho) / counts.clamp_min(1))).T.unsqueeze(2)
+    shares = (own * ((1 - rho) / counts.clamp_min(1))[:, None])[:, :, None]
 
     def multiply(block: Tensor) -> Tensor:
         return outputs.T @ ((outputs @ block) * shares) + rho[:, None, None] * (everyone @ block)
 
     if previous is None:
-        nothing = everyone.new_zeros(1, len(everyone), 0)
-        spare = krylov_directions(lambda block: everyone @ block, nothing, problem.rank, KRYLOV_STEPS)
-        previous, steps = spare.expand(problem.experts, -1, -1), KRYLOV_STEPS
+        previous, steps = top_eigenvectors(everyone, problem.rank).expand(problem.experts, -1, -1), KRYLOV_STEPS
     else:
         steps = WARM_STEPS
-    return krylov_directions(multiply, cast(previous, outputs), problem.rank, steps)
+    return krylov_directions(
+        multiply, filled(cast(previous, outputs), problem.rank + KRYLOV_EXTRA), problem.rank, steps
+    )
 
 
 def mixed_covariance(own: np.ndarray, everyone: np.ndarray, rho: float) -> np.ndarray | LinearOperator:
