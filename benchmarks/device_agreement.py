@@ -3,8 +3,12 @@ r"""Whether a GPU and the CPU make the same model of one recipe, up to rounding.
     python benchmarks/device_agreement.py --device cuda
 
 Every recipe quantizes the demo on the CPU and on the device. Both models are compared with the original on held-out
-questions. They agree where the divergences (KL of the text tokens, mean) and the mean of the layers' relative errors
-lie within 5 % of each other. The exit code is 1 where they do not.
+questions. They agree where the means of the layers' relative errors lie within 1 % of each other, and the divergences
+on answer tokens (KL, mean) within 5 %. The exit code is 1 where they do not.
+
+The divergence on all text tokens is shown, but decides nothing: a few tokens make it. On the CPU alone it went from
+1.1e-4 to 1.5e-4 (qe w4a8) when the Gram matrices were changed by 1e-6, the rounding of their float32 products; on
+answer tokens by 6 %, the layers' errors by 0.1 %.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from qe_edge.recipe import make_recipe
 from qe_edge.validate.comparison import Comparison
 from qe_edge.validate.subjects import in_float32
 
-WITHIN = 0.05
+WITHIN, LAYERS_WITHIN = 0.05, 0.01
 RECIPES: dict[str, dict[str, Any]] = {
     "qe w4a8": {"method": "qe", "scheme": "w4a8"},
     "gptq w3a16": {"method": "gptq", "scheme": "w3a16"},
@@ -42,13 +46,15 @@ class Measured:
     """One model beside the original.
 
     Attributes:
-        kl: Mean KL(original || this) in nats on text tokens.
+        kl: Mean KL(original || this) in nats on answer tokens.
+        kl_text: The same on all text tokens.
         error: Mean over the layers of the relative error of their outputs.
         layers: The relative error of every layer.
         seconds: Time to quantize.
     """
 
     kl: float
+    kl_text: float
     error: float
     layers: dict[str, float]
     seconds: float
@@ -62,12 +68,15 @@ def measure(original: LoadedModel, samples: Sequence[Sample], keys: dict[str, An
     comparison = Comparison(original, in_float32(quantized), None)
     comparison.measure_heldout(samples, lambda _: None)
     layers = {one.name: float(one.heldout.all or 0.0) for one in comparison.layer_errors()}
-    return Measured(comparison.distances["quantized"].text.mean_divergence(), fmean(layers.values()), layers, seconds)
+    found = comparison.distances["quantized"]
+    return Measured(
+        found.answer.mean_divergence(), found.text.mean_divergence(), fmean(layers.values()), layers, seconds
+    )
 
 
-def agree(one: Measured, other: Measured) -> bool:
+def agree(one: Measured, other: Measured, within: float = WITHIN) -> bool:
     """Whether two models are the same up to rounding."""
-    return all(abs(a / b - 1) <= WITHIN for a, b in ((one.kl, other.kl), (one.error, other.error)))
+    return abs(one.error / other.error - 1) <= LAYERS_WITHIN and abs(one.kl / other.kl - 1) <= within
 
 
 def main() -> int:
@@ -84,7 +93,8 @@ def main() -> int:
         rows[name] = {"device": asdict(there), "cpu": asdict(here)}
         furthest = max(here.layers, key=lambda layer: abs(there.layers[layer] / here.layers[layer] - 1))
         print(
-            f"{name:22} KL {there.kl:.3e} / {here.kl:.3e} = {there.kl / here.kl:.3f}   layers' error "
+            f"{name:22} KL {there.kl:.3e} / {here.kl:.3e} = {there.kl / here.kl:.3f}, text "
+            f"{there.kl_text:.3e} / {here.kl_text:.3e}   layers' error "
             f"{there.error:.4e} / {here.error:.4e} = {there.error / here.error:.3f}   {there.seconds:.1f} / "
             f"{here.seconds:.1f} s   furthest {there.layers[furthest] / here.layers[furthest]:.3f} {furthest}",
             flush=True,

@@ -52,7 +52,7 @@ def agreement(name: str, device: str, limit: int) -> None:
     there, here = (device_agreement.measure(original, samples, keys, each) for each in (device, "cpu"))
     print(
         f"{name}: {'agree' if device_agreement.agree(there, here) else 'DO NOT AGREE'}: KL {there.kl:.4e} / "
-        f"{here.kl:.4e} = {there.kl / here.kl:.3f}, layers' error {there.error / here.error:.4f}, "
+        f"{here.kl:.4e} = {there.kl / here.kl:.3f}, text {there.kl_text:.3e} / {here.kl_text:.3e}, layers' error {there.error / here.error:.4f}, "
         f"{there.seconds:.1f} s / {here.seconds:.1f} s"
     )
     for layer, error in there.layers.items():
@@ -108,7 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=140.0, help="after which no further part starts")
-    parser.add_argument("--limit", type=int, default=100, help="questions")
+    parser.add_argument("--limit", type=int, default=200, help="questions")
     options = parser.parse_args()
     device, limit = options.device, options.limit
     started = time.perf_counter()

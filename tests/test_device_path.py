@@ -245,4 +245,5 @@ def test_a_gpu_and_the_cpu_make_the_same_model(name: str) -> None:
     from qe_edge.validate.subjects import in_float32
 
     original, samples = in_float32(load_model("demo")), load_evaluation("demo")
-    assert agree(*(measure(original, samples, RECIPES[name], device) for device in ("cuda", "cpu")))
+    # twice the 6 % by which the rounding of Gram matrices alone moves the divergence
+    assert agree(*(measure(original, samples, RECIPES[name], device) for device in ("cuda", "cpu")), within=0.12)
