@@ -50,10 +50,10 @@ def agreement(name: str, device: str, limit: int) -> None:
     samples = device_agreement.load_evaluation("demo")[:limit]
     keys = device_agreement.RECIPES[name]
     there, here = (device_agreement.measure(original, samples, keys, each) for each in (device, "cpu"))
+    word = "agree" if device_agreement.agree(there, here) else "DO NOT AGREE"
     print(
-        f"{name}: {'agree' if device_agreement.agree(there, here) else 'DO NOT AGREE'}: KL {there.kl:.4e} / "
-        f"{here.kl:.4e} = {there.kl / here.kl:.3f}, text {there.kl_text:.3e} / {here.kl_text:.3e}, layers' error {there.error / here.error:.4f}, "
-        f"{there.seconds:.1f} s / {here.seconds:.1f} s"
+        f"{name}: {word}: KL {there.kl:.4e} / {here.kl:.4e} = {there.kl / here.kl:.3f}, text {there.kl_text:.3e} / "
+        f"{here.kl_text:.3e}, layers' error {there.error / here.error:.4f}, {there.seconds:.1f} s / {here.seconds:.1f} s"
     )
     for layer, error in there.layers.items():
         if abs(error / here.layers[layer] - 1) > device_agreement.WITHIN:
