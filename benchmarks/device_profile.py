@@ -53,7 +53,8 @@ def agreement(name: str, device: str, limit: int) -> None:
     word = "agree" if device_agreement.agree(there, here) else "DO NOT AGREE"
     print(
         f"{name}: {word}: KL {there.kl:.4e} / {here.kl:.4e} = {there.kl / here.kl:.3f}, text {there.kl_text:.3e} / "
-        f"{here.kl_text:.3e}, layers' error {there.error / here.error:.4f}, {there.seconds:.1f} s / {here.seconds:.1f} s"
+        f"{here.kl_text:.3e}, layers' error {there.error / here.error:.4f}, "
+        f"{there.seconds:.1f} s / {here.seconds:.1f} s"
     )
     for layer, error in there.layers.items():
         if abs(error / here.layers[layer] - 1) > device_agreement.WITHIN:
