@@ -83,7 +83,7 @@ int Splits(const QeProblem& p, const Shape& s) {
     return std::clamp(std::min(Try("DOWNBLOCKS", 320) / std::max(1, s.down_tiles()), Divide(p.K, 128)), 1, most);
   }
   const int blocks = s.down_blocks(p.M) * s.down_strips();
-  return std::clamp(std::min(Try("PREBLOCKS", 264) / std::max(1, blocks), Divide(p.K, 192)), 1, 8);
+  return std::clamp(std::min(Try("PREBLOCKS", 264) / std::max(1, blocks), Divide(p.K, 384)), 1, 8);
 }
 
 // How a decode launch of `main` is cut: slices of K and sets of 32 columns, warps of a set, and blocks beside each other; and
@@ -319,7 +319,7 @@ void PlanPrefillFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, co
   a.h = At<void>(b.workspace + w.h);
   a.order = At<int32_t>(b.workspace + w.order);
   a.counters = At<uint32_t>(b.workspace + w.counters);
-  constexpr int kWarps = 4;
+  constexpr int kWarps = 8;
   snprintf(name, sizeof name, "qe_down_prefill_a%d_%s", p.adapter_bits, Tag(p));
   Fill(plan.launch[plan.count++], name, s.down_blocks(p.M), s.down_strips() * a.splits, kWarps * 32,
        32 * 4 + kWarps * 16 * 4 + 16 + kWarps * 4 * 4 * 4 * 128, a);
@@ -367,6 +367,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   const int rows = t.block_rows ? t.block_rows : 64;
   snprintf(name, sizeof name, "qe_prefill_%s_%s", Variant(p), Tag(p));
   Fill(launch, name, Divide(p.N, 128), Divide(p.M, rows), rows * 2, PrefillShared(p, rows), a);
+  launch.overlaps = 0;  // its blocks would gather on the multiprocessors that are free first
 }
 
 }  // namespace
