@@ -148,6 +148,9 @@ class PtxMachine:
             instruction = kernel.code[pc]
             active = mask
             if instruction.guard is not None:
+                if instruction.guard not in warp.registers:
+                    warp.blocks.report(f"register {instruction.guard} is read before it is written")
+                    warp.registers[instruction.guard] = np.zeros(warp.lanes.size, bool)
                 taken = warp.registers[instruction.guard] ^ instruction.guard_negated
                 among = taken if mask is None else taken[mask]
                 if not among.any():

@@ -1,4 +1,8 @@
-"""Arithmetic of the PTX instructions that our kernels use, each as a function of its operands' lanes."""
+"""Arithmetic of the PTX instructions that our kernels use, each as a function of its operands' lanes.
+
+The compiler computes ahead of branches, with registers that were not written yet and whose results nobody uses. So what is
+computed of such a register counts as not written either; stores, addresses, branches and collectives report it.
+"""
 
 from __future__ import annotations
 
@@ -181,30 +185,34 @@ def _fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     return np.asarray((a.astype(np.float64) * b + c).astype(a.dtype))
 
 
+def _unwritten(kernel: Kernel, instruction: Instruction) -> Callable[[Warp, Mask, tuple[str, ...]], bool]:
+    """Whether one of the operands that are used was not written; then the result is not written either."""
+    result = instruction.operands[0]
+
+    def check(warp: Warp, mask: Mask, used: tuple[str, ...]) -> bool:
+        if all(operand in warp.registers or operand not in kernel.registers for operand in used):
+            return False
+        if mask is None:
+            warp.registers.pop(result, None)
+        return True
+
+    return check
+
+
 def _select(kernel: Kernel, instruction: Instruction) -> Step:
     """`selp`: a register that no lane chooses need not have been written."""
     kinds: list[type[Any]] = [instruction.type, instruction.type, np.bool_]
     a, b, choice = (reader(kernel, each, kind) for each, kind in zip(instruction.operands[1:], kinds, strict=True))
     store = writer(kernel, instruction.operands[0])
+    unwritten = _unwritten(kernel, instruction)
 
     def step(warp: Warp, mask: Mask) -> None:
         chosen = choice(warp)
         among = chosen if mask is None else chosen[mask]
+        used = instruction.operands[1:2] * bool(among.any()) + instruction.operands[2:3] * (not among.all())
+        if unwritten(warp, mask, used):
+            return
         store(warp, a(warp) if among.all() else b(warp) if not among.any() else np.where(chosen, a(warp), b(warp)), mask)
-
-    return step
-
-
-def _copy_register(kernel: Kernel, instruction: Instruction) -> Step:
-    """`mov` of a register: one that was not written yet makes another one, because nobody may ever read it."""
-    to, source = instruction.operands
-    fetch, store = reader(kernel, source, instruction.type), writer(kernel, to)
-
-    def step(warp: Warp, mask: Mask) -> None:
-        if source in warp.registers:
-            store(warp, fetch(warp), mask)
-        elif mask is None:
-            warp.registers.pop(to, None)
 
     return step
 
@@ -233,8 +241,6 @@ def arithmetic(kernel: Kernel, instruction: Instruction) -> Step | None:
     """The step of an arithmetic instruction, or None when it is something else."""
     if instruction.op[0] == "mov" and any(operand.startswith("{") for operand in instruction.operands):
         return _repack(kernel, instruction)
-    if instruction.op[0] == "mov" and instruction.operands[1] in kernel.registers:
-        return _copy_register(kernel, instruction)
     if instruction.op[0] == "selp":
         return _select(kernel, instruction)
     found = function(instruction)
@@ -247,7 +253,11 @@ def arithmetic(kernel: Kernel, instruction: Instruction) -> Step | None:
     store = writer(kernel, instruction.operands[0])
     cast = instruction.type if instruction.op[0] in _INTEGER_RESULT else None
 
+    unwritten = _unwritten(kernel, instruction)
+
     def step(warp: Warp, mask: Mask) -> None:
+        if unwritten(warp, mask, instruction.operands[1:]):
+            return
         result = compute(*(source(warp) for source in sources))
         store(warp, result if cast is None else result.astype(cast), mask)
 
