@@ -60,7 +60,7 @@ class DeviceMachine:
         self._call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
         return text.value.decode(), (major.value, minor.value)
 
-    def add(self, array: NDArray[Any], name: str, *, writable: bool) -> int:  # noqa: ARG002 - names serve emulators
+    def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:  # noqa: ARG002 - for emulators
         """Copy an array to the GPU and return its address."""
         pointer = ctypes.c_uint64()
         self._call("cuMemAlloc", ctypes.byref(pointer), ctypes.c_size_t(max(16, array.nbytes)))
@@ -74,7 +74,7 @@ class DeviceMachine:
             self._call("cuMemFree", pointer)
         self._memory.clear()
 
-    def launch(self, launch: Launch, seed: int) -> list[str]:  # noqa: ARG002 - the hardware schedules as it likes
+    def launch(self, launch: Launch, seed: int, *, first: bool = True) -> list[str]:  # noqa: ARG002 - it schedules as it likes
         """Run one kernel, wait, and copy what it may have written back into the arrays."""
         self.queue(launch)
         self._call("cuCtxSynchronize")

@@ -23,7 +23,7 @@ from emulator.ptx_memory_ops import memory
 from emulator.ptx_ops import Step, arithmetic
 from emulator.ptx_order import ordering
 from emulator.ptx_text import Instruction, Kernel, PtxError, PtxFile
-from emulator.ptx_warp import LANES, MOST_BLOCKS, Deadlock, Lanes, Mask, Warp
+from emulator.ptx_warp import LANES, MOST_BLOCKS, DeadlockError, Lanes, Mask, Warp
 
 _MOST_ERRORS = 20
 
@@ -62,7 +62,7 @@ class Blocks:
         return self._place[register]
 
     def check_waited(self) -> None:
-        """Report blocks that ended without waiting: the launch behind would not know that the one in front has ended."""
+        """Report blocks that ended without waiting: what follows would not know that the launch in front has ended."""
         waited = np.stack([warp.waited.reshape(-1, LANES).any(axis=1) for warp in self.warps])
         if not waited.any(axis=0).all():
             self.report("a block ends before the launch in front has ended")
@@ -123,7 +123,7 @@ class PtxMachine:
                 blocks = Blocks(self, launch, places[start : start + MOST_BLOCKS], order)
                 try:
                     self._run(blocks, kernel, order)
-                except Deadlock as deadlock:
+                except DeadlockError as deadlock:
                     return [*errors, *blocks.errors, str(deadlock)]
                 blocks.check_waited()
                 self._released_early |= blocks.released_early

@@ -1,8 +1,9 @@
 """Memory of the PTX emulator, with the same rules as shadow.cpp but whole warps at a time.
 
 Races are checked between warps, not inside one: the source emulator, which schedules single threads, does that. What
-another block of the launch wrote may be read by a fresh read alone, after a counter showed that the other block had fenced
-it off. On chips that overlap launches a thread must wait for the launch in front before it touches what that one may use.
+another block of the launch wrote may be read by a fresh read alone, after a counter showed that the other block had
+fenced it off. On chips that overlap launches a thread must wait for the launch in front before it touches what that one
+may use.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Known:
 
     def __init__(self) -> None:
         self._fenced: dict[int, int] = {}
-        self._counted: defaultdict[int, dict[int, int]] = defaultdict(dict)  # what each counter's arrivals had fenced off
+        self._counted: defaultdict[int, dict[int, int]] = defaultdict(
+            dict
+        )  # what each counter's arrivals had fenced off
         self._seen: defaultdict[int, dict[int, int]] = defaultdict(dict)  # by a block at its counters
         self._acquired: defaultdict[int, dict[int, int]] = defaultdict(dict)  # and after its next fence
 

@@ -1,7 +1,7 @@
 """Arithmetic of the PTX instructions that our kernels use, each as a function of its operands' lanes.
 
-The compiler computes ahead of branches, with registers that were not written yet and whose results nobody uses. So what is
-computed of such a register counts as not written either; stores, addresses, branches and collectives report it.
+The compiler computes ahead of branches, with registers that were not written yet and whose results nobody uses. So what
+is computed of such a register counts as not written either; stores, addresses, branches and collectives report it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHARED_WINDOW = np.uint64(1 << 24)  # where shared memory is among generic addr
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "geu": lambda a, b: ~np.less(a, b),  # true where one is not a number
+    "geu": lambda a, b: np.logical_not(np.less(a, b)),  # true where one is not a number
 }  # fmt: skip
 
 
@@ -212,7 +212,9 @@ def _select(kernel: Kernel, instruction: Instruction) -> Step:
         used = instruction.operands[1:2] * bool(among.any()) + instruction.operands[2:3] * (not among.all())
         if unwritten(warp, mask, used):
             return
-        store(warp, a(warp) if among.all() else b(warp) if not among.any() else np.where(chosen, a(warp), b(warp)), mask)
+        store(
+            warp, a(warp) if among.all() else b(warp) if not among.any() else np.where(chosen, a(warp), b(warp)), mask
+        )
 
     return step
 

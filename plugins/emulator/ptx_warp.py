@@ -24,7 +24,7 @@ Reader = Callable[["Warp"], Lanes]
 Writer = Callable[["Warp", Lanes, Mask], None]
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """A block that never ends; the message says why."""
 
 
@@ -55,11 +55,11 @@ class Warp:
     def look(self) -> None:
         """Count looks at what other blocks write. A thread that looks often waits for a block that may not run yet.
 
-        Raises Deadlock after thousands of them.
+        Raises DeadlockError after thousands of them.
         """
         self._looks += 1
         if self._looks > _MOST_LOOKS:
-            raise Deadlock("deadlock: a block waits for another block")
+            raise DeadlockError("deadlock: a block waits for another block")
 
     def where(self) -> tuple[int, Mask]:
         """The next program counter and the lanes that stand there."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from gates.cubins import Cubin
 from gates.loops import Loop, hot_loop
 
-DECODE_REGISTERS, GEMM_REGISTERS, OTHER_REGISTERS = 128, 184, 128
+# A multiprocessor has one block of decode, of at most 12 warps, so that its registers are no reason to take fewer.
+DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 184, 64, 128
 GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 
 # Every GEMM keeps the goals. The dearest are on sm_120, where ptxas puts a NOP between two neighbouring matrix
@@ -49,7 +50,9 @@ def register_limit(kernel: str) -> int:
     """The most registers that a kernel may take, by either assembler."""
     if kernel.startswith("qe_prefill"):
         return GEMM_REGISTERS
-    return DECODE_REGISTERS if kernel.startswith("qe_decode") else OTHER_REGISTERS
+    if kernel.startswith("qe_decode"):
+        return DECODE_REGISTERS
+    return PREPARE_REGISTERS if kernel in ("qe_prepare_f16", "qe_prepare_bf16") else OTHER_REGISTERS
 
 
 def broken(code: Cubin, kernel: str, loop: Loop | None) -> list[str]:
@@ -74,7 +77,13 @@ def broken(code: Cubin, kernel: str, loop: Loop | None) -> list[str]:
             checks["byte-wide shared loads"] = loop.narrow_shared_loads > 0
         else:
             most = DECODE_PER_2048_EXCEPTIONS.get(kind, DECODE_PER_2048)
-            checks["no streaming weight loads in the loop"] = loop.weight_loads == 0
+            products = (8 if integer else 16) * (
+                2 if kind.endswith("t16") else 1
+            )  # of a warp with a chunk, for all tokens
+            checks["copies other than the weights that it multiplies"] = (
+                loop.async_copies * products != loop.weight_bits * loop.mma
+            )
+            checks["weights that do not come from shared memory"] = loop.shared_loads < loop.async_copies
             checks[f"{loop.per_2048_weights:.0f} instructions per 2048 weights, limit {most}"] = (
                 loop.per_2048_weights > most
             )

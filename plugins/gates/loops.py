@@ -16,8 +16,8 @@ class Loop:
     instructions: int
     imma: int
     hmma: int
-    async_copies: int
-    weight_loads: int  # 512 bytes of packed weights each, per warp
+    async_copies: int  # 512 bytes each, per warp; in decode all of them are packed weights
+    shared_loads: int  # 512 bytes each
     narrow_shared_loads: int
     weight_bits: int = 4
 
@@ -44,7 +44,7 @@ class Loop:
     @property
     def per_2048_weights(self) -> float:
         """Warp instructions for 2048 weights that come straight from DRAM: one KiB where they have 4 bits."""
-        return self.instructions / max(1, self.weight_loads) * self.weight_bits / 2
+        return self.instructions / max(1, self.async_copies) * self.weight_bits / 2
 
 
 def _count(bodies: list[str], weight_bits: int) -> Loop:
@@ -54,7 +54,7 @@ def _count(bodies: list[str], weight_bits: int) -> Loop:
         imma=sum(op.startswith("IMMA") for op in ops),
         hmma=sum(op.startswith("HMMA.16816") for op in ops),  # not those of 8 rows, which multiply zero points
         async_copies=sum(op.startswith("LDGSTS") for op in ops),
-        weight_loads=sum((op.startswith("LDG") and ".NA" in op) or "NO_ALLOCATE" in op for op in ops),
+        shared_loads=sum(op == "LDS.128" for op in ops),
         narrow_shared_loads=sum(op in ("LDS.U8", "LDS.S8") for op in ops),
         weight_bits=weight_bits,
     )
@@ -72,12 +72,12 @@ def loops(code: list[str]) -> list[tuple[int, int]]:
 
 
 def hot_loop(code: list[str], weight_bits: int = 4) -> Loop:
-    """The loop over K: the smallest that brings weights in (LDGSTS, or streaming loads) and multiplies."""
+    """The loop over K: the smallest that brings weights in (LDGSTS) and multiplies."""
     bodies = [line.split(" ", 1)[1] for line in code]
     candidates = []
     for first, last in loops(code):
         loop = _count(bodies[first : last + 1], weight_bits)
-        if loop.mma >= 8 and (loop.async_copies >= 4 or loop.weight_loads >= weight_bits):
+        if loop.mma >= 8 and loop.async_copies >= weight_bits:
             candidates.append((last - first, loop))
     if not candidates:
         raise ValueError("no loop with both matrix instructions and weight loads. Look at the SASS.")

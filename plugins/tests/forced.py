@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from emulator.plan import Buffers, Launch, Planner, Problem, Tactic
 
 _POINTERS = (
-    "act", "token_scale", "sums", "weight", "scales", "zeros", "columns", "partial", "h", "up", "expert", "order", "y", "x",
-    "inv_omega", "scores", "slices", "counters", "code_shifts",
+    "act", "token_scale", "sums", "weight", "scales", "zeros", "columns", "partial", "h", "up", "expert", "order", "y",
+    "x", "inv_omega", "scores", "slices", "counters", "code_shifts",
 )  # fmt: skip
 _COUNTS = (
-    "M", "N", "Np", "Kp", "E", "shared_tiles", "routed_tiles", "splits", "up_bits", "K", "act_max", "k_splits", "chunks",
-    "slice_chunks", "warp_chunks", "sets", "set_warps", "set_factor", "token_groups", "group_sums_at", "ring_at",
-    "results_at", "tokens_at", "scores_at", "h_at", "x_is_ready",
+    "M", "N", "Np", "Kp", "E", "shared_tiles", "routed_tiles", "splits", "up_bits", "K", "act_max", "k_splits",
+    "chunks", "slice_chunks", "warp_chunks", "sets", "set_warps", "set_factor", "token_groups", "group_sums_at",
+    "ring_at", "results_at", "tokens_at", "scores_at", "h_at", "x_is_ready",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class SlicedPlanner(Planner):
     def workspace_bytes(self, problem: Problem) -> int:
         """With room for what every slice adds to y behind the plan's own."""
         columns = (problem.N + 31) // 32 * 32
-        return super().workspace_bytes(problem) + self.slices * problem.M * columns * 4
+        return super().workspace_bytes(problem) + self.slices * int(problem.M) * columns * 4
 
     def launches(self, problem: Problem, buffers: Buffers, tactic: Tactic) -> list[Launch]:
         """The launches in order, the last with slices."""

@@ -113,5 +113,5 @@ def shape_for(mode: Mode, tokens: int) -> tuple[int, int]:
 
 
 def tactic_for(tokens: int) -> Tactic:
-    """Blocks have eight sets of columns, several times, at 3 and 16 tokens, and three, of which one lacks columns, at 17."""
+    """At 3 and 16 tokens blocks have eight sets of columns, twice; at 17 three sets, of which one lacks columns."""
     return Tactic(multiprocessors={3: 1, 16: 1, 17: 4}.get(tokens, 16))

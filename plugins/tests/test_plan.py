@@ -83,8 +83,8 @@ QWEN2_VL = [
 """in_features and out_features of every linear of the 2B and 7B models, vision included."""
 MULTIPROCESSORS = [16, 46, 132, 170]
 FORMS = [
-    {"act_bits": 8}, {"act_bits": 6, "group_size": 64, "has_zeros": 1}, {"act_bits": 0, "group_size": 128, "has_zeros": 1},
-    {"act_bits": 0, "weight_bits": 3}, {"act_bits": 8, "group_size": 128, "weight_bits": 3},
+    {"act_bits": 8}, {"act_bits": 6, "group_size": 64, "has_zeros": 1},
+    {"act_bits": 0, "group_size": 128, "has_zeros": 1}, {"act_bits": 0, "weight_bits": 3}, {"act_bits": 8, "group_size": 128, "weight_bits": 3},
 ]  # fmt: skip
 
 
@@ -166,7 +166,8 @@ def test_huge_k_has_slices(planner: Planner) -> None:
     """Where the columns leave most of the GPU empty."""
     case = problem(K=131072, N=256, **PLAIN)
     slices = [
-        main_args(planner.launches(case, Buffers(counters=at), Tactic(multiprocessors=132))[-1]).k_splits for at in (0, 256)
+        main_args(planner.launches(case, Buffers(counters=at), Tactic(multiprocessors=132))[-1]).k_splits
+        for at in (0, 256)
     ]
     assert slices == [1, 4]
 

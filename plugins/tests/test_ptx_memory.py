@@ -13,7 +13,6 @@ from tests.cases import random_layer, random_tokens
 from tests.modes import MODES, shape_for
 
 
-
 def thread(block: int, epoch: int = 1, *, waited: bool = True) -> Threads:
     """The first thread of a block."""
     return Threads(np.array([block]), np.array([0]), np.array([waited]), epoch)
@@ -49,7 +48,8 @@ class Meeting:
         self.errors: list[str] = []
         self.memory = GlobalMemory()
         self.word, self.counter = (
-            np.array([self.memory.add(np.zeros(1, np.uint32), name, writable=True, zeroed=True)]) for name in ("sums", "counters")
+            np.array([self.memory.add(np.zeros(1, np.uint32), name, writable=True, zeroed=True)])
+            for name in ("sums", "counters")
         )
         self.memory.start_launch()
 

@@ -70,7 +70,9 @@ def test_every_product_meets_factors_of_every_width(planner: Planner) -> None:
     met: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     for mode, tokens in COMBINATIONS:
         problem = problem_of(random_layer(mode, *shape_for(mode, tokens)), tokens, mode.dtype)
-        met[planner.launches(problem, Buffers(counters=256), tactic_for(tokens))[-1].name, tokens].add(problem.adapter_bits)
+        met[planner.launches(problem, Buffers(counters=256), tactic_for(tokens))[-1].name, tokens].add(
+            problem.adapter_bits
+        )
     for (kernel, tokens), widths in met.items():
         assert len(widths) >= (2 if "w3" in kernel else 3), (kernel, tokens)
     for kernel in {kernel for kernel, _ in met}:
@@ -79,14 +81,13 @@ def test_every_product_meets_factors_of_every_width(planner: Planner) -> None:
 
 @pytest.mark.parametrize(("tokens", "slices"), [(1, 8), (4, 3), (16, 2), (40, 3)])
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[6], MODES[12], *THREE_BITS], ids=lambda mode: mode.name)
-def test_slices_of_k(
-    mode: Mode, tokens: int, slices: int, planner: Planner, preempting_machine: SourceMachine
-) -> None:
+def test_slices_of_k(mode: Mode, tokens: int, slices: int, planner: Planner, preempting_machine: SourceMachine) -> None:
     """Blocks that share columns meet in whichever comes last, with the same bits, and leave their counters at zero."""
     k = 1160 if mode.group_size < 0 else 1152
     layer, x = random_layer(mode, k, 72), random_tokens(mode, tokens, k)
     runs = [
-        run_linear(preempting_machine, forced_slices(planner, slices), layer, x, mode.dtype, seed=seed) for seed in (1, 2, 3)
+        run_linear(preempting_machine, forced_slices(planner, slices), layer, x, mode.dtype, seed=seed)
+        for seed in (1, 2, 3)
     ]
     assert [run.errors for run in runs] == [[], [], []]
     assert all(np.array_equal(runs[0].y, run.y) for run in runs)
@@ -109,9 +110,7 @@ def test_slices_where_shared_memory_is_too_small(tokens: int, planner: Planner, 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 200])
 @pytest.mark.parametrize("tokens", [2, 12, 33])
-def test_gpus_of_every_size(
-    tokens: int, multiprocessors: int, planner: Planner, source_machine: SourceMachine
-) -> None:
+def test_gpus_of_every_size(tokens: int, multiprocessors: int, planner: Planner, source_machine: SourceMachine) -> None:
     layer, x = random_layer(MODES[0], 648, 328), random_tokens(MODES[0], tokens, 648)
     tactic = Tactic(multiprocessors=multiprocessors)
     outcome = run_linear(source_machine, planner, layer, x, "f16", tactic=tactic)
