@@ -38,7 +38,8 @@ def _reciprocal(values: Lanes) -> Lanes:
     off = (values.view(np.uint32) % 3).astype(np.int32) - 1
     near = (exact.view(np.int32) + off).view(np.float32)
     usual = np.isfinite(exact) & (np.abs(exact) > 2 * least)
-    return np.where(usual, near, np.where(np.abs(exact) < least, np.copysign(np.float32(0), exact), exact))
+    flushed = np.where(np.abs(exact) < least, np.copysign(np.float32(0), exact), exact)
+    return np.asarray(np.where(usual, near, flushed))
 
 
 def _shift(values: Lanes, amount: Lanes, *, left: bool) -> Lanes:

@@ -42,7 +42,7 @@ class SlicedPlanner(Planner):
 
     def workspace_bytes(self, problem: Problem) -> int:
         """With room for what every slice adds to y behind the plan's own."""
-        columns = (problem.N + 31) // 32 * 32
+        columns = (int(problem.N) + 31) // 32 * 32
         return super().workspace_bytes(problem) + self.slices * int(problem.M) * columns * 4
 
     def launches(self, problem: Problem, buffers: Buffers, tactic: Tactic) -> list[Launch]:

@@ -84,7 +84,8 @@ QWEN2_VL = [
 MULTIPROCESSORS = [16, 46, 132, 170]
 FORMS = [
     {"act_bits": 8}, {"act_bits": 6, "group_size": 64, "has_zeros": 1},
-    {"act_bits": 0, "group_size": 128, "has_zeros": 1}, {"act_bits": 0, "weight_bits": 3}, {"act_bits": 8, "group_size": 128, "weight_bits": 3},
+    {"act_bits": 0, "group_size": 128, "has_zeros": 1}, {"act_bits": 0, "weight_bits": 3},
+    {"act_bits": 8, "group_size": 128, "weight_bits": 3},
 ]  # fmt: skip
 
 

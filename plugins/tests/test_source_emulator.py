@@ -108,6 +108,17 @@ def test_slices_where_shared_memory_is_too_small(tokens: int, planner: Planner, 
     assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_more_ranks_than_threads(tokens: int, experts: int, planner: Planner, source_machine: SourceMachine) -> None:
+    """A short K leaves a block of decode with one warp, which collects all of h."""
+    mode = Mode("ranks", rank_shared=128, experts=experts)
+    layer, x = random_layer(mode, 128, 40), random_tokens(mode, tokens, 128)
+    outcome = run_linear(source_machine, planner, layer, x, "f16")
+    assert outcome.errors == []
+    assert relative_error(outcome.y, qe_linear(layer, x, "f16")) <= LIMIT["f16"]
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 200])
 @pytest.mark.parametrize("tokens", [2, 12, 33])
 def test_gpus_of_every_size(tokens: int, multiprocessors: int, planner: Planner, source_machine: SourceMachine) -> None:
