@@ -83,8 +83,10 @@ def standard_graph(linear: CanonicalLinear) -> bytes:
 @pytest.mark.parametrize(
     "mode", [MODES[0], MODES[1], MODES[12], MODES[13], *THREE_BITS, INT4_FACTORS], ids=lambda mode: mode.name
 )
-def test_onnx_runtime_and_ptx_agree(mode: Mode, planner: Planner, ptx_machine: PtxMachine) -> None:
-    linear, x = random_layer(mode, 256, 40), random_tokens(mode, 6, 256)
+@pytest.mark.parametrize("tokens", [3, 6])
+def test_onnx_runtime_and_ptx_agree(mode: Mode, tokens: int, planner: Planner, ptx_machine: PtxMachine) -> None:
+    """Where the product quantizes x itself, and where a launch before it does."""
+    linear, x = random_layer(mode, 256, 40), random_tokens(mode, tokens, 256)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")  # or it quantizes x again
     session = onnxruntime.InferenceSession(standard_graph(linear), options, providers=["CPUExecutionProvider"])

@@ -57,18 +57,18 @@ def run_lowered(
         **{name: add(array.view(np.uint8), name) for name, array in weights.items()},
     )
     errors = []
-    for launch in planner.launches(problem, buffers, Tactic()):
-        errors += machine.launch(launch, seed=1)
+    for i, launch in enumerate(planner.launches(problem, buffers, Tactic())):
+        errors += machine.launch(launch, seed=1, first=i == 0)
     return from_bits(y, "f16"), errors
 
 
-@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("tokens", [1, 33, 70])
 @pytest.mark.parametrize(("graph", "node"), LAYERS)
 def test_ptx_and_onnx_runtime_agree(
     graph: str, node: str, tokens: int, planner: Planner, ptx_machine: PtxMachine
 ) -> None:
-    model, x = layer(graph, node), layer_inputs(graph, node)[:tokens]
-    assert len(x) == tokens
+    model, x = layer(graph, node), layer_inputs(graph, node)
+    x = np.resize(x, (tokens, x.shape[1]))  # some have fewer tokens, which come again then
     expected = session(model).run(None, {model.graph.input[0].name: x[None]})[0][0]
     lowered = lower(model)
     bits = {each.name: each.i for node in lowered.graph.node for each in node.attribute if each.name.endswith("_bits")}
