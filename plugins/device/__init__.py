@@ -1,1 +1,1 @@
-"""Run the kernels on a real GPU through the driver API. Not yet run on hardware."""
+"""Check and time the kernels on a real GPU, through the driver API. Has run on one H100; see DEVICE.md."""
