@@ -13,7 +13,7 @@ NON_BLOCKING = 1  # of CUstream_flags
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
 
 _WITH_SUFFIX = {
-    "cuMemAlloc", "cuMemFree", "cuMemcpyHtoD", "cuMemcpyDtoH", "cuMemcpyDtoDAsync", "cuStreamBeginCapture",
+    "cuMemAlloc", "cuMemFree", "cuMemcpyHtoDAsync", "cuMemcpyDtoH", "cuMemcpyDtoDAsync", "cuStreamBeginCapture",
     "cuStreamDestroy", "cuEventDestroy",
 }  # fmt: skip
 

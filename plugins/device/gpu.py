@@ -100,13 +100,14 @@ class Gpu:
             self.driver.call("cuMemFree", ctypes.c_uint64(arena._start))  # noqa: SLF001 - this class owns its arenas
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
-        """Host to GPU."""
+        """Host to GPU, in the order of the stream."""
         flat = np.ascontiguousarray(array)
         if flat.nbytes:
             self.driver.call(
-                "cuMemcpyHtoD", ctypes.c_uint64(address), flat.ctypes.data_as(ctypes.c_void_p),
-                ctypes.c_size_t(flat.nbytes),
+                "cuMemcpyHtoDAsync", ctypes.c_uint64(address), flat.ctypes.data_as(ctypes.c_void_p),
+                ctypes.c_size_t(flat.nbytes), self.stream,
             )  # fmt: skip
+            self.synchronize()
 
     def read(self, address: int, size: int) -> NDArray[np.uint8]:
         """GPU to host, after all work of the stream."""
@@ -171,10 +172,12 @@ class Gpu:
         call = self.driver.call
         queue()  # kernels are loaded before the capture
         self.synchronize()
-        call("cuStreamBeginCapture", self.stream, cuda.RELAXED_CAPTURE)
-        queue()
         graph = ctypes.c_void_p()
-        call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
+        call("cuStreamBeginCapture", self.stream, cuda.RELAXED_CAPTURE)
+        try:
+            queue()
+        finally:
+            call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
         return self._replay(graph, repeats, warm_ups)
 
     def _replay(self, graph: ctypes.c_void_p, repeats: int, warm_ups: int) -> float:
