@@ -55,7 +55,7 @@ class Gpu:
     """The first GPU with the plugin's kernels.
 
     Args:
-        image: Contents of a fatbin or cubin.
+        image: Contents of a fatbin or cubin; None for no kernels.
         driver: CUDA's driver; tests give a stand-in.
 
     Attributes:
@@ -66,7 +66,7 @@ class Gpu:
         cuda: CUDA version of its driver, as the driver writes it: 13000 is 13.0.
     """
 
-    def __init__(self, image: bytes, driver: Driver) -> None:
+    def __init__(self, image: bytes | None, driver: Driver) -> None:
         self.driver = driver
         device = driver.integer("cuDeviceGet", 0)
         driver.call("cuCtxSetCurrent", driver.handle("cuDevicePrimaryCtxRetain", device))
@@ -78,7 +78,7 @@ class Gpu:
         self.capability = 10 * ask[cuda.MAJOR] + ask[cuda.MINOR]
         self.multiprocessors, self.l2_bytes = ask[cuda.MULTIPROCESSORS], ask[cuda.L2_BYTES]
         self.cuda = driver.integer("cuDriverGetVersion")
-        self._module = driver.handle("cuModuleLoadData", image)
+        self._module = None if image is None else driver.handle("cuModuleLoadData", image)
         self._functions: dict[bytes, tuple[ctypes.c_void_p, bool, int]] = {}  # with: may overlap, shared bytes granted
         self.stream = driver.handle("cuStreamCreate", cuda.NON_BLOCKING)
         self._events = [driver.handle("cuEventCreate", 0) for _ in range(2)]

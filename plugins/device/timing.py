@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class Plans:
     read_bytes: int
 
 
+def beyond_cache(gpu: Gpu) -> int:
+    """Bytes that the copies of a layer exceed together: 2.5 times the L2 cache."""
+    return max(16 << 20, 5 * gpu.l2_bytes // 2)
+
+
 class Stopwatch:
     """Times plans on the GPU.
 
@@ -54,11 +60,6 @@ class Stopwatch:
     def close(self) -> None:
         """Free the random memory."""
         self._stack.close()
-
-    @property
-    def beyond(self) -> int:
-        """Bytes that the copies of a layer exceed together: 2.5 times the L2 cache."""
-        return max(16 << 20, 5 * self._gpu.l2_bytes // 2)
 
     def measure(
         self, layers: list[Shape], tokens: int, block_rows: int, times: Callable[[Plans], list[float]]
@@ -94,11 +95,13 @@ class Stopwatch:
 
     def linear(self, shape: Shape, tokens: int, block_rows: int = 0) -> list[Row]:
         """Microseconds of one layer, and of its plan without the last launches."""
-        count = shapes.copies(layer_room(shape), self.beyond)
+        count = shapes.copies(layer_room(shape), beyond_cache(self._gpu))
 
         def times(plans: Plans) -> list[float]:
             # The whole plan is first: a part of it then finds the workspace as a whole one leaves it.
-            return [self._graph_time(plans, launches) / count for launches in range(len(plans.launches[0]), 0, -1)]
+            longest = len(plans.launches[0])
+            parts = [longest] if block_rows else range(longest, 0, -1)  # only the last launch knows of rows
+            return [self._graph_time(plans, launches) / count for launches in parts]
 
         taken, plans = self.measure([shape] * count, tokens, block_rows, times)
         longest = len(plans.launches[0])
@@ -111,13 +114,13 @@ class Stopwatch:
             for left_out, microseconds in enumerate(taken)
         ]  # fmt: skip
 
-    def step(self, layers: list[Shape], tokens: int) -> Row:
-        """Microseconds of different layers in a row."""
+    def step(self, layers: list[Shape], tokens: int) -> list[Row]:
+        """Microseconds of different layers in a row; one row."""
         taken, plans = self.measure(layers, tokens, 0, lambda plans: [self._graph_time(plans, None)])
-        return {
+        return [{
             "tokens": tokens, "mode": layers[0].way.name, "launches": sum(map(len, plans.launches)),
             "bytes": plans.read_bytes, "microseconds": taken[0],
-        }  # fmt: skip
+        }]  # fmt: skip
 
     def _graph_time(self, plans: Plans, launches: int | None) -> float:
         chosen = [launch for plan in plans.launches for launch in plan[:launches]]
@@ -137,31 +140,34 @@ def copied_gb_per_second(gpu: Gpu) -> float:
         return 2e-3 * COPIED / gpu.graph_time(lambda: gpu.copy(to, source, COPIED))
 
 
-def step_rows(watch: Stopwatch) -> Iterator[Row | str]:
-    """Whole steps: the layers of all blocks. A text says what does not fit."""
+def step_rows(watch: Stopwatch, deadline: float) -> Iterator[Row]:
+    """Whole steps, the layers of all blocks, until `deadline` (of time.monotonic), or {"what": ..., "skipped": why}."""
     for model, pairs in shapes.MODELS.items():
         for tokens in shapes.STEP_TOKENS:
             for way in shapes.WAYS:
-                layers = [Shape(k, n, way) for _ in range(shapes.BLOCKS) for k, n in pairs]
-                try:
-                    yield {"model": model, "blocks": shapes.BLOCKS, **watch.step(layers, tokens)}
-                except NoMemoryError:
-                    yield f"step of {model}, {way.name}"
+                layers = [Shape(k, n, way) for k, n in pairs] * shapes.BLOCKS
+                what = f"step of {model} at {tokens} tokens, {way.name}"
+                for row in _in_time(what, deadline, partial(watch.step, layers, tokens)):
+                    yield {"model": model, "blocks": shapes.BLOCKS, **row} if "mode" in row else row
 
 
-def linear_rows(watch: Stopwatch, deadline: float) -> Iterator[Row | str]:
-    """Single layers until `deadline` (of time.monotonic). A text says what is left out."""
+def linear_rows(watch: Stopwatch, deadline: float) -> Iterator[Row]:
+    """Single layers until `deadline` (of time.monotonic), or {"what": ..., "skipped": why}."""
     for tokens in shapes.TOKENS:
         for model, pairs in shapes.MODELS.items():
             for k, n in pairs:
                 for way in shapes.WAYS:
                     for block_rows in (0, 128) if tokens >= 256 and way.act_bits else (0,):
-                        if time.monotonic() > deadline:
-                            yield f"{k} x {n} at {tokens} tokens"
-                            continue
-                        try:
-                            rows = watch.linear(Shape(k, n, way), tokens, block_rows)
-                        except NoMemoryError:
-                            yield f"{k} x {n} at {tokens} tokens"
-                            continue
-                        yield from ({"model": model, **row} for row in rows)
+                        what = f"{k} x {n} at {tokens} tokens, {way.name}"
+                        measure = partial(watch.linear, Shape(k, n, way), tokens, block_rows)
+                        for row in _in_time(what, deadline, measure):
+                            yield {"model": model, **row} if "mode" in row else row
+
+
+def _in_time(what: str, deadline: float, measure: Callable[[], list[Row]]) -> list[Row]:
+    if time.monotonic() > deadline:
+        return [{"what": what, "skipped": "The time was up."}]
+    try:
+        return measure()
+    except NoMemoryError:
+        return [{"what": what, "skipped": "The GPU has too little memory."}]
