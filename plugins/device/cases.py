@@ -1,4 +1,4 @@
-"""What the kit checks: small shapes with tails in every mode, and layers as large as a model's, with their references."""
+"""What the kit checks, with references: small shapes with tails in every mode, and layers as large as a model's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Request:
         mode: How it is quantized.
         k: in_features.
         n: out_features.
-        tokens: Numbers of tokens. The rows of x do not depend on each other, so a short prompt is the start of a long one.
+        tokens: Numbers of tokens. Rows of x do not depend on each other: a short prompt is the start of a long one.
         seed: Of its contents.
         real: Whether it is as large as a model's; then more tactics run.
     """

@@ -3,8 +3,8 @@
     python -m device.check OUT.json [--seconds S] [--quick] [--kernels FILE] [--commit TEXT]
 
 Results first: every mode against the float64 reference, small shapes and real ones. Then times: memory, whole steps and
-single layers of Qwen2-VL-2B and 7B, and the same by peers in a process of their own. The exit code is 1 when anything is
-wrong.
+single layers of Qwen2-VL-2B and 7B, and the same by peers in a process of their own. The exit code is 1 when anything
+is wrong.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def check(report: Report, gpu: Gpu, planner: Planner, seconds: float, *, quick: 
     if quick:
         report.skipped["times"] = "--quick was given."
     else:
-        found = run_peers(list(peer_process.NAMES), timing.beyond_cache(gpu), max(10.0, seconds - (time.monotonic() - began)))
+        found = run_peers(
+            list(peer_process.NAMES), timing.beyond_cache(gpu), max(10.0, seconds - (time.monotonic() - began))
+        )
         report.peer_linears, report.peer_steps = found.linears, found.steps
         report.torch = found.torch or "not used"
         report.skipped.update(found.skipped)

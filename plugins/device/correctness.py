@@ -1,8 +1,8 @@
 """Results of the kernels against the float64 reference.
 
-Every plan runs twice, its launches back to back. Before each run y and the workspace hold bytes of 0xFF, which is NaN. A
-result is right when y agrees with the reference, both runs have the same bits, the counters are zero again, and nothing
-behind y and the workspace has changed.
+Every plan runs twice, its launches back to back. Before each run y and the workspace hold bytes of 0xFF, which is NaN.
+A result is right when y agrees with the reference, both runs have the same bits, the counters are zero again, and
+nothing behind y and the workspace has changed.
 """
 
 from __future__ import annotations
@@ -118,19 +118,15 @@ class Checker:
         mode, n = case.request.mode, case.request.n
         runs = [self._run(case, tokens, tactic, buffers) for _ in range(2)]
         bits = [run[0].view(np.uint16).reshape(tokens, n) for run in runs]
-        error, rerouted = error_of(
-            from_bits(bits[0], mode.dtype), case.reference[:tokens], case.equal_scores[:tokens]
-        )
-        same = bool(np.array_equal(*bits))
+        error, rerouted = error_of(from_bits(bits[0], mode.dtype), case.reference[:tokens], case.equal_scores[:tokens])
+        same = bool(np.array_equal(bits[0], bits[1]))
         zero, in_bounds = (all(run[i] for run in runs) for i in (1, 2))
         return Result(
             mode.name, case.request.k, n, tokens, tactic.block_rows, tactic.decode_warps, tactic.multiprocessors,
             error, rerouted, same, zero, in_bounds, error <= LIMIT[mode.dtype] and same and zero and in_bounds,
         )  # fmt: skip
 
-    def _run(
-        self, case: Case, tokens: int, tactic: Tactic, buffers: Buffers
-    ) -> tuple[NDArray[np.uint8], bool, bool]:
+    def _run(self, case: Case, tokens: int, tactic: Tactic, buffers: Buffers) -> tuple[NDArray[np.uint8], bool, bool]:
         """Bytes of y, whether the counters are zero, and whether the guards are as they were."""
         gpu, problem = self.gpu, case.problem(tokens)
         y_bytes, room = 2 * tokens * case.request.n, self.planner.workspace_bytes(problem)

@@ -97,7 +97,7 @@ class Gpu:
             yield arena
         finally:
             self.synchronize()
-            self.driver.call("cuMemFree", ctypes.c_uint64(arena._start))  # noqa: SLF001 - this class owns its arenas
+            self.driver.call("cuMemFree", ctypes.c_uint64(arena._start))
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
         """Host to GPU, in the order of the stream."""

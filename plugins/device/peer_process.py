@@ -2,7 +2,8 @@
 
     python -m device.peer_process --out FILE --beyond BYTES --seconds S PEER...
 
-Writes one JSON line for everything that it finds: {"start": peer}, a row, {"peer": ..., "what": ..., "skipped": why}, {"done": peer}.
+Writes one JSON line for everything that it finds: {"start": peer}, a row,
+{"peer": ..., "what": ..., "skipped": why}, {"done": peer}.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ class Bench:
         """The layers of all blocks in FP16."""
         many = pairs * shapes.BLOCKS
         body = float16_step(self.torch, many, tokens, self.device)
-        return {
-            "blocks": shapes.BLOCKS, "tokens": tokens, "launches": len(many),
-            "bytes": sum(2 * (k * n + tokens * (k + n)) for k, n in many), "microseconds": self.measure(self.torch, body),
-        }  # fmt: skip
+        size = sum(2 * (k * n + tokens * (k + n)) for k, n in many)
+        return {"blocks": shapes.BLOCKS, "tokens": tokens, "launches": len(many), "bytes": size,
+                "microseconds": self.measure(self.torch, body)}  # fmt: skip
 
     def rows(self, peer: Peer, deadline: float) -> Iterator[Row]:
         """Steps, where the peer has them, and products until `deadline` (of time.monotonic)."""
         if peer.name == FLOAT16:
             for model, pairs in shapes.MODELS.items():
                 for tokens in shapes.STEP_TOKENS:
-                    yield self._row(peer, f"step of {model} at {tokens} tokens", model, partial(self.step, pairs, tokens))
+                    yield self._row(
+                        peer, f"step of {model} at {tokens} tokens", model, partial(self.step, pairs, tokens)
+                    )
         failures = 0
         for tokens in shapes.TOKENS:
             if not peer.least_tokens <= tokens <= peer.most_tokens:

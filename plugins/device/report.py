@@ -99,7 +99,9 @@ def whole_plans(rows: Iterable[Row]) -> list[Row]:
     best: dict[Key, Row] = {}
     for row in rows:
         key = (*_key(row), row["mode"])
-        if row["launches"] == row["of_launches"] and (key not in best or row["microseconds"] < best[key]["microseconds"]):
+        if row["launches"] == row["of_launches"] and (
+            key not in best or row["microseconds"] < best[key]["microseconds"]
+        ):
             best[key] = row
     return list(best.values())
 
@@ -107,9 +109,11 @@ def whole_plans(rows: Iterable[Row]) -> list[Row]:
 def table(title: str, head: list[str], rows: list[list[str]]) -> str:
     """Columns as wide as their widest cell, numbers to the right."""
     lines = [[title, *head], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))  # noqa: B905 - Python 3.10 has strict, all lines are as long
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
         for line in lines
     )
 

@@ -11,10 +11,10 @@ MODELS = {
 """in_features and out_features of a block's merged linears: q/k/v, o, gate/up, down."""
 
 BLOCKS = 28  # of both models
-TOKENS = (1, 1024, 64, 8, 16, 256, 4, 4096)
+TOKENS: tuple[int, ...] = (1, 1024, 64, 8, 16, 256, 4, 4096)
 """In the order of their use: when the time is up, what is left out is left out of every layer."""
 
-STEP_TOKENS = (1, 1024)
+STEP_TOKENS: tuple[int, ...] = (1, 1024)
 MOST_COPIES = 128
 
 

@@ -16,7 +16,7 @@ from device.gpu import ALIGNMENT, Gpu, round_up
 
 NAME = "TensorRT INT4 g128"
 GROUP = 128
-MODULES = ("tensorrt", "tensorrt_rtx")
+MODULES: tuple[str, ...] = ("tensorrt", "tensorrt_rtx")
 TOKENS = (1, 1024, 64)  # fewer than elsewhere: each takes an engine
 
 

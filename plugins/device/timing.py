@@ -1,4 +1,4 @@
-"""Times of the kernels: single linear layers, their first launches, and whole steps, in CUDA graphs with cold weights."""
+"""Times of the kernels in CUDA graphs, with cold weights: single layers, their first launches, and whole steps."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Peer:
 
     Attributes:
         name: What the file calls it.
-        make: Given torch, in_features, out_features, tokens, copies and the device: what multiplies with every copy once.
+        make: Given torch, in_features, out_features, tokens, copies and device: what multiplies with every copy once.
         weight_bits: Bits of a weight in memory.
         least_tokens: Fewest tokens that it takes.
         most_tokens: Most tokens for which it is made.
@@ -39,15 +39,15 @@ def float16(torch: Any, k: int, n: int, tokens: int, count: int, device: str) ->
 
 
 def int8(torch: Any, k: int, n: int, tokens: int, count: int, device: str) -> Body:  # noqa: ANN401
-    """cuBLAS's integer product alone, without quantizing x or scaling y."""
+    """CuBLAS's integer product alone, without quantizing x or scaling y."""
     weights = [torch.randint(-127, 127, (n, k), device=device, dtype=torch.int8) for _ in range(count)]
     x = torch.randint(-127, 127, (tokens, k), device=device, dtype=torch.int8)
-    return lambda: [torch._int_mm(x, weight.t()) for weight in weights]  # noqa: SLF001 - torch has no public name
+    return lambda: [torch._int_mm(x, weight.t()) for weight in weights]
 
 
 def int4(torch: Any, k: int, n: int, tokens: int, count: int, device: str) -> Body:  # noqa: ANN401
-    """torch's weight-only product: bfloat16 x, groups of 128."""
-    product, shape = torch.ops.aten._weight_int4pack_mm, (n // 8, k // 128, 32, 4)  # noqa: SLF001
+    """The weight-only product: bfloat16 x, groups of 128."""
+    product, shape = torch.ops.aten._weight_int4pack_mm, (n // 8, k // 128, 32, 4)
     weights = [torch.randint(0, 2**31 - 1, shape, device=device, dtype=torch.int32) for _ in range(count)]
     x = torch.randn(tokens, k, device=device).bfloat16()
     scales = torch.rand(k // 128, n, 2, device=device).bfloat16()
