@@ -7,6 +7,7 @@ nothing behind y and the workspace has changed.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ from tests.cases import LIMIT
 
 GUARD = 4096  # bytes behind y and behind the workspace that no kernel may touch
 REROUTED = 0.05  # relative error of a token from which on it went to another expert
-WORKERS = 4  # cases that are prepared while the GPU runs others; each takes up to 1 GB
+WORKERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # that prepare cases ahead; each takes up to 1 GB
 
 
 @dataclass(frozen=True)

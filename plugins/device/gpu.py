@@ -78,6 +78,7 @@ class Gpu:
         self.capability = 10 * ask[cuda.MAJOR] + ask[cuda.MINOR]
         self.multiprocessors, self.l2_bytes = ask[cuda.MULTIPROCESSORS], ask[cuda.L2_BYTES]
         self.cuda = driver.integer("cuDriverGetVersion")
+        self._image = image  # a driver may load kernels from it later
         self._module = None if image is None else driver.handle("cuModuleLoadData", image)
         self._functions: dict[bytes, tuple[ctypes.c_void_p, bool, int]] = {}  # with: may overlap, shared bytes granted
         self.stream = driver.handle("cuStreamCreate", cuda.NON_BLOCKING)

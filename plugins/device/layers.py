@@ -112,7 +112,7 @@ class RandomMemory:
 
     def __init__(self, gpu: Gpu, arena: Arena) -> None:
         rng = np.random.default_rng(0)
-        self._gpu, self._at = gpu, 0
+        self.gpu, self._at = gpu, 0
         self._bytes = arena.put(rng.integers(0, 256, POOL, np.uint8))
         self._halves = arena.put((rng.standard_normal(POOL // 2, np.float32) / 64).astype(np.float16))
 
@@ -122,7 +122,7 @@ class RandomMemory:
         while done < size:
             start = self._at % POOL
             part = min(size - done, POOL - start)
-            self._gpu.copy(address + done, pool + start, part)
+            self.gpu.copy(address + done, pool + start, part)
             done += part
             self._at += round_up(part, ALIGNMENT) + 4 * ALIGNMENT
 
@@ -133,18 +133,23 @@ def layer_room(shape: Shape) -> int:
 
 
 class Layer:
-    """A layer in GPU memory."""
+    """A layer in GPU memory.
 
-    def __init__(self, shape: Shape, arena: Arena, memory: RandomMemory, small: dict[str, NDArray[Any]]) -> None:
+    Args:
+        shape: Its sizes.
+        arena: Gives `layer_room(shape)` bytes.
+        random: Contents of large tensors.
+        small: Addresses of what to copy into the others.
+    """
+
+    def __init__(self, shape: Shape, arena: Arena, random: RandomMemory, small: dict[str, int]) -> None:
         self.shape = shape
-        self.addresses = {}
+        self.addresses = {name: arena.take(size) for name, size in shape.sizes.items()}
         for name, size in shape.sizes.items():
             if name in small:
-                self.addresses[name] = arena.put(small[name])
+                random.gpu.copy(self.addresses[name], small[name], size)
             else:
-                self.addresses[name] = arena.take(size)
-                sixteen_bit = name in {"down", "up"} and shape.way.adapter_bits == 16
-                memory.fill(self.addresses[name], size, halves=sixteen_bit)
+                random.fill(self.addresses[name], size, halves=name in {"down", "up"} and shape.way.adapter_bits == 16)
 
     def launches(self, planner: Planner, tokens: int, tactic: Tactic, shared: dict[str, int]) -> list[Launch]:
         """The plan's launches; `shared` has the addresses of x, y, workspace and counters."""

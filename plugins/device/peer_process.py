@@ -110,19 +110,26 @@ def missing(name: str) -> str | None:
 
 
 def peer_rows(names: list[str], bench: Callable[[], Bench], seconds: float, beyond: int) -> Iterator[Row]:
-    """Everything that the process writes. Peers share the time; what one leaves is the others'."""
+    """Everything that the process writes. cuBLAS FP16, which ratios need, has all the time; others share the rest."""
     ends, made = time.monotonic() + seconds, None
-    for i, name in enumerate(names):
+    reasons = {name: missing(name) for name in names}
+    left = sum(why is None for why in reasons.values())
+    for name, why in reasons.items():
         yield {"start": name}
-        deadline = time.monotonic() + max(0.0, ends - time.monotonic()) / (len(names) - i)
-        if (why := missing(name)) is not None:
+        if why is not None:
             yield {"peer": name, "skipped": why}
-        elif name == tensorrt_int4.NAME:
-            yield from ({"peer": name, **row} for row in tensorrt_int4.rows(deadline, beyond))
-        else:
+            yield {"done": name}
+            continue
+        if name != tensorrt_int4.NAME:
             made = made or bench()
             yield {"torch": made.torch.__version__}
+        now = time.monotonic()
+        deadline = ends if name == FLOAT16 else now + max(0.0, ends - now) / left
+        if name == tensorrt_int4.NAME or made is None:
+            yield from ({"peer": name, **row} for row in tensorrt_int4.rows(deadline, beyond))
+        else:
             yield from made.rows(next(peer for peer in PEERS if peer.name == name), deadline)
+        left -= 1
         yield {"done": name}
 
 

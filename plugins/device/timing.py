@@ -77,13 +77,17 @@ class Stopwatch:
         counters = max(planner.counter_bytes(problem) for problem in problems)
         room = sum(round_up(max(size, 1), ALIGNMENT) for size in (x, y, workspace, counters))
         small = {shape: small_tensors(shape) for shape in different}
+        room += sum(round_up(array.nbytes, ALIGNMENT) for tensors in small.values() for array in tensors.values())
         tactic = Tactic(block_rows, 0, gpu.multiprocessors)
         with gpu.arena(room + sum(layer_room(shape) for shape in layers)) as arena:
             shared = {"x": arena.take(x), "y": arena.take(y), "workspace": arena.take(workspace),
                       "counters": arena.take(counters)}  # fmt: skip
             self._random.fill(shared["x"], x, halves=True)
             gpu.fill(shared["counters"], 0, counters)
-            made = [Layer(shape, arena, self._random, small[shape]) for shape in layers]
+            sources = {
+                shape: {name: arena.put(array) for name, array in tensors.items()} for shape, tensors in small.items()
+            }
+            made = [Layer(shape, arena, self._random, sources[shape]) for shape in layers]
             plans = Plans(
                 [layer.launches(planner, tokens, tactic, shared) for layer in made],
                 sum(shape.read_bytes(tokens) for shape in layers),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from device import cases, check, correctness, layers, peers, shapes, tensorrt_int4, timing
+from device.chip import chip
 from device.driver import DeviceError, Driver
 from device.gpu import Gpu
 from emulator.build import ROOT, plan_library, source_emulator
@@ -217,6 +218,10 @@ def test_too_little_memory_is_a_reason(gpu: Gpu, monkeypatch: pytest.MonkeyPatch
     watch = timing.Stopwatch(gpu, Planner.load(plan_library()))
     rows = [*timing.step_rows(watch, float("inf")), *timing.step_rows(watch, 0.0)]
     assert {row["skipped"] for row in rows} == {"The GPU has too little memory.", "The time was up."}
+
+
+def test_the_chip_that_kernels_are_assembled_for(libcuda: str) -> None:
+    assert chip(Driver(libcuda)) == 90
 
 
 def test_the_driver_names_what_failed(libcuda: str) -> None:
