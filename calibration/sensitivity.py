@@ -7,7 +7,7 @@ memory, one block in float32 with its activations, and the hidden states between
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from qe_edge.device import CPU, to_device
 from qe_edge.errors import ArtifactError, CalibrationError, ModelError, NumericalError
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
@@ -70,6 +71,7 @@ def output_gradients(
     *,
     of: Of = "answers",
     seed: int = 0,
+    device: torch.device = CPU,
 ) -> dict[str, Sensitivity]:
     """Sensitivities of the linear layers `names` on calibration batches; the model is left as it was.
 
@@ -82,6 +84,7 @@ def output_gradients(
         progress: Where to report progress.
         of: What the loss is of.
         seed: Of the random numbers that "predictions" need.
+        device: Where the model runs: what is outside its blocks as a whole, and each block when its turn comes.
 
     Raises:
         ModelError: If the loss is of answers and the model predicts no tokens, or a name is no linear layer of a block.
@@ -96,12 +99,15 @@ def output_gradients(
     language = _linears_of_blocks(loaded, names)
     meters = {name: _Meter(in_language) for name, in_language in language.items()}
     samples = sum(len(encoded.input_ids) for encoded in batches)
-    with _measuring(loaded, meters), track(progress or Silent(), "Measuring gradients", len(batches)) as tracked:
+    with (
+        _measuring(loaded, meters, device),
+        track(progress or Silent(), "Measuring gradients", len(batches)) as tracked,
+    ):
         for number, encoded in enumerate(batches):
             for meter in meters.values():
                 meter.begin(encoded)
             generator = torch.Generator().manual_seed(seed + number) if of == "predictions" else None
-            loss = _loss(loaded, encoded, generator)
+            loss = _loss(loaded, encoded, generator, device)
             if loss is not None and not bool(torch.isfinite(loss)):
                 first = sum(len(one.input_ids) for one in batches[:number]) + 1
                 last = first + len(encoded.input_ids) - 1
@@ -248,17 +254,19 @@ def _linears_of_blocks(loaded: LoadedModel, names: Sequence[str]) -> dict[str, b
     return found
 
 
-def _loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | None) -> Tensor | None:
+def _loss(
+    loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | None, device: torch.device
+) -> Tensor | None:
     """The loss summed over the label tokens of a batch, of the predictions with a generator; None without any."""
+    inputs = to_device(loaded.family.torch_inputs(encoded), device)
     if generator and not predicts_tokens(loaded):
-        return _feature_loss(loaded, encoded, generator)
+        return _feature_loss(loaded, inputs, generator)
     labels = labels_of(encoded)
     if not labels.any():
         return None
     rows, columns = (torch.from_numpy(index) for index in np.nonzero(labels))
     length = labels.shape[1]
     keep = length - int(columns.min()) + 1  # logits from the position before the first label on
-    inputs = loaded.family.torch_inputs(encoded)
     logits = loaded.model(**inputs, use_cache=False, logits_to_keep=keep).logits
     predicted: Tensor = logits[rows, columns - 1 - (length - keep)].float()
     if generator:
@@ -267,17 +275,17 @@ def _loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | No
     return nn.functional.cross_entropy(predicted, wanted, reduction="sum")
 
 
-def _feature_loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generator) -> Tensor:
+def _feature_loss(loaded: LoadedModel, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """A random projection of an encoder's features: mean squares of its gradients are those of their distance."""
-    states = loaded.model(**loaded.family.torch_inputs(encoded)).last_hidden_state.float()
+    states = loaded.model(**inputs).last_hidden_state.float()
     drawn = torch.randn(states.shape, generator=generator).to(states.device)
     drawn[:, 1:] /= max(states.shape[1] - 1, 1) ** 0.5
     return (nn.functional.normalize(states, dim=-1) * drawn).sum()
 
 
 @contextmanager
-def _measuring(loaded: LoadedModel, meters: dict[str, _Meter]) -> Iterator[None]:
-    """Blocks run in float32 and are run again for their gradients; the layers of `meters` report theirs."""
+def _measuring(loaded: LoadedModel, meters: dict[str, _Meter], device: torch.device) -> Iterator[None]:
+    """Blocks run in float32 on a device and are run again for their gradients; the layers of `meters` report theirs."""
     blocks = loaded.family.blocks(loaded.model)
     wanted = {block.name for block in blocks if any(name.startswith(f"{block.name}.") for name in meters)}
 
@@ -294,23 +302,23 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter]) -> Iterator[None]
         for parameter in parameters:
             parameter.requires_grad_(False)
         streamed = {id(module) for block in blocks for module in block.module.modules()}
-        stack.enter_context(_in_float32([m for m in loaded.model.modules() if id(m) not in streamed]))
+        stack.enter_context(_in_float32([m for m in loaded.model.modules() if id(m) not in streamed], device))
         modules = dict(loaded.model.named_modules())
         for name, meter in meters.items():
             stack.callback(modules[name].register_forward_hook(hook(meter)).remove)
-        replaced = [(block.module, _recomputed(loaded, block, block.name in wanted)) for block in blocks]
+        replaced = [(block.module, _recomputed(loaded, block, device, wanted=block.name in wanted)) for block in blocks]
         stack.enter_context(patched(replaced))
         stack.enter_context(torch.enable_grad())
         yield
 
 
-def _recomputed(loaded: LoadedModel, block: Block, wanted: bool) -> Callable[..., Tensor]:
+def _recomputed(loaded: LoadedModel, block: Block, device: torch.device, *, wanted: bool) -> Callable[..., Tensor]:
     """A block's forward that keeps only its input; `wanted` blocks ask for gradients even where nothing before does."""
     original, modules = block.module.forward, list(block.module.modules())
 
     @contextmanager
     def ready() -> Iterator[None]:
-        with loaded.stored.held(block.name, block.module), _in_float32(modules):
+        with loaded.stored.held(block.name, block.module), _in_float32(modules, device):
             yield
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
@@ -352,14 +360,15 @@ class _Recompute(torch.autograd.Function):
 
 
 @contextmanager
-def _in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Own parameters and buffers of `modules` in float32; afterwards the very tensors from before are back."""
+def _in_float32(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Own parameters and buffers of `modules` in float32 on a device; afterwards the tensors from before are back."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     for module in modules:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point() and tensor.dtype != torch.float32 and id(tensor) not in kept:
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            if (tensor.dtype, tensor.device) != (dtype, device) and id(tensor) not in kept:
                 kept[id(tensor)] = (tensor, tensor.data)
-                tensor.data = tensor.data.float()
+                tensor.data = tensor.data.to(device).to(dtype)  # half as many bytes to the device
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from qe_edge.device import CPU
 from qe_edge.errors import NumericalError, QENotice
 from qe_edge.int8_products import add_gram, round_channels, rounds_gram
 from qe_edge.magnitudes import check_tokens
+from qe_edge.matrices import Matrix, picked, to_tensor
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
 TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time
@@ -51,8 +52,9 @@ class InputStatistics:
         dropped: Tokens left out because they held NaN or infinity.
         abs_mean: `[in]` float64, mean of |x|.
         abs_max: `[in]` float64, largest |x|.
-        gram: `[in, in]` `X^T X / T`, float64 up to `DOUBLE_WIDTH` inputs and float32 beyond, or None.
-        tokens: `[sample, in]` float32, a sample in stream order; all tokens when there are few.
+        gram: `[in, in]` `X^T X / T`, float64 up to `DOUBLE_WIDTH` inputs and float32 beyond, or None; where the layer
+            is quantized.
+        tokens: `[sample, in]` float32, a sample in stream order; all tokens when there are few; there too.
         importance: `[sample, k]` int32 important channels of every sampled token, or None.
         token_kind: `[sample]` int8, what every sampled token is: 1 image, 2 reference answer, 0 anything else.
     """
@@ -61,8 +63,8 @@ class InputStatistics:
     dropped: int
     abs_mean: np.ndarray
     abs_max: np.ndarray
-    gram: np.ndarray | None
-    tokens: np.ndarray
+    gram: Matrix | None
+    tokens: Matrix
     importance: np.ndarray | None
     token_kind: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
 
@@ -79,15 +81,23 @@ class StatisticsCollector:
         weights: For every problem the weight `[out, in]` that reads this input.
         request: What to measure.
         seed: Seed of the token sample.
+        device: Where the layer is quantized, and the Gram matrix and the sample stay.
     """
 
     def __init__(
-        self, name: str, in_features: int, weights: Sequence[Tensor], request: StatisticsRequest, seed: int
+        self,
+        name: str,
+        in_features: int,
+        weights: Sequence[Tensor],
+        request: StatisticsRequest,
+        seed: int,
+        device: torch.device = CPU,
     ) -> None:
         self.name = name
         self.request = request
         self._channel_weight = [weight.detach().float().abs().mean(0).cpu() for weight in weights]
-        self._gram = GramMatrix(in_features) if request.gram else None
+        self._device = device
+        self._gram = GramMatrix(in_features, device) if request.gram else None
         self._abs_sum = np.zeros(in_features, np.float64)
         self._abs_max = np.zeros(in_features, np.float64)
         self._count = 0
@@ -95,7 +105,12 @@ class StatisticsCollector:
         # priorities come from one stream, so the sample does not depend on how the tokens are cut into chunks
         self._random = np.random.default_rng(seed)
         size = request.tokens
-        self._tokens = np.empty((size, in_features), np.float32)  # memory that is never written is never taken
+        # memory of the CPU that is never written is never taken
+        self._tokens: Matrix = (
+            np.empty((size, in_features), np.float32)
+            if device == CPU
+            else torch.empty(size, in_features, device=device)
+        )
         self._priority, self._rows, self._kinds = np.empty(size), np.empty(size, np.int64), np.empty(size, np.int8)
         self._filled = 0
 
@@ -152,7 +167,7 @@ class StatisticsCollector:
             )
         order = np.argsort(self._rows[: self._filled], kind="stable")
         gram = None if self._gram is None else self._gram.mean(self._count)
-        tokens, kinds = self._tokens[order], self._kinds[order]
+        tokens, kinds = picked(self._tokens, order), self._kinds[order]
         del self._tokens
         return [
             InputStatistics(
@@ -168,12 +183,13 @@ class StatisticsCollector:
             for weight in self._channel_weight
         ]
 
-    def _important(self, tokens: np.ndarray, weight: Tensor) -> np.ndarray | None:
+    def _important(self, tokens: Matrix, weight: Tensor) -> np.ndarray | None:
         """Top-k lists of the sampled tokens for one problem."""
         if not self.request.important:
             return None
         starts = range(0, max(len(tokens), 1), TOP_TOKENS)
-        parts = [torch.from_numpy(tokens[start : start + TOP_TOKENS]) for start in starts]
+        parts = [to_tensor(tokens[start : start + TOP_TOKENS]) for start in starts]
+        weight = weight.to(parts[0].device)
         return np.concatenate([top_channels(part.abs() * weight, self.request.important) for part in parts])
 
     def _sample(self, tokens: Tensor, kinds: np.ndarray) -> None:
@@ -204,11 +220,14 @@ class StatisticsCollector:
         kinds: np.ndarray,
     ) -> None:
         """Put the tokens `new` of a chunk at the places `free` of the sample."""
+        self._priority[free], self._rows[free], self._kinds[free] = priority[new], rows[new], kinds[new]
+        if isinstance(self._tokens, Tensor):
+            self._tokens[torch.from_numpy(free).to(self._device)] = picked(tokens.to(self._device), new)
+            return
         rows_of = tokens if tokens.device == CPU else tokens[torch.from_numpy(new).to(tokens.device)].cpu()
         values, sources = rows_of.numpy(), new if tokens.device == CPU else range(len(new))
         for place, source in zip(free, sources, strict=True):  # indexing would copy them twice
             self._tokens[place] = values[source]
-        self._priority[free], self._rows[free], self._kinds[free] = priority[new], rows[new], kinds[new]
 
 
 class GramMatrix:
@@ -218,18 +237,20 @@ class GramMatrix:
 
     Args:
         in_features: Width of the tokens.
+        device: Where the matrix is wanted.
     """
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, device: torch.device = CPU) -> None:
         double = in_features <= DOUBLE_WIDTH
+        self._device = device
         self._sum = np.zeros((in_features, in_features), np.float64 if double else np.float32, order="F")
         self._elsewhere: Tensor | None = None
         self._rounded = rounds_gram(in_features)
 
     def add(self, tokens: Tensor, largest: Tensor) -> None:
         """Add a chunk `[n, in]` float32, at most `CHUNK` tokens, given max |x| `[in]`; one on a GPU is added there."""
-        if tokens.device != CPU:
-            self.add_there(tokens)
+        if tokens.device != CPU or self._device != CPU:
+            self.add_there(tokens.to(self._device) if self._device != CPU else tokens)
         elif self._rounded:
             add_gram(torch.from_numpy(self._sum.T), *round_channels(tokens.numpy(), largest.numpy()))
         elif self._sum.dtype == np.float32:
@@ -238,14 +259,16 @@ class GramMatrix:
             self._sum += ssyrk(1.0, tokens.numpy().T, lower=1)
 
     def add_there(self, tokens: Tensor) -> None:
-        """Add a chunk by torch, where it is. On GPUs: not yet run on hardware."""
+        """Add a chunk by torch, where it is."""
         if self._elsewhere is None:
             dtype = torch.float64 if self._sum.dtype == np.float64 else torch.float32
             self._elsewhere = torch.zeros(self._sum.shape, dtype=dtype, device=tokens.device)
         self._elsewhere += tokens.T @ tokens
 
-    def mean(self, count: int) -> np.ndarray:
+    def mean(self, count: int) -> Matrix:
         """The whole symmetric matrix over `count` tokens `[in, in]`; ends the sum, which is not there twice."""
+        if self._elsewhere is not None and self._device != CPU:
+            return self._elsewhere.div_(count)
         if self._elsewhere is not None:
             self._sum += self._elsewhere.cpu().numpy()
         gram: np.ndarray = mirror_triangle(self._sum).T  # symmetric; this view is C-contiguous

@@ -1,10 +1,11 @@
 """Which device computes, what the processor multiplies fast, and how data gets to a device and back.
 
-On a GPU this has run on an H100 only, before CUDA's libraries were initialised here.
+On a GPU this has run on an H100 only, before CUDA's libraries were initialised here and layers stayed on the device.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from qe_edge.errors import ResourceError
 
 CPU = torch.device("cpu")
+_FULL = re.compile("out of memory|ALLOC_FAILED")  # of CUDA, cuBLAS and cuSOLVER
 
 
 def choose_device(name: str) -> torch.device:
@@ -50,6 +52,26 @@ def _initialised(device: torch.device) -> torch.device:
 
 
 @contextmanager
+def fitting(device: torch.device, what: str, remedy: str) -> Iterator[None]:
+    """What computes on a device inside says so in a sentence where its memory does not suffice.
+
+    Args:
+        device: The device.
+        what: That its memory should hold.
+        remedy: What to choose instead.
+
+    Raises:
+        ResourceError: In place of torch's errors.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # libraries of linear algebra have no kind of their own for it
+        if device == CPU or not (isinstance(error, torch.cuda.OutOfMemoryError) or _FULL.search(str(error))):
+            raise
+        raise ResourceError(f"The memory of {device} does not hold {what}.", remedy) from error
+
+
+@contextmanager
 def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     """A module is on a device while the context is open, and in the CPU's memory again afterwards.
 
@@ -59,15 +81,16 @@ def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     if device == CPU:
         yield
         return
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    kept = [(tensor, tensor.data) for tensor in tensors.values()]
     try:
-        module.to(device)
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise ResourceError(
-            f"The memory of {device} does not hold one block and its activations.", "Choose --device cpu."
-        ) from error
+        with fitting(device, "one block and its activations", "Choose --device cpu."):
+            for tensor, data in kept:
+                tensor.data = data.to(device)
+            yield
     finally:
-        module.to(CPU)
+        for tensor, data in kept:  # nothing changes them meanwhile
+            tensor.data = data
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - arguments of any block

@@ -7,7 +7,8 @@ section 8). The low-rank branches read the unquantized input.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from qe_edge.grids import (
     unpack_codes,
     unpack_int4,
 )
+
+Parts = TypeVar("Parts", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class QuantizedLinear:
     activation_bits: int
     inv_omega: Tensor | None = None
     adapters: Adapters | None = None
+
+    def to(self, device: torch.device) -> QuantizedLinear:
+        """The same with all tensors on a device."""
+        return moved_tensors(self, device)
 
     def split(self, sizes: Iterable[int]) -> list[QuantizedLinear]:
         """Cut a stacked problem back into its siblings of `sizes` output channels each."""
@@ -197,6 +204,17 @@ class QELinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
+
+
+def moved_tensors(parts: Parts, device: torch.device) -> Parts:
+    """A dataclass of tensors, or of such dataclasses, on a device."""
+    values = {one.name: getattr(parts, one.name) for one in fields(parts)}
+    changed = {
+        name: value.to(device) if isinstance(value, Tensor) else moved_tensors(value, device)
+        for name, value in values.items()
+        if isinstance(value, Tensor) or is_dataclass(value)
+    }
+    return replace(parts, **changed)
 
 
 def rank_mask(rank_shared: int, rank_routed: int, num_experts: int) -> Tensor:

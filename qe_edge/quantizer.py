@@ -27,7 +27,7 @@ from qe_edge.calibration.sensitivity import (
 )
 from qe_edge.calibration.sources import check_reached, hash_samples, load_samples
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector, StatisticsRequest
-from qe_edge.device import CPU, choose_device
+from qe_edge.device import CPU, choose_device, fitting
 from qe_edge.errors import CalibrationError
 from qe_edge.fingerprints import model_parts
 from qe_edge.groups import LinearGroup, linear_groups, set_module
@@ -53,6 +53,7 @@ from qe_edge.walk import BlockWalk
 from qe_edge.workfolder import WorkFolder
 
 GRADIENTS = "gradients.safetensors"  # in the work folder
+LAYER, SMALLER = "one layer and its calibration tokens", "Choose --device cpu, or a smaller option 'tokens'."
 BATCH = 8  # calibration samples per forward pass
 Result = TypeVar("Result")
 
@@ -81,8 +82,8 @@ def quantize(
         resume: Continue from the finished blocks in `work`, if they were made from the same.
         on_disk: Leave finished blocks in `work`, and blocks that are not quantized in the model's files, as
             placeholders that `save_quantized` follows. Otherwise the model that is returned is all in memory.
-        device: Where blocks run, Gram matrices are added up and codes are chosen: "auto" (a GPU if there is one),
-            "cpu", "cuda". Of GPUs only an H100 was tried.
+        device: Where blocks run and, of the methods qe, gptq and quarot, all of a layer's work is done from its input
+            to its codes: "auto" (a GPU if there is one), "cpu", "cuda". Of GPUs only an H100 was tried.
         progress: Where to report progress.
 
     Returns:
@@ -119,7 +120,7 @@ def quantize(
             folder = held.enter_context(WorkFolder.open(work, run, resume=resume).removed_if_useless())
         if spec.rotates:
             rotate_language_model(loaded, spec.seed)
-        with track(progress or Silent(), "Quantizing", total) as tracked:
+        with track(progress or Silent(), "Quantizing", total) as tracked, fitting(chosen_device, LAYER, SMALLER):
             _Run(loaded, spec, samples, folder, tracked, chosen_device, on_disk=on_disk).execute()
     if not on_disk:
         loaded.stored.read("", loaded.model)
@@ -158,6 +159,7 @@ class _Run:
         self.on_disk = on_disk
         self.progress = progress
         self.device = device
+        self.at_work = device if self.method.on_device else CPU  # where problems are solved
         family, processor = loaded.family, loaded.processor
         self.batches: list[Encoded] = [
             family.encode(processor, samples[start : start + BATCH], answers=True)
@@ -237,7 +239,7 @@ class _Run:
         groups = [group for block in blocks for group in linear_groups(block, self.loaded.family.siblings)]
         names = [name for group in groups for name in group.names]
         of: Of = "answers" if self.method.needs_gradients else "predictions"
-        found = output_gradients(self.loaded, self.batches, names, of=of, seed=self.recipe.seed)
+        found = output_gradients(self.loaded, self.batches, names, of=of, seed=self.recipe.seed, device=self.device)
         if self.folder:
             self.folder.expect(GRADIENTS)
             with atomic_file(self.folder.path / GRADIENTS) as part:
@@ -266,13 +268,13 @@ class _Run:
         own = self._own_statistics(statistics, weight) if statistics else None
         return LinearProblem(
             name,
-            weight,
+            weight.to(self.at_work),
             self.recipe.get_scheme(),
             own,
             self._seed(name),
             self.choices.get(name),
             self.modality_ratios.get(name, 1.0),
-            self.device,
+            self.at_work,
         )
 
     def _block(self, chain: Chain, position: int, block: Block) -> None:
@@ -314,7 +316,9 @@ class _Run:
                     important=max(request.important for request in requests),
                 )
                 name, first = group.names[0], group.linears[0]
-                collectors[first] = StatisticsCollector(name, first.in_features, weights, joint, self._seed(name))
+                collectors[first] = StatisticsCollector(
+                    name, first.in_features, weights, joint, self._seed(name), self.at_work
+                )
         return collectors
 
     def _problems(self, group: LinearGroup) -> list[tuple[list[int], Tensor]]:
@@ -356,7 +360,7 @@ class _Run:
 
     def _quantize(self, group: LinearGroup, members: list[int], problem: LinearProblem) -> dict[str, QELinear]:
         """The quantized layers of one problem."""
-        result = quantize_problem(self.method, problem)
+        result = quantize_problem(self.method, problem).to(CPU)
         factors = self._output_factors(group, members)
         if factors is not None:
             result = scaled_back(result, factors)

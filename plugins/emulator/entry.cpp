@@ -78,6 +78,14 @@ class EmulatedDevice final : public qe::Device {
     qe_emu::add_buffer(p, bytes, !contents, contents ? "an input" : "scratch");
     return reinterpret_cast<uintptr_t>(p);
   }
+  uint64_t Counters(size_t bytes) override {
+    void* p = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    memory_.push_back(p);
+    memset(p, 0, bytes);
+    qe_emu::add_buffer(p, bytes, true, "counters", true);
+    return reinterpret_cast<uintptr_t>(p);
+  }
+  int Multiprocessors() override { return 132; }
   const char* Run(const QePlan& plan) override {
     for (int i = 0; i < plan.count; ++i)
       if (qe_emu_launch(&plan.launch[i], i == 0, 1, 0, errors_, sizeof errors_)) return errors_;

@@ -1,7 +1,6 @@
 #include "../include/qe_edge/plan.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -13,7 +12,7 @@ namespace {
 constexpr int kDecodeLimit = 64;      // tokens; above it the tiled GEMM runs
 constexpr int kLoneLimit = 4;         // tokens that `main` can quantize itself
 constexpr int kGroupTokens = 16;      // tokens of one block in decode, where `main` does not
-constexpr int kSliceChunks = 256;      // of K that a slice has at least: blocks that meet take 3.5 us on an H100
+constexpr int kSliceChunks = 256;     // of K that a slice has at least: on an H100 no linear of a 2B or 7B model gains by slices
 constexpr int kMostSets = 8, kMostWarps = 12;  // of 32 columns that a block has at once, and of the block
 constexpr int kUnknownMultiprocessors = 16;
 constexpr int kMostMultiprocessors = 192;  // of any GPU, for the workspace
@@ -23,12 +22,6 @@ constexpr int kMaxExperts = 16;
 constexpr int kMaxSplits = 16, kMaxSlices = 8;
 constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq and of 8 * code * xq stay exact up to it
 constexpr int64_t kMaxPieces = int64_t{1} << 32;
-
-#ifdef QE_PLAN_TRY
-int Try(const char* name, int otherwise) { const char* v = getenv(name); return v ? atoi(v) : otherwise; }
-#else
-#define Try(name, otherwise) (otherwise)
-#endif
 
 int RoundUp(int v, int to) { return (v + to - 1) / to * to; }
 int Divide(int v, int by) { return (v + by - 1) / by; }
@@ -80,10 +73,10 @@ size_t SumBytes(const QeProblem& p, const Shape& s) {
 int Splits(const QeProblem& p, const Shape& s) {
   if (s.decode) {
     const int most = p.M <= kLoneLimit ? kMaxSplits : 4;  // `main` reads every slice's h
-    return std::clamp(std::min(Try("DOWNBLOCKS", 320) / std::max(1, s.down_tiles()), Divide(p.K, 128)), 1, most);
+    return std::clamp(std::min(320 / std::max(1, s.down_tiles()), Divide(p.K, 128)), 1, most);
   }
   const int blocks = s.down_blocks(p.M) * s.down_strips();
-  return std::clamp(std::min(Try("PREBLOCKS", 264) / std::max(1, blocks), Divide(p.K, 192)), 1, 8);
+  return std::clamp(std::min(264 / std::max(1, blocks), Divide(p.K, 384)), 1, 8);
 }
 
 // How a decode launch of `main` is cut: slices of K and sets of 32 columns, warps of a set, and blocks beside each other; and
@@ -122,9 +115,9 @@ Cut CutColumns(const QeProblem& p, const Shape& s, bool lone, int slices, int mu
   c.slices = Divide(chunks, c.slice_chunks);  // none is empty
   c.groups = lone ? 1 : s.token_groups();
   const int beside = std::max(1, multiprocessors / c.groups);
-  c.sets = c.slices > 1 ? 1 : std::clamp(Divide(blocks, beside), 1, Try("SETS", kMostSets));
+  c.sets = c.slices > 1 ? 1 : std::clamp(Divide(blocks, beside), 1, kMostSets);
   c.blocks = c.slices > 1 ? blocks : std::min(blocks, beside);
-  const int most = std::max(1, Try("WARPS", kMostWarps) / c.sets);
+  const int most = std::max(1, kMostWarps / c.sets);
   for (c.set_warps = std::clamp(set_warps ? set_warps : most, 1, std::min(most, c.slice_chunks));; --c.set_warps) {
     c.warp_chunks = Divide(c.slice_chunks, c.set_warps);
     PlaceShared(p, s, c);
@@ -140,7 +133,8 @@ Cut CutColumns(const QeProblem& p, const Shape& s, bool lone, int slices, int mu
 // Slices of K until every multiprocessor has a block, as long as each has some chunks of K.
 int Slices(const Shape& s, int multiprocessors) {
   const int blocks = s.Np / 32 * s.token_groups(), chunks = s.Kp / 128;
-  const int wanted = std::clamp(std::min(Divide(std::min(multiprocessors, kMostMultiprocessors), blocks), chunks / Try("MINCHUNKS", kSliceChunks)), 1, kMaxSlices);
+  const int to_fill = Divide(std::min(multiprocessors, kMostMultiprocessors), blocks);
+  const int wanted = std::clamp(std::min(to_fill, chunks / kSliceChunks), 1, kMaxSlices);
   return Divide(chunks, Divide(chunks, wanted));  // none is empty
 }
 
@@ -288,7 +282,7 @@ void PlanFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, const Wor
     down.router = s.experts ? At<void>(b.router) : nullptr;
     down.scores = At<float>(b.workspace + w.scores);
     down.next = At<void>(b.weight);
-    down.next_bytes = std::min<int64_t>(int64_t{s.Np} * s.Kp * p.weight_bits / 8, Try("NEXTBYTES", 12 << 20));
+    down.next_bytes = std::min<int64_t>(int64_t{s.Np} * s.Kp * p.weight_bits / 8, 12 << 20);
     snprintf(name, sizeof name, "qe_down_decode_a%d_%s", p.adapter_bits, Tag(p));
     // As many warps as have four blocks of 32 rows each, which they hold in registers.
     const int warps = std::clamp(Divide(Divide(Divide(p.K, 32), down.splits), 4), 1, 8);
@@ -319,7 +313,7 @@ void PlanPrefillFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, co
   a.h = At<void>(b.workspace + w.h);
   a.order = At<int32_t>(b.workspace + w.order);
   a.counters = At<uint32_t>(b.workspace + w.counters);
-  constexpr int kWarps = 4;
+  constexpr int kWarps = 8;
   snprintf(name, sizeof name, "qe_down_prefill_a%d_%s", p.adapter_bits, Tag(p));
   Fill(plan.launch[plan.count++], name, s.down_blocks(p.M), s.down_strips() * a.splits, kWarps * 32,
        32 * 4 + kWarps * 16 * 4 + 16 + kWarps * 4 * 4 * 4 * 128, a);
@@ -367,6 +361,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   const int rows = t.block_rows ? t.block_rows : 64;
   snprintf(name, sizeof name, "qe_prefill_%s_%s", Variant(p), Tag(p));
   Fill(launch, name, Divide(p.N, 128), Divide(p.M, rows), rows * 2, PrefillShared(p, rows), a);
+  launch.overlaps = 0;  // its blocks would gather on the multiprocessors that are free first
 }
 
 }  // namespace

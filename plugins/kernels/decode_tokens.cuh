@@ -30,7 +30,7 @@ struct Tokens {
 template <class T>
 QE_DEV void collect_h(const MainArgs& p, int m, int row, int column, int columns, uint16_t* h) {
   const float* part = p.partial + static_cast<size_t>(m) * columns + column;
-  store2(h + row, from_float<T>(sum_of_slices<false>(part, p.splits, p.M * columns)).bits);
+  store2(h + row, from_float<T>(sum_of_slices(part, p.splits, p.M * columns)).bits);
 }
 
 // The chosen experts and h of the block's tokens. A barrier must follow.
@@ -42,7 +42,7 @@ QE_DEV void collect_correction(const MainArgs& p, int m0, int count, const Token
     // Scores and the shared part at once, by different threads.
     if (p.E)
       for (int o = block_threads() - 1 - thread_id(); o < count * kMaxExperts; o += block_threads())
-        if (o % kMaxExperts < p.E) tokens.scores[o] = sum_of_slices<false>(p.scores + o, p.splits, p.M * kMaxExperts);
+        if (o % kMaxExperts < p.E) tokens.scores[o] = sum_of_slices(p.scores + o, p.splits, p.M * kMaxExperts);
     for (int m = 0; m < count; ++m)
       for (int r = thread_id(); r < shared; r += block_threads()) collect_h<T>(p, m, r, r, columns, tokens.h + m * rank);
     if (!p.E) return;
@@ -86,9 +86,8 @@ QE_DEV void scale_four(const u32x2& x, const u32x2& omega, bool scales, float (&
   }
 }
 
-// The first four values of every token that this thread has.
 template <class T>
-QE_DEV void load_first(const MainArgs& p, u32x2 (&value)[kLoneTokens]) {
+QE_DEV void load_first_x(const MainArgs& p, u32x2 (&value)[kLoneTokens]) {
   const int start = thread_id() * 4;
   QE_UNROLL
   for (int m = 0; m < kLoneTokens; ++m) {
@@ -97,12 +96,22 @@ QE_DEV void load_first(const MainArgs& p, u32x2 (&value)[kLoneTokens]) {
   }
 }
 
+// The channel scales of this thread's first four rows and, where x is there, the rows of every token.
+template <class T>
+QE_DEV void load_first(const MainArgs& p, u32x2 (&value)[kLoneTokens], u32x2& factor) {
+  const int start = thread_id() * 4;
+  const T* omega = static_cast<const T*>(p.inv_omega);
+  if (omega && start < p.K) factor = load8(omega + start);
+  if (p.x_is_ready) load_first_x<T>(p, value);
+  if (omega && thread_id() % 16 == 0)
+    for (int k = start + block_threads() * 4; k < p.K; k += block_threads() * 4) prefetch_line(omega + k);
+}
 // Four codes of one token in their place, with the sums of their groups; k is a row of the slice.
 template <int Groups, bool Zeros>
-QE_DEV float store_four(const MainArgs& p, const Rows& rows, int m, int k, const float (&scaled)[4], float largest, float inverse) {
+QE_DEV float store_four(const MainArgs& p, const Rows& rows, int m, int k, const float (&scaled)[4], float largest) {
   const int lane = thread_id() & 31;
   float sum = 0.f;
-  const uint32_t word = int8_codes(p.act_max, scaled, largest, inverse, sum);
+  const uint32_t word = int8_codes(p.act_max, scaled, largest, inverse_unit(p.act_max, largest), sum);
   if (k < rows.Kp) store4(rows.act + (k / kChunk * p.M + m) * kChunk + k / 4 % 4 * 32 + k % kChunk / 16 * 4, word);
   if constexpr (Zeros && Groups != 0) {  // a warp has 128 rows
     float group = sum;
@@ -115,37 +124,34 @@ QE_DEV float store_four(const MainArgs& p, const Rows& rows, int m, int k, const
 
 // x as the operand of this block's slice of K, in shared memory: every block finds the tokens' maxima and quantizes what it
 // multiplies by itself, which takes less time than a launch that does it for all. `rows` start at row k0. The code is short
-// on purpose: what runs once is as slow as it is long. So a thread has four rows at a time, and the first four of every token
-// stay in registers between the two steps.
+// on purpose: what runs once is as slow as it is long. So a thread first has four rows of every token, which stay in registers
+// between the two steps, and then eight at a time.
 template <class T, int Mode, int Groups, bool Zeros>
-QE_DEV void quantize_slice(const MainArgs& p, const Rows& rows, int k0, u32x2 (&value)[kLoneTokens], const Tokens& tokens) {
+QE_DEV void quantize_slice(const MainArgs& p, const Rows& rows, int k0, u32x2 (&value)[kLoneTokens], const u32x2& factor,
+                           const Tokens& tokens) {
   constexpr bool kWholeColumn = Zeros && Groups == 0;
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
   const int start = thread_id() * 4, stride = block_threads() * 4;
   const T* x = static_cast<const T*>(p.x);
   const T* omega = static_cast<const T*>(p.inv_omega);
-  u32x2 factor{};
-  if (omega && start < p.K) factor = load8(omega + start);
-  if (omega && lane % 16 == 0)
-    for (int k = start + stride; k < p.K; k += stride) prefetch_line(omega + k);
   if (!p.x_is_ready) {
     wait_for_previous();
-    load_first<T>(p, value);
+    load_first_x<T>(p, value);
   }
   float scaled[kLoneTokens][4];
   QE_UNROLL
   for (int m = 0; m < kLoneTokens; ++m) {
     if (m >= p.M) break;
     scale_four<T>(value[m], factor, omega, scaled[m]);
-    float largest = 0.f, next[4];
+    float largest = 0.f, raw[8], next[8];
     QE_UNROLL
     for (int i = 0; i < 4; ++i) largest = max_f(largest, abs_f(scaled[m][i]));
     const T* row = x + static_cast<size_t>(m) * p.K;
-    QE_UNROLL_BY(4)
-    for (int k = start + stride; k < p.K; k += stride) {
-      scale_four<T>(load8(row + k), omega ? load8(omega + k) : u32x2{}, omega, next);
+    QE_UNROLL_BY(2)
+    for (int k = stride + 2 * start; k < p.K; k += 2 * stride) {
+      load_scaled<T>(omega, p.K, row, k, raw, next);
       QE_UNROLL
-      for (int i = 0; i < 4; ++i) largest = max_f(largest, abs_f(next[i]));
+      for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(next[i]));
     }
     QE_UNROLL
     for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
@@ -160,21 +166,12 @@ QE_DEV void quantize_slice(const MainArgs& p, const Rows& rows, int k0, u32x2 (&
     const T* row = x + static_cast<size_t>(m) * p.K + k0;
     float total = 0.f;
     if constexpr (Mode == kInt8) {
-      const float inverse = inverse_unit(p.act_max, largest);
-      int k = start;
+      int k = 2 * start;  // of eights, after the first fours
       if (k0 == 0) {
-        if (k - lane * 4 < rows.Kp) total = store_four<Groups, Zeros>(p, rows, m, k, scaled[m], largest, inverse);
+        if (start - lane * 4 < rows.Kp) total = store_four<Groups, Zeros>(p, rows, m, start, scaled[m], largest);
         k += stride;
       }
-      QE_UNROLL_BY(2)
-      for (; k - lane * 4 < rows.Kp; k += stride) {
-        u32x2 more{}, times{};
-        if (k < rows.K) more = load8(row + k);
-        if (k < rows.K && omega) times = load8(omega + k0 + k);
-        float next[4];
-        scale_four<T>(more, times, omega, next);
-        total += store_four<Groups, Zeros>(p, rows, m, k, next, largest, inverse);
-      }
+      for (; k - lane * 8 < rows.Kp; k += 2 * stride) total += quantize_rows<T>(rows, row, m, k, largest);
     } else {
       for (int k = thread_id() * 8; k - lane * 8 < rows.Kp; k += block_threads() * 8)
         total += quantize_rows<T>(rows, row, m, k, largest);

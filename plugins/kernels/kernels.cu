@@ -11,7 +11,7 @@
     qe::prepare<qe::T>(p);                                     \
   }
 #define QE_DOWN_DECODE(name, T, bits)                          \
-  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) {         \
+  QE_KERNEL void QE_BOUNDS(256, 1) name(qe::DownArgs p) {      \
     qe::lowrank_down_decode<qe::T, bits>(p);                   \
   }
 #define QE_PREPARE_DOWN(name, T, bits)                         \

@@ -256,18 +256,24 @@ QE_DEV bool last_to_arrive(uint32_t* counter, int parts, int* flag) {
   return *flag;
 }
 
-// Values that lie `step` apart, one of each slice, in their order. All of them are on their way at once.
-template <bool Fresh>
-QE_DEV float sum_of_slices(const float* from, int slices, int step) {
-  float part[kMaxSlices], sum = 0.f;
+// Values that lie `step` apart, one of each slice: all of them are on their way at once, from here on.
+QE_DEV void load_slices(const float* from, int slices, int step, float (&part)[kMaxSlices]) {
   QE_UNROLL
   for (int s = 0; s < kMaxSlices; ++s) {
     part[s] = 0.f;
-    if (s < slices) part[s] = Fresh ? load_fresh(from + static_cast<size_t>(s) * step) : from[static_cast<size_t>(s) * step];
+    if (s < slices) part[s] = load_fresh(from + static_cast<size_t>(s) * step);
   }
+}
+QE_DEV float sum_in_order(const float (&part)[kMaxSlices]) {
+  float sum = 0.f;
   QE_UNROLL
   for (int s = 0; s < kMaxSlices; ++s) sum += part[s];
   return sum;
+}
+QE_DEV float sum_of_slices(const float* from, int slices, int step) {
+  float part[kMaxSlices];
+  load_slices(from, slices, step, part);
+  return sum_in_order(part);
 }
 
 template <class T, int Bits>

@@ -43,9 +43,13 @@ QE_DEV float without_zero(Acc acc, int zero, float sum) {
   return static_cast<float>(acc) - static_cast<float>(zero) * (Mode == kInt8 ? sum : sum * kCodeUnit);
 }
 
+// Steps of 16 ranks whose words of `up` a warp has in registers before it needs them.
+template <int Tokens8>
+constexpr int kAhead = Tokens8 == 1 ? 2 : 1;
+
 // h @ up, on the tensor cores: 16 ranks at a time, the steps dealt out to the warps of a set.
 template <class T, int Tokens8>
-QE_DEV void decode_lowrank(const MainArgs& p, int part, const Tokens& tokens, const UpWords (&first)[kDecodeTiles], int pair0,
+QE_DEV void decode_lowrank(const MainArgs& p, int part, const Tokens& tokens, const UpWords (&ahead)[kAhead<Tokens8>][kDecodeTiles], int pair0,
                            const int (&token)[Tokens8], int count, float (&out)[kDecodeTiles][Tokens8][4]) {
   const int lane = thread_id() & 31, pair = (lane & 3) * 2;
   const int rank = 16 * (p.shared_tiles + p.routed_tiles);
@@ -66,8 +70,8 @@ QE_DEV void decode_lowrank(const MainArgs& p, int part, const Tokens& tokens, co
       QE_UNROLL
       for (int i = 0; i < kDecodeTiles; ++i) {
         uint32_t u[4];
-        UpWords words = first[i];
-        if (e >= 0 || step != part)
+        UpWords words = step == part ? ahead[0][i] : ahead[kAhead<Tokens8> - 1][i];
+        if (e >= 0 || step >= part + kAhead<Tokens8> * p.set_warps)
           load_up(p.up, p.up_bits, static_cast<size_t>(up0 + step) * (p.Np / 16) + pair0 + i, lane, words);
         up_fragments<T>(words, p.up_bits, u);
         const uint32_t a[4] = {u[0], u[2], u[1], u[3]};
@@ -130,21 +134,24 @@ QE_DEV void main_decode(const MainArgs& p) {
   };
   const bool corrects = split == 0 && p.shared_tiles + p.routed_tiles > 0;
   float scale[2 * kDecodeTiles], out_scale = 0.f, bias = 0.f;
-  UpWords first_up[kDecodeTiles];
-  // The scales of what this warp multiplies and, of a lone token, of what it stores: 32 columns of set `warp`. Then the first
-  // 16 ranks that it adds.
+  UpWords up_ahead[kAhead<Tokens8>][kDecodeTiles];
+  // The scales of what this warp multiplies and, of a lone token, of what it stores: 32 columns of set `warp`. Then the
+  // words of `up` that it multiplies first.
   const auto load_ahead = [&](int block0) {
     const int n0 = block * kDecodeColumns, stored = (block0 + warp * stride) * kDecodeColumns + lane;
     QE_UNROLL
     for (int i = 0; i < 2 * kDecodeTiles; ++i) scale[i] = block < blocks ? p.columns[n0 + (lane >> 2) + i * 8] : 0.f;
     if (count == 1 && warp < p.sets && stored < p.Np) out_scale = p.columns[p.Np + stored], bias = p.columns[2 * p.Np + stored];
     QE_UNROLL
-    for (int i = 0; i < kDecodeTiles; ++i)
-      if (corrects && part < p.shared_tiles && block < blocks)
-        load_up(p.up, p.up_bits, static_cast<size_t>(part) * (p.Np / 16) + n0 / 16 + i, lane, first_up[i]);
+    for (int n = 0; n < kAhead<Tokens8>; ++n)
+      QE_UNROLL
+      for (int i = 0; i < kDecodeTiles; ++i)
+        if (corrects && part + n * p.set_warps < p.shared_tiles && block < blocks)
+          load_up(p.up, p.up_bits, static_cast<size_t>(part + n * p.set_warps) * (p.Np / 16) + n0 / 16 + i, lane, up_ahead[n][i]);
   };
-  u32x2 first_x[kLoneTokens];
-  if (kQuantizes && p.x_is_ready) load_first<T>(p, first_x);
+  // x and its scales first, if x is there: they would have to queue behind the weights.
+  u32x2 first_x[kLoneTokens], first_omega{};
+  if constexpr (kQuantizes) load_first<T>(p, first_x, first_omega);
   start_ring();
   load_ahead(block_x());
   const Tokens tokens(p, shared);
@@ -157,7 +164,7 @@ QE_DEV void main_decode(const MainArgs& p) {
     const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
                     Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
                     own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
-    quantize_slice<T, Mode, Groups, Zeros>(p, rows, k0, first_x, tokens);
+    quantize_slice<T, Mode, Groups, Zeros>(p, rows, k0, first_x, first_omega, tokens);
   } else {
     const size_t at = static_cast<size_t>(m0) * p.chunks + static_cast<size_t>(first) * kSumTokens;
     act += at * (kChunk * kRowBytes);
@@ -173,7 +180,16 @@ QE_DEV void main_decode(const MainArgs& p) {
   }
 
   float* results = reinterpret_cast<float*>(shared + p.results_at);  // [warps][tiles][Tokens8][4][32]
-  bool waits = corrects || p.x_is_ready;  // what depends on the launch in front is collected once
+  // What depends on the launch in front is collected once. Of a lone token without experts it is on its way while the first
+  // columns are multiplied.
+  bool waits = corrects || p.x_is_ready;
+  const int shared_rank = 16 * p.shared_tiles;
+  const bool early = kQuantizes && corrects && p.M == 1 && p.E == 0 && thread_id() < shared_rank;
+  float parts_of_h[kMaxSlices];
+  if (early) {
+    wait_for_previous();
+    load_slices(p.partial + thread_id(), p.splits, shared_rank, parts_of_h);
+  }
   for (int block0 = block_x(); block0 < blocks; block0 += stride * p.sets, block += stride * p.sets) {
     const int n0 = block * kDecodeColumns;
     const bool present = block < blocks;  // the last columns may be fewer than the sets
@@ -207,7 +223,11 @@ QE_DEV void main_decode(const MainArgs& p) {
     }
     if (waits) {
       wait_for_previous();
-      if (corrects) collect_correction<T, Tokens8>(p, m0, count, tokens);
+      if (early) {
+        store2(tokens.h + thread_id(), from_float<T>(sum_in_order(parts_of_h)).bits);
+      } else if (corrects && !(kQuantizes && p.M == 1 && p.E == 0)) {
+        collect_correction<T, Tokens8>(p, m0, count, tokens);
+      }
       waits = false;
     }
     block_sync();  // h, units and sums of the activations are there
@@ -232,7 +252,7 @@ QE_DEV void main_decode(const MainArgs& p) {
           const float v = without_zero<Mode, kWholeColumn>(acc[i][t][j], z[2 * i + j / 2], kWholeColumn ? tokens.sum[at] : 0.f);
           out[i][t][j] = v * (scale[2 * i + (j >> 1)] * tokens.unit[at] * kUnit);
         }
-    if (corrects && present) decode_lowrank<T, Tokens8>(p, part, tokens, first_up, n0 / 16, token, count, out);
+    if (corrects && present) decode_lowrank<T, Tokens8>(p, part, tokens, up_ahead, n0 / 16, token, count, out);
     QE_UNROLL
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
@@ -269,7 +289,7 @@ QE_DEV void main_decode(const MainArgs& p) {
     const int n = block_x() * kDecodeColumns + lane;
     if (n >= p.N) continue;
     const float* from = p.slices + static_cast<size_t>(m0 + m) * p.Np + n;
-    store_y<T>(p, m0 + m, n, sum_of_slices<true>(from, p.k_splits, p.M * p.Np), p.columns[p.Np + n], p.columns[2 * p.Np + n]);
+    store_y<T>(p, m0 + m, n, sum_of_slices(from, p.k_splits, p.M * p.Np), p.columns[p.Np + n], p.columns[2 * p.Np + n]);
   }
 }
 

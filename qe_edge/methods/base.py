@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -17,6 +16,7 @@ from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
 from qe_edge.grids import WeightGrid
 from qe_edge.linear import QuantizedLinear
+from qe_edge.matrices import Matrix
 from qe_edge.schemes import Scheme
 
 
@@ -88,7 +88,8 @@ class LinearProblem:
         choice: What a budget gives it; None where the method's own options decide.
         modality_ratio: Weight of an error on image tokens where one on answer tokens has weight 1; other than 1 only
             for methods that ask for gradients.
-        device: Where GPTQ chooses codes; everything that is passed and returned is in the CPU's memory.
+        device: Where the weight, the Gram matrix and the tokens are, and the result is made; other than the CPU only
+            for methods that compute `on_device`.
     """
 
     name: str
@@ -114,8 +115,8 @@ class LinearProblem:
             raise NumericalError(f"'{self.name}' has no calibration statistics.", "Pass calibration tokens.")
         return self.statistics
 
-    def gram(self) -> np.ndarray:
-        """The Gram matrix `[in, in]` float64 of a method that asked for it.
+    def gram(self) -> Matrix:
+        """The Gram matrix `[in, in]` of a method that asked for it.
 
         Raises:
             NumericalError: If it was not measured.
@@ -132,10 +133,12 @@ class Method(ABC):
     Class attributes:
         Options: The pydantic model of the method's options.
         presets: Named sets of option values; "default" always exists.
+        on_device: Whether problems may lie on a device; others are brought to the CPU's memory.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
+    on_device: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions) -> None:
         self.options = options

@@ -29,6 +29,7 @@ class GPTQ(Method):
     """Second-order rounding with the input's Gram matrix as Hessian."""
 
     Options: ClassVar[type[MethodOptions]] = GPTQOptions
+    on_device: ClassVar[bool] = True
     options: GPTQOptions
 
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
@@ -38,5 +39,5 @@ class GPTQ(Method):
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Round the weight of `problem` column by column."""
         grid = problem.scheme.weight
-        weight = gptq_round(problem.weight, problem.gram(), grid, self.options.damping, device=problem.device)
+        weight = gptq_round(problem.weight, problem.gram(), grid, self.options.damping)
         return QuantizedLinear(weight, problem.scheme.activation_bits)

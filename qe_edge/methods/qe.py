@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.blas import working_dtype
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.errors import NumericalError
 from qe_edge.grids import WeightGrid, rounds_activations
 from qe_edge.linear import Adapters, QuantizedLinear
+from qe_edge.matrices import Matrix, beside, cast, double, picked, to_numpy, to_tensor
 from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
 from qe_edge.methods.qe_options import LayerSize, QuantExpertsOptions, shrink_to_layer
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, leave_out_channels, some_tokens
-from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
+from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors, without
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
 from qe_edge.reconstruction.factors import (
     FACTOR_BITS,
@@ -54,16 +54,20 @@ class SharedExpert:
 
     branch: MainBranch
     space: ErrorSpace
-    covariance: np.ndarray
-    vectors: np.ndarray
+    covariance: Matrix
+    vectors: Matrix
 
     def objective(self, tokens: Tensor, bits: int) -> float:
         """Sum of squared output errors on tokens `[n, in]`, corrected with the rank that one token uses.
 
         It decides whether leaving channels out pays.
         """
-        directions = self.space.lift(self.vectors)
-        hidden = directions.T.astype(self.branch.error.dtype) @ self.branch.error
+        directions, error = self.space.lift(self.vectors), self.branch.error
+        hidden = cast(directions.T, error) @ error
+        if isinstance(error, Tensor):
+            there = tokens @ error.T.float() - (tokens @ hidden.T.float()) @ directions.T.float()
+            there += activation_rounding(tokens, self.branch, bits)
+            return float(there.square_().sum(dtype=torch.float64))
         left = tokens.numpy() @ self.branch.error.T.astype(np.float32)
         left -= (tokens.numpy() @ hidden.T.astype(np.float32)) @ directions.T.astype(np.float32)
         left += activation_rounding(tokens, self.branch, bits).numpy()
@@ -88,6 +92,7 @@ class QuantExperts(Method):
             "rotate": False,
         },
     }
+    on_device: ClassVar[bool] = True
     options: QuantExpertsOptions
 
     @property
@@ -130,10 +135,10 @@ class QuantExperts(Method):
         adapters = self._adapters(problem, statistics, shared, split.dependent, size)
         branch, refinement = shared.branch, self.options.refinement()
         if adapters and refinement:
-            tokens = torch.from_numpy(statistics.tokens)
-            target = tokens @ torch.from_numpy(branch.error).float().T
+            tokens = to_tensor(statistics.tokens)
+            target = tokens @ to_tensor(branch.error).float().T
             target += activation_rounding(tokens, branch, problem.scheme.activation_bits)
-            gram = torch.from_numpy(problem.gram())
+            gram = to_tensor(problem.gram())
             adapters = refine(adapters, tokens, target, gram, refinement, problem.seed)
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)
 
@@ -162,7 +167,7 @@ class QuantExperts(Method):
     def _branch(self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray, hessian: Hessian) -> MainBranch:
         """The main branch without the channels `left_out`."""
         options, abs_mean = self.options, problem.measured().abs_mean
-        rounding = Rounding(options.rounding, options.clip, device=problem.device)
+        rounding = Rounding(options.rounding, options.clip)
         return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, hessian)
 
     def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:
@@ -187,22 +192,22 @@ class QuantExperts(Method):
         error, space = shared.branch.error, shared.space
         own = shared.vectors[:, : size.shared_rank]
         size = replace(size, experts=min(size.experts, len(dependent)))
-        parts, assigned, outputs = [space.lift(own)], None, np.zeros(0)
+        parts, assigned, outputs = [space.lift(own)], np.zeros(0), None
         if size.experts > 1:
-            outputs = space.outputs(statistics.tokens.astype(working_dtype(error.size), copy=False))
+            outputs = space.outputs(cast(statistics.tokens, error))
             routed, assigned = self._routed_directions(problem, statistics, shared, outputs, dependent, size)
             parts += [space.lift(directions) for directions in routed]
         if sum(part.shape[1] for part in parts) == 0:
             return None
         dtype = self._adapter_dtype(problem)
         if dtype == "int4":
-            tokens = [None, *(statistics.tokens[assigned == expert] for expert in range(len(parts) - 1))]
+            tokens = [None, *(picked(statistics.tokens, assigned == expert) for expert in range(len(parts) - 1))]
             packed = pack_correction(parts, error, Hessian(problem.gram()), tokens)
             up, down, ups, downs = packed.up, packed.down, packed.ups, packed.downs
         else:
             up, ups = store_up_factors(parts, dtype)
             stored = store_down_factors(ups, error, dtype)
-            down, downs = join_down_factors(stored), [part.real() for part in stored]
+            down, downs = join_down_factors(stored), [beside(part.values(), error) for part in stored]
         router = self._router(statistics, space, outputs, ups, downs) if len(parts) > 1 else None
         return Adapters(
             down=down.codes,
@@ -227,10 +232,10 @@ class QuantExperts(Method):
         problem: LinearProblem,
         statistics: InputStatistics,
         shared: SharedExpert,
-        outputs: np.ndarray,
+        outputs: Matrix,
         dependent: np.ndarray,
         size: LayerSize,
-    ) -> tuple[list[np.ndarray], np.ndarray]:
+    ) -> tuple[list[Matrix], np.ndarray]:
         """Directions `[side, rank]` of every routed expert, and the expert of every sampled token.
 
         Args:
@@ -245,19 +250,18 @@ class QuantExperts(Method):
             raise NumericalError(f"No important channels were recorded for '{problem.name}'.", "Raise k above 0.")
         reduced = shared.space.reduced
         own = shared.vectors[:, : size.shared_rank]
-        captured = own @ (own.T @ shared.covariance)  # the top eigenvectors commute with the covariance
         occurrence = occurrence_matrix(statistics.importance, dependent, reduced.shape[1])
         fit = ExpertProblem(
-            error=reduced - (own @ (own.T @ reduced)).astype(reduced.dtype),
+            error=reduced - cast(own @ (own.T @ double(reduced)), reduced),
             statistics=statistics,
             channels=dependent,
             labels=spectral_clusters(npmi(occurrence), size.experts, problem.seed),
-            channel_weight=problem.weight.abs().mean(0).double().numpy(),
+            channel_weight=to_numpy(problem.weight.abs().mean(0).double()),
             experts=size.experts,
             rank=size.routed_rank,
             rho=self.options.rho,
-            outputs=outputs - (outputs @ own.astype(outputs.dtype)) @ own.T.astype(outputs.dtype),
-            covariance=shared.covariance - (captured + captured.T) / 2,
+            outputs=outputs - (outputs @ cast(own, outputs)) @ cast(own.T, outputs),
+            covariance=without(shared.covariance, own),
         )
         by_modality = self.options.assignment == "modality"
         assigned = assign_by_modality(fit, problem.seed) if by_modality else assign_by_mass(fit)
@@ -269,9 +273,9 @@ class QuantExperts(Method):
         self,
         statistics: InputStatistics,
         space: ErrorSpace,
-        outputs: np.ndarray,
-        ups: list[np.ndarray],
-        downs: list[np.ndarray],
+        outputs: Matrix,
+        ups: list[Matrix],
+        downs: list[Matrix],
     ) -> Tensor:
         """Router `[experts, in]` float16; one common factor keeps it in range without changing any argmin."""
         if self.options.router == "tri":
@@ -279,7 +283,8 @@ class QuantExperts(Method):
             scores = triangle_router(space.error() - next(corrections), corrections)
         else:
             scores = ridge_router(statistics.tokens, routed_residuals(space, statistics.tokens, outputs, ups, downs))
-        return torch.from_numpy(normalise_router(scores, statistics.tokens)).to(torch.float16)
+        router = torch.from_numpy(normalise_router(scores, statistics.tokens))
+        return router.to(to_tensor(statistics.tokens).device, torch.float16)
 
 
 def frequent_channels(statistics: InputStatistics) -> np.ndarray:

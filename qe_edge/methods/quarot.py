@@ -45,6 +45,7 @@ class QuaRot(Method):
 
     Options: ClassVar[type[MethodOptions]] = QuaRotOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "rtn": {"rounding": "nearest", "clip": False}}
+    on_device: ClassVar[bool] = True
     options: QuaRotOptions
 
     def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:  # noqa: ARG002 - it is the method

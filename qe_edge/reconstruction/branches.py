@@ -11,8 +11,10 @@ from torch import Tensor
 
 from qe_edge.blas import working_dtype
 from qe_edge.calibration.statistics import InputStatistics
+from qe_edge.device import CPU
 from qe_edge.grids import QuantizedWeight, WeightGrid, fake_quantize_activation, rounds_activations
 from qe_edge.linear import Adapters
+from qe_edge.matrices import Matrix, to_tensor
 from qe_edge.reconstruction.factors import AdapterDtype, fit_down_factor, store_factor, store_up_factors
 from qe_edge.reconstruction.rounding import Hessian, Rounding
 
@@ -29,12 +31,12 @@ class MainBranch:
         weight: Codes; the columns that were left out are exactly zero.
         inv_omega: `[in]` float16 factor on the branch's input, or None.
         error: `[out, in]`, what the branch's weight lacks of `W`; whole columns where they were left out. float32 in
-            large layers (`working_dtype`), else float64.
+            large layers (`working_dtype`), else float64; where the Gram matrix is.
     """
 
     weight: QuantizedWeight
     inv_omega: Tensor | None
-    error: np.ndarray
+    error: Matrix
 
 
 def leave_out_channels(
@@ -57,14 +59,15 @@ def leave_out_channels(
         rounding: How the codes are chosen.
         hessian: Gram matrix `[in, in]`; plain nearest rounding does without it.
     """
-    left_out = torch.from_numpy(channels.copy())
+    left_out = torch.from_numpy(channels.copy()).to(weight.device)
     kept = weight.clone()
     kept[:, left_out] = 0.0
     if hessian is not None and len(channels):
         # a channel that the main branch does not carry can make up for no other one
-        gram = hessian.gram.copy()
-        gram[channels, :] = 0.0
-        gram[:, channels] = 0.0
+        gram = hessian.gram.clone() if isinstance(hessian.gram, Tensor) else hessian.gram.copy()
+        numbers = left_out if isinstance(gram, Tensor) else channels
+        gram[numbers, :] = 0.0
+        gram[:, numbers] = 0.0
         hessian = Hessian(gram)
     quantized, inv_omega = rounding(kept, grid, hessian, abs_mean)
     dtype = torch.float64 if working_dtype(weight.numel()) is np.float64 else torch.float32
@@ -73,11 +76,12 @@ def leave_out_channels(
         error *= inv_omega.to(dtype)
     torch.sub(weight.to(dtype), error, out=error)
     if len(channels):
-        factor = np.ones(kept.shape[1]) if inv_omega is None else inv_omega.double().numpy()
+        factor = np.ones(kept.shape[1]) if inv_omega is None else inv_omega.double().cpu().numpy()
         mean = np.maximum(abs_mean[channels], 1e-8)
         factor[channels] = 0.0 if mode == "drop" else mean.min() / mean
-        inv_omega = torch.from_numpy(factor).to(torch.float16)
-    return MainBranch(quantized, inv_omega, error.numpy())
+        inv_omega = torch.from_numpy(factor).to(weight.device, torch.float16)
+    there = hessian is not None and isinstance(hessian.gram, Tensor)
+    return MainBranch(quantized, inv_omega, error if there else error.numpy())
 
 
 def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterDtype) -> Adapters | None:
@@ -106,13 +110,15 @@ def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterD
 
 def some_tokens(statistics: InputStatistics) -> Tensor:
     """About `SOME_TOKENS` of the sampled tokens `[n, in]`, spread evenly."""
-    return torch.from_numpy(statistics.tokens[:: max(1, len(statistics.tokens) // SOME_TOKENS)])
+    return to_tensor(statistics.tokens[:: max(1, len(statistics.tokens) // SOME_TOKENS)])
 
 
 def activation_rounding(tokens: Tensor, branch: MainBranch, bits: int) -> Tensor:
     """What rounding the activations takes from the main branch's output on `tokens` `[n, in]`, `[n, out]`."""
     main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
     if not rounds_activations(bits):
-        return torch.zeros(len(tokens), branch.weight.out_features)
+        return tokens.new_zeros(len(tokens), branch.weight.out_features)
     lost = main - fake_quantize_activation(main, bits)
+    if lost.device != CPU:
+        return lost @ branch.weight.decode().T
     return torch.from_numpy(lost.numpy() @ branch.weight.decode().numpy().T)

@@ -8,14 +8,16 @@ from different samples: tokens of one picture are so alike that experts which kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics
+from qe_edge.matrices import Matrix, beside, cast, double, energies, to_numpy
 from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, residual_energy
 from qe_edge.reconstruction.router import RidgeRegression
@@ -37,19 +39,23 @@ class ErrorSpectrum:
     """
 
     space: ErrorSpace
-    vectors: np.ndarray
+    vectors: Matrix
     captured: np.ndarray
     total: float
 
     @classmethod
-    def of(cls, error: np.ndarray, gram: np.ndarray, rank: int) -> ErrorSpectrum:
+    def of(cls, error: Matrix, gram: Matrix, rank: int) -> ErrorSpectrum:
         """Spectrum of `error` `[out, in]` under `gram` `[in, in]`, with the leading `rank` directions."""
         space = ErrorSpace.of(error)
         covariance = space.covariance(gram)
         vectors = top_eigenvectors(covariance, rank)
-        energy = np.einsum("ij,ij->j", vectors, covariance @ vectors)
+        product = covariance @ cast(vectors, covariance)
+        if isinstance(product, Tensor):
+            energy = to_numpy((vectors * product).sum(0))
+        else:
+            energy = np.einsum("ij,ij->j", vectors, product)
         captured = np.concatenate(([0.0], np.cumsum(np.maximum(energy, 0.0))))
-        return cls(space, vectors, captured, max(float(np.trace(covariance)), float(captured[-1])))
+        return cls(space, vectors, captured, max(float(double(covariance.diagonal()).sum()), float(captured[-1])))
 
     @property
     def largest_rank(self) -> int:
@@ -98,11 +104,18 @@ def routed_losses(
         return [np.inf] * len(designs)
     rows = slice(None, None, max(1, len(statistics.tokens) // TRIAL_TOKENS))
     tokens = statistics.tokens[rows]
-    outputs = spectrum.space.outputs(tokens).astype(np.float64)
-    leading = outputs @ spectrum.vectors
-    beyond = np.maximum(np.square(outputs).sum(1) - np.square(leading).sum(1), 0.0)
+    outputs = double(spectrum.space.outputs(tokens))
+    coordinates = outputs @ spectrum.vectors
+    # a trial's own matrices are so small that a device would only wait for their next step
+    leading = to_numpy(coordinates)
+    beyond = to_numpy((energies(outputs) - energies(coordinates)).clip(0.0))
     half = len(tokens) // 2
-    regression, magnitude, judged = RidgeRegression(tokens[:half]), np.abs(tokens[half:]), slice(half, None)
+    regression, magnitude, judged = RidgeRegression(tokens[:half]), abs(tokens[half:]), slice(half, None)
+
+    def route(residuals: np.ndarray) -> np.ndarray:
+        router = regression.router(beside(residuals, magnitude))
+        return to_numpy((magnitude @ cast(router.T, magnitude)).argmin(1))
+
     starts: dict[int, np.ndarray] = {}
     losses = []
     for design in designs:
@@ -113,7 +126,7 @@ def routed_losses(
         if design.experts not in starts:
             starts[design.experts] = _start(statistics, channel_weight, important, design.experts, seed)[rows]
         static = np.square(leading[judged, active:]).sum(1).mean() + beyond[judged].mean()
-        chosen = _trial(leading[:, design.shared :], regression, magnitude, starts[design.experts], design)
+        chosen = _trial(leading[:, design.shared :], route, starts[design.experts], design)
         routed = LUCK * (chosen.mean() + beyond[judged].mean())
         losses.append(spectrum.left(active) * float(routed / static) if static > 0 else 0.0)
     return losses
@@ -138,18 +151,17 @@ def _start(
 
 
 def _trial(
-    outputs: np.ndarray, regression: RidgeRegression, magnitude: np.ndarray, start: np.ndarray, design: RoutedDesign
+    outputs: np.ndarray, route: Callable[[np.ndarray], np.ndarray], start: np.ndarray, design: RoutedDesign
 ) -> np.ndarray:
     """Residual energy `[n / 2]` of the judged tokens, each with the expert that the router picks.
 
     Args:
         outputs: `[n, k]` of all tokens; the first half is fitted to, the others are judged.
-        regression: On the first half.
-        magnitude: `[n / 2, in]` |x| of the others.
+        route: Expert of every judged token, by a router for the norms of the residuals on the first half.
         start: `[n]` first expert of every token.
         design: Sizes.
     """
-    half = len(outputs) - len(magnitude)
+    half = len(outputs) // 2
     fit, assigned = outputs[:half], start[:half]
     everyone = fit.T @ fit / len(fit)
     directions: list[np.ndarray] = []
@@ -161,8 +173,7 @@ def _trial(
             directions.append(top_eigenvectors(covariance, design.routed))
         residual = residual_energy(fit, directions)
         assigned = residual.argmin(1)
-    router = regression.router(np.sqrt(residual_energy(fit, directions)))
+    experts = route(np.sqrt(residual_energy(fit, directions)))
     judged = residual_energy(outputs[half:], directions)
-    picked = (magnitude @ router.T.astype(magnitude.dtype)).argmin(1)
-    chosen: np.ndarray = judged[np.arange(len(judged)), picked]
+    chosen: np.ndarray = judged[np.arange(len(judged)), experts]
     return chosen

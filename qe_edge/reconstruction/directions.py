@@ -8,6 +8,7 @@ fine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from scipy.linalg import eigh, qr, solve_triangular
 from scipy.linalg.lapack import dpotrf, spotrf
 from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
 
 from qe_edge.blas import one_lapack_thread
 from qe_edge.device import multiplies_bfloat16
+from qe_edge.matrices import Matrix, cast
 
 # ratio of pivots of R, computed in that precision, up to which E R^{-1} is orthonormal enough to be finished by one QR
 STEEPEST = {np.float32: 30, np.float64: 1e5}
@@ -26,6 +29,8 @@ PANEL = 512  # columns of a symmetric matrix that are multiplied at a time
 FEW = 1 / 8  # share of a matrix's eigenvectors up to which LAPACK finds them faster without the others
 EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
 KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
+SHIFT, TINY = 1e-13, 1e-300  # of the energy of a block of columns, and in itself: what keeps Cholesky's pivots above 0
+NARROW, NARROW_STEPS = 32, 7  # directions that a device starts from, and steps without those for the rank
 WARM_STEPS = 3  # products that suffice from the directions of a matrix that is much alike
 
 
@@ -40,16 +45,18 @@ class ErrorSpace:
             either, the coordinates are the outputs themselves.
     """
 
-    reduced: np.ndarray
-    basis: np.ndarray | None = None
-    tall: np.ndarray | None = None
+    reduced: Matrix
+    basis: Matrix | None = None
+    tall: Matrix | None = None
 
     @classmethod
-    def of(cls, error: np.ndarray) -> ErrorSpace:
+    def of(cls, error: Matrix) -> ErrorSpace:
         """Coordinates for `error` `[out, in]`."""
         out_features, in_features = error.shape
         if out_features <= in_features:
             return cls(error)
+        if isinstance(error, Tensor):
+            return cls._of_tall(error)
         for precision, factor in ((np.float32, spotrf), (np.float64, dpotrf))[error.dtype != np.float32 :]:
             tall = error.astype(precision, copy=False)
             upper, failed = factor(tall.T @ tall, lower=0, clean=1)
@@ -60,33 +67,52 @@ class ErrorSpace:
             basis, reduced = qr(error.astype(np.float64), mode="economic")
         return cls(reduced, basis=basis)
 
+    @classmethod
+    def _of_tall(cls, error: Tensor) -> ErrorSpace:
+        """Coordinates for a tall error on a device, where R stays in the precision that it was computed in."""
+        for precision, steepest in ((torch.float32, np.float32), (torch.float64, np.float64))[
+            error.dtype != torch.float32 :
+        ]:
+            tall = error.to(precision)
+            lower, failed = torch.linalg.cholesky_ex(tall.T @ tall)
+            pivots = lower.diagonal().abs()
+            if not failed and pivots.max() <= STEEPEST[steepest] * pivots.min():
+                return cls(lower.T, tall=error)
+        basis, reduced = torch.linalg.qr(error.double())
+        return cls(reduced, basis=basis)
+
     @property
     def side(self) -> int:
         """Size of the eigenproblem, min(out, in)."""
         return len(self.reduced)
 
-    def error(self) -> np.ndarray:
+    def error(self) -> Matrix:
         """The error itself, `[out, in]`."""
         if self.tall is not None:
             return self.tall
         return self.reduced if self.basis is None else self.basis @ self.reduced
 
-    def outputs(self, tokens: np.ndarray) -> np.ndarray:
+    def outputs(self, tokens: Matrix) -> Matrix:
         """Reduced coordinates `[n, side]` of the error's output on tokens `[n, in]`.
 
         Those of wide inputs come from bfloat16 where the processor multiplies that: twice as fast, and the rounding
         errors of so many products average out.
         """
-        reduced = self.reduced.astype(tokens.dtype, copy=False)
+        reduced = cast(self.reduced, tokens)
+        if isinstance(tokens, Tensor):
+            return tokens @ reduced.T
         if tokens.dtype != np.float32 or tokens.shape[1] < LONG_SUM or not multiplies_bfloat16():
             return np.asarray(tokens @ reduced.T)
         narrow = [torch.from_numpy(part).bfloat16() for part in (tokens, reduced)]
         return np.asarray((narrow[0] @ narrow[1].T).float().numpy())
 
-    def covariance(self, gram: np.ndarray) -> np.ndarray:
-        """`E G E^T` in reduced coordinates, `[side, side]` float64."""
+    def covariance(self, gram: Matrix) -> Matrix:
+        """`E G E^T` in reduced coordinates, `[side, side]` float64; on a device in the precision of the error."""
         left = self.reduced
-        gram = gram.astype(left.dtype, copy=False)
+        gram = cast(gram, left)
+        if isinstance(gram, Tensor):
+            whole = left @ gram @ left.T
+            return (whole + whole.T) / 2
         # G is its lower triangle of blocks, with half of those on the diagonal, and the same transposed
         product = np.empty_like(left)
         for start in range(0, len(gram), PANEL):
@@ -95,11 +121,13 @@ class ErrorSpace:
         half = product @ left.T
         return np.asarray(half + half.T, np.float64)
 
-    def lift(self, directions: np.ndarray) -> np.ndarray:
+    def lift(self, directions: Matrix) -> Matrix:
         """Orthonormal directions `[side, r]` as orthonormal columns in output coordinates `[out, r]`, float64."""
         if self.basis is not None:
-            lifted: np.ndarray = self.basis @ directions
-            return lifted
+            return self.basis @ directions
+        if self.tall is not None and isinstance(directions, Tensor):
+            solved = torch.linalg.solve_triangular(self.reduced, cast(directions, self.reduced), upper=True)
+            return orthonormal(self.tall @ cast(solved, self.tall)).double()
         if self.tall is None or not directions.shape[1]:
             return np.zeros((len(self.tall), 0)) if self.tall is not None else directions
         inner = solve_triangular(self.reduced, directions).astype(self.tall.dtype)
@@ -107,21 +135,29 @@ class ErrorSpace:
             columns, mixing = qr((self.tall @ inner).astype(np.float64), mode="economic")
         return np.asarray(columns * np.sign(mixing.diagonal()))
 
-    def coordinates(self, columns: np.ndarray) -> np.ndarray:
+    def coordinates(self, columns: Matrix) -> Matrix:
         """Inner products `[side, r]` of the basis with columns `[out, r]` in output coordinates."""
         if self.basis is not None:
-            inner: np.ndarray = self.basis.T @ columns
-            return inner
+            return self.basis.T @ columns
         if self.tall is None:
             return columns
-        products = self.tall.T @ columns.astype(self.tall.dtype)
+        products = self.tall.T @ cast(columns, self.tall)
+        if isinstance(products, Tensor):
+            return torch.linalg.solve_triangular(self.reduced.T, cast(products, self.reduced), upper=False)
         return np.asarray(solve_triangular(self.reduced, products, trans="T"))
 
 
-def top_eigenvectors(matrix: np.ndarray, rank: int) -> np.ndarray:
-    """Eigenvectors `[n, rank]` of the largest eigenvalues of a symmetric matrix, largest first."""
+def top_eigenvectors(matrix: Matrix, rank: int) -> Matrix:
+    """Eigenvectors `[n, rank]` of the largest eigenvalues of a symmetric matrix, largest first.
+
+    On a device those of a large positive matrix are leading directions. What they leave is at most 1e-3 more, and that
+    where nothing but noise is left.
+    """
     size = len(matrix)
     rank = min(rank, size)
+    if isinstance(matrix, Tensor):
+        start = filled(matrix.new_zeros(1, size, 0), NARROW)
+        return krylov_directions(lambda block: matrix @ block, start, rank, NARROW_STEPS + rank // 16)[0]
     if rank == 0:
         return np.zeros((size, 0))
     with one_lapack_thread():
@@ -176,7 +212,69 @@ def leading_directions(
     return directions
 
 
-def whitened_directions(error: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarray:
+def krylov_directions(multiply: Callable[[Tensor], Tensor], start: Tensor, rank: int, steps: int) -> Tensor:
+    """`leading_directions` of several matrices at once on a device, `[matrices, n, rank]` float64.
+
+    Args:
+        multiply: Multiplies every matrix with a block of columns of its own, `[matrices, n, k]`.
+        start: `[matrices, n, k]` in the precision of the products; `filled` adds random ones.
+        rank: Wanted number of directions.
+        steps: Products with the matrices; there are more directions to choose from than are wanted, k after each.
+    """
+    count, size, width = start.shape
+    rank = min(rank, size)
+    if size <= EXACT_SIDE or width * (steps + 1) > size:
+        whole = multiply(torch.eye(size, dtype=start.dtype, device=start.device).expand(count, size, size)).double()
+        exact: Tensor = torch.linalg.eigh((whole + whole.mT) / 2)[1][:, :, size - rank :].flip(2)
+        return exact
+    space = orthonormal(start)
+    product = image = multiply(space)
+    for _ in range(steps):
+        block = orthonormal(product, space)
+        product = multiply(block)
+        space, image = torch.cat((space, block), dim=2), torch.cat((image, product), dim=2)
+    inner = (space.mT @ image).double()
+    vectors: Tensor = torch.linalg.eigh((inner + inner.mT) / 2)[1][:, :, inner.shape[1] - rank :].flip(2)
+    return space.double() @ vectors
+
+
+def filled(start: Tensor, width: int) -> Tensor:
+    """Directions `[matrices, n, k]` with random ones up to `width`, the same for every matrix."""
+    count, size, known = start.shape
+    more = np.random.default_rng(0).standard_normal((size, max(width - known, 0))) / np.sqrt(size)
+    return torch.cat((start, torch.from_numpy(more).to(start).expand(count, -1, -1)), dim=2)
+
+
+def orthonormal(block: Tensor, space: Tensor | None = None) -> Tensor:
+    """Orthonormal columns `[..., n, k]` that span a block's, without what lies in a space of orthonormal columns.
+
+    By Cholesky factors in float64, twice: once leaves what rounding makes of nearly dependent columns. A device has
+    that many times sooner than Householder's QR. Columns that nothing is left of become shorter than 1, or zero.
+    """
+    for _ in range(2):
+        if space is not None:
+            block = block - space @ (space.mT @ block)
+        wide = block.double()
+        products = wide.mT @ wide
+        diagonal = products.diagonal(dim1=-2, dim2=-1)
+        diagonal += SHIFT * diagonal.sum(-1, keepdim=True) + TINY
+        lower = torch.linalg.cholesky_ex(products)[0]
+        block = torch.linalg.solve_triangular(lower, wide.mT, upper=False).mT.to(block.dtype)
+    return block
+
+
+def without(covariance: Matrix, own: Matrix) -> Matrix:
+    """Covariance `[side, side]` of what a correction by leading directions `own` `[side, r]` leaves."""
+    own = cast(own, covariance)
+    captured = own @ (own.T @ covariance)  # eigenvectors commute with the covariance
+    if isinstance(captured, Tensor):  # close to eigenvectors
+        left = covariance - captured
+        left -= (left @ own) @ own.T
+        return (left + left.T) / 2
+    return covariance - (captured + captured.T) / 2
+
+
+def whitened_directions(error: Matrix, gram: Matrix, rank: int) -> Matrix:
     """Directions `U` `[out, r]` of the rank-r correction `U U^T E` that is optimal for `||(E - L) X||_F`.
 
     Args:
@@ -188,7 +286,7 @@ def whitened_directions(error: np.ndarray, gram: np.ndarray, rank: int) -> np.nd
     return space.lift(top_eigenvectors(space.covariance(gram), rank))
 
 
-def diagonal_directions(error: np.ndarray, weights: np.ndarray, rank: int) -> np.ndarray:
+def diagonal_directions(error: np.ndarray, weights: np.ndarray, rank: int) -> Matrix:
     """Directions `[out, r]` of the best rank-r correction of `E diag(weights)` (plain SVD weighting)."""
     space = ErrorSpace.of(error * weights.astype(error.dtype))
     return space.lift(top_eigenvectors((space.reduced @ space.reduced.T).astype(np.float64), rank))

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor
 
-from qe_edge.blas import one_lapack_thread, working_dtype
+from qe_edge.blas import one_lapack_thread
 from qe_edge.calibration.statistics import InputStatistics
+from qe_edge.matrices import Matrix, beside, cast, double, energies, to_numpy
 from qe_edge.parallel import map_threads
 from qe_edge.reconstruction.directions import (
     EXACT_SIDE,
+    KRYLOV_EXTRA,
     KRYLOV_STEPS,
     WARM_STEPS,
     ErrorSpace,
     diagonal_directions,
+    filled,
+    krylov_directions,
     leading_directions,
+    top_eigenvectors,
 )
 
 WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
@@ -41,7 +50,7 @@ class ExpertProblem:
         covariance: `[side, side]` the error's output covariance over all tokens, if it is known already.
     """
 
-    error: np.ndarray
+    error: Matrix
     statistics: InputStatistics
     channels: np.ndarray
     labels: np.ndarray
@@ -49,8 +58,8 @@ class ExpertProblem:
     experts: int
     rank: int
     rho: float
-    outputs: np.ndarray | None = None
-    covariance: np.ndarray | None = None
+    outputs: Matrix | None = None
+    covariance: Matrix | None = None
 
 
 def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
@@ -63,7 +72,7 @@ def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
         cluster[problem.channels] = problem.labels
         lists = statistics.importance
         owner = cluster[lists]
-        values = np.abs(np.take_along_axis(tokens, np.maximum(lists, 0), axis=1)) * problem.channel_weight[lists]
+        values = np.abs(_entries(tokens, np.maximum(lists, 0))) * problem.channel_weight[lists]
         rows, slots = np.nonzero(owner >= 0)
         np.add.at(mass, (rows, owner[rows, slots]), values[rows, slots])
     assigned: np.ndarray = mass.argmax(1)
@@ -71,7 +80,14 @@ def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
     return assigned
 
 
-def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _entries(tokens: Matrix, channels: np.ndarray) -> np.ndarray:
+    """The values `[n, k]` of some channels of every token."""
+    if isinstance(tokens, Tensor):
+        return to_numpy(tokens.gather(1, torch.from_numpy(channels).long().to(tokens.device)))
+    return np.take_along_axis(tokens, channels, axis=1)
+
+
+def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) -> tuple[list[Matrix], np.ndarray]:
     """Experts that are optimal for their own tokens, polished by EM (6.2, 6.3).
 
     Returns:
@@ -80,26 +96,39 @@ def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) ->
     space = ErrorSpace.of(problem.error)
     outputs = problem.outputs
     if outputs is None:
-        outputs = space.outputs(problem.statistics.tokens.astype(working_dtype(problem.error.size), copy=False))
+        outputs = space.outputs(cast(problem.statistics.tokens, problem.error))
     everyone, gram = problem.covariance, problem.statistics.gram
     if everyone is None:
         everyone = outputs.T @ outputs / max(len(outputs), 1) if gram is None else space.covariance(gram)
-    everyone = everyone.astype(outputs.dtype, copy=False)
-    energy = np.square(outputs).sum(1, keepdims=True)
-    directions = _fit(outputs, assigned, everyone, problem, None)
+    everyone = cast(everyone, outputs)
+    energy = energies(outputs)[:, None]
+    fit: _Fit = _fit_at_once if isinstance(outputs, Tensor) else _fit
+    assigned = beside(assigned, outputs)
+    directions = fit(outputs, assigned, everyone, problem, None)
     previous = np.inf
     for _ in range(em_steps):
         residual = residual_energy(outputs, directions, energy)
-        total = float(residual.min(1).sum(dtype=np.float64))
+        total = float(double(_least(residual)).sum())
         if previous - total < EM_GAIN * previous and np.isfinite(previous):
             break
         previous, assigned = total, residual.argmin(1)
-        directions = _fit(outputs, assigned, everyone, problem, directions)
-    return [space.lift(direction) for direction in directions], assigned
+        directions = fit(outputs, assigned, everyone, problem, directions)
+    return [space.lift(direction) for direction in directions], to_numpy(assigned)
 
 
-def residual_energy(outputs: np.ndarray, directions: list[np.ndarray], energy: np.ndarray | None = None) -> np.ndarray:
+_Fit = Callable[[Matrix, Matrix, Matrix, ExpertProblem, Any], Any]
+
+
+def _least(residual: Matrix) -> Matrix:
+    """The smallest entry of every row."""
+    return residual.amin(1) if isinstance(residual, Tensor) else residual.min(1)
+
+
+def residual_energy(outputs: Matrix, directions: Sequence[Matrix] | Tensor, energy: Matrix | None = None) -> Matrix:
     """`||(I - U_i U_i^T) z_t||^2` for every token and expert, `[tokens, experts]`; `energy` is `||z_t||^2` if known."""
+    if isinstance(directions, Tensor):
+        explained = (outputs @ cast(directions, outputs)).square_().sum(2).T
+        return ((energies(outputs)[:, None] if energy is None else energy) - explained).clamp_min_(0.0)
     if energy is None:
         energy = np.square(outputs).sum(1, keepdims=True)
     explained = [np.square(outputs @ direction.astype(outputs.dtype)).sum(1) for direction in directions]
@@ -130,6 +159,30 @@ def _fit(
         return map_threads(fit, range(problem.experts))
 
 
+def _fit_at_once(
+    outputs: Tensor, assigned: Tensor, everyone: Tensor, problem: ExpertProblem, previous: Tensor | None
+) -> Tensor:
+    """`_fit` on a device, of all experts at once: `[experts, side, rank]`. No number of tokens leaves the device."""
+    own = (assigned == torch.arange(problem.experts, device=outputs.device)[:, None]).to(outputs.dtype)
+    counts = own.sum(1)
+    rho = torch.full_like(counts, problem.rho)
+    if problem.rho > 0:
+        rho[counts < FEW_TOKENS * problem.rank] = 0.5
+    rho[counts == 0] = 1.0
+    shares = (own * ((1 - rho) / counts.clamp_min(1))[:, None])[:, :, None]
+
+    def multiply(block: Tensor) -> Tensor:
+        return outputs.T @ ((outputs @ block) * shares) + rho[:, None, None] * (everyone @ block)
+
+    if previous is None:
+        previous, steps = top_eigenvectors(everyone, problem.rank).expand(problem.experts, -1, -1), KRYLOV_STEPS
+    else:
+        steps = WARM_STEPS
+    return krylov_directions(
+        multiply, filled(cast(previous, outputs), problem.rank + KRYLOV_EXTRA), problem.rank, steps
+    )
+
+
 def mixed_covariance(own: np.ndarray, everyone: np.ndarray, rho: float) -> np.ndarray | LinearOperator:
     """Covariance of outputs `[n, side]`, mixed with the global one; a large one is multiplied with, but never formed.
 
@@ -148,14 +201,16 @@ def mixed_covariance(own: np.ndarray, everyone: np.ndarray, rho: float) -> np.nd
     return covariance
 
 
-def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: str) -> list[np.ndarray]:
+def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: str) -> list[Matrix]:
     """The paper-literal diagonal readings of "weighted SVD" (6.2), kept for ablation.
 
     `condmean` weighs channels by their mean over the expert's tokens; `omega` by their mean relative to the smallest
     of the cluster; `lqeromega` by the global mean, conditional on importance inside the cluster; `mask` by the mean on
     the cluster and zero elsewhere.
     """
-    statistics = problem.statistics
+    error, statistics = problem.error, problem.statistics
+    if isinstance(error, Tensor):  # an ablation, which is not worth a way of its own on a device
+        error, statistics = to_numpy(error), replace(statistics, tokens=to_numpy(statistics.tokens))
     mean = np.maximum(statistics.abs_mean, 1e-8)
     directions = []
     for expert in range(problem.experts):
@@ -172,7 +227,7 @@ def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: st
         else:
             weights = mean.copy()
             weights[channels] = _mean_where_important(statistics, channels, mean)
-        directions.append(diagonal_directions(problem.error, weights, problem.rank))
+        directions.append(beside(diagonal_directions(error, weights, problem.rank), problem.error))
     return directions
 
 

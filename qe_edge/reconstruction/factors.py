@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qe_edge.grids import quantize_int8
+from qe_edge.matrices import Matrix, beside, cast, double, joined, parts_of, pseudo_solve
 
 AdapterDtype = Literal["int4", "int8", "float16", "float32"]
 FACTOR_BITS: dict[AdapterDtype, int] = {"int4": 4, "int8": 8, "float16": 16, "float32": 32}
@@ -34,37 +35,43 @@ class StoredFactor:
     codes: Tensor
     scale: Tensor | None
 
-    def real(self) -> np.ndarray:
+    def values(self) -> Tensor:
         """The values that inference uses, float64."""
         values = self.codes.double()
-        return (values if self.scale is None else values * self.scale.double().unsqueeze(1)).numpy()
+        return values if self.scale is None else values * self.scale.double().unsqueeze(1)
+
+    def real(self) -> np.ndarray:
+        """`values` in the CPU's memory."""
+        return self.values().cpu().numpy()
 
 
-def store_factor(matrix: np.ndarray, dtype: AdapterDtype) -> StoredFactor:
+def store_factor(matrix: Matrix, dtype: AdapterDtype) -> StoredFactor:
     """Round a factor `[rows, columns]` to storage precision; int8 gets one scale per row."""
-    tensor = torch.from_numpy(np.ascontiguousarray(matrix, np.float32))
+    if isinstance(matrix, Tensor):
+        tensor = matrix.float().contiguous()
+    else:
+        tensor = torch.from_numpy(np.ascontiguousarray(matrix, np.float32))
     if dtype == "int8":
         return StoredFactor(*quantize_int8(tensor, 0))
     return StoredFactor(tensor.to(_FLOAT[dtype]), None)
 
 
-def store_up_factors(parts: list[np.ndarray], dtype: AdapterDtype) -> tuple[StoredFactor, list[np.ndarray]]:
+def store_up_factors(parts: list[Matrix], dtype: AdapterDtype) -> tuple[StoredFactor, list[Matrix]]:
     """Round the up factors `[out, rank_i]` of all experts side by side.
 
     Returns:
         The stored concatenation `[out, sum of ranks]`, and the rounded part of every expert, float64.
     """
-    stored = store_factor(np.concatenate(parts, axis=1), dtype)
-    edges = np.cumsum([part.shape[1] for part in parts])[:-1]
-    return stored, np.split(stored.real(), edges, axis=1)
+    stored = store_factor(joined(parts, 1), dtype)
+    return stored, parts_of(beside(stored.values(), parts[0]), [part.shape[1] for part in parts], 1)
 
 
-def fit_down_factor(up: np.ndarray, error: np.ndarray) -> np.ndarray:
+def fit_down_factor(up: Matrix, error: Matrix) -> Matrix:
     """The down factor `[rank, in]` that fits `error` `[out, in]` best for a given up factor `[out, rank]`."""
-    return _solve(up, up.T.astype(error.dtype) @ error)
+    return _solve(up, cast(up.T, error) @ error)
 
 
-def store_down_factors(ups: Sequence[np.ndarray], error: np.ndarray, dtype: AdapterDtype) -> list[StoredFactor]:
+def store_down_factors(ups: Sequence[Matrix], error: Matrix, dtype: AdapterDtype) -> list[StoredFactor]:
     """Down factors of all experts, each fitted to its rounded up factor.
 
     Args:
@@ -73,19 +80,17 @@ def store_down_factors(ups: Sequence[np.ndarray], error: np.ndarray, dtype: Adap
         error: `[out, in]`.
         dtype: Storage.
     """
-    edges = np.cumsum([up.shape[1] for up in ups])[:-1]
-    products = np.split(np.concatenate(ups, axis=1).T.astype(error.dtype) @ error, edges)
+    products = parts_of(cast(joined(ups, 1).T, error) @ error, [up.shape[1] for up in ups], 0)
     stored = [store_factor(_solve(ups[0], products[0]), dtype)]
-    shared = stored[0].real()
+    shared = beside(stored[0].values(), error)
     for up, product in zip(ups[1:], products[1:], strict=True):
-        stored.append(store_factor(_solve(up, product - (up.T @ ups[0]) @ shared), dtype))
+        stored.append(store_factor(_solve(up, double(product) - (up.T @ ups[0]) @ shared), dtype))
     return stored
 
 
-def _solve(up: np.ndarray, products: np.ndarray) -> np.ndarray:
+def _solve(up: Matrix, products: Matrix) -> Matrix:
     """Least-squares `[rank, in]` from the products `up^T error`."""
-    solution: np.ndarray = np.linalg.lstsq(up.T @ up, products.astype(np.float64), rcond=1e-12)[0]
-    return solution
+    return pseudo_solve(up.T @ up, double(products), 1e-12)
 
 
 def join_down_factors(parts: list[StoredFactor]) -> StoredFactor:

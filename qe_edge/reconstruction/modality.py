@@ -10,6 +10,7 @@ import numpy as np
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.sensitivity import ANSWER
+from qe_edge.matrices import picked
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass
 
 OTHER = 0
@@ -69,7 +70,7 @@ def _inside(problem: ExpertProblem, rows: np.ndarray, experts: int, seed: int) -
     channels = split_channels(lists, in_features, lists.shape[1], experts).dependent
     own = replace(
         problem,
-        statistics=replace(statistics, tokens=statistics.tokens[rows], importance=lists),
+        statistics=replace(statistics, tokens=picked(statistics.tokens, rows), importance=lists),
         channels=channels,
         labels=spectral_clusters(npmi(occurrence_matrix(lists, channels, in_features)), experts, seed),
         experts=experts,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qe_edge.grids import WeightGrid, rounds_activations
+from qe_edge.matrices import to_numpy
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, some_tokens
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
@@ -76,7 +77,7 @@ def offer_candidates(
         ranks = range(0, spectrum.largest_rank + 1, RANK_STEP)
         losses = [(RoutedDesign(rank, 0, 0), spectrum.left(rank)) for rank in ranks]
         if routed and variant is best:
-            weight = problem.weight.abs().mean(0).double().numpy()
+            weight = to_numpy(problem.weight.abs().mean(0).double())
             trials = routed_losses(spectrum, problem.measured(), weight, important, DESIGNS, problem.seed)
             losses += zip(DESIGNS, trials, strict=True)
         for dtype in dtypes:

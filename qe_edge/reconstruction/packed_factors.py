@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.linalg import block_diag
+from torch import Tensor
 
 from qe_edge.grids import PER_CHANNEL, WeightGrid, pack_int4
+from qe_edge.matrices import Matrix, beside, cast, double, joined, parts_of, pseudo_solve, to_tensor
 from qe_edge.reconstruction.designs import ErrorSpectrum
 from qe_edge.reconstruction.factors import StoredFactor
 from qe_edge.reconstruction.rounding import Hessian, gptq_round
@@ -23,6 +25,7 @@ from qe_edge.reconstruction.rounding import Hessian, gptq_round
 GRID = WeightGrid(4, PER_CHANNEL, symmetric=True)
 DOWN_DAMPING, UP_DAMPING = 0.01, 1e-4
 ROUNDING = 1e-5  # of the largest energy, what a Gram matrix that was added up in float32 does not know
+ROWS = 1024  # of a Gram matrix that a device has in float64 at a time
 GLOBAL_SHARE = 0.05  # of all tokens in an expert's fit
 
 
@@ -39,12 +42,12 @@ class PackedCorrection:
 
     down: StoredFactor
     up: StoredFactor
-    downs: list[np.ndarray]
-    ups: list[np.ndarray]
+    downs: list[Matrix]
+    ups: list[Matrix]
 
 
 def pack_correction(
-    directions: Sequence[np.ndarray], error: np.ndarray, hessian: Hessian, tokens: Sequence[np.ndarray | None]
+    directions: Sequence[Matrix], error: Matrix, hessian: Hessian, tokens: Sequence[Matrix | None]
 ) -> PackedCorrection:
     """Round corrections to INT4.
 
@@ -57,46 +60,63 @@ def pack_correction(
     left = error
     codes, scales, downs, fitted, weighing = [], [], [], [], []
     for vectors, own in zip(directions, tokens, strict=True):
+        wanted = double(cast(vectors.T, left) @ left) if isinstance(left, Tensor) else vectors.T @ left
         if not vectors.shape[1]:
-            downs.append(vectors.T @ left)
+            downs.append(wanted)
             fitted.append(vectors)
             continue
         inputs = hessian
         if own is not None and len(own):
-            moments = (own.T @ own).astype(np.float64) / len(own)
+            moments = cast(own.T @ own, hessian.gram) if isinstance(own, Tensor) else double(own.T @ own)
+            moments = moments / len(own)
             inputs = Hessian((1.0 - GLOBAL_SHARE) * moments + GLOBAL_SHARE * hessian.gram)
-        rounded = gptq_round(torch.from_numpy(vectors.T @ left).float(), inputs, GRID, DOWN_DAMPING, clip=True)
-        down = rounded.decode().double().numpy()
-        spread = inputs.gram @ down.T
-        hidden, target = down @ spread, left @ spread
-        up = np.linalg.lstsq(hidden, target.T, rcond=1e-10)[0].T
+        rounded = gptq_round(to_tensor(wanted).float(), inputs, GRID, DOWN_DAMPING, clip=True)
+        down = beside(rounded.decode().double(), error)
+        spread = _spread(inputs.gram, down)
+        hidden, target = down @ spread, _times(left, spread)
+        up = pseudo_solve(hidden, target.T, 1e-10).T
         if own is None:
-            left = left - up @ down
+            left = left - (cast(up @ down, left) if isinstance(left, Tensor) else up @ down)
         codes.append(rounded.codes)
         scales.append(rounded.scales[:, 0])
         downs.append(down)
         fitted.append(up)
         weighing.append(hidden)
-    energies = block_diag(*weighing)
+    if isinstance(error, Tensor):
+        energies: Matrix = torch.block_diag(*weighing)  # type: ignore[no-untyped-call] # torch has no types here
+    else:
+        energies = block_diag(*weighing)
     diagonal = energies.diagonal()
     damping = max(UP_DAMPING, ROUNDING * float(diagonal.max()) / max(float(diagonal.mean()), 1e-300))
-    up = gptq_round(torch.from_numpy(np.concatenate(fitted, axis=1)).float(), energies, GRID, damping, clip=True)
-    edges = np.cumsum([part.shape[1] for part in fitted])[:-1]
+    up = gptq_round(to_tensor(joined(fitted, 1)).float(), energies, GRID, damping, clip=True)
     return PackedCorrection(
         StoredFactor(pack_int4(torch.cat(codes)), torch.cat(scales)),
         StoredFactor(pack_int4(up.codes), up.scales[:, 0].clone()),
         downs,
-        np.split(up.decode().double().numpy(), edges, axis=1),
+        parts_of(beside(up.decode().double(), error), [part.shape[1] for part in fitted], 1),
     )
 
 
-def packing_loss(error: np.ndarray, hessian: Hessian, spectrum: ErrorSpectrum) -> float:
+def _spread(gram: Matrix, down: Matrix) -> Matrix:
+    """`gram @ down^T` `[in, rank]` float64; a device makes float64 of some rows of the Gram matrix at a time."""
+    if isinstance(gram, Tensor):
+        return torch.cat([gram[start : start + ROWS].double() @ down.T for start in range(0, len(gram), ROWS)])
+    return gram @ down.T
+
+
+def _times(error: Matrix, spread: Matrix) -> Matrix:
+    """`error @ spread` `[out, rank]` float64, as precise as the error is."""
+    return (error @ cast(spread, error)).double() if isinstance(error, Tensor) else error @ spread
+
+
+def packing_loss(error: Matrix, hessian: Hessian, spectrum: ErrorSpectrum) -> float:
     """Share of the energy which a correction of the spectrum's largest rank captures that INT4 factors lose again."""
     captured = float(spectrum.captured[-1])
     if captured <= 0:
         return 0.0
     packed = pack_correction([spectrum.space.lift(spectrum.vectors)], error, hessian, [None])
     up, down = packed.ups[0], packed.downs[0]
-    spread = hessian.gram @ down.T
-    taken = 2 * (error @ spread) - up @ (down @ spread)  # tr(E G E^T) - tr(U taken^T) is the energy of E - U D
-    return max(captured - float(np.einsum("ij,ij->", up, taken)), 0.0) / captured
+    spread = _spread(hessian.gram, down)
+    taken = 2 * _times(error, spread) - up @ (down @ spread)  # tr(E G E^T) - tr(U taken^T) is the energy of E - U D
+    kept = (up * taken).sum() if isinstance(up, Tensor) else np.einsum("ij,ij->", up, taken)
+    return max(captured - float(kept), 0.0) / captured

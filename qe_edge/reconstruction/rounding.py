@@ -5,6 +5,7 @@ All of them stay on the scheme's number grid, so a low-rank correction can follo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.device import CPU, to_device
+from qe_edge.device import CPU
 from qe_edge.errors import NumericalError
 from qe_edge.grids import (
     PER_CHANNEL,
@@ -23,6 +24,7 @@ from qe_edge.grids import (
     scales_of_range,
     split_groups,
 )
+from qe_edge.matrices import Matrix, to_tensor
 from qe_edge.methods.scaling import power_scale, storable_inverse
 from qe_edge.parallel import map_rows
 
@@ -43,10 +45,10 @@ class Hessian:
         gram: `[in, in]` float32 or float64, `X^T X` up to a factor; nobody changes it any more.
     """
 
-    gram: np.ndarray
-    _couplings: dict[float, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    gram: Matrix
+    _couplings: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def coupling(self, damping: float) -> np.ndarray:
+    def coupling(self, damping: float) -> Tensor:
         """`R_ij / R_jj` `[in, in]` float32 of the damped matrix `R R^T` (see `gptq_round`).
 
         Raises:
@@ -65,16 +67,14 @@ class Rounding:
         kind: "nearest", "awq" (searched channel scales, then nearest) or "gptq".
         clip: Search the range of every scale for "nearest" and "gptq".
         damping: Of GPTQ's Hessian, relative to the mean of its diagonal.
-        device: Where GPTQ computes.
     """
 
     kind: Literal["nearest", "awq", "gptq"] = "nearest"
     clip: bool = False
     damping: float = 0.01
-    device: torch.device = CPU
 
     def __call__(
-        self, weight: Tensor, grid: WeightGrid, gram: np.ndarray | Hessian | None, abs_mean: np.ndarray
+        self, weight: Tensor, grid: WeightGrid, gram: Matrix | Hessian | None, abs_mean: np.ndarray
     ) -> tuple[QuantizedWeight, Tensor | None]:
         """Codes of `weight` `[out, in]`, and float16 `1 / s` `[in]` where the input must be divided by `s`.
 
@@ -92,8 +92,8 @@ class Rounding:
         if gram is None:
             raise NumericalError(f"Rounding '{self.kind}' needs the Gram matrix.", "Pass calibration tokens.")
         if self.kind == "gptq":
-            return gptq_round(weight, gram, grid, self.damping, clip=self.clip, device=self.device), None
-        matrix = torch.from_numpy(gram.gram if isinstance(gram, Hessian) else gram)
+            return gptq_round(weight, gram, grid, self.damping, clip=self.clip), None
+        matrix = to_tensor(gram.gram if isinstance(gram, Hessian) else gram)
         if self.kind == "awq":
             return search_scale(weight, abs_mean, matrix.float(), grid, AWQ_STEPS)
         return clipped_round(weight, grid, matrix.diagonal().float()), None
@@ -115,7 +115,7 @@ def search_range(weight: Tensor, grid: WeightGrid, importance: Tensor) -> tuple[
     """Scales and zero points `[out, groups]` of the ranges that lose least; arguments as of `clipped_round`."""
     groups = split_groups(weight, grid)
     weighing = importance.reshape(groups.shape[1:])
-    piece = max(1, CACHED // weight.shape[1])
+    piece = max(1, CACHED // weight.shape[1] if weight.device == CPU else len(weight))
     found = map_rows(lambda rows: _search_rows(groups[rows], grid, weighing), len(weight), piece)
     scales, zeros = zip(*found, strict=True)
     return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
@@ -171,7 +171,7 @@ def search_scale(
     """
     best = None
     for step in range(steps):
-        inverse = storable_inverse(power_scale(abs_mean, step / steps))
+        inverse = storable_inverse(power_scale(abs_mean, step / steps)).to(weight.device)
         codes = quantize_weight(weight / inverse.float(), grid)
         error = weight - codes.decode() * inverse.float()
         loss = float(((error @ gram) * error).sum())
@@ -184,12 +184,11 @@ def search_scale(
 
 def gptq_round(
     weight: Tensor,
-    gram: np.ndarray | Hessian,
+    gram: Matrix | Hessian,
     grid: WeightGrid,
     damping: float,
     *,
     clip: bool = False,
-    device: torch.device = CPU,
 ) -> QuantizedWeight:
     """GPTQ (ICLR 2023) without column reordering: the error of each column is made up for by those to come.
 
@@ -199,31 +198,32 @@ def gptq_round(
     quarter of the work that inverting and factoring again is.
 
     Args:
-        weight: `[out, in]` float32.
+        weight: `[out, in]` float32, where the Gram matrix is; so are the codes.
         gram: `[in, in]`, `X^T X` up to a factor; a `Hessian` where several weights are rounded with it.
         grid: Grid; the scale of a group is found when the group is reached, from the weights as updated so far.
         damping: Relative to the mean of the Gram matrix's diagonal.
         clip: Search the range of every scale, as `clipped_round`.
-        device: Where codes are chosen; the result is in the CPU's memory.
 
     Raises:
         NumericalError: If the damped Gram matrix is still not positive definite.
     """
     hessian = gram if isinstance(gram, Hessian) else Hessian(gram)
-    diagonal = torch.from_numpy(hessian.gram.diagonal().copy())
-    dead = (diagonal == 0) & bool(diagonal.any())  # inputs that are all zero say nothing of any channel
-    coupling = torch.from_numpy(hessian.coupling(damping)).to(device)
-    importance = diagonal.float().to(device) if clip else None
-    kept = weight.float().masked_fill(dead, 0.0).to(device)
-    piece = ROWS if device == CPU else len(kept)
-    parts = map_rows(lambda rows: _round_rows(kept[rows], coupling, grid, importance), len(kept), piece)
-    codes, scales, zeros = zip(*to_device(parts, CPU), strict=True)
+    there = isinstance(hessian.gram, Tensor)
+    diagonal = to_tensor(hessian.gram).diagonal().clone()
+    dead = (diagonal == 0) & diagonal.any()  # inputs that are all zero say nothing of any channel
+    coupling = hessian.coupling(damping)
+    importance = diagonal.float() if clip else None
+    kept = weight.float().masked_fill(dead, 0.0)
+    columns = _round_at_once if there else _round_in_turn
+    piece = len(kept) if there else ROWS  # a device has all rows in one go, and no threads
+    parts = map_rows(lambda rows: _round_rows(kept[rows], coupling, grid, importance, columns), len(kept), piece)
+    codes, scales, zeros = zip(*parts, strict=True)
     joined = None if grid.symmetric else torch.cat(zeros)
     return QuantizedWeight(torch.cat(codes), torch.cat(scales), joined, grid.bits, grid.resolve_group(weight.shape[1]))
 
 
 def _round_rows(
-    weight: Tensor, coupling: Tensor, grid: WeightGrid, importance: Tensor | None
+    weight: Tensor, coupling: Tensor, grid: WeightGrid, importance: Tensor | None, columns: _Columns
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`gptq_round` for some rows, which do not depend on each other: codes, scales and zero points."""
     # inputs lie along the rows, so that a column of the weight is contiguous
@@ -234,29 +234,75 @@ def _round_rows(
     width = in_features if group == PER_CHANNEL else group
     codes, errors = torch.empty_like(w, dtype=torch.int8), torch.empty_like(w)
     found: list[tuple[Tensor, Tensor | None]] = []
-    low, high = grid.limits
+    step = min(width, SMALL_BLOCK)  # a group's size is a power of two or the whole width: one scale for so many columns
     scale, point = torch.ones_like(w[0]), torch.zeros_like(w[0])
     for block in range(0, in_features, BLOCK):
         block_stop = min(block + BLOCK, in_features)
         for start in range(block, block_stop, SMALL_BLOCK):
             stop = min(start + SMALL_BLOCK, block_stop)
-            for column in range(start, stop):
-                if column % width == 0:
-                    # a group's size is a power of two or the whole width: none of its columns waits for an update
-                    span = slice(column, column + width)
-                    columns = _expected(original[span], w[span], coupling[span, span]) if column else w[span]
+            for first in range(start, stop, step):
+                if first % width == 0:  # none of the group's columns waits for an update
+                    span = slice(first, first + width)
+                    ahead = _expected(original[span], w[span], coupling[span, span]) if first else w[span]
                     weighing = None if importance is None else importance[span]
-                    found.append(_group_range(columns.T.contiguous(), grid, weighing))
+                    found.append(_group_range(ahead.T.contiguous(), grid, weighing))
                     scale, point = (part[:, 0].float() if part is not None else point for part in found[-1])
-                code = torch.round(w[column] / scale).add_(point).clamp_(low, high)
-                codes[column] = code
-                torch.sub(original[column], code.sub_(point).mul_(scale), out=errors[column])
-                w[column + 1 : stop].addr_(coupling[column, column + 1 : stop], errors[column])
+                last, inside = min(first + step, stop), slice(first, stop)
+                columns(
+                    _Span(original[inside], w[inside], coupling[inside, inside], codes[inside], errors[inside]),
+                    last - first, scale, point, grid.limits,
+                )  # fmt: skip
             w[stop:block_stop].addmm_(coupling[start:stop, stop:block_stop].T, errors[start:stop])
         w[block_stop:].addmm_(coupling[block:block_stop, block_stop:].T, errors[block:block_stop])
     scales = torch.cat([part[0] for part in found], dim=1)
     zeros = [part[1] for part in found if part[1] is not None]
     return codes.T.contiguous(), scales, torch.cat(zeros, dim=1) if zeros else None
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Neighbouring columns `[width, out]` of a weight, the first of which are rounded now; the others wait for them.
+
+    Attributes:
+        original: What is to be rounded.
+        w: The same with what makes up for earlier errors.
+        coupling: `[width, width]`.
+        codes: Int8, to be written.
+        errors: `original` minus what the codes decode to, to be written.
+    """
+
+    original: Tensor
+    w: Tensor
+    coupling: Tensor
+    codes: Tensor
+    errors: Tensor
+
+
+_Columns = Callable[[_Span, int, Tensor, Tensor, tuple[int, int]], None]
+
+
+def _round_in_turn(span: _Span, count: int, scale: Tensor, point: Tensor, limits: tuple[int, int]) -> None:
+    """Round the first `count` columns of a span on scales and zero points `[out]`, and update the others after each."""
+    for column in range(count):
+        code = torch.round(span.w[column] / scale).add_(point).clamp_(*limits)
+        span.codes[column] = code
+        torch.sub(span.original[column], code.sub_(point).mul_(scale), out=span.errors[column])
+        span.w[column + 1 :].addr_(span.coupling[column, column + 1 :], span.errors[column])
+
+
+def _round_at_once(span: _Span, count: int, scale: Tensor, point: Tensor, limits: tuple[int, int]) -> None:
+    """The same in four operations a column, each of which costs a device its start: on the grid's own axis."""
+    original, w = (part[:count] / scale + point for part in (span.original, span.w))
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    coupling = span.coupling[:count, :count].triu(1)  # a column does not change itself, nor those before it
+    rows = zip(*(part.unbind() for part in (original, w, codes, errors, coupling)), strict=True)
+    for wanted, value, code, error, share in rows:
+        torch.round(value, out=code).clamp_(*limits)
+        torch.sub(wanted, code, out=error)
+        w.addr_(share, error)
+    span.codes[:count] = codes
+    span.errors[:count] = errors * scale
+    span.w[count:].addmm_(span.coupling[:count, count:].T, span.errors[:count])
 
 
 def _expected(original: Tensor, w: Tensor, coupling: Tensor) -> Tensor:
@@ -273,15 +319,16 @@ def _group_range(columns: Tensor, grid: WeightGrid, importance: Tensor | None) -
     return scales_of_range(columns.amin(1, keepdim=True), columns.amax(1, keepdim=True), whole)
 
 
-def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
+def _coupling(gram: Matrix, damping: float) -> Tensor:
     """`R_ij / R_jj` `[in, in]` float32 of the damped Gram matrix `R R^T`; what is below the diagonal means nothing.
 
     The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards. A Gram matrix in
     float32 is factored in float32, unless that fails: its own rounding is as large. torch's LAPACK lets other threads
     work meanwhile; scipy's does not.
     """
-    for precision in (torch.float32, torch.float64)[gram.dtype != np.float32 :]:
-        hessian = torch.from_numpy(gram).to(precision).flip((0, 1))
+    matrix = to_tensor(gram)
+    for precision in (torch.float32, torch.float64)[matrix.dtype != torch.float32 :]:
+        hessian = matrix.to(precision).flip((0, 1))
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1.0
         diagonal += damping * float(diagonal.mean(dtype=torch.float64))
@@ -291,9 +338,10 @@ def _coupling(gram: np.ndarray, damping: float) -> np.ndarray:
     else:
         raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
     size, pivots = len(lower), lower.diagonal()
-    transposed = hessian if hessian.dtype == torch.float32 else torch.zeros(size, size)  # whose memory is free now
+    # a Hessian in float32 is done with, and its memory is free
+    transposed = hessian if hessian.dtype == torch.float32 else torch.zeros(size, size, device=matrix.device)
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         columns = lower.T[start:stop, start:] / pivots[start:stop, None]
         transposed[size - stop : size - start, : size - start] = columns.flip((0, 1))
-    return np.asarray(transposed.numpy().T)
+    return transposed.T

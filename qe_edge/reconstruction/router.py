@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve, get_blas_funcs
+from torch import Tensor
 
 from qe_edge.int8_products import add_gram, round_channels, rounds_gram
+from qe_edge.matrices import Matrix, cast, double, energies, joined, parts_of, picked, row_products, to_numpy
 from qe_edge.reconstruction.directions import ErrorSpace
 
 KINDS = ("ridge", "tri")
@@ -18,7 +20,7 @@ SPREAD_TOKENS = 1024  # scores of so many tokens give the factor that scales a r
 DUAL_TOKENS = 4096  # of a layer with more inputs than this, so many tokens are regressed on
 
 
-def triangle_router(error: np.ndarray, corrections: Iterable[np.ndarray]) -> np.ndarray:
+def triangle_router(error: Matrix, corrections: Iterable[Matrix]) -> Matrix:
     """`R_ic = mean_o |E_S - L_i|_oc`: an upper bound of the mean absolute residual of expert i, free of data.
 
     Args:
@@ -28,7 +30,8 @@ def triangle_router(error: np.ndarray, corrections: Iterable[np.ndarray]) -> np.
     Returns:
         `[experts, in]` float64.
     """
-    return np.stack([np.abs(error - correction).mean(0) for correction in corrections])
+    rows = [abs(error - correction).mean(0) for correction in corrections]
+    return torch.stack(rows) if isinstance(error, Tensor) else np.stack(rows)
 
 
 class RidgeRegression:
@@ -38,22 +41,37 @@ class RidgeRegression:
         tokens: `[n, in]` calibration tokens; of a wide layer `DUAL_TOKENS` evenly spread ones are used.
     """
 
-    def __init__(self, tokens: np.ndarray) -> None:
+    def __init__(self, tokens: Matrix) -> None:
         in_features = tokens.shape[1]
         self._rows = np.arange(len(tokens))
         if len(tokens) > DUAL_TOKENS and in_features > DUAL_TOKENS:
             self._rows = np.linspace(0, len(tokens) - 1, DUAL_TOKENS).astype(np.int64)
-            tokens = tokens[self._rows]
-        self._magnitude = np.abs(tokens)
+            tokens = picked(tokens, self._rows)
+        self._magnitude = abs(tokens)
         self._dual = len(tokens) < in_features
+        self._lower: Tensor | None = None
+        if isinstance(tokens, Tensor):
+            self._factor_there(self._magnitude, in_features)
+            return
         normal = _lower_gram(self._magnitude, transposed=self._dual)
         damping = RIDGE * np.trace(normal) / in_features
         self._empty = damping <= 0
         normal[np.diag_indices_from(normal)] += damping if damping > 0 else 1.0
         self._factor = cho_factor(normal, lower=True, overwrite_a=True, check_finite=False)
 
-    def router(self, residuals: np.ndarray) -> np.ndarray:
+    def _factor_there(self, magnitude: Tensor, in_features: int) -> None:
+        """The factor on a device."""
+        normal = magnitude @ magnitude.T if self._dual else magnitude.T @ magnitude
+        diagonal = normal.diagonal()
+        damping = RIDGE * float(diagonal.sum()) / in_features
+        self._empty = damping <= 0
+        diagonal += damping if damping > 0 else 1.0
+        self._lower = torch.linalg.cholesky(normal)
+
+    def router(self, residuals: Matrix) -> Matrix:
         """Router `[experts, in]` float64 for the norms of every expert's residual on every token `[n, experts]`."""
+        if self._lower is not None:
+            return self._router_there(residuals, self._lower)
         if self._empty:
             return np.zeros((residuals.shape[1], self._magnitude.shape[1]))
         centred = residuals[self._rows]
@@ -63,6 +81,17 @@ class RidgeRegression:
             return np.asarray(solved @ self._magnitude, np.float64)
         weights: np.ndarray = cho_solve(self._factor, self._magnitude.T @ centred.astype(self._magnitude.dtype)).T
         return weights
+
+    def _router_there(self, residuals: Tensor, lower: Tensor) -> Tensor:
+        """The router on a device."""
+        if self._empty:
+            return residuals.new_zeros(residuals.shape[1], self._magnitude.shape[1], dtype=torch.float64)
+        centred = picked(residuals, self._rows)
+        centred = cast(centred - centred.mean(1, keepdim=True), self._magnitude)
+        if self._dual:
+            weights: Tensor = torch.cholesky_solve(centred, lower).T @ self._magnitude
+            return weights.double()
+        return torch.cholesky_solve(self._magnitude.T @ centred, lower).T.double()
 
 
 def _lower_gram(x: np.ndarray, *, transposed: bool) -> np.ndarray:
@@ -78,14 +107,14 @@ def _lower_gram(x: np.ndarray, *, transposed: bool) -> np.ndarray:
     return lower
 
 
-def ridge_router(tokens: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+def ridge_router(tokens: Matrix, residuals: Matrix) -> Matrix:
     """Ridge regression from |x| `[n, in]` to the centred residual norms `[n, experts]`; `[experts, in]` float64."""
     return RidgeRegression(tokens).router(residuals)
 
 
 def routed_residuals(
-    space: ErrorSpace, tokens: np.ndarray, outputs: np.ndarray, ups: Sequence[np.ndarray], downs: Sequence[np.ndarray]
-) -> np.ndarray:
+    space: ErrorSpace, tokens: Matrix, outputs: Matrix, ups: Sequence[Matrix], downs: Sequence[Matrix]
+) -> Matrix:
     """Norm of what every routed expert leaves of the error's output, `||E x - up_s down_s x - up_i down_i x||`.
 
     Args:
@@ -98,25 +127,26 @@ def routed_residuals(
     Returns:
         `[n, experts]`, without the shared expert.
     """
-    together = tokens @ np.concatenate(downs).T.astype(tokens.dtype)
-    hidden = np.split(together, np.cumsum([len(down) for down in downs])[:-1], axis=1)
-    along = [outputs @ space.coordinates(up).astype(outputs.dtype) for up in ups]
+    together = double(tokens @ cast(joined(downs, 0).T, tokens))
+    hidden = parts_of(together, [len(down) for down in downs], 1)
+    along = [double(outputs @ cast(space.coordinates(up), outputs)) for up in ups]
     shared, inner = hidden[0], [ups[0].T @ up for up in ups]
-    left = np.square(outputs).sum(1) + np.einsum("nr,nr->n", shared, shared @ inner[0] - 2 * along[0])
-    result = np.empty((len(tokens), len(ups) - 1))
+    left = energies(outputs) + row_products(shared, shared @ inner[0] - 2 * along[0])
+    columns = []
     for expert in range(1, len(ups)):
         own = hidden[expert]
         energy = own @ (ups[expert].T @ ups[expert]) - 2 * (along[expert] - shared @ inner[expert])
-        result[:, expert - 1] = left + np.einsum("nr,nr->n", own, energy)
-    return np.sqrt(np.maximum(result, 0.0))
+        columns.append((left + row_products(own, energy))[:, None])
+    return joined(columns, 1).clip(0.0) ** 0.5
 
 
-def normalise_router(router: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def normalise_router(router: Matrix, tokens: Matrix) -> np.ndarray:
     """Scale all scores by one factor so that they spread by about 1 over the experts; the argmin stays the same.
 
     Experts that are nearly alike get a smaller factor, with which the router still fits float16.
     """
-    tokens = tokens[:: max(1, len(tokens) // SPREAD_TOKENS)]
+    router, tokens = to_numpy(router), to_numpy(tokens[:: max(1, len(tokens) // SPREAD_TOKENS)])
     spread = (np.abs(tokens) @ router.T).std(1).mean() if len(tokens) else 0.0
     divisor = max(spread, float(np.abs(router).max(initial=0.0)) / LARGEST)
-    return router / divisor if divisor > 0 else router
+    scaled: np.ndarray = router / divisor if divisor > 0 else router
+    return scaled
