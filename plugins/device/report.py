@@ -118,15 +118,15 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def step_table(report: Report) -> str:
-    """Microseconds of every step, and how many times as fast as cuBLAS FP16."""
+def step_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Microseconds of every step, and how many times as fast as cuBLAS FP16: heads of columns, and lines."""
     rows = [*report.peer_steps, *report.steps]
     columns = sorted({(str(row["model"]), int(row["tokens"])) for row in rows})
     lines = []
     for name in dict.fromkeys(map(_name, rows)):
         cells = {(row["model"], row["tokens"]): row for row in rows if _name(row) == name}
         lines.append([name, *(_step_cell(cells.get(column)) for column in columns)])
-    return table("step, us", [f"{model.removeprefix('Qwen2-VL-')}, {tokens}" for model, tokens in columns], lines)
+    return [f"{model.removeprefix('Qwen2-VL-')}, {tokens} tok" for model, tokens in columns], lines
 
 
 def _step_cell(row: Row | None) -> str:
@@ -136,7 +136,7 @@ def _step_cell(row: Row | None) -> str:
     return f"{row['microseconds']:.0f}" + (f" ({ratio:.2f}x)" if ratio else "")
 
 
-def linear_table(report: Report) -> str:
+def linear_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     """Geometric mean over all layers of how many times as fast as cuBLAS FP16, by number of tokens."""
     rows = [*report.peer_linears, *whole_plans(report.linears)]
     tokens = sorted({int(row["tokens"]) for row in rows})
@@ -148,7 +148,7 @@ def linear_table(report: Report) -> str:
             known = [math.log(ratio) for ratio in ratios if ratio]
             cells.append(f"{math.exp(sum(known) / len(known)):.2f}" if known else "-")
         lines.append([name, *cells])
-    return table("layer, x FP16", [f"{m} tok" for m in tokens], lines)
+    return [f"{m} tok" for m in tokens], lines
 
 
 def summary(report: Report) -> str:
@@ -162,9 +162,9 @@ def summary(report: Report) -> str:
     if report.copied_gb_per_second is not None:
         lines.append(f"memory: {report.copied_gb_per_second:.0f} GB/s read and written by a copy")
     if report.steps or report.peer_steps:
-        lines += ["", step_table(report)]
+        lines += ["", table("step, us", *step_cells(report))]
     if report.linears or report.peer_linears:
-        lines += ["", linear_table(report)]
+        lines += ["", table("layer, x FP16", *linear_cells(report))]
     if report.skipped:
         lines += ["", *(f"not measured: {what}: {why}" for what, why in report.skipped.items())]
     lines += [f"wrong: {row}" for row in report.wrong]

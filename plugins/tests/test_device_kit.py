@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device import cases, check, correctness, layers, peers, shapes, tensorrt_int4, timing
+from device import cases, check, correctness, layers, markdown, peers, shapes, tensorrt_int4, timing
 from device.chip import chip
 from device.driver import DeviceError, Driver
 from device.gpu import Gpu
@@ -68,7 +68,9 @@ def small_kit(libcuda: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     short = Gpu.graph_time
     monkeypatch.setattr(Gpu, "graph_time", lambda self, queue: short(self, queue, 1, 0))
     out = tmp_path / "device.json"
-    monkeypatch.setattr("sys.argv", ["check", str(out), "--kernels", str(kernels), "--commit", "abc", "--seconds", "60"])
+    monkeypatch.setattr(
+        "sys.argv", ["check", str(out), "--kernels", str(kernels), "--commit", "abc", "--seconds", "60"]
+    )
     return out
 
 
@@ -100,6 +102,9 @@ def test_the_command_fills_every_field(small_kit: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     for expected in ("emulated GPU: ", "step, us", "layer, x FP16", "w4a8, 64 in INT4", "not measured"):
         assert expected in printed
+    page = markdown.results(markdown.read(small_kit))
+    assert "| w4a8, 64 in INT4 |" in page
+    assert "commit abc: " in page
     # the report's own test reads a file of the same form
     stored = read(STORED)
     assert data.keys() == stored.keys()
