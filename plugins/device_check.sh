@@ -28,7 +28,9 @@ if ! $python -c 'import numpy' 2> /dev/null; then
   [ -x $python ] || python3 -m venv --system-site-packages build/device
   $python -m pip install numpy
 fi
-if [ ! -s build/plugin/cuda13.fatbin ] && [ ! -s build/plugin/cuda12.fatbin ]; then
+# What the plugin's build made, or what somebody carried here from another machine, is taken as it is.
+has_fatbin() { [ -s "$1/cuda13.fatbin" ] || [ -s "$1/cuda12.fatbin" ]; }
+if ! has_fatbin build/plugin && { [ -f build/payload/CMakeCache.txt ] || ! has_fatbin build/payload; }; then
   command -v nvcc > /dev/null || { echo "nvcc is not on PATH. Install the CUDA toolkit, or add its bin folder." >&2; exit 1; }
   chip=$($python -m device.chip)
   # Under CUDA 12 the toolkit's own ptxas makes the payload that its driver loads.

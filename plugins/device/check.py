@@ -32,7 +32,8 @@ from emulator.plan import Planner
 from tests.modes import COMBINATIONS
 
 SECONDS = 200.0
-RESULTS_SHARE, TIMES_SHARE = 0.35, 0.35  # of the seconds; the rest is the peers'
+RESULTS_SHARE, TIMES_SHARE = 0.3, 0.3  # of the seconds; the rest is the peers'
+LEAST_FOR_PEERS = 10.0
 LIBRARY = "libcuda.so.1"
 
 
@@ -100,26 +101,33 @@ def times(report: Report, gpu: Gpu, planner: Planner, deadline: float) -> None:
     watch.close()
 
 
-def check(report: Report, gpu: Gpu, planner: Planner, seconds: float, *, quick: bool) -> None:
-    """Everything, within about `seconds`."""
+def check(report: Report, gpu: Gpu, planner: Planner, seconds: float, out: Path, *, quick: bool) -> None:
+    """Everything, within about `seconds`. The file is written after each part, so that what comes later cannot lose it."""
     began = time.monotonic()
+
+    def done(what: str) -> None:
+        report.seconds = round(time.monotonic() - began, 1)
+        report.add_ratios()
+        report.write(out)
+        print(f"{report.seconds:6.1f} s  {what}", file=sys.stderr, flush=True)
+
     try:
         results(report, Checker(gpu, planner), quick=quick, deadline=began + RESULTS_SHARE * seconds)
+        done(f"{len(report.numerics) - len(report.wrong)} of {len(report.numerics)} results right")
         if not quick:
             times(report, gpu, planner, time.monotonic() + TIMES_SHARE * seconds)
+            done(f"{len(report.steps)} steps, {len(report.linears)} times of layers")
     except (DeviceError, timing.CounterError) as error:
         report.failures.append(str(error))
     if quick:
         report.skipped["times"] = "--quick was given."
     else:
-        found = run_peers(
-            list(peer_process.NAMES), timing.beyond_cache(gpu), max(10.0, seconds - (time.monotonic() - began))
-        )
+        left = max(LEAST_FOR_PEERS, seconds - (time.monotonic() - began))
+        found = run_peers(list(peer_process.NAMES), timing.beyond_cache(gpu), left)
         report.peer_linears, report.peer_steps = found.linears, found.steps
         report.torch = found.torch or "not used"
         report.skipped.update(found.skipped)
-    report.add_ratios()
-    report.seconds = round(time.monotonic() - began, 1)
+    done("all")
 
 
 def main() -> int:
@@ -138,8 +146,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     report = begin(gpu, kernels, options.commit)
-    check(report, gpu, Planner.load(plan_library()), options.seconds, quick=options.quick)
-    report.write(options.out)
+    check(report, gpu, Planner.load(plan_library()), options.seconds, options.out, quick=options.quick)
     print(summary(report))
     return 1 if report.wrong or report.failures or not report.numerics else 0
 

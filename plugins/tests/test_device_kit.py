@@ -49,7 +49,7 @@ def small_kit(libcuda: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     kernels = tmp_path / "kernels.cubin"
     kernels.write_bytes(b"kernels")
     monkeypatch.setattr(check, "LIBRARY", libcuda)
-    monkeypatch.setattr(check, "run_peers", lambda *a: peers.run_peers(*a, command=CPU_PEERS))
+    monkeypatch.setattr(check, "run_peers", lambda *a: peers.run_peers(a[0], a[1], a[2], CPU_PEERS))
     monkeypatch.setattr(cases, "MODES", MODES[:1])
     monkeypatch.setattr(cases, "COMBINATIONS", [])
     monkeypatch.setattr(cases, "TOKENS", [1, 65])
