@@ -102,7 +102,7 @@ def times(report: Report, gpu: Gpu, planner: Planner, deadline: float) -> None:
 
 
 def check(report: Report, gpu: Gpu, planner: Planner, seconds: float, out: Path, *, quick: bool) -> None:
-    """Everything, within about `seconds`. The file is written after each part, so that what comes later cannot lose it."""
+    """Everything, within about `seconds`. The file is written after each part: what comes later cannot lose it."""
     began = time.monotonic()
 
     def done(what: str) -> None:

@@ -26,7 +26,9 @@ class Int4Error(RuntimeError):
 
 def library() -> str | None:
     """The Python module of TensorRT that is installed, or None."""
-    return next((name for name in MODULES if find_spec(name) is not None), None)
+    specs = ((name, find_spec(name)) for name in MODULES)
+    # The folder plugins/tensorrt looks like a package without files of its own; that has no origin.
+    return next((name for name, spec in specs if spec is not None and spec.origin is not None), None)
 
 
 def weight_only_model(k: int, n: int) -> bytes:

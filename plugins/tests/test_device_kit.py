@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -266,6 +267,13 @@ def test_peers_that_cannot_start() -> None:
 
 def test_half_a_line_is_no_row() -> None:
     assert peers._complete_rows('{"a": 1}\n{"b"') == [{"a": 1}]
+
+
+def test_the_folder_of_the_plugin_classes_is_not_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(tensorrt_int4, "MODULES", ("tensorrt",))
+    installed = (spec := importlib.util.find_spec("tensorrt")) is not None and spec.origin is not None
+    assert tensorrt_int4.library() == ("tensorrt" if installed else None)
 
 
 def test_tensorrt_builds_its_own_int4_product() -> None:
