@@ -1,1 +1,1 @@
-"""Check and time the kernels on a real GPU, through the driver API. Has run on one H100; see DEVICE.md."""
+"""Check and time the kernels on a real GPU, through the driver API. DEVICE.md says where that has been done."""

@@ -1,4 +1,4 @@
-"""Check and time the kernels on this machine's GPU. Has run on one H100; see DEVICE.md.
+"""Check and time the kernels on this machine's GPU. DEVICE.md says where that has been done.
 
     python -m device.check OUT.json [--seconds S] [--quick] [--kernels FILE] [--commit TEXT]
 

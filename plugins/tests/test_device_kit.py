@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -269,11 +269,23 @@ def test_half_a_line_is_no_row() -> None:
     assert peers._complete_rows('{"a": 1}\n{"b"') == [{"a": 1}]
 
 
-def test_the_folder_of_the_plugin_classes_is_not_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr(tensorrt_int4, "MODULES", ("tensorrt",))
-    installed = (spec := importlib.util.find_spec("tensorrt")) is not None and spec.origin is not None
-    assert tensorrt_int4.library() == ("tensorrt" if installed else None)
+def test_the_folder_of_the_plugin_classes_is_not_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "pretended_tensorrt").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(tensorrt_int4, "MODULES", ("pretended_tensorrt",))
+    assert tensorrt_int4.library() is None
+    (tmp_path / "pretended_tensorrt/__init__.py").touch()
+    importlib.invalidate_caches()
+    assert tensorrt_int4.library() == "pretended_tensorrt"
+
+
+def test_the_kernels_alone_need_no_tensorrt(tmp_path: Path) -> None:
+    options = ["-DQE_PAYLOAD_ONLY=ON", "-DQE_CHIPS=90", "-DQE_CHIPS12=90"]
+    done = subprocess.run(
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "QE_TENSORRT_FOUND" not in (tmp_path / "CMakeCache.txt").read_text()
 
 
 def test_tensorrt_builds_its_own_int4_product() -> None:
