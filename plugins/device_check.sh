@@ -1,34 +1,57 @@
 #!/bin/bash
-# Check the plugin on a machine with an NVIDIA GPU (a Jetson or an RTX card). Not yet run on hardware.
+# Check and time the plugin's kernels on a machine with an NVIDIA GPU. DEVICE.md says where it has run.
 #
-#   plugins/device_check.sh OUT_FOLDER
+#   plugins/device_check.sh OUT_FOLDER [--seconds S] [--sanitize] [--commit TEXT] [--python PYTHON]
 #
-# Builds what is missing, runs every mode against the float64 reference, times the linears of two models, and repeats
-# the numerics under compute-sanitizer when it is installed. OUT_FOLDER/device.json is what to send back.
+# Builds the kernels for this GPU where no build is there, compares every mode with the float64 reference, and times the
+# linears of two models and what else can run them. OUT_FOLDER/device.json is what to send back. --sanitize repeats the
+# small results under compute-sanitizer, which takes minutes. PYTHON is the one that has the peers, such as torch.
 set -eu
-[ $# = 1 ] || { echo "Usage: plugins/device_check.sh OUT_FOLDER" >&2; exit 2; }
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
+usage() { echo "Usage: plugins/device_check.sh OUT_FOLDER [--seconds S] [--sanitize] [--commit TEXT] [--python PYTHON]" >&2; exit 2; }
+out= python=python3 sanitize=0 options=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --sanitize) sanitize=1; shift ;;
+    --python) [ $# -gt 1 ] || usage; python=$2; shift 2 ;;
+    --seconds | --commit) [ $# -gt 1 ] || usage; options+=("$1" "$2"); shift 2 ;;
+    -*) usage ;;
+    *) [ -z "$out" ] || usage; out=$1; shift ;;
+  esac
+done
+[ -n "$out" ] || usage
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+found=$(command -v "$python") || { echo "There is no Python '$python'. Give one with --python." >&2; exit 1; }
+python=$(cd "$(dirname "$found")" && pwd)/$(basename "$found")
 cd "$(dirname "$0")"
-command -v nvcc > /dev/null || { echo "nvcc is not on PATH. Install the CUDA toolkit, or add its bin folder." >&2; exit 1; }
-python=build/device/bin/python
-[ -x $python ] || { python3 -m venv --system-site-packages build/device; $python -m pip install numpy onnx; }
-if [ ! -f build/plugin/cuda13.fatbin ]; then
-  $python -m pip install --no-deps kernel-lens==2.0.1
-  headers=$($python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kernel_lens/include/tensorrt
-  major=$(nvcc --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
+if ! "$python" -c 'import numpy' 2> /dev/null; then
+  [ -x build/device/bin/python ] || "$python" -m venv --system-site-packages build/device
+  python=build/device/bin/python
+  "$python" -m pip install numpy
+fi
+# What the plugin's build made, or what somebody carried here from another machine, is taken as it is.
+has_fatbin() { [ -s "$1/cuda13.fatbin" ] || [ -s "$1/cuda12.fatbin" ]; }
+if ! has_fatbin build/plugin && { [ -f build/payload/CMakeCache.txt ] || ! has_fatbin build/payload; }; then
+  command -v nvcc > /dev/null || { echo "nvcc is not on PATH. Install the CUDA toolkit, or add its bin folder." >&2; exit 1; }
+  chip=$("$python" -m device.chip)
   # Under CUDA 12 the toolkit's own ptxas makes the payload that its driver loads.
   cuda12=()
-  [ "$major" = 12 ] && cuda12=(-DQE_PTXAS12="$(command -v ptxas)" "-DQE_CHIPS=80;86;87;89;90")
-  cmake -S . -B build/plugin -DQE_TENSORRT_INCLUDE="$headers" "${cuda12[@]}"
-  cmake --build build/plugin
+  nvcc --version | grep -q 'release 12' && cuda12=(-DQE_PTXAS12="$(command -v ptxas)")
+  cmake -S . -B build/payload -DQE_PAYLOAD_ONLY=ON "-DQE_CHIPS=$chip" "-DQE_CHIPS12=$chip" "${cuda12[@]}"
+  cmake --build build/payload
 fi
-$python -m device.check "$out/device.json"
-if command -v compute-sanitizer > /dev/null; then
+code=0
+"$python" -m device.check "$out/device.json" "${options[@]}" || code=$?
+if [ $sanitize = 1 ]; then
+  command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed. Install the CUDA toolkit." >&2; exit 1; }
   for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool $tool --error-exitcode 1 --log-file "$out/$tool.log" \
-      $python -m device.check "$out/$tool.json" --quick && echo "$tool: clean" || echo "$tool: see $out/$tool.log"
+    if compute-sanitizer --tool $tool --error-exitcode 1 --log-file "$out/$tool.log" \
+      "$python" -m device.check "$out/$tool.json" --quick > "$out/$tool.txt"; then
+      echo "$tool: clean"
+    else
+      code=1
+      echo "$tool: see $out/$tool.log and $out/$tool.txt"
+    fi
   done
-else
-  echo "compute-sanitizer is not installed: skipped, and not part of what this run shows."
 fi
+exit $code

@@ -1,1 +1,1 @@
-"""Run the kernels on a real GPU through the driver API. Not yet run on hardware."""
+"""Check and time the kernels on a real GPU, through the driver API. DEVICE.md says where that has been done."""

@@ -1,168 +1,154 @@
-"""Numerics and times of the kernels on the GPU of this machine. Not yet run on hardware.
+"""Check and time the kernels on this machine's GPU. DEVICE.md says where that has been done.
 
-    python -m device.check OUT.json [--quick]
+    python -m device.check OUT.json [--seconds S] [--quick] [--kernels FILE] [--commit TEXT]
 
-Runs every mode of the emulator tests against the float64 reference, twice (two runs must be bit-identical), then times
-the linears of Qwen2-VL-2B and 7B beside a float16 matrix product (torch and cuBLAS) where torch with CUDA is installed,
-and beside TensorRT's own INT4 weight-only product where its Python module is.
+Results first: every mode against the float64 reference, small shapes and real ones. Then times: memory, whole steps and
+single layers of Qwen2-VL-2B and 7B, and the same by peers in a process of their own. The exit code is 1 when anything
+is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import platform
+import shutil
+import subprocess
 import sys
-from functools import partial
-from importlib import import_module
+import time
+from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from device import cases, peer_process, timing
+from device.correctness import Checker, check_all
+from device.driver import DeviceError, Driver
+from device.gpu import Gpu, load_gpu
+from device.peers import run_peers
+from device.report import Report, summary
+from emulator.build import BUILD, ROOT, plan_library
+from emulator.plan import Planner
+from tests.modes import COMBINATIONS
 
-from device.int4 import times as int4_times
-from device.machine import DeviceMachine
-from emulator.build import BUILD, source_emulator
-from emulator.plan import Buffers, Launch, Planner, Tactic
-from emulator.session import WEIGHTS, problem_of, run_linear
-from prepack.floats import to_bits
-from prepack.linear import CanonicalLinear
-from prepack.pack import pack
-from prepack.reference import qe_linear
-from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
-from tests.modes import MODES, TOKENS, shape_for
-
-# in_features and out_features of merged linears: q/k/v, o, gate/up, down.
-SHAPES = {
-    "Qwen2-VL-2B": [(1536, 2048), (1536, 1536), (1536, 17920), (8960, 1536)],
-    "Qwen2-VL-7B": [(3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)],
-}
-TIMED = [
-    Mode("w4a8", adapter_bits=8, rank_routed=32),
-    Mode("w4a16_g128_asym", act_bits=0, group_size=128, zeros=True),
-    Mode("w3a8", weight_bits=3, adapter_bits=8, rank_routed=32),
-    Mode("w3a16_g128_asym", act_bits=0, group_size=128, zeros=True, weight_bits=3),
-]
+SECONDS = 200.0
+RESULTS_SHARE, TIMES_SHARE = 0.3, 0.3  # of the seconds; the rest is the peers'
+LEAST_FOR_PEERS = 10.0
+LIBRARY = "libcuda.so.1"
 
 
-def numerics(machine: DeviceMachine, planner: Planner) -> list[dict[str, Any]]:
-    """One row per mode and token count."""
-    rows = []
-    for mode in MODES:
-        for tokens in TOKENS:
-            k, n = shape_for(mode, tokens)
-            layer, x = random_layer(mode, k, n, seed=tokens), random_tokens(mode, tokens, k)
-            first, second = (run_linear(machine, planner, layer, x, mode.dtype) for _ in range(2))
-            error = relative_error(first.y, qe_linear(layer, x, mode.dtype))
-            same = bool(np.array_equal(first.y, second.y))
-            passed = same and error <= LIMIT[mode.dtype]
-            rows.append({"mode": mode.name, "tokens": tokens, "error": error, "same_bits": same, "passed": passed})
-    return rows
+def _said(command: list[str]) -> str:
+    """The first line that a program prints, or "unknown"."""
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if lines and not done.returncode else "unknown"
 
 
-def timings(machine: DeviceMachine, planner: Planner) -> list[dict[str, Any]]:
-    """Microseconds of one linear per model shape, token count and tactic."""
-    rows = []
-    for model, shapes in SHAPES.items():
-        for k, n in shapes:
-            for mode in TIMED:
-                layer = random_layer(mode, k, n)
-                for tokens in (1, 8, 64, 1024):
-                    rows += _time(machine, planner, model, mode, layer, tokens)
-    return rows
+def kernels_file(library: str) -> Path:
+    """The fatbin of the plugin's build folder, else of `device_check.sh`, for the driver's CUDA version."""
+    name = "cuda13.fatbin" if Driver(library).integer("cuDriverGetVersion") >= 13000 else "cuda12.fatbin"
+    found = [folder / name for folder in (BUILD / "plugin", BUILD / "payload")]
+    return next((path for path in found if path.is_file() and path.stat().st_size), found[-1])
 
 
-def _time(
-    machine: DeviceMachine,
-    planner: Planner,
-    model: str,
-    mode: Mode,
-    layer: CanonicalLinear,
-    tokens: int,
-) -> list[dict[str, Any]]:
-    x = random_tokens(mode, tokens, layer.in_features)
-    problem, packed = problem_of(layer, tokens, mode.dtype), pack(layer, mode.dtype)
-    machine.clear()
-    y = np.zeros((tokens, layer.out_features), np.uint16)
-    workspace = np.zeros(max(1, planner.workspace_bytes(problem)), np.uint8)
-    weights = {name: getattr(packed, name) for name in WEIGHTS}
-    buffers = Buffers(
-        x=machine.add(to_bits(x, mode.dtype), "x", writable=False),
-        y=machine.add(y, "y", writable=True),
-        workspace=machine.add(workspace, "workspace", writable=True),
-        **{k: machine.add(v, k, writable=False) for k, v in weights.items() if v is not None},
-    )
-    tactics = [Tactic(0, warps) for warps in (2, 4, 8)]
-    if tokens > 16:
-        tactics = [Tactic(rows, 0) for rows in (64, 128) if mode.act_bits or rows < 128]
-    plans = [(tactic, planner.launches(problem, buffers, tactic)) for tactic in tactics]
-    return [
-        {
-            "model": model, "mode": mode.name, "k": layer.in_features, "n": layer.out_features, "tokens": tokens,
-            "block_rows": tactic.block_rows, "decode_warps": tactic.decode_warps,
-            "microseconds": machine.microseconds(partial(_launch_all, machine, launches), 50),
-        }
-        for tactic, launches in plans
-    ]  # fmt: skip
+def begin(gpu: Gpu, kernels: Path, commit: str | None) -> Report:
+    """What is known before anything has run."""
+    return Report(
+        device=gpu.name, capability=divmod(gpu.capability, 10), multiprocessors=gpu.multiprocessors,
+        l2_bytes=gpu.l2_bytes, cuda=gpu.cuda,
+        driver=_said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        host=platform.machine(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=commit or _said(["git", "rev-parse", "HEAD"]),
+        kernels=hashlib.sha256(kernels.read_bytes()).hexdigest(),
+    )  # fmt: skip
 
 
-def _launch_all(machine: DeviceMachine, launches: list[Launch]) -> None:
-    for launch in launches:
-        machine.queue(launch)
+def take_rows(rows: Iterable[dict[str, Any]], into: list[dict[str, Any]], report: Report, what: str) -> None:
+    """Keep rows; those that say why there is none are counted by their reason."""
+    left_out: dict[str, list[str]] = {}
+    for row in rows:
+        if "skipped" in row:
+            left_out.setdefault(row["skipped"], []).append(row["what"])
+        else:
+            into.append(row)
+    for reason, missing in left_out.items():
+        report.skipped[f"{len(missing)} {what}, the first of them {missing[0]}"] = reason
 
 
-def float16_times() -> list[dict[str, Any]]:
-    """The same shapes as one float16 product each; empty without torch and CUDA."""
+def results(report: Report, checker: Checker, *, quick: bool, deadline: float) -> None:
+    """Compare with the reference."""
+    small = list(cases.small_requests())
+    if quick:
+        small = small[: len(small) - len(COMBINATIONS)]
+    found, _ = check_all(checker, small, float("inf"))  # never cut short
+    if not quick:
+        real, left_out = check_all(checker, cases.real_requests(), deadline)
+        found += real
+        if left_out:
+            report.skipped[f"results of {left_out} large layers"] = "The time was up."
+    report.numerics = [result.row() for result in found]
+
+
+def times(report: Report, gpu: Gpu, planner: Planner, deadline: float) -> None:
+    """Our times."""
+    report.copied_gb_per_second = timing.copied_gb_per_second(gpu)
+    watch = timing.Stopwatch(gpu, planner)
+    take_rows(timing.step_rows(watch, deadline), report.steps, report, "steps")
+    take_rows(timing.linear_rows(watch, deadline), report.linears, report, "single layers")
+    report.overlaps = gpu.overlaps
+    watch.close()
+
+
+def check(report: Report, gpu: Gpu, planner: Planner, seconds: float, out: Path, *, quick: bool) -> None:
+    """Everything, within about `seconds`. The file is written after each part: what comes later cannot lose it."""
+    began = time.monotonic()
+
+    def done(what: str) -> None:
+        report.seconds = round(time.monotonic() - began, 1)
+        report.add_ratios()
+        report.write(out)
+        print(f"{report.seconds:6.1f} s  {what}", file=sys.stderr, flush=True)
+
     try:
-        torch: Any = import_module("torch")
-    except ImportError:
-        return []
-    if not torch.cuda.is_available():
-        return []
-    rows = []
-    for model, shapes in SHAPES.items():
-        for k, n in shapes:
-            weight = torch.randn(k, n, device="cuda", dtype=torch.float16)
-            for tokens in (1, 8, 64, 1024):
-                x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
-                times = []
-                for _ in range(53):
-                    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    x @ weight
-                    stop.record()
-                    stop.synchronize()
-                    times.append(1000 * start.elapsed_time(stop))
-                rows.append(
-                    {"model": model, "k": k, "n": n, "tokens": tokens, "microseconds": float(np.median(times[3:]))}
-                )
-    return rows
+        results(report, Checker(gpu, planner), quick=quick, deadline=began + RESULTS_SHARE * seconds)
+        done(f"{len(report.numerics) - len(report.wrong)} of {len(report.numerics)} results right")
+        if not quick:
+            times(report, gpu, planner, time.monotonic() + TIMES_SHARE * seconds)
+            done(f"{len(report.steps)} steps, {len(report.linears)} times of layers")
+    except (DeviceError, timing.CounterError) as error:
+        report.failures.append(str(error))
+    if quick:
+        report.skipped["times"] = "--quick was given."
+    else:
+        left = max(LEAST_FOR_PEERS, seconds - (time.monotonic() - began))
+        found = run_peers(list(peer_process.NAMES), timing.beyond_cache(gpu), left)
+        report.peer_linears, report.peer_steps = found.linears, found.steps
+        report.torch = found.torch or "not used"
+        report.skipped.update(found.skipped)
+    done("all")
 
 
 def main() -> int:
-    """Write one JSON file; the exit code is 1 when a result is wrong."""
-    parser = argparse.ArgumentParser(description="Check the QELinear kernels on this machine's GPU.")
+    """Write one JSON file and print the tables; the exit code is 1 when a result is wrong."""
+    parser = argparse.ArgumentParser(description="Check and time the QELinear kernels on this machine's GPU.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="numerics only, as under compute-sanitizer")
-    arguments = parser.parse_args()
-    machine, planner = DeviceMachine(BUILD / "plugin"), Planner.load(source_emulator())
-    rows = numerics(machine, planner)
-    int4, reason = ([], "--quick was given.") if arguments.quick else int4_times(machine, SHAPES)
-    report = {
-        "kind": "qe_edge.device_check", "device": machine.name, "capability": machine.capability, "cuda": machine.cuda,
-        "host": platform.machine(), "numerics": rows,
-        "timings": [] if arguments.quick else timings(machine, planner),
-        "float16": [] if arguments.quick else float16_times(),
-        "tensorrt_int4": int4, "skipped": {"TensorRT's INT4 weight-only product": reason} if reason else {},
-    }  # fmt: skip
-    part = arguments.out.with_suffix(".tmp")
-    part.write_text(json.dumps(report, indent=1))
-    part.replace(arguments.out)
-    wrong = [row for row in rows if not row["passed"]]
-    print(f"{machine.name}: {len(rows) - len(wrong)} of {len(rows)} results right; {arguments.out}")
-    for row in wrong:
-        print(f"wrong: {row}")
-    return 1 if wrong else 0
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="about how long it may take")
+    parser.add_argument("--quick", action="store_true", help="small results only, as under compute-sanitizer")
+    parser.add_argument("--kernels", type=Path, help="a fatbin or cubin instead of the plugin's own")
+    parser.add_argument("--commit", help="git's commit, where the sources are no clone")
+    options = parser.parse_args()
+    try:
+        kernels = options.kernels or kernels_file(LIBRARY)
+        gpu = load_gpu(kernels, LIBRARY)
+    except DeviceError as error:
+        print(error, file=sys.stderr)
+        return 1
+    report = begin(gpu, kernels, options.commit)
+    check(report, gpu, Planner.load(plan_library()), options.seconds, options.out, quick=options.quick)
+    print(summary(report))
+    return 1 if report.wrong or report.failures or not report.numerics else 0
 
 
 if __name__ == "__main__":

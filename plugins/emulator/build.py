@@ -71,6 +71,20 @@ def source_emulator(root: Path = ROOT, *, subset: int = 0) -> Path:
     return target
 
 
+def plan_library(root: Path = ROOT) -> Path:
+    """The shared library with the launch plan alone, for who has a GPU: a second to compile."""
+    sources = [*(root / "include/qe_edge").glob("*.h"), root / "host/plan.cpp"]
+    target = BUILD / f"libqe_plan_{_digest(sources, '')}.so"
+    if target.exists():
+        return target
+    BUILD.mkdir(exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}.tmp")
+    cxx = os.environ.get("CXX", "g++")
+    _run([cxx, "-std=c++17", "-fPIC", "-O2", "-shared", "-o", str(partial), str(root / "host/plan.cpp")])
+    partial.replace(target)
+    return target
+
+
 def ptx(root: Path = ROOT, *, subset: int = 0, nvcc: str | None = None) -> Path:
     """The compute_80 PTX that every cubin is assembled from."""
     compiler = nvcc or os.environ.get("NVCC", "nvcc")

@@ -184,7 +184,8 @@ QE_DEV void main_decode(const MainArgs& p) {
   // columns are multiplied.
   bool waits = corrects || p.x_is_ready;
   const int shared_rank = 16 * p.shared_tiles;
-  const bool early = kQuantizes && corrects && p.M == 1 && p.E == 0 && thread_id() < shared_rank;
+  const bool lone = kQuantizes && corrects && p.M == 1 && p.E == 0 && shared_rank <= block_threads();
+  const bool early = lone && thread_id() < shared_rank;
   float parts_of_h[kMaxSlices];
   if (early) {
     wait_for_previous();
@@ -225,7 +226,7 @@ QE_DEV void main_decode(const MainArgs& p) {
       wait_for_previous();
       if (early) {
         store2(tokens.h + thread_id(), from_float<T>(sum_in_order(parts_of_h)).bits);
-      } else if (corrects && !(kQuantizes && p.M == 1 && p.E == 0)) {
+      } else if (corrects && !lone) {
         collect_correction<T, Tokens8>(p, m0, count, tokens);
       }
       waits = false;

@@ -20,7 +20,8 @@ from qe_edge.cli.options import Command
 def command(output: Path | None, arch: str | None, tensorrt_include: Path | None) -> None:
     """Compile the TensorRT plugin.
 
-    Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. Not yet run on hardware.
+    Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. Its kernels have run on an H100;
+    the library itself has not yet run on hardware.
     """
     from qe_edge.cli.outputs import check_output_path, check_writable
     from qe_edge.export.plugin_build import CUDA12_FROM_PYPI, build_plugin, find_toolchain

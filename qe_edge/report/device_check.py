@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,67 +19,175 @@ class _Strict(BaseModel):
 
 
 class ModeResult(_Strict):
-    """One mode of the kernels at one number of tokens, against the float64 reference.
+    """One layer at one number of tokens, with one tactic, against the float64 reference.
 
     Attributes:
         mode: Name of the mode.
+        k: in_features.
+        n: out_features.
         tokens: Number of tokens.
+        block_rows: Rows of a tile in prefill; 0 where the plan chose.
+        decode_warps: Warps in decode; 0 where the plan chose.
+        multiprocessors: What the plan knew of the GPU; 0 for nothing.
         error: Relative error; infinite if a value was not finite.
+        rerouted: Tokens that went to the other one of two experts with equal scores.
         same_bits: Whether a second run gave the same bits.
-        passed: Whether the error is within the limit and the bits are the same.
+        counters_zero: Whether the plan left its counters as it found them.
+        in_bounds: Whether nothing was written behind y and the workspace.
+        passed: Whether all of this is as it should be.
     """
 
     mode: str
-    tokens: int
-    error: float
-    same_bits: bool
-    passed: bool
-
-
-class PeerTime(_Strict):
-    """Time of one product, by something else than the plugin, in microseconds."""
-
-    model: str
     k: int
     n: int
     tokens: int
-    microseconds: float = Field(gt=0)
-
-
-class TacticTime(PeerTime):
-    """Time of one linear layer in the plugin's kernels, with one tactic."""
-
-    mode: str
     block_rows: int
     decode_warps: int
+    multiprocessors: int
+    error: float
+    rerouted: int
+    same_bits: bool
+    counters_zero: bool
+    in_bounds: bool
+    passed: bool
+
+
+class _Time(_Strict):
+    """Median of replays of a CUDA graph with cold weights.
+
+    Attributes:
+        model: Whose layers these are.
+        tokens: Number of tokens.
+        bytes: What has to be read and written at least.
+        microseconds: The time.
+        times_float16: How many times as fast as cuBLAS FP16 in the same run; None if unknown.
+    """
+
+    model: str
+    tokens: int
+    bytes: int
+    microseconds: float = Field(gt=0)
+    times_float16: float | None
+
+
+class PeerTime(_Time):
+    """One product by something else than the plugin.
+
+    Attributes:
+        peer: What ran.
+        k: in_features.
+        n: out_features.
+        copies: How many copies of the layer were used in turn.
+    """
+
+    peer: str
+    k: int
+    n: int
+    copies: int
+
+
+class LinearTime(_Time):
+    """One linear layer in the plugin's kernels.
+
+    Attributes:
+        mode: How it is quantized.
+        k: in_features.
+        n: out_features.
+        block_rows: Rows of a tile in prefill; 0 where the plan chose.
+        launches: How many of the plan's launches ran, from the first.
+        of_launches: How many it has.
+        kernel: Name of the last kernel that ran.
+        copies: How many copies of the layer were used in turn.
+    """
+
+    mode: str
+    k: int
+    n: int
+    block_rows: int
+    launches: int
+    of_launches: int
+    kernel: str
+    copies: int
+
+
+class StepTime(_Time):
+    """The linear layers of all blocks in the plugin's kernels.
+
+    Attributes:
+        mode: How they are quantized.
+        blocks: How many blocks.
+        launches: Of all layers.
+    """
+
+    mode: str
+    blocks: int
+    launches: int
+
+
+class PeerStepTime(_Time):
+    """The linear layers of all blocks by something else.
+
+    Attributes:
+        peer: What ran.
+        blocks: How many blocks.
+        launches: Of all layers.
+    """
+
+    peer: str
+    blocks: int
+    launches: int
 
 
 class DeviceCheck(_Strict):
-    """device.json.
+    """device.json; plugins/device/report.py writes it.
 
     Attributes:
         kind: Says what the file is.
         device: Name of the GPU.
         capability: Its compute capability.
+        multiprocessors: How many it has.
+        l2_bytes: Size of its L2 cache.
         cuda: CUDA version of its driver, as the driver writes it: 13000 is 13.0.
+        driver: Version of the driver.
+        torch: Version of torch, which the peers use.
         host: Architecture of the machine.
-        numerics: Every mode and number of tokens.
-        timings: The linears of two models with every tactic.
-        float16: The same shapes as one float16 product each, by cuBLAS.
-        tensorrt_int4: The same shapes in TensorRT's own INT4 weight-only path.
+        date: When the run began, in UTC.
+        commit: Git's commit of the kit.
+        kernels: SHA-256 of the file with the kernels.
+        overlaps: Whether launches overlapped.
+        copied_gb_per_second: What a copy on the GPU read and wrote, in units of 10^9.
+        numerics: Every result that was compared.
+        linears: The linears of two models, and their first launches alone.
+        steps: All linears of the two models in a row.
+        peer_linears: The same layers as products of others.
+        peer_steps: The same steps by others.
         skipped: What was not measured, with the reason.
+        failures: What went wrong besides results.
+        seconds: How long the run took.
     """
 
     kind: Literal["qe_edge.device_check"]
     device: str
     capability: tuple[int, int]
+    multiprocessors: int
+    l2_bytes: int
     cuda: int
+    driver: str
+    torch: str
     host: str
+    date: str
+    commit: str
+    kernels: str
+    overlaps: bool
+    copied_gb_per_second: float | None
     numerics: list[ModeResult]
-    timings: list[TacticTime] = []
-    float16: list[PeerTime] = []
-    tensorrt_int4: list[PeerTime] = []
-    skipped: dict[str, str] = {}
+    linears: list[LinearTime]
+    steps: list[StepTime]
+    peer_linears: list[PeerTime]
+    peer_steps: list[PeerStepTime]
+    skipped: dict[str, str]
+    failures: list[str]
+    seconds: float
 
     @property
     def wrong(self) -> list[ModeResult]:
@@ -97,15 +204,29 @@ class DeviceCheck(_Strict):
         """CUDA version of the driver, for reading."""
         return f"{self.cuda // 1000}.{self.cuda % 1000 // 10}"
 
+    @property
+    def peers(self) -> list[str]:
+        """Names of the peers, as they ran."""
+        return list(dict.fromkeys(row.peer for row in (*self.peer_steps, *self.peer_linears)))
+
     def speeds(self) -> list[Speed]:
-        """One row per layer, mode and number of tokens, with the fastest tactic."""
-        fastest: dict[tuple[str, int, int, int, str], TacticTime] = {}
-        for row in self.timings:
+        """One row per layer, mode and number of tokens: the whole plan, with its fastest tile."""
+        fastest: dict[tuple[str, int, int, int, str], LinearTime] = {}
+        for row in self.linears:
             key = (row.model, row.k, row.n, row.tokens, row.mode)
-            if key not in fastest or row.microseconds < fastest[key].microseconds:
+            if row.launches == row.of_launches and (key not in fastest or row.microseconds < fastest[key].microseconds):
                 fastest[key] = row
-        float16, int4 = _by_shape(self.float16), _by_shape(self.tensorrt_int4)
-        return [Speed(row, float16.get(key[:4]), int4.get(key[:4])) for key, row in sorted(fastest.items())]
+        peers: dict[tuple[str, int, int, int], dict[str, float]] = {}
+        for peer in self.peer_linears:
+            peers.setdefault((peer.model, peer.k, peer.n, peer.tokens), {})[peer.peer] = peer.microseconds
+        return [Speed(row, peers.get(key[:4], {})) for key, row in sorted(fastest.items())]
+
+    def step_speeds(self) -> list[StepSpeed]:
+        """One row per model, mode and number of tokens."""
+        peers: dict[tuple[str, int], dict[str, float]] = {}
+        for peer in self.peer_steps:
+            peers.setdefault((peer.model, peer.tokens), {})[peer.peer] = peer.microseconds
+        return [StepSpeed(row, peers.get((row.model, row.tokens), {})) for row in self.steps]
 
 
 @dataclass(frozen=True)
@@ -113,26 +234,33 @@ class Speed:
     """One layer on the device.
 
     Attributes:
-        ours: The plugin's fastest tactic.
-        float16: Microseconds of the float16 product, None if not measured.
-        int4: Microseconds of TensorRT's INT4 weight-only product, None if not measured.
+        ours: The plugin's time.
+        peers: Microseconds of every peer that was measured.
     """
 
-    ours: TacticTime
-    float16: float | None
-    int4: float | None
+    ours: LinearTime
+    peers: dict[str, float]
 
-    def times_float16(self) -> float | None:
-        """How many times as fast as float16."""
-        return None if self.float16 is None else self.float16 / self.ours.microseconds
-
-    def times_int4(self) -> float | None:
-        """How many times as fast as TensorRT's INT4."""
-        return None if self.int4 is None else self.int4 / self.ours.microseconds
+    def times(self, peer: str) -> float:
+        """How many times as fast as a peer. Raises KeyError if it was not measured."""
+        return self.peers[peer] / self.ours.microseconds
 
 
-def _by_shape(rows: Iterable[PeerTime]) -> dict[tuple[str, int, int, int], float]:
-    return {(row.model, row.k, row.n, row.tokens): row.microseconds for row in rows}
+@dataclass(frozen=True)
+class StepSpeed:
+    """All linear layers of a model on the device.
+
+    Attributes:
+        ours: The plugin's time.
+        peers: Microseconds of every peer that was measured.
+    """
+
+    ours: StepTime
+    peers: dict[str, float]
+
+    def times(self, peer: str) -> float:
+        """How many times as fast as a peer. Raises KeyError if it was not measured."""
+        return self.peers[peer] / self.ours.microseconds
 
 
 def load_device_check(path: Path) -> DeviceCheck:

@@ -25,12 +25,15 @@ def words(report: Report, device: DeviceCheck | None) -> str:
 def test_the_page_shows_the_fastest_tactic_beside_its_peers(report: Report) -> None:
     device = load_device_check(FILE)
     first, second = device.speeds()
-    assert (first.ours.microseconds, first.times_float16(), first.times_int4()) == (20.0, 2.3, 1.25)
-    assert (second.ours.tokens, second.float16, second.int4) == (64, None, None)
+    assert (first.ours.microseconds, first.times("cuBLAS FP16"), first.times("TensorRT INT4 g128")) == (20.0, 2.3, 1.25)
+    assert (second.ours.tokens, second.ours.block_rows, second.peers) == (1024, 128, {})
+    (step,) = device.step_speeds()
+    assert step.times("cuBLAS FP16") == pytest.approx(1.4)
     text = words(report, device)
     for expected in (
         "A GPU that does not exist, compute capability 8.7, CUDA 12.6, aarch64", "1 of 2 results agree",
-        "Wrong: w4a16 at 150 tokens", f"2.3 {TIMES}", f"1.2 {TIMES}", "tensorrt fails at 1536 x 2048",
+        "Wrong: w4a16 at 150 tokens", f"2.3 {TIMES}", f"1.2 {TIMES}", f"1.4 {TIMES}", "no engine was built",
+        "Failed: a launch failed", "commit abc, driver 540.4, torch 2.11",
     ):  # fmt: skip
         assert expected in text, expected
 
