@@ -215,5 +215,13 @@ PLANTED = [
     Planted("asm: counters that never begin again", "kernels/prim_ptx.cuh", "atom.global.inc.u32 %0, [%1], %2;", "atom.global.inc.u32 %0, [%1], 255;", 4, PLAIN, "ptx", slices=3),
     Planted("asm: a slice that may come from a cache", "kernels/prim_ptx.cuh", "ld.relaxed.gpu.global.f32", "ld.global.f32", 4, PLAIN, "ptx", slices=3),
     Planted("asm: no fence", "kernels/prim_ptx.cuh", "fence.acq_rel.gpu;", "", 72, LONE, "ptx"),
+    Planted("PTX: x before the launch in front has ended", PLAN, "x_is_ready = cut.lone && s.lowrank;", "x_is_ready = cut.lone;", 3, PLAIN, "ptx"),
+    Planted("PTX: the launch in front lets the next begin before x is there", KERNELS,
+            "    qe::lowrank_down_decode<", "    qe::release_next(); qe::lowrank_down_decode<", 3, LONE, "ptx"),
+    Planted("PTX: a block that waits for the others", DOWN, "    device_fence();\n    *flag",
+            "    device_fence();\n    if (block_y() == 0) while (float_to_int_bits(load_fresh(reinterpret_cast<float*>(counter))) != parts - 1) {}\n    *flag",
+            4, PLAIN, "ptx", slices=3),
+    Planted("PTX: no fence before the counter", DOWN, "    device_fence();\n    *flag", "    *flag", 4, PLAIN, "ptx", slices=3),
+    Planted("PTX: weights fetched ahead from beyond their end", PLAN, "int64_t{s.Np} * s.Kp * p.weight_bits / 8", "int64_t{s.Np} * s.Kp * p.weight_bits / 4", 3, LONE, "ptx"),
     Planted("asm: nothing waits", "kernels/prim_ptx.cuh", "// sm_90: griddepcontrol.wait;", "", 3, LONE, "ptx"),
 ]  # fmt: skip
