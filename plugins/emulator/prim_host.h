@@ -168,6 +168,7 @@ QE_EMU_OUT inline void load_fresh(const float* p, float (&v)[4]) {
   qe_emu::on_fresh_read(p, sizeof v);
   memcpy(v, p, sizeof v);
 }
+QE_DEV void hold(float&) {}
 QE_DEV float shuffle_xor(float v, int mask) {
   const qe_emu::ShuffleIn in{v, mask};
   float out;

@@ -8,7 +8,8 @@ from __future__ import annotations
 from gates.cubins import Cubin
 from gates.loops import Loop, hot_loop
 
-# A multiprocessor has one block of decode, of at most 12 warps, so that its registers are no reason to take fewer.
+# A multiprocessor has one block of decode, of at most 12 warps, so that its registers are no reason to take fewer; and one
+# or two of the down-projection of long prompts, of 8 warps.
 DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 184, 64, 128
 GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 
@@ -53,7 +54,7 @@ def register_limit(kernel: str) -> int:
     """The most registers that a kernel may take, by either assembler."""
     if kernel.startswith("qe_prefill"):
         return GEMM_REGISTERS
-    if kernel.startswith("qe_decode"):
+    if kernel.startswith(("qe_decode", "qe_down_prefill")):
         return DECODE_REGISTERS
     return PREPARE_REGISTERS if kernel in ("qe_prepare_f16", "qe_prepare_bf16") else OTHER_REGISTERS
 

@@ -424,7 +424,7 @@ const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const
     return "decode_warps is not 2, 4 or 8. Use a tactic from the plugin's list.";
   if (t.block_rows != 0 && t.block_rows != 64 && (t.block_rows != 128 || !p.act_bits))
     return "block_rows is not 64, or 128 with int8 activations. Use a tactic from the plugin's list.";
-  const int multiprocessors = t.multiprocessors > 0 ? t.multiprocessors : kUnknownMultiprocessors;
+  const int multiprocessors = t.multiprocessors > 0 ? std::min(t.multiprocessors, kMostMultiprocessors) : kUnknownMultiprocessors;
   const Shape s(p, multiprocessors);
   const Workspace w = Layout(p, s);
   *plan = QePlan{};

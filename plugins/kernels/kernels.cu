@@ -20,7 +20,7 @@
     qe::prepare_and_down<qe::T, bits>(p);                      \
   }
 #define QE_DOWN_PREFILL(name, T, bits)                         \
-  QE_KERNEL void QE_BOUNDS(256) name(qe::DownArgs p) {         \
+  QE_KERNEL void QE_BOUNDS(256, 1) name(qe::DownArgs p) {      \
     qe::lowrank_down_prefill<qe::T, bits>(p);                  \
   }
 #define QE_MAIN_DECODE(name, T, bits, mode, groups, zeros, tokens8)         \
@@ -34,7 +34,7 @@
 #define QE_LIMIT_kInt8_0 QE_REGISTERS(168)
 #define QE_LIMIT_kInt8_1 QE_BOUNDS(256, 0)
 #define QE_LIMIT_kInt8_2 QE_BOUNDS(256, 0)
-#define QE_LIMIT_k16Bit_0 QE_REGISTERS(184)
+#define QE_LIMIT_k16Bit_0 QE_BOUNDS(256, 0)
 #define QE_LIMIT_k16Bit_1 QE_REGISTERS(184)
 #define QE_LIMIT_k16Bit_2 QE_REGISTERS(184)
 #define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)          \

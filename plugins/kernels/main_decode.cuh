@@ -9,7 +9,6 @@
 
 namespace qe {
 
-constexpr int kChunksAtOnce = 2;
 constexpr int kRing = 3;  // chunks of weights that a warp has in flight
 
 // A warp's weights on their way from memory. A lane reads only what it copied itself, so that no barrier is needed; and the
@@ -204,7 +203,7 @@ QE_DEV void main_decode(const MainArgs& p) {
     Cursor<Bits, Mode, Groups, Tokens8> at(p, block, first + start, first, act, group_sums, count);
     unsigned char* slot = ring.slots;
     constexpr bool kCrowded = Mode == k16Bit && Groups != 0;
-    constexpr int kAtOnce = Tokens8 == 2 && kCrowded ? 1 : kChunksAtOnce;
+    constexpr int kAtOnce = Tokens8 == 2 && (kCrowded || Groups == 2) ? 1 : 2;
     QE_UNROLL_BY(kAtOnce)
     for (int chunk = start; chunk < (present ? end : 0); ++chunk) {
       cp_async_wait<kRing - 1>();
@@ -225,6 +224,9 @@ QE_DEV void main_decode(const MainArgs& p) {
     if (waits) {
       wait_for_previous();
       if (early) {
+        // Else they would be added up, and so waited for, in front of the loop.
+        QE_UNROLL
+        for (int s = 0; s < kMaxSlices; ++s) hold(parts_of_h[s]);
         store2(tokens.h + thread_id(), from_float<T>(sum_in_order(parts_of_h)).bits);
       } else if (corrects && !lone) {
         collect_correction<T, Tokens8>(p, m0, count, tokens);

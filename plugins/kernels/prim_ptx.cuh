@@ -230,6 +230,9 @@ QE_DEV void load_fresh(const float* p, float (&v)[4]) {
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(p));
 }
 
+// The value is needed here and not before.
+QE_DEV void hold(float& v) { asm volatile("" : "+f"(v)); }
+
 QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 QE_DEV uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 QE_DEV void block_sync() { __syncthreads(); }
