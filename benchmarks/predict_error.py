@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[Way, Scheme, Adapters]] = {
     "w4a6 r64 int4": ("plugin", SCHEMES["w4a6"], RANK_64),
     "w4a16 g128z": ("plugin", SCHEMES["w4a16"], NONE),
     "w4a16 g128z r64 int4": ("plugin", SCHEMES["w4a16"], RANK_64),
+    "w3a8": ("plugin", SCHEMES["w3a8"], NONE),
     "w3a8 r64 int4": ("plugin", SCHEMES["w3a8"], RANK_64),
     "w3a16 g128z": ("plugin", SCHEMES["w3a16"], NONE),
 }
@@ -143,7 +144,7 @@ def fit(linears: Sequence[Row], steps: Sequence[Row]) -> Timing:
         errors = np.log([row.factor(timing) for row in rows]) * weights
         return np.concatenate([errors, 0.02 * (values - origin)])  # what no row says stays as it is
 
-    upper = np.where([name in ("bandwidth", "tensor") for name in names], 0.0, np.inf)
+    upper = np.where([name in ("bandwidth", "tensor", "overlapped_launch") for name in names], 0.0, np.inf)
     found = least_squares(
         residuals, np.minimum(origin, upper - 1e-3), bounds=(-np.inf, upper), loss="soft_l1", f_scale=0.15
     )

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from qe_edge.predict.shapes import Linear
 from qe_edge.predict.tables import Device, InstructionTable, Timing
 
-DECODE_LIMIT = 16  # tokens up to which the plugin's decode kernels run
+# Of plugins/host/plan.cpp: tokens up to which its decode kernels run, on any GPU and where the GEMM would leave the GPU
+# empty; tokens that `main` quantizes itself; tokens of one block otherwise.
+DECODE_LIMIT, LONG_DECODE_LIMIT, LONE_TOKENS, GROUP_TOKENS = 16, 64, 4, 16
 TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, outputs, and channels of a step
-DECODE_COLUMNS, DECODE_WARPS = 32, 8
-DECODE_REGISTERS = {"int8": 80, "float": 124}
-REGISTERS = 1 << 16  # of a multiprocessor
+DECODE_COLUMNS, DECODE_WARPS, DECODE_SETS, DECODE_SHARED = 32, 12, 8, 96 << 10
+FIRST_OVERLAP = 90  # the compute capability, times ten, from which a launch may start before the one in front ends
 LIBRARY_TILE, SMALLEST_TILE, EDGE_TILE = 128, 16, 64
 BLEND = 3  # exponent with which resources of about the same time are joined
 
@@ -61,6 +62,7 @@ class Kernel:
         library: Whether it uses the fastest tensor instructions of the device, as a vendor's library does.
         waste: What the tensor cores multiply relative to the work.
         blocks: Size of the grid.
+        overlaps: Whether it may start before the launch in front ends, on chips that can.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Kernel:
     library: bool = False
     waste: float = 1
     blocks: int = 1
+    overlaps: bool = False
 
     def microseconds(self, device: Device, timing: Timing) -> dict[str, float]:
         """Time that each resource needs, and what none of them explains under "launch latency"."""
@@ -90,6 +93,8 @@ class Kernel:
         needed = self.microseconds(device, timing).values()
         fixed = self.work.launches * self.fixed / (device.clock_ghz * 1000)
         joined: float = sum(value**BLEND for value in needed) ** (1 / BLEND)
+        if self.overlaps and int(device.chip.removeprefix("sm_")) >= FIRST_OVERLAP:
+            launch_us *= timing.overlapped_launch
         return self.work.launches * launch_us + fixed + joined
 
 
@@ -152,17 +157,35 @@ class Problem:
         """Whether activations are integers."""
         return self.variant.startswith("s8")
 
-    @property
-    def decode(self) -> bool:
+    def decode(self, multiprocessors: int) -> bool:
         """Whether the kernels for few tokens run."""
-        return self.tokens <= DECODE_LIMIT
+        tiles = 2 * _divide(self.linear.out_features, TILE_COLUMNS)
+        return self.tokens <= DECODE_LIMIT or (self.tokens <= LONG_DECODE_LIMIT and tiles <= multiprocessors)
+
+    @property
+    def lone(self) -> bool:
+        """Whether `main` quantizes its tokens itself: few of them, which fit its shared memory."""
+        channels = STEP * _divide(self.linear.in_features, STEP)
+        groups = {"g128": 1, "g64": 2}.get(self.variant.split("_")[1].rstrip("z"), 0) if "z" in self.variant else 0
+        held = channels * self.tokens * (1 if self.int8 else 2) + channels // STEP * groups * 64
+        extras = 208 + 8 * self.tokens * DECODE_WARPS + self.tokens * (2 * self.correction.rank + 64)
+        warp = 1024 + 1536 * (3 if "w3" in self.variant else 4)
+        return self.tokens <= LONE_TOKENS and held + extras + warp <= DECODE_SHARED
 
 
 def plugin_kernels(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> list[Kernel]:
     """The launches of the plugin for one linear."""
-    main = _main_decode if problem.decode else _main_prefill
-    middle = [_down(problem, device, timing)] if problem.correction.rank else []
-    return [_prepare(problem, device, timing), *middle, main(problem, device, table, timing)]
+    corrected = problem.correction.rank > 0
+    if not problem.decode(device.multiprocessors):
+        middle = [_down_prefill(problem, device, timing)] if corrected else []
+        return [_prepare(problem, device, timing), *middle, _main_prefill(problem, device, table, timing)]
+    main = _main_decode(problem, device, table, timing)
+    if problem.lone:
+        return [_down_decode(problem, timing), main] if corrected else [main]
+    first = _prepare(problem, device, timing)
+    if corrected:
+        first = _side_by_side(first, _down_decode(problem, timing))
+    return [first, main]
 
 
 def library_kernel(linear: Linear, tokens: int, device: Device, timing: Timing) -> Kernel:
@@ -203,55 +226,86 @@ def edge_llm_kernel(
 def _prepare(problem: Problem, device: Device, timing: Timing) -> Kernel:
     k, tokens, cost = problem.linear.in_features, problem.tokens, timing.prepare
     experts = problem.correction.experts if problem.correction.routed_tiles else 0
-    threads = 512 if problem.decode and k >= 4096 else 256
+    eights, most = _divide(k, 8), 512 if problem.decode(device.multiprocessors) else 320
+    threads = _divide(_divide(eights, _divide(eights, most)), 32) * 32
     factor = 1.0 if problem.int8 else cost.float_factor
     alone = k / threads * (cost.per_thread_channel * factor + cost.router_per_thread_channel * experts)
     busy = tokens * k * (cost.per_channel * factor + cost.router_per_channel * experts) / device.multiprocessors
     moved = tokens * k * (3.0 if problem.int8 else 4.0) + 2.0 * experts * k
     return Kernel(
-        "prepare", Work(1, moved, fp16_macs=float(tokens) * experts * k), cost.fixed, alone, busy, blocks=tokens
-    )
+        "prepare", Work(1, moved, fp16_macs=float(tokens) * experts * k), cost.fixed, alone, busy, blocks=tokens,
+        overlaps=True,
+    )  # fmt: skip
 
 
-def _down(problem: Problem, device: Device, timing: Timing) -> Kernel:
-    """X @ down of every expert that a token uses."""
-    k, tokens, correction = problem.linear.in_features, problem.tokens, problem.correction
-    shared, routed, experts = correction.shared_tiles, correction.routed_tiles, correction.experts
-    integer = timing.down_integer_factor.get(correction.bits, 1.0)
+def _side_by_side(prepare: Kernel, down: Kernel) -> Kernel:
+    """One launch of both: the longer one counts."""
+    return Kernel(
+        "prepare and down", prepare.work + down.work + Work(-1), max(prepare.fixed, down.fixed),
+        max(prepare.latency, down.latency), max(prepare.busy, down.busy), blocks=prepare.blocks + down.blocks,
+        overlaps=True,
+    )  # fmt: skip
+
+
+def _down_decode(problem: Problem, timing: Timing) -> Kernel:
+    """X @ down of all experts: which of them the tokens use is known later."""
+    k, tokens, correction, cost = problem.linear.in_features, problem.tokens, problem.correction, timing.down_decode
+    routed = correction.experts * correction.routed_tiles
+    tiles = correction.shared_tiles + routed
+    splits = max(1, min(320 // tiles, _divide(k, 128), 16 if tokens <= LONE_TOKENS else 4))
+    work = Work(
+        1, correction.bits / 8 * k * 16 * tiles + 2.0 * tokens * k + 4.0 * tokens * 16 * tiles * splits,
+        fp16_macs=16.0 * tokens * tiles * k,
+    )  # fmt: skip
+    latency = timing.down_integer_factor.get(correction.bits, 1.0) * k / splits * cost.per_channel
+    latency += k / splits * cost.per_channel_and_token * tokens
+    blocks = tiles * splits * (1 if problem.lone else _divide(tokens, GROUP_TOKENS))
+    scores = splits if problem.lone and routed else 0
+    return Kernel("down", work, cost.fixed, latency, blocks=blocks + scores, overlaps=True)
+
+
+def _down_prefill(problem: Problem, device: Device, timing: Timing) -> Kernel:
+    """X @ down of every expert that a token uses; the last block of several slices of K adds them up."""
+    k, tokens, correction, tile = problem.linear.in_features, problem.tokens, problem.correction, timing.down_prefill
+    shared, routed = correction.shared_tiles, correction.routed_tiles
+    rows = _divide(tokens, 32)
+    blocks = ((rows if shared else 0) + (rows + correction.experts if routed else 0)) * _divide(max(shared, routed), 4)
+    splits = max(1, min(264 // max(1, blocks), _divide(k, 384), 8))
     work = Work(
         1, correction.stored(k, tokens) + 2.0 * tokens * (k + correction.rank),
         fp16_macs=float(tokens) * correction.rank * k,
     )  # fmt: skip
-    if problem.decode:
-        used = shared + routed * min(tokens, max(1, experts if routed else 0))
-        splits = max(1, min(64 // max(1, used), _divide(k, 256), 16))
-        blocks = (shared + (routed * experts if routed else 0)) * splits
-        cost = timing.down_decode
-        latency = integer * k / splits * (cost.per_channel + cost.per_channel_and_token * tokens)
-        return Kernel("down", work, cost.fixed, latency, blocks=blocks)
-    rows = _divide(tokens, 32)
-    columns = _divide(max(shared, routed), 2)
-    blocks = ((rows if shared else 0) + (rows + experts if routed else 0)) * columns
-    tile = timing.down_prefill
-    latency = integer * k * (tile.per_channel + tile.per_channel_and_block * blocks / device.multiprocessors)
-    return Kernel("down", work, tile.fixed, latency, blocks=blocks)
+    integer = timing.down_integer_factor.get(correction.bits, 1.0)
+    resident = blocks * splits / device.multiprocessors
+    latency = integer * k / splits * (tile.per_channel + tile.per_channel_and_block * resident)
+    return Kernel("down", work, tile.fixed, latency, blocks=blocks * splits, overlaps=True)
 
 
 def _main_decode(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> Kernel:
     k, n, tokens, cost = problem.linear.in_features, problem.linear.out_features, problem.tokens, timing.main_decode
-    correction, wide = problem.correction, 1 if tokens <= 8 else 2
-    per_kib = table.decode_per_kib[device.chip][f"{problem.variant}_t{8 * wide}"]
-    issued = k * n / 2048 * per_kib
-    blocks = _divide(n, DECODE_COLUMNS)
-    registers = DECODE_REGISTERS["int8" if problem.int8 else "float"]
-    resident = max(1, REGISTERS // (registers * 32 * DECODE_WARPS))
-    block = cost.block + k / (STEP * DECODE_WARPS) * (cost.step + cost.step_per_instruction * per_kib)
+    correction, lone = problem.correction, problem.lone
+    per_kib = table.decode_per_kib[device.chip][f"{problem.variant}_t{8 if lone else 16}"]
+    groups = 1 if tokens <= LONE_TOKENS else _divide(tokens, GROUP_TOKENS)
+    issued = k * n / 2048 * per_kib * (1 if lone else groups)
+    columns, beside = _divide(n, DECODE_COLUMNS), max(1, device.multiprocessors // (1 if lone else groups))
+    sets = min(DECODE_SETS, _divide(columns, beside))
+    chunks = _divide(k, STEP)
+    warps = min(max(1, DECODE_WARPS // sets), chunks)
+    blocks = min(columns, beside)
+    rounds = _divide(columns, blocks * sets)
+    # what a block does in every round of columns, and once: its tokens
+    block = rounds * (cost.block + _divide(chunks, warps) * (cost.step + cost.step_per_instruction * per_kib))
+    threads = 32 * warps * sets
+    if lone:
+        block += tokens * (cost.quantize + cost.quantize_per_thread_channel * k / threads)
     if correction.rank:
-        block += cost.correction + cost.per_rank * correction.rank * wide
-        block += cost.per_routed_token * tokens if correction.routed_tiles else 0
-    rounds = max(1.0, blocks / (device.multiprocessors * resident))
+        block += cost.correction + rounds * cost.per_rank * correction.rank * min(tokens, GROUP_TOKENS) ** 0.5
+        block += cost.per_routed_token * min(tokens, GROUP_TOKENS) if correction.routed_tiles else 0
     busy = issued / cost.instructions_per_cycle / device.multiprocessors
-    return Kernel("main", _main_work(problem, issued), cost.fixed, block * rounds, busy, blocks=blocks)
+    return Kernel(
+        "main", _main_work(problem, issued), cost.fixed, block, busy, blocks=blocks * (1 if lone else groups),
+        overlaps=True,
+    )  # fmt: skip
 
 
 def _main_prefill(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> Kernel:

@@ -115,8 +115,10 @@ class MainDecodeTiming(_Strict):
         step: Cycles of one step of the loop, 128 channels of 32 outputs.
         step_per_instruction: What an instruction per 2048 weights adds to a step.
         correction: Cycles that a low-rank correction adds to a block.
-        per_rank: What one rank adds to it; twice as much above 8 tokens.
+        per_rank: What one rank adds to it, times the root of the tokens.
         per_routed_token: What each token adds to it where experts are routed.
+        quantize: Cycles that a token takes to quantize, where this kernel does it.
+        quantize_per_thread_channel: What every channel of a thread adds to that.
         instructions_per_cycle: Warp instructions that a full multiprocessor issues.
     """
 
@@ -127,6 +129,8 @@ class MainDecodeTiming(_Strict):
     correction: float
     per_rank: float
     per_routed_token: float
+    quantize: float
+    quantize_per_thread_channel: float
     instructions_per_cycle: float
 
 
@@ -184,6 +188,7 @@ class Timing(_Strict):
     Attributes:
         bandwidth: Share of the memory's peak that a kernel reaches.
         tensor: Share of the tensor cores' peak that a library's GEMM reaches.
+        overlapped_launch: What is left of the launch time where a kernel may start before the one in front ends.
         prepare: Of the plugin's first kernel.
         down_decode: Of its second, for few tokens.
         down_prefill: Of its second, for many tokens.
@@ -197,6 +202,7 @@ class Timing(_Strict):
 
     bandwidth: float = Field(gt=0, le=1)
     tensor: float = Field(gt=0, le=1)
+    overlapped_launch: float = Field(gt=0, le=1)
     prepare: PrepareTiming
     down_decode: DownDecodeTiming
     down_prefill: TiledTiming
