@@ -100,7 +100,7 @@ def make_model(folder: Path, layers: int, samples: int, tokens: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=UNKNOWN, unk_token=UNKNOWN).save_pretrained(folder)
-    drawn = np.random.default_rng(0).integers(1, VOCABULARY, (samples, tokens))
+    drawn = np.random.default_rng(0).integers(3, VOCABULARY, (samples, tokens))  # 1 and 2 begin and end a text
     texts = [" ".join(f"t{index}" for index in row) for row in drawn]
     (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from gates.cubins import Cubin
 from gates.loops import Loop, hot_loop
 
-# A multiprocessor has one block of decode, of at most 12 warps, so that its registers are no reason to take fewer; and one
-# or two of the down-projection of long prompts, of 8 warps.
+# A multiprocessor has one block of decode, of at most 12 warps, so that its registers are no reason to take fewer; and
+# one or two of the down-projection of long prompts, of 8 warps.
 DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 184, 64, 128
 GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 
