@@ -207,7 +207,8 @@ class DeviceCheck(_Strict):
     @property
     def peers(self) -> list[str]:
         """Names of the peers, as they ran."""
-        return list(dict.fromkeys(row.peer for row in (*self.peer_steps, *self.peer_linears)))
+        names = [*(step.peer for step in self.peer_steps), *(layer.peer for layer in self.peer_linears)]
+        return list(dict.fromkeys(names))
 
     def speeds(self) -> list[Speed]:
         """One row per layer, mode and number of tokens: the whole plan, with its fastest tile."""
