@@ -351,7 +351,6 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   if (s.decode) a.set_factor = Divide(256, cut.set_warps);
   a.group_sums_at = cut.group_sums_at, a.ring_at = cut.ring_at, a.results_at = cut.results_at;
   a.tokens_at = cut.tokens_at, a.scores_at = cut.scores_at, a.h_at = cut.h_at;
-  a.x_is_ready = cut.lone && s.lowrank;
   char name[48];
   if (s.decode) {
     snprintf(name, sizeof name, "qe_decode_%s_t%d_%s", Variant(p), cut.lone ? 8 : 16, Tag(p));

@@ -96,13 +96,12 @@ QE_DEV void load_first_x(const MainArgs& p, u32x2 (&value)[kLoneTokens]) {
   }
 }
 
-// The channel scales of this thread's first four rows and, where x is there, the rows of every token.
+// The channel scales of this thread's first four rows. Those of the others start their way from memory.
 template <class T>
-QE_DEV void load_first(const MainArgs& p, u32x2 (&value)[kLoneTokens], u32x2& factor) {
+QE_DEV void load_first_scales(const MainArgs& p, u32x2& factor) {
   const int start = thread_id() * 4;
   const T* omega = static_cast<const T*>(p.inv_omega);
   if (omega && start < p.K) factor = load8(omega + start);
-  if (p.x_is_ready) load_first_x<T>(p, value);
   if (omega && thread_id() % 16 == 0)
     for (int k = start + block_threads() * 4; k < p.K; k += block_threads() * 4) prefetch_line(omega + k);
 }
@@ -127,17 +126,15 @@ QE_DEV float store_four(const MainArgs& p, const Rows& rows, int m, int k, const
 // on purpose: what runs once is as slow as it is long. So a thread first has four rows of every token, which stay in registers
 // between the two steps, and then eight at a time.
 template <class T, int Mode, int Groups, bool Zeros>
-QE_DEV void quantize_slice(const MainArgs& p, const Rows& rows, int k0, u32x2 (&value)[kLoneTokens], const u32x2& factor,
-                           const Tokens& tokens) {
+QE_DEV void quantize_slice(const MainArgs& p, const Rows& rows, int k0, const u32x2& factor, const Tokens& tokens) {
   constexpr bool kWholeColumn = Zeros && Groups == 0;
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
   const int start = thread_id() * 4, stride = block_threads() * 4;
   const T* x = static_cast<const T*>(p.x);
   const T* omega = static_cast<const T*>(p.inv_omega);
-  if (!p.x_is_ready) {
-    wait_for_previous();
-    load_first_x<T>(p, value);
-  }
+  wait_for_previous();
+  u32x2 value[kLoneTokens];
+  load_first_x<T>(p, value);
   float scaled[kLoneTokens][4];
   QE_UNROLL
   for (int m = 0; m < kLoneTokens; ++m) {

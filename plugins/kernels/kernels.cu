@@ -12,6 +12,7 @@
   }
 #define QE_DOWN_DECODE(name, T, bits)                          \
   QE_KERNEL void QE_BOUNDS(256, 1) name(qe::DownArgs p) {      \
+    qe::release_next();                                        \
     qe::lowrank_down_decode<qe::T, bits>(p);                   \
   }
 #define QE_PREPARE_DOWN(name, T, bits)                         \

@@ -99,7 +99,6 @@ QE_DEV void down_decode(const DownArgs& p, int tile, int m0, int count, int spli
   const float scale = p.down_scale[tile * 16 + (thread_id() & 15)];  // of this thread's column below
   prefetch_next(p);
   wait_for_previous();
-  release_next();
   int token[Tokens8];
   QE_UNROLL
   for (int t = 0; t < Tokens8; ++t) {
@@ -140,7 +139,6 @@ QE_DEV void scores_decode(const DownArgs& p, int split) {
   const Slice slice(p, split);
   const int end = slice.last * 32 < p.K ? slice.last * 32 : p.K;
   wait_for_previous();
-  release_next();
   for (int m = warp; m < p.M; m += warps) {
     float score[kMaxExperts];
     QE_UNROLL

@@ -148,9 +148,8 @@ QE_DEV void main_decode(const MainArgs& p) {
         if (corrects && part + n * p.set_warps < p.shared_tiles && block < blocks)
           load_up(p.up, p.up_bits, static_cast<size_t>(part + n * p.set_warps) * (p.Np / 16) + n0 / 16 + i, lane, up_ahead[n][i]);
   };
-  // x and its scales first, if x is there: they would have to queue behind the weights.
-  u32x2 first_x[kLoneTokens], first_omega{};
-  if constexpr (kQuantizes) load_first<T>(p, first_x, first_omega);
+  u32x2 first_scales{};  // before the weights, or they would have to queue behind them
+  if constexpr (kQuantizes) load_first_scales<T>(p, first_scales);
   start_ring();
   load_ahead(block_x());
   const Tokens tokens(p, shared);
@@ -163,7 +162,7 @@ QE_DEV void main_decode(const MainArgs& p) {
     const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
                     Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
                     own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
-    quantize_slice<T, Mode, Groups, Zeros>(p, rows, k0, first_x, first_omega, tokens);
+    quantize_slice<T, Mode, Groups, Zeros>(p, rows, k0, first_scales, tokens);
   } else {
     const size_t at = static_cast<size_t>(m0) * p.chunks + static_cast<size_t>(first) * kSumTokens;
     act += at * (kChunk * kRowBytes);
@@ -179,17 +178,14 @@ QE_DEV void main_decode(const MainArgs& p) {
   }
 
   float* results = reinterpret_cast<float*>(shared + p.results_at);  // [warps][tiles][Tokens8][4][32]
-  // What depends on the launch in front is collected once. Of a lone token without experts it is on its way while the first
+  // What the launch in front found is collected once. Of a lone token without experts it is on its way while the first
   // columns are multiplied.
-  bool waits = corrects || p.x_is_ready;
+  bool collects = corrects;
   const int shared_rank = 16 * p.shared_tiles;
   const bool lone = kQuantizes && corrects && p.M == 1 && p.E == 0 && shared_rank <= block_threads();
   const bool early = lone && thread_id() < shared_rank;
   float parts_of_h[kMaxSlices];
-  if (early) {
-    wait_for_previous();
-    load_slices(p.partial + thread_id(), p.splits, shared_rank, parts_of_h);
-  }
+  if (early) load_slices(p.partial + thread_id(), p.splits, shared_rank, parts_of_h);
   for (int block0 = block_x(); block0 < blocks; block0 += stride * p.sets, block += stride * p.sets) {
     const int n0 = block * kDecodeColumns;
     const bool present = block < blocks;  // the last columns may be fewer than the sets
@@ -221,17 +217,16 @@ QE_DEV void main_decode(const MainArgs& p) {
       slot = slot == ring.slots + (kRing - 1) * kBlockBytes<Bits> ? ring.slots : slot + kBlockBytes<Bits>;
       at.next();
     }
-    if (waits) {
-      wait_for_previous();
+    if (collects) {
       if (early) {
         // Else they would be added up, and so waited for, in front of the loop.
         QE_UNROLL
         for (int s = 0; s < kMaxSlices; ++s) hold(parts_of_h[s]);
         store2(tokens.h + thread_id(), from_float<T>(sum_in_order(parts_of_h)).bits);
-      } else if (corrects && !lone) {
+      } else if (!lone) {
         collect_correction<T, Tokens8>(p, m0, count, tokens);
       }
-      waits = false;
+      collects = false;
     }
     block_sync();  // h, units and sums of the activations are there
 

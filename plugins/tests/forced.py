@@ -14,7 +14,7 @@ _POINTERS = (
 _COUNTS = (
     "M", "N", "Np", "Kp", "E", "shared_tiles", "routed_tiles", "splits", "up_bits", "K", "act_max", "k_splits",
     "chunks", "slice_chunks", "warp_chunks", "sets", "set_warps", "set_factor", "token_groups", "group_sums_at",
-    "ring_at", "results_at", "tokens_at", "scores_at", "h_at", "x_is_ready",
+    "ring_at", "results_at", "tokens_at", "scores_at", "h_at",
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ INT4_FACTORS = Mode("w4a8_int4_factors", adapter_bits=4, experts=4)
 PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
 LOADER = "kernels/prefill_loader.cuh"
 CHUNK, TOKENS = "kernels/decode_chunk.cuh", "kernels/decode_tokens.cuh"
-PLAN, KERNELS = "host/plan.cpp", "kernels/kernels.cu"
+PLAN = "host/plan.cpp"
 DOWN, PREPARE, UNPACK = "kernels/lowrank_down.cuh", "kernels/prepare.cuh", "kernels/unpack.cuh"
 
 PLANTED = [
@@ -197,11 +197,11 @@ PLANTED = [
             "  block_sync();\n  QE_UNROLL\n  for (int m = 0; m < kLoneTokens; ++m) {\n    if (m >= p.M) break;\n    const float largest",
             "  QE_UNROLL\n  for (int m = 0; m < kLoneTokens; ++m) {\n    if (m >= p.M) break;\n    const float largest", 1, PLAIN),
     Planted("missing barrier before h is multiplied", DECODE, "    block_sync();  // h, units", "    // h, units", 1, LONE),
-    Planted("x before the launch in front has ended", PLAN, "x_is_ready = cut.lone && s.lowrank;", "x_is_ready = cut.lone;", 3, PLAIN),
-    Planted("the launch in front lets the next begin before x is there", KERNELS,
-            "    qe::lowrank_down_decode<", "    qe::release_next(); qe::lowrank_down_decode<", 3, LONE),
-    Planted("h before the launch in front has ended", DECODE,
-            "    if (waits) {\n      wait_for_previous();", "    if (waits) {", 3, LONE),
+    Planted("x before the launch in front has ended", TOKENS, "  wait_for_previous();\n  u32x2 value", "  u32x2 value", 3, PLAIN),
+    Planted("x of factors before the launch in front has ended", DOWN,
+            "  prefetch_next(p);\n  wait_for_previous();", "  prefetch_next(p);", 3, LONE),
+    Planted("units before the launch in front has ended", DECODE,
+            "    wait_for_previous();\n    if (thread_id() < count) {", "    if (thread_id() < count) {", 11, HALF_LONE),
     Planted("weights fetched ahead from beyond their end", PLAN, "int64_t{s.Np} * s.Kp * p.weight_bits / 8", "int64_t{s.Np} * s.Kp * p.weight_bits / 4", 3, LONE),
     Planted("ring: waits for one chunk too few", DECODE, "cp_async_wait<kRing - 1>", "cp_async_wait<kRing>", 3, PLAIN),
     Planted("ring: a slot that another chunk still fills", DECODE,
@@ -215,9 +215,9 @@ PLANTED = [
     Planted("asm: counters that never begin again", "kernels/prim_ptx.cuh", "atom.global.inc.u32 %0, [%1], %2;", "atom.global.inc.u32 %0, [%1], 255;", 4, PLAIN, "ptx", slices=3),
     Planted("asm: a slice that may come from a cache", "kernels/prim_ptx.cuh", "ld.relaxed.gpu.global.f32", "ld.global.f32", 4, PLAIN, "ptx", slices=3),
     Planted("asm: no fence", "kernels/prim_ptx.cuh", "fence.acq_rel.gpu;", "", 72, LONE, "ptx"),
-    Planted("PTX: x before the launch in front has ended", PLAN, "x_is_ready = cut.lone && s.lowrank;", "x_is_ready = cut.lone;", 3, PLAIN, "ptx"),
-    Planted("PTX: the launch in front lets the next begin before x is there", KERNELS,
-            "    qe::lowrank_down_decode<", "    qe::release_next(); qe::lowrank_down_decode<", 3, LONE, "ptx"),
+    Planted("PTX: x before the launch in front has ended", TOKENS, "  wait_for_previous();\n  u32x2 value", "  u32x2 value", 3, PLAIN, "ptx"),
+    Planted("PTX: x of factors before the launch in front has ended", DOWN,
+            "  prefetch_next(p);\n  wait_for_previous();", "  prefetch_next(p);", 3, LONE, "ptx"),
     Planted("PTX: a block that waits for the others", DOWN, "    device_fence();\n    *flag",
             "    device_fence();\n    if (block_y() == 0) while (float_to_int_bits(load_fresh(reinterpret_cast<float*>(counter))) != parts - 1) {}\n    *flag",
             4, PLAIN, "ptx", slices=3),

@@ -85,7 +85,6 @@ struct MainArgs {
   int32_t chunks, slice_chunks, warp_chunks, sets, set_warps, set_factor, token_groups;
   // Where things begin in shared memory, in bytes; the activations are at 0.
   int32_t group_sums_at, ring_at, results_at, tokens_at, scores_at, h_at;
-  int32_t x_is_ready;        // the launch in front began after x was written: only what it computes must be waited for
 };
 
 }  // namespace qe
