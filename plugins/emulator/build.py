@@ -73,7 +73,7 @@ def source_emulator(root: Path = ROOT, *, subset: int = 0) -> Path:
 
 def plan_library(root: Path = ROOT) -> Path:
     """The shared library with the launch plan alone, for who has a GPU: a second to compile."""
-    sources = [*(root / "include/qe_edge").glob("*.h"), root / "host/plan.cpp"]
+    sources = [*(root / "include/qe_edge").glob("*.h"), root / "host/shape.h", root / "host/plan.cpp"]
     target = BUILD / f"libqe_plan_{_digest(sources, '')}.so"
     if target.exists():
         return target

@@ -43,13 +43,13 @@ std::function<void()> find_kernel(const QeLaunch& launch) {
 
 }  // namespace
 
-// Returns how many kinds of errors were found; `errors` gets one line each. `first`: of a plan.
-extern "C" int qe_emu_launch(const QeLaunch* launch, int first, uint64_t seed, int preempt, char* errors, size_t room) {
+// Returns how many kinds of errors were found; `errors` gets one line each.
+extern "C" int qe_emu_launch(const QeLaunch* launch, uint64_t seed, int preempt, char* errors, size_t room) {
   const auto kernel = find_kernel(*launch);
   if (!kernel) return snprintf(errors, room, "no kernel is called %s", launch->kernel), 1;
   const qe_emu::Shape shape{static_cast<int>(launch->grid_x), static_cast<int>(launch->grid_y),
                             static_cast<int>(launch->threads), launch->shared_bytes};
-  const auto found = qe_emu::launch(shape, first != 0, seed, preempt, kernel);
+  const auto found = qe_emu::launch(shape, seed, preempt, kernel);
   std::string all;
   for (const std::string& e : found) all += e + "\n";
   snprintf(errors, room, "%s", all.c_str());
@@ -88,7 +88,7 @@ class EmulatedDevice final : public qe::Device {
   int Multiprocessors() override { return 132; }
   const char* Run(const QePlan& plan) override {
     for (int i = 0; i < plan.count; ++i)
-      if (qe_emu_launch(&plan.launch[i], i == 0, 1, 0, errors_, sizeof errors_)) return errors_;
+      if (qe_emu_launch(&plan.launch[i], 1, 0, errors_, sizeof errors_)) return errors_;
     return nullptr;
   }
   bool Read(uint64_t address, void* to, size_t bytes) override {

@@ -152,7 +152,7 @@ QE_DEV void mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   const qe_emu::MmaIn m = mma_operands(a, b, 0, c);
   collective(qe_emu::Collective::kMmaF16K8, &m, c);
 }
-QE_DEV void release_next() { qe_emu::release_next(); }
+QE_DEV void release_next() {}
 QE_DEV void wait_for_previous() { qe_emu::wait_for_previous(); }
 QE_DEV void prefetch_line(const void* p) { qe_emu::prefetch(p); }
 QE_EMU_OUT inline uint32_t count_up(uint32_t* counter, uint32_t last) { return qe_emu::count_up(counter, last); }

@@ -36,7 +36,6 @@ class Blocks:
     ) -> None:
         self.memory, self.order, self.overlap = machine.memory, order, machine.sm_90
         self.parameters = bytes(launch.args)[: launch.args_bytes]
-        self.released_early = False  # some thread let the next launch start before it had waited itself
         self.count = len(places)
         x, y = (np.repeat(np.array(place, np.uint32), LANES) for place in zip(*places, strict=True))
         self.number = y.astype(np.int64) * launch.grid_x + x
@@ -95,7 +94,6 @@ class PtxMachine:
         self.file, self.sm_90 = PtxFile(path.read_text(), sm_90=sm_90), sm_90
         self.memory = GlobalMemory()
         self._steps: dict[str, list[Step | None]] = {}
-        self._released_early = True  # the last launch let the next one start before it had waited itself
 
     def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:
         """Register memory and return its made-up address; `zeroed` memory may be read before it is written."""
@@ -105,15 +103,14 @@ class PtxMachine:
         """Forget all memory."""
         self.memory.clear()
 
-    def launch(self, launch: Launch, seed: int, *, first: bool = True) -> list[str]:
-        """Run one kernel, the first of a plan or another, over its grid; returns the errors that were found."""
+    def launch(self, launch: Launch, seed: int) -> list[str]:
+        """Run one kernel over its grid; returns the errors that were found."""
         kernel = self.file.kernel(launch.name)
         if kernel.parameter_bytes != launch.args_bytes:
             return [
                 f"the kernel takes {kernel.parameter_bytes} bytes of arguments, the host passes {launch.args_bytes}"
             ]
-        self.memory.start_launch(x_is_ready=not self.sm_90 or not (first or self._released_early))
-        self._released_early = False
+        self.memory.start_launch()
         order = random.Random(seed)
         places = [(x, y) for y in range(launch.grid_y) for x in range(launch.grid_x)]
         order.shuffle(places)
@@ -126,7 +123,6 @@ class PtxMachine:
                 except DeadlockError as deadlock:
                     return [*errors, *blocks.errors, str(deadlock)]
                 blocks.check_waited()
-                self._released_early |= blocks.released_early
                 errors += [error for error in blocks.errors if error not in errors]
         return errors
 

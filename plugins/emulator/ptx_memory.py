@@ -83,7 +83,6 @@ class GlobalMemory:
     def __init__(self) -> None:
         self._buffers: list[Buffer] = []
         self._next = 1 << 32
-        self._x_is_ready = True
         self.known = Known()
 
     def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:
@@ -97,9 +96,9 @@ class GlobalMemory:
         """Forget all buffers."""
         self._buffers.clear()
 
-    def start_launch(self, *, x_is_ready: bool = True) -> None:
-        """Forget who wrote and read what in the launch before. `x_is_ready`: threads may read x before they wait."""
-        self._x_is_ready, self.known = x_is_ready, Known()
+    def start_launch(self) -> None:
+        """Forget who wrote and read what in the launch before."""
+        self.known = Known()
         for buffer in self._buffers:
             size = buffer.data.size if buffer.writable else 0
             buffer.writer, buffer.reader = np.full(size, _NOBODY, np.int64), np.full(size, _NOBODY, np.int64)
@@ -129,7 +128,7 @@ class GlobalMemory:
         return ""
 
     def _check_waited(self, buffer: Buffer, waited: NDArray[np.bool_], report: Report) -> None:
-        if (buffer.writable or (buffer.name == "x" and not self._x_is_ready)) and not waited.all():
+        if (buffer.writable or buffer.name == "x") and not waited.all():
             report(f"global memory: access to {buffer.name} before the launch in front has ended")
 
     def read(self, at: Ints, size: int, who: Threads, report: Report, *, fresh: bool = False) -> Bytes:

@@ -50,11 +50,7 @@ def _launches(kernel: Kernel, instruction: Instruction) -> Step:
     if instruction.op[1] != "launch_dependents":
         raise PtxError(f"not modelled: `{instruction.text}`")
 
-    def release(warp: Warp, mask: Mask) -> None:
-        if not warp.waited[warp.lanes_of(mask)].all():
-            warp.blocks.released_early = True
-
-    return release
+    return lambda warp, mask: None  # when the next launch begins changes nothing here: it waits itself
 
 
 def _prefetch(kernel: Kernel, instruction: Instruction) -> Step:

@@ -23,8 +23,8 @@ class Machine(Protocol):
     def add(self, array: NDArray[Any], name: str, *, writable: bool, zeroed: bool = False) -> int:
         """Register memory and return its device address; `zeroed` memory may be read before it is written."""
 
-    def launch(self, launch: Launch, seed: int, *, first: bool = True) -> list[str]:
-        """Run one kernel, the first of a plan or another; returns the errors that were found."""
+    def launch(self, launch: Launch, seed: int) -> list[str]:
+        """Run one kernel; returns the errors that were found."""
 
     def clear(self) -> None:
         """Forget all memory."""
@@ -102,7 +102,7 @@ def run_linear(
     errors: list[str] = []
     launches = planner.launches(problem, buffers, tactic or Tactic())
     for launch in launches:
-        errors += [f"{launch.name}: {error}" for error in machine.launch(launch, seed, first=launch is launches[0])]
+        errors += [f"{launch.name}: {error}" for error in machine.launch(launch, seed)]
     if counters.any():
         errors.append("counters are left that are not zero")
     return Outcome(from_bits(y, dtype), errors, [launch.name for launch in launches])

@@ -43,8 +43,6 @@ Fiber* running = nullptr;
 std::function<void()> body;
 uint64_t random_state = 1;
 int preempt = 0;
-bool released_early = true;  // some thread of this launch let the next one start before it had waited itself
-bool early = false;
 bool stopped = false;  // after an access that would harm the emulator itself
 
 uint32_t random_number() {
@@ -227,8 +225,6 @@ uint32_t count_up(uint32_t* counter, uint32_t last) {
 void device_fence() { shadow_fence(); }
 void prefetch(const void* p) { shadow_global(p, 1, false, true); }
 void wait_for_previous() { running->waited = true; }
-void release_next() { released_early = released_early || !running->waited; }
-bool x_is_ready() { return early; }
 bool thread_has_waited() { return running->waited; }
 
 void barrier(const void* site) {
@@ -263,9 +259,7 @@ void copy_wait(int pending) {
   }
 }
 
-std::set<std::string> launch(const Shape& shape, bool first, uint64_t seed, int preempt_every, const std::function<void()>& kernel) {
-  early = !first && !released_early;
-  released_early = false;
+std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel) {
   shadow_start_launch(shape.shared_bytes);
   random_state = seed * 0x9E3779B97F4A7C15ull + 1;
   preempt = preempt_every;

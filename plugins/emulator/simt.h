@@ -40,7 +40,6 @@ uint32_t count_up(uint32_t* counter, uint32_t last);
 void device_fence();
 void prefetch(const void* p);
 void wait_for_previous();
-void release_next();
 void copy_async(void* to, const void* from);
 void copy_commit();
 void copy_wait(int pending);
@@ -68,8 +67,8 @@ struct Shape {
   int grid_x, grid_y, threads;
   size_t shared_bytes;
 };
-// Runs the kernel, the first of a plan or another, and returns what went wrong, each kind of error once.
-std::set<std::string> launch(const Shape& shape, bool first, uint64_t seed, int preempt_every, const std::function<void()>& kernel);
+// Runs the kernel and returns what went wrong, each kind of error once.
+std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel);
 
 // Between the scheduler (simt.cpp) and the memory model (shadow.cpp).
 struct PendingCopy {
@@ -87,7 +86,6 @@ bool shadow_global(const void* p, size_t bytes, bool write, bool fresh = false);
 void shadow_count(const void* counter);
 void shadow_fence();
 bool thread_has_waited();
-bool x_is_ready();  // before this launch has waited, because the one in front released it only after x was there
 bool shadow_issue_copy(const PendingCopy& copy, int thread);
 void shadow_land_copy(const PendingCopy& copy, int thread);
 bool in_shared(const void* p);

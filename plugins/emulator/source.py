@@ -34,11 +34,11 @@ class SourceMachine:
         )
         return address
 
-    def launch(self, launch: Launch, seed: int, *, first: bool = True) -> list[str]:
+    def launch(self, launch: Launch, seed: int) -> list[str]:
         """Run one kernel over its grid; returns the errors that were found."""
         text = ctypes.create_string_buffer(_ERROR_ROOM)
         self._library.qe_emu_launch(
-            ctypes.byref(launch), int(first), ctypes.c_uint64(seed), self._preempt, text, ctypes.c_size_t(_ERROR_ROOM)
+            ctypes.byref(launch), ctypes.c_uint64(seed), self._preempt, text, ctypes.c_size_t(_ERROR_ROOM)
         )
         return text.value.decode().splitlines()
 

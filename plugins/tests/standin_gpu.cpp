@@ -73,10 +73,10 @@ void Copy(void* to, const void* from, size_t bytes) {
 CUresult Run(const Node& node) {
   if (node.to) return Copy(node.to, node.from, node.bytes), CUDA_SUCCESS;
   Register();
-  static const auto launch = reinterpret_cast<int (*)(const QeLaunch*, int, uint64_t, int, char*, size_t)>(
+  static const auto launch = reinterpret_cast<int (*)(const QeLaunch*, uint64_t, int, char*, size_t)>(
       Symbol("qe_emu_launch"));
   char errors[4096];
-  if (!launch(&node.launch, 1, 1, 0, errors, sizeof errors)) return CUDA_SUCCESS;
+  if (!launch(&node.launch, 1, 0, errors, sizeof errors)) return CUDA_SUCCESS;
   fprintf(stderr, "%s: %s\n", node.launch.kernel, errors);
   return CUDA_ERROR_ILLEGAL_ADDRESS;
 }

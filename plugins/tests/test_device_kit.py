@@ -169,7 +169,7 @@ def test_what_a_kernel_writes_wrongly_is_noticed(gpu: Gpu, monkeypatch: pytest.M
             gpu.fill(place, 0x3C, 2)
 
     monkeypatch.setattr(gpu, "launch", spoil)
-    result = next(correctness.Checker(gpu, Spy()).check(case))  # type: ignore[arg-type]
+    result = next(correctness.Checker(gpu, Spy()).check(case))  # type: ignore[arg-type] # a spy of the planner
     assert not result.passed
     assert result.in_bounds == (not where.startswith("behind"))
     assert result.counters_zero == (where != "counters")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from qe_edge.predict.shapes import Linear
 from qe_edge.predict.tables import Device, InstructionTable, Timing
 
-# Of plugins/host/plan.cpp: tokens up to which its decode kernels run, on any GPU and where the GEMM would leave the GPU
+# Of plugins/host/shape.h: tokens up to which its decode kernels run, on any GPU and where the GEMM would leave the GPU
 # empty; tokens that `main` quantizes itself; tokens of one block otherwise.
 DECODE_LIMIT, LONG_DECODE_LIMIT, LONE_TOKENS, GROUP_TOKENS = 16, 64, 4, 16
 TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, outputs, and channels of a step

@@ -1,0 +1,156 @@
+// The problem as the kernels count it, and how a decode launch of `main` is cut: what plan.cpp makes launches of.
+#pragma once
+#include <stdint.h>
+
+#include <algorithm>
+
+#include "../include/qe_edge/args.h"
+#include "../include/qe_edge/plan.h"
+
+namespace qe {
+
+constexpr int kDecodeLimit = 64;      // tokens; above it the tiled GEMM runs
+constexpr int kLoneLimit = 4;         // tokens that `main` can quantize itself
+constexpr int kGroupTokens = 16;      // tokens of one block in decode, where `main` does not
+constexpr int kSliceChunks = 256;     // of K that a slice has at least: blocks that meet cost more than filling the GPU gains
+constexpr int kMostSets = 8, kMostWarps = 12;  // of 32 columns that a block has at once, and of the block
+constexpr int kUnknownMultiprocessors = 16;
+constexpr int kMostMultiprocessors = 192;  // of any GPU, for the workspace
+constexpr int kSharedBytes = 96 << 10;     // that a block of decode may take, on every chip
+constexpr int kMaxRank = 128;
+constexpr int kMaxExperts = 16;
+constexpr int kMaxSplits = 16, kMaxSlices = 8;
+constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq and of 8 * code * xq stay exact up to it
+constexpr int64_t kMaxPieces = int64_t{1} << 32;
+
+inline int RoundUp(int v, int to) { return (v + to - 1) / to * to; }
+inline int Divide(int v, int by) { return (v + by - 1) / by; }
+
+// The problem as the kernels count it.
+struct Shape {
+  int Kp, Np, shared_tiles, routed_tiles, experts, tokens;
+  bool int8, decode, lowrank;
+
+  // Short prompts are decoded where the tiles of the GEMM would leave most of the GPU empty.
+  Shape(const QeProblem& p, int multiprocessors) {
+    Kp = RoundUp(p.K, 128);
+    Np = RoundUp(p.N, 32);
+    // One expert needs no router: prepack joined its columns to the shared ones.
+    const bool routed = p.num_experts > 1 && p.rank_routed > 0;
+    experts = routed ? p.num_experts : 0;
+    shared_tiles = Divide(p.rank_shared + (p.num_experts == 1 ? p.rank_routed : 0), 16);
+    routed_tiles = routed ? Divide(p.rank_routed, 16) : 0;
+    int8 = p.act_bits != 0;
+    tokens = p.M;
+    decode = p.M <= kGroupTokens || (p.M <= kDecodeLimit && 2 * Divide(p.N, 128) <= multiprocessors);
+    lowrank = shared_tiles + routed_tiles > 0;
+  }
+  int token_groups() const { return tokens <= kLoneLimit ? 1 : Divide(tokens, kGroupTokens); }
+  // Blocks of 32 tokens of the prefill down-projection, and its strips of 64 columns.
+  int down_blocks(int m) const {
+    return (shared_tiles ? Divide(m, 32) : 0) + (experts ? Divide(m, 32) + experts : 0);
+  }
+  int down_strips() const { return Divide(std::max(shared_tiles, routed_tiles), 4); }
+  int rank() const { return 16 * (shared_tiles + routed_tiles); }
+  int down_tiles() const { return shared_tiles + experts * routed_tiles; }
+};
+
+// Weights that are not centred on zero; with 16-bit activations all of them are.
+inline bool Zeros(const QeProblem& p) { return p.has_zeros || p.act_bits == 0; }
+
+// Whether a GEMM multiplies the zero points of its groups by sums of activations; else it takes them off the weights.
+inline bool SumsOfGemm(const QeProblem& p) { return p.act_bits != 0 && p.group_size == 64 && p.has_zeros; }
+
+// Bytes of the sums of activations that `main` takes zero points off with; prepare.cuh has their layout.
+inline size_t SumBytes(const QeProblem& p, const Shape& s) {
+  if (!Zeros(p)) return 0;
+  if (p.group_size < 0) return size_t{4} * p.M;
+  if (s.decode) return size_t{4} * RoundUp(p.M, kGroupTokens) * (s.Kp / p.group_size);
+  return SumsOfGemm(p) ? static_cast<size_t>(p.M) * (s.Kp / 128) * qe::kTokenSums : 0;
+}
+
+// Slices of K in the down-projection: enough blocks to draw on all of the memory, each with work for its warps.
+inline int Splits(const QeProblem& p, const Shape& s) {
+  if (s.decode) {
+    const int most = p.M <= kLoneLimit ? kMaxSplits : 4;  // `main` reads every slice's h
+    return std::clamp(std::min(320 / std::max(1, s.down_tiles()), Divide(p.K, 128)), 1, most);
+  }
+  const int blocks = s.down_blocks(p.M) * s.down_strips();
+  return std::clamp(std::min(264 / std::max(1, blocks), Divide(p.K, 384)), 1, 8);
+}
+
+// How a decode launch of `main` is cut: slices of K and sets of 32 columns, warps of a set, and blocks beside each other; and
+// where its shared memory has what.
+struct Cut {
+  bool lone;  // it quantizes x itself
+  int slices, slice_chunks, sets, set_warps, warp_chunks, blocks, groups;
+  int group_sums_at, ring_at, results_at, tokens_at, scores_at, h_at, shared;
+};
+
+inline void PlaceShared(const QeProblem& p, const Shape& s, Cut& c) {
+  const int of_group = p.group_size < 0 ? 0 : 128 / p.group_size, warps = c.sets * c.set_warps;
+  int at = 0;
+  const auto take = [&](int bytes) {
+    const int here = at;
+    at += RoundUp(bytes, 16);
+    return here;
+  };
+  take(c.lone ? c.slice_chunks * p.M * 128 * (s.int8 ? 1 : 2) : 0);
+  c.group_sums_at = take(c.lone && Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
+  c.ring_at = take(warps * 3 * 512 * p.weight_bits);
+  c.results_at = take(warps * 2 * (c.lone ? 1 : 2) * 4 * 128);
+  c.tokens_at = take(3 * kGroupTokens * 4 + 16 + (c.lone ? 2 * p.M * kMostWarps * 4 : 0));
+  c.scores_at = take(c.lone && s.experts ? p.M * kMaxExperts * 4 : 0);
+  c.h_at = take((c.lone ? p.M : std::min(p.M, kGroupTokens)) * s.rank() * 2);
+  c.shared = at;
+}
+
+// With this many slices of K: a block on every multiprocessor, with as many columns as that takes, and as many warps as its
+// shared memory has room for.
+inline Cut CutColumns(const QeProblem& p, const Shape& s, bool lone, int slices, int multiprocessors, int set_warps) {
+  Cut c{};
+  const int blocks = s.Np / 32, chunks = s.Kp / 128;
+  c.lone = lone;
+  c.slice_chunks = Divide(chunks, slices);
+  c.slices = Divide(chunks, c.slice_chunks);  // none is empty
+  c.groups = lone ? 1 : s.token_groups();
+  const int beside = std::max(1, multiprocessors / c.groups);
+  c.sets = c.slices > 1 ? 1 : std::clamp(Divide(blocks, beside), 1, kMostSets);
+  c.blocks = c.slices > 1 ? blocks : std::min(blocks, beside);
+  const int most = std::max(1, kMostWarps / c.sets);
+  for (c.set_warps = std::clamp(set_warps ? set_warps : most, 1, std::min(most, c.slice_chunks));; --c.set_warps) {
+    c.warp_chunks = Divide(c.slice_chunks, c.set_warps);
+    PlaceShared(p, s, c);
+    if (c.shared <= kSharedBytes || c.set_warps == 1) break;
+  }
+  while (c.shared > kSharedBytes && c.sets > 1) {
+    --c.sets;
+    PlaceShared(p, s, c);
+  }
+  return c;
+}
+
+// Slices of K until every multiprocessor has a block, as long as each has some chunks of K.
+inline int Slices(const Shape& s, int multiprocessors) {
+  const int blocks = s.Np / 32 * s.token_groups(), chunks = s.Kp / 128;
+  const int to_fill = Divide(std::min(multiprocessors, kMostMultiprocessors), blocks);
+  const int wanted = std::clamp(std::min(to_fill, chunks / kSliceChunks), 1, kMaxSlices);
+  return Divide(chunks, Divide(chunks, wanted));  // none is empty
+}
+
+inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors, bool counters) {
+  const int wanted = counters ? Slices(s, multiprocessors) : 1;
+  for (int slices = wanted; p.M <= kLoneLimit && slices <= (counters ? kMaxSlices : 1); ++slices) {
+    const Cut cut = CutColumns(p, s, true, slices, multiprocessors, t.decode_warps);
+    if (cut.shared <= kSharedBytes) return cut;
+  }
+  return CutColumns(p, s, false, wanted, multiprocessors, t.decode_warps);
+}
+
+// The most slices that any GPU has.
+inline int MostSlices(const QeProblem& p, const Shape& s) {
+  const bool roomy = p.M > kLoneLimit || CutColumns(p, s, true, 1, kMostMultiprocessors, 0).shared <= kSharedBytes;
+  return roomy ? Slices(s, kMostMultiprocessors) : kMaxSlices;
+}
+
+}  // namespace qe
