@@ -1,6 +1,6 @@
 """Which device computes, what the processor multiplies fast, and how data gets to a device and back.
 
-On a GPU this has run on an H100 only, before CUDA's libraries were initialised here and layers stayed on the device.
+On a GPU this has run on an H100 only, with the demo.
 """
 
 from __future__ import annotations
