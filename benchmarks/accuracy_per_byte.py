@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from real_models import REAL_MODELS, RealModel
 
-from qe_edge.accounting import count_bits
-from qe_edge.atomic import atomic_file
-from qe_edge.budget import offers_from_json, offers_to_json
-from qe_edge.errors import QEError, RecipeError
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import Recipe, make_recipe
+from qe_edge.budget.accounting import count_bits
+from qe_edge.budget.allocation import offers_from_json, offers_to_json
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import Recipe, make_recipe
+from qe_edge.system.atomic import atomic_file
+from qe_edge.system.errors import QEError, RecipeError
 from qe_edge.validate.subjects import block_groups
 
 SCHEMES = ("w4a8", "w4a6", "w3a16")

@@ -50,8 +50,8 @@ from transformers import (
 )
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from qe_edge.atomic import atomic_folder
-from qe_edge.errors import QEError
+from qe_edge.system.atomic import atomic_folder
+from qe_edge.system.errors import QEError
 
 GENSIM = "gensim==4.4.0"
 WIKIPEDIA = PackagedFile(

@@ -34,8 +34,8 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from qe_edge.atomic import atomic_folder
-from qe_edge.errors import QEError
+from qe_edge.system.atomic import atomic_folder
+from qe_edge.system.errors import QEError
 
 HERE = Path(__file__).resolve().parent / "real_vlm"
 VISION = PackagedFile(

@@ -21,15 +21,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from qe_edge.accounting import count_bits
+from qe_edge.budget.accounting import count_bits
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.errors import QEError
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import Recipe, make_recipe
+from qe_edge.numerics.schemes import SCHEMES
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import Recipe, make_recipe
 from qe_edge.report.wording import percent, significant
-from qe_edge.schemes import SCHEMES
+from qe_edge.system.errors import QEError
 from qe_edge.validate.answers import answer_all, answer_length, score
 from qe_edge.validate.comparison import Comparison
 from qe_edge.validate.schema import Accuracy

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qe_edge.errors import ArtifactError, QEError, RecipeError, ResourceError, UnknownNameError
 from qe_edge.report.wording import significant
+from qe_edge.system.errors import ArtifactError, QEError, RecipeError, ResourceError, UnknownNameError
 
 ADAPTER = Path(__file__).with_name("lmms_adapter.py")
 REMEDY = "Make one: python -m venv lmms && lmms/bin/pip install lmms-eval . (in the folder of QE-Edge)."

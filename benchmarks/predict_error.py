@@ -25,11 +25,11 @@ import numpy as np
 import yaml
 from scipy.optimize import least_squares
 
+from qe_edge.numerics.schemes import SCHEMES, Scheme, WeightGrid
 from qe_edge.predict.kernels import Kernel
 from qe_edge.predict.shapes import Linear, block_linears, find_model
 from qe_edge.predict.tables import Timing, device_table, get_device, instruction_table, timing_table
 from qe_edge.predict.variants import Adapters, Tables, Way, linear_kernels
-from qe_edge.schemes import SCHEMES, Scheme, WeightGrid
 
 RESULTS = Path(__file__).resolve().parent / "results" / "h100.json"
 DATA = Path(sys.modules["qe_edge.predict.tables"].__file__ or "").parent

@@ -54,8 +54,8 @@ PHASED = {
     "RTN W4A8": {"method": "rtn", "scheme": "w4a8"},
 }
 PHASES = {  # functions by where they are looked up
-    "gradients": ["qe_edge.quantizer.output_gradients"],
-    "blocks and Gram matrices": ["qe_edge.walk:BlockWalk.run"],
+    "gradients": ["qe_edge.quantization.quantizer.output_gradients"],
+    "blocks and Gram matrices": ["qe_edge.quantization.walk:BlockWalk.run"],
     "samples and their channels": ["qe_edge.calibration.statistics:StatisticsCollector.finish"],
     "factor of GPTQ's Hessian": ["qe_edge.reconstruction.rounding._coupling"],
     "codes": ["qe_edge.methods.qe.leave_out_channels",
@@ -72,10 +72,10 @@ PHASES = {  # functions by where they are looked up
     "router": ["qe_edge.methods.qe:QuantExperts._router"],
     "candidates: routed": ["qe_edge.reconstruction.offers.routed_losses"],
     "candidates: INT4 factors": ["qe_edge.reconstruction.offers.packing_loss"],
-    "candidates: rest": ["qe_edge.quantizer.candidates_of"],
-    "quantize: rest": ["qe_edge.quantizer.quantize_problem"],
-    "allocation": ["qe_edge.quantizer.allocate"],
-    "layers packed": ["qe_edge.quantizer.QELinear"],
+    "candidates: rest": ["qe_edge.quantization.quantizer.candidates_of"],
+    "quantize: rest": ["qe_edge.quantization.quantizer.quantize_problem"],
+    "allocation": ["qe_edge.quantization.quantizer.allocate"],
+    "layers packed": ["qe_edge.quantization.quantizer.QELinear"],
 }  # fmt: skip
 PEERS = {"llm-compressor GPTQ": "auto", "llm-compressor GPTQ, float32": "float32"}  # the type it computes blocks in
 
@@ -109,8 +109,8 @@ def quantize_ours(folder: Path, name: str, scheme: str) -> float:
     """Seconds of `qe_edge.quantize`."""
     from qe_edge.models.family import TEXT, Sample
     from qe_edge.models.loading import load_model
-    from qe_edge.quantizer import quantize
-    from qe_edge.recipe import make_recipe
+    from qe_edge.quantization.quantizer import quantize
+    from qe_edge.recipes.recipe import make_recipe
 
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     keys: dict[str, Any] = {**OURS[name], "scheme": scheme}
@@ -126,8 +126,8 @@ def quantize_ours(folder: Path, name: str, scheme: str) -> float:
 def quantize_whole(folder: Path, name: str, scheme: str, count: int) -> float:
     """Seconds of `qe_edge.quantize` for the language layers of the model in a folder."""
     from qe_edge.calibration.sources import load_samples
-    from qe_edge.quantizer import quantize
-    from qe_edge.recipe import make_recipe
+    from qe_edge.quantization.quantizer import quantize
+    from qe_edge.recipes.recipe import make_recipe
 
     keys: dict[str, Any] = {**WHOLE[name], "scheme": scheme}
     samples = load_samples(str(folder / "data" / "calibration.jsonl"), count)
@@ -219,8 +219,8 @@ def quantize_phased(folder: Path, name: str, device: str) -> dict[str, Any]:
 
     from qe_edge.models.family import TEXT, Sample
     from qe_edge.models.loading import load_model
-    from qe_edge.quantizer import quantize
-    from qe_edge.recipe import make_recipe
+    from qe_edge.quantization.quantizer import quantize
+    from qe_edge.recipes.recipe import make_recipe
 
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     loaded, recipe = load_model(str(folder)), make_recipe(**PHASED[name])

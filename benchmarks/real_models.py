@@ -26,13 +26,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qe_edge.accounting import count_bits
+from qe_edge.budget.accounting import count_bits
 from qe_edge.calibration.sources import load_evaluation, load_samples
-from qe_edge.errors import CalibrationError, QEError
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import CalibrationError, QEError
 from qe_edge.validate.answers import batches
 from qe_edge.validate.features import LinearProbe, extract_features, mean_cosine
 from qe_edge.validate.subjects import block_groups, in_float32

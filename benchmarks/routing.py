@@ -35,20 +35,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qe_edge.accounting import add_counts, layer_counts
+from qe_edge.budget.accounting import add_counts, layer_counts
 from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.sources import load_samples
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector
-from qe_edge.errors import ModelError, QEError
-from qe_edge.groups import LinearGroup, linear_groups
-from qe_edge.linear import QELinear
+from qe_edge.layers.linear import QELinear
 from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.qe import QuantExperts
 from qe_edge.methods.qe_options import QuantExpertsOptions, shrink_to_layer
 from qe_edge.models.family import Encoded
+from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import BATCH
-from qe_edge.schemes import SCHEMES, get_scheme
+from qe_edge.numerics.schemes import SCHEMES, get_scheme
+from qe_edge.quantization.quantizer import BATCH
+from qe_edge.system.errors import ModelError, QEError
 from qe_edge.validate.subjects import in_float32
 
 ROUNDINGS: dict[str, dict[str, Any]] = {

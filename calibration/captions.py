@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from qe_edge.errors import CalibrationError, InputError
 from qe_edge.models.family import Sample
+from qe_edge.system.errors import CalibrationError, InputError
 
 CAPTION_PROMPT = "Describe the picture."
 SOURCES = ("sharegpt4v", "coco")

@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 
 from qe_edge.calibration.captions import CAPTION_PROMPT
-from qe_edge.errors import CalibrationError, InputError, QENotice
-from qe_edge.json_files import MEBIBYTE, read_bounded_text
 from qe_edge.models.family import Sample
+from qe_edge.system.errors import CalibrationError, InputError, QENotice
+from qe_edge.system.json_files import MEBIBYTE, read_bounded_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREAD = (

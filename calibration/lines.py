@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.calibration.captions import CAPTION_PROMPT, IMAGE_MARK
-from qe_edge.errors import CalibrationError, InputError
-from qe_edge.json_files import parse_json
 from qe_edge.models.images import is_file
 from qe_edge.models.samples import TEXT, Role, Sample, Turn
 from qe_edge.models.texts import shortened
+from qe_edge.system.errors import CalibrationError, InputError
+from qe_edge.system.json_files import parse_json
 
 PICTURE_KEYS = ("image", "images")
 CONVERSATION_KEYS = ("conversations", "messages")

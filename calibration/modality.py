@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from qe_edge.calibration.sensitivity import Sensitivity
-from qe_edge.errors import CalibrationError
 from qe_edge.models.family import Block
+from qe_edge.system.errors import CalibrationError
 
 Part = Literal["attention", "mlp"]
 

@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from qe_edge.device import CPU, to_device
-from qe_edge.errors import ArtifactError, CalibrationError, ModelError, NumericalError
+from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
-from qe_edge.progress import Progress, Silent, track
-from qe_edge.safetensors_check import check_safetensors
-from qe_edge.streaming import first_tensor, patched
+from qe_edge.models.streaming import first_tensor, patched
+from qe_edge.system.device import CPU, to_device
+from qe_edge.system.errors import ArtifactError, CalibrationError, ModelError, NumericalError
+from qe_edge.system.progress import Progress, Silent, track
 
 IMAGE, ANSWER = 1, 2  # kinds of tokens besides 0, any other
 Of = Literal["answers", "predictions"]

@@ -14,11 +14,11 @@ import numpy as np
 from qe_edge.calibration.captions import is_caption_source, load_captions
 from qe_edge.calibration.folders import read_folder
 from qe_edge.calibration.lines import read_line
-from qe_edge.errors import CalibrationError, CommonNotice
 from qe_edge.models.batching import naming
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import is_file, open_image
 from qe_edge.models.texts import is_unicode, shortened
+from qe_edge.system.errors import CalibrationError, CommonNotice
 
 DEMO = "demo"
 SEEING = ("visual", "merger")  # parts of a model that read nothing but pictures

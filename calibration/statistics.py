@@ -15,11 +15,11 @@ import torch
 from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
-from qe_edge.device import CPU
-from qe_edge.errors import NumericalError, QENotice
-from qe_edge.int8_products import add_gram, round_channels, rounds_gram
-from qe_edge.magnitudes import check_tokens
-from qe_edge.matrices import Matrix, picked, to_tensor
+from qe_edge.layers.magnitudes import check_tokens
+from qe_edge.numerics.int8_products import add_gram, round_channels, rounds_gram
+from qe_edge.numerics.matrices import Matrix, picked, to_tensor
+from qe_edge.system.device import CPU
+from qe_edge.system.errors import NumericalError, QENotice
 
 MAX_BAD_TOKENS = 0.01  # share of tokens with NaN or infinity above which a layer is refused
 TOP_TOKENS = 1024  # tokens whose top-k lists are made at a time

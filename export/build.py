@@ -9,8 +9,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qe_edge.atomic import atomic_folder
-from qe_edge.errors import ArtifactError, TargetError
 from qe_edge.export.engine import EngineRequest, build_engine
 from qe_edge.export.lowering.plugin import layer_forms
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
@@ -18,13 +16,15 @@ from qe_edge.export.opening import explained, open_graph
 from qe_edge.export.plugin_check import check_forms, check_plugin_target
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
-from qe_edge.progress import Progress, Silent, track
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
 from qe_edge.runtime.limits import EngineLimits, with_limits
 from qe_edge.runtime.manifest import GraphEntry, Manifest, read_manifest
 from qe_edge.runtime.plugin_library import digest
 from qe_edge.runtime.sessions import OrtSession
+from qe_edge.system.atomic import atomic_folder
+from qe_edge.system.errors import ArtifactError, TargetError
+from qe_edge.system.progress import Progress, Silent, track
 
 REFUSED = "Export the model again, or build for the target 'cpu'."
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qe_edge.errors import ArtifactError
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, Attributes
-from qe_edge.grids import PER_CHANNEL
 from qe_edge.models.texts import shortened
+from qe_edge.numerics.grids import PER_CHANNEL
+from qe_edge.system.errors import ArtifactError
 
 REMEDY = "Export the model again."
 INT4, INT8 = ir.DataType.INT4, ir.DataType.INT8

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from qe_edge.child_process import isolated_module, safe_environment
-from qe_edge.errors import ResourceError, TargetError
 from qe_edge.export.targets import Backend
 from qe_edge.models.family import Profile
+from qe_edge.system.child_process import isolated_module, safe_environment
+from qe_edge.system.errors import ResourceError, TargetError
 
 CHILD = "qe_edge.export.engine_child"
 RTX_LIBRARY = "libtensorrt_rtx.so"

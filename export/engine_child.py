@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from qe_edge.errors import TargetError
 from qe_edge.export.engine import EngineFacts, EngineRequest
 from qe_edge.runtime.plugin_library import load_plugin_library
+from qe_edge.system.errors import TargetError
 
 LAYER = re.compile(r"^Name: ([^,\n]+), LayerType: (\w+)", re.MULTILINE)  # of the verbose list; needs no GPU
 

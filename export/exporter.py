@@ -13,23 +13,23 @@ from onnx.checker import ValidationError
 from safetensors.torch import save_file
 
 import qe_edge
-from qe_edge.atomic import atomic_folder
-from qe_edge.checkpoint import RECIPE, is_checkpoint, load_checkpoint_recipe, load_quantized
-from qe_edge.checkpoint_files import read_checkpoint_files
-from qe_edge.errors import ModelError
+from qe_edge.checkpoint.files import read_checkpoint_files
 from qe_edge.export.decoding import check_decoding
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.naming import name_nodes
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
-from qe_edge.linear import quantized_linears
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.loading import LoadedModel
-from qe_edge.progress import Progress, Silent, track
-from qe_edge.recipe import Recipe
+from qe_edge.models.quantized import RECIPE, is_checkpoint, load_checkpoint_recipe, load_quantized
+from qe_edge.recipes.recipe import Recipe
 from qe_edge.runtime.embedding import EMBEDDING, TENSOR
 from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
 from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest
+from qe_edge.system.atomic import atomic_folder
+from qe_edge.system.errors import ModelError
+from qe_edge.system.progress import Progress, Silent, track
 
 IR_VERSION = 10  # the first with function overloads
 KEPT_INLINE = 1024  # bytes up to which a constant stays in the .onnx file

@@ -13,11 +13,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qe_edge.errors import ModelError
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, VERSION, Attributes, Operands, linear_function
 from qe_edge.export.tracing import LAYER
-from qe_edge.grids import PER_CHANNEL, pack_int4
-from qe_edge.linear import QELinear
+from qe_edge.layers.linear import QELinear
+from qe_edge.numerics.grids import PER_CHANNEL, pack_int4
+from qe_edge.system.errors import ModelError
 
 SHARED = ("down", "down_scale", "router")  # what stacked siblings have in common
 

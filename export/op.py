@@ -1,7 +1,7 @@
 """The operator `qe_edge::QELinear`, version 1: its contract, and its body in standard ONNX operators.
 
 `y = x_q @ W + (x @ down) * mask[e] @ up + bias`, where `x_q` is `x * inv_omega` on its per-token grid, `W` the decoded
-INT4 weight and `e = argmin(|x| @ router)` per token: `qe_edge.linear.QELinear.forward` with transposed weights.
+INT4 weight and `e = argmin(|x| @ router)` per token: `qe_edge.layers.linear.QELinear.forward` with transposed weights.
 
 Inputs (T is the model's float type; K inputs, N outputs, g group size, r total rank, E experts):
 
@@ -35,7 +35,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from qe_edge.grids import MIN_RANGE
+from qe_edge.numerics.grids import MIN_RANGE
 
 DOMAIN = "qe_edge"
 NAME = "QELinear"
@@ -168,7 +168,7 @@ def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, forms: Forms)
 
 
 def fake_quantized(ops: tape.Tape, x: ir.Value, bits: int) -> ir.Value:
-    """`qe_edge.grids.fake_quantize_activation`: per-token symmetric rounding, back on the real axis."""
+    """`qe_edge.numerics.grids.fake_quantize_activation`: per-token symmetric rounding, back on the real axis."""
     largest = 2 ** (bits - 1) - 1
     axis = constant(ops, np.array([-1], np.int64))
     peak = ops.op("ReduceMax", [ops.op("Abs", [x]), axis], {"keepdims": 1})

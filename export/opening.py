@@ -10,11 +10,11 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped] # it ships no types
 
-from qe_edge.errors import ArtifactError, ModelError, QEError, ResourceError
 from qe_edge.export.contract import check_layers
 from qe_edge.export.signature import tensor_spec
 from qe_edge.runtime.graph_files import REMEDY, check_graph_file
 from qe_edge.runtime.manifest import GraphEntry, TensorSpec
+from qe_edge.system.errors import ArtifactError, ModelError, QEError, ResourceError
 
 # What onnx, onnx-ir, numpy and our own passes raise when a graph is not what it should be; they share no base.
 GRAPH_ERRORS = (

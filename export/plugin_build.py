@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import qe_edge
-from qe_edge.atomic import atomic_file
-from qe_edge.child_process import find_program, safe_environment
-from qe_edge.errors import InputError, TargetError
 from qe_edge.runtime.plugin_library import FILE, build_folder, checkout
+from qe_edge.system.atomic import atomic_file
+from qe_edge.system.child_process import find_program, safe_environment
+from qe_edge.system.errors import InputError, TargetError
 
 ARCHITECTURES = ("x86_64", "aarch64")
 CUDA13_FROM_PYPI = (

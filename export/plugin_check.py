@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from qe_edge.child_process import isolated_module, safe_environment
-from qe_edge.errors import InputError, TargetError
 from qe_edge.export.targets import Backend, Target, get_target
 from qe_edge.runtime.plugin_library import find_plugin_library
+from qe_edge.system.child_process import isolated_module, safe_environment
+from qe_edge.system.errors import InputError, TargetError
 
 CHILD = "qe_edge.export.plugin_check_child"
 REBUILD = "Build it for this machine with 'qe-edge build-plugin'."

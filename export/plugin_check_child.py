@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from qe_edge.errors import TargetError
 from qe_edge.export.plugin_check import LayerForm, Question, Verdict
 from qe_edge.runtime.plugin_library import CREATOR, load_plugin_library
+from qe_edge.system.errors import TargetError
 
 OPTIONAL = ("has_zeros", "has_inv_omega")  # operands that any layer may have
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qe_edge.errors import ModelError
 from qe_edge.runtime.manifest import TensorSpec
+from qe_edge.system.errors import ModelError
 
 DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from qe_edge.errors import TargetError, UnknownNameError
 from qe_edge.runtime.cuda import compute_capability
+from qe_edge.system.errors import TargetError, UnknownNameError
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 

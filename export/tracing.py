@@ -13,10 +13,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from qe_edge.errors import ModelError
 from qe_edge.export.op import DOMAIN, NAME, OPSET, VERSION
-from qe_edge.linear import QELinear, quantized_linears
+from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import GraphSpec
+from qe_edge.system.errors import ModelError
 
 LAYER = "layer"  # attribute of a bare node: the dotted name of the layer it stands for
 

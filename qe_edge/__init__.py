@@ -10,12 +10,12 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qe_edge.checkpoint import load_quantized
-    from qe_edge.errors import QEError
-    from qe_edge.linear import QELinear
-    from qe_edge.quantizer import quantize
-    from qe_edge.recipe import Recipe, make_recipe
-    from qe_edge.single_layer import quantize_linear
+    from qe_edge.layers.linear import QELinear
+    from qe_edge.models.quantized import load_quantized
+    from qe_edge.quantization.quantizer import quantize
+    from qe_edge.quantization.single_layer import quantize_linear
+    from qe_edge.recipes.recipe import Recipe, make_recipe
+    from qe_edge.system.errors import QEError
 
 __version__ = "0.1.0"
 
@@ -24,13 +24,13 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
-    "QEError": "qe_edge.errors",
-    "QELinear": "qe_edge.linear",
-    "Recipe": "qe_edge.recipe",
-    "load_quantized": "qe_edge.checkpoint",
-    "make_recipe": "qe_edge.recipe",
-    "quantize": "qe_edge.quantizer",
-    "quantize_linear": "qe_edge.single_layer",
+    "QEError": "qe_edge.system.errors",
+    "QELinear": "qe_edge.layers.linear",
+    "Recipe": "qe_edge.recipes.recipe",
+    "load_quantized": "qe_edge.models.quantized",
+    "make_recipe": "qe_edge.recipes.recipe",
+    "quantize": "qe_edge.quantization.quantizer",
+    "quantize_linear": "qe_edge.quantization.single_layer",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from qe_edge.child_process import find_program, isolated_code, safe_environment
+from qe_edge.system.child_process import find_program, isolated_code, safe_environment
 
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 PROBE_SECONDS = 60
@@ -223,8 +223,8 @@ def _gpu(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
 
 def _plugin() -> Finding:
     """Whether `--plugin` finds its library."""
-    from qe_edge.errors import TargetError
     from qe_edge.runtime.plugin_library import find_plugin_library
+    from qe_edge.system.errors import TargetError
 
     try:
         return Finding("GPU", "TensorRT plugin", OK, f"{find_plugin_library()}, not yet run on hardware")

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.checkpoint import save_quantized
 from qe_edge.models.family import Sample
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
 from tests.small_vlm import write_small_vlm
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qe_edge.checkpoint_files import FILES, CheckpointFiles
-from qe_edge.integrity import describe
+from qe_edge.checkpoint.files import FILES, CheckpointFiles
+from qe_edge.checkpoint.integrity import describe
 from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo
 from qe_edge.runtime.manifest import MANIFEST, Manifest
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from qe_edge import QELinear, make_recipe, quantize_linear
-from qe_edge.errors import NumericalError
-from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight
 from qe_edge.methods import METHODS
 from qe_edge.methods.gptq import gptq_round
 from qe_edge.methods.smoothquant import smoothing_scale
+from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, quantize_weight
+from qe_edge.system.errors import NumericalError
 from tests.layers import typed_layer
 from tests.reference.gptq import gptq
 from tests.reference.scaling import awq, smoothquant

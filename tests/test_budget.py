@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qe_edge import budget, make_recipe, quantize, quantize_linear
-from qe_edge.accounting import count_bits
-from qe_edge.budget import (
+from qe_edge import make_recipe, quantize, quantize_linear
+from qe_edge.budget import allocation as budget
+from qe_edge.budget.accounting import count_bits
+from qe_edge.budget.allocation import (
     GAP,
     Budget,
     Offer,
@@ -25,13 +26,13 @@ from qe_edge.budget import (
     output_factors,
     scaled_back,
 )
+from qe_edge.budget.sizes import predicted_bits
 from qe_edge.calibration.statistics import collect_statistics
-from qe_edge.errors import RecipeError
-from qe_edge.grids import WeightGrid
-from qe_edge.layer_files import read_layers, write_layers
-from qe_edge.linear import QELinear
+from qe_edge.checkpoint.layer_files import read_layers, write_layers
+from qe_edge.layers.linear import QELinear
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
-from qe_edge.sizes import predicted_bits
+from qe_edge.numerics.grids import WeightGrid
+from qe_edge.system.errors import RecipeError
 from qe_edge.validate.subjects import block_groups
 from tests.layers import correlated_layer, typed_layer
 from tests.small_vlm import write_small_vlm

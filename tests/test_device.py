@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qe_edge import device
-from qe_edge.device import CPU, choose_device, moved, multiplies_bfloat16, multiplies_int8, to_device
-from qe_edge.errors import ResourceError
+from qe_edge.system import device
+from qe_edge.system.device import CPU, choose_device, moved, multiplies_bfloat16, multiplies_int8, to_device
+from qe_edge.system.errors import ResourceError
 
 
 def test_a_device_is_chosen_by_name() -> None:

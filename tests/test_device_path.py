@@ -12,14 +12,14 @@ from torch import Tensor
 
 import qe_edge
 from qe_edge.calibration.statistics import StatisticsCollector, StatisticsRequest, collect_statistics
-from qe_edge.device import fitting
-from qe_edge.errors import ResourceError
-from qe_edge.grids import WeightGrid
-from qe_edge.linear import QELinear, QuantizedLinear
+from qe_edge.layers.linear import QELinear, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Choice, LinearProblem, Method
+from qe_edge.numerics.grids import WeightGrid
 from qe_edge.reconstruction.directions import ErrorSpace, filled, krylov_directions, orthonormal, top_eigenvectors
 from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.rounding import Hessian, gptq_round
+from qe_edge.system.device import fitting
+from qe_edge.system.errors import ResourceError
 
 WITHIN = 0.02  # of an error
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

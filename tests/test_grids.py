@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qe_edge.errors import NumericalError, RecipeError
-from qe_edge.grids import (
+from qe_edge.numerics.grids import (
     PER_CHANNEL,
     WeightGrid,
     fake_quantize_activation,
@@ -22,6 +21,7 @@ from qe_edge.grids import (
     unpack_codes,
     unpack_int4,
 )
+from qe_edge.system.errors import NumericalError, RecipeError
 from tests.reference.grids import quantize_matrix, quantize_tokens
 
 WEIGHTS = hnp.arrays(

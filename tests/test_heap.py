@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from qe_edge.heap import reused_memory, trim_heap
+from qe_edge.system.heap import reused_memory, trim_heap
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 
@@ -21,7 +21,7 @@ def test_memory_is_kept_for_the_next_array_while_the_context_is_open() -> None:
         import resource
         from pathlib import Path
 
-        from qe_edge.heap import reused_memory
+        from qe_edge.system.heap import reused_memory
 
         SIZE = 64 << 20  # bytes, far above what glibc keeps by itself
 

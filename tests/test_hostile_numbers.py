@@ -13,15 +13,15 @@ from torch import Tensor
 
 from qe_edge import QELinear, Recipe, make_recipe, quantize, quantize_linear
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.errors import NumericalError, QEError, QENotice, RecipeError
-from qe_edge.grids import WeightGrid
-from qe_edge.magnitudes import check_result, check_weight, solvable
+from qe_edge.layers.magnitudes import check_result, check_weight, solvable
 from qe_edge.methods import METHODS
 from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.rtn import RoundToNearest
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import load_model
-from qe_edge.schemes import get_scheme
+from qe_edge.numerics.grids import WeightGrid
+from qe_edge.numerics.schemes import get_scheme
+from qe_edge.system.errors import NumericalError, QEError, QENotice, RecipeError
 from tests.small_vlm import write_small_vlm
 
 ROUTED = {"shrink": False, "experts": 2, "routed_rank": 4, "shared_rank": 4, "important_channels": 4}
@@ -250,7 +250,7 @@ def test_a_models_weights_beyond_the_scales_are_refused_before_any_work(
 def test_an_activation_that_is_not_finite_is_refused_by_layer_and_sample(
     small: str, samples: list[Sample], method: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qe_edge.quantizer.BATCH", 2)
+    monkeypatch.setattr("qe_edge.quantization.quantizer.BATCH", 2)
     loaded = load_model(small)
     block = next(block for block in loaded.family.blocks(loaded.model) if block.group == "language")
     name, layer = [(n, m) for n, m in block.module.named_modules() if isinstance(m, torch.nn.Linear)][-1]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from qe_edge import int8_products
 from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
-from qe_edge.int8_products import TINY, add_gram, round_channels
+from qe_edge.numerics import int8_products
+from qe_edge.numerics.int8_products import TINY, add_gram, round_channels
 from qe_edge.reconstruction.router import ridge_router
 
 

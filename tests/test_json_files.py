@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.errors import ArtifactError, ModelError
-from qe_edge.json_files import MAX_DEPTH, read_json_table
+from qe_edge.system.errors import ArtifactError, ModelError
+from qe_edge.system.json_files import MAX_DEPTH, read_json_table
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from qe_edge import QELinear, make_recipe, quantize_linear
-from qe_edge.grids import PER_CHANNEL, WeightGrid
 from qe_edge.methods.omniquant import OmniQuantOptions, _Ranges, learn_shares, row_losses
+from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
 from tests.layers import typed_layer
 from tests.reference.omniquant import learned_clipping
 

@@ -7,10 +7,10 @@ import warnings
 import pytest
 from torch import nn
 
-from qe_edge.errors import CommonNotice
-from qe_edge.grids import PER_CHANNEL, WeightGrid
 from qe_edge.models.family import Block
-from qe_edge.preflight import note_groups
+from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
+from qe_edge.quantization.preflight import note_groups
+from qe_edge.system.errors import CommonNotice
 
 
 def _blocks(width: int) -> list[Block]:

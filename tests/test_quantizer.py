@@ -10,17 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qe_edge import parallel, quantizer
 from qe_edge.calibration.sources import load_evaluation, load_samples
-from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized, save_quantized
-from qe_edge.errors import ArtifactError, CalibrationError, NumericalError, QEError, RecipeError, UnknownNameError
-from qe_edge.groups import linear_groups
-from qe_edge.linear import QELinear, quantized_linears
+from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import Sample
+from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import Recipe, make_recipe
-from qe_edge.recipe_files import load_recipe
+from qe_edge.models.quantized import load_checkpoint_recipe, load_quantized, save_quantized
+from qe_edge.quantization import quantizer
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.files import load_recipe
+from qe_edge.recipes.recipe import Recipe, make_recipe
+from qe_edge.system import parallel
+from qe_edge.system.errors import (
+    ArtifactError,
+    CalibrationError,
+    NumericalError,
+    QEError,
+    RecipeError,
+    UnknownNameError,
+)
 from tests.sealing import seal
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter

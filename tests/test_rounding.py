@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qe_edge import QELinear, make_recipe, quantize_linear
-from qe_edge.errors import NumericalError
-from qe_edge.grids import PER_CHANNEL, WeightGrid, quantize_weight, round_on_grid, scales_of_range
+from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, quantize_weight, round_on_grid, scales_of_range
 from qe_edge.reconstruction import rounding
 from qe_edge.reconstruction.branches import leave_out_channels
 from qe_edge.reconstruction.rounding import CLIP_LEAST, Hessian, Rounding, clipped_round, gptq_round
+from qe_edge.system.errors import NumericalError
 from tests.layers import correlated_layer
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.checkpoint import is_checkpoint
+from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.cli.inputs import is_checkpoint_folder
-from qe_edge.errors import ArtifactError
-from qe_edge.safetensors_check import check_safetensors
+from qe_edge.models.quantized import is_checkpoint
+from qe_edge.system.errors import ArtifactError
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

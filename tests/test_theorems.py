@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest, collect_statistics
-from qe_edge.grids import WeightGrid, fake_quantize_activation, quantize_weight
 from qe_edge.methods import qe
 from qe_edge.methods.qe_options import QuantExpertsOptions, shrink_to_layer
+from qe_edge.numerics.grids import WeightGrid, fake_quantize_activation, quantize_weight
 from qe_edge.reconstruction.directions import (
     ErrorSpace,
     whitened_directions,
@@ -336,7 +336,7 @@ def test_large_layers_in_float32_leave_as_little_error(shape: tuple[int, int], m
         return relative(quantize_linear(weight, calibration, made)(held_out), held_out @ weight.T)
 
     exact = error()
-    monkeypatch.setattr("qe_edge.blas.DOUBLE_ENTRIES", 0)
+    monkeypatch.setattr("qe_edge.system.blas.DOUBLE_ENTRIES", 0)
     assert error() < 1.02 * exact
 
 

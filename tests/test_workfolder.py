@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.atomic import atomic_file
-from qe_edge.errors import ArtifactError, InputError
-from qe_edge.workfolder import WorkFolder
+from qe_edge.quantization.workfolder import WorkFolder
+from qe_edge.system.atomic import atomic_file
+from qe_edge.system.errors import ArtifactError, InputError
 
 RUN = {"qe_edge": "1", "model": {}, "recipe": {}, "environment": {}}
 

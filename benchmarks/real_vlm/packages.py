@@ -9,7 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from qe_edge.errors import ArtifactError
+from qe_edge.system.errors import ArtifactError
 
 MEBIBYTE = 1 << 20
 

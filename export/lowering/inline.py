@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from qe_edge.errors import TargetError
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, Attributes, Operands, constant, linear_body
-from qe_edge.grids import PER_CHANNEL
+from qe_edge.numerics.grids import PER_CHANNEL
+from qe_edge.system.errors import TargetError
 
 BLOCKS = (128, 64, 32, 16)  # what TensorRT takes, best first
 FLOAT32 = "float32"  # key in a node's meta: it must compute in float32

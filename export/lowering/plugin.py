@@ -13,7 +13,7 @@ from qe_edge.export.lowering.inline import operands_of, shape_of
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.op import DOMAIN, NAME, Attributes
 from qe_edge.export.plugin_check import LayerForm, refusal
-from qe_edge.grids import PER_CHANNEL
+from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.prepack.linear import PackError
 from qe_edge.prepack.lower import lower
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from qe_edge.child_process import forget_current_folder
+from qe_edge.system.child_process import forget_current_folder
 
 PROGRAM = "qe-edge"
 INTERRUPTED = 130

@@ -9,7 +9,7 @@ import click
 from qe_edge import __version__
 from qe_edge.cli.options import write_example
 from qe_edge.cli.outcome import Interrupted
-from qe_edge.errors import UnknownNameError
+from qe_edge.system.errors import UnknownNameError
 
 COMMANDS = (
     "deploy",

@@ -36,13 +36,13 @@ def command(
     from qe_edge.cli.outputs import human_bytes
     from qe_edge.models.family import Sample
     from qe_edge.models.images import open_image
-    from qe_edge.provenance import check_deployment
+    from qe_edge.runtime.provenance import check_deployment
 
     picture = open_image(image) if image else _demo_picture()
     engines = find_engines(folder, target)
     check_deployment(folder, engines)
     source = open_model(original) if original else None
-    from qe_edge.console import ConsoleProgress
+    from qe_edge.cli.console import ConsoleProgress
     from qe_edge.validate.latency import measure_latency
 
     found = measure_latency(

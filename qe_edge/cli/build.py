@@ -34,8 +34,8 @@ def command(
     from qe_edge.cli.limits import read_limits
     from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
-    from qe_edge.deploy import check_targets
-    from qe_edge.provenance import check_deployment
+    from qe_edge.deploy.pipeline import check_targets
+    from qe_edge.runtime.provenance import check_deployment
 
     check_targets([target])
     wanted = read_limits([target], limits)
@@ -45,7 +45,7 @@ def command(
     check_apart(output, {"the ONNX folder": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, folder_bytes(source))
-    from qe_edge.console import ConsoleProgress
+    from qe_edge.cli.console import ConsoleProgress
     from qe_edge.export.build import build_engines
     from qe_edge.export.targets import has_limits
     from qe_edge.runtime.limits import with_limits

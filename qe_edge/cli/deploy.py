@@ -68,7 +68,7 @@ def command(  # noqa: PLR0913 - an argument for every option
     )
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.cli.recipes import read_recipe
-    from qe_edge.deploy import DEFAULT_TARGETS, Layout, check_targets, deploy, hold_deployment, is_deployment
+    from qe_edge.deploy.pipeline import DEFAULT_TARGETS, Layout, check_targets, deploy, hold_deployment, is_deployment
 
     targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
     check_output_path(output)
@@ -90,8 +90,8 @@ def command(  # noqa: PLR0913 - an argument for every option
         load_evaluation(evaluation)
         source = open_model(model)
         check_deployable(load_family(source))
-        from qe_edge.console import ConsoleProgress
-        from qe_edge.plan import make_plan
+        from qe_edge.cli.console import ConsoleProgress
+        from qe_edge.quantization.plan import make_plan
 
         plan = make_plan(source, recipe, samples)
         check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)

@@ -28,7 +28,7 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
     check_apart(output, {"the checkpoint": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, 2 * folder_bytes(source))  # the embedding table is written on its own
-    from qe_edge.console import ConsoleProgress
+    from qe_edge.cli.console import ConsoleProgress
     from qe_edge.export.exporter import export_model
 
     export_model(source, output, progress=ConsoleProgress())

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from qe_edge.errors import ArtifactError, InputError, ModelError, UnknownNameError
-from qe_edge.json_files import read_json_table
+from qe_edge.system.errors import ArtifactError, InputError, ModelError, UnknownNameError
+from qe_edge.system.json_files import read_json_table
 
 CHECKPOINT, ONNX, ENGINES, REPORT = "checkpoint", "onnx", "engines", "report.json"
 

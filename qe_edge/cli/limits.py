@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qe_edge.errors import InputError
+from qe_edge.system.errors import InputError
 
 if TYPE_CHECKING:
     from qe_edge.runtime.limits import EngineLimits

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from qe_edge.cli.quiet import quiet_libraries
-from qe_edge.errors import InputError
+from qe_edge.system.errors import InputError
 
 Function = Callable[..., None]  # what a command runs
 Decorator = Callable[[Function], Function]
@@ -107,7 +107,7 @@ def device_option(function: Function) -> Function:
 
     def check(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
         if value not in ("auto", "cpu"):  # those need no look at torch
-            from qe_edge.device import choose_device
+            from qe_edge.system.device import choose_device
 
             choose_device(value)
         return value

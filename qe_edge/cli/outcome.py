@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import click
 
-from qe_edge.errors import QEError, UnknownNameError
+from qe_edge.system.errors import QEError, UnknownNameError
 
 MISTAKE, DEFECT, INTERRUPTED = 2, 1, 130
 RESUMABLE = ("deploy", "quantize")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from qe_edge.errors import InputError, ResourceError
-from qe_edge.ownership import is_passing, refuse_strangers
+from qe_edge.system.errors import InputError, ResourceError
+from qe_edge.system.ownership import is_passing, refuse_strangers
 
 MARGIN = 1.1  # on the estimated size
 NAME_BYTES = 255 - len("..12345678.part")  # what is being written has a longer name for a while

@@ -8,8 +8,8 @@ import yaml
 from qe_edge.cli.outputs import human_bytes
 from qe_edge.cli.tables import print_table
 from qe_edge.methods.base import AdapterSize
-from qe_edge.plan import Plan, collapse
-from qe_edge.recipe import Recipe
+from qe_edge.quantization.plan import Plan, collapse
+from qe_edge.recipes.recipe import Recipe
 
 
 def print_plan(recipe: Recipe, plan: Plan, samples: int) -> None:

@@ -47,10 +47,10 @@ def command(
     counts of the compiled kernels. The model of the kernels was fitted to measurements on an H100; the times of other
     devices were never compared with any.
     """
+    from qe_edge.numerics.schemes import get_scheme
     from qe_edge.predict.roofline import Request, predict
     from qe_edge.predict.shapes import find_model
     from qe_edge.predict.tables import get_device
-    from qe_edge.schemes import get_scheme
 
     request = Request(
         shape=find_model(model),

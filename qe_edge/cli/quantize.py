@@ -12,7 +12,7 @@ from qe_edge.cli.options import Command, device_option, output_option, overwrite
 
 if TYPE_CHECKING:
     from qe_edge.models.family import Sample
-    from qe_edge.recipe import Recipe
+    from qe_edge.recipes.recipe import Recipe
 
 
 @click.command(
@@ -51,7 +51,7 @@ def command(
         check_writable,
     )
     from qe_edge.cli.recipes import read_recipe
-    from qe_edge.locks import hold
+    from qe_edge.system.locks import hold
 
     if not dry_run:
         check_output_path(output)
@@ -69,7 +69,7 @@ def command(
         if resume and already_complete(output, source, recipe, samples):
             click.echo(f"'{output}' is complete already; nothing is left to do.")
             return
-        from qe_edge.plan import make_plan
+        from qe_edge.quantization.plan import make_plan
 
         plan = make_plan(source, recipe, samples)
         if dry_run:
@@ -90,13 +90,13 @@ def check_checkpoint_output(output: Path, *, overwrite: bool, resume: bool) -> N
         InputError: If the folder may not be written.
         ArtifactError: If there is an unfinished run.
     """
-    from qe_edge.atomic import restore
     from qe_edge.cli.inputs import is_checkpoint_folder
     from qe_edge.cli.outputs import check_output_folder
-    from qe_edge.deploy import work_folder
-    from qe_edge.errors import ArtifactError
-    from qe_edge.ownership import refuse_strangers
-    from qe_edge.workfolder import MANIFEST
+    from qe_edge.deploy.pipeline import work_folder
+    from qe_edge.quantization.workfolder import MANIFEST
+    from qe_edge.system.atomic import restore
+    from qe_edge.system.errors import ArtifactError
+    from qe_edge.system.ownership import refuse_strangers
 
     restore(output)
     check_output_folder(output, is_checkpoint_folder, overwrite=overwrite, resume=resume)
@@ -116,17 +116,17 @@ def already_complete(output: Path, model: str, recipe: Recipe, samples: list[Sam
         ArtifactError: If it is a finished checkpoint of something else; it says what differs.
     """
     from qe_edge.cli.inputs import is_checkpoint_folder
-    from qe_edge.deploy import work_folder
-    from qe_edge.errors import ArtifactError
-    from qe_edge.workfolder import MANIFEST
+    from qe_edge.deploy.pipeline import work_folder
+    from qe_edge.quantization.workfolder import MANIFEST
+    from qe_edge.system.errors import ArtifactError
 
     if not is_checkpoint_folder(output) or (work_folder(output) / MANIFEST).exists():
         return False
-    from qe_edge.checkpoint import RUN, load_checkpoint_recipe
-    from qe_edge.deploy import stored_recipe
-    from qe_edge.fingerprints import model_parts
-    from qe_edge.json_files import read_json_table
-    from qe_edge.run_record import changes, in_one_line, make_record
+    from qe_edge.deploy.pipeline import stored_recipe
+    from qe_edge.models.fingerprints import model_parts
+    from qe_edge.models.quantized import RUN, load_checkpoint_recipe
+    from qe_edge.quantization.run_record import changes, in_one_line, make_record
+    from qe_edge.system.json_files import read_json_table
 
     if (output / RUN).is_file():
         before, parts = read_json_table(output / RUN), model_parts(model)
@@ -143,9 +143,9 @@ def already_complete(output: Path, model: str, recipe: Recipe, samples: list[Sam
 
 def run_quantize(source: str, recipe: Recipe, output: Path, *, device: str, resume: bool, overwrite: bool) -> None:
     """Quantize with progress on stderr; `overwrite` throws an unfinished run away."""
-    from qe_edge.console import ConsoleProgress
-    from qe_edge.deploy import quantize_to_folder, work_folder
-    from qe_edge.workfolder import WorkFolder
+    from qe_edge.cli.console import ConsoleProgress
+    from qe_edge.deploy.pipeline import quantize_to_folder, work_folder
+    from qe_edge.quantization.workfolder import WorkFolder
 
     if overwrite and not resume:
         WorkFolder.discard(work_folder(output))

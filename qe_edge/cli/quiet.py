@@ -11,7 +11,7 @@ from typing import TextIO
 
 import click
 
-from qe_edge.errors import CommonNotice, QENotice
+from qe_edge.system.errors import CommonNotice, QENotice
 
 # Read by the libraries when they are imported; what the user has set wins.
 SETTINGS = {

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qe_edge.errors import QENotice, RecipeError
+from qe_edge.system.errors import QENotice, RecipeError
 
 if TYPE_CHECKING:
-    from qe_edge.recipe import Recipe
+    from qe_edge.recipes.recipe import Recipe
 
 
 def read_recipe(
@@ -40,8 +40,8 @@ def read_recipe(
         RecipeError: For a file or a value that cannot be used.
         UnknownNameError: For a key or name that does not exist; the nearest valid one is named.
     """
-    from qe_edge.recipe import make_recipe
-    from qe_edge.recipe_files import load_recipe
+    from qe_edge.recipes.files import load_recipe
+    from qe_edge.recipes.recipe import make_recipe
 
     merged = load_recipe(recipe_file) if recipe_file else {}
     if values.get("preset") is not None and merged.pop("options", None):
@@ -66,7 +66,7 @@ def _merge(merged: dict[str, Any], key: str, values: dict[str, object]) -> None:
 
 
 def _setting(text: str) -> tuple[str, object]:
-    from qe_edge.recipe_files import parse_yaml
+    from qe_edge.recipes.files import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():

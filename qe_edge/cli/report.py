@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qe_edge.cli.options import Command, output_option, overwrite_option
-from qe_edge.errors import QENotice
+from qe_edge.system.errors import QENotice
 
 
 @click.command("report", cls=Command, example="qe-edge report report.json -o report.html")

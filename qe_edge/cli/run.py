@@ -50,10 +50,10 @@ def command(
     generation_config.json hold, its sampling has no effect.
     """
     from qe_edge.cli.inputs import find_runnable, is_checkpoint_folder
-    from qe_edge.errors import InputError
     from qe_edge.models.family import Sample
     from qe_edge.models.images import open_image
-    from qe_edge.provenance import check_deployment
+    from qe_edge.runtime.provenance import check_deployment
+    from qe_edge.system.errors import InputError
 
     sample = Sample([open_image(image) for image in images], prompt)
     found = find_runnable(folder, target)
@@ -115,7 +115,7 @@ def _answer_in_torch(folder: Path, sample: Sample, max_tokens: int, threads: int
     """The quantized checkpoint itself, computed in float32."""
     import torch
 
-    from qe_edge.checkpoint import load_quantized
+    from qe_edge.models.quantized import load_quantized
     from qe_edge.validate.subjects import TorchSubject, in_float32
 
     if threads is not None:

@@ -49,7 +49,7 @@ def command(  # noqa: PLR0913 - an argument for every option
         runs_here,
     )
     from qe_edge.cli.outputs import check_output_file
-    from qe_edge.errors import InputError
+    from qe_edge.system.errors import InputError
 
     page = output.with_suffix(".html")
     if page == output:
@@ -74,7 +74,7 @@ def command(  # noqa: PLR0913 - an argument for every option
         from qe_edge.runtime.engine import check_runnable
 
         check_runnable(chosen, plugin_library)
-    from qe_edge.console import ConsoleProgress
+    from qe_edge.cli.console import ConsoleProgress
     from qe_edge.report import write_report
     from qe_edge.validate import validate
 

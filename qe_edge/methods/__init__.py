@@ -7,7 +7,7 @@ one is a file with a `Method` subclass and a line in `METHODS`.
 from __future__ import annotations
 
 from qe_edge.methods.base import LinearProblem, Method, MethodOptions
-from qe_edge.registry import Registry
+from qe_edge.system.registry import Registry
 
 METHODS: Registry[type[Method]] = Registry(
     "method",

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.linear import QuantizedLinear
+from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, MethodOptions
 from qe_edge.methods.static import StaticCorrection, StaticOptions
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction

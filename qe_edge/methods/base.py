@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
-from qe_edge.device import CPU
-from qe_edge.errors import NumericalError
-from qe_edge.grids import WeightGrid
-from qe_edge.linear import QuantizedLinear
-from qe_edge.matrices import Matrix
-from qe_edge.schemes import Scheme
+from qe_edge.layers.linear import QuantizedLinear
+from qe_edge.numerics.grids import WeightGrid
+from qe_edge.numerics.matrices import Matrix
+from qe_edge.numerics.schemes import Scheme
+from qe_edge.system.device import CPU
+from qe_edge.system.errors import NumericalError
 
 
 class MethodOptions(BaseModel):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qe_edge.linear import QuantizedLinear
-from qe_edge.magnitudes import check_result, check_tokens, check_weight, solvable
+from qe_edge.layers.linear import QuantizedLinear
+from qe_edge.layers.magnitudes import check_result, check_tokens, check_weight, solvable
 from qe_edge.methods.base import Candidate, LinearProblem, Method
 
 

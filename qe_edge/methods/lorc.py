@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.linear import QuantizedLinear
+from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.static import StaticCorrection
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction

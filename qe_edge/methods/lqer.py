@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.linear import QuantizedLinear
+from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.static import StaticCorrection
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction

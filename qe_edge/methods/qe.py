@@ -17,12 +17,11 @@ from torch import Tensor
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
-from qe_edge.errors import NumericalError
-from qe_edge.grids import WeightGrid, rounds_activations
-from qe_edge.linear import Adapters, QuantizedLinear
-from qe_edge.matrices import Matrix, beside, cast, double, picked, to_numpy, to_tensor
+from qe_edge.layers.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
 from qe_edge.methods.qe_options import LayerSize, QuantExpertsOptions, shrink_to_layer
+from qe_edge.numerics.grids import WeightGrid, rounds_activations
+from qe_edge.numerics.matrices import Matrix, beside, cast, double, picked, to_numpy, to_tensor
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, leave_out_channels, some_tokens
 from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors, without
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, diagonal_experts, gram_experts
@@ -39,6 +38,7 @@ from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.refinement import refine
 from qe_edge.reconstruction.rounding import Hessian, Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router
+from qe_edge.system.errors import NumericalError
 
 
 @dataclass(frozen=True)

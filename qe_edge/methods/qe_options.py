@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from qe_edge.errors import RecipeError
 from qe_edge.methods.base import MethodOptions
 from qe_edge.reconstruction.factors import AdapterDtype
 from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.reconstruction.refinement import Refinement
+from qe_edge.system.errors import RecipeError
 
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
 

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.linear import QuantizedLinear
+from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, Method, MethodOptions
 from qe_edge.reconstruction.rounding import Rounding
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.grids import quantize_weight
-from qe_edge.linear import QuantizedLinear
+from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, Method
+from qe_edge.numerics.grids import quantize_weight
 
 
 class RoundToNearest(Method):

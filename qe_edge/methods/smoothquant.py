@@ -12,10 +12,10 @@ import numpy as np
 from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.grids import quantize_weight
-from qe_edge.linear import QuantizedLinear
+from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import LinearProblem, MethodOptions
 from qe_edge.methods.scaling import ChannelScaling, storable_inverse
+from qe_edge.numerics.grids import quantize_weight
 
 SMALLEST = 1e-5
 

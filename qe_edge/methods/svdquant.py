@@ -22,12 +22,12 @@ from pydantic import Field
 from torch import Tensor
 
 from qe_edge.calibration.statistics import StatisticsRequest
-from qe_edge.grids import QuantizedWeight, fake_quantize_activation, quantize_weight
-from qe_edge.linear import Adapters, QuantizedLinear
+from qe_edge.layers.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import LinearProblem, MethodOptions
 from qe_edge.methods.scaling import storable_inverse
 from qe_edge.methods.smoothquant import smoothing_scale
 from qe_edge.methods.static import StaticCorrection, StaticOptions
+from qe_edge.numerics.grids import QuantizedWeight, fake_quantize_activation, quantize_weight
 from qe_edge.reconstruction.branches import static_correction
 from qe_edge.reconstruction.directions import diagonal_directions
 from qe_edge.reconstruction.factors import StoredFactor

@@ -6,7 +6,7 @@ Adding a family is a file with a `ModelFamily` subclass and a line in `FAMILIES`
 from __future__ import annotations
 
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
-from qe_edge.registry import Registry
+from qe_edge.system.registry import Registry
 
 FAMILIES: Registry[type[ModelFamily]] = Registry(
     "model family",

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qe_edge.errors import InputError, ModelError
 from qe_edge.models.chat import answer_ids, chat_ids, text_ids
 from qe_edge.models.chat_templates import PICTURE_QUESTION, REMEDY, check_template, render_question
 from qe_edge.models.family import TEXT, Encoded, Sample
 from qe_edge.models.images import open_image
+from qe_edge.system.errors import InputError, ModelError
 
 MAX_VALUES = 1 << 30  # of all pictures of a batch, after preparation; 4 GiB in float32
 

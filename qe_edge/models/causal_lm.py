@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qe_edge.errors import InputError, ModelError
 from qe_edge.models.batching import Row, check_length, encode_text, left_pad, naming
 from qe_edge.models.chat import answer_ids, chat_ids
 from qe_edge.models.chat_templates import check_template, take_processor_template
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.system.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class CausalLM(ModelFamily):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """The language model alone, with its KV cache."""
-        from qe_edge.export.decoder import decoder_graph
+        from qe_edge.models.decoder import decoder_graph
 
         return [decoder_graph(model.get_decoder(), model.get_output_embeddings())]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import jinja2
 
-from qe_edge.errors import InputError
 from qe_edge.models.samples import Sample, Turn
+from qe_edge.system.errors import InputError
 
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of a template that is code
 

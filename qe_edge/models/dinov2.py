@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qe_edge.errors import InputError, ModelError
 from qe_edge.models.batching import naming, prepare_pictures
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import CropValues, load_image_processor
+from qe_edge.system.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     import torch

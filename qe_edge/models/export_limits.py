@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qe_edge.errors import ModelError
 from qe_edge.models.family import ModelFamily
+from qe_edge.system.errors import ModelError
 
 # frequencies that do not depend on the length of the text; dynamic and longrope choose among several at run time
 FIXED_ROPES = ("default", "linear", "yarn", "llama3")

@@ -144,7 +144,7 @@ class ModelFamily(ABC):
         """The visual encoder, the merger and the language model as exportable modules of float32 weights.
 
         The visual encoder takes `visual_feeds`; its one output is the merger's one input, and the merger's output
-        `[features, hidden]` stands where `image_mask` is True. `qe_edge.export.decoder` makes the language graph.
+        `[features, hidden]` stands where `image_mask` is True. `qe_edge.models.decoder` makes the language graph.
         """
 
     def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:

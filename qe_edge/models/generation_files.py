@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qe_edge.errors import ModelError, QEError
-from qe_edge.json_files import read_json_table
 from qe_edge.models.guard import Guard, check_key_names, check_values
 from qe_edge.models.model_files import find_file
+from qe_edge.system.errors import ModelError, QEError
+from qe_edge.system.json_files import read_json_table
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

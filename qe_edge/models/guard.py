@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qe_edge.errors import ModelError, QEError
+from qe_edge.system.errors import ModelError, QEError
 
 REASON_LENGTH = 300  # characters
 # what transformers, huggingface_hub, jinja2 and Python itself raise about values that they did not expect
@@ -50,7 +50,7 @@ class Guard:
         >>> with Guard("'a.json' cannot be read", "Get it again."):
         ...     {}["vocab"]
         Traceback (most recent call last):
-        qe_edge.errors.ModelError: 'a.json' cannot be read: KeyError: 'vocab'. Get it again.
+        qe_edge.system.errors.ModelError: 'a.json' cannot be read: KeyError: 'vocab'. Get it again.
     """
 
     def __init__(self, problem: str, remedy: str, error: type[QEError] = ModelError) -> None:

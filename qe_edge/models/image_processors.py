@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qe_edge.errors import ModelError
-from qe_edge.json_files import read_json_table
 from qe_edge.models.guard import Guard, check_key_names, check_values
 from qe_edge.models.model_files import find_file
+from qe_edge.system.errors import ModelError
+from qe_edge.system.json_files import read_json_table
 
 REMEDY = "Copy preprocessor_config.json from the original model."
 MAX_PIXELS = 2**25  # of a picture after scaling; Qwen2-VL's largest has 2**23.6

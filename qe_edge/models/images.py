@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from qe_edge.errors import CommonNotice, InputError
 from qe_edge.models.pixel_formats import array_image, to_rgb
 from qe_edge.models.texts import shortened
+from qe_edge.system.errors import CommonNotice, InputError
 
 Picture = Path | str | Image.Image | np.ndarray | bytes
 """A file, the bytes of one, a PIL image, or an array (see `qe_edge.models.pixel_formats.array_image`)."""

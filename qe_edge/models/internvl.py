@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qe_edge.errors import ModelError
 from qe_edge.models.batching import (
     check_chat_template,
     check_length,
@@ -21,6 +20,7 @@ from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import TileValues, check_equal, load_image_processor
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.system.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class InternVL(ModelFamily):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, pixel shuffle with projector, decoder with positions `[batch, sequence]`."""
-        from qe_edge.export.decoder import decoder_graph
+        from qe_edge.models.decoder import decoder_graph
         from qe_edge.models.internvl_graphs import merger_graph, visual_graph
 
         by_class = {type(module).__name__: module for module in model.modules()}

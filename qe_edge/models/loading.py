@@ -16,8 +16,6 @@ import psutil
 import torch
 from torch import nn
 
-from qe_edge.errors import CommonNotice, ModelError, QENotice, ResourceError
-from qe_edge.json_files import read_json_table
 from qe_edge.models.configuration import CONFIG, REMEDY, load_family, read_config_values
 from qe_edge.models.exactness import COMPUTED, check_all_used, check_amount, check_loading, note_own_head
 from qe_edge.models.family import ModelFamily
@@ -26,6 +24,8 @@ from qe_edge.models.guard import Guard
 from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files
 from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
 from qe_edge.models.weight_files import check_links, folder_weights, weight_headers
+from qe_edge.system.errors import CommonNotice, ModelError, QENotice, ResourceError
+from qe_edge.system.json_files import read_json_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qe_edge.errors import ModelError, QEError
 from qe_edge.models.guard import Guard
+from qe_edge.system.errors import ModelError, QEError
 
 
 def find_file(source: str, name: str, error: type[QEError] = ModelError) -> Path | None:

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from qe_edge.errors import CommonNotice, InputError
+from qe_edge.system.errors import CommonNotice, InputError
 
 DEEP_NOTICE = (
     "Pictures of 16 or 32 bits are scaled to 8 bits, each by its own range: its smallest value becomes black, its "

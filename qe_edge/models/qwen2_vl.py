@@ -135,7 +135,7 @@ class Qwen2VL(ModelFamily):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""
-        from qe_edge.export.decoder import decoder_graph
+        from qe_edge.models.decoder import decoder_graph
         from qe_edge.models.qwen2_vl_graphs import merger_graph, visual_graph
 
         by_class = {type(module).__name__: module for module in model.modules()}

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qe_edge.errors import ModelError
 from qe_edge.models.family import Block
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.stored import Change
+from qe_edge.system.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

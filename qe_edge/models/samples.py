@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from qe_edge.errors import InputError
 from qe_edge.models.images import Picture
 from qe_edge.models.texts import check_text
+from qe_edge.system.errors import InputError
 
 TEXT = "text"  # kind of a sample that is running text, not a question to be put into a chat template
 Role = Literal["system", "user", "assistant"]

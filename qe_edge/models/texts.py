@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qe_edge.errors import InputError
+from qe_edge.system.errors import InputError
 
 SHOWN = 200  # characters of a user's text in a message
 

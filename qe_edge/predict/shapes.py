@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qe_edge.errors import ModelError, UnknownNameError
-from qe_edge.json_files import read_json_table
 from qe_edge.models import FAMILIES as SUPPORTED
 from qe_edge.models.configuration import REMEDY, check_sizes_file, load_family
 from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.origin import check_configuration
 from qe_edge.predict.tables import model_table
+from qe_edge.system.errors import ModelError, UnknownNameError
+from qe_edge.system.json_files import read_json_table
 
 FAMILIES = ("qwen2_vl", "internvl")
 MAX_WIDTH = 1 << 20

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from qe_edge.errors import UnknownNameError
+from qe_edge.system.errors import UnknownNameError
 
 
 class _Strict(BaseModel):

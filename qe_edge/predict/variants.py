@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qe_edge.numerics.schemes import Scheme
 from qe_edge.predict.kernels import Correction, Kernel, Problem, Work, edge_llm_kernel, library_kernel, plugin_kernels
 from qe_edge.predict.shapes import Linear
 from qe_edge.predict.tables import Device, InstructionTable, Timing
 from qe_edge.prepack.width import has_3_bit_kernels
 from qe_edge.reconstruction.ranks import scale_rank
-from qe_edge.schemes import Scheme
 
 Way = Literal["fp16", "w4a16", "naive", "plugin"]
 WAYS: tuple[Way, ...] = ("fp16", "w4a16", "naive", "plugin")

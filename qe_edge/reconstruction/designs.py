@@ -17,7 +17,7 @@ from torch import Tensor
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics
-from qe_edge.matrices import Matrix, beside, cast, double, energies, to_numpy
+from qe_edge.numerics.matrices import Matrix, beside, cast, double, energies, to_numpy
 from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, residual_energy
 from qe_edge.reconstruction.router import RidgeRegression

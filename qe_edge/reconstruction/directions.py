@@ -18,9 +18,9 @@ from scipy.linalg.lapack import dpotrf, spotrf
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from qe_edge.blas import one_lapack_thread
-from qe_edge.device import multiplies_bfloat16
-from qe_edge.matrices import Matrix, cast
+from qe_edge.numerics.matrices import Matrix, cast
+from qe_edge.system.blas import one_lapack_thread
+from qe_edge.system.device import multiplies_bfloat16
 
 # ratio of pivots of R, computed in that precision, up to which E R^{-1} is orthonormal enough to be finished by one QR
 STEEPEST = {np.float32: 30, np.float64: 1e5}

@@ -11,10 +11,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-from qe_edge.blas import one_lapack_thread
 from qe_edge.calibration.statistics import InputStatistics
-from qe_edge.matrices import Matrix, beside, cast, double, energies, to_numpy
-from qe_edge.parallel import map_threads
+from qe_edge.numerics.matrices import Matrix, beside, cast, double, energies, to_numpy
 from qe_edge.reconstruction.directions import (
     EXACT_SIDE,
     KRYLOV_EXTRA,
@@ -27,6 +25,8 @@ from qe_edge.reconstruction.directions import (
     leading_directions,
     top_eigenvectors,
 )
+from qe_edge.system.blas import one_lapack_thread
+from qe_edge.system.parallel import map_threads
 
 WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
 FEW_TOKENS = 4  # times the expert's rank: fewer tokens than this lean on the global statistics

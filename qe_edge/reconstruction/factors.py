@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.grids import quantize_int8
-from qe_edge.matrices import Matrix, beside, cast, double, joined, parts_of, pseudo_solve
+from qe_edge.numerics.grids import quantize_int8
+from qe_edge.numerics.matrices import Matrix, beside, cast, double, joined, parts_of, pseudo_solve
 
 AdapterDtype = Literal["int4", "int8", "float16", "float32"]
 FACTOR_BITS: dict[AdapterDtype, int] = {"int4": 4, "int8": 8, "float16": 16, "float32": 32}

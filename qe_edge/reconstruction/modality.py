@@ -10,7 +10,7 @@ import numpy as np
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.sensitivity import ANSWER
-from qe_edge.matrices import picked
+from qe_edge.numerics.matrices import picked
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass
 
 OTHER = 0

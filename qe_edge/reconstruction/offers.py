@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from qe_edge.grids import WeightGrid, rounds_activations
-from qe_edge.matrices import to_numpy
+from qe_edge.budget.sizes import predicted_bits
 from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
+from qe_edge.numerics.grids import WeightGrid, rounds_activations
+from qe_edge.numerics.matrices import to_numpy
+from qe_edge.numerics.schemes import Scheme
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, some_tokens
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
 from qe_edge.reconstruction.factors import FACTOR_BITS, AdapterDtype
 from qe_edge.reconstruction.packed_factors import packing_loss
 from qe_edge.reconstruction.ranks import RANK_STEP
 from qe_edge.reconstruction.rounding import Hessian
-from qe_edge.schemes import Scheme
-from qe_edge.sizes import predicted_bits
 
 LARGEST_RANK = 128  # what the kernels take; on small layers half the smaller side
 LEFT_OUT = (0, 8, 16, 32)  # channels that the main branch may leave to the correction where it rounds activations

@@ -16,8 +16,8 @@ import torch
 from scipy.linalg import block_diag
 from torch import Tensor
 
-from qe_edge.grids import PER_CHANNEL, WeightGrid, pack_int4
-from qe_edge.matrices import Matrix, beside, cast, double, joined, parts_of, pseudo_solve, to_tensor
+from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, pack_int4
+from qe_edge.numerics.matrices import Matrix, beside, cast, double, joined, parts_of, pseudo_solve, to_tensor
 from qe_edge.reconstruction.designs import ErrorSpectrum
 from qe_edge.reconstruction.factors import StoredFactor
 from qe_edge.reconstruction.rounding import Hessian, gptq_round

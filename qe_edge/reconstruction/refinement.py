@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qe_edge.linear import Adapters
+from qe_edge.layers.linear import Adapters
 from qe_edge.reconstruction.packed_factors import GLOBAL_SHARE
 from qe_edge.reconstruction.routed_factors import (
     RoutedFactors,

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.device import CPU
-from qe_edge.errors import NumericalError
-from qe_edge.grids import (
+from qe_edge.methods.scaling import power_scale, storable_inverse
+from qe_edge.numerics.grids import (
     PER_CHANNEL,
     QuantizedWeight,
     WeightGrid,
@@ -24,9 +23,10 @@ from qe_edge.grids import (
     scales_of_range,
     split_groups,
 )
-from qe_edge.matrices import Matrix, to_tensor
-from qe_edge.methods.scaling import power_scale, storable_inverse
-from qe_edge.parallel import map_rows
+from qe_edge.numerics.matrices import Matrix, to_tensor
+from qe_edge.system.device import CPU
+from qe_edge.system.errors import NumericalError
+from qe_edge.system.parallel import map_rows
 
 BLOCK = 128  # columns whose updates GPTQ applies to the rest at once
 SMALL_BLOCK = 32  # columns whose updates it applies to the rest of the block at once

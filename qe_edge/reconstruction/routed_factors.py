@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qe_edge.grids import pack_int4, quantize_int8, unpack_int4
-from qe_edge.linear import Adapters
+from qe_edge.layers.linear import Adapters
+from qe_edge.numerics.grids import pack_int4, quantize_int8, unpack_int4
 from qe_edge.reconstruction.packed_factors import DOWN_DAMPING, GRID, UP_DAMPING
 from qe_edge.reconstruction.rounding import gptq_round
 

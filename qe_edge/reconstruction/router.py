@@ -9,8 +9,8 @@ import torch
 from scipy.linalg import cho_factor, cho_solve, get_blas_funcs
 from torch import Tensor
 
-from qe_edge.int8_products import add_gram, round_channels, rounds_gram
-from qe_edge.matrices import Matrix, cast, double, energies, joined, parts_of, picked, row_products, to_numpy
+from qe_edge.numerics.int8_products import add_gram, round_channels, rounds_gram
+from qe_edge.numerics.matrices import Matrix, cast, double, energies, joined, parts_of, picked, row_products, to_numpy
 from qe_edge.reconstruction.directions import ErrorSpace
 
 KINDS = ("ridge", "tri")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qe_edge.errors import ArtifactError
+from qe_edge.system.errors import ArtifactError
 
 MAX_BYTES = 64 << 20
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from qe_edge.accounting import LayerBits
+from qe_edge.budget.accounting import LayerBits
 from qe_edge.report.drawing import (
     ENGINE,
     GROUPS,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qe_edge.checkpoint_files import check_checkpoint, read_checkpoint_files
-from qe_edge.errors import ArtifactError
+from qe_edge.checkpoint.files import check_checkpoint, read_checkpoint_files
 from qe_edge.runtime.manifest import read_manifest
+from qe_edge.system.errors import ArtifactError
 from qe_edge.validate.schema import Artifact, Report
 
 CHANGED = "'{path}' is not what this report measured: {reason}. Validate again."

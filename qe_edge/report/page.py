@@ -10,12 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import ValidationError
 
-from qe_edge.atomic import atomic_file
-from qe_edge.errors import ArtifactError
-from qe_edge.json_files import read_json_table
 from qe_edge.models.texts import is_unicode
 from qe_edge.report import figures, wording
 from qe_edge.report.device_check import DeviceCheck
+from qe_edge.system.atomic import atomic_file
+from qe_edge.system.errors import ArtifactError
+from qe_edge.system.json_files import read_json_table
 from qe_edge.validate.schema import REPORT_VERSION, Report
 
 MAX_REPORT_BYTES = 256 << 20

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qe_edge.accounting import FileSize
+from qe_edge.budget.accounting import FileSize
 from qe_edge.validate.schema import Accuracy, Contender, Latency, Report, Role, TargetState
 
 ROLES: dict[Role, str] = {"original": "Original", "quantized": "Quantized", "engine": "Engine"}

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from qe_edge.errors import ResourceError, TargetError
+from qe_edge.system.errors import ResourceError, TargetError
 
 OUT_OF_MEMORY = 2
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute

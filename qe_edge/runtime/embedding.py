@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qe_edge.errors import ArtifactError
-from qe_edge.safetensors_check import check_safetensors
+from qe_edge.checkpoint.safetensors_check import check_safetensors
+from qe_edge.system.errors import ArtifactError
 
 EMBEDDING = "embedding.safetensors"
 TENSOR = "embedding"

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from qe_edge.errors import ArtifactError, InputError
 from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
 from qe_edge.models.configuration import load_config
 from qe_edge.runtime.embedding import TokenEmbedding
@@ -18,6 +17,7 @@ from qe_edge.runtime.generation import adjust_logits, check_context, check_finit
 from qe_edge.runtime.limits import EngineLimits, check_limits, limits_of
 from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.sessions import ACCURACY_LEVELS, Array, OrtSession, Session
+from qe_edge.system.errors import ArtifactError, InputError
 
 
 @dataclass

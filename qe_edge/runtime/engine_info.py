@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qe_edge.errors import ArtifactError
-from qe_edge.integrity import Digest, Sealed
-from qe_edge.json_files import read_json_table
+from qe_edge.checkpoint.integrity import Digest, Sealed
 from qe_edge.runtime.manifest import ENGINE_INFO, Manifest
+from qe_edge.system.errors import ArtifactError
+from qe_edge.system.json_files import read_json_table
 
 REMEDY = "Build it again."
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from qe_edge.errors import InputError, ModelError, NumericalError
-from qe_edge.json_files import read_json_table
+from qe_edge.system.errors import InputError, ModelError, NumericalError
+from qe_edge.system.json_files import read_json_table
 
 GENERATION_CONFIG = "generation_config.json"
 EDIT = f"Mend it in {GENERATION_CONFIG}."

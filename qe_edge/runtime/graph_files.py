@@ -14,9 +14,9 @@ import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped] # it ships no types
 from onnx import TensorProto
 
-from qe_edge.errors import ArtifactError
-from qe_edge.integrity import check_inside
+from qe_edge.checkpoint.integrity import check_inside
 from qe_edge.models.texts import shortened
+from qe_edge.system.errors import ArtifactError
 
 MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message; weights lie beside it
 DATA = ".data"  # external data lies beside its graph under the graph's name with this ending

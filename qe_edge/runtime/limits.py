@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qe_edge.errors import InputError
 from qe_edge.models.family import Encoded
 from qe_edge.runtime.manifest import GraphEntry, Manifest, Size
+from qe_edge.system.errors import InputError
 
 Triple = tuple[Size, Size, Size]
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qe_edge.errors import ArtifactError
-from qe_edge.integrity import Digest, FileTable, Sealed, check_files, check_sizes, describe
-from qe_edge.json_files import read_json_table
+from qe_edge.checkpoint.integrity import Digest, FileTable, Sealed, check_files, check_sizes, describe
 from qe_edge.runtime.embedding import EMBEDDING
 from qe_edge.runtime.generation import GenerationSettings
+from qe_edge.system.errors import ArtifactError
+from qe_edge.system.json_files import read_json_table
 
 MANIFEST = "manifest.json"
 ENGINE_INFO = "engine.json"  # of an engine folder; it seals itself and names the manifest

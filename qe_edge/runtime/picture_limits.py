@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qe_edge.errors import InputError, QENotice
 from qe_edge.models.family import ModelFamily, Sample
 from qe_edge.runtime.engine import load_family
 from qe_edge.runtime.limits import check_limits, describe_limits, limits_of
+from qe_edge.system.errors import InputError, QENotice
 
 if TYPE_CHECKING:
     from qe_edge.runtime.manifest import Manifest

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qe_edge.errors import TargetError
+from qe_edge.system.errors import TargetError
 
 FILE = "libqe_plugin.so"
 VARIABLE = "QE_EDGE_PLUGIN_LIBRARY"  # for programs that cannot pass a path on

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from qe_edge.errors import ArtifactError, ResourceError
 from qe_edge.runtime.graph_files import check_graph_file
 from qe_edge.runtime.manifest import GraphEntry
+from qe_edge.system.errors import ArtifactError, ResourceError
 
 ACCURACY_LEVELS = (0, 4)  # of ONNX Runtime's INT4 products: exact, or activations quantized once more in blocks
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from qe_edge.errors import InputError, ResourceError, TargetError
 from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine_info import EngineInfo
 from qe_edge.runtime.manifest import GraphEntry, TensorSpec
 from qe_edge.runtime.plugin_library import find_plugin_library, load_plugin_library
 from qe_edge.runtime.sessions import Array, DeviceArray
+from qe_edge.system.errors import InputError, ResourceError, TargetError
 
 KEPT = "present."  # outputs that stay on the device and come back as inputs: the KV cache
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qe_edge.checkpoint_files import read_checkpoint_files
+from qe_edge.checkpoint.files import read_checkpoint_files
 from qe_edge.models.configuration import load_config
 from qe_edge.models.loading import resolve_model
-from qe_edge.provenance import check_built_from, check_exported_from, check_quantized_from, describe_engines
+from qe_edge.runtime.provenance import check_built_from, check_exported_from, check_quantized_from, describe_engines
 from qe_edge.validate.schema import Artifact
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.accounting import group_of
-from qe_edge.linear import quantized_linears
+from qe_edge.budget.accounting import group_of
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.validate.answers import BATCH, batches

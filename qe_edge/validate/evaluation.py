@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qe_edge.accounting import ModelBits, count_bits
-from qe_edge.checkpoint import load_quantized
-from qe_edge.errors import ArtifactError, CalibrationError
-from qe_edge.heap import trim_heap
+from qe_edge.budget.accounting import ModelBits, count_bits
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel
-from qe_edge.progress import Progress, track
+from qe_edge.models.quantized import load_quantized
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.system.errors import ArtifactError, CalibrationError
+from qe_edge.system.heap import trim_heap
+from qe_edge.system.progress import Progress, track
 from qe_edge.validate.answers import BATCH, Reader, answer_all, answer_length
 from qe_edge.validate.comparison import Comparison, TeacherForced
 from qe_edge.validate.metrics import RelativeError

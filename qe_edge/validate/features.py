@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qe_edge.errors import CalibrationError, NumericalError
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel
+from qe_edge.system.errors import CalibrationError, NumericalError
 from qe_edge.validate.metrics import REMEDY
 
 BATCH = 16

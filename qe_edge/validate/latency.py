@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter
 
-from qe_edge.child_process import isolated_module, safe_environment
-from qe_edge.errors import ResourceError
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
-from qe_edge.progress import Progress, Silent, track
 from qe_edge.runtime.engine import check_runnable
 from qe_edge.runtime.engine_info import read_engine_info
+from qe_edge.system.child_process import isolated_module, safe_environment
+from qe_edge.system.errors import ResourceError
+from qe_edge.system.progress import Progress, Silent, track
 from qe_edge.validate.schema import Latency
 
 ACCURACY_LEVELS = (0, 4)

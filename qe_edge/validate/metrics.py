@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qe_edge.errors import NumericalError
+from qe_edge.system.errors import NumericalError
 
 REMEDY = "Check the original's weights, then quantize again with another method or scheme."
 Names = tuple[str, str]

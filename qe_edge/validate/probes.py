@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qe_edge.linear import QELinear
+from qe_edge.layers.linear import QELinear
 from qe_edge.models.family import Block, Encoded
-from qe_edge.streaming import first_tensor
+from qe_edge.models.streaming import first_tensor
 from qe_edge.validate.metrics import RelativeError
 from qe_edge.validate.schema import TokenErrors
 

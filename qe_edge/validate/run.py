@@ -8,18 +8,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import qe_edge
-from qe_edge.accounting import FileSize
+from qe_edge.budget.accounting import FileSize
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
-from qe_edge.checkpoint import load_checkpoint_recipe
 from qe_edge.demo import model_path
-from qe_edge.errors import CalibrationError
 from qe_edge.export.decoding import check_decoding
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import DEMO
-from qe_edge.progress import Progress, Silent
-from qe_edge.recipe import Recipe
+from qe_edge.models.quantized import load_checkpoint_recipe
+from qe_edge.recipes.recipe import Recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import read_engine_info
+from qe_edge.system.errors import CalibrationError
+from qe_edge.system.progress import Progress, Silent
 from qe_edge.validate.answers import score
 from qe_edge.validate.artifacts import trace_artifacts
 from qe_edge.validate.comparison import distance_of

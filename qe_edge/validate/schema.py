@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qe_edge.accounting import Amount, Count, FileSize, ModelBits
+from qe_edge.budget.accounting import Amount, Count, FileSize, ModelBits
 
 REPORT_VERSION: Literal[2] = 2
 

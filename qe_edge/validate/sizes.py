@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qe_edge.accounting import FileSize, file_sizes
+from qe_edge.budget.accounting import FileSize, file_sizes
 from qe_edge.validate.schema import Role
 
 STAGE_OF: dict[Role, str] = {"original": "original", "quantized": "checkpoint", "engine": "engines"}

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qe_edge.errors import ModelError
-from qe_edge.heap import trim_heap
-from qe_edge.linear import QELinear, quantized_linears
+from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel, check_free, load_outside_blocks
 from qe_edge.models.stored import StoredWeights
 from qe_edge.runtime.generation import GenerationSettings, adjust_logits, check_context, check_finite, settings_of
+from qe_edge.system.errors import ModelError
+from qe_edge.system.heap import trim_heap
 
 
 class Subject(Protocol):

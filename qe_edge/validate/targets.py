@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qe_edge.accounting import file_sizes
+from qe_edge.budget.accounting import file_sizes
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.validate.schema import TargetState
 

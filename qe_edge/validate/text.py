@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qe_edge.errors import CalibrationError, ModelError, NumericalError
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel
+from qe_edge.system.errors import CalibrationError, ModelError, NumericalError
 from qe_edge.validate.comparison import predicting_positions
 from qe_edge.validate.metrics import REMEDY
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.accuracy_per_byte import RealModel, measure
 from qe_edge.models.family import Sample
-from qe_edge.recipe import make_recipe
+from qe_edge.recipes.recipe import make_recipe
 from tests.small_models import write_small_llama
 
 

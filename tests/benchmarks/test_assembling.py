@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.real_vlm.packages import PackagedFile
 from benchmarks.real_vlm.wikipedia import SHORTEST, plain_text, read_articles
-from qe_edge.errors import ArtifactError
+from qe_edge.system.errors import ArtifactError
 
 SENTENCE = "A paragraph has to be long enough, or it is taken for a heading, a list or what is left of a table. " * 3
 MARKUP = f"""{{{{Infobox|name={{{{nested}}}}|text=gone}}}}

@@ -13,11 +13,11 @@ import pytest
 from benchmarks import paper_tables
 from benchmarks.paper_tables import TASKS, Environment, Task, choose_tasks, make_row, score_of
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.checkpoint import save_quantized
-from qe_edge.errors import ArtifactError, ResourceError, UnknownNameError
 from qe_edge.models.loading import load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import ArtifactError, ResourceError, UnknownNameError
 from qe_edge.validate.answers import answer_all, is_right
 from qe_edge.validate.subjects import TorchSubject, in_float32
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from benchmarks.real_models import REAL_MODELS, RealModel
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.errors import CalibrationError
 from qe_edge.models.family import TEXT
 from qe_edge.models.loading import load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import CalibrationError
 from tests.small_models import write_small_dinov2, write_small_llama
 from tests.small_vlm import write_small_vlm
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from qe_edge.calibration.sources import check_reached, load_samples
-from qe_edge.errors import CalibrationError, QENotice
 from qe_edge.models.samples import Sample
+from qe_edge.system.errors import CalibrationError, QENotice
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from qe_edge.calibration.sources import hash_samples, read_jsonl
-from qe_edge.errors import CommonNotice, QEError
 from qe_edge.models.loading import load_family
 from qe_edge.models.samples import Sample
+from qe_edge.system.errors import CommonNotice, QEError
 
 ROUNDS = 500
 SEEDS: list[dict[str, Any]] = [

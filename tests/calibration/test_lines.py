@@ -11,8 +11,8 @@ from PIL import Image
 
 from qe_edge.calibration.captions import CAPTION_PROMPT
 from qe_edge.calibration.sources import hash_samples, read_jsonl
-from qe_edge.errors import CalibrationError
 from qe_edge.models.samples import TEXT, Sample, Turn
+from qe_edge.system.errors import CalibrationError
 
 
 @pytest.fixture

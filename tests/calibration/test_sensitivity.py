@@ -21,9 +21,9 @@ from qe_edge.calibration.sensitivity import (
     token_kinds,
 )
 from qe_edge.calibration.statistics import StatisticsCollector, StatisticsRequest
-from qe_edge.errors import ArtifactError, CalibrationError, ModelError
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.system.errors import ArtifactError, CalibrationError, ModelError
 from tests.small_vlm import write_small_vlm
 
 
@@ -241,8 +241,8 @@ def test_token_kinds_follow_their_tokens_whatever_the_chunks(chunk: int) -> None
 def test_the_quantizer_says_what_its_tokens_are(folder: str) -> None:
     from qe_edge.calibration.statistics import InputStatistics
     from qe_edge.methods.rtn import RoundToNearest
-    from qe_edge.quantizer import quantize
-    from qe_edge.recipe import make_recipe
+    from qe_edge.quantization.quantizer import quantize
+    from qe_edge.recipes.recipe import make_recipe
 
     seen: dict[str, InputStatistics] = {}
     original: Callable = RoundToNearest.quantize

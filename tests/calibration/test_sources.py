@@ -13,10 +13,10 @@ from PIL import Image
 
 from qe_edge.calibration.captions import CAPTION_PROMPT, SHAREGPT4V_FILE
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
-from qe_edge.errors import CalibrationError, CommonNotice
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import open_image
-from qe_edge.recipe import make_recipe
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import CalibrationError, CommonNotice
 
 CAPTIONED = 12
 

@@ -18,7 +18,7 @@ from qe_edge.calibration.statistics import (
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """No inputs are rounded."""
-    monkeypatch.setattr("qe_edge.int8_products.multiplies_int8", lambda: False)
+    monkeypatch.setattr("qe_edge.numerics.int8_products.multiplies_int8", lambda: False)
 
 
 def drawn(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.checkpoint import load_quantized
-from qe_edge.deploy import deploy
-from qe_edge.errors import ArtifactError, ModelError
+from qe_edge.deploy.pipeline import deploy
 from qe_edge.export.exporter import export_model
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import load_quantized
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import ArtifactError, ModelError
 from qe_edge.validate import validate
 from tests.conftest import Exported
 from tests.sealing import seal

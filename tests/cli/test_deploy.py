@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge import deploy as deployment
-from qe_edge.deploy import LEDGER, deploy, is_deployment
-from qe_edge.errors import ArtifactError, InputError
+from qe_edge.deploy import pipeline as deployment
+from qe_edge.deploy.pipeline import LEDGER, deploy, is_deployment
 from qe_edge.export import plugin_check
-from qe_edge.fingerprints import model_fingerprint
-from qe_edge.recipe import make_recipe
+from qe_edge.models.fingerprints import model_fingerprint
+from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.limits import EngineLimits
+from qe_edge.system.errors import ArtifactError, InputError
 from tests.cli.running import Outcome, Run
 
 RECIPE = make_recipe(method="rtn", calibration={"samples": 2})

@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
         path.write_bytes(b"the first half")
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("qe_edge.checkpoint.write_tensors", full)
+    monkeypatch.setattr("qe_edge.models.quantized.write_tensors", full)
     outcome = cli(*WORDS, "-o", out, "--overwrite")
     assert outcome.code == 2
     assert "The disk is full" in outcome.err.splitlines()[-2]

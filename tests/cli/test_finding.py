@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qe_edge.cli import inputs
-from qe_edge.errors import ArtifactError, InputError, ModelError, UnknownNameError
+from qe_edge.system.errors import ArtifactError, InputError, ModelError, UnknownNameError
 
 
 def make_checkpoint(folder: Path) -> Path:

@@ -13,7 +13,11 @@ import pytest
 
 from qe_edge import doctor
 from qe_edge.calibration.sources import load_samples
-from qe_edge.child_process import (
+from qe_edge.export.engine import EngineRequest, build_engine
+from qe_edge.export.plugin_build import find_toolchain
+from qe_edge.export.plugin_check import choose_plugin
+from qe_edge.runtime.plugin_library import FILE, VARIABLE, build_folder, find_plugin_library
+from qe_edge.system.child_process import (
     find_program,
     forget_current_folder,
     isolated_code,
@@ -21,11 +25,7 @@ from qe_edge.child_process import (
     safe_environment,
     without_current_folder,
 )
-from qe_edge.errors import CalibrationError, ResourceError, TargetError
-from qe_edge.export.engine import EngineRequest, build_engine
-from qe_edge.export.plugin_build import find_toolchain
-from qe_edge.export.plugin_check import choose_plugin
-from qe_edge.runtime.plugin_library import FILE, VARIABLE, build_folder, find_plugin_library
+from qe_edge.system.errors import CalibrationError, ResourceError, TargetError
 from qe_edge.validate.latency import Measurement, _in_child
 from tests import fake_tensorrt
 

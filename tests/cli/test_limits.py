@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.errors import InputError
 from qe_edge.export.engine import EngineFacts, EngineRequest
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild
 from qe_edge.runtime.limits import EngineLimits, limits_of
 from qe_edge.runtime.manifest import read_manifest
+from qe_edge.system.errors import InputError
 from tests.cli.running import Run, assert_two_lines
 from tests.conftest import Exported
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.accounting import layer_counts
+from qe_edge.budget.accounting import layer_counts
 from qe_edge.calibration.sources import load_samples
 from qe_edge.cli.outputs import folder_bytes
 from qe_edge.demo import model_path
-from qe_edge.deploy import quantize_to_folder
-from qe_edge.linear import quantized_linears
+from qe_edge.deploy.pipeline import quantize_to_folder
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import TEXT, Sample
-from qe_edge.plan import collapse, make_plan
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.quantization.plan import collapse, make_plan
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
 from tests.cli.running import Run, assert_two_lines
 from tests.small_models import write_small_llama
 
@@ -124,7 +124,7 @@ def test_one_long_text_counts_with_its_whole_batch(cli: Run, tmp_path: Path, mon
     assert more - usual > 8 * 5 * 2000**2  # the mask of eight rows as long as that one
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.jsonl").write_text('{"text": "a red circle"}\n', encoding="utf-8")
-    monkeypatch.setattr("qe_edge.plan._memory", lambda *_arguments: 2**50)
+    monkeypatch.setattr("qe_edge.quantization.plan._memory", lambda *_arguments: 2**50)
     outcome = cli("quantize", "model", "-o", "out", "--method", "rtn", "--calibration", "texts.jsonl")
     assert_two_lines(outcome, "Quantizing needs about 1048576.0 GiB of memory", "fewer --samples")
     assert not (tmp_path / "out").exists()

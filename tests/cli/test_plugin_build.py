@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.errors import InputError, TargetError
 from qe_edge.export import plugin_build
 from qe_edge.export.plugin_build import HEADER, build_plugin, find_toolchain
 from qe_edge.runtime.plugin_library import FILE
+from qe_edge.system.errors import InputError, TargetError
 from tests.cli.running import Run, assert_two_lines
 
 ARCH = platform.machine()

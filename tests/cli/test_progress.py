@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.text import Text
 
-from qe_edge.console import ConsoleProgress, Estimate, clock
+from qe_edge.cli.console import ConsoleProgress, Estimate, clock
 
 
 class Clock:

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from qe_edge.cli.quiet import quiet_libraries
-from qe_edge.errors import QENotice
+from qe_edge.system.errors import QENotice
 
 
 @pytest.mark.parametrize("verbose", [False, True])

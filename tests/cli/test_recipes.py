@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qe_edge.cli.recipes import read_recipe
-from qe_edge.errors import QENotice, RecipeError
+from qe_edge.system.errors import QENotice, RecipeError
 from tests.cli.running import Run
 
 FILE = """

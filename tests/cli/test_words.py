@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qe_edge.checkpoint import load_quantized
 from qe_edge.cli.application import COMMANDS, application
 from qe_edge.cli.outcome import run_reporting
-from qe_edge.errors import CommonNotice, InputError
+from qe_edge.models.quantized import load_quantized
 from qe_edge.models.samples import Sample, Turn
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.system.errors import CommonNotice, InputError
 from qe_edge.validate.subjects import TorchSubject
 from tests.cli.running import Run, assert_two_lines
 from tests.conftest import Exported

@@ -13,8 +13,8 @@ import torch
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.op import DOMAIN, NAME, OPSET
 from qe_edge.export.tracing import LAYER
-from qe_edge.grids import WeightGrid, pack_int4, quantize_int8, quantize_weight
-from qe_edge.linear import Adapters, QELinear, QuantizedLinear
+from qe_edge.layers.linear import Adapters, QELinear, QuantizedLinear
+from qe_edge.numerics.grids import WeightGrid, pack_int4, quantize_int8, quantize_weight
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from qe_edge.errors import ArtifactError, ResourceError, TargetError, UnknownNameError
 from qe_edge.export import targets
 from qe_edge.export.build import build_engines
 from qe_edge.export.engine import EngineRequest, build_engine
@@ -19,6 +18,7 @@ from qe_edge.models.family import Sample
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.manifest import read_manifest
+from qe_edge.system.errors import ArtifactError, ResourceError, TargetError, UnknownNameError
 from tests.conftest import Exported
 from tests.export.single_layers import Variant, layers_graph, make_layer
 from tests.sealing import seal

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from transformers import Qwen2Config
 
-from qe_edge.checkpoint import load_quantized
-from qe_edge.errors import ArtifactError, ModelError
 from qe_edge.export import exporter
-from qe_edge.export.decoder import decoder_graph
 from qe_edge.export.exporter import export_model
 from qe_edge.export.tracing import exportable
-from qe_edge.linear import quantized_linears
+from qe_edge.layers.linear import quantized_linears
+from qe_edge.models.decoder import decoder_graph
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.quantized import load_quantized
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import GRAPHS
+from qe_edge.system.errors import ArtifactError, ModelError
 from tests.conftest import Exported, Exports
 from tests.export.single_layers import relative_error
 

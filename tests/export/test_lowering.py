@@ -9,13 +9,13 @@ import pytest
 import torch
 from onnx_ir import tape
 
-from qe_edge.errors import TargetError
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.precision import MASKED, convert_constant, to_half
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import GRAPHS
+from qe_edge.system.errors import TargetError
 from tests.conftest import Exported
 from tests.export.single_layers import Variant, layers_graph, make_layer, relative_error, run
 

@@ -11,7 +11,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from qe_edge.errors import InputError, TargetError
 from qe_edge.export.build import _is_listed, build_engines
 from qe_edge.export.layers import int4
 from qe_edge.export.lowering import tensorrt
@@ -19,12 +18,13 @@ from qe_edge.export.lowering.inline import array_of, operands_of
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCTS, lower_for_tensorrt
-from qe_edge.linear import QELinear
+from qe_edge.layers.linear import QELinear
 from qe_edge.models.family import Sample
 from qe_edge.prepack.lower import LAYOUT_VERSION, read_node
 from qe_edge.prepack.reference import qe_linear
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import GRAPHS
+from qe_edge.system.errors import InputError, TargetError
 from tests.conftest import Exported
 from tests.export import single_layers
 from tests.export.single_layers import Variant, layers_graph, make_layer

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qe_edge.checkpoint import load_quantized
 from qe_edge.models.family import Sample
+from qe_edge.models.quantized import load_quantized
 from qe_edge.runtime.engine import VisionLanguageEngine
 from tests.conftest import Exports
 

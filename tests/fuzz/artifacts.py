@@ -76,10 +76,10 @@ def _prepare_prediction(folder: Path, sound: Mapping[str, Path]) -> None:
 
 
 def _predict(folder: Path) -> str:
+    from qe_edge.numerics.schemes import get_scheme
     from qe_edge.predict.roofline import Request, predict
     from qe_edge.predict.shapes import find_model
     from qe_edge.predict.tables import get_device
-    from qe_edge.schemes import get_scheme
 
     request = Request(
         shape=find_model(str(folder)), device=get_device("orin-nano"), scheme=get_scheme("w4a8"), patches=256,

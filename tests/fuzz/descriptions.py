@@ -11,11 +11,11 @@ from pathlib import Path
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
 from qe_edge.cli.recipes import read_recipe
 from qe_edge.demo import calibration_path
-from qe_edge.deploy import Layout, is_deployment
-from qe_edge.errors import QEError
-from qe_edge.json_files import read_json_table
-from qe_edge.ledger import Ledger
-from qe_edge.recipe import make_recipe
+from qe_edge.deploy.ledger import Ledger
+from qe_edge.deploy.pipeline import Layout, is_deployment
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import QEError
+from qe_edge.system.json_files import read_json_table
 from tests.fuzz.target import Target, digest
 from tests.report.conftest import make_report
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.errors import InputError
+from qe_edge.system.errors import InputError
 from tests.conftest import Exported
 from tests.fuzz import worker
 from tests.fuzz.json_changes import change_json

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qe_edge.calibration.sources import load_samples
-from qe_edge.checkpoint import load_checkpoint_recipe, load_quantized, save_quantized
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import Recipe, make_recipe
+from qe_edge.models.quantized import load_checkpoint_recipe, load_quantized, save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import Recipe, make_recipe
 from tests.fuzz.target import Target, check_finite, digest, nothing_lost, unchanged
 from tests.models.conftest import write_tiny_internvl
 from tests.small_models import write_small_dinov2, write_small_llama
@@ -122,7 +122,7 @@ def _prepare_weights(folder: Path, sound: Mapping[str, Path]) -> None:
 def _read_weights(folder: Path) -> str:
     from safetensors import safe_open
 
-    from qe_edge.safetensors_check import check_safetensors
+    from qe_edge.checkpoint.safetensors_check import check_safetensors
 
     header = check_safetensors(folder / "model.safetensors")
     with safe_open(folder / "model.safetensors", framework="pt") as file:

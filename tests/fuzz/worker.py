@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from qe_edge.errors import QEError
+from qe_edge.system.errors import QEError
 from tests.fuzz.mutations import change_file
 from tests.fuzz.target import SilentSuccessError, Target
 from tests.sealing import seal

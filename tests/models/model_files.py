@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from qe_edge.models.family import Sample
-from qe_edge.plan import Plan, make_plan
-from qe_edge.recipe import make_recipe
+from qe_edge.quantization.plan import Plan, make_plan
+from qe_edge.recipes.recipe import make_recipe
 
 Edit = Callable[[dict[str, Any]], object]
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from qe_edge.checkpoint import load_quantized, save_quantized
-from qe_edge.errors import InputError, ModelError, RecipeError
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
-from qe_edge.linear import quantized_linears
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.plan import make_plan
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import load_quantized, save_quantized
+from qe_edge.quantization.plan import make_plan
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.system.errors import InputError, ModelError, RecipeError
 from qe_edge.validate.subjects import TorchSubject, in_float32
 from tests.small_models import CONTEXT, LAYERS, write_small_llama
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from qe_edge.demo import model_path
-from qe_edge.errors import ModelError, QENotice
 from qe_edge.models import chat_templates
 from qe_edge.models.family import ModelFamily
+from qe_edge.system.errors import ModelError, QENotice
 from tests.models.model_files import edit
 
 TEMPLATE = (model_path() / "chat_template.jinja").read_text(encoding="utf-8")

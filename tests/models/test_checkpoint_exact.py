@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.checkpoint import WEIGHTS, load_quantized, save_quantized
-from qe_edge.errors import ArtifactError, NumericalError
-from qe_edge.linear import quantized_linears
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks
-from qe_edge.preflight import check_weights
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import Recipe, make_recipe
-from qe_edge.schemes import get_scheme
+from qe_edge.models.quantized import WEIGHTS, load_quantized, save_quantized
+from qe_edge.numerics.schemes import get_scheme
+from qe_edge.quantization.preflight import check_weights
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import Recipe, make_recipe
+from qe_edge.system.errors import ArtifactError, NumericalError
 from tests.sealing import seal
 from tests.small_models import write_small_dinov2, write_small_llama
 from tests.small_vlm import write_small_vlm

@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoConfig
 
 from qe_edge.demo import model_path
-from qe_edge.errors import QEError
 from qe_edge.models.generation_files import read_generation_config
+from qe_edge.system.errors import QEError
 from tests.models.model_files import copy_files, plan
 from tests.small_models import write_small_dinov2, write_small_llama
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from qe_edge.demo import model_path
-from qe_edge.errors import ArtifactError, InputError, ModelError
 from qe_edge.models.configuration import REMEDY, load_config, load_family
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import shapes_only
+from qe_edge.system.errors import ArtifactError, InputError, ModelError
 from tests.models.model_files import PICTURE, Edit, copy_files, edit, plan
 from tests.small_models import CONTEXT, write_small_dinov2, write_small_llama
 

@@ -14,16 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qe_edge.calibration.sensitivity import output_gradients
-from qe_edge.checkpoint import load_quantized, save_quantized
-from qe_edge.errors import ArtifactError, InputError, ModelError, RecipeError
 from qe_edge.export.exporter import export_model
-from qe_edge.groups import linear_groups
-from qe_edge.linear import quantized_linears
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Sample
+from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.plan import make_plan
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import load_quantized, save_quantized
+from qe_edge.quantization.plan import make_plan
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import ArtifactError, InputError, ModelError, RecipeError
 from qe_edge.validate.subjects import TorchSubject
 from qe_edge.validate.text import predict
 from tests.sealing import seal

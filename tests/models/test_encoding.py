@@ -13,12 +13,12 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qe_edge.errors import InputError, ModelError
 from qe_edge.models.batching import check_chat_template
 from qe_edge.models.chat import chat_ids
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.samples import Turn
+from qe_edge.system.errors import InputError, ModelError
 
 
 def test_padding_stands_left_and_is_masked(loaded: LoadedModel, samples: list[Sample]) -> None:

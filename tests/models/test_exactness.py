@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from qe_edge.cli.inputs import open_model
-from qe_edge.errors import ArtifactError, ModelError, QEError
 from qe_edge.models.loading import load_model, load_outside_blocks
+from qe_edge.system.errors import ArtifactError, ModelError, QEError
 from tests.small_models import write_small_dinov2, write_small_llama
 
 Tensors = dict[str, Tensor]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import Dinov2Config, InternVLConfig, LlamaConfig, MistralConfig, Qwen2Config
 
-from qe_edge.errors import ModelError
 from qe_edge.export.tracing import trace_graph
 from qe_edge.models.configuration import load_family
 from qe_edge.models.export_limits import check_deployable, check_exportable
 from qe_edge.models.family import TEXT, GraphSpec, Sample
-from qe_edge.plan import make_plan
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.quantization.plan import make_plan
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import ModelError
 from tests.small_models import write_small_dinov2, write_small_llama
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.errors import ArtifactError, ModelError
 from qe_edge.models.generation_files import read_generation_config
+from qe_edge.system.errors import ArtifactError, ModelError
 
 
 def test_its_end_tokens_are_read_and_absence_is_none(tmp_path: Path) -> None:

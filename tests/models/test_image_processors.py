@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qe_edge.demo import model_path
-from qe_edge.errors import ModelError
 from qe_edge.models.configuration import load_family
+from qe_edge.system.errors import ModelError
 from tests.models.model_files import copy_files, edit
 from tests.small_models import write_small_dinov2
 

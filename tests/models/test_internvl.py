@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from qe_edge.checkpoint import load_quantized, save_quantized
-from qe_edge.errors import ModelError
 from qe_edge.export.exporter import export_model
-from qe_edge.linear import quantized_linears
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import load_quantized, save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.system.errors import ModelError
 from tests.models.conftest import END, START, TOKENS_PER_TILE, write_tiny_internvl
 
 QUICK = {"tokens": 128, "em_steps": 1}

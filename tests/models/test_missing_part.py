@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qe_edge.errors import ModelError
 from qe_edge.models.loading import load_model, load_outside_blocks
+from qe_edge.system.errors import ModelError
 from tests.small_vlm import write_small_vlm
 
 

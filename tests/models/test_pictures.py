@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from qe_edge.errors import CommonNotice, InputError
 from qe_edge.models import batching
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import load_model
 from qe_edge.models.samples import Turn
+from qe_edge.system.errors import CommonNotice, InputError
 
 DAMAGE = (AssertionError, AttributeError, EOFError, IndexError, OSError, struct.error, SyntaxError, ZeroDivisionError)
 MakePicture = Callable[[int, int], Image.Image]

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qe_edge.accounting import count_bits, rotation_bits
+from qe_edge.budget.accounting import count_bits, rotation_bits
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.checkpoint import load_quantized, save_quantized
-from qe_edge.errors import ArtifactError, ModelError
 from qe_edge.models.causal_lm import CausalLM
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.models.rotation import hadamard_like, mixing_of, random_rotation, rotate_language_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import ArtifactError, ModelError
 from tests.sealing import seal
 from tests.small_models import write_small_llama
 from tests.small_vlm import write_small_vlm

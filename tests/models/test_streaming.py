@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qe_edge.calibration.sources import load_evaluation, load_samples
-from qe_edge.checkpoint import save_quantized
-from qe_edge.device import CPU
-from qe_edge.errors import ModelError, QENotice
+from qe_edge.checkpoint.safetensors_write import write_tensors
 from qe_edge.models import loading, weight_files
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import TEXT, Block, Encoded, ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks, resolve_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
-from qe_edge.safetensors_write import write_tensors
-from qe_edge.streaming import Streamer, chains_of, fast_products, first_tensor, run_block
-from qe_edge.walk import BlockWalk
+from qe_edge.models.quantized import save_quantized
+from qe_edge.models.streaming import Streamer, chains_of, fast_products, first_tensor, run_block
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.quantization.walk import BlockWalk
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.device import CPU
+from qe_edge.system.errors import ModelError, QENotice
 from tests.small_models import write_small_dinov2, write_small_llama
 from tests.small_vlm import write_small_vlm
 
@@ -55,8 +55,8 @@ def test_large_products_equal_those_of_the_plain_model(
     loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """From bfloat16 inputs they are as far apart as the model's own bfloat16 makes them."""
-    monkeypatch.setattr("qe_edge.streaming.LARGE_PRODUCT", 0)
-    monkeypatch.setattr("qe_edge.streaming.multiplies_bfloat16", lambda: precision == "bfloat16")
+    monkeypatch.setattr("qe_edge.models.streaming.LARGE_PRODUCT", 0)
+    monkeypatch.setattr("qe_edge.models.streaming.multiplies_bfloat16", lambda: precision == "bfloat16")
     batch = loaded.family.encode(loaded.processor, samples[:2], answers=True)
     block = loaded.family.blocks(loaded.model)[-1]
     chains = chains_of(loaded.family.blocks(loaded.model))
@@ -93,7 +93,7 @@ def test_products_are_in_bfloat16_only_where_the_weights_are(tmp_path: Path, mon
         seen.extend(name for name, module in block.named_modules() if module in narrow)
         return nullcontext()
 
-    monkeypatch.setattr("qe_edge.walk.fast_products", note)
+    monkeypatch.setattr("qe_edge.quantization.walk.fast_products", note)
     quantize(loaded, make_recipe(method="rtn"), [Sample(None, "one two", kind=TEXT)])
     assert set(seen) == {"mlp.gate_proj"}
 
@@ -159,7 +159,7 @@ def test_a_block_that_returns_a_tuple_is_refused() -> None:
         def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
             return (hidden_states,)
 
-    from qe_edge.streaming import BlockCall
+    from qe_edge.models.streaming import BlockCall
 
     with pytest.raises(ModelError, match="tuple"):
         run_block(Old(), torch.zeros(1, 2, 3), BlockCall((), {}))

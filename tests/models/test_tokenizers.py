@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qe_edge.errors import ModelError, QENotice
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.system.errors import ModelError, QENotice
 from tests.models.model_files import SAMPLES, Edit, edit
 
 ROWS = 512

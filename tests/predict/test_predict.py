@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.predict_error import LINEAR_LIMIT, RESULTS, SHARE, STEP_LIMIT, halves, read_rows, spread
 from qe_edge.demo import model_path
-from qe_edge.errors import ModelError, UnknownNameError
+from qe_edge.numerics.schemes import SCHEMES, get_scheme
 from qe_edge.predict.kernels import Kernel, Work
 from qe_edge.predict.roofline import PHASES, Request, look_up, predict, weight_bytes
 from qe_edge.predict.shapes import block_linears, find_model
@@ -27,7 +27,7 @@ from qe_edge.predict.tables import (
     timing_table,
 )
 from qe_edge.predict.variants import WAYS, Adapters, kernel_variant, linear_work
-from qe_edge.schemes import SCHEMES, get_scheme
+from qe_edge.system.errors import ModelError, UnknownNameError
 
 DEVICES, MODELS = sorted(device_table().devices), sorted(model_table())
 SLACK = 1 + 1e-9

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qe_edge import QELinear, make_recipe, quantize_linear
-from qe_edge.linear import Adapters
+from qe_edge.layers.linear import Adapters
 from qe_edge.methods import qe
 from qe_edge.methods.qe_options import QuantExpertsOptions
 from qe_edge.reconstruction.refinement import (

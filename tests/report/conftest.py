@@ -8,7 +8,7 @@ import io
 import pytest
 from PIL import Image
 
-from qe_edge.accounting import BitCount, FileSize, LayerBits, ModelBits
+from qe_edge.budget.accounting import BitCount, FileSize, LayerBits, ModelBits
 from qe_edge.validate.schema import (
     Accuracy,
     Answer,

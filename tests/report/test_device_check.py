@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.errors import ArtifactError
 from qe_edge.report import load_device_check, render_page, write_report
 from qe_edge.report.device_check import DeviceCheck
+from qe_edge.system.errors import ArtifactError
 from qe_edge.validate.schema import Report
 from tests.cli.running import assert_two_lines
 from tests.report.test_page import HOSTILE, Elements

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from qe_edge.errors import ArtifactError
 from qe_edge.report import load_report, render_page, write_report
+from qe_edge.system.errors import ArtifactError
 from qe_edge.validate.schema import Report
 
 HOSTILE = "</p></style></svg><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & $\\frac{ {{ 7*7 }}"

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qe_edge.checkpoint import load_quantized
-from qe_edge.errors import ArtifactError, InputError, NumericalError
 from qe_edge.models.family import Encoded, Sample
+from qe_edge.models.quantized import load_quantized
 from qe_edge.runtime.engine import Decoding, VisionLanguageEngine
+from qe_edge.system.errors import ArtifactError, InputError, NumericalError
 from qe_edge.validate.subjects import TorchSubject, in_float32
 from tests.conftest import Exported
 

@@ -18,11 +18,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from qe_edge.errors import ArtifactError, TargetError
 from qe_edge.runtime.embedding import EMBEDDING, TokenEmbedding
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import ENGINE_INFO, EngineInfo, GraphBuild
 from qe_edge.runtime.manifest import GRAPHS, Manifest, read_description, read_manifest
+from qe_edge.system.errors import ArtifactError, TargetError
 from tests.conftest import Exported
 from tests.sealing import seal
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
-from qe_edge.errors import InputError, ModelError, NumericalError
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.runtime.generation import (
@@ -23,6 +22,7 @@ from qe_edge.runtime.generation import (
     make_settings,
     read_settings,
 )
+from qe_edge.system.errors import InputError, ModelError, NumericalError
 from qe_edge.validate.subjects import TorchSubject, in_float32
 from tests.small_models import CONTEXT, write_small_llama
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qe_edge.errors import InputError, QENotice
 from qe_edge.models.family import Encoded
 from qe_edge.runtime.engine import load_family
 from qe_edge.runtime.limits import (
@@ -19,6 +18,7 @@ from qe_edge.runtime.limits import (
 )
 from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.picture_limits import describe_pictures, tell_limits, warn_of_pictures
+from qe_edge.system.errors import InputError, QENotice
 from tests.conftest import Exported
 
 

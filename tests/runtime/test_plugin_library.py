@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from qe_edge.errors import TargetError
 from qe_edge.runtime import plugin_library, tensorrt_session
 from qe_edge.runtime.engine_info import EngineInfo, PluginBuild
 from qe_edge.runtime.plugin_library import FILE, VARIABLE, find_plugin_library, load_plugin_library
 from qe_edge.runtime.tensorrt_session import Device
+from qe_edge.system.errors import TargetError
 
 
 @pytest.fixture

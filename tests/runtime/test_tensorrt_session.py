@@ -17,7 +17,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from qe_edge.errors import InputError, TargetError
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.signature import tensor_spec
 from qe_edge.models.family import Sample
@@ -26,6 +25,7 @@ from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild
 from qe_edge.runtime.manifest import GRAPHS, read_manifest
+from qe_edge.system.errors import InputError, TargetError
 from tests.conftest import Exported
 from tests.sealing import seal
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from qe_edge.calibration.sources import load_evaluation
-from qe_edge.checkpoint import load_quantized, save_quantized
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import load_quantized, save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
 from qe_edge.validate.subjects import in_float32
 from tests.small_vlm import write_small_vlm
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from qe_edge.accounting import count_bits, file_sizes, layer_counts
-from qe_edge.checkpoint import WEIGHTS, load_quantized
-from qe_edge.grids import QuantizedWeight, WeightGrid, quantize_weight
-from qe_edge.linear import Adapters, QELinear, QuantizedLinear
-from qe_edge.safetensors_check import check_safetensors
+from qe_edge.budget.accounting import count_bits, file_sizes, layer_counts
+from qe_edge.checkpoint.safetensors_check import check_safetensors
+from qe_edge.layers.linear import Adapters, QELinear, QuantizedLinear
+from qe_edge.models.quantized import WEIGHTS, load_quantized
+from qe_edge.numerics.grids import QuantizedWeight, WeightGrid, quantize_weight
 from qe_edge.validate.subjects import block_groups
 
 OUT, IN = 8, 16

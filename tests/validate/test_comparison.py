@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qe_edge.linear import quantized_linears
+from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.validate.comparison import Comparison, predicting_positions

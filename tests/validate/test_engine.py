@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qe_edge.errors import ResourceError
 from qe_edge.models.family import Sample
+from qe_edge.system.errors import ResourceError
 from qe_edge.validate import validate
 from qe_edge.validate.latency import measure_latency
 from tests.conftest import Exported

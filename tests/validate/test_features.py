@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qe_edge.errors import CalibrationError
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.system.errors import CalibrationError
 from qe_edge.validate.features import BATCH, Features, LinearProbe, extract_features, mean_cosine
 from tests.small_models import PATCH, PICTURE, write_small_dinov2
 

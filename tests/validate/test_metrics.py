@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qe_edge.errors import NumericalError
+from qe_edge.system.errors import NumericalError
 from qe_edge.validate.metrics import LogitsDistance, RelativeError, kl_divergence
 
 

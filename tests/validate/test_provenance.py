@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.checkpoint import save_quantized
-from qe_edge.checkpoint_files import FILES, CheckpointFiles, Origin, read_checkpoint_files
-from qe_edge.errors import ArtifactError
+from qe_edge.checkpoint.files import FILES, CheckpointFiles, Origin, read_checkpoint_files
 from qe_edge.export.build import build_engines
-from qe_edge.provenance import NO_ORIGIN, NO_REVISION, check_deployment, check_quantized_from
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
 from qe_edge.report.neighbours import NOT_FOUND, find_changes
 from qe_edge.runtime.manifest import read_description
+from qe_edge.runtime.provenance import NO_ORIGIN, NO_REVISION, check_deployment, check_quantized_from
+from qe_edge.system.errors import ArtifactError
 from qe_edge.validate import run, validate
 from qe_edge.validate.artifacts import trace_artifacts
 from qe_edge.validate.schema import Artifact, Report

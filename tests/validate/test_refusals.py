@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qe_edge.cli import main
-from qe_edge.errors import ArtifactError, NumericalError
 from qe_edge.models.loading import LoadedModel
 from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.sessions import Array, OrtSession
+from qe_edge.system.errors import ArtifactError, NumericalError
 from qe_edge.validate import evaluation, validate
 from tests.conftest import Exported
 from tests.sealing import seal

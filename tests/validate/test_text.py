@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qe_edge.errors import CalibrationError
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import CalibrationError
 from qe_edge.validate.answers import answer_all, is_right
 from qe_edge.validate.metrics import kl_divergence
 from qe_edge.validate.subjects import TorchSubject, in_float32

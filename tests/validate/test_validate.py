@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qe_edge.checkpoint import RECIPE, load_quantized, save_quantized
-from qe_edge.errors import ArtifactError, CalibrationError
-from qe_edge.linear import QELinear, quantized_linears
+from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.progress import Silent
-from qe_edge.quantizer import quantize
-from qe_edge.recipe import make_recipe
+from qe_edge.models.quantized import RECIPE, load_quantized, save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import ArtifactError, CalibrationError
+from qe_edge.system.progress import Silent
 from qe_edge.validate import Report, evaluation, validate
 from qe_edge.validate.run import LIMITED, NO_CALIBRATION
 from qe_edge.validate.subjects import in_float32, load_float32

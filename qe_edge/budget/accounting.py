@@ -1,0 +1,233 @@
+"""What a quantized model costs: effective bits per weight with everything that belongs to a layer, and file sizes.
+
+Three numbers are told apart, all of them bits per weight of the original matrix:
+
+- stored bits: what the checkpoint holds: packed codes, scales, zero points, channel factors, adapters and router;
+- adapter bits: the share of the stored bits that low-rank factors and router take;
+- read bits: what one decoded token needs: codes, scales, router, the shared expert and one routed expert. A runtime
+  that evaluates all experts and masks them, as the exported ONNX function does, reads the stored bits instead.
+
+Tensors that siblings share (one down factor and one router for q, k and v) are counted once: every sibling bears a part
+in proportion to its output channels. A bias is not counted, since the original has it too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qe_edge.layers.linear import QELinear
+
+Count = Annotated[int, Field(ge=0, le=2**62)]  # of anything
+Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+PARTS = {
+    "codes": ("qweight",),
+    "scales": ("scales", "zeros", "inv_omega"),
+    "adapters": ("down", "up", "down_scale", "up_scale"),
+    "router": ("router",),
+}
+
+
+# mypy cannot see through decorators on properties (prop-decorator); pydantic asks to ignore that below.
+class BitCount(BaseModel):
+    """Bits of one layer or of several together.
+
+    Attributes:
+        weights: Number of weights of the original matrices.
+        codes: Bits of the codes as stored, packed.
+        scales: Bits of scales, zero points and channel factors.
+        adapters: Bits of the low-rank factors and their scales, all experts.
+        router: Bits of the router.
+        read: Bits that one decoded token reads.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    weights: Count = 0
+    codes: Amount = 0
+    scales: Amount = 0
+    adapters: Amount = 0
+    router: Amount = 0
+    read: Amount = 0
+
+    @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
+    @property
+    def code_bits(self) -> float:
+        """Codes alone, per weight."""
+        return self._per_weight(self.codes)
+
+    @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
+    @property
+    def stored_bits(self) -> float:
+        """Everything in the checkpoint, per weight."""
+        return self._per_weight(self.codes + self.scales + self.adapters + self.router)
+
+    @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
+    @property
+    def adapter_bits(self) -> float:
+        """Low-rank factors and router, per weight."""
+        return self._per_weight(self.adapters + self.router)
+
+    @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
+    @property
+    def read_bits(self) -> float:
+        """What one decoded token reads, per weight."""
+        return self._per_weight(self.read)
+
+    def _per_weight(self, bits: float) -> float:
+        return bits / self.weights if self.weights else 0.0
+
+
+class LayerBits(BaseModel):
+    """Bits of one quantized layer.
+
+    Attributes:
+        name: Dotted name.
+        group: "visual", "merger" or "language".
+        bits: Its bits; of tensors shared with siblings, its part.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    group: str
+    bits: BitCount
+
+
+class ModelBits(BaseModel):
+    """Bits of a quantized model.
+
+    Attributes:
+        layers: Every quantized layer in module order.
+        groups: Sum of every group that holds quantized layers.
+        total: Sum of all quantized layers, and of what a rotation put beside them (see `rotation_bits`).
+        parameters: Parameters of the whole original model, tied ones once.
+        model_bytes: Bytes of the whole quantized model, with everything that stays unquantized.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    layers: list[LayerBits]
+    groups: dict[str, BitCount]
+    total: BitCount
+    parameters: Annotated[Count, Field(ge=1)]
+    model_bytes: Count
+
+    @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
+    @property
+    def model_bits(self) -> float:
+        """Bits per parameter of the whole model, embeddings and norms included."""
+        return 8 * self.model_bytes / self.parameters
+
+
+class FileSize(BaseModel):
+    """Size of a file of one stage.
+
+    Attributes:
+        stage: "original", "checkpoint", "onnx" or "engines".
+        name: Path below the stage's folder.
+        size: Bytes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    stage: str
+    name: str
+    size: Count
+
+
+def count_bits(model: nn.Module, groups: Mapping[str, str]) -> ModelBits:
+    """Count the bits of a model with `QELinear` layers as it was loaded (before any conversion of precision).
+
+    Args:
+        model: The quantized model.
+        groups: For the dotted name of every block its group; a layer belongs to the block that holds it.
+    """
+    from qe_edge.layers.linear import quantized_linears
+    from qe_edge.models.rotation import mixing_of
+
+    linears = quantized_linears(model)
+    counts = layer_counts(linears)
+    layers = [LayerBits(name=name, group=group_of(name, groups), bits=bits) for name, bits in counts.items()]
+    present = dict.fromkeys(layer.group for layer in layers)
+    sums = {group: add_counts(layer.bits for layer in layers if layer.group == group) for group in present}
+    rotation = rotation_bits(model)
+    if "language" in sums:
+        sums["language"] = add_counts((sums["language"], rotation))
+    layered = add_counts(counts.values())
+    total = add_counts((layered, rotation))
+    own = {id(buffer) for layer in linears.values() for buffer in layer.buffers()}
+    plain = {id(tensor): tensor for tensor in model.parameters()}
+    bias = [layer.bias for layer in linears.values() if layer.bias is not None]
+    other = [tensor for key, tensor in plain.items() if key not in own] + bias
+    return ModelBits(
+        layers=layers,
+        groups=sums,
+        total=total,
+        parameters=total.weights + sum(tensor.numel() for tensor in other) - sum(m.numel() for m in mixing_of(model)),
+        model_bytes=round((layered.codes + layered.scales + layered.adapters + layered.router) / 8)
+        + sum(tensor.nbytes for tensor in other),
+    )
+
+
+def rotation_bits(model: nn.Module) -> BitCount:
+    """Bits of the matrix that a rotated model with a tied head needs, as scales: all of it is read for every token."""
+    from qe_edge.models.rotation import mixing_of
+
+    bits = 8 * sum(matrix.nbytes for matrix in mixing_of(model))
+    return BitCount(scales=bits, read=bits)
+
+
+def layer_counts(linears: Mapping[str, QELinear]) -> dict[str, BitCount]:
+    """Bits of every layer; a tensor shared by several layers is divided among them by output channels."""
+    outputs: dict[int, int] = defaultdict(int)
+    for layer in linears.values():
+        for tensor in _tensors(layer).values():
+            outputs[id(tensor)] += layer.out_features
+    counts = {}
+    for name, layer in linears.items():
+        tensors = _tensors(layer)
+        part = {key: 8 * tensor.nbytes * layer.out_features / outputs[id(tensor)] for key, tensor in tensors.items()}
+        sums = {title: sum(part.get(key, 0) for key in keys) for title, keys in PARTS.items()}
+        rank = layer.rank_shared + layer.num_experts * layer.rank_routed
+        used = (layer.rank_shared + (layer.rank_routed if layer.num_experts else 0)) / rank if rank else 0
+        factors = sum(part.get(key, 0) for key in ("down", "up", "down_scale"))
+        weights = layer.in_features * layer.out_features
+        counts[name] = BitCount(
+            weights=weights,
+            read=sums["codes"] + sums["scales"] + sums["router"] + used * factors + part.get("up_scale", 0),
+            **sums,
+        )
+    return counts
+
+
+def add_counts(counts: Iterable[BitCount]) -> BitCount:
+    """Sum of several counts."""
+    fields = ("weights", "codes", "scales", "adapters", "router", "read")
+    total: dict[str, float] = dict.fromkeys(fields, 0)
+    for count in counts:
+        for field in fields:
+            total[field] += getattr(count, field)
+    return BitCount.model_validate(total)
+
+
+def group_of(layer: str, groups: Mapping[str, str]) -> str:
+    """Group of the block that holds a layer; "other" for a layer outside every block."""
+    return next((group for block, group in groups.items() if layer == block or layer.startswith(f"{block}.")), "other")
+
+
+def file_sizes(stage: str, folder: Path) -> list[FileSize]:
+    """Files of a stage's folder, largest first."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = [
+        FileSize(stage=stage, name=path.relative_to(folder).as_posix(), size=path.stat().st_size) for path in files
+    ]
+    return sorted(sizes, key=lambda file: (-file.size, file.name))
+
+
+def _tensors(layer: QELinear) -> dict[str, Tensor]:
+    keys = [key for part in PARTS.values() for key in part]
+    return {key: tensor for key in keys if (tensor := getattr(layer, key)) is not None}

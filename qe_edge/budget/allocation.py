@@ -1,0 +1,181 @@
+"""Spending a number of bits per weight over a model's layers: a multiple-choice knapsack on the calibration loss.
+
+Every layer offers candidates with a loss, the bits it stores and the bits that a decoded token reads. One is taken of
+each, so that the sum of losses is least and the means of stored and read bits stay inside the budget. Layers are made
+comparable by the mean square gradient of the loss at their outputs, to second order the loss that an error costs.
+scipy's HiGHS solves it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from qe_edge.layers.linear import QuantizedLinear
+from qe_edge.methods.base import AdapterSize, Candidate, Choice
+from qe_edge.numerics.grids import WeightGrid
+from qe_edge.system.c_output import silent_c_stdout
+from qe_edge.system.errors import RecipeError
+
+GAP = 1e-3  # relative distance to the proven optimum at which the solver may stop
+LARGEST_STEP = 4  # binary digits by which an output is scaled at most
+SECONDS = 120.0  # after which it stops with the best allocation found
+
+
+class Budget(BaseModel):
+    """Effective bits per quantized weight, with everything that belongs to a layer; None is no limit.
+
+    Attributes:
+        bits: Mean over the checkpoint: what the device's memory holds.
+        read_bits: Mean that one decoded token reads: codes, scales, shared expert, one routed expert, router.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bits: float | None = Field(None, gt=0, le=16)
+    read_bits: float | None = Field(None, gt=0, le=16)
+
+    def without(self, bits: float) -> Budget:
+        """What is left for the layers where something beside them takes `bits` per weight, which is stored and read."""
+        return Budget(**{name: limit - bits for name, limit in self.model_dump(exclude_none=True).items()})
+
+    def __bool__(self) -> bool:
+        """Whether anything is limited."""
+        return self.bits is not None or self.read_bits is not None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one linear problem offers.
+
+    Attributes:
+        weights: Number of its weights.
+        sensitivity: Factor that makes its losses comparable with other layers'.
+        candidates: At least one.
+    """
+
+    weights: int
+    sensitivity: float
+    candidates: Sequence[Candidate]
+
+
+def allocate(offers: Mapping[str, Offer], budget: Budget) -> dict[str, Choice]:
+    """One choice for every problem, at the least sum of losses inside the budget.
+
+    Raises:
+        RecipeError: If even the cheapest candidates together exceed it.
+    """
+    weights = sum(offer.weights for offer in offers.values())
+    stored, read = (
+        sum(min(getattr(one, cost) for one in offer.candidates) for offer in offers.values())
+        for cost in ("stored", "read")
+    )
+    check_affordable(budget, weights, stored, read)
+    pairs = [(row, candidate) for row, offer in enumerate(offers.values()) for candidate in offer.candidates]
+    losses = np.array(
+        [offer.sensitivity * candidate.loss for offer in offers.values() for candidate in offer.candidates]
+    )
+    rows = np.array([row for row, _ in pairs])
+    one_each = csr_array((np.ones(len(pairs)), (rows, np.arange(len(pairs)))), shape=(len(offers), len(pairs)))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for limit, cost in ((budget.bits, "stored"), (budget.read_bits, "read")):
+        if limit is not None:
+            costs = np.array([getattr(candidate, cost) for _, candidate in pairs])
+            constraints.append(LinearConstraint(costs[None] / (limit * weights), -np.inf, 1))
+    # where HiGHS repairs a solution it prints the name of a function of its own, whatever its options say
+    with silent_c_stdout():
+        found = milp(
+            losses / max(losses.max(), 1e-300),
+            integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
+    if found.x is None:
+        raise RecipeError(f"The budget could not be allocated: {found.message}", "Ask for a few more bits.")
+    taken = [candidate for share, (_, candidate) in zip(found.x, pairs, strict=True) if share > 0.5]
+    return {name: candidate.choice for name, candidate in zip(offers, taken, strict=True)}
+
+
+def output_factors(channels: np.ndarray) -> np.ndarray:
+    """Powers of two `[out]` that scale a layer's outputs so that an error costs about the same in each.
+
+    A layer is quantized with its rows scaled, and scaled back afterwards, which for powers of two is exact.
+
+    Args:
+        channels: `[out]` mean square gradient of the loss at the outputs.
+    """
+    mean = max(float(channels.mean()), 1e-300)
+    ratio = np.clip(channels / mean, 2.0 ** (-2 * LARGEST_STEP), 2.0 ** (2 * LARGEST_STEP))
+    factors: np.ndarray = np.exp2(np.round(np.log2(ratio) / 2))
+    return factors
+
+
+def scaled_back(linear: QuantizedLinear, factors: Tensor) -> QuantizedLinear:
+    """A layer that was quantized with rows scaled by `factors` `[out]`, for the outputs as they are."""
+    weight = replace(linear.weight, scales=_divided(linear.weight.scales, factors))
+    adapters = linear.adapters
+    if adapters is not None and adapters.up_scale is not None:
+        adapters = replace(adapters, up_scale=_divided(adapters.up_scale, factors))
+    elif adapters is not None:
+        adapters = replace(adapters, up=_divided(adapters.up, factors))
+    return replace(linear, weight=weight, adapters=adapters)
+
+
+def _divided(rows: Tensor, factors: Tensor) -> Tensor:
+    shape = (-1, *[1] * (rows.ndim - 1))
+    return (rows.float() / factors.reshape(shape)).to(rows.dtype)
+
+
+def check_affordable(budget: Budget, weights: int, stored: float, read: float) -> None:
+    """Refuse a budget below what the layers need without any correction.
+
+    Args:
+        budget: What is asked for.
+        weights: Number of weights of all layers.
+        stored: Least bits that they store together.
+        read: Least bits that a decoded token reads of them together.
+
+    Raises:
+        RecipeError: Naming the least that works.
+    """
+    for limit, total, option in ((budget.bits, stored, "--bits"), (budget.read_bits, read, "--read-bits")):
+        least = total / max(weights, 1)
+        if limit is not None and limit < least:
+            raise RecipeError(
+                f"A budget of {limit:g} bits per weight cannot be met: codes and scales alone take {least:.3f}.",
+                f"Ask for more, for example {option} {np.ceil(least * 20 + 1) / 20:.2f}, or choose a cheaper scheme.",
+            )
+
+
+def offers_to_json(offers: Mapping[str, Offer]) -> str:
+    """Offers as text, for the folder of a run that may be stopped."""
+    return json.dumps({name: asdict(offer) for name, offer in offers.items()})
+
+
+def offers_from_json(text: str) -> dict[str, Offer]:
+    """What `offers_to_json` wrote.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    try:
+        return {
+            name: Offer(offer["weights"], offer["sensitivity"], [_candidate(one) for one in offer["candidates"]])
+            for name, offer in json.loads(text).items()
+        }
+    except (KeyError, TypeError, AttributeError, RecipeError) as error:
+        raise ValueError("no offers") from error
+
+
+def _candidate(values: dict[str, Any]) -> Candidate:
+    choice = dict(values["choice"])
+    adapters, grid = AdapterSize(**choice.pop("adapters")), WeightGrid(**choice.pop("grid"))
+    return Candidate(Choice(adapters, grid=grid, **choice), values["loss"], values["stored"], values["read"])

@@ -1,0 +1,1 @@
+"""Files of a quantized checkpoint: safetensors, layers, hashes; nothing here knows a model."""

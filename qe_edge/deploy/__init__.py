@@ -1,0 +1,1 @@
+"""From a model to engines and a report; every stage's output is a folder that the next one reads."""

@@ -1,0 +1,1 @@
+"""The quantized linear layer, and which numbers it can hold."""

@@ -1,0 +1,1 @@
+"""Number grids, schemes, and exact products of small integers."""

@@ -1,0 +1,256 @@
+"""What a quantization would do and need, from the model's configuration alone: no weight is read, nothing is written.
+
+Layers are built on PyTorch's meta device, which has shapes and no data, and counted by the same code as real ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qe_edge.budget.accounting import BitCount, add_counts, layer_counts
+from qe_edge.budget.allocation import check_affordable
+from qe_edge.budget.sizes import empty_linear
+from qe_edge.calibration.statistics import DOUBLE_WIDTH
+from qe_edge.layers.linear import QELinear
+from qe_edge.methods import Method
+from qe_edge.methods.base import AdapterSize
+from qe_edge.models.configuration import load_family
+from qe_edge.models.export_limits import check_exportable
+from qe_edge.models.family import Block, ModelFamily, Sample
+from qe_edge.models.groups import LinearGroup, linear_groups
+from qe_edge.models.loading import shapes_only
+from qe_edge.numerics.grids import PER_CHANNEL
+from qe_edge.quantization.preflight import check_modules, note_groups
+from qe_edge.quantization.quantizer import BATCH
+from qe_edge.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qe_edge.export.plugin_check import LayerForm
+
+LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
+LIBRARIES = 480 * 2**20  # what Python, torch and transformers take with the smallest model
+MASK_BYTES = 5  # of an attention mask per pair of tokens: kept as one byte, and as a float while a block computes
+SMALLEST_PATCH = 14  # pixels per side, of vision encoders without text
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One linear layer that would be quantized.
+
+    Attributes:
+        name: Dotted name.
+        group: "visual", "merger" or "language".
+        in_features: Width of the input.
+        out_features: Width of the output.
+        adapter: Ranks and experts of its low-rank correction.
+        bits: Predicted bits, stored and read.
+        joint_outputs: Output channels of all layers that read the same input.
+    """
+
+    name: str
+    group: str
+    in_features: int
+    out_features: int
+    adapter: AdapterSize
+    bits: BitCount
+    joint_outputs: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantization would do and need.
+
+    Attributes:
+        layers: Every layer that would be quantized, in module order.
+        total: Their bits together, and those of a matrix that a rotation puts beside them.
+        checkpoint_bytes: Size of the checkpoint.
+        disk_bytes: Checkpoint and the finished blocks that are kept beside it until the end.
+        memory_bytes: Peak memory, roughly.
+    """
+
+    layers: list[PlannedLayer]
+    total: BitCount
+    checkpoint_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+
+
+def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
+    """Plan a quantization.
+
+    Args:
+        source: Model folder or hub id.
+        recipe: What would be done.
+        samples: The calibration samples; a few are encoded to see how many tokens they make.
+
+    Raises:
+        ModelError: If the model is none that QE-Edge knows, or cannot be exported.
+        RecipeError: If the model lacks one of the recipe's modules.
+    """
+    family = load_family(source)
+    check_exportable(family.config)
+    model = shapes_only(family)
+    blocks = family.blocks(model)
+    check_modules(blocks, recipe.modules)
+    blocks = [block for block in blocks if block.group in recipe.modules]
+    note_groups(blocks, recipe.grids)
+    method = recipe.build_method()
+    linears: dict[str, QELinear] = {}
+    adapters: dict[str, AdapterSize] = {}
+    groups: dict[str, str] = {}
+    joint: dict[str, int] = {}
+    for block in blocks:
+        for group in linear_groups(block, family.siblings):
+            linears |= _planned_group(group, method, recipe, adapters)
+            groups |= dict.fromkeys(group.names, block.group)
+            joint |= dict.fromkeys(group.names, sum(linear.out_features for linear in group.linears))
+    counts = layer_counts(linears)
+    layers = [
+        PlannedLayer(
+            name, groups[name], layer.in_features, layer.out_features, adapters[name], counts[name], joint[name]
+        )
+        for name, layer in linears.items()
+    ]
+    mixing = 8 * _itemsize(family) * _mixing(model, recipe)
+    total = add_counts((*counts.values(), BitCount(scales=mixing, read=mixing)))
+    stored = round(total.stored_bits * total.weights / 8)
+    if recipe.budget:
+        check_affordable(recipe.budget, total.weights, 8 * stored, total.read)
+        largest = recipe.budget.bits or LARGEST_BITS
+        stored = round(largest * total.weights / 8)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    checkpoint = stored + (parameters - total.weights) * _itemsize(family)
+    memory = _memory(source, family, model, blocks, recipe, samples)
+    return Plan(layers, total, checkpoint, checkpoint + stored, memory)
+
+
+def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, int]]:
+    """Layers that differ only in their block number as one row: name with `*`, an example, how many there are."""
+    rows: dict[tuple[object, ...], list[PlannedLayer]] = defaultdict(list)
+    for layer in layers:
+        name = re.sub(r"\.\d+\.", ".*.", layer.name)
+        rows[name, layer.in_features, layer.out_features, layer.adapter].append(layer)
+    return [(str(key[0]) if len(found) > 1 else found[0].name, found[0], len(found)) for key, found in rows.items()]
+
+
+def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
+    """The layers of a plan as the plugin would get them.
+
+    A budget chooses among several grids of a weight, and ranks that the plugin takes. Layers that read the same input
+    may be joined to one, so what only one of them breaks is left to the build.
+    """
+    from qe_edge.export.plugin_check import LayerForm
+
+    scheme = recipe.get_scheme()
+    forms = []
+    for layer in plan.layers:
+        routed = layer.adapter.experts > 1
+        for grid in recipe.grids:
+            group = grid.resolve_group(layer.in_features)
+            forms.append(
+                LayerForm(
+                    layer.name,
+                    layer.in_features,
+                    layer.joint_outputs,
+                    act_bits=scheme.activation_bits,
+                    group_size=PER_CHANNEL if group == layer.in_features else group,
+                    rank_shared=layer.adapter.rank_shared,
+                    rank_routed=layer.adapter.rank_routed if routed else 0,
+                    num_experts=layer.adapter.experts if routed else 0,
+                )
+            )
+    return forms
+
+
+def _planned_group(
+    group: LinearGroup, method: Method, recipe: Recipe, adapters: dict[str, AdapterSize]
+) -> dict[str, QELinear]:
+    """The layers of one input as they will be, without data; notes their adapters. Of a budget, the least."""
+    together = [list(range(len(group.names)))] if method.stack_siblings else [[i] for i in range(len(group.names))]
+    layers, scheme = {}, recipe.get_scheme()
+    if recipe.budget:
+        scheme = scheme.on(scheme.budget_grids()[0])
+    for members in together:
+        sizes = [group.linears[member].out_features for member in members]
+        size = AdapterSize() if recipe.budget else method.adapter_size(sum(sizes), group.linears[0].in_features)
+        parts = empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
+        for member, part in zip(members, parts, strict=True):
+            layers[group.names[member]] = QELinear(part)
+            adapters[group.names[member]] = size
+    return layers
+
+
+def _memory(
+    source: str,
+    family: ModelFamily,
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    recipe: Recipe,
+    samples: Sequence[Sample],
+) -> int:
+    """Libraries, the model as far as it is in memory (outside the blocks, and one block), hidden states, statistics."""
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + _mixing(model, recipe)
+    sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
+    weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
+    processor, rows = family.load_processor(source), min(BATCH, len(samples))
+    encoded = family.encode(processor, samples[:BATCH], answers=True)
+    batches = -(-len(samples) // BATCH)
+    # a single long text makes its whole batch long
+    usual = encoded.input_ids.shape[1]
+    longest = family.encode(processor, [max(samples, key=_characters)], answers=True).input_ids.shape[1]
+    text = encoded.input_ids.size * batches + rows * max(0, longest - usual)
+    masks = rows * (batches * usual**2 + MASK_BYTES * max(longest, usual) ** 2)
+    pixels = sum(array.nbytes for array in encoded.pixels.values()) * batches
+    image_grids = encoded.pixels.get("image_grid_thw")
+    patches = text if image_grids is None else int(image_grids.prod(1).sum()) * batches
+    if not family.writes_text:
+        patches = pixels // (4 * 3 * SMALLEST_PATCH**2)
+    peak, method = 0, recipe.build_method()
+    for block in blocks:
+        tokens, beside = (text, masks) if block.group == "language" else (patches, 0)
+        width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
+        peak = max(peak, beside + 8 * tokens * width + _statistics(block, family, method, tokens))
+    return LIBRARIES + weights + pixels + peak
+
+
+def _characters(sample: Sample) -> int:
+    return sum(len(turn.text) for turn in sample.conversation) + len(sample.answer or "")
+
+
+def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Numbers of the matrix that a rotated model needs before a head that shares the embedding."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    shared = isinstance(head, nn.Module) and head.weight is embedding.weight
+    return int(embedding.weight.shape[1]) ** 2 if shared and recipe.rotates else 0
+
+
+def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) -> int:
+    """Bytes of the Gram matrices, token samples and top-k lists of one block."""
+    total = 0
+    for group in linear_groups(block, family.siblings):
+        width = group.linears[0].in_features
+        outputs = [linear.out_features for linear in group.linears]
+        shapes = [sum(outputs)] if method.stack_siblings else outputs
+        requests = [request for size in shapes if (request := method.request(size, width))]
+        if requests:
+            size = 8 if width <= DOUBLE_WIDTH else 4
+            total += size * width**2 if any(request.gram for request in requests) else 0
+            total += 4 * width * min(tokens, max(request.tokens for request in requests))
+            total += sum(4 * min(tokens, request.tokens) * request.important for request in requests)
+    return total
+
+
+def _itemsize(family: ModelFamily) -> int:
+    """Bytes of one weight in the original checkpoint."""
+    dtype = getattr(family.config, "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4

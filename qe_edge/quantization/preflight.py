@@ -1,0 +1,85 @@
+"""What is checked of a model before any long work."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from qe_edge.layers.magnitudes import check_weight
+from qe_edge.models.family import Block
+from qe_edge.models.groups import linear_groups
+from qe_edge.models.loading import LoadedModel
+from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
+from qe_edge.system.errors import CommonNotice, NumericalError, RecipeError
+
+CHUNK = 1 << 22  # numbers that are looked at together, so that a large embedding is not in memory twice
+
+
+def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
+    """Refuse modules that a model with these blocks does not have.
+
+    Raises:
+        RecipeError: Naming those that it has.
+    """
+    present = list(dict.fromkeys(block.group for block in blocks))
+    missing = sorted(set(modules) - set(present))
+    if missing:
+        raise RecipeError(
+            f"The model has no {missing[0]} module.", f"Choose among those that it has: --modules {','.join(present)}."
+        )
+
+
+def note_groups(blocks: Sequence[Block], grids: Iterable[WeightGrid]) -> None:
+    """Say which linear layers get other groups than a grid asks for, because their width is no multiple of them.
+
+    Args:
+        blocks: Blocks whose linear layers are going to be quantized.
+        grids: Number grids that their weights may get.
+    """
+    widths: dict[int, set[str]] = defaultdict(set)
+    for block in blocks:
+        for group in linear_groups(block, ()):
+            names = {re.sub(r"\.\d+\.", ".*.", name) for name in group.names}
+            widths[group.linears[0].in_features] |= names
+    for size in dict.fromkeys(grid.group_size for grid in grids if grid.group_size != PER_CHANNEL):
+        for width, names in sorted(widths.items()):
+            found = WeightGrid(4, size).resolve_group(width)
+            if found == min(size, width):
+                continue
+            instead = "one scale per output channel" if found == PER_CHANNEL else f"groups of {found}"
+            warnings.warn(
+                f"Inputs of width {width} are no multiple of groups of {size}; {', '.join(sorted(names))} get "
+                f"{instead}.",
+                CommonNotice,
+                stacklevel=2,
+            )
+
+
+def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid) -> None:
+    """Refuse NaN and infinity in any tensor of the model, and linear layers that the grid cannot hold.
+
+    This comes before any long work. A tensor that is not in memory is read, looked at and forgotten.
+
+    Args:
+        loaded: The model.
+        blocks: Blocks whose linear layers are going to be quantized.
+        grid: Number grid of their weights.
+
+    Raises:
+        NumericalError: Naming the first tensor.
+    """
+    groups = [group for block in blocks for group in linear_groups(block, ())]
+    linears = {f"{name}.weight" for group in groups for name in group.names}
+    for name, tensor in loaded.model.state_dict().items():
+        value = loaded.stored.value(name, tensor)
+        if name in linears:
+            check_weight(name, value, grid)
+        elif not all(bool(torch.isfinite(part).all()) for part in torch.split(value.reshape(-1), CHUNK)):
+            raise NumericalError(
+                f"The weights '{name}' hold NaN or infinity.",
+                "The checkpoint is damaged or diverged in training; get a sound one.",
+            )

@@ -1,0 +1,105 @@
+"""What the result of a run depends on, and what differs between two runs, in words."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import qe_edge
+from qe_edge.models.fingerprints import part_in_words
+from qe_edge.models.guard import printable
+
+if TYPE_CHECKING:
+    from qe_edge.recipes.recipe import Recipe
+
+Record = dict[str, Any]  # as JSON holds it
+MOST_REASONS = 4  # in one message
+LENGTH = 80  # characters of a name or a value in a message
+
+
+def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[str, object] | None = None) -> Record:
+    """What a run depends on.
+
+    Args:
+        parts: Of the model, as `model_parts` returns them.
+        recipe: The resolved recipe, with the hash of the calibration data.
+        environment: As `current_environment` returns it; None where results of different ones are not mixed.
+    """
+    record: Record = {"qe_edge": qe_edge.__version__, "model": dict(parts), "recipe": recipe.model_dump(mode="json")}
+    return record if environment is None else {**record, "environment": dict(environment)}
+
+
+def current_environment(device: str) -> dict[str, object]:
+    """What the last bits of a result depend on besides: sums are split by threads, and libraries differ."""
+    import numpy as np
+    import torch
+    import transformers
+
+    return {
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs in model, recipe, calibration data and version, each in a few words; empty if nothing does."""
+    found = []
+    if before.get("qe_edge") != now["qe_edge"]:
+        found.append(f"QE-Edge {_shown(before.get('qe_edge'))} became {now['qe_edge']}")
+    old, new = _table(before.get("model")), _table(now.get("model"))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            how = "is gone" if name not in new else "is new" if name not in old else "changed"
+            found.append(f"{part_in_words(printable(name)[:LENGTH])} {how}")
+    old, new = dict(_flat(before.get("recipe"))), dict(_flat(now.get("recipe")))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            if key == "calibration.sha256":
+                found.append("the calibration data changed")
+            else:
+                found.append(
+                    f"recipe key '{printable(key)[:LENGTH]}' was {_quoted(old.get(key))} and is {_quoted(new.get(key))}"
+                )
+    return found
+
+
+def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs in the environment, each in a few words."""
+    old, new = _table(before.get("environment")), _table(now.get("environment"))
+    return [f"{key}: {_shown(old.get(key))} then, {new.get(key)} now" for key in new if old.get(key) != new[key]]
+
+
+def in_one_line(reasons: Sequence[str]) -> str:
+    """The first of several reasons and how many more there are; a damaged record differs in everything."""
+    more = len(reasons) - MOST_REASONS
+    return "; ".join([*reasons[:MOST_REASONS], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _flat(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys and values of nested tables."""
+    for key, value in _table(values).items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _table(values: object) -> dict[str, Any]:
+    return values if isinstance(values, dict) else {}
+
+
+def _quoted(value: object) -> str:
+    """A value of JSON as Python writes it, cut off where it is long: the file may be damaged."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = LENGTH
+    return printable(short.repr(value))
+
+
+def _shown(value: object) -> str:
+    """The same, of a text without quotes."""
+    return printable(value)[:LENGTH] if isinstance(value, str) else _quoted(value)

@@ -1,0 +1,195 @@
+"""Walks the blocks of a model in the order of the data, each on its recorded calibration inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from qe_edge.calibration.sensitivity import IMAGE, token_kinds
+from qe_edge.calibration.statistics import StatisticsCollector
+from qe_edge.models.family import Block, Encoded
+from qe_edge.models.loading import LoadedModel
+from qe_edge.models.streaming import Chain, Streamer, chains_of, fast_products, run_block
+from qe_edge.system.device import moved
+from qe_edge.system.errors import NumericalError
+from qe_edge.system.heap import reused_memory
+
+
+class BlockWalk:
+    """The chains of a model up to the last one that is selected, and how their blocks run.
+
+    Args:
+        loaded: The model; what is not streamed is brought to float32.
+        modules: Groups of blocks that are selected.
+        batches: Encoded calibration samples.
+        device: Where blocks compute. Between two blocks everything is in the CPU's memory.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, modules: Sequence[str], batches: Sequence[Encoded], device: torch.device
+    ) -> None:
+        self.loaded = loaded
+        self.batches = batches
+        self.device = device
+        self.modules = modules
+        self.blocks = loaded.family.blocks(loaded.model)
+        walked = chains_of(self.blocks)
+        self._beyond: list[list[Block]] = []
+        while walked and walked[-1][0].group not in modules:
+            self._beyond.append(walked.pop())
+        self.walked = walked
+        self.chains = [chain for chain in walked if chain[0].group in modules]
+        self._dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
+        self._float_outside_blocks()
+
+    def __iter__(self) -> Iterator[tuple[Chain, int, Block]]:
+        """Every selected block with its recorded inputs; the others before them only run.
+
+        Whoever takes a block has to leave its outputs in the chain (`hand_on`) before the next one.
+        """
+        streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward, self._beyond)
+        for index in range(len(self.walked)):
+            chain = streamer.record(index)
+            for position, block in enumerate(chain.blocks):
+                if block.group in self.modules:
+                    yield chain, position, block
+                    continue
+                with self.original(block):
+                    self.hand_on(chain, position, self.run(chain, position, block, {}))
+            streamer.finish(chain)
+
+    @staticmethod
+    def hand_on(chain: Chain, position: int, outputs: list[Tensor]) -> None:
+        """The outputs of a chain's block become the inputs of the next one; its further arguments are done with."""
+        chain.hidden, chain.calls[position] = outputs, []
+
+    @contextmanager
+    def original(self, block: Block) -> Iterator[None]:
+        """A block is in memory and in float32 while the context is open; afterwards it is as it was before."""
+        with self.loaded.stored.held(block.name, block.module):
+            block.module.float()
+            yield
+            self.restore_block(block)
+
+    def restore_block(self, block: Block) -> None:
+        """Bring what was not quantized of a block back to its original precision."""
+        names = block.module.state_dict()
+        known = {name: self._dtypes.get(f"{block.name}.{name}") for name in names}
+        restore_dtypes(block.module, {name: dtype for name, dtype in known.items() if dtype})
+
+    def restore(self) -> None:
+        """Bring everything that was not quantized back to its original precision."""
+        restore_dtypes(self.loaded.model, self._dtypes)
+
+    def run(
+        self, chain: Chain, position: int, block: Block, collectors: Mapping[nn.Module, StatisticsCollector]
+    ) -> list[Tensor]:
+        """Run a block on every batch, feeding each collector with the inputs of its layer; returns the outputs.
+
+        The last block's outputs feed nothing: it runs until every collector has its inputs, and none are returned.
+
+        Raises:
+            NumericalError: At the first batch with NaN or infinity in a layer's input or the block's output.
+        """
+        valid: list[Tensor | None] = [None]
+        kinds: list[Tensor | None] = [None]
+        waiting: set[StatisticsCollector] = set()
+        number = 0
+        last = chain.blocks == self.walked[-1] and position == len(chain.blocks) - 1
+        if last and not collectors:
+            return []
+
+        def feed(collector: StatisticsCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                tokens = inputs[0]
+                mask = valid[0]
+                if mask is None:
+                    collector.update(tokens, torch.full(tokens.shape[:-1], IMAGE, dtype=torch.int8))
+                else:
+                    collector.update(tokens if bool(mask.all()) else tokens[mask.to(tokens.device)], kinds[0])
+                if collector.dropped:
+                    raise self._not_finite(f"The input of '{collector.name}' is", tokens, number, mask)
+                waiting.discard(collector)
+                if last and not waiting:
+                    raise _AllFed
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(feed(collector)) for layer, collector in collectors.items()]
+        try:
+            outputs = []
+            with moved(block.module, self.device), fast_products(block.module, self._narrow(block)), reused_memory():
+                for batch, hidden in enumerate(chain.hidden):
+                    number = chain.batches[batch]
+                    if block.group == "language":
+                        valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()
+                        kinds[0] = torch.from_numpy(token_kinds(self.batches[batch]))[valid[0]]
+                    waiting.update(collectors.values())
+                    with suppress(_AllFed):
+                        outputs.append(run_block(block.module, hidden, chain.calls[position][batch], self.device))
+                        if not _finite(outputs[-1], valid[0]):
+                            raise self._not_finite(f"The output of '{block.name}' is", outputs[-1], number, valid[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def _not_finite(self, what: str, values: Tensor, number: int, valid: Tensor | None) -> NumericalError:
+        """The error that names the calibration sample, counted from 1; of packed patches all samples of their batch."""
+        first = sum(len(encoded.input_ids) for encoded in self.batches[:number]) + 1
+        samples = f"samples {first} to {first + len(self.batches[number].input_ids) - 1}"
+        if valid is not None:
+            bad = ~torch.isfinite(values).all(-1).cpu() & valid
+            samples = f"sample {first + int(bad.any(1).nonzero()[0])}"
+        return NumericalError(
+            f"{what} NaN or infinite on calibration {samples}.",
+            "Run the sample on the model in its original precision: remove it if that answers, else get a sound model.",
+        )
+
+    def _narrow(self, block: Block) -> set[nn.Module]:
+        """The layers of a block whose weights are bfloat16 in the model's files."""
+        return {
+            module
+            for name, module in block.module.named_modules()
+            if isinstance(module, nn.Linear) and self._dtypes.get(f"{block.name}.{name}.weight") == torch.bfloat16
+        }
+
+    def _forward(self, batch: int) -> object:
+        return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)
+
+    def _float_outside_blocks(self) -> None:
+        """Everything that is not streamed computes in float32; streamed blocks follow one by one."""
+        streamed = {block.module for block in self.blocks}
+
+        def visit(module: nn.Module) -> None:
+            if module in streamed:
+                return
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+            for child in module.children():
+                visit(child)
+
+        visit(self.loaded.model)
+
+
+class _AllFed(Exception):  # noqa: N818 - control flow, not an error
+    """Every collector has the inputs of its layer; the rest of the last block need not run."""
+
+
+def _finite(values: Tensor, valid: Tensor | None) -> bool:
+    """Whether values `[..., features]` are numbers, but for padding: tokens where `valid` `[...]` is False."""
+    if bool(torch.isfinite(torch.stack((values.amin(), values.amax()))).all()):  # both hand NaN on
+        return True
+    return valid is not None and bool(torch.isfinite(values[valid.to(values.device)]).all())
+
+
+def restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Bring everything that was not quantized back to its original precision."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = dtypes.get(name)
+        if wanted is not None and tensor.dtype != wanted:
+            tensor.data = tensor.data.to(wanted)

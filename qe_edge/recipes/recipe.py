@@ -1,0 +1,148 @@
+"""The recipe: every choice that determines a quantized checkpoint, validated before any work starts."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qe_edge.budget.allocation import Budget
+from qe_edge.methods import METHODS, Method
+from qe_edge.numerics.grids import WeightGrid
+from qe_edge.numerics.schemes import Scheme, get_scheme
+from qe_edge.system.errors import QEError, RecipeError, UnknownNameError
+
+MODULES = ("language", "visual", "merger")
+
+
+class CalibrationSpec(BaseModel):
+    """Which calibration data was (or is to be) used.
+
+    Attributes:
+        source: "demo", a folder, a JSONL file, or another registered source.
+        samples: Number of image-question-answer samples.
+        sha256: Hash of the drawn samples; filled in by the quantizer so that a run can be checked.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str = Field("demo", max_length=4096)
+    samples: int = Field(128, ge=1, le=1 << 20)
+    sha256: str | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether somebody chose the number of samples; otherwise it is the default."""
+        return "samples" in self.model_fields_set
+
+
+class Recipe(BaseModel):
+    """Complete description of a quantization.
+
+    Attributes:
+        method: Name in the method registry.
+        scheme: Name of a precision scheme, for example "w4a8".
+        modules: Which parts of the model are quantized.
+        preset: Named defaults of the method, for example "paper".
+        options: The method's own options, over the preset's.
+        flow: "parallel" takes every layer's calibration input from the original model; "sequential" from the already
+            quantized blocks before it (as GPTQ does).
+        budget: Effective bits per weight to spend over the layers; without, the method's options size each alone.
+        calibration: The calibration data.
+        seed: Seed of everything that is drawn at random.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str = "qe"
+    scheme: str = "w4a8"
+    modules: tuple[str, ...] = ("language",)
+    preset: str = "default"
+    options: dict[str, Any] = Field(default_factory=dict)
+    flow: Literal["parallel", "sequential"] = "parallel"
+    budget: Budget = Field(default_factory=Budget)
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    seed: int = Field(0, ge=0, lt=1 << 63)  # what torch's generators take
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        METHODS.check(self.method)
+        get_scheme(self.scheme)
+        if not self.modules:
+            raise RecipeError("No module is selected.", f"Choose at least one of {', '.join(MODULES)}.")
+        for module in self.modules:
+            if module not in MODULES:
+                raise UnknownNameError("module", module, MODULES)
+        if not self.build_method().spends_budget and self.budget:
+            raise RecipeError(
+                f"The method '{self.method}' cannot spend a budget: its options alone give its size.",
+                "Use --method qe with --bits or --read-bits.",
+            )
+        return self
+
+    def build_method(self) -> Method:
+        """The method of this recipe with its options resolved: defaults, then preset, then `options`."""
+        kind = METHODS[self.method]
+        if self.preset not in kind.presets:
+            raise UnknownNameError(f"preset of method {self.method}", self.preset, kind.presets)
+        return kind(_validate(kind.Options, {**kind.presets[self.preset], **self.options}, "options."))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the language model is rotated first."""
+        return self.build_method().rotates(self.modules, budget=bool(self.budget))
+
+    def get_scheme(self) -> Scheme:
+        """The scheme that `scheme` names."""
+        return get_scheme(self.scheme)
+
+    @property
+    def grids(self) -> list[WeightGrid]:
+        """Grids that a layer's weights may get: the scheme's own, or those among which a budget chooses."""
+        scheme = self.get_scheme()
+        return scheme.budget_grids() if self.budget else [scheme.weight]
+
+    def resolved(self) -> Recipe:
+        """The same recipe with every option of the method written out, for storing beside the result."""
+        return self.model_copy(update={"options": self.build_method().options.model_dump(mode="json")})
+
+
+def make_recipe(**values: object) -> Recipe:
+    """Validate keyword values to a `Recipe`.
+
+    Raises:
+        UnknownNameError: For an unknown key, method, scheme, module or preset; the nearest valid one is named.
+        RecipeError: For a value of the wrong type or range.
+    """
+    recipe: Recipe = _validate(Recipe, values, "")
+    return recipe
+
+
+def _validate(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:  # noqa: ANN401 - pydantic's own generic
+    """Pydantic validation whose first error becomes one clear sentence."""
+    unknown = [key for key in values if key not in kind.model_fields]
+    if unknown:
+        raise UnknownNameError("recipe key", prefix + unknown[0], [prefix + name for name in kind.model_fields])
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, QEError):
+            raise cause from error
+        where = prefix + ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UnknownNameError("recipe key", where, _sibling_keys(kind, first["loc"], prefix)) from error
+        raise RecipeError(
+            f"Recipe key '{where}' is wrong: {first['msg']} (got {reprlib.repr(first.get('input'))}).",
+            "Correct the value.",
+        ) from error
+
+
+def _sibling_keys(kind: type[BaseModel], location: tuple[int | str, ...], prefix: str) -> list[str]:
+    """Valid keys beside the one at `location`, written with their full path."""
+    for part in location[:-1]:
+        annotation = kind.model_fields[str(part)].annotation if str(part) in kind.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind, prefix = annotation, f"{prefix}{part}."
+    return [prefix + name for name in kind.model_fields]

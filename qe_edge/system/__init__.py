@@ -1,0 +1,1 @@
+"""What every room stands on: errors, registries, atomic files, locks, threads, devices; nothing of models."""

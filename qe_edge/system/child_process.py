@@ -1,0 +1,83 @@
+"""Starting helpers and other programs so that nothing of the current folder is run in their stead.
+
+`python -m` and `python -c` put the current folder first on `sys.path`, and an empty entry of PATH, LD_LIBRARY_PATH or
+PYTHONPATH means that folder too: a `json.py` or a `cmake` among somebody's downloads would be executed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+SEARCH_PATHS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+# -P does not exist before Python 3.11; from 3.13 on, -c imports a module before its code can take the folder off
+OPTIONS = ("-P",) if sys.version_info >= (3, 11) else ()
+TAKE_OFF = "import sys; sys.path[:] = [entry for entry in sys.path if entry]"
+
+
+def isolated_code(code: str) -> list[str]:
+    """Command line of a Python that runs some code, with this Python's packages and without the current folder.
+
+    Start it with `safe_environment()`. PYTHONPATH and packages installed with `--user` hold as usual.
+
+    Example:
+        >>> isolated_code("print(1)")[-1].splitlines()[-1]
+        'print(1)'
+    """
+    return [sys.executable, *OPTIONS, "-c", f"{TAKE_OFF}\n{code}"]
+
+
+def isolated_module(module: str) -> list[str]:
+    """Command line that runs a module as `python -m` does, without the current folder on `sys.path`."""
+    return isolated_code(f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
+
+
+def safe_environment() -> dict[str, str]:
+    """This process's environment; its search paths lack what stands for the current folder."""
+    cleaned = {name: without_current_folder(os.environ.get(name, "")) for name in SEARCH_PATHS}
+    others = {name: value for name, value in os.environ.items() if name not in SEARCH_PATHS}
+    return {**others, **{name: value for name, value in cleaned.items() if value}}  # an empty PATH is that folder too
+
+
+def without_current_folder(paths: str) -> str:
+    """A search path without the entries that stand for the current folder, whichever that is.
+
+    Example:
+        >>> without_current_folder(":/usr/bin:.:lib")
+        '/usr/bin:lib'
+    """
+    return os.pathsep.join(entry for entry in paths.split(os.pathsep) if os.path.normpath(entry) != os.curdir)
+
+
+def find_program(name: str) -> str | None:
+    """Absolute path of a program on PATH, None if there is none; the current folder is not looked at."""
+    found = shutil.which(name, path=without_current_folder(os.environ.get("PATH", "")) or os.defpath)
+    return None if found is None else str(Path(found).absolute())
+
+
+def forget_current_folder() -> None:
+    """Take the current folder off this process's search paths, unless QE-Edge itself was found there.
+
+    What is named by its path stays. Of the packages that are imported later, none comes from where the user happens to
+    be.
+    """
+    with suppress(FileNotFoundError):  # the folder was deleted, so nothing is in it
+        here = Path.cwd()
+        if Path(__file__).parents[2] != here:
+            unnamed = {"", *_made_absolute(here)}
+            sys.path[:] = [entry for entry in sys.path if entry not in unnamed]
+    safe = safe_environment()
+    for name in os.environ.keys() - safe.keys():
+        del os.environ[name]
+    os.environ.update(safe)
+
+
+def _made_absolute(here: Path) -> list[str]:
+    """What Python has made of entries of PYTHONPATH that stand for the current folder, unless others name it."""
+    given = os.environ.get("PYTHONPATH", "")
+    kept = without_current_folder(given)
+    named = {Path(entry).absolute() for entry in kept.split(os.pathsep) if entry}
+    return [] if kept == given or here in named else [str(here)]

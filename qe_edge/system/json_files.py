@@ -1,0 +1,131 @@
+"""Reads JSON files that come from strangers: size, encoding, syntax and nesting are checked before anything is used."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qe_edge.system.errors import ArtifactError, QEError
+
+MEBIBYTE = 2**20
+MAX_BYTES = 16 * MEBIBYTE  # of a configuration or a manifest
+MAX_DEPTH = 64  # nested tables and lists
+
+
+def read_json_table(
+    path: Path, *, error: type[QEError] = ArtifactError, remedy: str = "Get the file again.", limit: int = MAX_BYTES
+) -> dict[str, Any]:
+    """The table in a JSON file. A UTF-8 byte order mark is accepted.
+
+    Args:
+        path: The file.
+        error: Class of the error for a file that cannot be used.
+        remedy: Its second sentence.
+        limit: Largest size in bytes.
+
+    Raises:
+        QEError: Of the class `error`, naming the file and what is wrong with it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "config.json"
+        ...     _ = file.write_text('{"model_type": "llama"}')
+        ...     read_json_table(file)
+        {'model_type': 'llama'}
+    """
+    values = parse_json(read_bounded_text(path, error=error, remedy=remedy, limit=limit), path, error, remedy)
+    if not isinstance(values, dict):
+        raise error(f"'{path}' holds no JSON table.", remedy)
+    return values
+
+
+def read_bounded_text(
+    path: Path, *, error: type[QEError] = ArtifactError, remedy: str = "Get the file again.", limit: int = MAX_BYTES
+) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        path: The file.
+        error: Class of the error for a file that cannot be used.
+        remedy: Its second sentence.
+        limit: Largest size in bytes.
+
+    Raises:
+        QEError: Of the class `error`, for a file that is missing, no regular file, too large or not UTF-8.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise error(f"'{path}' is not a file.", remedy)
+        if found.st_size > limit:
+            raise error(f"'{path}' has {found.st_size} bytes; more than {limit} are not read.", remedy)
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError as problem:
+        what = f"The link '{path}' points at a missing file" if path.is_symlink() else f"There is no file '{path}'"
+        raise error(f"{what}.", remedy) from problem
+    except (OSError, ValueError) as problem:  # ValueError: a path with a NUL
+        raise error(f"'{path}' cannot be read: {problem}.", remedy) from problem
+    if len(data) > limit:
+        raise error(f"'{path}' has more than {limit} bytes.", remedy)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"'{path}' is not UTF-8: byte {problem.start} is wrong.", remedy) from problem
+
+
+def parse_json(text: str, where: object, error: type[QEError], remedy: str, *, strict: bool = False) -> Any:  # noqa: ANN401 - any JSON value
+    """The value that a JSON text describes.
+
+    Args:
+        text: The text.
+        where: What it came from, for the message: a path, or a line of a file.
+        error: Class of the error for a text that is not JSON.
+        remedy: Its second sentence.
+        strict: Whether to refuse a key that stands twice in one table, and NaN and infinity, which are not JSON.
+
+    Raises:
+        QEError: Of the class `error`, also for a text nested deeper than `MAX_DEPTH`.
+    """
+    try:
+        if strict:
+            values = json.loads(text, object_pairs_hook=_table, parse_constant=_refuse_constant)
+        else:
+            values = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
+        raise error(f"'{where}' is not valid JSON: {reason}.", remedy) from problem
+    if _deeper_than(values, MAX_DEPTH):
+        raise error(f"'{where}' is nested deeper than {MAX_DEPTH} levels.", remedy)
+    return values
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+    return table
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _deeper_than(values: object, limit: int) -> bool:
+    level = [values]
+    for _ in range(limit):
+        level = [child for value in level for child in _children(value) if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
