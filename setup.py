@@ -1,7 +1,7 @@
 """Finds the packages; everything else is in pyproject.toml.
 
-The folders `export`, `calibration` and `plugins/prepack` are imported as parts of `qe_edge`, which setuptools'
-declarative package search cannot express. `plugins` itself travels as `qe_edge/plugin_sources`: its C++ and CUDA.
+The folders `export`, `calibration` and `plugins/prepack` are parts of `qe_edge` through links in `qe_edge/`, which the
+search follows. `plugins` itself is no package, and travels as `qe_edge/plugin_sources`: its C++ and CUDA.
 """
 
 from pathlib import Path
@@ -9,7 +9,6 @@ from pathlib import Path
 from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-MAPPED = ("calibration", "export")
 LIBRARY = Path(__file__).parent / "qe_edge/lib/libqe_plugin.so"
 
 
@@ -33,10 +32,5 @@ class PlatformDistribution(Distribution):
 setup(
     distclass=PlatformDistribution,
     cmdclass={"bdist_wheel": PlatformWheel},
-    packages=[
-        *find_packages(include=["qe_edge", "qe_edge.*"]),
-        *(f"qe_edge.{name}" for room in MAPPED for name in find_packages(include=[room, f"{room}.*"])),
-        "qe_edge.prepack",
-        "qe_edge.plugin_sources",
-    ],
+    packages=[*find_packages(include=["qe_edge", "qe_edge.*"]), "qe_edge.plugin_sources"],
 )
