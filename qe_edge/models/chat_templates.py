@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qe_edge.models.guard import Guard, printable
+from qe_edge.models.guard import Guard
 from qe_edge.models.model_files import find_file
-from qe_edge.system.errors import ModelError, QENotice
+from qe_edge.system.errors import ModelError, QENotice, printable
 from qe_edge.system.json_files import read_bounded_text, read_json_table
 
 REMEDY = "Copy chat_template.jinja, tokenizer.json and tokenizer_config.json from the original model."

@@ -10,9 +10,9 @@ from qe_edge.models import FAMILIES
 from qe_edge.models.config_values import ConfigFile, SizesFile
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
-from qe_edge.models.guard import Guard, check_key_names, check_values, printable
+from qe_edge.models.guard import Guard, check_key_names, check_values
 from qe_edge.models.model_files import find_file
-from qe_edge.system.errors import ModelError, QEError
+from qe_edge.system.errors import ModelError, QEError, printable
 from qe_edge.system.json_files import read_json_table
 
 CONFIG = "config.json"

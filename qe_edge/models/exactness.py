@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from qe_edge.models.family import ModelFamily
-from qe_edge.models.guard import printable
-from qe_edge.system.errors import ModelError
+from qe_edge.system.errors import ModelError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

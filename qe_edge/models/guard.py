@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qe_edge.system.errors import ModelError, QEError
+from qe_edge.system.errors import REASON_LENGTH, ModelError, QEError, reason, shown, shown_name
 
-REASON_LENGTH = 300  # characters
 # what transformers, huggingface_hub, jinja2 and Python itself raise about values that they did not expect
 RAISED = (
     ArithmeticError,
@@ -72,20 +70,6 @@ class Guard:
             raise self.error(f"{self.problem}: {reason(error)}.", self.remedy) from error
 
 
-def reason(error: BaseException) -> str:
-    """One printable line about an exception, with its class where the message alone says little."""
-    text = " ".join(str(error).split()).rstrip(".")
-    if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | MemoryError | TypeError):
-        text = f"{type(error).__name__}: {text}"
-    text = text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]}..."
-    return printable(text)
-
-
-def printable(text: str) -> str:
-    """The text with control characters and lone surrogates written as escapes."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def check_values(kind: type[Model], values: object, path: Path | str, remedy: str, error: type[QEError]) -> Model:
     """Check the values of a file against their bounds.
 
@@ -103,8 +87,8 @@ def check_values(kind: type[Model], values: object, path: Path | str, remedy: st
         return kind.model_validate(values)
     except ValidationError as problem:
         first = problem.errors()[0]
-        key = printable(_path(values, first["loc"]))[:REASON_LENGTH]
-        got = printable(reprlib.repr(first["input"]))
+        key = shown_name(_path(values, first["loc"]), REASON_LENGTH)
+        got = shown(first["input"])
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
         where = f"key '{key}' of '{path}'" if key else f"'{path}'"
         raise error(f"{where[0].upper()}{where[1:]} is wrong: {message} (got {got}).", remedy) from problem
@@ -121,7 +105,7 @@ def check_key_names(kind: type, keys: Iterable[str], path: Path | str, remedy: s
         found = getattr(kind, key, None) if key not in fields else None
         of_class = callable(found) or (bool(fields) and isinstance(found, dict))
         if of_class or (key.startswith("__") and found is not None):
-            raise error(f"Key '{printable(key)}' of '{path}' is no setting of a model.", remedy)
+            raise error(f"Key '{shown_name(key)}' of '{path}' is no setting of a model.", remedy)
 
 
 def _path(values: object, location: tuple[int | str, ...]) -> str:

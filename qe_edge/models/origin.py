@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qe_edge.models import FAMILIES
-from qe_edge.models.guard import printable
-from qe_edge.system.errors import ModelError
+from qe_edge.system.errors import ModelError, printable
 
 OURS = "qe-edge"  # quant_method of our own checkpoints
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

@@ -26,7 +26,7 @@ from qe_edge.models.rotation import last_norm, mix_last_norm
 from qe_edge.numerics.schemes import Scheme
 from qe_edge.recipes.recipe import Recipe, make_recipe
 from qe_edge.system.atomic import atomic_folder
-from qe_edge.system.errors import ArtifactError
+from qe_edge.system.errors import ArtifactError, shown
 from qe_edge.system.json_files import read_json_table
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _fill(model: PreTrainedModel, plain: dict[str, Tensor], prefixes: tuple[str,
 def _check_section(folder: Path, section: dict[str, Any]) -> None:
     if section.get("version") != FORMAT_VERSION:
         raise ArtifactError(
-            f"'{folder}' has checkpoint version {section.get('version')!r}; this QE-Edge reads {FORMAT_VERSION}.",
+            f"'{folder}' has checkpoint version {shown(section.get('version'))}; this QE-Edge reads {FORMAT_VERSION}.",
             "Quantize again, or install the version that wrote it.",
         )
     for key in ("layers", "shared", "tied"):

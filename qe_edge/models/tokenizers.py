@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from qe_edge.models.chat_templates import MAX_TEMPLATE, check_template_files
 from qe_edge.models.configuration import read_config_values
 from qe_edge.models.generation_files import read_generation_config
-from qe_edge.models.guard import Guard, check_key_names, check_values, printable
+from qe_edge.models.guard import Guard, check_key_names, check_values
 from qe_edge.models.model_files import find_file
 from qe_edge.system.c_output import without_panic_report
-from qe_edge.system.errors import ModelError, QENotice
+from qe_edge.system.errors import ModelError, QENotice, printable
 from qe_edge.system.json_files import read_json_table
 
 REMEDY = "Copy tokenizer.json and tokenizer_config.json from the original model."

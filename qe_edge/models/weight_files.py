@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 from qe_edge.checkpoint.safetensors_check import check_safetensors
-from qe_edge.models.guard import printable
 from qe_edge.models.origin import ADAPTER_FILES, adapter_beside, check_tensors
-from qe_edge.system.errors import ModelError, QENotice
+from qe_edge.system.errors import ModelError, QENotice, printable
 from qe_edge.system.json_files import MEBIBYTE, read_json_table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import qe_edge
 from qe_edge.models.fingerprints import part_in_words
-from qe_edge.models.guard import printable
+from qe_edge.system.errors import shown, shown_name
 
 if TYPE_CHECKING:
     from qe_edge.recipes.recipe import Recipe
 
 Record = dict[str, Any]  # as JSON holds it
-MOST_REASONS = 4  # in one message
-LENGTH = 80  # characters of a name or a value in a message
+MOST_REASONS, MOST_CHARACTERS = 4, 400  # in one message
 
 
 def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[str, object] | None = None) -> Record:
@@ -50,34 +48,35 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs in model, recipe, calibration data and version, each in a few words; empty if nothing does."""
     found = []
     if before.get("qe_edge") != now["qe_edge"]:
-        found.append(f"QE-Edge {_shown(before.get('qe_edge'))} became {now['qe_edge']}")
+        found.append(f"QE-Edge {shown_name(before.get('qe_edge'))} became {now['qe_edge']}")
     old, new = _table(before.get("model")), _table(now.get("model"))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             how = "is gone" if name not in new else "is new" if name not in old else "changed"
-            found.append(f"{part_in_words(printable(name)[:LENGTH])} {how}")
+            found.append(f"{part_in_words(shown_name(name))} {how}")
     old, new = dict(_flat(before.get("recipe"))), dict(_flat(now.get("recipe")))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             if key == "calibration.sha256":
                 found.append("the calibration data changed")
             else:
-                found.append(
-                    f"recipe key '{printable(key)[:LENGTH]}' was {_quoted(old.get(key))} and is {_quoted(new.get(key))}"
-                )
+                found.append(f"recipe key '{shown_name(key)}' was {shown(old.get(key))} and is {shown(new.get(key))}")
     return found
 
 
 def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs in the environment, each in a few words."""
     old, new = _table(before.get("environment")), _table(now.get("environment"))
-    return [f"{key}: {_shown(old.get(key))} then, {new.get(key)} now" for key in new if old.get(key) != new[key]]
+    return [f"{key}: {shown_name(old.get(key))} then, {new.get(key)} now" for key in new if old.get(key) != new[key]]
 
 
 def in_one_line(reasons: Sequence[str]) -> str:
     """The first of several reasons and how many more there are; a damaged record differs in everything."""
-    more = len(reasons) - MOST_REASONS
-    return "; ".join([*reasons[:MOST_REASONS], *([f"and {more} more"] if more > 0 else [])])
+    kept = list(reasons[:MOST_REASONS])
+    while len(kept) > 1 and len("; ".join(kept)) > MOST_CHARACTERS:
+        kept.pop()
+    more = len(reasons) - len(kept)
+    return "; ".join([*kept, *([f"and {more} more"] if more else [])])
 
 
 def _flat(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -91,15 +90,3 @@ def _flat(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _table(values: object) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
-
-
-def _quoted(value: object) -> str:
-    """A value of JSON as Python writes it, cut off where it is long: the file may be damaged."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = LENGTH
-    return printable(short.repr(value))
-
-
-def _shown(value: object) -> str:
-    """The same, of a text without quotes."""
-    return printable(value)[:LENGTH] if isinstance(value, str) else _quoted(value)

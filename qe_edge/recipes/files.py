@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qe_edge.system.errors import RecipeError
+from qe_edge.system.errors import RecipeError, reason, shown_name
 from qe_edge.system.json_files import parse_json, read_bounded_text
 
 MAX_BYTES = 1 << 16
@@ -38,7 +38,7 @@ class _PlainLoader(yaml.SafeLoader):
             keys = sorted(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             twice = [key for key, following in itertools.pairwise(keys) if key == following]
             if twice:
-                raise RecipeError(f"{self.where} has the key '{twice[0]}' twice.", "Leave one of them out.")
+                raise RecipeError(f"{self.where} has the key '{shown_name(twice[0])}' twice.", "Leave one of them out.")
         return node
 
 
@@ -62,17 +62,9 @@ def parse_yaml(text: str, where: str = "The recipe") -> Any:  # noqa: ANN401 - a
         loader = _PlainLoader(text)
         loader.where = where
         return loader.get_single_data()
-    except (
-        yaml.YAMLError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise RecipeError(f"{where} is not valid YAML or JSON: {reason}.", "Correct that line.") from error
+    except RAISED as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else reason(error)
+        raise RecipeError(f"{where} is not valid YAML or JSON: {what}.", "Correct that line.") from error
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,7 +10,7 @@ from qe_edge.budget.allocation import Budget
 from qe_edge.methods import METHODS, Method
 from qe_edge.numerics.grids import WeightGrid
 from qe_edge.numerics.schemes import Scheme, get_scheme
-from qe_edge.system.errors import QEError, RecipeError, UnknownNameError
+from qe_edge.system.errors import QEError, RecipeError, UnknownNameError, shown, shown_name
 
 MODULES = ("language", "visual", "merger")
 
@@ -133,7 +132,7 @@ def _validate(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:  # n
         if first["type"] == "extra_forbidden":
             raise UnknownNameError("recipe key", where, _sibling_keys(kind, first["loc"], prefix)) from error
         raise RecipeError(
-            f"Recipe key '{where}' is wrong: {first['msg']} (got {reprlib.repr(first.get('input'))}).",
+            f"Recipe key '{shown_name(where)}' is wrong: {first['msg']} (got {shown(first.get('input'))}).",
             "Correct the value.",
         ) from error
 

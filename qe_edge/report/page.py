@@ -14,7 +14,7 @@ from qe_edge.models.texts import is_unicode
 from qe_edge.report import figures, wording
 from qe_edge.report.device_check import DeviceCheck
 from qe_edge.system.atomic import atomic_file
-from qe_edge.system.errors import ArtifactError
+from qe_edge.system.errors import ArtifactError, shown
 from qe_edge.system.json_files import read_json_table
 from qe_edge.validate.schema import REPORT_VERSION, Report
 
@@ -56,7 +56,7 @@ def load_report(path: Path) -> Report:
         raise ArtifactError(f"'{path}' holds half a surrogate pair, which is no character.", "Validate again.")
     if values.get("version") != REPORT_VERSION:
         raise ArtifactError(
-            f"'{path}' is no report that this version reads: its version is {values.get('version')!r}, "
+            f"'{path}' is no report that this version reads: its version is {shown(values.get('version'))}, "
             f"and {REPORT_VERSION} is read.",
             "Validate again.",
         )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qe_edge.checkpoint.integrity import Digest, FileTable, Sealed, check_files, check_sizes, describe
 from qe_edge.runtime.embedding import EMBEDDING
 from qe_edge.runtime.generation import GenerationSettings
-from qe_edge.system.errors import ArtifactError
+from qe_edge.system.errors import ArtifactError, shown
 from qe_edge.system.json_files import read_json_table
 
 MANIFEST = "manifest.json"
@@ -165,9 +165,10 @@ def read_description(folder: Path) -> Manifest:
             "Give the output folder of 'qe-edge export' or 'qe-edge build'.",
         )
     values = read_json_table(path, remedy=REMEDY)
-    if values.get("format_version") != FORMAT_VERSION:
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
         raise ArtifactError(
-            f"'{folder}' has format version {values.get('format_version')!r}; this QE-Edge reads {FORMAT_VERSION}.",
+            f"'{folder}' has format version {shown(version)}; this QE-Edge reads {FORMAT_VERSION}.",
             "Export the model again, or install the version that wrote it.",
         )
     try:

@@ -3,7 +3,47 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+VALUE_LENGTH = 80  # characters of a stranger's name or value in a message
+REASON_LENGTH = 300  # of what a library says
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates written as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shown(value: object, length: int = VALUE_LENGTH) -> str:
+    r"""A stranger's value as Python writes it, printable and cut off after `length` characters.
+
+    Lists and tables inside are cut off too, so the time does not depend on their size.
+
+    Example:
+        >>> shown([1, "a\0b"]), shown("x" * 1000, 8)
+        ("[1, 'a\\x00b']", "'xxxxxxx...")
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, 4 * length, 4 * length, 4 * length
+    return _cut(printable(short.repr(value)), length)
+
+
+def shown_name(name: object, length: int = VALUE_LENGTH) -> str:
+    """A stranger's name without quotes, printable and cut off after `length` characters."""
+    return _cut(printable(name[: length + 1]), length) if isinstance(name, str) else shown(name, length)
+
+
+def reason(error: BaseException) -> str:
+    """One printable line about an exception, with its class where the message alone says little."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | MemoryError | TypeError):
+        text = f"{type(error).__name__}: {text}"
+    return _cut(printable(text[: REASON_LENGTH + 1]), REASON_LENGTH)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 class QEError(Exception):
@@ -37,7 +77,7 @@ class UnknownNameError(QEError):
     """A method, scheme, module, model family, target or recipe key that does not exist."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        names = sorted(known)
+        names, name = sorted(known), shown_name(name)
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"Did you mean '{close[0]}'? " if close else ""
         super().__init__(f"There is no {kind} '{name}'.", f"{hint}Known: {', '.join(names) or 'none'}.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qe_edge.system.errors import ArtifactError, QEError
+from qe_edge.system.errors import ArtifactError, QEError, shown_name
 
 MEBIBYTE = 2**20
 MAX_BYTES = 16 * MEBIBYTE  # of a configuration or a manifest
@@ -107,9 +108,12 @@ def parse_json(text: str, where: object, error: type[QEError], remedy: str, *, s
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+        raise ValueError(f"the key '{shown_name(_first_twice(name for name, _ in pairs))}' stands twice")
     return table
+
+
+def _first_twice(names: Iterable[str]) -> str:
+    return next(name for name, count in Counter(names).items() if count > 1)
 
 
 def _refuse_constant(name: str) -> None:

@@ -117,6 +117,8 @@ def _other(value: Any, rng: random.Random, others: list[Any]) -> Any:  # noqa: A
     if isinstance(value, bool):
         return rng.choice((not value, 1, "true", None))
     if isinstance(value, int | float) and kind < 0.7:
+        if value > 1e300 or value < -1e300:  # the next number would be none, of a float or of its text
+            return rng.choice((-value, [value], 1.5, 0))
         near = [value + 1, value - 1, -value, value * 2, value * 1000, value // 2, float(value), str(value), [value]]
         return rng.choice(near)
     if isinstance(value, list) and value and kind < 0.7:

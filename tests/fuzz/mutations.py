@@ -87,12 +87,22 @@ def _change_yaml(data: bytes, rng: random.Random) -> bytes:
         bomb = rng.choice(YAML_BOMBS).encode("utf-8", "surrogatepass")
         return rng.choice((bomb, data + bomb, bomb + data))
     try:
-        values = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return change_bytes(data, rng)
-    if not isinstance(values, dict | list):
-        return change_bytes(data, rng)
-    return dump_json(change_values(json.loads(json.dumps(values, default=str)), rng)).encode("utf-8", "surrogatepass")
+        _refuse_bombs(data)
+        values = json.loads(json.dumps(yaml.safe_load(data), default=str))
+        return dump_json(change_values(values, rng)).encode("utf-8", "surrogatepass")
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return change_bytes(data, rng)  # no YAML, or keys and values that JSON does not have
+
+
+def _refuse_bombs(data: bytes) -> None:
+    """ValueError for YAML that stands for more than fits into memory, or nests so deeply that PyYAML takes minutes."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(data):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 100:
+            raise ValueError("an alias, or too deep")
 
 
 def _change_safetensors(data: bytes, rng: random.Random) -> bytes:

@@ -25,7 +25,9 @@ from tests.fuzz.target import SilentSuccessError, Target
 from tests.sealing import seal
 
 MEMORY = 3 * 2**30  # bytes over what the process has when it begins
-CPU_SECONDS, WALL_SECONDS = 20, 60
+CPU_SECONDS = 30  # of one process; time in which the machine does other work does not count
+IDLE_SECONDS, WALL_SECONDS = 60, 1200  # without work to do; in all, however busy the machine is
+POLL_SECONDS, LEAST_WORK = 0.5, 0.05  # LEAST_WORK: seconds of CPU in a second; less is waiting in a loop
 MAX_SENTENCE = 700  # of a message to a user, without the values that it repeats
 REFUSED, ACCEPTED = "refused", "accepted"
 
@@ -85,34 +87,64 @@ def run_case(target: Target, sound: Path, work: Path, seed: int, case: int, expe
             os.write(writer, json.dumps(asdict(outcome)).encode()[:60_000])
             os._exit(0)
     os.close(writer)
-    said = _read_until_end(reader, time.monotonic() + WALL_SECONDS)
-    if said is None:
+    said, limit = _read_until_end(reader, child)
+    if limit:
+        with suppress(ProcessLookupError):  # it tells where it is
+            os.kill(child, signal.SIGUSR1)
+            time.sleep(POLL_SECONDS)
         os.killpg(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     change = work.with_name(f"{work.name}.change")
     what = change.read_text(encoding="utf-8") if change.exists() else ""
-    if said:
+    if said and not limit:
         return Outcome(**json.loads(said))
-    if said is None:
-        return Outcome("hang", f"{WALL_SECONDS} s", _last_line(work), change=what)
+    hang = "hang" if change.exists() else "broken fuzzer"  # which hung while it changed the file
+    if limit:
+        return Outcome(hang, limit, _last_line(work), change=what)
     name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
     if name in ("SIGXCPU", "SIGPROF"):
-        return Outcome("hang", f"{CPU_SECONDS} s of CPU", _last_line(work), change=what)
+        return Outcome(hang, f"{CPU_SECONDS} s of CPU", _last_line(work), change=what)
     return Outcome("killed", name, _last_line(work), change=what)
 
 
-def _read_until_end(reader: int, deadline: float) -> bytes | None:
-    """What the child writes, None if it takes too long."""
-    parts = []
+def _read_until_end(reader: int, child: int) -> tuple[bytes, str]:
+    """What the child writes, and the limit that it broke, if it did: idle for too long, or far too long in all."""
+    parts: list[bytes] = []
+    idle, spent_before, last, begun = 0.0, 0.0, time.monotonic(), time.monotonic()
     with os.fdopen(reader, "rb", buffering=0) as pipe:
-        while time.monotonic() < deadline:
-            if not select.select([pipe], [], [], deadline - time.monotonic())[0]:
-                break
-            part = pipe.read(1 << 16)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-    return None
+        while True:
+            if select.select([pipe], [], [], POLL_SECONDS)[0]:
+                part = pipe.read(1 << 16)
+                if not part:
+                    return b"".join(parts), ""
+                parts.append(part)
+            now, (runnable, spent) = time.monotonic(), _activity(child)
+            works = runnable or spent - spent_before > LEAST_WORK * (now - last)
+            idle = 0.0 if works else idle + now - last
+            last, spent_before = now, spent
+            if idle > IDLE_SECONDS:
+                return b"".join(parts), f"{IDLE_SECONDS} s idle"
+            if now > begun + WALL_SECONDS:
+                return b"".join(parts), f"{WALL_SECONDS} s"
+
+
+def _activity(session: int) -> tuple[bool, float]:
+    """Whether a thread of a session's processes runs, waits for a processor or for a disk; their seconds of CPU."""
+    runnable, ticks = False, 0
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        with suppress(OSError):  # it has ended in between
+            if int(_fields(process / "stat")[3]) == session:
+                threads = [_fields(thread / "stat") for thread in (process / "task").iterdir()]
+                runnable = runnable or any(fields[0] in "RD" for fields in threads)
+                ticks += sum(int(fields[11]) + int(fields[12]) for fields in threads)
+    return runnable, ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _fields(stat: Path) -> list[str]:
+    """State, parent, group, session, ..., user and system time: what follows the name, which may hold anything."""
+    return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def _in_child(target: Target, sound: Path, work: Path, seed: int, case: int, expected: str | None) -> Outcome:
@@ -121,8 +153,14 @@ def _in_child(target: Target, sound: Path, work: Path, seed: int, case: int, exp
     log = os.open(work.with_name(f"{work.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.enable()
-    faulthandler.dump_traceback_later(0.9 * min(CPU_SECONDS, WALL_SECONDS))  # tells where a hang is
+    faulthandler.enable(2)  # the log, whatever sys.stderr is
+    faulthandler.register(signal.SIGUSR1, 2)  # tells where a hang is
+    faulthandler.register(signal.SIGXCPU, 2, chain=True)
+    size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    spent = int(time.process_time()) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_SECONDS, spent + CPU_SECONDS + 5))
     warnings.simplefilter("ignore")
     shutil.copytree(sound, work, symlinks=True)
     os.chdir(work)
@@ -139,11 +177,6 @@ def _in_child(target: Target, sound: Path, work: Path, seed: int, case: int, exp
         changed = not (path.is_file() and path.read_bytes() == before)
         sealed = not target.repairs and changed and _is_sealed(work, before)
     work.with_name(f"{work.name}.change").write_text(change, encoding="utf-8")
-    size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    spent = int(time.process_time()) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_SECONDS, spent + CPU_SECONDS + 5))
     return _judge(target, work, expected, change, sealed=sealed)
 
 
