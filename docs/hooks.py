@@ -33,7 +33,7 @@ def on_page_content(content: str, page: object, **_: object) -> str:
         made = convert(TAG.sub("", latex), display="block" if block else "inline")
         unknown = UNKNOWN.search(made)
         if unknown:
-            raise PluginError(f"{page}: latex2mathml does not know {unknown[0]}. Write the formula {latex!r} without it.")
+            raise PluginError(f"{page}: latex2mathml does not know {unknown[0]}. Write {latex!r} without it.")
         if not block:
             return made
         label = f'<span class="equation-number" id="eq-{number[1]}">({number[1]})</span>' if number else ""
