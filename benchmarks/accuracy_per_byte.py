@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from real_models import REAL_MODELS, RealModel
 
 from qe_edge.budget.accounting import count_bits
-from qe_edge.budget.allocation import offers_from_json, offers_to_json
+from qe_edge.budget.model import offers_from_json, offers_to_json
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import Recipe, make_recipe
 from qe_edge.system.atomic import atomic_file

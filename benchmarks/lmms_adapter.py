@@ -25,11 +25,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from qe_edge.budget.accounting import count_bits
+from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.models.quantized import is_checkpoint, load_quantized
+from qe_edge.models.quantized import load_quantized
 from qe_edge.system.errors import InputError, QEError
 from qe_edge.validate.subjects import block_groups, in_float32
 

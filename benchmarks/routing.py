@@ -40,7 +40,6 @@ from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.sources import load_samples
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector
 from qe_edge.layers.linear import QELinear
-from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.qe import QuantExperts
 from qe_edge.methods.qe_options import QuantExpertsOptions, shrink_to_layer
 from qe_edge.models.family import Encoded
@@ -48,6 +47,7 @@ from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.numerics.schemes import SCHEMES, get_scheme
 from qe_edge.quantization.quantizer import BATCH
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import ModelError, QEError
 from qe_edge.validate.subjects import in_float32
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from onnx.checker import ValidationError
 from safetensors.torch import save_file
 
-import qe_edge
-from qe_edge.checkpoint.files import read_checkpoint_files
+from qe_edge.checkpoint.detection import is_checkpoint
+from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
 from qe_edge.export.decoding import check_decoding
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.naming import name_nodes
@@ -22,14 +22,16 @@ from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.loading import LoadedModel
-from qe_edge.models.quantized import RECIPE, is_checkpoint, load_checkpoint_recipe, load_quantized
+from qe_edge.models.quantized import load_quantized
 from qe_edge.recipes.recipe import Recipe
+from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.runtime.embedding import EMBEDDING, TENSOR
 from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
 from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest
 from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ModelError
 from qe_edge.system.progress import Progress, Silent, track
+from qe_edge.system.version import VERSION
 
 IR_VERSION = 10  # the first with function overloads
 KEPT_INLINE = 1024  # bytes up to which a constant stays in the .onnx file
@@ -84,7 +86,7 @@ def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEn
     attach_layers(model, quantized_linears(loaded.model))
     name_nodes(model, spec.module, loaded.model)
     model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "qe-edge", qe_edge.__version__
+    model.producer_name, model.producer_version = "qe-edge", VERSION
     model.graph.name = spec.name
     file = f"{spec.name}.onnx"
     ir.save(model, folder / file, external_data=f"{file}.data", size_threshold_bytes=KEPT_INLINE)

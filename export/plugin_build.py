@@ -10,9 +10,9 @@ import subprocess
 import sysconfig
 import tempfile
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
-import qe_edge
 from qe_edge.runtime.plugin_library import FILE, build_folder, checkout
 from qe_edge.system.atomic import atomic_file
 from qe_edge.system.child_process import find_program, safe_environment
@@ -118,7 +118,7 @@ def build_plugin(tools: Toolchain, out: Path | None = None) -> Path:
 
 
 def _sources() -> Path:
-    carried = Path(qe_edge.__file__).parent / "plugin_sources"
+    carried = Path(str(files("qe_edge"))) / "plugin_sources"
     for folder in (carried, checkout()):
         if folder is not None and (folder / "CMakeLists.txt").is_file():
             return folder

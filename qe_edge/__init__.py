@@ -9,6 +9,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+from qe_edge.system.version import VERSION
+
 if TYPE_CHECKING:
     from qe_edge.layers.linear import QELinear
     from qe_edge.models.quantized import load_quantized
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from qe_edge.recipes.recipe import Recipe, make_recipe
     from qe_edge.system.errors import QEError
 
-__version__ = "0.1.0"
+
+__version__ = VERSION
 
 # ONNX Runtime keeps a device id under ~/.cache and sends events to Microsoft unless this is set before it is imported;
 # what the user has set wins

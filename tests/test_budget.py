@@ -16,22 +16,14 @@ from hypothesis import strategies as st
 from qe_edge import make_recipe, quantize, quantize_linear
 from qe_edge.budget import allocation as budget
 from qe_edge.budget.accounting import count_bits
-from qe_edge.budget.allocation import (
-    GAP,
-    Budget,
-    Offer,
-    allocate,
-    offers_from_json,
-    offers_to_json,
-    output_factors,
-    scaled_back,
-)
+from qe_edge.budget.allocation import GAP, allocate, output_factors, scaled_back
+from qe_edge.budget.model import AdapterSize, Budget, Candidate, Choice, Offer, offers_from_json, offers_to_json
 from qe_edge.budget.sizes import predicted_bits
 from qe_edge.calibration.statistics import collect_statistics
 from qe_edge.checkpoint.layer_files import read_layers, write_layers
 from qe_edge.layers.linear import QELinear
-from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 from qe_edge.numerics.grids import WeightGrid
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import RecipeError
 from qe_edge.validate.subjects import block_groups
 from tests.layers import correlated_layer, typed_layer

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 import qe_edge
+from qe_edge.budget.model import AdapterSize, Choice
 from qe_edge.calibration.statistics import StatisticsCollector, StatisticsRequest, collect_statistics
 from qe_edge.layers.linear import QELinear, QuantizedLinear
-from qe_edge.methods.base import AdapterSize, Choice, LinearProblem, Method
+from qe_edge.methods.base import Method
 from qe_edge.numerics.grids import WeightGrid
 from qe_edge.reconstruction.directions import ErrorSpace, filled, krylov_directions, orthonormal, top_eigenvectors
 from qe_edge.reconstruction.packed_factors import pack_correction
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.rounding import Hessian, gptq_round
 from qe_edge.system.device import fitting
 from qe_edge.system.errors import ResourceError

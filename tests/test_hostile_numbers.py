@@ -15,12 +15,12 @@ from qe_edge import QELinear, Recipe, make_recipe, quantize, quantize_linear
 from qe_edge.calibration.sources import load_evaluation
 from qe_edge.layers.magnitudes import check_result, check_weight, solvable
 from qe_edge.methods import METHODS
-from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.rtn import RoundToNearest
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import load_model
 from qe_edge.numerics.grids import WeightGrid
 from qe_edge.numerics.schemes import get_scheme
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import NumericalError, QEError, QENotice, RecipeError
 from tests.small_vlm import write_small_vlm
 

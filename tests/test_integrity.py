@@ -12,10 +12,11 @@ from qe_edge.checkpoint.files import FILES, difference, origin_of, read_checkpoi
 from qe_edge.checkpoint.integrity import check_files, describe
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
-from qe_edge.models.fingerprints import CHUNK, file_digest
-from qe_edge.models.quantized import load_checkpoint_recipe, load_quantized
+from qe_edge.models.quantized import load_quantized
+from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import read_description
+from qe_edge.system.digests import CHUNK, file_digest
 from qe_edge.system.errors import ArtifactError
 from tests.conftest import Exported
 from tests.sealing import seal

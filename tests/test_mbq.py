@@ -14,12 +14,12 @@ from qe_edge.calibration.sensitivity import Sensitivity, output_gradients
 from qe_edge.calibration.sources import load_samples
 from qe_edge.calibration.statistics import StatisticsCollector
 from qe_edge.layers.linear import QELinear
-from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.mbq import MBQ, MBQOptions
 from qe_edge.models.loading import load_model
 from qe_edge.numerics.schemes import get_scheme
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import CalibrationError
 from tests.layers import typed_layer
 from tests.reference.mbq import mbq_losses

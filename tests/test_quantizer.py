@@ -15,11 +15,12 @@ from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import Sample
 from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.models.quantized import load_checkpoint_recipe, load_quantized, save_quantized
+from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.quantization import quantizer
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.files import load_recipe
 from qe_edge.recipes.recipe import Recipe, make_recipe
+from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.system import parallel
 from qe_edge.system.errors import (
     ArtifactError,

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.safetensors_check import check_safetensors
-from qe_edge.cli.inputs import is_checkpoint_folder
-from qe_edge.models.quantized import is_checkpoint
 from qe_edge.system.errors import ArtifactError
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -80,4 +79,4 @@ def test_what_is_no_checkpoint(content: str | None, tmp_path: Path) -> None:
     else:
         (tmp_path / "config.json").write_text(content, encoding="utf-8")
     assert not is_checkpoint(tmp_path)
-    assert not is_checkpoint_folder(tmp_path)
+    assert not is_checkpoint(tmp_path)

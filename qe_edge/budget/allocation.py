@@ -8,62 +8,22 @@ scipy's HiGHS solves it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from qe_edge.budget.model import Budget, Choice, Offer, check_affordable
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import AdapterSize, Candidate, Choice
-from qe_edge.numerics.grids import WeightGrid
 from qe_edge.system.c_output import silent_c_stdout
 from qe_edge.system.errors import RecipeError
 
 GAP = 1e-3  # relative distance to the proven optimum at which the solver may stop
 LARGEST_STEP = 4  # binary digits by which an output is scaled at most
 SECONDS = 120.0  # after which it stops with the best allocation found
-
-
-class Budget(BaseModel):
-    """Effective bits per quantized weight, with everything that belongs to a layer; None is no limit.
-
-    Attributes:
-        bits: Mean over the checkpoint: what the device's memory holds.
-        read_bits: Mean that one decoded token reads: codes, scales, shared expert, one routed expert, router.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    bits: float | None = Field(None, gt=0, le=16)
-    read_bits: float | None = Field(None, gt=0, le=16)
-
-    def without(self, bits: float) -> Budget:
-        """What is left for the layers where something beside them takes `bits` per weight, which is stored and read."""
-        return Budget(**{name: limit - bits for name, limit in self.model_dump(exclude_none=True).items()})
-
-    def __bool__(self) -> bool:
-        """Whether anything is limited."""
-        return self.bits is not None or self.read_bits is not None
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What one linear problem offers.
-
-    Attributes:
-        weights: Number of its weights.
-        sensitivity: Factor that makes its losses comparable with other layers'.
-        candidates: At least one.
-    """
-
-    weights: int
-    sensitivity: float
-    candidates: Sequence[Candidate]
 
 
 def allocate(offers: Mapping[str, Offer], budget: Budget) -> dict[str, Choice]:
@@ -132,50 +92,3 @@ def scaled_back(linear: QuantizedLinear, factors: Tensor) -> QuantizedLinear:
 def _divided(rows: Tensor, factors: Tensor) -> Tensor:
     shape = (-1, *[1] * (rows.ndim - 1))
     return (rows.float() / factors.reshape(shape)).to(rows.dtype)
-
-
-def check_affordable(budget: Budget, weights: int, stored: float, read: float) -> None:
-    """Refuse a budget below what the layers need without any correction.
-
-    Args:
-        budget: What is asked for.
-        weights: Number of weights of all layers.
-        stored: Least bits that they store together.
-        read: Least bits that a decoded token reads of them together.
-
-    Raises:
-        RecipeError: Naming the least that works.
-    """
-    for limit, total, option in ((budget.bits, stored, "--bits"), (budget.read_bits, read, "--read-bits")):
-        least = total / max(weights, 1)
-        if limit is not None and limit < least:
-            raise RecipeError(
-                f"A budget of {limit:g} bits per weight cannot be met: codes and scales alone take {least:.3f}.",
-                f"Ask for more, for example {option} {np.ceil(least * 20 + 1) / 20:.2f}, or choose a cheaper scheme.",
-            )
-
-
-def offers_to_json(offers: Mapping[str, Offer]) -> str:
-    """Offers as text, for the folder of a run that may be stopped."""
-    return json.dumps({name: asdict(offer) for name, offer in offers.items()})
-
-
-def offers_from_json(text: str) -> dict[str, Offer]:
-    """What `offers_to_json` wrote.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
-    try:
-        return {
-            name: Offer(offer["weights"], offer["sensitivity"], [_candidate(one) for one in offer["candidates"]])
-            for name, offer in json.loads(text).items()
-        }
-    except (KeyError, TypeError, AttributeError, RecipeError) as error:
-        raise ValueError("no offers") from error
-
-
-def _candidate(values: dict[str, Any]) -> Candidate:
-    choice = dict(values["choice"])
-    adapters, grid = AdapterSize(**choice.pop("adapters")), WeightGrid(**choice.pop("grid"))
-    return Candidate(Choice(adapters, grid=grid, **choice), values["loss"], values["stored"], values["read"])

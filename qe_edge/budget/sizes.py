@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qe_edge.budget.accounting import BitCount, add_counts, layer_counts
+from qe_edge.budget.model import AdapterSize
 from qe_edge.layers.linear import Adapters, QELinear, QuantizedLinear
-from qe_edge.methods.base import AdapterSize
 from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight
 from qe_edge.numerics.schemes import Scheme
 

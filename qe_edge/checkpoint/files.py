@@ -8,11 +8,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qe_edge.checkpoint.integrity import FileRecord, FileTable, Sealed, check_files, describe
-from qe_edge.models.fingerprints import file_digest, model_files
+from qe_edge.checkpoint.known_files import model_files
+from qe_edge.system.digests import file_digest
 from qe_edge.system.errors import ArtifactError
 from qe_edge.system.json_files import read_json_table
 
 FILES = "files.json"
+RECIPE = "recipe.json"
 REMEDY = "Restore the checkpoint from a copy, or quantize the model again."
 
 

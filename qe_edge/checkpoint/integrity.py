@@ -15,7 +15,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from qe_edge.models.fingerprints import CONFIGURATION, file_digest
+from qe_edge.checkpoint.known_files import CONFIGURATION
+from qe_edge.system.digests import file_digest
 from qe_edge.system.errors import ArtifactError
 from qe_edge.system.json_files import read_json_table
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.system.errors import ArtifactError, InputError, ModelError, UnknownNameError
-from qe_edge.system.json_files import read_json_table
 
 CHECKPOINT, ONNX, ENGINES, REPORT = "checkpoint", "onnx", "engines", "report.json"
 
@@ -27,21 +27,12 @@ def open_model(reference: str) -> str:
 
     folder = Path(reference)
     for quantized in (folder, folder / CHECKPOINT):
-        if is_checkpoint_folder(quantized):
+        if is_checkpoint(quantized):
             raise ModelError(f"'{reference}' is quantized already.", "Give the original model.")
     source = resolve_model(reference)
     if Path(source).is_dir():  # of a model on the hub it is said when its weights have been downloaded
         check_exact(source, load_family(source))
     return source
-
-
-def is_checkpoint_folder(folder: Path) -> bool:
-    """Whether a folder holds a quantized checkpoint; reads its config.json only."""
-    try:
-        section = read_json_table(folder / "config.json").get("quantization_config")
-    except ArtifactError:
-        return False
-    return isinstance(section, dict) and section.get("quant_method") == "qe-edge"
 
 
 def is_manifest_folder(folder: Path) -> bool:
@@ -55,7 +46,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ArtifactError: If there is none.
     """
-    return _find(path, CHECKPOINT, is_checkpoint_folder, "quantized checkpoint", "qe-edge quantize MODEL -o DIR")
+    return _find(path, CHECKPOINT, is_checkpoint, "quantized checkpoint", "qe-edge quantize MODEL -o DIR")
 
 
 def find_onnx(path: Path) -> Path:
@@ -109,10 +100,10 @@ def find_runnable(path: Path, target: str | None = None) -> Path:
         ArtifactError: If there is nothing of the kind.
     """
     if target is None:
-        if is_manifest_folder(path) or is_checkpoint_folder(path):
+        if is_manifest_folder(path) or is_checkpoint(path):
             return path
         if not built_targets(path):
-            for folder, is_ours in ((path / ONNX, is_manifest_folder), (path / CHECKPOINT, is_checkpoint_folder)):
+            for folder, is_ours in ((path / ONNX, is_manifest_folder), (path / CHECKPOINT, is_checkpoint)):
                 if is_ours(folder):
                     return folder
     return find_engines(path, target)

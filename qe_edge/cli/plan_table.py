@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 import yaml
 
+from qe_edge.budget.model import AdapterSize
 from qe_edge.cli.outputs import human_bytes
 from qe_edge.cli.tables import print_table
-from qe_edge.methods.base import AdapterSize
 from qe_edge.quantization.plan import Plan, collapse
 from qe_edge.recipes.recipe import Recipe
 

@@ -90,7 +90,7 @@ def check_checkpoint_output(output: Path, *, overwrite: bool, resume: bool) -> N
         InputError: If the folder may not be written.
         ArtifactError: If there is an unfinished run.
     """
-    from qe_edge.cli.inputs import is_checkpoint_folder
+    from qe_edge.checkpoint.detection import is_checkpoint
     from qe_edge.cli.outputs import check_output_folder
     from qe_edge.deploy.pipeline import work_folder
     from qe_edge.quantization.workfolder import MANIFEST
@@ -99,7 +99,7 @@ def check_checkpoint_output(output: Path, *, overwrite: bool, resume: bool) -> N
     from qe_edge.system.ownership import refuse_strangers
 
     restore(output)
-    check_output_folder(output, is_checkpoint_folder, overwrite=overwrite, resume=resume)
+    check_output_folder(output, is_checkpoint, overwrite=overwrite, resume=resume)
     work = work_folder(output)
     if (work / MANIFEST).exists() and not (overwrite or resume):
         raise ArtifactError(
@@ -115,17 +115,18 @@ def already_complete(output: Path, model: str, recipe: Recipe, samples: list[Sam
     Raises:
         ArtifactError: If it is a finished checkpoint of something else; it says what differs.
     """
-    from qe_edge.cli.inputs import is_checkpoint_folder
+    from qe_edge.checkpoint.detection import is_checkpoint
     from qe_edge.deploy.pipeline import work_folder
     from qe_edge.quantization.workfolder import MANIFEST
     from qe_edge.system.errors import ArtifactError
 
-    if not is_checkpoint_folder(output) or (work_folder(output) / MANIFEST).exists():
+    if not is_checkpoint(output) or (work_folder(output) / MANIFEST).exists():
         return False
     from qe_edge.deploy.pipeline import stored_recipe
     from qe_edge.models.fingerprints import model_parts
-    from qe_edge.models.quantized import RUN, load_checkpoint_recipe
+    from qe_edge.models.quantized import RUN
     from qe_edge.quantization.run_record import changes, in_one_line, make_record
+    from qe_edge.recipes.stored import load_checkpoint_recipe
     from qe_edge.system.json_files import read_json_table
 
     if (output / RUN).is_file():

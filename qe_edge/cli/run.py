@@ -49,7 +49,8 @@ def command(
     graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'. Decoding is greedy: the rules of
     generation_config.json hold, its sampling has no effect.
     """
-    from qe_edge.cli.inputs import find_runnable, is_checkpoint_folder
+    from qe_edge.checkpoint.detection import is_checkpoint
+    from qe_edge.cli.inputs import find_runnable
     from qe_edge.models.family import Sample
     from qe_edge.models.images import open_image
     from qe_edge.runtime.provenance import check_deployment
@@ -58,7 +59,7 @@ def command(
     sample = Sample([open_image(image) for image in images], prompt)
     found = find_runnable(folder, target)
     check_deployment(folder, found)
-    if is_checkpoint_folder(found):
+    if is_checkpoint(found):
         if accuracy_level != "0":
             raise InputError("PyTorch has no accuracy levels.", "Leave --accuracy-level out, or run exported graphs.")
         _answer_in_torch(found, sample, max_tokens, threads)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qe_edge.models.fingerprints import FileDigest, file_digest, folder_digests, hash_parts
 from qe_edge.quantization.run_record import Record, changes, in_one_line
 from qe_edge.system.atomic import atomic_file
+from qe_edge.system.digests import FileDigest, file_digest, folder_digests, hash_parts
 from qe_edge.system.errors import ArtifactError, QEError
 from qe_edge.system.json_files import read_json_table
 

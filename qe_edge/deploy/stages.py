@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qe_edge.deploy.ledger import Ledger
-from qe_edge.models.fingerprints import hash_parts
+from qe_edge.system.digests import hash_parts
 from qe_edge.system.errors import InputError
 from qe_edge.system.ownership import refuse_strangers, remove_ours
 

@@ -6,7 +6,8 @@ one is a file with a `Method` subclass and a line in `METHODS`.
 
 from __future__ import annotations
 
-from qe_edge.methods.base import LinearProblem, Method, MethodOptions
+from qe_edge.methods.base import Method, MethodOptions
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.registry import Registry
 
 METHODS: Registry[type[Method]] = Registry(

@@ -9,10 +9,11 @@ from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem, MethodOptions
+from qe_edge.methods.base import MethodOptions
 from qe_edge.methods.static import StaticCorrection, StaticOptions
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction
 from qe_edge.reconstruction.directions import whitened_directions
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.ranks import scale_rank
 
 

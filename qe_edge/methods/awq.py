@@ -14,8 +14,9 @@ from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem, MethodOptions
+from qe_edge.methods.base import MethodOptions
 from qe_edge.methods.scaling import ChannelScaling
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.rounding import search_scale
 
 

@@ -4,127 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
-from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
+from qe_edge.budget.model import AdapterSize, Candidate
+from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.numerics.grids import WeightGrid
-from qe_edge.numerics.matrices import Matrix
-from qe_edge.numerics.schemes import Scheme
-from qe_edge.system.device import CPU
-from qe_edge.system.errors import NumericalError
+from qe_edge.reconstruction.problem import LinearProblem
 
 
 class MethodOptions(BaseModel):
     """Base of a method's own options; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class AdapterSize:
-    """The low-rank correction that a method is going to give a layer; what a dry run predicts sizes from.
-
-    Attributes:
-        rank_shared: Rank of the shared expert.
-        rank_routed: Rank of every routed expert.
-        experts: Number of routed experts.
-        factor_bits: Bits of one stored number of the factors.
-    """
-
-    rank_shared: int = 0
-    rank_routed: int = 0
-    experts: int = 0
-    factor_bits: int = 16
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a budget gives one linear problem.
-
-    Attributes:
-        adapters: Its low-rank correction.
-        left_out: Important channels that the main branch leaves to it.
-        grid: Of the weight's codes.
-    """
-
-    adapters: AdapterSize
-    left_out: int
-    grid: WeightGrid
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One choice with what it costs and what it leaves.
-
-    Attributes:
-        choice: The choice.
-        loss: Mean square error of the layer's output, summed over its channels, per calibration token.
-        stored: Bits of the whole layer in a checkpoint.
-        read: Bits that one decoded token reads.
-    """
-
-    choice: Choice
-    loss: float
-    stored: float
-    read: float
-
-
-@dataclass(frozen=True)
-class LinearProblem:
-    """One linear layer to quantize, or several stacked siblings that read the same input.
-
-    Attributes:
-        name: Dotted name of the layer, for messages.
-        weight: `[out, in]` float32.
-        scheme: Number grids of weights and activations.
-        statistics: What was measured on the layer's calibration input, or None if the method asked for nothing.
-        seed: Seed of everything random in this layer.
-        choice: What a budget gives it; None where the method's own options decide.
-        modality_ratio: Weight of an error on image tokens where one on answer tokens has weight 1; other than 1 only
-            for methods that ask for gradients.
-        device: Where the weight, the Gram matrix and the tokens are, and the result is made; other than the CPU only
-            for methods that compute `on_device`.
-    """
-
-    name: str
-    weight: Tensor
-    scheme: Scheme
-    statistics: InputStatistics | None
-    seed: int
-    choice: Choice | None = None
-    modality_ratio: float = 1.0
-    device: torch.device = CPU
-
-    def given(self, choice: Choice) -> LinearProblem:
-        """The same problem with what a budget gives it."""
-        return replace(self, choice=choice)
-
-    def measured(self) -> InputStatistics:
-        """The statistics of a method that asked for some.
-
-        Raises:
-            NumericalError: If nothing was measured.
-        """
-        if self.statistics is None:
-            raise NumericalError(f"'{self.name}' has no calibration statistics.", "Pass calibration tokens.")
-        return self.statistics
-
-    def gram(self) -> Matrix:
-        """The Gram matrix `[in, in]` of a method that asked for it.
-
-        Raises:
-            NumericalError: If it was not measured.
-        """
-        gram = self.measured().gram
-        if gram is None:
-            raise NumericalError(f"'{self.name}' has no Gram matrix.", "Pass calibration tokens.")
-        return gram
 
 
 class Method(ABC):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from qe_edge.budget.model import Candidate
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.layers.magnitudes import check_result, check_tokens, check_weight, solvable
-from qe_edge.methods.base import Candidate, LinearProblem, Method
+from qe_edge.methods.base import Method
+from qe_edge.reconstruction.problem import LinearProblem
 
 
 def quantize_problem(method: Method, problem: LinearProblem) -> QuantizedLinear:

@@ -8,10 +8,10 @@ import numpy as np
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.static import StaticCorrection
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction
 from qe_edge.reconstruction.directions import diagonal_directions
+from qe_edge.reconstruction.problem import LinearProblem
 
 
 class LoRC(StaticCorrection):

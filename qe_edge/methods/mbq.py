@@ -19,9 +19,11 @@ from qe_edge.calibration.sensitivity import ANSWER, IMAGE
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.awq import AWQOptions
-from qe_edge.methods.base import LinearProblem, MethodOptions
-from qe_edge.methods.scaling import ChannelScaling, power_scale, storable_inverse
+from qe_edge.methods.base import MethodOptions
+from qe_edge.methods.scaling import ChannelScaling
+from qe_edge.numerics.channel_scales import power_scale, storable_inverse
 from qe_edge.numerics.grids import fake_quantize_activation, quantize_weight
+from qe_edge.reconstruction.problem import LinearProblem
 
 
 class MBQOptions(AWQOptions):

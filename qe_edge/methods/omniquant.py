@@ -21,8 +21,9 @@ from torch import Tensor
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem, Method, MethodOptions
+from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.numerics.grids import MIN_RANGE, PER_CHANNEL, WeightGrid, quantize_weight
+from qe_edge.reconstruction.problem import LinearProblem
 
 START = 4.0  # sigmoid(4) = 0.98 of the whole range
 MOMENTS = (0.9, 0.999)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qe_edge.budget.model import AdapterSize, Candidate
 from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clusters
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.layers.linear import Adapters, QuantizedLinear
-from qe_edge.methods.base import AdapterSize, Candidate, LinearProblem, Method, MethodOptions
+from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.methods.qe_options import LayerSize, QuantExpertsOptions, shrink_to_layer
 from qe_edge.numerics.grids import WeightGrid, rounds_activations
 from qe_edge.numerics.matrices import Matrix, beside, cast, double, picked, to_numpy, to_tensor
@@ -35,6 +36,7 @@ from qe_edge.reconstruction.factors import (
 from qe_edge.reconstruction.modality import assign_by_modality
 from qe_edge.reconstruction.offers import offer_candidates
 from qe_edge.reconstruction.packed_factors import pack_correction
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.refinement import refine
 from qe_edge.reconstruction.rounding import Hessian, Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem, Method
+from qe_edge.methods.base import Method
 from qe_edge.numerics.grids import quantize_weight
+from qe_edge.reconstruction.problem import LinearProblem
 
 
 class RoundToNearest(Method):

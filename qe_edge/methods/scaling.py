@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from qe_edge.methods.base import Method
-
-LARGEST_SCALE = 1e3  # either way: far inside float16's range
-SMALLEST_SCALE = 1e-4  # of AWQ's and MBQ's search, before it is normalised
 
 
 class ChannelScaling(Method):
@@ -19,15 +12,3 @@ class ChannelScaling(Method):
     def stack_siblings(self) -> bool:
         """One scale for all consumers of an input."""
         return True
-
-
-def power_scale(abs_mean: np.ndarray, power: float) -> np.ndarray:
-    """AWQ's candidate `[in]` float64: a power of the mean magnitudes, its extremes brought around 1."""
-    scale: np.ndarray = np.maximum(np.maximum(abs_mean, 1e-12) ** power, SMALLEST_SCALE)
-    scale /= np.sqrt(scale.max() * scale.min())
-    return scale
-
-
-def storable_inverse(scale: np.ndarray) -> Tensor:
-    """`1 / scale` `[in]` float16, as the layer multiplies its input; codes are made for this rounded value."""
-    return torch.from_numpy(1.0 / np.clip(scale, 1 / LARGEST_SCALE, LARGEST_SCALE)).to(torch.float16)

@@ -13,9 +13,11 @@ from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import LinearProblem, MethodOptions
-from qe_edge.methods.scaling import ChannelScaling, storable_inverse
+from qe_edge.methods.base import MethodOptions
+from qe_edge.methods.scaling import ChannelScaling
+from qe_edge.numerics.channel_scales import storable_inverse
 from qe_edge.numerics.grids import quantize_weight
+from qe_edge.reconstruction.problem import LinearProblem
 
 SMALLEST = 1e-5
 

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from qe_edge.methods.base import AdapterSize, Method, MethodOptions
+from qe_edge.budget.model import AdapterSize
+from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.reconstruction.ranks import scale_rank
 
 

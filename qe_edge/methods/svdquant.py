@@ -23,14 +23,15 @@ from torch import Tensor
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import Adapters, QuantizedLinear
-from qe_edge.methods.base import LinearProblem, MethodOptions
-from qe_edge.methods.scaling import storable_inverse
+from qe_edge.methods.base import MethodOptions
 from qe_edge.methods.smoothquant import smoothing_scale
 from qe_edge.methods.static import StaticCorrection, StaticOptions
+from qe_edge.numerics.channel_scales import storable_inverse
 from qe_edge.numerics.grids import QuantizedWeight, fake_quantize_activation, quantize_weight
 from qe_edge.reconstruction.branches import static_correction
 from qe_edge.reconstruction.directions import diagonal_directions
 from qe_edge.reconstruction.factors import StoredFactor
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.rounding import gptq_round
 
 DAMPING = 0.01  # of GPTQ on the residual

@@ -1,82 +1,17 @@
-"""Hashes that tell whether a file, a folder or a model is still the one that a run was made from.
-
-Hashing streams every file once, at about 2 GB/s on one core if the disk keeps up.
-"""
+"""Hashes that tell whether a model is still the one that a run was made from."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qe_edge.checkpoint.known_files import model_files
+from qe_edge.system.digests import file_digest, folder_digests, hash_parts
 
 if TYPE_CHECKING:
     from qe_edge.models.loading import LoadedModel
-
-CHUNK = 1 << 20
-# What the libraries read when a folder is opened, if it is there.
-CONFIGURATION = frozenset({
-    "adapter_config.json", "added_tokens.json", "additional_chat_templates", "chat_template.jinja",
-    "chat_template.json", "config.json", "generation_config.json", "merges.txt", "model.safetensors.index.json",
-    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json",
-    "vocab.json", "vocab.txt",
-})  # fmt: skip
-TEMPLATES = "additional_chat_templates"
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """One file.
-
-    Attributes:
-        size: Bytes.
-        sha256: Hash of its content.
-    """
-
-    size: int
-    sha256: str
-
-    @classmethod
-    def parse(cls, values: object) -> FileDigest | None:
-        """The digest in a JSON table; None if there is none."""
-        if not isinstance(values, dict) or values.keys() != {"size", "sha256"}:
-            return None
-        size, sha256 = values["size"], values["sha256"]
-        return cls(size, sha256) if isinstance(size, int) and isinstance(sha256, str) else None
-
-    def as_json(self) -> dict[str, Any]:
-        """The table that `parse` reads."""
-        return asdict(self)
-
-    def matches(self, path: Path) -> bool:
-        """Whether a file is there with this size and this content; the size is compared first."""
-        return path.is_file() and path.stat().st_size == self.size and file_digest(path) == self
-
-
-def file_digest(path: Path) -> FileDigest:
-    """Size and hash of a file, read in pieces of 1 MiB."""
-    found, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(buffer[:count])
-            size += count
-    return FileDigest(size, found.hexdigest())
-
-
-def folder_digests(folder: Path) -> dict[str, FileDigest]:
-    """Size and hash of every file below a folder, by its name relative to the folder."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: file_digest(folder / name) for name in names}
-
-
-def hash_parts(*parts: object) -> str:
-    """One hash of several values, each of which JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def model_parts(model: str | LoadedModel) -> dict[str, str]:
@@ -106,17 +41,6 @@ def model_parts(model: str | LoadedModel) -> dict[str, str]:
     return {name: file_digest(folder / name).sha256 for name in model_files(folder)}
 
 
-def model_files(folder: Path) -> list[str]:
-    """Names of the files that decide what a model computes: weights, configuration, tokenizer and templates."""
-    files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and (path.name in CONFIGURATION or path.suffix == ".safetensors")
-    ]
-    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
-    return [path.relative_to(folder).as_posix() for path in (*files, *templates)]
-
-
 def model_fingerprint(model: str | LoadedModel) -> str:
     """One hash of all `model_parts`.
 
@@ -143,20 +67,3 @@ def _parts_in_memory(loaded: LoadedModel) -> dict[str, str]:
         loaded.family.save_processor(loaded.processor, Path(folder))
         parts |= {name: found.sha256 for name, found in folder_digests(Path(folder)).items()}
     return parts
-
-
-def part_in_words(name: str) -> str:
-    """What a part of a model is, and its name, for messages."""
-    kinds: Mapping[str, tuple[str, ...]] = {
-        "weights": (".safetensors",),
-        "chat template": (".jinja", "chat_template.json"),
-        "image processor": ("processor_config.json",),
-        "generation settings": ("generation_config.json",),
-        "tokenizer": ("tokens_map.json", "tokens.json", "merges.txt", "vocab.json", "vocab.txt", ".model", ".tiktoken"),
-    }
-    kind = next((kind for kind, endings in kinds.items() if name.endswith(endings)), None)
-    if kind is None and name.startswith("tokenizer"):
-        kind = "tokenizer"
-    if kind is None:
-        kind = "configuration" if name == "config.json" else "model"
-    return f"{kind}: '{name}'"

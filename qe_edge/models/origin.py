@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qe_edge.checkpoint.detection import QUANT_METHOD
 from qe_edge.models import FAMILIES
 from qe_edge.system.errors import ModelError, printable
 
-OURS = "qe-edge"  # quant_method of our own checkpoints
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # what quantizers write beside the weights: ModelOpt, AutoGPTQ, AutoAWQ, others
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -76,7 +76,7 @@ def check_configuration(values: Mapping[str, Any], source: str) -> None:
     """
     for where, key, found in _quantizer_sections(values):
         method = found.get("quant_method") or found.get("quant_algo") if isinstance(found, dict) else None
-        if method == OURS:
+        if method == QUANT_METHOD:
             raise ModelError(f"'{source}' is quantized already, by QE-Edge.", "Give the original model.")
         named = f" by the method '{printable(str(method))[:60]}'" if method else ""
         raise ModelError(f"'{source}' is quantized already{named}: config.json holds '{where}{key}'.", DEQUANTIZE)

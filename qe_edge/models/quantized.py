@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qe_edge.checkpoint.files import check_checkpoint, write_checkpoint_files
+from qe_edge.checkpoint.detection import QUANT_METHOD, is_checkpoint
+from qe_edge.checkpoint.files import RECIPE, check_checkpoint, write_checkpoint_files
 from qe_edge.checkpoint.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.checkpoint.safetensors_write import write_tensors
@@ -24,7 +25,6 @@ from qe_edge.models.groups import set_module
 from qe_edge.models.loading import LoadedModel, auto_class
 from qe_edge.models.rotation import last_norm, mix_last_norm
 from qe_edge.numerics.schemes import Scheme
-from qe_edge.recipes.recipe import Recipe, make_recipe
 from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ArtifactError, shown
 from qe_edge.system.json_files import read_json_table
@@ -32,14 +32,26 @@ from qe_edge.system.json_files import read_json_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-QUANT_METHOD = "qe-edge"
 FORMAT_VERSION = 3
 WEIGHTS = "model.safetensors"
-RECIPE = "recipe.json"
 RUN = "run.json"
 
 
-def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path, run: Mapping[str, object] | None = None) -> None:
+class StoredRecipe(Protocol):
+    """What a checkpoint has to know of the recipe that it was made with."""
+
+    def get_scheme(self) -> Scheme:
+        """Number grids of weights and activations."""
+        ...
+
+    def model_dump_json(self, *, indent: int) -> str:
+        """The recipe as JSON."""
+        ...
+
+
+def save_quantized(
+    loaded: LoadedModel, recipe: StoredRecipe, folder: Path, run: Mapping[str, object] | None = None
+) -> None:
     """Write a checkpoint folder; it appears only when it is complete, and replaces an older one.
 
     Tensors that are not in memory are read one by one while they are written.
@@ -86,15 +98,6 @@ def save_quantized(loaded: LoadedModel, recipe: Recipe, folder: Path, run: Mappi
         write_checkpoint_files(part, loaded.source, getattr(loaded.family.config, "_commit_hash", None))
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint that `save_quantized` wrote."""
-    try:
-        section = read_json_table(folder / "config.json").get("quantization_config")
-    except ArtifactError:
-        return False
-    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
-
-
 def load_quantized(folder: str | Path) -> LoadedModel:
     """Load a quantized checkpoint; reloading is bit-identical.
 
@@ -135,20 +138,6 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     if generation is not None:
         model.generation_config = generation
     return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
-
-
-def load_checkpoint_recipe(folder: Path) -> Recipe:
-    """The resolved recipe that a checkpoint was made with.
-
-    Raises:
-        ArtifactError: If it is missing, damaged or changed.
-    """
-    check_checkpoint(folder, RECIPE)
-    try:
-        values: dict[str, Any] = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, f"{RECIPE} cannot be read") from error
-    return make_recipe(**values)
 
 
 def _empty_model(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -> PreTrainedModel:

@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from qe_edge.budget.accounting import BitCount, add_counts, layer_counts
-from qe_edge.budget.allocation import check_affordable
+from qe_edge.budget.model import AdapterSize, check_affordable
 from qe_edge.budget.sizes import empty_linear
 from qe_edge.calibration.statistics import DOUBLE_WIDTH
 from qe_edge.layers.linear import QELinear
 from qe_edge.methods import Method
-from qe_edge.methods.base import AdapterSize
 from qe_edge.models.configuration import load_family
 from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, ModelFamily, Sample

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.budget.accounting import add_counts, rotation_bits
-from qe_edge.budget.allocation import Budget, Offer, allocate, check_affordable, output_factors, scaled_back
+from qe_edge.budget.allocation import allocate, output_factors, scaled_back
+from qe_edge.budget.model import AdapterSize, Budget, Choice, Offer, check_affordable
 from qe_edge.budget.sizes import predicted_bits
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
@@ -29,7 +30,6 @@ from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector,
 from qe_edge.layers.linear import QELinear
 from qe_edge.layers.magnitudes import check_result
 from qe_edge.methods import LinearProblem, Method
-from qe_edge.methods.base import AdapterSize, Choice
 from qe_edge.methods.checked import candidates_of, quantize_problem
 from qe_edge.models.export_limits import check_exportable
 from qe_edge.models.family import Block, Encoded, Sample

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import qe_edge
-from qe_edge.models.fingerprints import part_in_words
+from qe_edge.checkpoint.known_files import part_in_words
 from qe_edge.system.errors import shown, shown_name
+from qe_edge.system.version import VERSION
 
 if TYPE_CHECKING:
     from qe_edge.recipes.recipe import Recipe
@@ -24,7 +24,7 @@ def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[s
         recipe: The resolved recipe, with the hash of the calibration data.
         environment: As `current_environment` returns it; None where results of different ones are not mixed.
     """
-    record: Record = {"qe_edge": qe_edge.__version__, "model": dict(parts), "recipe": recipe.model_dump(mode="json")}
+    record: Record = {"qe_edge": VERSION, "model": dict(parts), "recipe": recipe.model_dump(mode="json")}
     return record if environment is None else {**record, "environment": dict(environment)}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qe_edge.budget.allocation import Offer, allocate
+from qe_edge.budget.allocation import allocate
+from qe_edge.budget.model import Offer
 from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
 from qe_edge.layers.linear import QELinear
 from qe_edge.layers.magnitudes import check_weight
-from qe_edge.methods.base import LinearProblem
 from qe_edge.methods.checked import candidates_of, quantize_problem
 from qe_edge.recipes.recipe import Recipe
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.device import CPU
 from qe_edge.system.errors import NumericalError, RecipeError
 

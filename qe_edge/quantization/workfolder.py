@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qe_edge.budget.allocation import Offer, offers_from_json, offers_to_json
+from qe_edge.budget.model import Offer, offers_from_json, offers_to_json
 from qe_edge.checkpoint.layer_files import read_layers, stored_keys, write_layers
 from qe_edge.layers.linear import QELinear
-from qe_edge.models.fingerprints import FileDigest, file_digest
 from qe_edge.models.stored import Source
 from qe_edge.quantization.run_record import Record, changes, environment_changes, in_one_line
 from qe_edge.system.atomic import atomic_file, restore
+from qe_edge.system.digests import FileDigest, file_digest
 from qe_edge.system.errors import (
     ArtifactError,
     CalibrationError,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qe_edge.budget.allocation import Budget
+from qe_edge.budget.model import Budget
 from qe_edge.methods import METHODS, Method
 from qe_edge.numerics.grids import WeightGrid
 from qe_edge.numerics.schemes import Scheme, get_scheme

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qe_edge.budget.model import AdapterSize, Candidate, Choice
 from qe_edge.budget.sizes import predicted_bits
-from qe_edge.methods.base import AdapterSize, Candidate, Choice, LinearProblem
 from qe_edge.numerics.grids import WeightGrid, rounds_activations
 from qe_edge.numerics.matrices import to_numpy
 from qe_edge.numerics.schemes import Scheme
@@ -16,6 +16,7 @@ from qe_edge.reconstruction.branches import MainBranch, activation_rounding, som
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
 from qe_edge.reconstruction.factors import FACTOR_BITS, AdapterDtype
 from qe_edge.reconstruction.packed_factors import packing_loss
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.ranks import RANK_STEP
 from qe_edge.reconstruction.rounding import Hessian
 

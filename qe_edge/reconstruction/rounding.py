@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qe_edge.methods.scaling import power_scale, storable_inverse
+from qe_edge.numerics.channel_scales import power_scale, storable_inverse
 from qe_edge.numerics.grids import (
     PER_CHANNEL,
     QuantizedWeight,

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import qe_edge
 from qe_edge.budget.accounting import FileSize
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
 from qe_edge.demo import model_path
 from qe_edge.export.decoding import check_decoding
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import DEMO
-from qe_edge.models.quantized import load_checkpoint_recipe
 from qe_edge.recipes.recipe import Recipe
+from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.system.errors import CalibrationError
 from qe_edge.system.progress import Progress, Silent
+from qe_edge.system.version import VERSION
 from qe_edge.validate.answers import score
 from qe_edge.validate.artifacts import trace_artifacts
 from qe_edge.validate.comparison import distance_of
@@ -97,7 +97,7 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
     notes += [busy] if busy else []
     sizes = stage_sizes(found.source, checkpoint, onnx, engines)
     return Report(
-        qe_edge=qe_edge.__version__,
+        qe_edge=VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=model_name(original),
         model_type=found.model_type,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from qe_edge.cli.outputs import check_apart, check_output_file, check_output_path
-from qe_edge.models.fingerprints import file_digest, model_parts
+from qe_edge.models.fingerprints import model_parts
 from qe_edge.quantization.workfolder import WorkFolder
 from qe_edge.system import atomic
 from qe_edge.system.atomic import atomic_file, atomic_folder, restore
+from qe_edge.system.digests import file_digest
 from qe_edge.system.errors import ArtifactError, InputError, NumericalError, QENotice, ResourceError
 from qe_edge.system.locks import hold
 

@@ -12,10 +12,10 @@ from qe_edge.export.build import build_engines
 from qe_edge.export.lowering.plugin import layer_forms
 from qe_edge.export.plugin_check import LayerForm, check_forms, choose_plugin
 from qe_edge.export.targets import get_target
-from qe_edge.models.quantized import load_checkpoint_recipe
 from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.quantization.plan import make_plan, planned_forms
 from qe_edge.recipes.recipe import make_recipe
+from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.runtime.plugin_library import find_plugin_library
 from qe_edge.system.errors import InputError, TargetError
 from tests import fake_tensorrt

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qe_edge.calibration.sources import load_samples
-from qe_edge.models.quantized import load_checkpoint_recipe, load_quantized, save_quantized
+from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import Recipe, make_recipe
+from qe_edge.recipes.stored import load_checkpoint_recipe
 from tests.fuzz.target import Target, check_finite, digest, nothing_lost, unchanged
 from tests.models.conftest import write_tiny_internvl
 from tests.small_models import write_small_dinov2, write_small_llama

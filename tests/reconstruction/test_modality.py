@@ -13,10 +13,10 @@ from qe_edge import make_recipe
 from qe_edge.calibration.sensitivity import ANSWER, IMAGE
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector
 from qe_edge.layers.linear import QELinear
-from qe_edge.methods.base import LinearProblem
 from qe_edge.numerics.schemes import get_scheme
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass
 from qe_edge.reconstruction.modality import assign_by_modality, share_experts
+from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import RecipeError
 from tests.layers import outlier_layer
 

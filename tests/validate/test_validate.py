@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qe_edge.checkpoint.files import RECIPE
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.models.quantized import RECIPE, load_quantized, save_quantized
+from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.errors import ArtifactError, CalibrationError

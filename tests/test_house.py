@@ -1,0 +1,40 @@
+"""The house as STYLE wants it: rooms, few loose modules, one front door."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qe_edge
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ROOT / "qe_edge"
+LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
+
+
+def test_few_modules_lie_loose() -> None:
+    loose = [path.name for path in ROOMS.glob("*.py")]
+    assert len(loose) <= 6, loose
+
+
+def test_every_room_says_what_it_is() -> None:
+    rooms = [path for path in ROOMS.iterdir() if path.is_dir() and list(path.glob("*.py"))]
+    assert len(rooms) > 15
+    for room in rooms:
+        assert (room / "__init__.py").read_text(encoding="utf-8").startswith('"""'), room
+
+
+@pytest.mark.parametrize("room", LINKED)
+def test_folders_beside_the_package_belong_to_it_without_an_installation(room: str) -> None:
+    assert (ROOMS / room).readlink() == Path(LINKED[room])
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import qe_edge.{room} as room; print(room.__file__)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == ROOMS / room / "__init__.py"
+
+
+@pytest.mark.parametrize("name", qe_edge.__all__)
+def test_public_names_are_there(name: str) -> None:
+    assert getattr(qe_edge, name)
