@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,20 +13,47 @@ from qe_edge.cli.options import Command, plugin_library_option, target_option
 
 @click.command("bench", cls=Command, example="qe-edge bench engines --image picture.png")
 @click.argument("folder", metavar="ENGINES", type=click.Path(path_type=Path))
-@click.option("--image", type=click.Path(path_type=Path), metavar="FILE", help="Picture to ask about, not the demo's.")
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Picture to ask about, not the demo's. May be repeated.",
+)
 @click.option("--prompt", metavar="TEXT", default="What is in the picture?", show_default=True, help="Question to ask.")
 @click.option("--original", metavar="MODEL", help="Measure the original model in PyTorch too.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=8,
+    show_default=True,
+    help="Tokens decoded after the first in every repeat.",
+)
+@click.option(
+    "--seconds",
+    type=click.IntRange(min=1, max=3600),
+    metavar="S",
+    default=5,
+    show_default=True,
+    help="Time after which each runtime stops repeating, but not before three repeats.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU; one for each core by default."
+)
 @target_option("Engine to use, where the folder holds several; the first that runs here by default.")
 @plugin_library_option()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     folder: Path,
-    image: Path | None,
+    images: tuple[Path, ...],
     prompt: str,
     original: str | None,
     target: str | None,
     plugin_library: Path | None,
     as_json: bool,
+    **limits: Any,  # noqa: ANN401 - threads, max_tokens, seconds, as click has checked them
 ) -> None:
     """Measure speed and memory of engines.
 
@@ -38,7 +66,7 @@ def command(
     from qe_edge.models.images import open_image
     from qe_edge.runtime.provenance import check_deployment
 
-    picture = open_image(image) if image else _demo_picture()
+    pictures = [open_image(image) for image in images] or [_demo_picture()]
     engines = find_engines(folder, target)
     check_deployment(folder, engines)
     source = open_model(original) if original else None
@@ -47,9 +75,12 @@ def command(
 
     found = measure_latency(
         engines,
-        Sample(picture, prompt),
+        Sample(pictures, prompt),
         original=source,
         plugin_library=plugin_library,
+        threads=limits["threads"],
+        new_tokens=limits["max_tokens"],
+        seconds=limits["seconds"],
         progress=ConsoleProgress(),
     )
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -14,13 +15,15 @@ from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.runtime.engine import check_runnable
 from qe_edge.runtime.engine_info import read_engine_info
+from qe_edge.system import errors
 from qe_edge.system.child_process import isolated_module, safe_environment
-from qe_edge.system.errors import ResourceError
+from qe_edge.system.errors import InputError, ResourceError
 from qe_edge.system.progress import Progress, Silent, track
 from qe_edge.validate.schema import Latency
 
 ACCURACY_LEVELS = (0, 4)
 CHILD = "qe_edge.validate.latency_child"
+REFUSED = 65  # exit code of a child that was asked for something impossible, which it says in its last line
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ def measure_latency(
     *,
     original: str | None = None,
     plugin_library: Path | None = None,
+    threads: int | None = None,
+    new_tokens: int = 8,
+    seconds: float = 5.0,
     progress: Progress | None = None,
 ) -> list[Latency]:
     """Time one question on an engine, in ONNX Runtime at every accuracy level, and on the original model in PyTorch.
@@ -69,22 +75,31 @@ def measure_latency(
         sample: The question, asked again and again.
         original: Original model for comparison; None leaves it out.
         plugin_library: For engines with the plugin: its library, None for the one that is found.
+        threads: Threads on the CPU, None for as many as it has cores.
+        new_tokens: Tokens decoded after the first in every repeat.
+        seconds: Time after which each runtime stops repeating, but not before three repeats.
         progress: Where to report progress.
 
     Raises:
         TargetError: If this machine cannot run the engine.
+        InputError: If prompt and new tokens do not fit into the context, or an engine that uses no threads gets some.
         ResourceError: If a measuring process dies, most often for want of memory.
     """
     check_runnable(engines, plugin_library)
     info = read_engine_info(engines)
-    threads = psutil.cpu_count(logical=False) or 1
+    if threads is not None and original is None and info is not None and info.backend != "onnxruntime":
+        raise InputError(
+            f"'{engines}' holds engines for a GPU, which use no threads of the CPU.", "Leave --threads out."
+        )
+    threads = threads or psutil.cpu_count(logical=False) or 1
     with tempfile.TemporaryDirectory() as folder:
         pictures = tuple(str(Path(folder) / f"{number}.png") for number in range(len(sample.pictures)))
         for source, path in zip(sample.pictures, pictures, strict=True):
             open_image(source).save(path)
         first = Measurement(
-            "onnxruntime", "", str(engines), 0, threads, sample.question, pictures, plugin_library=_text(plugin_library)
-        )
+            "onnxruntime", "", str(engines), 0, threads, sample.question, pictures,
+            seconds=seconds, new_tokens=new_tokens, plugin_library=_text(plugin_library),
+        )  # fmt: skip
         if info is None or info.backend == "onnxruntime":
             wanted = [
                 replace(first, accuracy_level=level, setting=f"accuracy level {level}") for level in ACCURACY_LEVELS
@@ -111,10 +126,13 @@ def _in_child(measurement: Measurement) -> Latency:
     done = subprocess.run(
         isolated_module(CHILD), input=request, capture_output=True, check=False, env=safe_environment()
     )
+    if done.returncode == REFUSED:
+        said = json.loads(done.stdout.splitlines()[-1])
+        raise getattr(errors, said["kind"], ResourceError)(said["problem"], said["remedy"])
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise ResourceError(
             f"The process that measures the speed of {measurement.runtime} ended with code {done.returncode}: {last}",
-            "Free some memory and validate again.",
+            "Free some memory and repeat the command.",
         )
     return Latency.model_validate_json(done.stdout.splitlines()[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from qe_edge.models.family import Sample
-from qe_edge.validate.latency import Measurement
+from qe_edge.system.errors import QEError
+from qe_edge.validate.latency import REFUSED, Measurement
 from qe_edge.validate.schema import Latency, Timing
 
 WARM_UP = 2  # repeats before measuring: memory pools, page cache
@@ -110,6 +112,7 @@ def _pytorch(request: Measurement, sample: Sample) -> tuple[Callable[[Times], No
         times.setdefault("decode", []).extend(np.diff([first, *rest]).tolist())
 
     encoded = loaded.family.encode(loaded.processor, [sample])
+    subject.check_length(encoded, request.new_tokens)
     return once, encoded.input_ids.shape[1]
 
 
@@ -146,5 +149,10 @@ def _timing(seconds: list[float]) -> Timing:
 
 
 if __name__ == "__main__":
-    result = measure(TypeAdapter(Measurement).validate_json(sys.stdin.read()))
+    try:
+        result = measure(TypeAdapter(Measurement).validate_json(sys.stdin.read()))
+    except QEError as error:
+        said = {"kind": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
+        sys.stdout.write(json.dumps(said) + "\n")
+        sys.exit(REFUSED)
     sys.stdout.write(result.model_dump_json() + "\n")

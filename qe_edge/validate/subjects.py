@@ -61,7 +61,7 @@ class TorchSubject:
         Raises:
             InputError: If a sample is longer than the model's context.
         """
-        check_context(int(encoded.attention_mask.sum(1).max()), 0, self._context)
+        self.check_length(encoded, 0)
         with torch.no_grad():
             output = self._loaded.model(**self._loaded.family.torch_inputs(encoded), use_cache=False)
         logits: Tensor = output.logits
@@ -76,7 +76,7 @@ class TorchSubject:
         """
         from transformers import GenerationConfig
 
-        check_context(int(encoded.attention_mask.sum(1).max()), max_new_tokens, self._context)
+        self.check_length(encoded, max_new_tokens)
         if not max_new_tokens:
             return [[] for _ in encoded.input_ids]
         settings, prompt = self.settings, encoded.input_ids.shape[1]
@@ -91,6 +91,14 @@ class TorchSubject:
         with torch.no_grad(), _without_own_settings(self._loaded.model):
             tokens: Tensor = generate(**inputs, generation_config=wanted, logits_processor=[self.rules(encoded)])
         return [_until_end(row, settings.eos_token_ids) for row in tokens[:, prompt:].tolist()]
+
+    def check_length(self, encoded: Encoded, max_new_tokens: int) -> None:
+        """Refuse a prompt that leaves too little of the context, before anything runs.
+
+        Raises:
+            InputError: If prompt and answer are longer than the model's context.
+        """
+        check_context(int(encoded.attention_mask.sum(1).max()), max_new_tokens, self._context)
 
     def rules(self, encoded: Encoded) -> Any:  # noqa: ANN401 - transformers takes any function
         """The settings as a processor of transformers, the same code as an engine's."""

@@ -25,7 +25,7 @@ from qe_edge.system.child_process import (
     safe_environment,
     without_current_folder,
 )
-from qe_edge.system.errors import CalibrationError, ResourceError, TargetError
+from qe_edge.system.errors import ArtifactError, CalibrationError, TargetError
 from qe_edge.validate.latency import Measurement, _in_child
 from tests import fake_tensorrt
 
@@ -98,7 +98,7 @@ def test_the_check_of_the_plugin(downloads: Downloads, tmp_path: Path, monkeypat
 
 def test_measuring_speed(downloads: Downloads, tmp_path: Path) -> None:
     wanted = Measurement("onnxruntime", "", str(tmp_path / "no-engine"), 0, 1, "what?", ())
-    with pytest.raises(ResourceError, match="no-engine"):
+    with pytest.raises(ArtifactError, match="no-engine"):
         _in_child(wanted)
     assert downloads.executed() == ""
 

@@ -9,6 +9,7 @@ import pytest
 from qe_edge.models.family import Sample
 from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
+from qe_edge.system.errors import InputError
 from qe_edge.validate import latency
 from qe_edge.validate.latency import Measurement, measure_latency
 from qe_edge.validate.schema import Latency, Timing
@@ -109,6 +110,12 @@ def test_speed_is_measured_with_the_library(engines: Path, monkeypatch: pytest.M
         ("tensorrt", "10.7, with the plugin"), ("pytorch", "float32"),
     ]  # fmt: skip
     assert asked[0].plugin_library == "x.so"
+
+
+def test_threads_of_engines_that_use_none(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "check_runnable", lambda *_: None)
+    with pytest.raises(InputError, match="use no threads"):
+        measure_latency(engines, Sample(None, "is it?"), threads=2)
 
 
 def test_the_report_counts_plugin_nodes(engines: Path) -> None:

@@ -59,6 +59,23 @@ def test_build_for_the_cpu_then_bench(cli: Run, folder: Path) -> None:
     outcome = cli("bench", folder, "--json")
     assert outcome.code == 0, outcome.err
     assert {"prefill", "decode", "first_token"} <= set(json.loads(outcome.out)[0]["steps"])
+    limits = ["--max-tokens", 3, "--seconds", "1", "--threads", 1, "--image", PICTURE, "--image", PICTURE]
+    few = cli("bench", folder, "--json", *limits)
+    assert few.code == 0, few.err
+    found, whole = json.loads(few.out)[0], json.loads(outcome.out)[0]
+    assert found["steps"]["decode"]["repeats"] == 3 * found["steps"]["prefill"]["repeats"]
+    assert found["threads"] == 1
+    assert found["prompt_tokens"] > whole["prompt_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("original", [[], ["--original", "demo"]])
+def test_bench_beyond_the_context(cli: Run, folder: Path, original: list[str]) -> None:
+    outcome = cli("bench", folder / "onnx", "--max-tokens", 10**6, *original)
+    assert outcome.code == 2
+    assert "the answer up to 1000000; together at most" in outcome.err
+    assert "Fix: Ask for at most" in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 @pytest.mark.slow
@@ -92,6 +109,9 @@ def test_an_image_that_is_no_image(cli: Run, folder: Path) -> None:
         (["build", "nosuch", "-o", "x"], "no folder 'nosuch'", "qe-edge export"),
         (["export", "nosuch", "-o", "x"], "no folder 'nosuch'", "qe-edge quantize"),
         (["run", "nosuch", "--prompt", "x"], "no folder 'nosuch'", "qe-edge build"),
+        (["bench", "nosuch", "--threads", "0"], "--threads", "--help"),
+        (["bench", "nosuch", "--max-tokens", "0"], "--max-tokens", "--help"),
+        (["bench", "nosuch", "--seconds", "nan"], "--seconds", "--help"),
         (["bench", "nosuch"], "no folder 'nosuch'", "qe-edge build"),
         (["validate", "demo", "nosuch", "-o", "x.json"], "no folder 'nosuch'", "qe-edge quantize"),
         (["report", "nosuch.json", "-o", "x.html"], "nosuch.json'", "qe-edge validate"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qe_edge.models.family import Sample
-from qe_edge.system.errors import ResourceError
+from qe_edge.system.errors import ArtifactError, ResourceError
 from qe_edge.validate import validate
 from qe_edge.validate.latency import measure_latency
 from tests.conftest import Exported
@@ -46,9 +46,16 @@ def test_the_peak_is_the_childs_own(exported: Exported, held_out: list[Sample]) 
     assert all(100e6 < row.peak_bytes < 1.5e9 for row in found)
 
 
-def test_a_child_that_dies_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"ended with code .*manifest"):
+def test_what_a_child_refuses_is_said_as_it_said_it(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"is not an ONNX or engine folder: manifest\.json"):
         measure_latency(tmp_path, Sample(None, "is it?"))
+
+
+def test_a_child_that_dies_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.validate.latency.CHILD", "os.path.nothing")
+    with pytest.raises(ResourceError, match=r"ended with code .*nothing") as refused:
+        measure_latency(tmp_path, Sample(None, "is it?"))
+    assert "repeat the command" in refused.value.remedy
 
 
 def test_the_measuring_child_starts_without_torch() -> None:
