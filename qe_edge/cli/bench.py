@@ -66,7 +66,7 @@ def command(
     from qe_edge.models.images import open_image
     from qe_edge.runtime.provenance import check_deployment
 
-    pictures = [open_image(image) for image in images] or [_demo_picture()]
+    pictures = [open_image(image) for image in images or (_demo_picture(),)]
     engines = find_engines(folder, target)
     check_deployment(folder, engines)
     source = open_model(original) if original else None
