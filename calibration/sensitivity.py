@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
+from qe_edge.models.precision import in_float32
 from qe_edge.models.streaming import first_tensor, patched
 from qe_edge.system.device import CPU, to_device
 from qe_edge.system.errors import ArtifactError, CalibrationError, ModelError, NumericalError
@@ -302,7 +303,7 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter], device: torch.dev
         for parameter in parameters:
             parameter.requires_grad_(False)
         streamed = {id(module) for block in blocks for module in block.module.modules()}
-        stack.enter_context(_in_float32([m for m in loaded.model.modules() if id(m) not in streamed], device))
+        stack.enter_context(in_float32([m for m in loaded.model.modules() if id(m) not in streamed], device))
         modules = dict(loaded.model.named_modules())
         for name, meter in meters.items():
             stack.callback(modules[name].register_forward_hook(hook(meter)).remove)
@@ -318,7 +319,7 @@ def _recomputed(loaded: LoadedModel, block: Block, device: torch.device, *, want
 
     @contextmanager
     def ready() -> Iterator[None]:
-        with loaded.stored.held(block.name, block.module), _in_float32(modules, device):
+        with loaded.stored.held(block.name, block.module), in_float32(modules, device):
             yield
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
@@ -357,20 +358,3 @@ class _Recompute(torch.autograd.Function):
         with ctx.run.ready(), torch.enable_grad():
             torch.autograd.backward(ctx.run.call(hidden), gradient)
         return hidden.grad, None
-
-
-@contextmanager
-def _in_float32(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Own parameters and buffers of `modules` in float32 on a device; afterwards the tensors from before are back."""
-    kept: dict[int, tuple[Tensor, Tensor]] = {}
-    for module in modules:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            if (tensor.dtype, tensor.device) != (dtype, device) and id(tensor) not in kept:
-                kept[id(tensor)] = (tensor, tensor.data)
-                tensor.data = tensor.data.to(device).to(dtype)  # half as many bytes to the device
-    try:
-        yield
-    finally:
-        for tensor, data in kept.values():
-            tensor.data = data

@@ -19,7 +19,7 @@ from qe_edge.system.errors import ArtifactError, ModelError, QEError, ResourceEr
 # What onnx, onnx-ir, numpy and our own passes raise when a graph is not what it should be; they share no base.
 GRAPH_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-    onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ProtobufError,
+    onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ProtobufError, ir.passes.InvariantError,
 )  # fmt: skip
 
 

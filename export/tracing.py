@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qe_edge.export.op import DOMAIN, NAME, OPSET, VERSION
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import GraphSpec
+from qe_edge.models.precision import in_float32
 from qe_edge.system.errors import ModelError
 
 LAYER = "layer"  # attribute of a bare node: the dotted name of the layer it stands for
@@ -25,7 +26,8 @@ LAYER = "layer"  # attribute of a bare node: the dotted name of the layer it sta
 def exportable(model: nn.Module) -> Iterator[None]:
     """The model as it is traced: float32, eager attention, `QELinear` layers as bare nodes; undone afterwards."""
     with ExitStack() as stack:
-        stack.enter_context(_float32_outside_layers(model))
+        # tensors of QELinear layers are converted when they are written
+        stack.enter_context(in_float32(one for one in model.modules() if not isinstance(one, QELinear)))
         stack.enter_context(_eager_attention(model))
         for name, layer in quantized_linears(model).items():
             layer.__dict__["forward"] = _bare_node(name, layer.out_features)
@@ -76,24 +78,6 @@ def _bare_node(name: str, out_features: int) -> Callable[[Tensor], Tensor]:
         )
 
     return forward
-
-
-@contextmanager
-def _float32_outside_layers(model: nn.Module) -> Iterator[None]:
-    """Everything but the `QELinear` layers in float32; their tensors are converted when they are written."""
-    original: list[tuple[Tensor, Tensor]] = []
-    for module in model.modules():
-        if isinstance(module, QELinear):
-            continue
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                original.append((tensor, tensor.data))
-                tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in original:
-            tensor.data = data
 
 
 @contextmanager

@@ -8,11 +8,29 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from qe_edge.export.lowering.passes import InPlacePass, PassResult, ensure
 from qe_edge.export.op import real_constant
+
+
+class ExpandGelu(InPlacePass):
+    """Replaces `Gelu` by its definition. Requires nothing; ensures that there is none left."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Expand all of them."""
+        _expand(model)
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No `Gelu` is left."""
+        ensure(all(node.op_type != "Gelu" for node in model.graph), "No Gelu is left.")
 
 
 def expand_gelu(model: ir.Model) -> None:
     """Replace `Gelu` by its definition; TensorRT recognises the pattern where it has a kernel for it."""
+    ExpandGelu()(model)
+
+
+def _expand(model: ir.Model) -> None:
     for node in [node for node in model.graph if node.op_type == "Gelu"]:
         x, approximate = node.inputs[0], node.attributes.get("approximate")
         if x is None:

@@ -12,7 +12,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from qe_edge.export.op import DOMAIN, INPUTS, NAME, Attributes, Operands, constant, linear_body
+from qe_edge.export.lowering.passes import (
+    InPlacePass,
+    PassResult,
+    ensure,
+    linear_nodes,
+    remove_unused,
+    require_canonical,
+)
+from qe_edge.export.op import DOMAIN, INPUTS, Attributes, Operands, constant, linear_body
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.system.errors import TargetError
 
@@ -62,6 +70,43 @@ class TensorRTForms:
         return constant(ops, np.concatenate((shared, routed), axis=1))
 
 
+class InlineLayers(InPlacePass):
+    """Replaces `QELinear` nodes by standard operators, and drops the functions.
+
+    Requires a canonical graph; ensures that no node or function of our domain is left.
+
+    Attributes:
+        names: Names of the layers that were replaced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def requires(self, model: ir.Model) -> None:
+        """Operands of layers are initializers."""
+        require_canonical(model)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace all of them.
+
+        Raises:
+            TargetError: If a layer's width fits no block.
+        """
+        for node in linear_nodes(model):
+            self.names.append(node.name or "")
+            _inline(model.graph, node)
+        model.functions.clear()
+        model.opset_imports.pop(DOMAIN, None)
+        remove_unused(model)
+        return PassResult(model, modified=bool(self.names))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Nothing of our domain is left."""
+        ensure(not linear_nodes(model), "No QELinear is left.")
+        ensure(not model.functions, "No function is left.")
+
+
 def inline_layers(model: ir.Model) -> list[str]:
     """Replace every `QELinear` node, in place; drops the functions. Returns the names of the layers.
 
@@ -71,28 +116,26 @@ def inline_layers(model: ir.Model) -> list[str]:
     Raises:
         TargetError: If a layer's width fits no block.
     """
-    names = []
-    for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]:
-        names.append(node.name or "")
-        ops = tape.Tape()
-        operands, attributes = without_neutral(operands_of(node), Attributes.of(node))
-        operands = replace(operands, down=_widened(model.graph, operands.down), up=_widened(model.graph, operands.up))
-        y = linear_body(ops, operands, attributes.act_bits, _forms(model.graph, node, operands, attributes))
-        weights = {value for value in operands.values() if value is not None and value is not operands.router}
-        for number, inner in enumerate(ops.nodes):
-            inner.name = f"{node.name}/{inner.op_type}_{number}"
-            inner.outputs[0].name = f"{inner.name}.output"
-            if not _is_weight_product(inner, weights):
-                inner.meta[FLOAT32] = True
-        output = node.outputs[0]
-        y.type, y.shape = output.type, output.shape
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], ops.nodes, [output], [y])
-    model.functions.clear()
-    model.opset_imports.pop(DOMAIN, None)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses():
-            del model.graph.initializers[name]
-    return names
+    work = InlineLayers()
+    work(model)
+    return work.names
+
+
+def _inline(graph: ir.Graph, node: ir.Node) -> None:
+    """One layer in standard operators."""
+    ops = tape.Tape()
+    operands, attributes = without_neutral(operands_of(node), Attributes.of(node))
+    operands = replace(operands, down=_widened(graph, operands.down), up=_widened(graph, operands.up))
+    y = linear_body(ops, operands, attributes.act_bits, _forms(graph, node, operands, attributes))
+    weights = {value for value in operands.values() if value is not None and value is not operands.router}
+    for number, inner in enumerate(ops.nodes):
+        inner.name = f"{node.name}/{inner.op_type}_{number}"
+        inner.outputs[0].name = f"{inner.name}.output"
+        if not _is_weight_product(inner, weights):
+            inner.meta[FLOAT32] = True
+    output = node.outputs[0]
+    y.type, y.shape = output.type, output.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], ops.nodes, [output], [y])
 
 
 def operands_of(node: ir.Node) -> Operands:

@@ -10,12 +10,61 @@ import onnx_ir as ir
 from onnx import helper
 
 from qe_edge.export.lowering.inline import operands_of, shape_of
+from qe_edge.export.lowering.passes import (
+    InPlacePass,
+    PassResult,
+    ensure,
+    linear_nodes,
+    remove_unused,
+    require_canonical,
+)
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.op import DOMAIN, NAME, Attributes
 from qe_edge.export.plugin_check import LayerForm, refusal
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.prepack.linear import PackError
 from qe_edge.prepack.lower import lower
+
+LAYOUT = "layout_version"  # attribute of nodes whose weights are packed
+
+
+class PackLayers(InPlacePass):
+    """Replaces canonical layers by the plugin's nodes, and drops the functions.
+
+    Requires a canonical graph; ensures that every layer says how its weights are laid out, and that no function is
+    left: before TensorRT 10.7 a function of the same name would win over the plugin.
+
+    Attributes:
+        names: Names of the plugin's nodes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def requires(self, model: ir.Model) -> None:
+        """Operands of layers are initializers."""
+        require_canonical(model)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Pack all of them.
+
+        Raises:
+            TargetError: If the kernels cannot run a layer.
+        """
+        join_siblings(model)
+        for node in linear_nodes(model):
+            _pack(model.graph, node)
+            self.names.append(node.name or "")
+        model.functions.clear()
+        remove_unused(model)
+        return PassResult(model, modified=bool(self.names))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every layer is packed, and no function is left."""
+        packed = all(LAYOUT in node.attributes for node in linear_nodes(model))
+        ensure(packed, f"Every QELinear node has the attribute '{LAYOUT}'.")
+        ensure(not model.functions, "No function is left.")
 
 
 def pack_layers(model: ir.Model) -> list[str]:
@@ -29,26 +78,24 @@ def pack_layers(model: ir.Model) -> list[str]:
     Raises:
         TargetError: If the kernels cannot run a layer.
     """
-    join_siblings(model)
-    names = []
-    for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]:
-        attributes, tensors = _packed(node)
-        inputs: list[ir.Value | None] = [node.inputs[0]]
-        for tensor in tensors:
-            shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-            value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind)
-            model.graph.register_initializer(value)
-            inputs.append(value)
-        output = node.outputs[0]
-        y = ir.Value(type=output.type, shape=output.shape)
-        replacement = ir.Node(DOMAIN, NAME, inputs, attributes, outputs=[y], name=node.name)
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [replacement], [output], [y])
-        names.append(node.name or "")
-    model.functions.clear()  # before TensorRT 10.7 a function of the same name would win over the plugin
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses():
-            del model.graph.initializers[name]
-    return names
+    work = PackLayers()
+    work(model)
+    return work.names
+
+
+def _pack(graph: ir.Graph, node: ir.Node) -> None:
+    """One layer as a node of the plugin."""
+    attributes, tensors = _packed(node)
+    inputs: list[ir.Value | None] = [node.inputs[0]]
+    for tensor in tensors:
+        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind)
+        graph.register_initializer(value)
+        inputs.append(value)
+    output = node.outputs[0]
+    y = ir.Value(type=output.type, shape=output.shape)
+    replacement = ir.Node(DOMAIN, NAME, inputs, attributes, outputs=[y], name=node.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], [output], [y])
 
 
 def layer_forms(model: ir.Model) -> list[LayerForm]:
@@ -57,7 +104,7 @@ def layer_forms(model: ir.Model) -> list[LayerForm]:
     Layers that read the same input may be joined to one, so each is given the outputs of all of them: what only one of
     them breaks is found when they are packed.
     """
-    nodes = [node for node in model.graph if is_packed(node)]
+    nodes = linear_nodes(model)
     outputs: Counter[ir.Value] = Counter()
     for node in nodes:
         operands = operands_of(node)

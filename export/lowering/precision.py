@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qe_edge.export.lowering.inline import FLOAT32, add_initializer, array_of
+from qe_edge.export.lowering.passes import InPlacePass, PassResult, ensure, remove_unused, require, untyped_values
 from qe_edge.export.lowering.plugin import is_packed
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -26,8 +27,63 @@ MASKED = -3e4  # a masked score in float16: far below any other, and its sum wit
 CACHE = ("past_key_values.", "present.")
 
 
+class ScaleQueries(InPlacePass):
+    """Moves factors of attention scores to the queries. Requires and ensures that results have types."""
+
+    def requires(self, model: ir.Model) -> None:
+        """Results have types: the new nodes take those of the queries."""
+        require(not untyped_values(model.graph), "Every result has a type.")
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Move all of them."""
+        _scale(model)
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Results have types."""
+        ensure(not untyped_values(model.graph), "Every result has a type.")
+
+
+class ToHalf(InPlacePass):
+    """Chooses float16 or float32 for every node.
+
+    Requires that results have types. Ensures that what goes in and out is float32, but for the cache, which is float16.
+
+    Attributes:
+        precision: Precision of every node that computes with floats, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precision: dict[str, str] = {}
+
+    def requires(self, model: ir.Model) -> None:
+        """Results have types."""
+        require(not untyped_values(model.graph), "Every result has a type.")
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Convert the graph."""
+        conversion = _Conversion(model.graph)
+        for node in list(model.graph):
+            conversion.convert(node)
+        conversion.finish()
+        remove_unused(model)
+        self.precision = conversion.precision
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """What goes in and out has its type."""
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            wanted = HALF if (value.name or "").startswith(CACHE) else SINGLE
+            ensure(value.dtype not in FLOATS or value.dtype == wanted, f"'{value.name}' is {wanted.name}.")
+
+
 def scale_queries(model: ir.Model) -> None:
     """Move the constant factor on attention scores to the queries: the bare product can exceed float16."""
+    ScaleQueries()(model)
+
+
+def _scale(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type != "Mul":
             continue
@@ -55,11 +111,9 @@ def to_half(model: ir.Model) -> dict[str, str]:
     Args:
         model: A graph of standard operators, INT4 and INT8 weights behind DequantizeLinear.
     """
-    conversion = _Conversion(model.graph)
-    for node in list(model.graph):
-        conversion.convert(node)
-    conversion.finish()
-    return conversion.precision
+    work = ToHalf()
+    work(model)
+    return work.precision
 
 
 class _Conversion:
@@ -92,7 +146,7 @@ class _Conversion:
                 output.type = ir.TensorType(wanted)  # types may be shared between values
 
     def finish(self) -> None:
-        """Bring the outputs to their types and drop what nothing uses any more."""
+        """Bring the outputs to their types."""
         for index, value in enumerate(self.graph.outputs):
             if value.dtype not in FLOATS:
                 continue
@@ -104,9 +158,6 @@ class _Conversion:
                 cast.outputs[0].name = name
                 self.graph.append(cast)
                 self.graph.outputs[index] = cast.outputs[0]
-        for name, value in list(self.graph.initializers.items()):
-            if not value.uses():
-                del self.graph.initializers[name]
 
     def _choose(self, node: ir.Node) -> ir.DataType:
         if node in self._angles or node.op_type in STATISTICS or FLOAT32 in node.meta:

@@ -9,26 +9,49 @@ import numpy as np
 import onnx_ir as ir
 
 from qe_edge.export.lowering.inline import add_initializer, array_of, operands_of, shape_of
+from qe_edge.export.lowering.passes import (
+    InPlacePass,
+    PassResult,
+    ensure,
+    linear_nodes,
+    remove_unused,
+    require_canonical,
+)
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, VERSION, Attributes
 
 JOINED = {"qweight": 1, "scales": 1, "zeros": 1, "up": 1, "up_scale": 0, "bias": 0}  # and the axis of their outputs
 
 
+class JoinSiblings(InPlacePass):
+    """Joins layers that read the same input. Requires a canonical graph; ensures that no two layers can be joined."""
+
+    def requires(self, model: ir.Model) -> None:
+        """Operands of layers are initializers."""
+        require_canonical(model)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Join all of them."""
+        found = list(_siblings(model))
+        for siblings in found:
+            _join(model.graph, siblings)
+        remove_unused(model)
+        return PassResult(model, modified=bool(found))
+
+    def ensures(self, model: ir.Model) -> None:
+        """No two layers can be joined."""
+        ensure(not list(_siblings(model)), "No two layers read the same input and share their operands.")
+
+
 def join_siblings(model: ir.Model) -> None:
     """Replace `QELinear` nodes that differ in their outputs only by one node and a Split, in place."""
-    for siblings in list(_siblings(model.graph)):
-        _join(model.graph, siblings)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses():
-            del model.graph.initializers[name]
+    JoinSiblings()(model)
 
 
-def _siblings(graph: ir.Graph) -> Iterator[list[ir.Node]]:
+def _siblings(model: ir.Model) -> Iterator[list[ir.Node]]:
     """Groups of at least two nodes with the same input, attributes and shared operands, in graph order."""
     groups: dict[tuple[object, ...], list[ir.Node]] = {}
-    for node in graph:
-        if (node.domain, node.op_type) == (DOMAIN, NAME):
-            groups.setdefault(_key(node), []).append(node)
+    for node in linear_nodes(model):
+        groups.setdefault(_key(node), []).append(node)
     yield from (nodes for nodes in groups.values() if len(nodes) > 1)
 
 

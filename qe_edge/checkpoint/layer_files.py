@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qe_edge.checkpoint.dtypes import torch_dtypes
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.layers.linear import Adapters, QELinear, QuantizedLinear
 from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight, packed_width, unpack_codes
@@ -21,9 +22,6 @@ from qe_edge.system.errors import ArtifactError
 
 MAX_FEATURES = 1 << 20
 MAX_RANK = 1 << 14
-TORCH_DTYPES = {
-    "U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-}  # fmt: skip
 
 
 class LayerGeometry(BaseModel):
@@ -144,7 +142,7 @@ def check_layer(name: str, geometry: LayerGeometry, header: dict[str, tuple[str,
                 raise _wrong(name, f"tensor '{key}' is missing")
             continue
         dtype, found = header[key]
-        if found != shape or TORCH_DTYPES.get(dtype) not in dtypes:
+        if found != shape or torch_dtypes().get(dtype) not in dtypes:
             raise _wrong(name, f"tensor '{key}' is {dtype}{list(found)} and should be {list(shape)}")
     for factor, scale in (("down", "down_scale"), ("up", "up_scale")):
         if (factor in header and header[factor][0] in ("I8", "U8")) != (scale in header):

@@ -8,18 +8,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from qe_edge.checkpoint.dtypes import KINDS
 from qe_edge.system.errors import ArtifactError
 from qe_edge.system.json_files import parse_json
 
 MAX_HEADER = 100 * 2**20
 MAX_DIMENSIONS, MAX_SIZE = 64, 2**48
 REMEDY = "Download or write the file again."
-# every type of the format; which of them are weights is for the reader to say
-BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
-    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -82,7 +77,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
     dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     if not isinstance(dtype, str):
         raise _damaged(path, f"tensor '{name}' has no type")
-    if dtype not in BITS:
+    if dtype not in KINDS:
         raise ArtifactError(
             f"Tensor '{name}' of '{path}' has the type '{ascii(dtype[:40])[1:-1]}', which QE-Edge does not know.",
             "Convert it to bfloat16 with the tool that wrote it, or download the file again.",
@@ -90,7 +85,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
     if shape is None or offsets is None or len(offsets) != 2:
         raise _damaged(path, f"tensor '{name}' has no valid shape or offsets")
     start, stop = offsets
-    if start > stop or (stop - start) * 8 != prod(shape) * BITS[dtype]:
+    if start > stop or (stop - start) * 8 != prod(shape) * KINDS[dtype].bits:
         raise _damaged(path, f"tensor '{name}' does not fill its {stop - start} bytes")
     return dtype, shape, (start, stop)
 

@@ -9,11 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# in the order in which the safetensors library writes them, which keeps every tensor aligned
-DTYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+from qe_edge.checkpoint.dtypes import torch_dtypes
+
 ALIGNMENT = 8  # bytes of the header
 
 
@@ -32,16 +29,17 @@ def write_tensors(
         metadata: Strings for the header.
 
     Raises:
-        KeyError: If a tensor has a dtype that is none of `DTYPES`.
+        KeyError: If a tensor has a dtype that is not in `torch_dtypes`.
     """
-    rank = {dtype: position for position, dtype in enumerate(DTYPES)}
+    written = {dtype: name for name, dtype in torch_dtypes().items()}
+    rank = {dtype: position for position, dtype in enumerate(written)}
     names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": written[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     with path.open("wb") as file:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qe_edge.deploy.ledger import Ledger
 from qe_edge.deploy.stages import Stage, run_stages
-from qe_edge.models.fingerprints import model_fingerprint, model_parts  # noqa: F401 - the second is found here too
+from qe_edge.models.fingerprints import model_parts
 from qe_edge.quantization.run_record import make_record
 from qe_edge.system.digests import hash_parts
 from qe_edge.system.errors import InputError

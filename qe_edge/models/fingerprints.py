@@ -41,15 +41,6 @@ def model_parts(model: str | LoadedModel) -> dict[str, str]:
     return {name: file_digest(folder / name).sha256 for name in model_files(folder)}
 
 
-def model_fingerprint(model: str | LoadedModel) -> str:
-    """One hash of all `model_parts`.
-
-    Raises:
-        ModelError: If there is no such model.
-    """
-    return hash_parts(model_parts(model))
-
-
 def _parts_in_memory(loaded: LoadedModel) -> dict[str, str]:
     import torch
 

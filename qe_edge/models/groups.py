@@ -22,6 +22,11 @@ class LinearGroup:
     names: list[str]
     linears: list[nn.Linear]
 
+    def problems(self, *, stacked: bool) -> list[list[int]]:
+        """Numbers of the layers that are quantized together: all of them as one problem, or each alone."""
+        numbers = list(range(len(self.names)))
+        return [numbers] if stacked else [[number] for number in numbers]
+
 
 def linear_groups(block: Block, siblings: Sequence[Sequence[str]]) -> list[LinearGroup]:
     """Linear layers of a block, those that read the same input together."""

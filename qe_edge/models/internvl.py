@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,20 +18,13 @@ from qe_edge.models.batching import (
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import TileValues, check_equal, load_image_processor
+from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.system.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class InternVLProcessor:
-    """Tokenizer and image processor, loaded one by one: the combined class needs torchvision for videos."""
-
-    tokenizer: Any
-    image_processor: Any
 
 
 class InternVL(ModelFamily):
@@ -70,7 +62,7 @@ class InternVL(ModelFamily):
             if type(module).__name__ in groups or type(module).__name__.endswith("DecoderLayer")
         ]
 
-    def load_processor(self, folder: str) -> InternVLProcessor:
+    def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -80,9 +72,11 @@ class InternVL(ModelFamily):
         tile = [image_processor.size["height"], image_processor.size["width"]]
         check_equal(folder, "size", tile, list(self.config.vision_config.image_size))
         check_chat_template(tokenizer, folder, self.config.image_token_id)
-        return InternVLProcessor(tokenizer, image_processor)
+        return VisionLanguageProcessor(tokenizer, image_processor)
 
-    def encode(self, processor: InternVLProcessor, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
+    def encode(
+        self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
+    ) -> Encoded:
         """One left-padded batch; each picture's image token is repeated `image_seq_length` times per tile."""
         # transformers' own processor always tiles, whatever crop_to_patches says in the file; max_patches 1 prevents it
         pixels = prepare_pictures(processor.image_processor, samples, crop_to_patches=True)

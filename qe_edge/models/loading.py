@@ -16,13 +16,14 @@ import psutil
 import torch
 from torch import nn
 
+from qe_edge.checkpoint.dtypes import torch_dtypes
 from qe_edge.models.configuration import CONFIG, REMEDY, load_family, read_config_values
 from qe_edge.models.exactness import COMPUTED, check_all_used, check_amount, check_loading, note_own_head
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard
 from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files
-from qe_edge.models.stored import TORCH_DTYPES, Source, StoredWeights, placeholder, read_tensors
+from qe_edge.models.stored import Source, StoredWeights, placeholder, read_tensors
 from qe_edge.models.weight_files import check_links, folder_weights, weight_headers
 from qe_edge.system.errors import CommonNotice, ModelError, QENotice, ResourceError
 from qe_edge.system.json_files import read_json_table
@@ -237,7 +238,7 @@ def _checkpoint_tensors(source: str, family: ModelFamily) -> dict[str, Stored]:
     found = {}
     for path, header in weight_headers(source).items():
         for key, (name, shape) in header.items():
-            dtype = TORCH_DTYPES[name]
+            dtype = torch_dtypes()[name]
             read = wanted if isinstance(wanted, torch.dtype) and dtype.is_floating_point else dtype  # as transformers
             found[key] = Stored(Source(path, key), shape, read, dtype)
     return found

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,19 +19,12 @@ from qe_edge.models.batching import (
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import PatchValues, check_equal, load_image_processor
+from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Qwen2VLProcessor:
-    """Tokenizer and image processor, loaded one by one: the combined class needs torchvision for videos."""
-
-    tokenizer: Any
-    image_processor: Any
 
 
 class Qwen2VL(ModelFamily):
@@ -50,7 +42,7 @@ class Qwen2VL(ModelFamily):
             if type(module).__name__ in groups
         ]
 
-    def load_processor(self, folder: str) -> Qwen2VLProcessor:
+    def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -62,9 +54,11 @@ class Qwen2VL(ModelFamily):
         check_equal(folder, "merge_size", image_processor.merge_size, vision.spatial_merge_size)
         check_equal(folder, "temporal_patch_size", image_processor.temporal_patch_size, vision.temporal_patch_size)
         check_chat_template(tokenizer, folder, self.config.image_token_id)
-        return Qwen2VLProcessor(tokenizer, image_processor)
+        return VisionLanguageProcessor(tokenizer, image_processor)
 
-    def encode(self, processor: Qwen2VLProcessor, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
+    def encode(
+        self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
+    ) -> Encoded:
         """One left-padded batch; each picture's image token is repeated once per merged patch."""
         pixels = prepare_pictures(processor.image_processor, samples)
         grids = iter(pixels.get("image_grid_thw", []))

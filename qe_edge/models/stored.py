@@ -16,11 +16,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
-
 Change = Callable[[Tensor], Tensor]
 """Makes another tensor of a tensor, of the same shape and dtype; the one that it gets stays as it is."""
 

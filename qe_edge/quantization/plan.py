@@ -174,11 +174,10 @@ def _planned_group(
     group: LinearGroup, method: Method, recipe: Recipe, adapters: dict[str, AdapterSize]
 ) -> dict[str, QELinear]:
     """The layers of one input as they will be, without data; notes their adapters. Of a budget, the least."""
-    together = [list(range(len(group.names)))] if method.stack_siblings else [[i] for i in range(len(group.names))]
     layers, scheme = {}, recipe.get_scheme()
     if recipe.budget:
         scheme = scheme.on(scheme.budget_grids()[0])
-    for members in together:
+    for members in group.problems(stacked=method.stack_siblings):
         sizes = [group.linears[member].out_features for member in members]
         size = AdapterSize() if recipe.budget else method.adapter_size(sum(sizes), group.linears[0].in_features)
         parts = empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
@@ -239,7 +238,8 @@ def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) 
     for group in linear_groups(block, family.siblings):
         width = group.linears[0].in_features
         outputs = [linear.out_features for linear in group.linears]
-        shapes = [sum(outputs)] if method.stack_siblings else outputs
+        problems = group.problems(stacked=method.stack_siblings)
+        shapes = [sum(outputs[member] for member in members) for members in problems]
         requests = [request for size in shapes if (request := method.request(size, width))]
         if requests:
             size = 8 if width <= DOUBLE_WIDTH else 4

@@ -36,6 +36,7 @@ from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.fingerprints import model_parts
 from qe_edge.models.groups import LinearGroup, linear_groups, set_module
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
+from qe_edge.models.precision import make_float32
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.streaming import Chain
 from qe_edge.quantization.preflight import check_modules, check_weights, note_groups
@@ -280,7 +281,7 @@ class _Run:
     def _block(self, chain: Chain, position: int, block: Block) -> None:
         size = _parameters(block)
         self.loaded.stored.read(block.name, block.module)
-        block.module.float()
+        make_float32(block.module.modules())
         groups = linear_groups(block, self.loaded.family.siblings)
         finished = self.folder.load(block.name) if self.folder else None
         collectors = {} if finished else self._collectors(groups)
@@ -324,9 +325,8 @@ class _Run:
     def _problems(self, group: LinearGroup) -> list[tuple[list[int], Tensor]]:
         """Members and weight of every linear problem of a group: one stacked problem, or one per layer."""
         weights = [linear.weight.detach().float() for linear in group.linears]
-        together = [list(range(len(weights)))] if self.method.stack_siblings else [[i] for i in range(len(weights))]
         problems = []
-        for members in together:
+        for members in group.problems(stacked=self.method.stack_siblings):
             weight, factors = torch.cat([weights[member] for member in members]), self._output_factors(group, members)
             problems.append((members, weight if factors is None else weight * factors.unsqueeze(1)))
         return problems

@@ -12,6 +12,7 @@ from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.statistics import StatisticsCollector
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
+from qe_edge.models.precision import make_float32, restore_dtypes
 from qe_edge.models.streaming import Chain, Streamer, chains_of, fast_products, run_block
 from qe_edge.system.device import moved
 from qe_edge.system.errors import NumericalError
@@ -43,7 +44,9 @@ class BlockWalk:
         self.walked = walked
         self.chains = [chain for chain in walked if chain[0].group in modules]
         self._dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
-        self._float_outside_blocks()
+        # what is not streamed computes in float32 from now on; streamed blocks follow one by one
+        streamed = {module for block in self.blocks for module in block.module.modules()}
+        make_float32(module for module in loaded.model.modules() if module not in streamed)
 
     def __iter__(self) -> Iterator[tuple[Chain, int, Block]]:
         """Every selected block with its recorded inputs; the others before them only run.
@@ -70,7 +73,7 @@ class BlockWalk:
     def original(self, block: Block) -> Iterator[None]:
         """A block is in memory and in float32 while the context is open; afterwards it is as it was before."""
         with self.loaded.stored.held(block.name, block.module):
-            block.module.float()
+            make_float32(block.module.modules())
             yield
             self.restore_block(block)
 
@@ -160,21 +163,6 @@ class BlockWalk:
     def _forward(self, batch: int) -> object:
         return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)
 
-    def _float_outside_blocks(self) -> None:
-        """Everything that is not streamed computes in float32; streamed blocks follow one by one."""
-        streamed = {block.module for block in self.blocks}
-
-        def visit(module: nn.Module) -> None:
-            if module in streamed:
-                return
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.float()
-            for child in module.children():
-                visit(child)
-
-        visit(self.loaded.model)
-
 
 class _AllFed(Exception):  # noqa: N818 - control flow, not an error
     """Every collector has the inputs of its layer; the rest of the last block need not run."""
@@ -185,11 +173,3 @@ def _finite(values: Tensor, valid: Tensor | None) -> bool:
     if bool(torch.isfinite(torch.stack((values.amin(), values.amax()))).all()):  # both hand NaN on
         return True
     return valid is not None and bool(torch.isfinite(values[valid.to(values.device)]).all())
-
-
-def restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Bring everything that was not quantized back to its original precision."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        wanted = dtypes.get(name)
-        if wanted is not None and tensor.dtype != wanted:
-            tensor.data = tensor.data.to(wanted)

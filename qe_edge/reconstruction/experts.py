@@ -28,7 +28,6 @@ from qe_edge.reconstruction.directions import (
 from qe_edge.system.blas import one_lapack_thread
 from qe_edge.system.parallel import map_threads
 
-WEIGHTINGS = ("gram", "condmean", "omega", "lqeromega", "mask")
 FEW_TOKENS = 4  # times the expert's rank: fewer tokens than this lean on the global statistics
 EM_GAIN = 1e-3  # relative gain below which the EM polish stops
 

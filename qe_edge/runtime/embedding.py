@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from qe_edge.checkpoint.dtypes import KINDS
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.system.errors import ArtifactError
 
 EMBEDDING = "embedding.safetensors"
 TENSOR = "embedding"
-STORAGE = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+STORAGE = ("F32", "F16", "BF16")
 
 
 class TokenEmbedding:
@@ -37,8 +38,8 @@ class TokenEmbedding:
                 f"'{path}' is {dtype}{list(shape)} and should have {rows} rows of {width}.", "Export the model again."
             )
         # the only tensor fills the file to its end
-        start = path.stat().st_size - int(np.prod(shape)) * np.dtype(STORAGE[dtype]).itemsize
-        self._table = np.memmap(path, STORAGE[dtype], mode="r", offset=start, shape=shape)
+        start = path.stat().st_size - int(np.prod(shape)) * KINDS[dtype].bits // 8
+        self._table = np.memmap(path, KINDS[dtype].numpy, mode="r", offset=start, shape=shape)
 
     def __call__(self, token_ids: np.ndarray) -> np.ndarray:
         """Embeddings float32 `[..., width]` of int64 `token_ids` `[...]`."""

@@ -108,7 +108,7 @@ class VisionLanguageEngine:
         if info is not None:
             info.check_belongs(manifest, folder)
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
-        family = load_family(folder, manifest.model_type)
+        family = family_of_engines(folder, manifest.model_type)
         processor = family.load_processor(str(folder))
         sessions = _open_sessions(folder, manifest, info, accuracy_level, threads, plugin_library)
         limits = None if info is None or info.backend == "onnxruntime" else limits_of(manifest)
@@ -335,7 +335,7 @@ def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
     check_device(info, plugin_library)
 
 
-def load_family(folder: Path, model_type: str) -> ModelFamily:
+def family_of_engines(folder: Path, model_type: str) -> ModelFamily:
     """The model family of a folder, from its configuration; imports no torch.
 
     Raises:

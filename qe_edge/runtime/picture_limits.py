@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.models.family import ModelFamily, Sample
-from qe_edge.runtime.engine import load_family
+from qe_edge.runtime.engine import family_of_engines
 from qe_edge.runtime.limits import check_limits, describe_limits, limits_of
 from qe_edge.system.errors import InputError, QENotice
 
@@ -34,7 +34,7 @@ def tell_limits(folder: Path, manifest: Manifest, say: Callable[[str], None]) ->
     if manifest.image_token_id is None:
         say(line)
         return
-    family = load_family(folder, manifest.model_type)
+    family = family_of_engines(folder, manifest.model_type)
     processor = family.load_processor(str(folder))
     say(f"{line} {describe_pictures(manifest, family, processor)}")
     warn_of_pictures(manifest, processor.image_processor)

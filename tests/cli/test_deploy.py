@@ -12,7 +12,7 @@ import pytest
 from qe_edge.deploy import pipeline as deployment
 from qe_edge.deploy.pipeline import LEDGER, deploy, is_deployment
 from qe_edge.export import plugin_check
-from qe_edge.models.fingerprints import model_fingerprint
+from qe_edge.models.fingerprints import model_parts
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.limits import EngineLimits
 from qe_edge.system.errors import ArtifactError, InputError
@@ -181,12 +181,12 @@ def test_limits_that_the_model_cannot_have_are_found_first(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_fingerprint_follows_every_file(model: Path) -> None:
-    before = model_fingerprint(str(model))
-    assert before == model_fingerprint("demo")
+def test_model_parts_follows_every_file(model: Path) -> None:
+    before = model_parts(str(model))
+    assert before == model_parts("demo")
     tokenizer = model / "tokenizer_config.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert model_fingerprint(str(model)) != before
+    assert model_parts(str(model)) != before
 
 
 @pytest.mark.parametrize("sign", ["deploy.json", "checkpoint.work/run.json", "checkpoint/recipe.json"])

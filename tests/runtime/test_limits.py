@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qe_edge.models.family import Encoded
-from qe_edge.runtime.engine import load_family
+from qe_edge.runtime.engine import family_of_engines
 from qe_edge.runtime.limits import (
     EngineLimits,
     check_limits,
@@ -94,7 +94,7 @@ def test_pictures_that_the_model_makes_and_the_engine_refuses(manifest: Manifest
     ],
 )
 def test_camera_pictures_are_named(exported: Exported, manifest: Manifest, limits: EngineLimits, line: str) -> None:
-    family = load_family(exported.onnx, manifest.model_type)
+    family = family_of_engines(exported.onnx, manifest.model_type)
     processor = family.load_processor(str(exported.onnx))
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 16384}
     roomy = family.config.get_text_config()

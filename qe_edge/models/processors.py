@@ -1,0 +1,14 @@
+"""What prepares a model's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class VisionLanguageProcessor:
+    """Tokenizer and image processor, loaded one by one: transformers' combined classes need torchvision for videos."""
+
+    tokenizer: Any
+    image_processor: Any
