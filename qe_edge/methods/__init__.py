@@ -1,7 +1,8 @@
 """Quantization methods, one file each.
 
 A method turns one linear problem (weights plus statistics of its calibration input) into a `QuantizedLinear`. Adding
-one is a file with a `Method` subclass and a line in `METHODS`.
+one is a file with a `Method` subclass and a line in `METHODS`, or an entry point of the group `qe_edge.methods` in a
+package of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ METHODS: Registry[type[Method]] = Registry(
         "aser": "qe_edge.methods.aser:ASER",
         "qe": "qe_edge.methods.qe:QuantExperts",
     },
+    group="qe_edge.methods",
+    base=Method,
 )
 
 __all__ = ["METHODS", "LinearProblem", "Method", "MethodOptions"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.checkpoint.known_files import part_in_words
+from qe_edge.methods import METHODS
 from qe_edge.system.errors import shown, shown_name
 from qe_edge.system.version import VERSION
 
@@ -25,7 +26,10 @@ def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[s
         environment: As `current_environment` returns it; None where results of different ones are not mixed.
     """
     record: Record = {"qe_edge": VERSION, "model": dict(parts), "recipe": recipe.model_dump(mode="json")}
-    return record if environment is None else {**record, "environment": dict(environment)}
+    if environment is None:
+        return record
+    package = METHODS.package(recipe.method)  # of another package: its version decides what a block becomes
+    return {**record, "environment": {**environment, **({"method": package} if package else {})}}
 
 
 def current_environment(device: str) -> dict[str, object]:

@@ -83,6 +83,10 @@ class UnknownNameError(QEError):
         super().__init__(f"There is no {kind} '{name}'.", f"{hint}Known: {', '.join(names) or 'none'}.")
 
 
+class ExtensionError(QEError):
+    """An entry of a registry that an installed package offers and that cannot be used."""
+
+
 class RecipeError(QEError):
     """A recipe value that makes no sense or cannot be met."""
 
