@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
+from qe_edge.export.attention import attach_attention
 from qe_edge.export.decoding import check_decoding
 from qe_edge.export.layers import attach_layers
 from qe_edge.export.naming import name_nodes
@@ -84,6 +85,7 @@ def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEn
     """Trace, fill, check and save one graph."""
     model = trace_graph(spec)
     attach_layers(model, quantized_linears(loaded.model))
+    attach_attention(model)
     name_nodes(model, spec.module, loaded.model)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "qe-edge", VERSION

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import (
     ShapeInferencePass,
 )
 
+from qe_edge.export.attention import expand_attention
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
@@ -36,6 +37,7 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
         TargetError: If a layer does not fit TensorRT, or the plugin.
         ValueError: If types and shapes do not fit together.
     """
+    expand_attention(model)
     if plugin:
         pack_layers(model)
     else:

@@ -18,7 +18,7 @@ LIMITS = {
     "max_batch": "Questions that a GPU engine takes at a time.",
     "max_context": "Tokens of prompt and answer that a GPU engine takes; more need more memory.",
     "max_prompt": "Tokens of a prompt that a GPU engine takes; memory grows with their square.",
-    "max_patches": "Patches of pictures that a GPU engine takes, of Qwen2-VL; memory grows with their square.",
+    "max_patches": "Patches of a picture that a GPU engine takes, of a Qwen-VL model; more take more memory.",
     "max_tiles": "Tiles of pictures that a GPU engine takes, of InternVL.",
 }
 

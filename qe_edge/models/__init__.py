@@ -14,7 +14,9 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "dinov2": "qe_edge.models.dinov2:Dinov2",
         "internvl": "qe_edge.models.internvl:InternVL",
         "llama": "qe_edge.models.causal_lm:CausalLM",
+        "qwen2_5_vl": "qe_edge.models.qwen2_5_vl:Qwen25VL",
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
+        "qwen3_vl": "qe_edge.models.qwen3_vl:Qwen3VL",
     },
 )
 

@@ -90,7 +90,7 @@ class CausalLM(ModelFamily):
         positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
         return positions
 
-    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:  # noqa: ARG002 - a family's interface
+    def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:  # noqa: ARG002 - a family's interface
         """There is no visual encoder.
 
         Raises:
@@ -100,9 +100,9 @@ class CausalLM(ModelFamily):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """The language model alone, with its KV cache."""
-        from qe_edge.models.decoder import decoder_graph
+        from qe_edge.models.decoder import Decoder, decoder_graph
 
-        return [decoder_graph(model.get_decoder(), model.get_output_embeddings())]
+        return [decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings()))]
 
     def _row(self, tokenizer: Any, sample: Sample, *, answers: bool) -> Row:  # noqa: ANN401 - tokenizers share no base
         if sample.image is not None:

@@ -91,7 +91,7 @@ def _render(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str:  # no
             f"The model's chat template refuses the conversation: {reason}.",
             "Give turns of user and assistant in alternation, or one question.",
         ) from error
-    missing = next((turn for turn in turns[:-1] if turn.text.strip() not in prompt), None)
+    missing = next((turn for turn in turns[:-1] if any(piece.strip() not in prompt for piece in _pieces(turn))), None)
     if missing is not None:
         raise InputError(
             f"The model's chat template leaves out a turn of the {missing.role}.", "Give the question without it."
@@ -113,6 +113,11 @@ def _parts(turn: Turn) -> list[dict[str, str]]:
     return parts
 
 
+def _pieces(turn: Turn) -> list[str]:
+    """The text before, between and after the pictures."""
+    return [turn.text[start:end] for start, end in zip((0, *turn.marks), (*turn.marks, len(turn.text)), strict=True)]
+
+
 def _special_pattern(tokenizer: Any) -> re.Pattern[str]:  # noqa: ANN401
     """What matches any special token's text, the longest first."""
     spelled = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
@@ -127,8 +132,7 @@ def _stand_in(stand_ins: dict[str, str], text: str) -> str:
 
 def _mapped(turn: Turn, change: Any) -> Turn:  # noqa: ANN401 - a function of text
     """A turn with other text; marks stay between the same characters unless they split a special token."""
-    pieces = [turn.text[start:end] for start, end in zip((0, *turn.marks), (*turn.marks, len(turn.text)), strict=True)]
-    changed = [change(piece) for piece in pieces]
+    changed = [change(piece) for piece in _pieces(turn)]
     ends = [sum(map(len, changed[: count + 1])) for count in range(len(turn.marks))]
     return Turn(turn.role, "".join(changed), tuple(ends))
 

@@ -18,6 +18,7 @@ Vocabulary = Annotated[int, Field(strict=True, ge=2, le=2**20)]
 Context = Annotated[int, Field(strict=True, ge=1, le=2**24)]
 Patch = Annotated[int, Field(strict=True, ge=1, le=64)]
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Index = Annotated[int, Field(strict=True, ge=0, le=511)]
 Factor = Annotated[int, Field(strict=True, ge=1, le=16)]
 Token = Annotated[int, Field(strict=True, ge=-1, le=2**21)]  # -1: none, in old Llama checkpoints
 Epsilon = Annotated[float, Field(strict=True, gt=0, le=0.1, allow_inf_nan=False)]
@@ -67,6 +68,9 @@ class Sizes(BaseModel):
     patch_size: Patch | PatchPair | None = None
     image_size: Side | Pair | None = None
     spatial_merge_size: Factor | None = None
+    out_hidden_size: Width | None = None
+    window_size: Side | None = None
+    num_position_embeddings: Context | None = None
     temporal_patch_size: Factor | Annotated[list[Factor], Field(max_length=2)] | None = None
     in_channels: Literal[3] | None = None  # pictures are RGB
     num_channels: Literal[3] | None = None
@@ -88,6 +92,8 @@ class Section(Sizes):
     architectures: Annotated[list[str], Field(max_length=64)] | None = None
     layer_types: Annotated[list[str], Field(max_length=512)] | None = None
     max_window_layers: Annotated[int, Field(strict=True, ge=0, le=4096)] | None = None
+    fullatt_block_indexes: Annotated[list[Index], Field(max_length=512)] | None = None
+    deepstack_visual_indexes: Annotated[list[Index], Field(max_length=64)] | None = None
     sliding_window: Annotated[int, Field(strict=True, ge=0, le=2**24)] | None = None
     rms_norm_eps: Epsilon | None = None
     layer_norm_eps: Epsilon | None = None

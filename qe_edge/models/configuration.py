@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,16 @@ REMEDY = "Get config.json of the original model again."
 SECTIONS = ("text_config", "vision_config")
 MULTIPLES = {  # of what by model_type a vision encoder's head width is a multiple
     "qwen2_vl": 4,  # rotary positions of two axes
+    "qwen2_5_vl": 4,
+    "qwen3_vl": 4,
     "internvl": 1,
     "dinov2": 1,
+}
+
+FEATURE_WIDTHS = {  # key of vision_config that names the width of what the language model gets
+    "qwen2_vl": "hidden_size",
+    "qwen2_5_vl": "out_hidden_size",
+    "qwen3_vl": "out_hidden_size",
 }
 
 
@@ -140,12 +149,8 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         facts.divides(("the vision encoder's number of heads", heads), ("its width", width))
         multiple = MULTIPLES[config.model_type]
         facts.divides(("", multiple), ("the vision encoder's width per head", width // heads))
-    if config.model_type == "qwen2_vl":
-        facts.require(
-            vision.hidden_size == config.text_config.hidden_size,
-            f"vision_config.hidden_size {vision.hidden_size} is not text_config.hidden_size "
-            f"{config.text_config.hidden_size}",
-        )
+    if config.model_type in FEATURE_WIDTHS:
+        _check_patches(config, facts)
     if config.model_type == "internvl":
         _check_tiles(config, facts)
 
@@ -165,7 +170,7 @@ def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # no
         f"layer_types has {len(layer_types or ())} entries for {text.num_hidden_layers} layers",
     )
     rope = getattr(text, "rope_parameters", None) or {}
-    if text.model_type == "qwen2_vl_text":
+    if text.model_type in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"):
         sections = rope.get("mrope_section")
         facts.require(
             sections is not None and len(sections) == 3 and 2 * sum(sections) == head_dim,
@@ -177,6 +182,29 @@ def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # no
             if key.endswith("token_id") and section != "vision_config":
                 wrong = [number for number in ids if isinstance(number, int) and number >= text.vocab_size]
                 facts.require(not wrong, f"{key} {wrong and wrong[0]} is outside the vocabulary of {text.vocab_size}")
+
+
+def _check_patches(config: Any, facts: _Facts) -> None:  # noqa: ANN401
+    """Qwen-VL's pictures: width of their features, windows, learnt positions, features of earlier blocks."""
+    vision, text = config.vision_config, config.text_config
+    key = FEATURE_WIDTHS[config.model_type]
+    width = getattr(vision, key)
+    facts.require(
+        width == text.hidden_size, f"vision_config.{key} {width} is not text_config.hidden_size {text.hidden_size}"
+    )
+    if hasattr(vision, "window_size"):
+        merged = vision.patch_size * vision.spatial_merge_size
+        facts.divides(("a merged patch's size", merged), ("vision_config.window_size", vision.window_size))
+    if hasattr(vision, "num_position_embeddings"):
+        points = vision.num_position_embeddings
+        facts.require(
+            points == isqrt(points) ** 2, f"vision_config.num_position_embeddings {points} is no square number"
+        )
+    taps = list(getattr(vision, "deepstack_visual_indexes", ()))
+    facts.require(
+        len(set(taps)) == len(taps) <= text.num_hidden_layers and all(0 <= tap < vision.depth for tap in taps),
+        f"deepstack_visual_indexes {taps} do not fit {vision.depth} vision blocks and {text.num_hidden_layers} layers",
+    )
 
 
 def _check_tiles(config: Any, facts: _Facts) -> None:  # noqa: ANN401

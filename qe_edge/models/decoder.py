@@ -31,6 +31,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.head = head
+        config: Any = model.config
+        self.width = config.hidden_size  # of inputs_embeds
+
+    def hidden_states(self, inputs_embeds: Tensor, **inputs: Any) -> Any:  # noqa: ANN401 - transformers' output
+        """The text model's output."""
+        return self.model(inputs_embeds=inputs_embeds, **inputs)
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
@@ -38,7 +44,7 @@ class Decoder(nn.Module):
         """Logits of every position, then keys and values of every layer including the past.
 
         Args:
-            inputs_embeds: `[batch, sequence, hidden]`.
+            inputs_embeds: `[batch, sequence, width]`.
             position_ids: `[batch, sequence]`, with leading axes where the family has them.
             attention_mask: `[batch, past + sequence]` int64, 0 on padding.
             past: Key and value `[batch, heads, past, head_dim]` of every layer.
@@ -52,8 +58,8 @@ class Decoder(nn.Module):
         allowed = (key_index[None, :] <= query[:, None]) & (attention_mask[:, None, None, :] != 0)
         # the smallest number instead of -inf: rows of padding stay finite
         mask = torch.where(allowed, 0.0, torch.finfo(inputs_embeds.dtype).min)
-        output = self.model(
-            inputs_embeds=inputs_embeds,
+        output = self.hidden_states(
+            inputs_embeds,
             position_ids=position_ids,
             attention_mask=mask,
             past_key_values=cache,
@@ -64,18 +70,17 @@ class Decoder(nn.Module):
         return self.head(output.last_hidden_state), *present
 
 
-def decoder_graph(model: nn.Module, head: nn.Module, position_axes: int = 0) -> GraphSpec:
+def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
     """The graph "language" of a text model.
 
     Args:
-        model: Text model with a transformers configuration; attention must be computed eagerly while exporting.
-        head: Projection to the vocabulary.
+        decoder: Text model and head; attention must be computed eagerly while exporting.
         position_axes: Size of the leading axis of `position_ids` (3 for M-RoPE), 0 for none.
 
     Raises:
         ModelError: If its attention or its positions cannot be exported.
     """
-    config: Any = model.config
+    config: Any = decoder.model.config
     check_exportable(config)
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -83,7 +88,7 @@ def decoder_graph(model: nn.Module, head: nn.Module, position_axes: int = 0) -> 
     axes = (position_axes,) if position_axes else ()
     cache = [torch.zeros(batch, heads, past, width) for _ in range(2 * layers)]
     inputs = (
-        torch.zeros(batch, sequence, config.hidden_size),
+        torch.zeros(batch, sequence, decoder.width),
         torch.zeros((*axes, batch, sequence), dtype=torch.int64),
         torch.ones(batch, past + sequence, dtype=torch.int64),
         cache,
@@ -98,12 +103,12 @@ def decoder_graph(model: nn.Module, head: nn.Module, position_axes: int = 0) -> 
     names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
     return GraphSpec(
         name="language",
-        module=Decoder(model, head),
+        module=decoder,
         inputs=inputs,
         input_names=["inputs_embeds", "position_ids", "attention_mask", *(f"past_key_values.{n}" for n in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
         dynamic_shapes=shapes,
-        profiles=_profiles(config, axes, heads, width, names),
+        profiles=_profiles(config, decoder.width, axes, (heads, width), names),
     )
 
 
@@ -115,9 +120,9 @@ def default_lengths(config: Any) -> tuple[int, int]:  # noqa: ANN401 - transform
 
 def _profiles(
     config: Any,  # noqa: ANN401 - transformers' configuration classes
+    embeds_width: int,
     axes: tuple[int, ...],
-    heads: int,
-    width: int,
+    head_shape: tuple[int, int],
     names: list[str],
 ) -> dict[str, Profile]:
     """Shapes for engines: prefill starts with an empty cache, decode adds one token."""
@@ -129,10 +134,10 @@ def _profiles(
 
     def shapes(batch: int, sequence: int, past: int) -> dict[str, tuple[int, ...]]:
         return {
-            "inputs_embeds": (batch, sequence, config.hidden_size),
+            "inputs_embeds": (batch, sequence, embeds_width),
             "position_ids": (*axes, batch, sequence),
             "attention_mask": (batch, past + sequence),
-            **{f"past_key_values.{name}": (batch, heads, past, width) for name in names},
+            **{f"past_key_values.{name}": (batch, head_shape[0], past, head_shape[1]) for name in names},
         }
 
     profiles: dict[str, Profile] = {}

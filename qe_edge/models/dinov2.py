@@ -83,11 +83,11 @@ class Dinov2(ModelFamily):
         """`pixel_values` float32 `[batch, 3, height, width]`."""
         import torch
 
-        return {"pixel_values": torch.from_numpy(self.visual_feeds(encoded)["pixel_values"])}
+        return {"pixel_values": torch.from_numpy(self.visual_feeds(encoded)[0]["pixel_values"])}
 
-    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
+    def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[batch, 3, height, width]`."""
-        return {"pixel_values": np.ascontiguousarray(encoded.pixels["pixel_values"], np.float32)}
+        return [{"pixel_values": np.ascontiguousarray(encoded.pixels["pixel_values"], np.float32)}]
 
     def position_ids(self, encoded: Encoded) -> np.ndarray:  # noqa: ARG002 - a family's interface
         """There are no text tokens.

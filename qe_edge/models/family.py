@@ -45,11 +45,14 @@ class Block:
         name: Dotted path from the model's root.
         module: The module itself.
         group: "visual", "merger" or "language".
+        ends_chain: Whether its output is not just the next block's input, so that the two cannot be run one after the
+            other without the rest of the model.
     """
 
     name: str
     module: nn.Module
     group: str
+    ends_chain: bool = False
 
 
 __all__ = ["TEXT", "Block", "Encoded", "GraphSpec", "ModelFamily", "Profile", "Sample"]
@@ -132,8 +135,8 @@ class ModelFamily(ABC):
         """Keyword arguments of the PyTorch model's forward and generate."""
 
     @abstractmethod
-    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
-        """Inputs of the exported visual encoder."""
+    def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
+        """Inputs of every run of the exported visual encoder; the outputs of all runs are put together in order."""
 
     @abstractmethod
     def position_ids(self, encoded: Encoded) -> np.ndarray:
@@ -144,7 +147,8 @@ class ModelFamily(ABC):
         """The visual encoder, the merger and the language model as exportable modules of float32 weights.
 
         The visual encoder takes `visual_feeds`; its one output is the merger's one input, and the merger's output
-        `[features, hidden]` stands where `image_mask` is True. `qe_edge.models.decoder` makes the language graph.
+        `[features, width]` stands where `image_mask` is True in `inputs_embeds` `[batch, sequence, width]` of the
+        language graph, which `qe_edge.models.decoder` makes. Token embeddings narrower than that are followed by zeros.
         """
 
     def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:

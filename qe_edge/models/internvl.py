@@ -107,20 +107,20 @@ class InternVL(ModelFamily):
         positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
         return positions
 
-    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
+    def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[tiles, 3, height, width]`."""
-        return {"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}
+        return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, pixel shuffle with projector, decoder with positions `[batch, sequence]`."""
-        from qe_edge.models.decoder import decoder_graph
+        from qe_edge.models.decoder import Decoder, decoder_graph
         from qe_edge.models.internvl_graphs import merger_graph, visual_graph
 
         by_class = {type(module).__name__: module for module in model.modules()}
         return [
             visual_graph(by_class["InternVLVisionModel"]),
             merger_graph(by_class["InternVLMultiModalProjector"], self.config),
-            decoder_graph(model.get_decoder(), model.get_output_embeddings()),
+            decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings())),
         ]
 
 

@@ -2,140 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qe_edge.models.batching import (
-    check_chat_template,
-    check_length,
-    encode_row,
-    left_pad,
-    naming,
-    prepare_pictures,
-)
-from qe_edge.models.chat_templates import take_processor_template
-from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
-from qe_edge.models.image_processors import PatchValues, check_equal, load_image_processor
-from qe_edge.models.processors import VisionLanguageProcessor
-from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.models.family import GraphSpec
+from qe_edge.models.qwen_vl import QwenVL
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
-class Qwen2VL(ModelFamily):
+class Qwen2VL(QwenVL):
     """Qwen2-VL 2B, 7B and 72B and anything of the same architecture."""
 
     model_type = "qwen2_vl"
-    picture_unit = "patches"
-
-    def blocks(self, model: PreTrainedModel) -> list[Block]:
-        """Vision blocks, the patch merger, decoder layers; found by class, not by path."""
-        groups = {"Qwen2VLVisionBlock": "visual", "PatchMerger": "merger", "Qwen2VLDecoderLayer": "language"}
-        return [
-            Block(name, module, groups[type(module).__name__])
-            for name, module in model.named_modules()
-            if type(module).__name__ in groups
-        ]
-
-    def load_processor(self, folder: str) -> VisionLanguageProcessor:
-        """Tokenizer and the PIL image processor of `folder`."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
-        take_processor_template(tokenizer, folder)
-        image_processor = load_image_processor(folder, Qwen2VLImageProcessorPil, PatchValues)
-        vision = self.config.vision_config
-        check_equal(folder, "patch_size", image_processor.patch_size, vision.patch_size)
-        check_equal(folder, "merge_size", image_processor.merge_size, vision.spatial_merge_size)
-        check_equal(folder, "temporal_patch_size", image_processor.temporal_patch_size, vision.temporal_patch_size)
-        check_chat_template(tokenizer, folder, self.config.image_token_id)
-        return VisionLanguageProcessor(tokenizer, image_processor)
-
-    def encode(
-        self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
-    ) -> Encoded:
-        """One left-padded batch; each picture's image token is repeated once per merged patch."""
-        pixels = prepare_pictures(processor.image_processor, samples)
-        grids = iter(pixels.get("image_grid_thw", []))
-        merge = self.config.vision_config.spatial_merge_size**2
-        image = self.config.image_token_id
-        rows = []
-        context = self.config.get_text_config().max_position_embeddings
-        for sample in samples:
-            pictures = [[image] * (int(np.prod(next(grids))) // merge) for _ in sample.pictures]
-            with naming(sample):
-                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
-                check_length(row, context, "A prompt")
-            rows.append(row)
-        return left_pad(rows, processor.tokenizer, image, pixels)
-
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
-        """Arguments of `Qwen2VLForConditionalGeneration.forward`."""
-        import torch  # the engine runtime works without torch
-
-        arrays = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask, **encoded.pixels}
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        return {**inputs, "mm_token_type_ids": torch.from_numpy(encoded.image_mask.astype(np.int64))}
-
-    def position_ids(self, encoded: Encoded) -> np.ndarray:
-        """M-RoPE positions `[3, batch, sequence]`: text counts on, a picture spans its grid of merged patches."""
-        grids = iter(encoded.pixels.get("image_grid_thw", []))
-        merge = self.config.vision_config.spatial_merge_size
-        positions = np.zeros((3, *encoded.input_ids.shape), np.int64)
-        for row, (mask, images) in enumerate(zip(encoded.attention_mask, encoded.image_mask, strict=True)):
-            parts: list[np.ndarray] = []
-            current = 0
-            for is_image, run in itertools.groupby(images[mask.astype(bool)]):
-                length = len(list(run))
-                if not is_image:
-                    parts.append(np.tile(np.arange(current, current + length), (3, 1)))
-                    current += length
-                    continue
-                while length:
-                    frames, height, width = (int(size) for size in next(grids))
-                    shape = (frames, height // merge, width // merge)
-                    parts.append(np.indices(shape).reshape(3, -1) + current)
-                    current += max(height, width) // merge
-                    length -= int(np.prod(shape))
-            valid = np.concatenate(parts, axis=1)
-            positions[:, row, mask.astype(bool)] = valid
-        return positions
-
-    def visual_feeds(self, encoded: Encoded) -> dict[str, np.ndarray]:
-        """Patches of all pictures of a batch, and what the encoder must know about them.
-
-        Patches come in groups of those that become one token: `pixel_values` float32 `[groups, patches, values]`;
-        `position_ids` int64 `[groups, patches, 2]`, row and column; `segment_ids` int64 `[groups]`: patches attend to
-        those of their own frame.
-        """
-        merge = self.config.vision_config.spatial_merge_size
-        positions, lengths = [], []
-        for frames, height, width in encoded.pixels["image_grid_thw"].tolist():
-            # the image processor orders patches by merge blocks: the four of a block are neighbours
-            grid = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
-            positions += [grid.transpose(1, 3, 2, 4, 0).reshape(-1, merge**2, 2)] * frames
-            lengths += [height * width // merge**2] * frames
-        pixels = encoded.pixels["pixel_values"].astype(np.float32, copy=False)
-        return {
-            "pixel_values": pixels.reshape(-1, merge**2, pixels.shape[-1]),
-            "position_ids": np.concatenate(positions).astype(np.int64),
-            "segment_ids": np.repeat(np.arange(len(lengths), dtype=np.int64), lengths),
-        }
+    groups = {"Qwen2VLVisionBlock": "visual", "PatchMerger": "merger", "Qwen2VLDecoderLayer": "language"}  # noqa: RUF012
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""
-        from qe_edge.models.decoder import decoder_graph
-        from qe_edge.models.qwen2_vl_graphs import merger_graph, visual_graph
+        from qe_edge.models.decoder import Decoder, decoder_graph
+        from qe_edge.models.qwen_vl_graphs import Merger, PatchEncoder, merger_graph, visual_graph
 
-        by_class = {type(module).__name__: module for module in model.modules()}
+        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
         visual = by_class["Qwen2VisionTransformerPretrainedModel"]
         return [
-            visual_graph(visual),
-            merger_graph(visual),
-            decoder_graph(by_class["Qwen2VLTextModel"], model.get_output_embeddings(), position_axes=3),
+            visual_graph(PatchEncoder(visual)),
+            merger_graph(Merger(visual), visual.spatial_merge_size**2, visual.config.embed_dim),
+            decoder_graph(Decoder(by_class["Qwen2VLTextModel"], model.get_output_embeddings()), position_axes=3),
         ]

@@ -52,10 +52,10 @@ class Chain:
 
 
 def chains_of(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Group neighbouring blocks of the same kind: visual, merger, language."""
+    """Group neighbouring blocks of the same kind that feed each other: visual, merger, language."""
     chains: list[list[Block]] = []
     for block in blocks:
-        if chains and chains[-1][0].group == block.group:
+        if chains and chains[-1][-1].group == block.group and not chains[-1][-1].ends_chain:
             chains[-1].append(block)
         else:
             chains.append([block])

@@ -195,8 +195,8 @@ class VisionLanguageEngine:
 
     def visual(self, encoded: Encoded) -> np.ndarray:
         """Output of the visual encoder for all pictures of a batch."""
-        (hidden,) = self._sessions["visual"].run(self.family.visual_feeds(encoded)).values()
-        return np.asarray(hidden)
+        runs = [self._sessions["visual"].run(feeds).values() for feeds in self.family.visual_feeds(encoded)]
+        return np.concatenate([np.asarray(hidden) for (hidden,) in runs])
 
     def merger(self, hidden: np.ndarray) -> np.ndarray:
         """Image features `[features, hidden]` of the visual encoder's output."""
@@ -209,7 +209,7 @@ class VisionLanguageEngine:
 
         Args:
             encoded: The batch.
-            features: Its image features, in the order of the image tokens; None without pictures.
+            features: Its image features `[features, width]`, in the order of the image tokens; None without pictures.
 
         Returns:
             Logits float32 `[batch, sequence, vocabulary]` and what `decode` goes on with.
@@ -218,7 +218,7 @@ class VisionLanguageEngine:
             InputError: If features and image tokens do not match.
             ArtifactError: If a graph computes another shape than the manifest says.
         """
-        embeds = self._embedding(encoded.input_ids)
+        embeds = self._embeds(encoded.input_ids)
         count = 0 if features is None else len(features)
         if count != int(encoded.image_mask.sum()):
             raise InputError(
@@ -226,7 +226,7 @@ class VisionLanguageEngine:
                 "Pass the features of the same batch.",
             )
         if features is not None:
-            _check_shape(features, (count, self.manifest.hidden_size), "merger")
+            _check_shape(features, (count, embeds.shape[-1]), "merger")
             embeds[encoded.image_mask] = features
         kv, batch = self.manifest.kv, len(embeds)
         state = Decoding(self.family.position_ids(encoded), encoded.attention_mask, encoded.input_ids)
@@ -275,7 +275,13 @@ class VisionLanguageEngine:
         state.tokens = np.concatenate((state.tokens, tokens), axis=1)
         positions = self.family.next_position_ids(state.positions, state.step)
         state.step += 1
-        return self._language(self._embedding(tokens), positions, state)
+        return self._language(self._embeds(tokens), positions, state)
+
+    def _embeds(self, tokens: np.ndarray) -> np.ndarray:
+        """Token embeddings `[batch, tokens, width]`; what pictures alone have after the first `hidden_size` is 0."""
+        embeds = self._embedding(tokens)
+        further = self.manifest.embeds_width - embeds.shape[-1]
+        return np.pad(embeds, ((0, 0), (0, 0), (0, further))) if further else embeds
 
     def _language(self, embeds: np.ndarray, positions: np.ndarray, state: Decoding) -> np.ndarray:
         feeds: dict[str, Array] = {

@@ -24,7 +24,7 @@ class EngineLimits:
         batch: Questions at a time.
         context: Tokens of prompt and answer together.
         prompt: Tokens of a prompt, pictures included.
-        patches: Patches of all pictures of a batch, where a model reads pictures of any size.
+        patches: Patches of one picture, where a model reads pictures of any size.
         tiles: Tiles of all pictures of a batch, where a model cuts pictures into tiles.
     """
 
@@ -70,7 +70,11 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
         if pictures is None:
             break
         shapes = graphs[name].profiles["default"]
-        default = {key: _capped(triple, (pictures, *triple[2][1:])) for key, triple in shapes.items()}
+        counted = next(iter(shapes.values()))[2][0]  # what the first input counts
+        default = {
+            key: _capped(triple, (-(-pictures * triple[2][0] // counted), *triple[2][1:]))
+            for key, triple in shapes.items()
+        }
         graphs[name] = _with_profiles(graphs[name], {"default": default})
     return manifest.model_copy(update={"graphs": graphs})
 
@@ -112,11 +116,10 @@ def check_limits(limits: EngineLimits, encoded: Encoded, max_new_tokens: int) ->
         InputError: If it has too many rows, tokens, patches or tiles.
     """
     rows, prompt = encoded.input_ids.shape
-    pictures = len(encoded.pixels.get("pixel_values", ()))
     for name, size, most in (
         ("batch", rows, limits.batch),
-        ("patches", pictures, limits.patches),
-        ("tiles", pictures, limits.tiles),
+        ("patches", _largest_picture(encoded), limits.patches),
+        ("tiles", len(encoded.pixels.get("pixel_values", ())), limits.tiles),
         ("prompt", prompt, limits.prompt),
         ("context", prompt + max_new_tokens, limits.context),
     ):
@@ -125,6 +128,7 @@ def check_limits(limits: EngineLimits, encoded: Encoded, max_new_tokens: int) ->
                 "batch": f"{size} questions at a time",
                 "prompt": f"a prompt of {size} tokens",
                 "context": f"{prompt} tokens of prompt and {max_new_tokens} of answer",
+                "patches": f"a picture of {size} patches",
             }.get(name, f"pictures of {size} {name}")
             raise InputError(
                 f"This engine does not take {what}: it was built for {most}.",
@@ -137,14 +141,20 @@ def describe_limits(manifest: Manifest) -> str:
     limits = limits_of(manifest)
     parts = [f"{limits.batch} questions at a time", f"prompts of {limits.prompt} tokens", f"{limits.context} in all"]
     if limits.patches is not None:
-        parts.append(f"pictures of {limits.patches} patches")
+        parts.append(f"pictures of {limits.patches} patches each")
     if limits.tiles is not None:
         parts.append(f"pictures of {limits.tiles} tiles")
     return f"These engines take up to {', '.join(parts)}."
 
 
 def _has_patches(manifest: Manifest) -> bool:
-    return any(spec.name == "segment_ids" for spec in manifest.graphs["visual"].inputs)
+    return any(spec.name == "position_ids" for spec in manifest.graphs["visual"].inputs)
+
+
+def _largest_picture(encoded: Encoded) -> int:
+    """Patches of the largest picture or frame."""
+    grids = encoded.pixels.get("image_grid_thw")
+    return 0 if grids is None else int(grids[:, 1:].prod(1).max())
 
 
 def _language(name: str, triple: Triple, batch: int, sequence: int, past: int) -> Triple:

@@ -126,6 +126,12 @@ class Manifest(Sealed):
         return self
 
     @property
+    def embeds_width(self) -> int:
+        """Width of the language graph's `inputs_embeds`: `hidden_size`, or more where deeper layers see pictures."""
+        width = self.graphs["language"].inputs[0].shape[-1]
+        return width if isinstance(width, int) else self.hidden_size
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         return self.generation.eos_token_ids

@@ -41,11 +41,11 @@ def test_build_takes_limits_and_tells_them(
     sizes = ["--max-batch", 2, "--max-context", 90, "--max-prompt", 80, "--max-patches", PATCHES]
     outcome = cli("build", exported.onnx, "-o", tmp_path / "engines", "--target", "rtx", *sizes)
     assert outcome.code == 0, outcome.err
-    told = f"up to 2 questions at a time, prompts of 80 tokens, 90 in all, pictures of {PATCHES} patches."
+    told = f"up to 2 questions at a time, prompts of 80 tokens, 90 in all, pictures of {PATCHES} patches each."
     assert told in outcome.err
     assert limits_of(read_manifest(tmp_path / "engines")) == EngineLimits(2, 90, 80, PATCHES)
     visual = next(request for request in builder if request.engine.name == "visual.engine")
-    assert visual.profiles["default"]["segment_ids"][2] == (PATCHES // 4,)
+    assert visual.profiles["default"]["position_ids"][2] == (PATCHES // 4, 4, 2)
 
 
 def test_build_tells_the_limits_of_the_export_without_options(

@@ -16,7 +16,7 @@ from qe_edge.export import exporter
 from qe_edge.export.exporter import export_model
 from qe_edge.export.tracing import exportable
 from qe_edge.layers.linear import quantized_linears
-from qe_edge.models.decoder import decoder_graph
+from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.quantized import load_quantized
@@ -195,4 +195,4 @@ def test_sliding_windows_are_refused() -> None:
     text = nn.Module()
     text.config = Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])  # type: ignore[assignment]
     with pytest.raises(ModelError, match="'sliding_attention'"):
-        decoder_graph(text, nn.Identity())
+        decoder_graph(Decoder(text, nn.Identity()))

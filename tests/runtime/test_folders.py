@@ -51,8 +51,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m["graphs"]["visual"].update(file="nosuch.onnx"), "lists no file 'nosuch.onnx'"),
         (lambda m: m["graphs"].pop("merger"), "visual, merger, language"),
         (lambda m: m["graphs"]["visual"].update(inputs=[]), "graphs.visual.inputs"),
-        (lambda m: m["graphs"]["visual"]["profiles"]["default"].pop("segment_ids"), "does not list the graph's inputs"),
-        (lambda m: m["graphs"]["visual"]["profiles"]["default"].update(segment_ids=[[-1], [1], [1]]), "wrong shape"),
+        (
+            lambda m: m["graphs"]["visual"]["profiles"]["default"].pop("position_ids"),
+            "does not list the graph's inputs",
+        ),
+        (lambda m: m["graphs"]["visual"]["profiles"]["default"].update(position_ids=[[-1], [1], [1]]), "wrong shape"),
         (lambda m: m.update(hidden_size=10**9), "hidden_size"),
         (lambda m: m.update(hidden_size=512), "512"),
         (lambda m: m.update(vocab_size=10**6), "1000000 rows"),

@@ -21,6 +21,8 @@ from qe_edge.runtime.picture_limits import describe_pictures, tell_limits, warn_
 from qe_edge.system.errors import InputError, QENotice
 from tests.conftest import Exported
 
+GRIDS = np.array([[1, 2, 2], [1, 2, 4]])  # of two pictures: 4 and 8 patches
+
 
 @pytest.fixture
 def manifest(exported: Exported) -> Manifest:
@@ -64,14 +66,16 @@ def test_limits_that_make_no_sense(manifest: Manifest, wanted: EngineLimits, wor
     ("limits", "words", "remedy"),
     [
         (EngineLimits(batch=1), "2 questions at a time", "--max-batch 2"),
-        (EngineLimits(patches=7), "pictures of 8 patches", "--max-patches 8"),
+        (EngineLimits(patches=7), "a picture of 8 patches", "--max-patches 8"),
         (EngineLimits(prompt=4), "a prompt of 5 tokens", "--max-prompt 5"),
         (EngineLimits(context=7), "5 tokens of prompt and 3 of answer", "--max-context 8"),
     ],
 )
 def test_a_batch_that_is_too_large(limits: EngineLimits, words: str, remedy: str) -> None:
     ids = np.zeros((2, 5), np.int64)
-    encoded = Encoded(ids, ids, ids.astype(bool), ids.astype(bool), {"pixel_values": np.zeros((8, 3))})
+    encoded = Encoded(
+        ids, ids, ids.astype(bool), ids.astype(bool), {"pixel_values": np.zeros((12, 3)), "image_grid_thw": GRIDS}
+    )
     check_limits(EngineLimits(2, 8, 5, 8), encoded, 3)
     with pytest.raises(InputError, match=words) as caught:
         check_limits(limits, encoded, 3)

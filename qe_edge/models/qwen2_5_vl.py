@@ -1,0 +1,57 @@
+"""Qwen2.5-VL: as Qwen2-VL, but most of its vision blocks attend inside windows of 112 x 112 pixels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qe_edge.models.family import GraphSpec
+from qe_edge.models.qwen_vl import QwenVL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Qwen25VL(QwenVL):
+    """Qwen2.5-VL 3B, 7B, 32B and 72B and anything of the same architecture."""
+
+    model_type = "qwen2_5_vl"
+    groups = {  # noqa: RUF012
+        "Qwen2_5_VLVisionBlock": "visual",
+        "Qwen2_5_VLPatchMerger": "merger",
+        "Qwen2_5_VLDecoderLayer": "language",
+    }
+
+    def frame_feeds(self, height: int, width: int) -> dict[str, np.ndarray]:
+        """Which groups of patches stand in which window.
+
+        `window_groups` int64 `[windows, places]`: the group at every place, 0 at those beyond the picture's edge.
+        `group_places` int64 `[groups]`: the place of every group, counted through all windows.
+        """
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        side = vision.window_size // merge // vision.patch_size
+        rows, columns = height // merge, width // merge
+        groups = np.full((-(-rows // side) * side, -(-columns // side) * side), -1, np.int64)
+        groups[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+        windows = groups.reshape(-1, side, groups.shape[1] // side, side).transpose(0, 2, 1, 3).reshape(-1, side**2)
+        places = np.flatnonzero(windows.ravel() >= 0)
+        return {
+            "window_groups": np.maximum(windows, 0),
+            "group_places": places[np.argsort(windows.ravel()[places])],
+        }
+
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
+        """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""
+        from qe_edge.models.decoder import Decoder, decoder_graph
+        from qe_edge.models.qwen2_5_vl_graphs import visual_graph
+        from qe_edge.models.qwen_vl_graphs import Merger, merger_graph
+
+        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
+        visual = by_class["Qwen2_5_VisionTransformerPretrainedModel"]
+        return [
+            visual_graph(visual),
+            merger_graph(Merger(visual), visual.spatial_merge_size**2, visual.config.hidden_size),
+            decoder_graph(Decoder(by_class["Qwen2_5_VLTextModel"], model.get_output_embeddings()), position_axes=3),
+        ]

@@ -1,0 +1,76 @@
+"""Small Qwen-VL models with random weights: real widths of vision heads, grouped queries, merged patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qe_edge.demo import model_path
+
+TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    "tie_word_embeddings": True,
+}
+VISION = {"depth": 4, "hidden_size": 160, "num_heads": 2, "intermediate_size": 192, "out_hidden_size": 96}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "vision_config": {**VISION, "patch_size": 14, "fullatt_block_indexes": [1, 3], "window_size": 112},
+    },
+    "qwen3_vl": {
+        "vision_config": {
+            **VISION,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 2],
+        },
+    },
+}
+
+
+def write_qwen(folder: Path, model_type: str, **changes: object) -> Path:
+    """A model whose outputs depend on every weight, with the demo's tokenizer and template."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    marks = {
+        "image_token_id": "<|image_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={**TEXT, **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)},
+        tie_word_embeddings=True,
+        video_token_id=511,
+        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in marks.items()},
+        **{**CONFIGS[model_type], **changes},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "bias" in name:
+            nn.init.normal_(parameter, std=0.12)
+        else:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    vision = config.vision_config
+    Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        size={"shortest_edge": 28 * 28, "longest_edge": 400 * 400},
+    ).save_pretrained(folder)
+    return folder
