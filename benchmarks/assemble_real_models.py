@@ -37,6 +37,7 @@ from assemble_real_vlm import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, LANGUAGE,
 from make_demo_data import SEED, SHAPES
 from PIL import Image
 from real_vlm.dinov2 import read_dinov2_checkpoint
+from real_vlm.listing import write_list
 from real_vlm.packages import PackagedFile
 from real_vlm.wikipedia import read_articles
 from transformers import (
@@ -232,6 +233,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch, atomic_folder(arguments.output) as part:
             parameters = MODELS[arguments.model](part, Path(scratch))
+            write_list(part, "assemble_real_models")
     except QEError as error:
         sys.exit(str(error))
     print(f"{parameters / 1e6:.1f} M parameters in {arguments.output}, data in {arguments.output / 'data'}")

@@ -21,6 +21,7 @@ import easy_vqa
 import torch
 from make_demo_data import CALIBRATION, EVALUATION, SEED, Question, draw, write_part
 from real_vlm.dinov2 import read_dinov2
+from real_vlm.listing import write_list
 from real_vlm.packages import PackagedFile
 from safetensors.torch import load_file
 from torch import Tensor
@@ -151,9 +152,11 @@ def main() -> None:
             image_processor().save_pretrained(part)
             if arguments.data is None:
                 write_questions(part / "data")
+            write_list(part, "assemble_real_vlm")
         if arguments.data is not None:
             with atomic_folder(arguments.data) as part:
                 write_questions(part)
+                write_list(part, "assemble_real_vlm")
     except QEError as error:
         sys.exit(str(error))
     parameters = sum(parameter.numel() for parameter in model.parameters())

