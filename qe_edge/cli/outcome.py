@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 import click
 
+from qe_edge.system.disk_errors import explain_disk
 from qe_edge.system.errors import QEError, UnknownNameError
 
 MISTAKE, DEFECT, INTERRUPTED = 2, 1, 130
@@ -107,7 +108,8 @@ def _explain_system(error: Exception) -> tuple[str, str, int] | None:
         return "Memory ran out.", "Close other programs, use fewer --samples, or use a larger machine.", MISTAKE
     if isinstance(error, PermissionError):
         return f"The system refuses access to '{error.filename}'.", "Choose a folder that you may write to.", MISTAKE
-    return None
+    explained = explain_disk(error)
+    return explained and (explained.problem, explained.remedy, MISTAKE)
 
 
 def _explain_defect(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:

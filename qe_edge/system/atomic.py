@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qe_edge.system.errors import InputError, ResourceError
+from qe_edge.system.disk_errors import disk_explained
+from qe_edge.system.errors import InputError
 from qe_edge.system.folders import parents_of, sync_file, sync_folder, sync_tree
 from qe_edge.system.locks import lock_file
 from qe_edge.system.ownership import refuse_strangers, strangers
@@ -37,7 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: If `path` names no file, or is a folder.
-        ResourceError: If the disk is full.
+        ResourceError: If the disk is full, or the system reports another failure of it.
     """
     if path.is_dir() and not path.is_symlink():
         raise InputError(f"'{path}' is a folder, and is to be a file.", "Choose another name, or rename the folder.")
@@ -64,7 +65,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: If `path` is a link or a file, or holds files that QE-Edge did not write.
-        ResourceError: If the disk is full.
+        ResourceError: If the disk is full, or the system reports another failure of it.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"'{path}' is a link or a file, and is to be a folder.", "Choose another folder.")
@@ -120,10 +121,10 @@ def _staged(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _prepared(path: Path) -> Iterator[None]:
-    """The folders above `path` exist, nothing of killed processes is left, and a full disk is explained."""
+    """The folders above `path` exist, nothing of killed processes is left, and failures of the disk are explained."""
     if path.name in ("", ".."):
         raise InputError(f"'{path}' names no output.", "Give the name of a new file or folder.")
-    with parents_of(path), no_space_explained(path):
+    with parents_of(path), disk_explained(path):
         restore(path)
         yield
 
@@ -185,29 +186,9 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-@contextmanager
-def no_space_explained(path: Path) -> Iterator[None]:
-    """Turn "no space left" into an error with a remedy, whatever library met it."""
-    try:
-        yield
-    except Exception as error:  # libraries wrap ENOSPC in types of their own; anything else goes on
-        if _is_no_space(error):
-            raise ResourceError(
-                f"The disk is full; '{path}' could not be written.", "Free some space or choose another output folder."
-            ) from error
-        raise
-
-
 def _readable(path: Path) -> None:
     """Give a file the mode that any new file has; safetensors writes files that only their owner can read."""
     if stat.S_ISREG(path.lstat().st_mode):
         umask = os.umask(0)
         os.umask(umask)
         path.chmod(0o666 & ~umask)
-
-
-def _is_no_space(error: BaseException) -> bool:
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in codes:
-        return True
-    return any(os.strerror(code) in str(error) for code in codes)

@@ -16,6 +16,8 @@ def parents_of(path: Path) -> Iterator[None]:
     """The folders above `path` exist inside the context; those made for it vanish if it fails and leaves them empty."""
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        sync_folder(folder.parent)
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""A disk that fills up while a checkpoint is written: a real small one where the tests may mount it, and a stand-in."""
+"""A disk that fills up or fails: a real small one where the tests may mount it, and stand-ins."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qe_edge.cli import outputs
+from qe_edge.system.disk_errors import REMEDIES
 from tests.cli.running import Run, assert_two_lines
 
 WORDS = ["quantize", "demo", "--method", "rtn", "--modules", "merger", "--samples", "1"]
@@ -72,3 +73,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     assert "The disk is full" in outcome.err.splitlines()[-2]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "checkpoint.work"}
+
+
+@pytest.mark.parametrize("code", REMEDIES)
+def test_what_the_disk_reports_is_said(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(*_arguments: object, **_keywords: object) -> None:
+        raise OSError(code, os.strerror(code), str(tmp_path / "where"))
+
+    monkeypatch.setattr("qe_edge.quantization.quantizer.load_outside_blocks", fail)
+    outcome = cli("quantize", "demo", "-o", tmp_path / "out", "--method", "rtn")
+    assert outcome.code == 2, outcome.err
+    assert f"Error: The system reports '{os.strerror(code)}' for '{tmp_path / 'where'}'.\n" in outcome.err
+    assert f"Fix: {REMEDIES[code]}" in outcome.err
+    assert list(tmp_path.iterdir()) == []

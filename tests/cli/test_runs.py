@@ -125,7 +125,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(atomic, "_exchange", lambda *_paths: False)
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="Input/output"), atomic_folder(out):
+    with pytest.raises(ResourceError, match=r"'Input/output error' for"), atomic_folder(out):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
