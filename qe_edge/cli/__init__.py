@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(list(arguments))
     code = INTERRUPTED  # if a Ctrl-C comes before the command starts, or a second one while the first is answered
     with suppress(KeyboardInterrupt):
-        forget_current_folder()
+        for file in forget_current_folder():
+            sys.stderr.write(_executed(file))
         code = _run(sys.argv[1:])
     _ignore_ctrl_c()
     return code
@@ -46,6 +47,14 @@ def _run(words: list[str]) -> int:
     from qe_edge.cli.outcome import run_reporting
 
     return run_reporting(lambda: application.main(words, prog_name=PROGRAM, standalone_mode=False), words)
+
+
+def _executed(file: str) -> str:
+    """That Python ran somebody's file is past help, but not past telling."""
+    return (
+        f"Note: Python ran {file!a} of the current folder when it started, because an entry of PYTHONPATH is empty "
+        "or '.'. Take that entry out, or anybody's file can run here.\n"
+    )
 
 
 def _ignore_ctrl_c() -> None:

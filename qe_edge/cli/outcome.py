@@ -109,7 +109,7 @@ def _explain_system(error: Exception) -> tuple[str, str, int] | None:
     if isinstance(error, PermissionError):
         return f"The system refuses access to '{error.filename}'.", "Choose a folder that you may write to.", MISTAKE
     explained = explain_disk(error)
-    return explained and (explained.problem, explained.remedy, MISTAKE)
+    return None if explained is None else (explained.problem, explained.remedy, MISTAKE)
 
 
 def _explain_defect(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:

@@ -13,7 +13,8 @@ from PIL import Image, UnidentifiedImageError
 
 from qe_edge.models.pixel_formats import array_image, to_rgb
 from qe_edge.models.texts import shortened
-from qe_edge.system.errors import CommonNotice, InputError
+from qe_edge.system.c_output import held_stderr
+from qe_edge.system.errors import REASON_LENGTH, CommonNotice, InputError, QENotice, shown_name
 
 Picture = Path | str | Image.Image | np.ndarray | bytes
 """A file, the bytes of one, a PIL image, or an array (see `qe_edge.models.pixel_formats.array_image`)."""
@@ -23,6 +24,7 @@ CONVERT = "Give a PNG, JPEG or WebP file; BMP, TIFF and GIF are read too."
 MANY_SHOTS = "MPO"  # what Pillow calls a camera's JPEG with a preview behind it; the first is the photograph
 MAX_PIXELS = 1 << 26  # of one picture; 8192 x 8192 take 200 MB as RGB
 FRAMES_NOTICE = "Some pictures have several frames or pages; the first one is used."
+HARMLESS = ("Unknown field", "unknown field", "unknown tag", "out of order")  # what libtiff says about tags of a maker
 # what Pillow's readers raise on damaged files
 DAMAGE = (
     OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError, RuntimeError,
@@ -107,6 +109,8 @@ def _read(image: Image.Image, name: str) -> Image.Image:
         if image.format != MANY_SHOTS and getattr(image, "is_animated", False):
             warnings.warn(FRAMES_NOTICE, CommonNotice, stacklevel=2)
             image.seek(0)
+        if image.format == "TIFF":
+            _load_tiff(image, name)
         image.load()
         return to_rgb(image, name)
     except Image.DecompressionBombError as error:  # a frame may be larger than the file's header says
@@ -115,6 +119,24 @@ def _read(image: Image.Image, name: str) -> Image.Image:
         raise _damaged(name, error) from error
 
 
+def _load_tiff(image: Image.Image, name: str) -> None:
+    """Decode a TIFF file. What libtiff prints becomes the reason of an error, or a notice about a file that is read."""
+    failed, lines = None, []
+    with held_stderr() as held:
+        try:
+            image.load()
+        except OSError as error:
+            failed = error
+        lines = [
+            line for line in held().decode(errors="replace").splitlines() if not any(tag in line for tag in HARMLESS)
+        ]
+    if failed is not None:
+        raise OSError(lines[0] if lines else str(failed)) from failed
+    if lines:
+        warnings.warn(f"{name} may be damaged; libtiff says: {shown_name(lines[0], 200)}", QENotice, stacklevel=3)
+
+
 def _damaged(name: str, error: BaseException) -> InputError:
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return InputError(f"The picture {name.removeprefix('A picture ')} is damaged: {reason}.", "Replace the file.")
+    words = " ".join(str(error).split()).rstrip(".")
+    why = shown_name(words, REASON_LENGTH) or type(error).__name__
+    return InputError(f"The picture {name.removeprefix('A picture ')} is damaged: {why}.", "Replace the file.")

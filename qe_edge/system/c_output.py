@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 LONGEST_REPORT = 2**16  # bytes
@@ -42,29 +42,51 @@ def without_panic_report() -> Iterator[None]:
 
     The exception says the same. Everything else that was written comes out when the context is left.
     """
+    panicked = False
+    said = b""
+    try:
+        with held_stderr() as held:
+            try:
+                yield
+            except BaseException as error:
+                panicked = type(error).__module__ == "pyo3_runtime"
+                raise
+            finally:
+                said = held()
+    finally:
+        if said and not panicked:
+            with suppress(OSError):
+                os.write(2, said)
+
+
+@contextmanager
+def held_stderr() -> Iterator[Callable[[], bytes]]:
+    """Hold back what is written to file descriptor 2 while the context is open, and throw it away.
+
+    Yields:
+        What was written so far, at most 64 KiB of it; only inside the context.
+    """
     sys.stderr.flush()
     try:
         kept = os.dup(2)
     except OSError:  # it is closed, so nothing can be printed
-        yield
+        yield bytes
         return
-    panicked = False
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as file:
+
+        def held() -> bytes:
+            sys.stderr.flush()
+            _flush_c()
+            return os.pread(file.fileno(), LONGEST_REPORT, 0)
+
+        os.dup2(file.fileno(), 2)
         try:
-            yield
-        except BaseException as error:
-            panicked = type(error).__module__ == "pyo3_runtime"
-            raise
+            yield held
         finally:
             sys.stderr.flush()
             _flush_c()
             os.dup2(kept, 2)
             os.close(kept)
-            held.seek(0)
-            if not panicked:
-                with suppress(OSError):
-                    os.write(2, held.read(LONGEST_REPORT))
 
 
 def _flush_c() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,21 +59,27 @@ def find_program(name: str) -> str | None:
     return None if found is None else str(Path(found).absolute())
 
 
-def forget_current_folder() -> None:
+def forget_current_folder() -> list[str]:
     """Take the current folder off this process's search paths, unless QE-Edge itself was found there.
 
     What is named by its path stays. Of the packages that are imported later, none comes from where the user happens to
     be.
+
+    Returns:
+        Files of the current folder that Python itself ran before any line of ours, for want of a name in PYTHONPATH.
     """
+    ran: list[str] = []
     with suppress(FileNotFoundError):  # the folder was deleted, so nothing is in it
         here = Path.cwd()
         if Path(__file__).parents[2] != here:
             unnamed = {"", *_made_absolute(here)}
+            ran = _ran_at_start(unnamed)
             sys.path[:] = [entry for entry in sys.path if entry not in unnamed]
     safe = safe_environment()
     for name in os.environ.keys() - safe.keys():
         del os.environ[name]
     os.environ.update(safe)
+    return ran
 
 
 def _made_absolute(here: Path) -> list[str]:
@@ -81,3 +88,9 @@ def _made_absolute(here: Path) -> list[str]:
     kept = without_current_folder(given)
     named = {Path(entry).absolute() for entry in kept.split(os.pathsep) if entry}
     return [] if kept == given or here in named else [str(here)]
+
+
+def _ran_at_start(folders: Collection[str]) -> list[str]:
+    """Files of these folders that Python runs whenever it starts."""
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in ("sitecustomize", "usercustomize")]
+    return [file for file in files if file and str(Path(file).parent.absolute()) in folders]

@@ -18,6 +18,7 @@ from qe_edge.export.plugin_build import find_toolchain
 from qe_edge.export.plugin_check import choose_plugin
 from qe_edge.runtime.plugin_library import FILE, VARIABLE, build_folder, find_plugin_library
 from qe_edge.system.child_process import (
+    OPTIONS,
     find_program,
     forget_current_folder,
     isolated_code,
@@ -130,10 +131,26 @@ def test_the_command_line_itself(downloads: Downloads) -> None:
     assert downloads.executed() == ""
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_what_python_ran_before_our_first_line_is_said(tmp_path: Path, named: bool) -> None:
+    """Nothing of ours can keep Python from running it."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.stderr.write('ran\\n')", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path) if named else ":"}
+    code = "import sys; from qe_edge.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, *OPTIONS, "-c", code, "predict", "demo", "--device", "orin-nano"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("ran\n")
+    assert ("sitecustomize.py' of the current folder" in done.stderr) != named
+    assert done.stderr.count("ran\n") == 1  # no helper runs it again
+
+
 def test_search_paths_of_this_process(downloads: Downloads, monkeypatch: pytest.MonkeyPatch) -> None:
     here = str(Path.cwd())
     monkeypatch.setattr(sys, "path", ["", here, "/named"])
-    forget_current_folder()
+    assert forget_current_folder() == []
     assert sys.path == ["/named"]
     assert not {"", "."} & set(os.environ["PATH"].split(os.pathsep))
     assert os.environ["LD_LIBRARY_PATH"] == "/nothing"

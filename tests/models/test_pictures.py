@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -320,3 +321,37 @@ def test_a_sample_keeps_one_form() -> None:
     assert Sample([], "?").image is None
     assert Sample(None, "?", "a", answers=("b", "a")).references == ("a", "b")
     assert Sample(None, "?", answers=("b", "a")).answer == "b"
+
+
+def damaged_tiff(compression: str, seed: int) -> bytes:
+    rows, columns = np.mgrid[:64, :64]
+    picture = Image.fromarray((rows + columns).astype(np.uint8) * 2)
+    file = io.BytesIO()
+    (picture.convert("1") if compression == "group4" else picture).save(file, "TIFF", compression=compression)
+    data, rng = bytearray(file.getvalue()), np.random.default_rng(seed)
+    at = int(rng.integers(8, len(data) - 400))
+    data[at : at + 20] = rng.bytes(20)
+    return bytes(data)
+
+
+def test_what_libtiff_prints_is_the_reason_and_nothing_else_reaches_the_terminal(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "TIFF", compression="tiff_adobe_deflate")
+    data = bytearray(file.getvalue())
+    data[12:20] = b"\xff" * 8
+    with pytest.raises(InputError, match=r"damaged: ZIPDecode: Decoding error at scanline 0"):
+        open_image(bytes(data))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tiff_that_libtiff_reads_in_spite_of_damage_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    said = 0
+    for seed in range(8):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            open_image(damaged_tiff("group4", seed))
+        said += any("may be damaged; libtiff says: Fax4Decode" in str(found.message) for found in caught)
+    assert said > 3
+    assert capfd.readouterr() == ("", "")
