@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*(ROOT / "docs").glob("**/*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "plugins/README.md"))]
 )
-RUN = (ROOT / "README.md", ROOT / "docs/quickstart.md")  # .ci/run runs every block of commands and code on these
+RUN = tuple(ROOT / name for name in ("README.md", "docs/quickstart.md", "docs/python.md"))  # .ci/run runs every block
 FENCE = re.compile(r"^(?:<!-- ci:(?P<mark>\w+) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\((?P<to>[^)\s]+)\)")
 # a file or folder in backticks; `out/` and the like are made by commands
@@ -92,6 +93,21 @@ def test_every_block_runs_in_ci(page: Path) -> None:
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     name = page.relative_to(ROOT)
     assert [mark for _, mark in found if f"page_step {name} {mark}\n" not in ci] == []
+
+
+def test_the_method_on_the_page_quantizes() -> None:
+    import torch
+
+    from qe_edge.methods import LinearProblem
+    from qe_edge.numerics.schemes import get_scheme
+
+    code = next(block["body"] for block in blocks(ROOT / "docs/extending.md") if block["language"] == "python")
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102 - a page of ours
+    method = names["ClippedRounding"](names["ClippedOptions"](quantile=0.9))
+    weight = torch.tensor([[100.0] + [7.0] * 63])
+    decoded = method.quantize(LinearProblem("one", weight, get_scheme("w4a8"), None, seed=0)).weight.decode()
+    assert decoded.tolist() == [[7.0] * 64]
 
 
 def test_readme_is_one_page() -> None:
