@@ -33,6 +33,18 @@ Exports = Callable[[str, str], Exported]
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the cut demo model; nobody changes it."""
+    return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    """Four questions with pictures that calibration does not see."""
+    return load_evaluation("demo")[:4]
+
+
+@pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """The cut demo model, all modules quantized by a method in a scheme, and exported."""
     source = write_small_vlm(tmp_path_factory.mktemp("source") / "model")

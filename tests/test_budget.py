@@ -27,14 +27,8 @@ from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import RecipeError
 from qe_edge.validate.subjects import block_groups
 from tests.layers import correlated_layer, typed_layer
-from tests.small_vlm import write_small_vlm
 
 QUICK = {"tokens": 128, "em_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
 
 
 def test_what_the_solver_prints_is_not_seen(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

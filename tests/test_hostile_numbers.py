@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from qe_edge import QELinear, Recipe, make_recipe, quantize, quantize_linear
-from qe_edge.calibration.sources import load_evaluation
 from qe_edge.layers.magnitudes import check_result, check_weight, solvable
 from qe_edge.methods import METHODS
 from qe_edge.methods.rtn import RoundToNearest
@@ -22,7 +21,6 @@ from qe_edge.numerics.grids import WeightGrid
 from qe_edge.numerics.schemes import get_scheme
 from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import NumericalError, QEError, QENotice, RecipeError
-from tests.small_vlm import write_small_vlm
 
 ROUTED = {"shrink": False, "experts": 2, "routed_rank": 4, "shared_rank": 4, "important_channels": 4}
 FEW_STEPS = {"refine_epochs": 1, "refine_iterations": 2}
@@ -49,16 +47,6 @@ def changed(tensor: Tensor, place: object, value: Tensor | float) -> Tensor:
     copy = tensor.clone()
     copy[place] = value
     return copy
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
-
-
-@pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    return load_evaluation("demo")[:4]
 
 
 W, X = sound()

@@ -23,12 +23,6 @@ from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import CalibrationError
 from tests.layers import typed_layer
 from tests.reference.mbq import mbq_losses
-from tests.small_vlm import write_small_vlm
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
 
 
 def problem_of_two_modalities(scheme: str, ratio: float) -> tuple[LinearProblem, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qe_edge.calibration.sources import load_evaluation, load_samples
+from qe_edge.calibration.sources import load_samples
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import Sample
 from qe_edge.models.groups import linear_groups
@@ -31,7 +31,6 @@ from qe_edge.system.errors import (
     UnknownNameError,
 )
 from tests.sealing import seal
-from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
 
 ALL = ("language", "visual", "merger")
@@ -48,16 +47,6 @@ def prompt_logits(loaded: LoadedModel, samples: list[Sample]) -> torch.Tensor:
     inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, samples))
     with torch.no_grad():
         return loaded.model.float()(**inputs).logits
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
-
-
-@pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    return load_evaluation("demo")[:4]
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,7 @@ from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.errors import ArtifactError, ModelError
 from tests.sealing import seal
 from tests.small_models import write_small_llama
-from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_vlm(tmp_path_factory.mktemp("model") / "small"))
 
 
 def logits(loaded: LoadedModel, encoded: Encoded) -> Tensor:
