@@ -12,7 +12,11 @@ PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 SECTIONS = set(re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", PAGE, re.M))
 EQUATIONS = set(re.findall(r"\\tag\{(\d+)\}", PAGE))
 THEOREMS = set(re.findall(r"^\| T(\d+) \|", PAGE, re.M))
-SOURCES = sorted(path for room in ("qe_edge", "export", "calibration", "tests") for path in (ROOT / room).rglob("*.py"))
+ROOMS = ("qe_edge", "export", "calibration", "plugins", "benchmarks", "examples", "tests")
+KINDS = (".py", ".h", ".cuh", ".cu", ".cpp")
+SOURCES = sorted(
+    path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in KINDS and "build" not in path.parts
+)
 
 SECTION = re.compile(r"docs/method\.md,\s+section (\d+(?:\.\d+)?)")
 EQUATION = re.compile(r"\beq(?:uation)?s?\.? (\d+)(?: ?(?:-|to|and) ?(\d+))?")

@@ -1,5 +1,5 @@
 // From x to the activations that `main` multiplies: channel scale, per-token absolute maximum, int8 or 6-bit values,
-// router scores in fp32 and their argmin (Quant Experts, equations 3 and 7). Of few tokens `main` does it itself; of more,
+// router scores in fp32 and their argmin (docs/method.md, equation 6). Of few tokens `main` does it itself; of more,
 // one block per token does it in a launch before. Every sum has a fixed order. 6-bit values are stored 4 times as large:
 // then `main` rounds as little as with 8 bits where it adds two groups (pair_of_sums).
 //
