@@ -46,7 +46,7 @@ from qe_edge.models.family import Encoded
 from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.numerics.schemes import SCHEMES, get_scheme
-from qe_edge.quantization.quantizer import BATCH
+from qe_edge.quantization.job import BATCH
 from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.errors import ModelError, QEError
 from qe_edge.validate.subjects import in_float32

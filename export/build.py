@@ -59,20 +59,7 @@ def build_engines(
         ResourceError: If disk or memory do not suffice.
     """
     chosen = get_target(target)
-    if plugin_library is not None:
-        check_plugin_target(chosen)
-    manifest = read_manifest(onnx)
-    if limits is not None:
-        manifest = with_limits(manifest, limits)
-    for entry in manifest.graphs.values():
-        if not entry.file.endswith(".onnx") or manifest.onnx is not None:
-            raise ArtifactError(
-                f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
-            )
-    chosen.check()
-    if plugin_library is not None:
-        graphs = [open_graph(onnx, entry) for entry in manifest.graphs.values()]
-        check_forms([chosen], plugin_library, [form for graph in graphs for form in layer_forms(graph)])
+    manifest = _checked_manifest(onnx, chosen, plugin_library, limits)
     sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in manifest.graphs}
     with atomic_folder(out) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
         _copy_runtime_files(onnx, part, manifest)
@@ -94,6 +81,25 @@ def build_engines(
             manifest=written.digest,
         ).write(part)
     return out
+
+
+def _checked_manifest(onnx: Path, target: Target, plugin_library: Path | None, limits: EngineLimits | None) -> Manifest:
+    """The manifest of graphs that can be built for a target, with the limits that their engines get."""
+    if plugin_library is not None:
+        check_plugin_target(target)
+    manifest = read_manifest(onnx)
+    if limits is not None:
+        manifest = with_limits(manifest, limits)
+    for entry in manifest.graphs.values():
+        if not entry.file.endswith(".onnx") or manifest.onnx is not None:
+            raise ArtifactError(
+                f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
+            )
+    target.check()
+    if plugin_library is not None:
+        graphs = [open_graph(onnx, entry) for entry in manifest.graphs.values()]
+        check_forms([target], plugin_library, [form for graph in graphs for form in layer_forms(graph)])
+    return manifest
 
 
 def _build_graph(

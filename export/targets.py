@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -116,3 +117,15 @@ def get_target(name: str) -> Target:
     if name not in TARGETS:
         raise UnknownNameError("target", name, TARGETS)
     return TARGETS[name]
+
+
+def check_targets(targets: Sequence[str]) -> list[str]:
+    """Check targets before any work, and return those whose engines run on this machine too.
+
+    Raises:
+        UnknownNameError: If there is no target of a name.
+        TargetError: If one cannot be built here.
+    """
+    for name in targets:
+        get_target(name).check()
+    return [name for name in targets if get_target(name).run_problem() is None]

@@ -5,10 +5,10 @@ The public functions are imported when they are first used, so that importing th
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import TYPE_CHECKING
 
+from qe_edge.system.lazy import lazy_names
 from qe_edge.system.version import VERSION
 
 if TYPE_CHECKING:
@@ -26,16 +26,6 @@ __version__ = VERSION
 # what the user has set wins
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_PUBLIC = {
-    "QEError": "qe_edge.system.errors",
-    "QELinear": "qe_edge.layers.linear",
-    "Recipe": "qe_edge.recipes.recipe",
-    "load_quantized": "qe_edge.models.quantized",
-    "make_recipe": "qe_edge.recipes.recipe",
-    "quantize": "qe_edge.quantization.quantizer",
-    "quantize_linear": "qe_edge.quantization.single_layer",
-}
-
 __all__ = [
     "QEError",
     "QELinear",
@@ -47,8 +37,12 @@ __all__ = [
     "quantize_linear",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'qe_edge' has no attribute '{name}'")
+__getattr__ = lazy_names(__name__, {
+    "QEError": "qe_edge.system.errors",
+    "QELinear": "qe_edge.layers.linear",
+    "Recipe": "qe_edge.recipes.recipe",
+    "load_quantized": "qe_edge.models.quantized",
+    "make_recipe": "qe_edge.recipes.recipe",
+    "quantize": "qe_edge.quantization.quantizer",
+    "quantize_linear": "qe_edge.quantization.single_layer",
+})  # fmt: skip

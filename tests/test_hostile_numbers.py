@@ -238,7 +238,7 @@ def test_a_models_weights_beyond_the_scales_are_refused_before_any_work(
 def test_an_activation_that_is_not_finite_is_refused_by_layer_and_sample(
     small: str, samples: list[Sample], method: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qe_edge.quantization.quantizer.BATCH", 2)
+    monkeypatch.setattr("qe_edge.quantization.job.BATCH", 2)
     loaded = load_model(small)
     block = next(block for block in loaded.family.blocks(loaded.model) if block.group == "language")
     name, layer = [(n, m) for n, m in block.module.named_modules() if isinstance(m, torch.nn.Linear)][-1]

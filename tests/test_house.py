@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import qe_edge
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ROOT / "qe_edge"
+LONGEST = 60  # lines of a function, with its docstring
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 
 
@@ -38,3 +40,20 @@ def test_folders_beside_the_package_belong_to_it_without_an_installation(room: s
 @pytest.mark.parametrize("name", qe_edge.__all__)
 def test_public_names_are_there(name: str) -> None:
     assert getattr(qe_edge, name)
+
+
+def test_no_function_is_longer_than_a_page() -> None:
+    files = [path for room in ("qe_edge", "export", "calibration") for path in (ROOT / room).rglob("*.py")]
+    assert len(files) > 200
+    functions = [
+        (path, node)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name} has {size} lines"
+        for path, node in functions
+        if (size := (node.end_lineno or node.lineno) - node.lineno + 1) > LONGEST
+    ]
+    assert long == []

@@ -16,7 +16,7 @@ from qe_edge.models.family import Sample
 from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.quantized import load_quantized, save_quantized
-from qe_edge.quantization import quantizer
+from qe_edge.quantization import job
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.files import load_recipe
 from qe_edge.recipes.recipe import Recipe, make_recipe
@@ -176,7 +176,7 @@ def test_threads_change_no_bit_batches_and_order_nothing_but_roundings(
     small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def layers(batch: int, threads: int, *, side_by_side: bool = True) -> dict[str, QELinear]:
-        monkeypatch.setattr(quantizer, "BATCH", batch)
+        monkeypatch.setattr(job, "BATCH", batch)
         monkeypatch.setattr(parallel, "MEDIUM", 1 << 25 if side_by_side else 0)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)

@@ -42,3 +42,13 @@ def part_in_words(name: str) -> str:
     if kind is None:
         kind = "configuration" if name == "config.json" else "model"
     return f"{kind}: '{name}'"
+
+
+def work_folder(output: Path) -> Path:
+    """Where the finished blocks of a checkpoint lie until it is complete.
+
+    Example:
+        >>> work_folder(Path("out/checkpoint")).as_posix()
+        'out/checkpoint.work'
+    """
+    return output.with_name(f"{output.name}.work")

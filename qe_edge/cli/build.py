@@ -34,7 +34,7 @@ def command(
     from qe_edge.cli.limits import read_limits
     from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
-    from qe_edge.deploy.pipeline import check_targets
+    from qe_edge.export.targets import check_targets
     from qe_edge.runtime.provenance import check_deployment
 
     check_targets([target])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,9 +21,6 @@ from qe_edge.cli.options import (
     resume_option,
     target_option,
 )
-
-if TYPE_CHECKING:
-    from qe_edge.validate.schema import Report
 
 
 @click.command("deploy", cls=Command, example="qe-edge deploy demo -o out --target cpu --target rtx")
@@ -56,19 +53,12 @@ def command(  # noqa: PLR0913 - an argument for every option
     MODEL is 'demo', a folder or a hub id. It is quantized, exported, built for every target and validated; the stages'
     outputs lie in one folder, where the other commands find them. --plugin is for the TensorRT targets among them.
     """
-    from qe_edge.cli.inputs import open_model
     from qe_edge.cli.limits import read_limits
-    from qe_edge.cli.outputs import (
-        check_apart_from_sources,
-        check_disk,
-        check_memory,
-        check_output_folder,
-        check_output_path,
-        check_writable,
-    )
+    from qe_edge.cli.outputs import check_apart_from_sources, check_output_folder, check_output_path, check_writable
     from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
     from qe_edge.cli.recipes import read_recipe
-    from qe_edge.deploy.pipeline import DEFAULT_TARGETS, Layout, check_targets, deploy, hold_deployment, is_deployment
+    from qe_edge.deploy.layout import DEFAULT_TARGETS, Layout, hold_deployment, is_deployment
+    from qe_edge.export.targets import check_targets
 
     targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
     check_output_path(output)
@@ -81,67 +71,12 @@ def command(  # noqa: PLR0913 - an argument for every option
     check_apart_from_sources(output, model, recipe.calibration.source, evaluation)
     with hold_deployment(output):
         check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
-        from qe_edge.calibration.sources import load_evaluation, load_samples
-        from qe_edge.models.configuration import load_family
-        from qe_edge.models.export_limits import check_deployable
+        from qe_edge.cli.deploy_work import carry_out, prepare, print_summary
 
-        drawn = recipe.calibration
-        samples = load_samples(drawn.source, drawn.samples, recipe.seed, asked=drawn.asks)
-        load_evaluation(evaluation)
-        source = open_model(model)
-        check_deployable(load_family(source))
-        from qe_edge.cli.console import ConsoleProgress
-        from qe_edge.quantization.plan import make_plan
-
-        plan = make_plan(source, recipe, samples)
-        check_disk(output, plan.disk_bytes + (1 + len(targets)) * plan.checkpoint_bytes)
-        check_memory(plan.memory_bytes)
-        report = deploy(
-            model,
-            output,
-            recipe,
-            targets,
-            plugin_library=library,
-            limits=limits,
-            evaluation=evaluation,
-            limit=limit,
-            resume=resume,
-            device=device,
-            progress=ConsoleProgress(),
-            announce=lambda line: click.secho(line, bold=True, err=True),
-            locked=True,
-        )
+        order = prepare(model, recipe, targets, library, limits, evaluation, limit)
+        report = carry_out(order, output, resume=resume, device=device)
     print_summary(report)
     if library is not None:
         print_plugin_nodes([Layout(output).engines / name for name in targets])
     click.echo(f"Wrote '{output}'; look at '{output / 'report.html'}'.")
     click.echo(f'Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt "What is this?"')
-
-
-def print_summary(report: Report) -> None:
-    """The report's most important numbers."""
-    from qe_edge.cli.outputs import human_bytes
-    from qe_edge.cli.tables import print_table
-    from qe_edge.report.wording import plain_significant
-
-    rows = []
-    for row in report.contenders:
-        accuracy, shuffled = row.accuracy.share(), row.shuffled.share() if row.shuffled else None
-        distance = row.answer_tokens
-        rows.append((
-            row.role,
-            row.runtime,
-            _percent(accuracy),
-            _percent(shuffled),
-            "" if distance is None or distance.kl is None else plain_significant(distance.kl),
-            "" if distance is None or distance.top1 is None else _percent(distance.top1),
-            human_bytes(row.size) if row.size else "",
-        ))  # fmt: skip
-    head = ("Model", "Runs in", "Answers right", "Pictures shuffled", "KL", "Same top token", "Size")
-    print_table(head, rows)
-    bits = report.bits.total
-    click.echo(f"Quantized layers: {bits.stored_bits:.2f} bits per weight stored, {bits.read_bits:.2f} read per token.")
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"

@@ -37,57 +37,8 @@ def command(  # noqa: PLR0913 - an argument for every option
     MODEL is the original; DIR is the quantized checkpoint, or the output of 'deploy', whose graphs and engines are then
     taken too.
     """
-    from qe_edge.cli.inputs import (
-        ENGINES,
-        ONNX,
-        built_targets,
-        find_checkpoint,
-        find_engines,
-        find_onnx,
-        is_manifest_folder,
-        open_model,
-        runs_here,
-    )
-    from qe_edge.cli.outputs import check_output_file
-    from qe_edge.system.errors import InputError
+    from qe_edge.cli.validate_work import choose_folders, run
 
-    page = output.with_suffix(".html")
-    if page == output:
-        remedy = f"Give a name such as '{output.with_suffix('.json')}'."
-        raise InputError(f"'{output}' is where the page is written, beside the data.", remedy)
-    for file in (output, page):
-        check_output_file(file, overwrite=overwrite)
-    quantized = find_checkpoint(checkpoint)
-    if engines is not None:
-        chosen: Path | None = find_engines(engines)
-        others: list[Path] = []
-    else:
-        built = built_targets(checkpoint) if (checkpoint / ENGINES).is_dir() else {}
-        chosen = next((folder for name, folder in built.items() if runs_here(name)), None)
-        others = [folder for folder in built.values() if folder != chosen]
-    if onnx is not None:
-        onnx = find_onnx(onnx)
-    elif is_manifest_folder(checkpoint / ONNX):
-        onnx = checkpoint / ONNX
-    source = open_model(model)
-    if chosen is not None:
-        from qe_edge.runtime.engine import check_runnable
-
-        check_runnable(chosen, plugin_library)
-    from qe_edge.cli.console import ConsoleProgress
-    from qe_edge.report import write_report
-    from qe_edge.validate import validate
-
-    report = validate(
-        source,
-        quantized,
-        chosen,
-        evaluation,
-        onnx=onnx,
-        not_run=others,
-        plugin_library=plugin_library,
-        limit=limit,
-        progress=ConsoleProgress(),
-    )
-    write_report(report, output, page)
+    folders = choose_folders(checkpoint, engines, onnx, output, overwrite=overwrite)
+    page = run(model, folders, output, evaluation, plugin_library=plugin_library, limit=limit)
     click.echo(f"Wrote '{output}' and '{page}'.")

@@ -6,77 +6,36 @@ what each of them was made from, so that a stopped deployment can be continued.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from qe_edge.checkpoint.known_files import work_folder
+from qe_edge.deploy.layout import DEFAULT_TARGETS, Layout, check_deployment_folder, hold_deployment
 from qe_edge.deploy.ledger import Ledger
+from qe_edge.deploy.order import Order, make_order
 from qe_edge.deploy.stages import Stage, run_stages
-from qe_edge.models.fingerprints import model_parts
-from qe_edge.quantization.run_record import make_record
+from qe_edge.export.build import build_engines
+from qe_edge.export.exporter import export_model
+from qe_edge.export.targets import has_limits
+from qe_edge.quantization.folder import quantize_to_folder
+from qe_edge.quantization.run_record import Record
+from qe_edge.quantization.workfolder import WorkFolder
+from qe_edge.recipes.recipe import Recipe
+from qe_edge.report import load_report, write_report
+from qe_edge.runtime.limits import EngineLimits, with_limits
+from qe_edge.runtime.manifest import read_manifest
+from qe_edge.runtime.picture_limits import tell_limits
 from qe_edge.system.digests import hash_parts
-from qe_edge.system.errors import InputError
-from qe_edge.system.locks import hold
-from qe_edge.system.ownership import is_passing, refuse_strangers
 from qe_edge.system.progress import Progress
+from qe_edge.validate import Report, validate
 
-if TYPE_CHECKING:
-    from qe_edge.models.family import Sample
-    from qe_edge.recipes.recipe import Recipe
-    from qe_edge.runtime.limits import EngineLimits
-    from qe_edge.validate.schema import Report
-
-LEDGER = "deploy.json"
-DEFAULT_TARGETS = ("cpu",)
+Announce = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a deployment's outputs lie.
-
-    Attributes:
-        root: The folder that holds everything.
-    """
-
-    root: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        """The quantized checkpoint."""
-        return self.root / "checkpoint"
-
-    @property
-    def onnx(self) -> Path:
-        """The exported graphs."""
-        return self.root / "onnx"
-
-    @property
-    def engines(self) -> Path:
-        """One folder for every target."""
-        return self.root / "engines"
-
-    @property
-    def report(self) -> Path:
-        """The report as data."""
-        return self.root / "report.json"
-
-    @property
-    def page(self) -> Path:
-        """The report as a page."""
-        return self.root / "report.html"
-
-    @property
-    def ledger(self) -> Path:
-        """What each stage was made from."""
-        return self.root / LEDGER
-
-    def made_later(self) -> list[Path]:
-        """Folders of what is made from a checkpoint, for whatever target."""
-        engines = sorted(self.engines.iterdir()) if self.engines.is_dir() and not self.engines.is_symlink() else []
-        return [self.onnx, *(path for path in engines if path.is_dir())]
+def _silent(_line: str) -> None:
+    pass
 
 
 def deploy(  # noqa: PLR0913 - the choices of every stage
@@ -92,8 +51,7 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
     resume: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
-    announce: Callable[[str], None] = lambda _line: None,
-    locked: bool = False,
+    announce: Announce = _silent,
 ) -> Report:
     """Quantize, export, build, validate and report.
 
@@ -110,265 +68,132 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
         device: Where to quantize, as of `qe_edge.quantize`.
         progress: Where to report progress.
         announce: Receives one line when a stage begins or is skipped.
-        locked: Whether the caller is inside `hold_deployment`.
 
     Raises:
-        InputError: If `out` holds other files, also in what is to be replaced, no target takes the plugin, or the model
-            cannot have such limits; raised, as the next ones, before any work.
-        ResourceError: If another process deploys to `out` or quantizes to its checkpoint.
-        ArtifactError: If with `resume` the model, the recipe, the calibration data or the version is another one.
-        TargetError: If a target cannot be built here, or the plugin library does not serve or refuses a layer.
-        QEError: As the stages raise.
+        QEError: As `make_order` and `run_order` raise.
     """
-    from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
-    from qe_edge.export.decoding import check_decoding
-    from qe_edge.export.exporter import export_model
-    from qe_edge.models.loading import resolve_model
-    from qe_edge.quantization.workfolder import WorkFolder
-    from qe_edge.report import load_report, write_report
-    from qe_edge.validate import validate
-
-    runnable = check_targets(targets)
-    plugins = {} if plugin_library is None else _plugins(targets, plugin_library)
-    source = resolve_model(model)
-    check_decoding(source)
-    if limits is not None:
-        _check_limits(limits, source)
-    layout = Layout(out)
-    with nullcontext() if locked else hold_deployment(out):
-        check_deployment_folder(out)
-        drawn = recipe.calibration
-        samples = load_samples(drawn.source, drawn.samples, recipe.seed, asked=drawn.asks)
-        questions = hash_samples(load_evaluation(evaluation))  # opens every picture: a broken one is found at once
-        if plugins:
-            _check_layers(plugins, model, recipe, samples)
-        ledger = Ledger.read(layout.ledger, resume=resume)
-        run = make_record(model_parts(model), stored_recipe(recipe, samples))
-        if resume:
-            ledger.refuse_changes(run)
-        reports: list[Report] = []
-
-        def write_checkpoint() -> None:
-            if not resume:
-                WorkFolder.discard(work_folder(layout.checkpoint))
-            quantize_to_folder(
-                model, recipe, layout.checkpoint, resume=resume, device=device, progress=progress, locked=True
-            )
-            ledger.run = run
-
-        def build(target: str) -> None:
-            _build(layout, target, plugins.get(target), limits, progress, announce)
-
-        def compare() -> None:
-            chosen = next(iter(runnable), None)
-            report = validate(
-                model,
-                layout.checkpoint,
-                layout.engines / chosen if chosen else None,
-                evaluation,
-                onnx=layout.onnx,
-                not_run=[layout.engines / target for target in targets if target != chosen],
-                plugin_library=plugin_library,
-                limit=limit,
-                progress=progress,
-            )
-            write_report(report, layout.report, layout.page)
-            reports.append(report)
-
-        builds = tuple(f"engines/{target}" for target in targets)
-        stages = [
-            Stage("checkpoint", (layout.checkpoint,), hash_parts(run), (), write_checkpoint),
-            Stage(
-                "onnx",
-                (layout.onnx,),
-                "",
-                ("checkpoint",),
-                lambda: export_model(layout.checkpoint, layout.onnx, progress=progress),
-            ),
-            *(
-                Stage(
-                    f"engines/{target}",
-                    (layout.engines / target,),
-                    hash_parts(target, *_digests(plugins.get(target)), *_sizes(target, limits)),
-                    ("onnx",),
-                    partial(build, target),
-                )
-                for target in targets
-            ),
-            Stage(
-                "report",
-                (layout.report, layout.page),
-                hash_parts(questions, limit),
-                ("checkpoint", "onnx", *builds),
-                compare,
-            ),
-        ]
-        run_stages(stages, ledger, layout.made_later, resume=resume, announce=announce)
-        return reports[0] if reports else load_report(layout.report)
+    check_deployment_folder(out)  # before samples are opened
+    order = make_order(
+        model,
+        recipe,
+        targets,
+        plugin_library=plugin_library,
+        limits=limits,
+        evaluation=evaluation,
+        limit=limit,
+    )
+    with hold_deployment(out):
+        return run_order(order, out, resume=resume, device=device, progress=progress, announce=announce)
 
 
-def _build(
-    layout: Layout,
-    target: str,
-    library: Path | None,
-    limits: EngineLimits | None,
-    progress: Progress | None,
-    announce: Callable[[str], None],
-) -> None:
-    """One target's engines, after a line that says which sizes they take."""
-    from qe_edge.export.build import build_engines
-    from qe_edge.export.targets import has_limits
-    from qe_edge.runtime.limits import with_limits
-    from qe_edge.runtime.manifest import read_manifest
-    from qe_edge.runtime.picture_limits import tell_limits
-
-    wanted = limits if has_limits(target) else None
-    if has_limits(target):
-        manifest = read_manifest(layout.onnx)
-        tell_limits(layout.onnx, with_limits(manifest, wanted) if wanted else manifest, announce)
-    engines = layout.engines / target
-    build_engines(layout.onnx, engines, target, plugin_library=library, limits=wanted, progress=progress)
-
-
-@contextmanager
-def hold_deployment(out: Path) -> Iterator[None]:
-    """No other process deploys to a folder, or quantizes to its checkpoint, while the context is open.
-
-    Raises:
-        ResourceError: If one does; it is raised at once.
-    """
-    layout = Layout(out)
-    with hold(layout.ledger, out), hold(layout.checkpoint):
-        yield
-
-
-def check_deployment_folder(out: Path) -> None:
-    """Refuse a folder that holds something, and no deployment.
-
-    Raises:
-        InputError: If it does.
-    """
-    found = [path.name for path in out.iterdir() if not is_passing(path.name)] if out.is_dir() else []
-    if found and not is_deployment(out):
-        raise InputError(f"'{out}' holds files that 'deploy' did not write.", "Choose another folder.")
-
-
-def check_targets(targets: Sequence[str]) -> list[str]:
-    """Check targets before any work, and return those whose engines run on this machine too.
-
-    Raises:
-        UnknownNameError: If there is no target of a name.
-        TargetError: If one cannot be built here.
-    """
-    from qe_edge.export.targets import get_target
-
-    for name in targets:
-        get_target(name).check()
-    return [name for name in targets if get_target(name).run_problem() is None]
-
-
-def _plugins(targets: Sequence[str], library: Path) -> dict[str, Path]:
-    """The plugin library for every target that takes one, checked."""
-    from qe_edge.export.plugin_check import choose_plugin, takes_plugin
-    from qe_edge.export.targets import get_target
-
-    found = choose_plugin(targets, library)
-    return {name: found for name in targets if takes_plugin(get_target(name))}
-
-
-def _check_layers(plugins: Mapping[str, Path], model: str, recipe: Recipe, samples: Sequence[Sample]) -> None:
-    """Refuse layers that the plugin cannot run."""
-    from qe_edge.export.plugin_check import check_forms
-    from qe_edge.export.targets import get_target
-    from qe_edge.models.loading import resolve_model
-    from qe_edge.quantization.plan import make_plan, planned_forms
-
-    forms = planned_forms(make_plan(resolve_model(model), recipe, samples), recipe)
-    check_forms([get_target(name) for name in plugins], next(iter(plugins.values())), forms)
-
-
-def _check_limits(limits: EngineLimits, source: str) -> None:
-    """Refuse limits that the model cannot have, before it is quantized."""
-    from qe_edge.models.configuration import load_family
-    from qe_edge.models.decoder import default_lengths
-    from qe_edge.runtime.limits import EngineLimits, resolve_limits
-
-    family = load_family(source)
-    context, prompt = default_lengths(family.config.get_text_config())
-    pictures = {family.picture_unit: 1} if family.picture_unit else {}
-    present = EngineLimits(context=context, prompt=prompt, **pictures)
-    resolve_limits(limits, present, family.model_type, family.config.get_text_config().max_position_embeddings)
-
-
-def _sizes(target: str, limits: EngineLimits | None) -> list[dict[str, int]]:
-    """What a build with limits was made from besides."""
-    from qe_edge.export.targets import has_limits
-
-    given = {} if limits is None else {name: size for name, size in asdict(limits).items() if size is not None}
-    return [given] if given and has_limits(target) else []
-
-
-def _digests(library: Path | None) -> list[str]:
-    """What a build with a library was made from besides: its hash."""
-    from qe_edge.runtime.plugin_library import digest
-
-    return [] if library is None else [digest(library)]
-
-
-def is_deployment(folder: Path) -> bool:
-    """Whether a folder was written by `deploy`, be it complete or not."""
-    layout = Layout(folder)
-    signs = (layout.ledger, work_folder(layout.checkpoint) / "run.json", layout.checkpoint / "recipe.json")
-    return any(sign.is_file() for sign in signs)
-
-
-def quantize_to_folder(
-    model: str,
-    recipe: Recipe,
-    output: Path,
+def run_order(
+    order: Order,
+    out: Path,
     *,
     resume: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
-    locked: bool = False,
-) -> None:
-    """Quantize a model and write the checkpoint; finished blocks lie in `<output>.work` until it is complete.
-
-    Args:
-        model: "demo", a folder or a hub id.
-        recipe: What to do.
-        output: Folder of the checkpoint; it appears when it is complete.
-        resume: Continue from the finished blocks of a stopped run.
-        device: As of `qe_edge.quantize`.
-        progress: Where to report progress.
-        locked: Whether the caller holds the lock on `output`.
+    announce: Announce = _silent,
+) -> Report:
+    """Do the stages of an order that are not complete; the caller is inside `hold_deployment`.
 
     Raises:
-        InputError: If `output` holds files that QE-Edge did not write.
-        ResourceError: If another process writes there, or the disk is full.
-        QEError: As `qe_edge.quantize`.
+        InputError: If `out` holds other files, also in what is to be replaced; raised before any work.
+        ArtifactError: If with `resume` the model, the recipe, the calibration data or the version is another one.
+        QEError: As the stages raise.
     """
-    from qe_edge.models.quantized import save_quantized
-    from qe_edge.quantization.quantizer import quantize
-    from qe_edge.quantization.workfolder import WorkFolder
+    check_deployment_folder(out)
+    ledger = Ledger.read(Layout(out).ledger, resume=resume)
+    run = order.job.record()
+    if resume:
+        ledger.refuse_changes(run)
+    work = _Work(order, Layout(out), ledger, run, resume, device, progress, announce)
+    run_stages(work.stages(), ledger, work.layout.made_later, resume=resume, announce=announce)
+    return work.reports[0] if work.reports else load_report(work.layout.report)
 
-    work = work_folder(output)
-    with nullcontext() if locked else hold(output):
-        refuse_strangers(output)
-        loaded, resolved = quantize(
-            model, recipe, work=work, resume=resume, on_disk=True, device=device, progress=progress
+
+@dataclass
+class _Work:
+    """The work of every stage of one order.
+
+    Attributes:
+        order: What is made.
+        layout: Where.
+        ledger: What is finished.
+        run: What the checkpoint depends on.
+        resume: Whether a stopped quantization is continued.
+        device: Where to quantize.
+        progress: Where to report progress.
+        announce: Receives lines.
+        reports: The report, once it is made.
+    """
+
+    order: Order
+    layout: Layout
+    ledger: Ledger
+    run: Record
+    resume: bool
+    device: str
+    progress: Progress | None
+    announce: Announce
+    reports: list[Report] = field(default_factory=list)
+
+    def stages(self) -> list[Stage]:
+        """The table of stages: name, outputs, hash of its own choices, the stages that it reads, and its work."""
+        order, layout = self.order, self.layout
+        builds = [
+            Stage(
+                f"engines/{target}",
+                (layout.engines / target,),
+                hash_parts(*order.build_key(target)),
+                ("onnx",),
+                partial(self._build, target),
+            )
+            for target in order.targets
+        ]
+        read = ("checkpoint", "onnx", *(stage.name for stage in builds))
+        key = hash_parts(order.questions, order.limit)
+        return [
+            Stage("checkpoint", (layout.checkpoint,), hash_parts(self.run), (), self._quantize),
+            Stage("onnx", (layout.onnx,), "", ("checkpoint",), self._export),
+            *builds,
+            Stage("report", (layout.report, layout.page), key, read, self._compare),
+        ]
+
+    def _quantize(self) -> None:
+        checkpoint = self.layout.checkpoint
+        if not self.resume:
+            WorkFolder.discard(work_folder(checkpoint))
+        quantize_to_folder(
+            self.order.job, checkpoint, resume=self.resume, device=self.device, progress=self.progress, locked=True
         )
-        save_quantized(loaded, resolved, output, WorkFolder.run_of(work))
-        WorkFolder.discard(work)
+        self.ledger.run = self.run
 
+    def _export(self) -> None:
+        export_model(self.layout.checkpoint, self.layout.onnx, progress=self.progress)
 
-def work_folder(output: Path) -> Path:
-    """Where the finished blocks of a checkpoint lie until it is complete."""
-    return output.with_name(f"{output.name}.work")
+    def _build(self, target: str) -> None:
+        """One target's engines, after a line that says which sizes they take."""
+        onnx, limits = self.layout.onnx, self.order.limits_of(target)
+        if has_limits(target):
+            manifest = read_manifest(onnx)
+            tell_limits(onnx, with_limits(manifest, limits) if limits else manifest, self.announce)
+        engines, library = self.layout.engines / target, self.order.plugins.get(target)
+        build_engines(onnx, engines, target, plugin_library=library, limits=limits, progress=self.progress)
 
-
-def stored_recipe(recipe: Recipe, samples: Sequence[Sample]) -> Recipe:
-    """The recipe as a checkpoint made from these samples stores it."""
-    from qe_edge.quantization.quantizer import replace_calibration
-
-    return replace_calibration(recipe, None, samples)
+    def _compare(self) -> None:
+        order, engines = self.order, self.layout.engines
+        chosen = next(iter(order.runnable), None)
+        report = validate(
+            order.model,
+            self.layout.checkpoint,
+            engines / chosen if chosen else None,
+            order.evaluation,
+            onnx=self.layout.onnx,
+            not_run=[engines / target for target in order.targets if target != chosen],
+            plugin_library=next(iter(order.plugins.values()), None),
+            limit=order.limit,
+            progress=self.progress,
+        )
+        write_report(report, self.layout.report, self.layout.page)
+        self.reports.append(report)

@@ -26,8 +26,8 @@ from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import shapes_only
 from qe_edge.numerics.grids import PER_CHANNEL
+from qe_edge.quantization.job import BATCH
 from qe_edge.quantization.preflight import check_modules, note_groups
-from qe_edge.quantization.quantizer import BATCH
 from qe_edge.recipes.recipe import Recipe
 
 if TYPE_CHECKING:

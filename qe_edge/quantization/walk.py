@@ -43,6 +43,7 @@ class BlockWalk:
             self._beyond.append(walked.pop())
         self.walked = walked
         self.chains = [chain for chain in walked if chain[0].group in modules]
+        self.sizes = {block.name: parameters_of(block) for block in self.blocks}
         self._dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
         # what is not streamed computes in float32 from now on; streamed blocks follow one by one
         streamed = {module for block in self.blocks for module in block.module.modules()}
@@ -162,6 +163,11 @@ class BlockWalk:
 
     def _forward(self, batch: int) -> object:
         return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)
+
+
+def parameters_of(block: Block) -> int:
+    """Number of parameters of a block."""
+    return sum(parameter.numel() for parameter in block.module.parameters())
 
 
 class _AllFed(Exception):  # noqa: N818 - control flow, not an error

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qe_edge.system.lazy import lazy_names
+
 if TYPE_CHECKING:
     from qe_edge.report.device_check import load_device_check
     from qe_edge.report.neighbours import find_changes
@@ -14,18 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["find_changes", "load_device_check", "load_report", "render_page", "write_page", "write_report"]
 
-
-def __getattr__(name: str) -> object:
-    if name == "load_device_check":
-        from qe_edge.report import device_check
-
-        return device_check.load_device_check
-    if name == "find_changes":
-        from qe_edge.report import neighbours
-
-        return neighbours.find_changes
-    if name in __all__:
-        from qe_edge.report import page
-
-        return getattr(page, name)
-    raise AttributeError(f"module 'qe_edge.report' has no attribute '{name}'")
+__getattr__ = lazy_names(__name__, {
+    "find_changes": "qe_edge.report.neighbours",
+    "load_device_check": "qe_edge.report.device_check",
+    **dict.fromkeys(("load_report", "render_page", "write_page", "write_report"), "qe_edge.report.page"),
+})  # fmt: skip

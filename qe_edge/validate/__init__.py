@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qe_edge.system.lazy import lazy_names
+
 if TYPE_CHECKING:
     from qe_edge.validate.run import validate
     from qe_edge.validate.schema import Report
 
 __all__ = ["Report", "validate"]
 
-
-def __getattr__(name: str) -> object:
-    if name == "validate":
-        from qe_edge.validate.run import validate
-
-        return validate
-    if name == "Report":
-        from qe_edge.validate.schema import Report
-
-        return Report
-    raise AttributeError(f"module 'qe_edge.validate' has no attribute '{name}'")
+__getattr__ = lazy_names(__name__, {"Report": "qe_edge.validate.schema", "validate": "qe_edge.validate.run"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -23,11 +24,11 @@ from qe_edge.system.version import VERSION
 from qe_edge.validate.answers import score
 from qe_edge.validate.artifacts import trace_artifacts
 from qe_edge.validate.comparison import distance_of
-from qe_edge.validate.evaluation import Comparisons, Questions, evaluate
+from qe_edge.validate.evaluation import Comparisons, Evaluation, Questions, evaluate
 from qe_edge.validate.examples import choose_examples
 from qe_edge.validate.latency import measure_latency
 from qe_edge.validate.machine import busy_note, describe_machine
-from qe_edge.validate.schema import Contender, EngineAgreement, EvaluationData, Latency, Report, Role
+from qe_edge.validate.schema import Artifact, Contender, EngineAgreement, EvaluationData, Latency, Report, Role
 from qe_edge.validate.shuffling import shuffle_pictures
 from qe_edge.validate.sizes import model_size, stage_sizes
 from qe_edge.validate.targets import runtime_name, target_states
@@ -80,48 +81,74 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
     engine = None
     if engines is not None:
         engine = VisionLanguageEngine.load(engines, accuracy_level=0, plugin_library=plugin_library)
-    calibration = calibration_of(recipe)
-    shuffled = shuffle_pictures(samples)
-    notes = strangers + ([] if calibration else [NO_CALIBRATION])
-    notes += [] if shuffled else [NO_SHUFFLE]
-    notes += [LIMITED.format(count=len(samples))] if len(samples) < len(every) else []
+    calibration, shuffled = calibration_of(recipe), shuffle_pictures(samples)
     found = evaluate(original, checkpoint, engine, Questions(samples, shuffled, calibration), progress)
-    compared, answers, blind = found.compared, found.answers, found.blind
     del engine  # its memory is for the processes that measure speed
     latency: list[Latency] = []
     if engines is not None:
         latency = measure_latency(
             engines, samples[0], original=original, plugin_library=plugin_library, progress=progress
         )
-    busy = busy_note() if latency else None
-    notes += [busy] if busy else []
-    sizes = stage_sizes(found.source, checkpoint, onnx, engines)
+    notes = [
+        *strangers,
+        *([] if calibration else [NO_CALIBRATION]),
+        *([] if shuffled else [NO_SHUFFLE]),
+        *([LIMITED.format(count=len(samples))] if len(samples) < len(every) else []),
+        *([busy] if latency and (busy := busy_note()) else []),
+    ]
+    inputs = _Inputs(original, checkpoint, engines, onnx, tuple(not_run), evaluation, samples, recipe)
+    return _report(inputs, found, latency, artifacts, notes)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a report is about; attributes as the arguments of `validate`, the questions that were asked, the recipe."""
+
+    original: str
+    checkpoint: Path
+    engines: Path | None
+    onnx: Path | None
+    not_run: tuple[Path, ...]
+    evaluation: str
+    samples: list[Sample]
+    recipe: Recipe
+
+
+def _report(
+    inputs: _Inputs, found: Evaluation, latency: list[Latency], artifacts: list[Artifact], notes: list[str]
+) -> Report:
+    """Everything that was found, in one table."""
+    samples, compared, answers = inputs.samples, found.compared, found.answers
+    sizes = stage_sizes(found.source, inputs.checkpoint, inputs.onnx, inputs.engines)
+    data = EvaluationData(
+        source=inputs.evaluation,
+        samples=len(samples),
+        kinds=dict(Counter(sample.kind for sample in samples)),
+        sha256=hash_samples(samples),
+    )
     return Report(
         qe_edge=VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=model_name(original),
+        model=model_name(inputs.original),
         model_type=found.model_type,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=inputs.recipe.model_dump(mode="json"),
         artifacts=artifacts,
         machine=describe_machine(),
-        evaluation=EvaluationData(
-            source=evaluation,
-            samples=len(samples),
-            kinds=dict(Counter(sample.kind for sample in samples)),
-            sha256=hash_samples(samples),
-        ),
+        evaluation=data,
         bits=found.bits,
         sizes=sizes,
         layers=compared.layers,
         stream=compared.stream,
         routing=compared.routing,
         contenders=[
-            _contender(role, _runtime(role, engines), compared, sizes, samples, answers[role], blind.get(role))
+            _contender(
+                role, _runtime(role, inputs.engines), compared, sizes, samples, answers[role], found.blind.get(role)
+            )
             for role in answers
         ],
         engine=_agreement(compared, answers),
         latency=latency,
-        targets=target_states(engines, not_run),
+        targets=target_states(inputs.engines, inputs.not_run),
         examples=choose_examples(samples, answers),
         notes=notes,
     )

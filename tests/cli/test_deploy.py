@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import sys
-import types
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from qe_edge.deploy import pipeline as deployment
-from qe_edge.deploy.pipeline import LEDGER, deploy, is_deployment
+from qe_edge.cli import deploy_work
+from qe_edge.deploy import order, pipeline
+from qe_edge.deploy.layout import LEDGER, is_deployment
+from qe_edge.deploy.pipeline import deploy
 from qe_edge.export import plugin_check
 from qe_edge.models.fingerprints import model_parts
+from qe_edge.quantization import job
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.limits import EngineLimits
 from qe_edge.system.errors import ArtifactError, InputError
@@ -29,25 +31,19 @@ class Stages:
         self.libraries: dict[str, Path | None] = {}
         self.limits: dict[str, object] = {}
         self.fail_in = ""
-        monkeypatch.setattr(deployment, "quantize_to_folder", lambda _m, _r, out, **_k: self._folder("quantize", out))
-        for module, attributes in {
-            "qe_edge.export.exporter": {
-                "export_model": lambda _c, out, **_k: self._folder("export", out),
-                "check_decoding": lambda _source: None,
-            },
-            "qe_edge.export.build": {"build_engines": self._build},
-            "qe_edge.runtime.manifest": {"read_manifest": lambda _folder: "manifest"},
-            "qe_edge.runtime.picture_limits": {"tell_limits": lambda *words: words[-1](f"limits of {words[1]}")},
-            "qe_edge.validate": {"validate": lambda *_a, **_k: "report"},
-            "qe_edge.report": {"write_report": self._report, "load_report": lambda path: path.read_text()},
+        for name, stand_in in {
+            "quantize_to_folder": lambda _job, out, **_k: self._folder("quantize", out),
+            "export_model": lambda _c, out, **_k: self._folder("export", out),
+            "build_engines": self._build,
+            "read_manifest": lambda _folder: "manifest",
+            "tell_limits": lambda *words: words[-1](f"limits of {words[1]}"),
+            "with_limits": lambda manifest, wanted: f"{manifest}, {wanted.batch}",
+            "validate": lambda *_a, **_k: "report",
+            "write_report": self._report,
+            "load_report": lambda path: path.read_text(),
         }.items():
-            stand_in = types.ModuleType(module)
-            stand_in.__dict__.update(attributes)
-            monkeypatch.setitem(sys.modules, module, stand_in)
-        monkeypatch.setattr(deployment, "check_targets", list)
-        monkeypatch.setattr(
-            "qe_edge.runtime.limits.with_limits", lambda manifest, wanted: f"{manifest}, {wanted.batch}"
-        )
+            monkeypatch.setattr(pipeline, name, stand_in)
+        monkeypatch.setattr(order, "check_targets", list)
 
     def _folder(self, stage: str, out: Path) -> None:
         if stage == self.fail_in:
@@ -84,6 +80,30 @@ def test_everything_runs_once_and_is_kept_on_resume(stages: Stages, tmp_path: Pa
     assert stages.take() == []
     assert len(lines) == 5
     assert all(line.endswith("complete already") for line in lines)
+
+
+def test_samples_are_drawn_once_and_the_plan_is_made_once(
+    stages: Stages, tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(module: ModuleType, name: str) -> None:
+        original = getattr(module, name)
+
+        def count(*words: object, **options: object) -> object:
+            calls.append(name)
+            return original(*words, **options)
+
+        monkeypatch.setattr(module, name, count)
+
+    counted(job, "load_samples")
+    counted(job, "model_parts")
+    counted(order, "load_evaluation")
+    counted(order, "make_plan")
+    monkeypatch.setattr(deploy_work, "print_summary", lambda _report: None)
+    assert cli("deploy", "demo", "-o", tmp_path / "out", "--method", "rtn", "--samples", "2").code == 0
+    assert stages.take() == ["quantize", "export", "cpu", "report"]
+    assert sorted(calls) == ["load_evaluation", "load_samples", "make_plan", "model_parts"]
 
 
 def test_without_resume_everything_is_done_again(stages: Stages, tmp_path: Path) -> None:

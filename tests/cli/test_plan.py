@@ -12,9 +12,10 @@ from qe_edge.budget.accounting import layer_counts
 from qe_edge.calibration.sources import load_samples
 from qe_edge.cli.outputs import folder_bytes
 from qe_edge.demo import model_path
-from qe_edge.deploy.pipeline import quantize_to_folder
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import TEXT, Sample
+from qe_edge.quantization.folder import quantize_to_folder
+from qe_edge.quantization.job import make_job
 from qe_edge.quantization.plan import collapse, make_plan
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
@@ -47,7 +48,7 @@ def test_predicted_bits_are_those_of_the_quantized_layers(method: str, scheme: s
 def test_predicted_size_of_the_checkpoint(tmp_path: Path) -> None:
     recipe = make_recipe(method="rtn", modules=["language", "visual", "merger"], calibration={"samples": 1})
     plan = make_plan(str(model_path()), recipe, load_samples("demo", 1))
-    quantize_to_folder("demo", recipe, tmp_path / "checkpoint")
+    quantize_to_folder(make_job("demo", recipe), tmp_path / "checkpoint")
     assert folder_bytes(tmp_path / "checkpoint") == pytest.approx(plan.checkpoint_bytes, rel=0.1)
     assert plan.disk_bytes > plan.checkpoint_bytes
     assert sum(layer.bits.weights for layer in plan.layers) == plan.total.weights
@@ -58,7 +59,7 @@ def test_the_matrix_before_a_rotated_models_head_is_counted(tmp_path: Path) -> N
     for method in ("rtn", "quarot"):
         recipe = make_recipe(method=method, options={"rounding": "nearest"} if method == "quarot" else {})
         plans[method] = make_plan(str(model_path()), recipe, load_samples("demo", 1))
-        quantize_to_folder("demo", recipe, tmp_path / method)
+        quantize_to_folder(make_job("demo", recipe), tmp_path / method)
         found[method] = folder_bytes(tmp_path / method)
     more = plans["quarot"].checkpoint_bytes - plans["rtn"].checkpoint_bytes
     assert more > 100_000

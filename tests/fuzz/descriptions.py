@@ -11,8 +11,8 @@ from pathlib import Path
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
 from qe_edge.cli.recipes import read_recipe
 from qe_edge.demo import calibration_path
+from qe_edge.deploy.layout import Layout, is_deployment
 from qe_edge.deploy.ledger import Ledger
-from qe_edge.deploy.pipeline import Layout, is_deployment
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.errors import QEError
 from qe_edge.system.json_files import read_json_table

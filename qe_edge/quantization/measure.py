@@ -1,0 +1,133 @@
+"""What is measured on the original model before its first layer is quantized: gradients, and what layers offer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from qe_edge.budget.accounting import BitCount, add_counts
+from qe_edge.budget.allocation import allocate
+from qe_edge.budget.model import AdapterSize, Budget, Offer, check_affordable
+from qe_edge.budget.sizes import predicted_bits
+from qe_edge.calibration.modality import modality_ratios
+from qe_edge.calibration.sensitivity import (
+    Of,
+    Sensitivity,
+    load_sensitivities,
+    output_gradients,
+    save_sensitivities,
+)
+from qe_edge.methods import LinearProblem, Method
+from qe_edge.methods.checked import candidates_of
+from qe_edge.models.groups import LinearGroup, linear_groups
+from qe_edge.quantization.problems import Measured, Member, Problems
+from qe_edge.quantization.walk import BlockWalk, parameters_of
+from qe_edge.quantization.workfolder import WorkFolder
+from qe_edge.recipes.recipe import Recipe
+from qe_edge.system.atomic import atomic_file
+from qe_edge.system.heap import trim_heap
+from qe_edge.system.progress import Progress
+
+GRADIENTS = "gradients.safetensors"  # in the work folder
+
+
+def measure(
+    walk: BlockWalk,
+    recipe: Recipe,
+    method: Method,
+    rotation: BitCount,
+    folder: WorkFolder | None,
+    progress: Progress,
+) -> Measured:
+    """Measure what the method and the budget need, and spend the budget.
+
+    Args:
+        walk: The model's blocks with their calibration inputs.
+        recipe: The resolved recipe.
+        method: Its method.
+        rotation: Bits that a rotation puts beside the layers.
+        folder: Where what is measured is kept, so that a stopped run can be resumed; None keeps nothing.
+        progress: Where to report progress.
+
+    Raises:
+        RecipeError: If the budget cannot be met.
+        QEError: As calibration raises.
+    """
+    left = _affordable(walk, recipe, rotation) if recipe.budget else None
+    blocks = [block for chain in walk.chains for block in chain if block.group == "language"]
+    weighs = method.needs_gradients and bool(blocks)
+    gradients = _gradients(walk, recipe, method, folder) if weighs or left else {}
+    measured = Measured(
+        gradients=gradients if left else {}, modality_ratios=modality_ratios(blocks, gradients) if weighs else {}
+    )
+    if left is None:
+        return measured
+    offers = _offers(walk, Problems(recipe, method, walk.device, measured), folder, progress)
+    return replace(measured, choices=allocate(offers, left))
+
+
+def _affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
+    """What layers may take of the budget; one that cannot be met is refused, before anything is measured."""
+    scheme = recipe.get_scheme()
+    cheapest = scheme.on(scheme.budget_grids()[0])
+    least = add_counts(
+        predicted_bits(linear.out_features, linear.in_features, cheapest, AdapterSize())
+        for group in _groups(walk)
+        for linear in group.linears
+    )
+    total = add_counts((least, rotation))
+    check_affordable(recipe.budget, total.weights, total.stored_bits * total.weights, total.read)
+    return recipe.budget.without(rotation.read / total.weights)
+
+
+def _gradients(walk: BlockWalk, recipe: Recipe, method: Method, folder: WorkFolder | None) -> dict[str, Sensitivity]:
+    """Gradients at the outputs of every layer."""
+    if folder and folder.holds(GRADIENTS):
+        return load_sensitivities(folder.path / GRADIENTS)
+    names = [name for group in _groups(walk) for name in group.names]
+    of: Of = "answers" if method.needs_gradients else "predictions"
+    found = output_gradients(walk.loaded, walk.batches, names, of=of, seed=recipe.seed, device=walk.device)
+    if folder:
+        folder.expect(GRADIENTS)
+        with atomic_file(folder.path / GRADIENTS) as part:
+            save_sensitivities(part, found)
+        folder.wrote(GRADIENTS)
+    return found
+
+
+def _offers(walk: BlockWalk, problems: Problems, folder: WorkFolder | None, progress: Progress) -> dict[str, Offer]:
+    """What every layer offers, measured on the original model."""
+    gradients = problems.measured.gradients
+
+    def look(member: Member, problem: LinearProblem) -> tuple[str, Offer]:
+        candidates = candidates_of(problems.method, problem)
+        return problem.name, Offer(problem.weight.numel(), _sensitivity(gradients, member), candidates)
+
+    offers: dict[str, Offer] = {}
+    for chain, position, block in walk:
+        groups = linear_groups(block, walk.loaded.family.siblings)
+        known = folder.load_offers(block.name) if folder else None
+        with walk.original(block):
+            collectors = {} if known else problems.collectors(groups)
+            outputs = walk.run(chain, position, block, collectors)
+            walk.hand_on(chain, position, outputs)
+            found = known or dict(problems.each(groups, collectors, look))
+        if folder and not known:
+            folder.save_offers(block.name, found)
+        offers.update(found)
+        trim_heap()
+        progress.advance(parameters_of(block), f"{block.name}: measuring")
+    return offers
+
+
+def _sensitivity(gradients: Mapping[str, Sensitivity], member: Member) -> float:
+    """What makes a problem's losses comparable with those of other layers."""
+    found = [gradients[member.group.names[number]].energy for number in member.numbers]
+    return float(np.average(found, weights=member.outputs))
+
+
+def _groups(walk: BlockWalk) -> list[LinearGroup]:
+    blocks = [block for chain in walk.chains for block in chain]
+    return [group for block in blocks for group in linear_groups(block, walk.loaded.family.siblings)]

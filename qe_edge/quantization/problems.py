@@ -1,0 +1,174 @@
+"""The linear problems of a run: how layers are stacked, weighed and seeded, and what is measured on their inputs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qe_edge.budget.allocation import output_factors
+from qe_edge.budget.model import Choice
+from qe_edge.calibration.sensitivity import Sensitivity
+from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector, StatisticsRequest
+from qe_edge.methods import LinearProblem, Method
+from qe_edge.models.groups import LinearGroup
+from qe_edge.recipes.recipe import Recipe
+from qe_edge.system.blas import one_lapack_thread
+from qe_edge.system.device import CPU
+from qe_edge.system.parallel import gains_by_one_thread, map_threads
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on the original model before its first layer is quantized.
+
+    Attributes:
+        gradients: By layer, for budgets: outputs are weighed by them.
+        modality_ratios: By layer, for methods that ask for gradients.
+        choices: By problem, what a budget gives it.
+    """
+
+    gradients: Mapping[str, Sensitivity] = field(default_factory=dict)
+    modality_ratios: Mapping[str, float] = field(default_factory=dict)
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Layers of one group that are one problem.
+
+    Attributes:
+        group: The group.
+        numbers: Which of its layers.
+        weight: Their weights one below the other, `[out, in]` float32, rows scaled by `factors`.
+        factors: `[out]` powers of two that weigh the outputs; None where nothing weighs them.
+    """
+
+    group: LinearGroup
+    numbers: list[int]
+    weight: Tensor
+    factors: Tensor | None
+
+    @property
+    def name(self) -> str:
+        """Name of the first layer, which stands for all."""
+        return self.group.names[self.numbers[0]]
+
+    @property
+    def outputs(self) -> list[int]:
+        """Output channels of every layer."""
+        return [self.group.linears[number].out_features for number in self.numbers]
+
+
+Work = Callable[[Member, LinearProblem], Result]
+
+
+class Problems:
+    """Makes the problems of a block's layers.
+
+    Args:
+        recipe: The resolved recipe.
+        method: Its method.
+        device: Where blocks compute.
+        measured: What is known of the original model.
+    """
+
+    def __init__(self, recipe: Recipe, method: Method, device: torch.device, measured: Measured) -> None:
+        self.recipe = recipe
+        self.method = method
+        self.device = device
+        self.at_work = device if method.on_device else CPU  # where problems are solved
+        self.measured = measured
+
+    def collectors(self, groups: list[LinearGroup]) -> dict[nn.Module, StatisticsCollector]:
+        """One collector per shared input, by the layer at which it listens; none if the method wants no statistics."""
+        collectors: dict[nn.Module, StatisticsCollector] = {}
+        for group in groups:
+            weights = [member.weight for member in self.members(group)]
+            requests = [request for weight in weights if (request := self.method.request(*weight.shape))]
+            if requests:
+                joint = StatisticsRequest(
+                    gram=any(request.gram for request in requests),
+                    tokens=max(request.tokens for request in requests),
+                    important=max(request.important for request in requests),
+                )
+                name, first = group.names[0], group.linears[0]
+                collectors[first] = StatisticsCollector(
+                    name, first.in_features, weights, joint, self._seed(name), self.at_work
+                )
+        return collectors
+
+    def members(self, group: LinearGroup) -> list[Member]:
+        """Every linear problem of a group: one of all layers stacked, or one per layer."""
+        weights = [linear.weight.detach().float() for linear in group.linears]
+        found = []
+        for numbers in group.problems(stacked=self.method.stack_siblings):
+            weight, factors = torch.cat([weights[number] for number in numbers]), self._factors(group, numbers)
+            found.append(Member(group, numbers, weight if factors is None else weight * factors.unsqueeze(1), factors))
+        return found
+
+    def each(
+        self, groups: list[LinearGroup], collectors: dict[nn.Module, StatisticsCollector], work: Work[Result]
+    ) -> Iterator[Result]:
+        """`work` for every linear problem of a block: large groups one by one, the others side by side."""
+
+        def run(group: LinearGroup) -> list[Result]:
+            collector = collectors.pop(group.linears[0], None)
+            measured = collector.finish() if collector else None
+            results = []
+            for number, member in enumerate(self.members(group)):
+                results.append(work(member, self._problem(member, measured[number] if measured else None)))
+            return results
+
+        # where a device computes, threads would only wait for it
+        apart = [group for group in groups if self.device == CPU and gains_by_one_thread(_weights(group))]
+        for group in groups:
+            if group not in apart:
+                yield from run(group)
+        apart.sort(key=lambda group: -_weights(group) * group.linears[0].in_features)  # the longest first
+        with one_lapack_thread():
+            for results in map_threads(run, apart):
+                yield from results
+
+    def _problem(self, member: Member, statistics: InputStatistics | None) -> LinearProblem:
+        """A member with everything that is known of it."""
+        return LinearProblem(
+            member.name,
+            member.weight.to(self.at_work),
+            self.recipe.get_scheme(),
+            self._own_statistics(statistics, member.weight) if statistics else None,
+            self._seed(member.name),
+            self.measured.choices.get(member.name),
+            self.measured.modality_ratios.get(member.name, 1.0),
+            self.at_work,
+        )
+
+    def _factors(self, group: LinearGroup, numbers: list[int]) -> Tensor | None:
+        """Powers of two that weigh the outputs of a problem, where gradients are known."""
+        if not self.measured.gradients:
+            return None
+        channels = np.concatenate([self.measured.gradients[group.names[number]].channels for number in numbers])
+        return torch.from_numpy(output_factors(channels)).float()
+
+    def _own_statistics(self, statistics: InputStatistics, weight: Tensor) -> InputStatistics:
+        """Cut the jointly measured top-k lists to this problem's own k (the lists are sorted, best first)."""
+        request = self.method.request(*weight.shape)
+        if request is None or statistics.importance is None:
+            return statistics
+        lists = statistics.importance[:, : request.important] if request.important else None
+        return replace(statistics, importance=lists)
+
+    def _seed(self, name: str) -> int:
+        """A seed of its own for every layer, whatever the order of work."""
+        return (self.recipe.seed + zlib.crc32(name.encode())) % 2**31
+
+
+def _weights(group: LinearGroup) -> int:
+    return sum(linear.weight.numel() for linear in group.linears)
