@@ -187,7 +187,7 @@ def test_a_defect_of_ours_names_the_file_with_the_traceback(
     def broken(*_arguments: object, **_keywords: object) -> None:
         raise KeyError("surprise\x1b[31m")
 
-    monkeypatch.setattr("qe_edge.quantization.plan.make_plan", broken)
+    monkeypatch.setattr("qe_edge.cli.quantize_work.make_plan", broken)
     outcome = cli("quantize", "demo", "-o", out)
     assert outcome.code == 1
     assert len(outcome.err.strip().splitlines()) == 2
@@ -206,7 +206,7 @@ def test_memory_that_runs_out_while_quantizing(cli: Run, out: Path, monkeypatch:
     def greedy(*_arguments: object, **_keywords: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("qe_edge.quantization.plan.make_plan", greedy)
+    monkeypatch.setattr("qe_edge.cli.quantize_work.make_plan", greedy)
     assert_two_lines(cli("quantize", "demo", "-o", out), "Memory ran out", "--samples")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qe_edge.cli import outputs
+from qe_edge.cli import quantize_work
 from qe_edge.system.disk_errors import REMEDIES
 from tests.cli.running import Run, assert_two_lines
 
@@ -44,7 +44,7 @@ def test_a_disk_that_fills_up_costs_no_finished_block(
 ) -> None:
     out = small_disk / "checkpoint"
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "check_disk", lambda *_arguments: None)  # as if others had filled it meanwhile
+        patch.setattr(quantize_work, "check_disk", lambda *_arguments: None)  # as if others had filled it meanwhile
         outcome = cli(*WORDS, "-o", out)
     assert outcome.code == 2
     assert "The disk is full" in outcome.err.splitlines()[-2]

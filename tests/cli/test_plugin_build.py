@@ -110,7 +110,7 @@ def test_missing_headers(machine: Machine, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_wheel_without_sources(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin_build, "checkout", lambda: None)
-    monkeypatch.setattr(plugin_build.qe_edge, "__file__", str(machine.headers / "__init__.py"))
+    monkeypatch.setattr(plugin_build, "files", lambda _package: machine.headers)
     with pytest.raises(TargetError, match="carries no sources") as caught:
         find_toolchain()
     assert "clone" in caught.value.remedy
