@@ -54,7 +54,7 @@ PHASED = {
     "RTN W4A8": {"method": "rtn", "scheme": "w4a8"},
 }
 PHASES = {  # functions by where they are looked up
-    "gradients": ["qe_edge.quantization.quantizer.output_gradients"],
+    "gradients": ["qe_edge.quantization.measure.output_gradients"],
     "blocks and Gram matrices": ["qe_edge.quantization.walk:BlockWalk.run"],
     "samples and their channels": ["qe_edge.calibration.statistics:StatisticsCollector.finish"],
     "factor of GPTQ's Hessian": ["qe_edge.reconstruction.rounding._coupling"],
@@ -72,9 +72,9 @@ PHASES = {  # functions by where they are looked up
     "router": ["qe_edge.methods.qe:QuantExperts._router"],
     "candidates: routed": ["qe_edge.reconstruction.offers.routed_losses"],
     "candidates: INT4 factors": ["qe_edge.reconstruction.offers.packing_loss"],
-    "candidates: rest": ["qe_edge.quantization.quantizer.candidates_of"],
+    "candidates: rest": ["qe_edge.quantization.measure.candidates_of"],
     "quantize: rest": ["qe_edge.quantization.quantizer.quantize_problem"],
-    "allocation": ["qe_edge.quantization.quantizer.allocate"],
+    "allocation": ["qe_edge.quantization.measure.allocate"],
     "layers packed": ["qe_edge.quantization.quantizer.QELinear"],
 }  # fmt: skip
 PEERS = {"llm-compressor GPTQ": "auto", "llm-compressor GPTQ, float32": "float32"}  # the type it computes blocks in
