@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qe_edge.methods.qe_options import QuantExpertsOptions
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 SECTIONS = set(re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", PAGE, re.M))
@@ -46,3 +48,13 @@ def test_no_specification_is_cited_that_is_not_here() -> None:
 
 def test_every_theorem_is_a_test() -> None:
     assert cited(THEOREM).keys() >= THEOREMS
+
+
+def test_options_that_the_page_names_exist() -> None:
+    table = re.findall(r"^\| \$.*\| `(\w+)` \|$", PAGE, re.M)
+    chosen = re.findall(r"`(\w+): (\w+)`", PAGE)
+    assert len(table) > 3
+    assert len(chosen) > 3
+    assert {*table, *(name for name, _ in chosen)} - QuantExpertsOptions.model_fields.keys() == set()
+    for name, value in chosen:
+        assert QuantExpertsOptions.model_validate({name: value})
