@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qe_edge.models.chat import answer_ids, chat_ids, text_ids
+from qe_edge.models.chat import answer_ids, chat_ids, earlier_answers, text_ids
 from qe_edge.models.chat_templates import PICTURE_QUESTION, REMEDY, check_template, render_question
 from qe_edge.models.family import TEXT, Encoded, Sample
 from qe_edge.models.images import open_image
@@ -26,10 +26,12 @@ class Row:
     Attributes:
         ids: Prompt, then perhaps the reference answer.
         prompt_length: How many of them are the prompt.
+        earlier: Places in the prompt of the assistant's earlier answers.
     """
 
     ids: list[int]
     prompt_length: int
+    earlier: tuple[int, ...] = ()
 
 
 def prepare_pictures(
@@ -119,10 +121,12 @@ def encode_row(
     Raises:
         InputError: If the template or the tokenizer cannot read the sample.
     """
+    spoken: list[int] = []
     if sample.kind == TEXT and sample.image is None:
         ids = encode_text(tokenizer, sample.question)
     else:
         ids = chat_ids(tokenizer, sample.conversation, as_parts=True)
+        spoken = earlier_answers(tokenizer, sample.conversation, ids, as_parts=True) if answer else []
     reply = answer_ids(tokenizer, sample) if answer else []
     if image_token in reply or ids.count(image_token) != len(pictures):
         raise InputError(
@@ -130,8 +134,12 @@ def encode_row(
             "Leave image tokens out of the texts, or use a chat template that writes one per picture.",
         )
     waiting = iter(pictures)
-    filled = [token for number in ids for token in (next(waiting) if number == image_token else (number,))]
-    return Row([*filled, *reply], len(filled))
+    filled: list[int] = []
+    places = []  # of every id
+    for number in ids:
+        places.append(len(filled))
+        filled += next(waiting) if number == image_token else [number]
+    return Row([*filled, *reply], len(filled), tuple(places[index] for index in spoken))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
@@ -200,4 +208,5 @@ def left_pad(
         input_ids[number, start:] = row.ids
         attention_mask[number, start:] = 1
         answer_mask[number, start + row.prompt_length :] = True
+        answer_mask[number, [start + place for place in row.earlier]] = True
     return Encoded(input_ids, attention_mask, input_ids == image_token, answer_mask, pixels)

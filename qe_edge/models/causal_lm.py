@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.models.batching import Row, check_length, encode_text, left_pad, naming
-from qe_edge.models.chat import answer_ids, chat_ids
+from qe_edge.models.chat import answer_ids, chat_ids, earlier_answers
 from qe_edge.models.chat_templates import check_template, take_processor_template
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.tokenizers import load_tokenizer
@@ -109,6 +109,7 @@ class CausalLM(ModelFamily):
             raise InputError(
                 "A 'llama' model reads no pictures.", 'Give lines of {"text": ...}, or questions without an image.'
             )
+        spoken: list[int] = []
         if sample.kind == TEXT or tokenizer.chat_template is None:
             if sample.earlier:
                 raise InputError(
@@ -118,5 +119,6 @@ class CausalLM(ModelFamily):
             ids = encode_text(tokenizer, sample.question)
         else:
             ids = chat_ids(tokenizer, sample.conversation, as_parts=False)
+            spoken = earlier_answers(tokenizer, sample.conversation, ids, as_parts=False) if answers else []
         reply = answer_ids(tokenizer, sample) if answers else []
-        return Row([*ids, *reply], len(ids))
+        return Row([*ids, *reply], len(ids), tuple(spoken))

@@ -81,6 +81,32 @@ def answer_ids(tokenizer: Any, sample: Sample) -> list[int]:  # noqa: ANN401 - t
     return [*text_ids(tokenizer, sample.answer, add_special_tokens=False), int(tokenizer.eos_token_id)]
 
 
+def earlier_answers(tokenizer: Any, turns: Sequence[Turn], ids: Sequence[int], *, as_parts: bool) -> list[int]:  # noqa: ANN401
+    """Which of a conversation's ids are the assistant's answers before the question, each with its end-of-turn token.
+
+    A template may leave out or rewrite a part of an earlier answer; such an answer is not among them.
+
+    Args:
+        tokenizer: As for `chat_ids`.
+        turns: The conversation.
+        ids: What `chat_ids` made of it.
+        as_parts: As for `chat_ids`.
+    """
+    found: list[int] = []
+    for number, turn in enumerate(turns[:-1]):
+        if turn.role != "assistant" or not number:
+            continue
+        try:
+            start = len(before := chat_ids(tokenizer, turns[:number], as_parts=as_parts))
+            answer = text_ids(tokenizer, turn.text, add_special_tokens=False)
+        except InputError:  # half a conversation is none to this template
+            continue
+        end = start + len(answer)
+        if list(ids[:start]) == before and list(ids[start:end]) == answer:
+            found += range(start, end + (ids[end] == tokenizer.eos_token_id))
+    return found
+
+
 def _render(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str:  # noqa: ANN401
     messages = [{"role": turn.role, "content": _parts(turn) if as_parts else turn.text} for turn in turns]
     try:

@@ -26,7 +26,8 @@ class Encoded:
         input_ids: `[batch, sequence]` int64, with one image token per visual feature.
         attention_mask: `[batch, sequence]` int64, 0 on padding.
         image_mask: `[batch, sequence]` bool, True where a visual feature stands.
-        answer_mask: `[batch, sequence]` bool, True on the tokens of the reference answer.
+        answer_mask: `[batch, sequence]` bool, True on the tokens of the reference answer, and on the assistant's own
+            in earlier turns, where reference answers were asked for.
         pixels: Further inputs under the names that the PyTorch model gives them, for example `pixel_values`.
     """
 

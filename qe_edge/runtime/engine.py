@@ -315,7 +315,10 @@ def _open_sessions(
 ) -> dict[str, Session]:
     """The graphs in the backend that they were built for."""
     if info is None or info.backend == "onnxruntime":
-        return {name: OrtSession(folder, entry, accuracy_level, threads) for name, entry in manifest.graphs.items()}
+        return {
+            name: OrtSession(folder, entry, accuracy_level, threads, frugal=name != "language")
+            for name, entry in manifest.graphs.items()
+        }
     from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
 
     device = Device(info, plugin_library)

@@ -47,18 +47,24 @@ class OrtSession:
         entry: Its entry in the manifest.
         accuracy_level: 0 is exact; 4 quantizes activations of INT4 products to 8 bits, which is faster.
         threads: Number of threads; None leaves it to ONNX Runtime.
+        frugal: Whether memory is given back after each operation instead of being planned for the next ones: a third,
+            where pictures of any size come.
 
     Raises:
         ArtifactError: If the graph is damaged, ONNX Runtime cannot load it, or its inputs are not the manifest's.
     """
 
-    def __init__(self, folder: Path, entry: GraphEntry, accuracy_level: int, threads: int | None) -> None:
+    def __init__(
+        self, folder: Path, entry: GraphEntry, accuracy_level: int, threads: int | None, *, frugal: bool = False
+    ) -> None:
         import onnxruntime as ort
 
         check_graph_file(folder, entry.file)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+        if frugal:
+            options.enable_mem_reuse = options.enable_mem_pattern = options.enable_cpu_mem_arena = False
         if threads is not None:
             options.intra_op_num_threads = threads
         self._name = entry.file

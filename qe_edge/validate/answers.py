@@ -37,8 +37,9 @@ def batches(samples: Sequence[Sample], size: int = BATCH) -> list[Sequence[Sampl
 def answer_length(source: Reader | LoadedModel, samples: Sequence[Sample]) -> int:
     """Tokens to generate: the longest reference answer and a little more."""
     encode, processor = source.family.encode, source.processor
-    longest = max(int(encode(processor, part, answers=True).answer_mask.sum(1).max()) for part in batches(samples))
-    return longest + SPARE_TOKENS
+    masks = (encode(processor, part, answers=True).answer_mask for part in batches(samples))
+    # the run of True at a row's end; earlier answers of a conversation stand before its last question
+    return max(int(mask[:, ::-1].argmin(axis=1).max()) for mask in masks) + SPARE_TOKENS
 
 
 def answer_all(

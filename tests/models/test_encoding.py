@@ -48,6 +48,19 @@ def test_one_image_token_per_feature(loaded: LoadedModel, samples: list[Sample])
     assert encoded.image_mask[2].sum() == 0  # the sample without a picture
 
 
+def test_earlier_answers_are_answers_too(loaded: LoadedModel, samples: list[Sample]) -> None:
+    """Calibration weighs them and a budget sees them; a picture between them moves their places."""
+    tokenizer = loaded.processor.tokenizer
+    first, second = samples[0].image, samples[1].image
+    assert not isinstance(first, tuple | None)
+    earlier = (Turn("user", "is it red?", (0,)), Turn("assistant", "yes"), Turn("user", "and this?", (4,)))
+    talk = Sample((first, second), "why?", "it is blue", earlier=(*earlier, Turn("assistant", "a circle")))
+    encoded = loaded.family.encode(loaded.processor, [samples[2], talk], answers=True)
+    end = tokenizer.eos_token
+    assert tokenizer.decode(encoded.input_ids[1][encoded.answer_mask[1]]) == f"yes{end}a circle{end}it is blue{end}"
+    assert not loaded.family.encode(loaded.processor, [talk]).answer_mask.any()
+
+
 def test_the_answer_closes_with_the_end_token(loaded: LoadedModel, samples: list[Sample]) -> None:
     tokenizer = loaded.processor.tokenizer
     encoded = loaded.family.encode(loaded.processor, samples, answers=True)
@@ -93,7 +106,8 @@ def test_special_tokens_in_a_text_are_text(
     controls = [[token for token in encoded.input_ids[0] if token in special] for encoded in (expected, found)]
     assert controls[0] == controls[1]
     assert tokenizer.decode(found.input_ids[0]).count(spelled) >= 4
-    assert tokenizer.decode(found.input_ids[0][found.answer_mask[0]][:-1]) == spelled
+    answers = tokenizer.decode(found.input_ids[0][found.answer_mask[0]])
+    assert answers == f"{spelled}{tokenizer.eos_token}" * 2  # the earlier one and the reference
 
 
 def test_special_tokens_in_running_text_are_text(loaded: LoadedModel) -> None:
