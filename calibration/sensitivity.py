@@ -29,7 +29,7 @@ from qe_edge.system.errors import ArtifactError, CalibrationError, ModelError, N
 from qe_edge.system.progress import Progress, Silent, track
 
 IMAGE, ANSWER = 1, 2  # kinds of tokens besides 0, any other
-Of = Literal["answers", "predictions"]
+LossKind = Literal["answers", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def output_gradients(
     names: Sequence[str],
     progress: Progress | None = None,
     *,
-    of: Of = "answers",
+    loss: LossKind = "answers",
     seed: int = 0,
     device: torch.device = CPU,
 ) -> dict[str, Sensitivity]:
@@ -83,7 +83,7 @@ def output_gradients(
         batches: Encoded with answers.
         names: Dotted names of linear layers inside the family's blocks.
         progress: Where to report progress.
-        of: What the loss is of.
+        loss: What the loss is of: reference answers, or the model's own predictions.
         seed: Of the random numbers that "predictions" need.
         device: Where the model runs: what is outside its blocks as a whole, and each block when its turn comes.
 
@@ -92,7 +92,7 @@ def output_gradients(
         CalibrationError: If no sample has a token to predict.
         NumericalError: If gradients are not finite, or a layer got none.
     """
-    if of == "answers" and not predicts_tokens(loaded):
+    if loss == "answers" and not predicts_tokens(loaded):
         raise ModelError(
             "This model predicts no tokens, so there is no loss to take gradients of.",
             "Choose a method without gradients, for example qe, aser or gptq.",
@@ -107,17 +107,17 @@ def output_gradients(
         for number, encoded in enumerate(batches):
             for meter in meters.values():
                 meter.begin(encoded)
-            generator = torch.Generator().manual_seed(seed + number) if of == "predictions" else None
-            loss = _loss(loaded, encoded, generator, device)
-            if loss is not None and not bool(torch.isfinite(loss)):
+            generator = torch.Generator().manual_seed(seed + number) if loss == "predictions" else None
+            value = _loss(loaded, encoded, generator, device)
+            if value is not None and not bool(torch.isfinite(value)):
                 first = sum(len(one.input_ids) for one in batches[:number]) + 1
                 last = first + len(encoded.input_ids) - 1
                 raise NumericalError(
                     f"The loss on calibration samples {first} to {last} is NaN or infinite.",
                     "Check the model in its original precision and these samples.",
                 )
-            if loss is not None and loss.requires_grad:  # a batch without pictures does not reach the vision encoder
-                torch.autograd.backward(loss)
+            if value is not None and value.requires_grad:  # a batch without pictures does not reach the vision encoder
+                torch.autograd.backward(value)
             tracked.advance(1, "gradients")
     if all(meter.tokens == 0 for meter in meters.values()):
         raise CalibrationError("No calibration sample has a token to predict.", "Use samples with text and answers.")

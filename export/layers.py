@@ -34,7 +34,7 @@ NEUTRAL: dict[str, Callable[[QELinear], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Form:
+class GraphForm:
     """What the layers of one graph have in common.
 
     Attributes:
@@ -50,7 +50,7 @@ class Form:
     coded: bool
 
     @classmethod
-    def of(cls, layers: list[QELinear]) -> Form:
+    def of(cls, layers: list[QELinear]) -> GraphForm:
         """The form that fits all `layers`.
 
         Raises:
@@ -89,7 +89,7 @@ def attach_layers(model: ir.Model, layers: Mapping[str, QELinear]) -> None:
     }
     if not bare:
         return
-    form = Form.of([layers[name] for name in bare])
+    form = GraphForm.of([layers[name] for name in bare])
     owners: dict[int, ir.Value] = {}
     for name, node in bare.items():
         output = node.outputs[0]
@@ -116,7 +116,7 @@ def attach_layers(model: ir.Model, layers: Mapping[str, QELinear]) -> None:
     model.opset_imports[DOMAIN] = VERSION
 
 
-def layer_attributes(layer: QELinear, form: Form) -> Attributes:
+def layer_attributes(layer: QELinear, form: GraphForm) -> Attributes:
     """The node's attributes; neutral operands count."""
     group, shared, experts = layer.group_size, layer.rank_shared, layer.num_experts
     if group == PER_CHANNEL and not form.per_channel:
@@ -136,14 +136,14 @@ def layer_attributes(layer: QELinear, form: Form) -> Attributes:
     )
 
 
-def layer_operands(name: str, x: ir.Value, layer: QELinear, form: Form, owners: dict[int, ir.Value]) -> Operands:
+def layer_operands(name: str, x: ir.Value, layer: QELinear, form: GraphForm, owners: dict[int, ir.Value]) -> Operands:
     """Initializers of a layer in the operator's layout, `[in, out]` where PyTorch has `[out, in]`.
 
     Args:
         name: Dotted name; initializers are called `<name>.<input>`.
         x: The layer's input.
         layer: The layer.
-        form: Form of the graph.
+        form: GraphForm of the graph.
         owners: Initializers of shared tensors met so far, by the tensor's identity; added to.
     """
     values = {}
@@ -158,7 +158,7 @@ def layer_operands(name: str, x: ir.Value, layer: QELinear, form: Form, owners: 
     return Operands(x, **values)
 
 
-def _tensor(key: str, layer: QELinear, form: Form) -> ir.TensorProtocol:
+def _tensor(key: str, layer: QELinear, form: GraphForm) -> ir.TensorProtocol:
     """One operand in the operator's layout and type."""
     if key == "qweight":
         return int4(layer.codes().T)

@@ -93,7 +93,7 @@ class Attributes:
         return cls(**{field.name: node.attributes[field.name].as_int() for field in fields(cls)})
 
 
-class Forms(Protocol):
+class Products(Protocol):
     """How a target wants its weights multiplied; everything else of the body is the same everywhere."""
 
     def main(self, ops: tape.Tape, x: ir.Value, operands: Operands) -> ir.Value:
@@ -107,7 +107,7 @@ class Forms(Protocol):
 
 
 @dataclass(frozen=True)
-class CanonicalForms:
+class CanonicalProducts:
     """What ONNX Runtime runs fastest, for any sizes: those come from the node's attributes.
 
     Attributes:
@@ -150,20 +150,20 @@ class CanonicalForms:
         return ops.op("Cast", [used], {"to": ir.DataType.FLOAT.value})
 
 
-def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, forms: Forms) -> ir.Value:
+def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, products: Products) -> ir.Value:
     """Append the operator's body in standard operators to `ops`; returns the output `[B, S, N]`."""
     main = operands.x if operands.inv_omega is None else ops.op("Mul", [operands.x, operands.inv_omega])
     if act_bits:
         main = fake_quantized(ops, main, act_bits)
-    y = forms.main(ops, main, operands)
+    y = products.main(ops, main, operands)
     if operands.down is not None and operands.up is not None:
-        hidden = forms.factor(ops, operands.x, operands.down, operands.down_scale)
+        hidden = products.factor(ops, operands.x, operands.down, operands.down_scale)
         if operands.router is not None:
             scores = ops.op("MatMul", [ops.op("Abs", [operands.x]), operands.router])
             expert = ops.op("ArgMin", [scores], {"axis": -1, "keepdims": 0})
-            mask = ops.op("Gather", [forms.rank_table(ops, operands.down), expert], {"axis": 0})
+            mask = ops.op("Gather", [products.rank_table(ops, operands.down), expert], {"axis": 0})
             hidden = ops.op("Mul", [hidden, mask])
-        y = ops.op("Add", [y, forms.factor(ops, hidden, operands.up, operands.up_scale)])
+        y = ops.op("Add", [y, products.factor(ops, hidden, operands.up, operands.up_scale)])
     return y if operands.bias is None else ops.op("Add", [y, operands.bias])
 
 
@@ -183,7 +183,7 @@ def linear_function(present: tuple[str, ...], act_bits: int, per_channel: bool) 
     """The model-local function for nodes that all have the inputs `present`."""
     values = {name: ir.Value(name=name) for name in INPUTS}
     ops = tape.Tape()
-    y = linear_body(ops, Operands(**{name: values[name] for name in present}), act_bits, CanonicalForms(per_channel))
+    y = linear_body(ops, Operands(**{name: values[name] for name in present}), act_bits, CanonicalProducts(per_channel))
     y.name = "y"
     graph = ir.Graph(list(values.values()), [y], nodes=ops.nodes, opset_imports={"": OPSET}, name=NAME)
     names = [*(field.name for field in fields(Attributes)), "plugin_version", "plugin_namespace"]

@@ -213,7 +213,13 @@ def test_int4_factors_hold_twice_the_rank_and_survive_the_disk(tmp_path: Path) -
     outputs = x @ weight.T
     errors, bits = {}, {}
     for dtype, rank in (("int8", 8), ("int4", 16), ("float32", 16)):
-        options = {"adapter_dtype": dtype, "shared_rank": rank, "experts": 0, "shrink": False, "cs_guard": False}
+        options = {
+            "adapter_dtype": dtype,
+            "shared_rank": rank,
+            "experts": 0,
+            "shrink": False,
+            "guard_independent_channels": False,
+        }
         options["important_channels"] = 0
         layer = quantize_linear(weight, x, make_recipe(method="qe", scheme="w4a16", options=options))
         errors[dtype] = float((layer(x) - outputs).norm() / outputs.norm())

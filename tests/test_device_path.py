@@ -63,7 +63,7 @@ SHAPES = [(96, 160), (160, 96), (640, 576)]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"adapter_dtype": "int4"},
-    {"expert_weighting": "condmean", "router": "tri"},
+    {"expert_weighting": "conditional_mean", "router": "triangle"},
     {"assignment": "modality", "refine": "all", "refine_epochs": 1, "refine_iterations": 5},
     {"rounding": "awq"},
     {"rounding": "nearest"},

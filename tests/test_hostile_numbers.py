@@ -30,7 +30,7 @@ METHOD_OPTIONS = [
     ("quarot", "rtn", {}),
     ("qe", "paper", {"refine_epochs": 1}),
     ("qe", "default", {**ROUTED, **FEW_STEPS, "refine": "all", "adapter_dtype": "int4"}),
-    ("qe", "default", {**ROUTED, **FEW_STEPS, "refine": "router", "adapter_dtype": "float16", "router": "tri"}),
+    ("qe", "default", {**ROUTED, **FEW_STEPS, "refine": "router", "adapter_dtype": "float16", "router": "triangle"}),
 ]
 
 

@@ -21,7 +21,7 @@ from qe_edge.reconstruction.router import routed_residuals, triangle_router
 from tests.layers import outlier_layer, typed_layer
 from tests.reference.whitened_svd import scaled_svd, whitened_svd
 
-EXACT = {"adapter_dtype": "float32", "shrink": False, "cs_guard": False}
+EXACT = {"adapter_dtype": "float32", "shrink": False, "guard_independent_channels": False}
 SMALL = {"shared_rank": 8, "routed_rank": 8, "experts": 4, "important_channels": 4, **EXACT}
 SHAPES = [(80, 64), (64, 80)]
 
@@ -137,7 +137,7 @@ def test_T6_triangle_router_bounds_the_residual() -> None:
 
 
 def test_the_papers_router_scores_what_shared_and_routed_experts_leave() -> None:
-    papers, weight, _ = layer((80, 64), router="tri", cs_mode="scale", rounding="nearest")
+    papers, weight, _ = layer((80, 64), router="triangle", independent_channels="scale", rounding="nearest")
     down, up, router, omega = papers.down_matrix(), papers.up_matrix(), papers.router, papers.inv_omega
     assert down is not None
     assert up is not None
@@ -294,11 +294,11 @@ def test_T15_a_token_sample_is_independent_of_chunks() -> None:
         {"shared_rank": 0},
         {"shared_rank": 0, "experts": 0},
         {"shared_rank": 512, "routed_rank": 512},
-        {"expert_weighting": "condmean"},
+        {"expert_weighting": "conditional_mean"},
         {"expert_weighting": "omega"},
-        {"expert_weighting": "lqeromega"},
-        {"expert_weighting": "mask", "router": "tri"},
-        {"cs_mode": "scale"},
+        {"expert_weighting": "lqer_omega"},
+        {"expert_weighting": "mask", "router": "triangle"},
+        {"independent_channels": "scale"},
     ],
 )
 def test_T16_every_edge_of_the_options_runs(options: dict[str, object]) -> None:
@@ -369,7 +369,7 @@ def test_T17_ablations_fall_into_the_papers_order(monkeypatch: pytest.MonkeyPatc
     static = {"rank": 32, "shrink": False, "adapter_dtype": "float16"}
     routed = {
         "shared_rank": 16, "routed_rank": 16, "experts": 8, "important_channels": 8, "shrink": False,
-        "adapter_dtype": "float16", "cs_guard": False, "rounding": "nearest", "clip": False,
+        "adapter_dtype": "float16", "guard_independent_channels": False, "rounding": "nearest", "clip": False,
     }  # fmt: skip
     ours = error("qe", **routed)
     assert ours < 0.9 * error("aser", outliers=8, **static)

@@ -29,7 +29,7 @@ FLOAT32 = "float32"  # key in a node's meta: it must compute in float32
 
 
 @dataclass(frozen=True)
-class TensorRTForms:
+class TensorRTProducts:
     """Bodies of one layer for TensorRT.
 
     Attributes:
@@ -126,7 +126,7 @@ def _inline(graph: ir.Graph, node: ir.Node) -> None:
     ops = tape.Tape()
     operands, attributes = without_neutral(operands_of(node), Attributes.of(node))
     operands = replace(operands, down=_widened(graph, operands.down), up=_widened(graph, operands.up))
-    y = linear_body(ops, operands, attributes.act_bits, _forms(graph, node, operands, attributes))
+    y = linear_body(ops, operands, attributes.act_bits, _products(graph, node, operands, attributes))
     weights = {value for value in operands.values() if value is not None and value is not operands.router}
     for number, inner in enumerate(ops.nodes):
         inner.name = f"{node.name}/{inner.op_type}_{number}"
@@ -173,7 +173,7 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.const_value.shape.numpy())
 
 
-def _forms(graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attributes) -> TensorRTForms:
+def _products(graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attributes) -> TensorRTProducts:
     """Prepare scales and offsets of one layer as initializers."""
     width = shape_of(operands.qweight)[0]
     group = width if attributes.group_size == PER_CHANNEL else attributes.group_size
@@ -189,7 +189,7 @@ def _forms(graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attri
     if operands.zeros is not None:
         zeros = array_of(operands.zeros).astype(np.float32)
         offsets = add_initializer(graph, f"{node.name}.offsets", zeros * scales)
-    return TensorRTForms(attributes, block, repeated, offsets)
+    return TensorRTProducts(attributes, block, repeated, offsets)
 
 
 def _widened(graph: ir.Graph, factor: ir.Value | None) -> ir.Value | None:

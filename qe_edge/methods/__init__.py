@@ -7,11 +7,13 @@ package of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.system.registry import Registry
 
-METHODS: Registry[type[Method]] = Registry(
+METHODS: Registry[type[Method[Any]]] = Registry(
     "method",
     {
         "rtn": "qe_edge.methods.rtn:RoundToNearest",

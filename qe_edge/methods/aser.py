@@ -9,7 +9,6 @@ from pydantic import Field
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import MethodOptions
 from qe_edge.methods.static import StaticCorrection, StaticOptions
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction
 from qe_edge.reconstruction.directions import whitened_directions
@@ -27,14 +26,13 @@ class ASEROptions(StaticOptions):
     outliers: int = Field(32, ge=0, le=1024)
 
 
-class ASER(StaticCorrection):
+class ASER(StaticCorrection[ASEROptions]):
     """Optimal low-rank correction under the input's Gram matrix; it carries the outlier channels, divided down."""
 
-    Options: ClassVar[type[MethodOptions]] = ASEROptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "plain": {"outliers": 0}}
-    options: ASEROptions
 
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """Channel means and the Gram matrix."""
         return StatisticsRequest(gram=True, tokens=0)
 

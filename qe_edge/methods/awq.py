@@ -7,8 +7,6 @@ search for a clipping range.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 
@@ -30,13 +28,11 @@ class AWQOptions(MethodOptions):
     grid: int = Field(20, ge=1, le=100)
 
 
-class AWQ(ChannelScaling):
+class AWQ(ChannelScaling[AWQOptions]):
     """Activation-aware channel scales, one search per shared input."""
 
-    Options: ClassVar[type[MethodOptions]] = AWQOptions
-    options: AWQOptions
-
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """Channel means and the Gram matrix."""
         return StatisticsRequest(gram=True, tokens=0)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,53 +15,96 @@ from qe_edge.reconstruction.problem import LinearProblem
 
 
 class MethodOptions(BaseModel):
-    """Base of a method's own options; unknown keys are errors."""
+    """Base of a method's own options; unknown keys are errors.
+
+    Class attributes:
+        renamed: Earlier names of options, which are still read.
+        renamed_values: By option, earlier names of its values.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    renamed: ClassVar[dict[str, str]] = {}
+    renamed_values: ClassVar[dict[str, dict[str, str]]] = {}
+
+    @classmethod
+    def respelled(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with the names that they have now; a new name wins over its earlier one."""
+        current: dict[str, Any] = {}
+        for name, value in sorted(values.items(), key=lambda item: item[0] not in cls.renamed):
+            key = cls.renamed.get(name, name)
+            known = cls.renamed_values.get(key, {})
+            current[key] = known.get(value, value) if isinstance(value, str) else value
+        return {name: current[name] for name in (cls.renamed.get(name, name) for name in values)}
 
 
-class Method(ABC):
+OptionsType = TypeVar("OptionsType", bound=MethodOptions)
+
+
+class Method(ABC, Generic[OptionsType]):
     """A quantization method with its resolved options.
 
     Class attributes:
-        Options: The pydantic model of the method's options.
+        Options: The pydantic model of the method's options; it is the one in the brackets of `Method[...]`.
         presets: Named sets of option values; "default" always exists.
+        needs_gradients: Whether gradients of the loss are measured on the original model before the first layer.
         on_device: Whether problems may lie on a device; others are brought to the CPU's memory.
+
+    Example:
+        >>> class Nearest(Method[MethodOptions]):
+        ...     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        ...         weight = quantize_weight(problem.weight, problem.scheme.weight)
+        ...         return QuantizedLinear(weight, problem.scheme.activation_bits)
+        >>> Nearest(MethodOptions()).request(out_features=8, in_features=8) is None
+        True
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
+    needs_gradients: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
 
-    def __init__(self, options: MethodOptions) -> None:
+    def __init_subclass__(cls) -> None:
+        """Take the options from the brackets of the base class, unless the class names them itself."""
+        super().__init_subclass__()
+        if "Options" in cls.__dict__:
+            return
+        for base in getattr(cls, "__orig_bases__", ()):
+            origin, given = get_origin(base), get_args(base)
+            if isinstance(origin, type) and issubclass(origin, Method) and isinstance(given[0], type):
+                cls.Options = given[0]
+
+    def __init__(self, options: OptionsType) -> None:
         self.options = options
+
+    @property
+    def needs(self) -> StatisticsRequest | None:
+        """What is measured on the calibration input of every layer; None for no calibration."""
+        return None
 
     @property
     def stack_siblings(self) -> bool:
         """Whether layers that read the same input are handed over as one stacked problem."""
         return False
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether gradients of the loss are to be measured on the original model before the first layer."""
-        return False
-
-    def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:  # noqa: ARG002 - for subclasses
+    def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:
         """Ranks and experts for a layer of this shape, as far as they are known before calibration; none by default."""
+        del out_features, in_features  # for subclasses
         return AdapterSize()
 
-    def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:  # noqa: ARG002 - for subclasses
+    def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:
         """Whether the language model is rotated before anything is measured on it (`models.rotation`).
 
         Args:
             modules: Those that are quantized.
             budget: Whether a budget is spent.
         """
+        del modules, budget  # for subclasses
         return False
 
-    @abstractmethod
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:
-        """What to measure on the calibration input of a layer of this shape; None for no calibration."""
+        """What to measure on the calibration input of a layer of this shape: `needs`, unless a method sizes it."""
+        del out_features, in_features  # for subclasses
+        return self.needs
 
     @abstractmethod
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:

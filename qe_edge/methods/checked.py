@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qe_edge.budget.model import Candidate
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.layers.magnitudes import check_result, check_tokens, check_weight, solvable
@@ -9,7 +11,7 @@ from qe_edge.methods.base import Method
 from qe_edge.reconstruction.problem import LinearProblem
 
 
-def quantize_problem(method: Method, problem: LinearProblem) -> QuantizedLinear:
+def quantize_problem(method: Method[Any], problem: LinearProblem) -> QuantizedLinear:
     """The result of a method.
 
     Raises:
@@ -22,7 +24,7 @@ def quantize_problem(method: Method, problem: LinearProblem) -> QuantizedLinear:
     return result
 
 
-def candidates_of(method: Method, problem: LinearProblem) -> list[Candidate]:
+def candidates_of(method: Method[Any], problem: LinearProblem) -> list[Candidate]:
     """What a method offers to a budget.
 
     Raises:

@@ -26,14 +26,13 @@ class GPTQOptions(MethodOptions):
     damping: float = Field(0.01, gt=0, le=1)
 
 
-class GPTQ(Method):
+class GPTQ(Method[GPTQOptions]):
     """Second-order rounding with the input's Gram matrix as Hessian."""
 
-    Options: ClassVar[type[MethodOptions]] = GPTQOptions
     on_device: ClassVar[bool] = True
-    options: GPTQOptions
 
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """The Gram matrix."""
         return StatisticsRequest(gram=True, tokens=0)
 

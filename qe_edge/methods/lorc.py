@@ -6,22 +6,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.static import StaticCorrection
+from qe_edge.methods.static import StaticCorrection, StaticOptions
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction
 from qe_edge.reconstruction.directions import diagonal_directions
 from qe_edge.reconstruction.problem import LinearProblem
 
 
-class LoRC(StaticCorrection):
+class LoRC(StaticCorrection[StaticOptions]):
     """Truncated SVD of the error; the preset "paper" has the original's rank 8."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "paper": {"rank": 8, "shrink": False}}
-
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
-        """Nothing is measured."""
-        return None
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Round, then correct the rounding error."""

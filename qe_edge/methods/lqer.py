@@ -9,7 +9,7 @@ import numpy as np
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.static import StaticCorrection
+from qe_edge.methods.static import StaticCorrection, StaticOptions
 from qe_edge.reconstruction.branches import leave_out_channels, static_correction
 from qe_edge.reconstruction.directions import diagonal_directions
 from qe_edge.reconstruction.problem import LinearProblem
@@ -17,10 +17,11 @@ from qe_edge.reconstruction.problem import LinearProblem
 SMALLEST_SCALE = 1e-4
 
 
-class LQER(StaticCorrection):
+class LQER(StaticCorrection[StaticOptions]):
     """Truncated SVD of `E diag(mean |x|)`."""
 
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """Channel means, which always come along."""
         return StatisticsRequest(gram=False, tokens=0)
 

@@ -19,7 +19,6 @@ from qe_edge.calibration.sensitivity import ANSWER, IMAGE
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.awq import AWQOptions
-from qe_edge.methods.base import MethodOptions
 from qe_edge.methods.scaling import ChannelScaling
 from qe_edge.numerics.channel_scales import power_scale, storable_inverse
 from qe_edge.numerics.grids import fake_quantize_activation, quantize_weight
@@ -36,18 +35,13 @@ class MBQOptions(AWQOptions):
     tokens: int = Field(4096, ge=1, le=1 << 20)
 
 
-class MBQ(ChannelScaling):
+class MBQ(ChannelScaling[MBQOptions]):
     """Channel scales for the loss `(sum_answer |dy| + lambda sum_image |dy|) / entries`."""
 
-    Options: ClassVar[type[MethodOptions]] = MBQOptions
-    options: MBQOptions
+    needs_gradients: ClassVar[bool] = True  # lambda comes from them
 
     @property
-    def needs_gradients(self) -> bool:
-        """Lambda comes from gradients."""
-        return True
-
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    def needs(self) -> StatisticsRequest | None:
         """Channel means and a token sample."""
         return StatisticsRequest(gram=False, tokens=self.options.tokens)
 

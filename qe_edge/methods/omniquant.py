@@ -13,7 +13,6 @@ SmoothQuant, AWQ and MBQ are the methods with scales here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -41,13 +40,11 @@ class OmniQuantOptions(MethodOptions):
     rate: float = Field(0.05, gt=0, le=1)
 
 
-class OmniQuant(Method):
+class OmniQuant(Method[OmniQuantOptions]):
     """Learned clipping of the weights, layer by layer."""
 
-    Options: ClassVar[type[MethodOptions]] = OmniQuantOptions
-    options: OmniQuantOptions
-
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """The Gram matrix."""
         return StatisticsRequest(gram=True, tokens=0)
 

@@ -19,7 +19,7 @@ from qe_edge.calibration.clustering import npmi, occurrence_matrix, spectral_clu
 from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.layers.linear import Adapters, QuantizedLinear
-from qe_edge.methods.base import Method, MethodOptions
+from qe_edge.methods.base import Method
 from qe_edge.methods.qe_options import LayerSize, QuantExpertsOptions, shrink_to_layer
 from qe_edge.numerics.grids import WeightGrid, rounds_activations
 from qe_edge.numerics.matrices import Matrix, beside, cast, double, picked, to_numpy, to_tensor
@@ -76,17 +76,16 @@ class SharedExpert:
         return float(np.square(left, out=left).sum(dtype=np.float64))
 
 
-class QuantExperts(Method):
+class QuantExperts(Method[QuantExpertsOptions]):
     """Shared expert for channels that matter to most tokens, routed experts for those that matter to some."""
 
-    Options: ClassVar[type[MethodOptions]] = QuantExpertsOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "paper": {
             "em_steps": 0,
-            "router": "tri",
-            "cs_mode": "scale",
-            "cs_guard": False,
+            "router": "triangle",
+            "independent_channels": "scale",
+            "guard_independent_channels": False,
             "rounding": "nearest",
             "clip": False,
             "adapter_dtype": "float16",
@@ -95,7 +94,6 @@ class QuantExperts(Method):
         },
     }
     on_device: ClassVar[bool] = True
-    options: QuantExpertsOptions
 
     @property
     def stack_siblings(self) -> bool:
@@ -128,10 +126,10 @@ class QuantExperts(Method):
         bits = problem.scheme.activation_bits
         if choice:
             left_out = frequent_channels(statistics)[: choice.left_out]
-        elif self.options.cs_guard and not rounds_activations(bits):
+        elif self.options.guard_independent_channels and not rounds_activations(bits):
             left_out = left_out[:0]  # it is the rounding of activations that suffers from large channels
         shared = self._shared_expert(problem, left_out, size)
-        if self.options.cs_guard and len(left_out) and not choice:
+        if self.options.guard_independent_channels and len(left_out) and not choice:
             plain, tokens = self._shared_expert(problem, left_out[:0], size), some_tokens(statistics)
             shared = min(plain, shared, key=lambda one: one.objective(tokens, bits))
         adapters = self._adapters(problem, statistics, shared, split.dependent, size)
@@ -170,7 +168,9 @@ class QuantExperts(Method):
         """The main branch without the channels `left_out`."""
         options, abs_mean = self.options, problem.measured().abs_mean
         rounding = Rounding(options.rounding, options.clip)
-        return leave_out_channels(problem.weight, grid, left_out, abs_mean, options.cs_mode, rounding, hessian)
+        return leave_out_channels(
+            problem.weight, grid, left_out, abs_mean, options.independent_channels, rounding, hessian
+        )
 
     def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
@@ -280,7 +280,7 @@ class QuantExperts(Method):
         downs: list[Matrix],
     ) -> Tensor:
         """Router `[experts, in]` float16; one common factor keeps it in range without changing any argmin."""
-        if self.options.router == "tri":
+        if self.options.router == "triangle":
             corrections = (up @ down for up, down in zip(ups, downs, strict=True))
             scores = triangle_router(space.error() - next(corrections), corrections)
         else:

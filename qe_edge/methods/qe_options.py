@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from qe_edge.methods.base import MethodOptions
 from qe_edge.reconstruction.factors import AdapterDtype
 from qe_edge.reconstruction.ranks import scale_rank
 from qe_edge.reconstruction.refinement import Refinement
+from qe_edge.reconstruction.shares import GLOBAL_SHARE
 from qe_edge.system.errors import RecipeError
 
 MAX_SHARE = 0.5  # adapter parameters relative to the layer's own
@@ -28,12 +29,12 @@ class QuantExpertsOptions(MethodOptions):
         assignment: Which tokens share an expert at first: those with the same important channels ("cooccurrence",
             paper), or of the same modality before that ("modality", see `reconstruction.modality`).
         expert_weighting: What weighs the routed experts' fit.
-        rho: Global share in every expert's covariance.
+        rho: Share of all tokens in every expert's covariance.
         em_steps: Polishing rounds of token assignment and fit.
         router: Initialisation of the router.
-        cs_mode: What the main branch does with the token-independent channels: "scale" divides them (paper), "drop"
-            leaves them to the shared expert.
-        cs_guard: Keep zeroing those channels only where it does not raise the calibration error.
+        independent_channels: What the main branch does with the channels that are important to most tokens: "scale"
+            divides them (paper), "drop" leaves them to the shared expert.
+        guard_independent_channels: Leave those channels out only where that does not raise the calibration error.
         rounding: How the main branch's codes are chosen; the correction follows any of them.
         clip: Search the range of every scale ("nearest" and "gptq").
         adapter_dtype: Storage of the low-rank factors.
@@ -52,18 +53,26 @@ class QuantExpertsOptions(MethodOptions):
         refine_beta: Weight of the routing loss.
     """
 
+    renamed: ClassVar[dict[str, str]] = {
+        "cs_mode": "independent_channels",
+        "cs_guard": "guard_independent_channels",
+    }
+    renamed_values: ClassVar[dict[str, dict[str, str]]] = {
+        "router": {"tri": "triangle"},
+        "expert_weighting": {"condmean": "conditional_mean", "lqeromega": "lqer_omega"},
+    }
     shared_rank: int = Field(32, ge=0, le=512)
     routed_rank: int = Field(32, ge=0, le=512)
     experts: int = Field(8, ge=0, le=64)
     important_channels: int = Field(32, ge=0, le=1024)
     shrink: bool = True
     assignment: Literal["cooccurrence", "modality"] = "cooccurrence"
-    expert_weighting: Literal["gram", "condmean", "omega", "lqeromega", "mask"] = "gram"
-    rho: float = Field(0.05, ge=0, lt=1)
+    expert_weighting: Literal["gram", "conditional_mean", "omega", "lqer_omega", "mask"] = "gram"
+    rho: float = Field(GLOBAL_SHARE, ge=0, lt=1)
     em_steps: int = Field(3, ge=0, le=50)
-    router: Literal["ridge", "tri"] = "ridge"
-    cs_mode: Literal["drop", "scale"] = "drop"
-    cs_guard: bool = True
+    router: Literal["ridge", "triangle"] = "ridge"
+    independent_channels: Literal["drop", "scale"] = "drop"
+    guard_independent_channels: bool = True
     rounding: Literal["nearest", "awq", "gptq"] = "gptq"
     clip: bool = True
     adapter_dtype: AdapterDtype = "int8"
@@ -81,10 +90,10 @@ class QuantExpertsOptions(MethodOptions):
 
     @model_validator(mode="after")
     def _modality_needs_token_weights(self) -> QuantExpertsOptions:
-        if self.assignment == "modality" and self.expert_weighting not in ("gram", "condmean"):
+        if self.assignment == "modality" and self.expert_weighting not in ("gram", "conditional_mean"):
             raise RecipeError(
                 f"The expert weighting '{self.expert_weighting}' reads clusters of channels, which 'modality' lacks.",
-                "Choose expert_weighting 'gram' or 'condmean', or assignment 'cooccurrence'.",
+                "Choose expert_weighting 'gram' or 'conditional_mean', or assignment 'cooccurrence'.",
             )
         return self
 

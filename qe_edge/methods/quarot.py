@@ -41,19 +41,18 @@ class QuaRotOptions(MethodOptions):
     damping: float = Field(0.01, gt=0, le=1)
 
 
-class QuaRot(Method):
+class QuaRot(Method[QuaRotOptions]):
     """Rotation of the whole language model, then rounding; the preset "rtn" rounds to nearest in the whole range."""
 
-    Options: ClassVar[type[MethodOptions]] = QuaRotOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "rtn": {"rounding": "nearest", "clip": False}}
     on_device: ClassVar[bool] = True
-    options: QuaRotOptions
 
     def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:  # noqa: ARG002 - it is the method
         """Always."""
         return True
 
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """The Gram matrix, unless weights are rounded to nearest in their whole range."""
         if self.options.rounding == "nearest" and not self.options.clip:
             return None

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
-from qe_edge.methods.base import Method
+from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.numerics.grids import quantize_weight
 from qe_edge.reconstruction.problem import LinearProblem
 
 
-class RoundToNearest(Method):
+class RoundToNearest(Method[MethodOptions]):
     """Every weight goes to the nearest code of its grid; activations are quantized per token."""
-
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
-        """Nothing is measured."""
-        return None
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Round the weight of `problem` to its grid."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qe_edge.methods.base import Method
+from qe_edge.methods.base import Method, OptionsType
 
 
-class ChannelScaling(Method):
+class ChannelScaling(Method[OptionsType]):
     """A method that moves one scale per input channel from activations to weights."""
 
     @property

@@ -6,8 +6,6 @@ layer and therefore smooths only those that follow one.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 from pydantic import Field
 
@@ -32,13 +30,11 @@ class SmoothQuantOptions(MethodOptions):
     alpha: float = Field(0.5, ge=0, le=1)
 
 
-class SmoothQuant(ChannelScaling):
+class SmoothQuant(ChannelScaling[SmoothQuantOptions]):
     """`s_c = max|x_c|^alpha / max|w_c|^(1 - alpha)` over all layers that read the same input."""
 
-    Options: ClassVar[type[MethodOptions]] = SmoothQuantOptions
-    options: SmoothQuantOptions
-
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """Channel maxima, which always come along."""
         return StatisticsRequest(gram=False, tokens=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
@@ -27,11 +27,11 @@ class StaticOptions(MethodOptions):
     stack_siblings: bool = True
 
 
-class StaticCorrection(Method):
-    """A method that quantizes the weight and corrects the error with one low-rank pair."""
+StaticType = TypeVar("StaticType", bound=StaticOptions)
 
-    Options: ClassVar[type[MethodOptions]] = StaticOptions
-    options: StaticOptions
+
+class StaticCorrection(Method[StaticType]):
+    """A method that quantizes the weight and corrects the error with one low-rank pair."""
 
     @property
     def stack_siblings(self) -> bool:

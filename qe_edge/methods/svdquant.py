@@ -23,7 +23,6 @@ from torch import Tensor
 
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import Adapters, QuantizedLinear
-from qe_edge.methods.base import MethodOptions
 from qe_edge.methods.smoothquant import smoothing_scale
 from qe_edge.methods.static import StaticCorrection, StaticOptions
 from qe_edge.numerics.channel_scales import storable_inverse
@@ -54,17 +53,16 @@ class SVDQuantOptions(StaticOptions):
     tokens: int = Field(1024, ge=1, le=1 << 20)
 
 
-class SVDQuant(StaticCorrection):
+class SVDQuant(StaticCorrection[SVDQuantOptions]):
     """Low-rank decomposition of the weight itself; the preset "paper" has the original's rank 32 in 16 bits."""
 
-    Options: ClassVar[type[MethodOptions]] = SVDQuantOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "paper": {"rank": 32, "shrink": False, "adapter_dtype": "float16"},
     }
-    options: SVDQuantOptions
 
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:  # noqa: ARG002
+    @property
+    def needs(self) -> StatisticsRequest | None:
         """Channel maxima and a token sample; GPTQ needs the Gram matrix."""
         return StatisticsRequest(gram=self.options.rounding == "gptq", tokens=self.options.tokens)
 

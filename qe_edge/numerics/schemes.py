@@ -25,7 +25,7 @@ class Scheme:
     weight: WeightGrid
     activation_bits: int
 
-    def on(self, grid: WeightGrid) -> Scheme:
+    def with_grid(self, grid: WeightGrid) -> Scheme:
         """The same scheme with another grid of the weights."""
         return replace(self, weight=grid)
 

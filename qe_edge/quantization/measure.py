@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from qe_edge.budget.model import AdapterSize, Budget, Offer, check_affordable
 from qe_edge.budget.sizes import predicted_bits
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
-    Of,
+    LossKind,
     Sensitivity,
     load_sensitivities,
     output_gradients,
@@ -36,7 +37,7 @@ GRADIENTS = "gradients.safetensors"  # in the work folder
 def measure(
     walk: BlockWalk,
     recipe: Recipe,
-    method: Method,
+    method: Method[Any],
     rotation: BitCount,
     folder: WorkFolder | None,
     progress: Progress,
@@ -71,7 +72,7 @@ def measure(
 def _affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
     """What layers may take of the budget; one that cannot be met is refused, before anything is measured."""
     scheme = recipe.get_scheme()
-    cheapest = scheme.on(scheme.budget_grids()[0])
+    cheapest = scheme.with_grid(scheme.budget_grids()[0])
     least = add_counts(
         predicted_bits(linear.out_features, linear.in_features, cheapest, AdapterSize())
         for group in _groups(walk)
@@ -82,13 +83,15 @@ def _affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
     return recipe.budget.without(rotation.read / total.weights)
 
 
-def _gradients(walk: BlockWalk, recipe: Recipe, method: Method, folder: WorkFolder | None) -> dict[str, Sensitivity]:
+def _gradients(
+    walk: BlockWalk, recipe: Recipe, method: Method[Any], folder: WorkFolder | None
+) -> dict[str, Sensitivity]:
     """Gradients at the outputs of every layer."""
     if folder and folder.holds(GRADIENTS):
         return load_sensitivities(folder.path / GRADIENTS)
     names = [name for group in _groups(walk) for name in group.names]
-    of: Of = "answers" if method.needs_gradients else "predictions"
-    found = output_gradients(walk.loaded, walk.batches, names, of=of, seed=recipe.seed, device=walk.device)
+    loss: LossKind = "answers" if method.needs_gradients else "predictions"
+    found = output_gradients(walk.loaded, walk.batches, names, loss=loss, seed=recipe.seed, device=walk.device)
     if folder:
         folder.expect(GRADIENTS)
         with atomic_file(folder.path / GRADIENTS) as part:

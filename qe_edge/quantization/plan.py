@@ -171,12 +171,12 @@ def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
 
 
 def _planned_group(
-    group: LinearGroup, method: Method, recipe: Recipe, adapters: dict[str, AdapterSize]
+    group: LinearGroup, method: Method[Any], recipe: Recipe, adapters: dict[str, AdapterSize]
 ) -> dict[str, QELinear]:
     """The layers of one input as they will be, without data; notes their adapters. Of a budget, the least."""
     layers, scheme = {}, recipe.get_scheme()
     if recipe.budget:
-        scheme = scheme.on(scheme.budget_grids()[0])
+        scheme = scheme.with_grid(scheme.budget_grids()[0])
     for members in group.problems(stacked=method.stack_siblings):
         sizes = [group.linears[member].out_features for member in members]
         size = AdapterSize() if recipe.budget else method.adapter_size(sum(sizes), group.linears[0].in_features)
@@ -232,7 +232,7 @@ def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:
     return int(embedding.weight.shape[1]) ** 2 if shared and recipe.rotates else 0
 
 
-def _statistics(block: Block, family: ModelFamily, method: Method, tokens: int) -> int:
+def _statistics(block: Block, family: ModelFamily, method: Method[Any], tokens: int) -> int:
     """Bytes of the Gram matrices, token samples and top-k lists of one block."""
     total = 0
     for group in linear_groups(block, family.siblings):

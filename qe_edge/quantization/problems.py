@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Problems:
         measured: What is known of the original model.
     """
 
-    def __init__(self, recipe: Recipe, method: Method, device: torch.device, measured: Measured) -> None:
+    def __init__(self, recipe: Recipe, method: Method[Any], device: torch.device, measured: Measured) -> None:
         self.recipe = recipe
         self.method = method
         self.device = device

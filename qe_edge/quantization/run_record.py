@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qe_edge.checkpoint.known_files import part_in_words
 from qe_edge.methods import METHODS
+from qe_edge.recipes.recipe import Recipe, current_spelling
 from qe_edge.system.errors import shown, shown_name
 from qe_edge.system.version import VERSION
-
-if TYPE_CHECKING:
-    from qe_edge.recipes.recipe import Recipe
 
 Record = dict[str, Any]  # as JSON holds it
 MOST_REASONS, MOST_CHARACTERS = 4, 400  # in one message
@@ -58,7 +56,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if old.get(name) != new.get(name):
             how = "is gone" if name not in new else "is new" if name not in old else "changed"
             found.append(f"{part_in_words(shown_name(name))} {how}")
-    old, new = dict(_flat(before.get("recipe"))), dict(_flat(now.get("recipe")))
+    old, new = dict(_flat(current_spelling(_table(before.get("recipe"))))), dict(_flat(now.get("recipe")))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             if key == "calibration.sha256":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,7 +12,7 @@ from qe_edge.budget.model import Budget
 from qe_edge.methods import METHODS, Method
 from qe_edge.numerics.grids import WeightGrid
 from qe_edge.numerics.schemes import Scheme, get_scheme
-from qe_edge.system.errors import QEError, RecipeError, UnknownNameError, shown, shown_name
+from qe_edge.system.errors import QEError, QENotice, RecipeError, UnknownNameError, shown, shown_name
 
 MODULES = ("language", "visual", "merger")
 
@@ -62,6 +64,24 @@ class Recipe(BaseModel):
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0, lt=1 << 63)  # what torch's generators take
 
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, values: Any) -> Any:  # noqa: ANN401 - whatever the user wrote
+        if not isinstance(values, dict):
+            return values
+        current = current_spelling(values)
+        before, now = values.get("options"), current.get("options")
+        if isinstance(before, dict) and isinstance(now, dict):
+            old = [_pair(key, value) for key, value in before.items() if now.get(key, None) != value]
+            new = [_pair(key, value) for key, value in now.items() if before.get(key, None) != value]
+            if old:
+                warnings.warn(
+                    f"Earlier names of options are read: {', '.join(old)}. Write {', '.join(new)}.",
+                    QENotice,
+                    stacklevel=2,
+                )
+        return current
+
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         METHODS.check(self.method)
@@ -78,7 +98,7 @@ class Recipe(BaseModel):
             )
         return self
 
-    def build_method(self) -> Method:
+    def build_method(self) -> Method[Any]:
         """The method of this recipe with its options resolved: defaults, then preset, then `options`."""
         kind = METHODS[self.method]
         if self.preset not in kind.presets:
@@ -103,6 +123,23 @@ class Recipe(BaseModel):
     def resolved(self) -> Recipe:
         """The same recipe with every option of the method written out, for storing beside the result."""
         return self.model_copy(update={"options": self.build_method().options.model_dump(mode="json")})
+
+
+def current_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with the names that its method's options have now; what is no recipe stays as it is.
+
+    Example:
+        >>> current_spelling({"method": "qe", "options": {"router": "tri"}})
+        {'method': 'qe', 'options': {'router': 'triangle'}}
+    """
+    method, options = values.get("method", "qe"), values.get("options")
+    if not isinstance(options, Mapping) or not isinstance(method, str) or method not in METHODS:
+        return dict(values)
+    return {**values, "options": METHODS[method].Options.respelled(options)}
+
+
+def _pair(key: str, value: object) -> str:
+    return f"'{shown_name(key)}: {shown_name(value)}'"
 
 
 def make_recipe(**values: object) -> Recipe:

@@ -21,10 +21,11 @@ from qe_edge.numerics.matrices import Matrix, beside, cast, double, energies, to
 from qe_edge.reconstruction.directions import ErrorSpace, top_eigenvectors
 from qe_edge.reconstruction.experts import ExpertProblem, assign_by_mass, residual_energy
 from qe_edge.reconstruction.router import RidgeRegression
+from qe_edge.reconstruction.shares import TRIAL_SHARE
 
 TRIAL_TOKENS = 4096  # sampled tokens of a trial, half to fit and half to judge
 TRIAL_ROUNDS = 3  # of assignment and fit
-LUCK = 1.02  # by which a routed trial's error is raised: the best of several trials is partly the luckiest
+BEST_OF_SEVERAL = 1.02  # raises a routed trial's error, because the best of several trials is partly the luckiest
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def routed_losses(
             starts[design.experts] = _start(statistics, channel_weight, important, design.experts, seed)[rows]
         static = np.square(leading[judged, active:]).sum(1).mean() + beyond[judged].mean()
         chosen = _trial(leading[:, design.shared :], route, starts[design.experts], design)
-        routed = LUCK * (chosen.mean() + beyond[judged].mean())
+        routed = BEST_OF_SEVERAL * (chosen.mean() + beyond[judged].mean())
         losses.append(spectrum.left(active) * float(routed / static) if static > 0 else 0.0)
     return losses
 
@@ -169,7 +170,9 @@ def _trial(
         directions = []
         for expert in range(design.experts):
             own = fit[assigned == expert]
-            covariance = 0.9 * (own.T @ own) / len(own) + 0.1 * everyone if len(own) else everyone
+            covariance = (
+                (1.0 - TRIAL_SHARE) * (own.T @ own) / len(own) + TRIAL_SHARE * everyone if len(own) else everyone
+            )
             directions.append(top_eigenvectors(covariance, design.routed))
         residual = residual_energy(fit, directions)
         assigned = residual.argmin(1)

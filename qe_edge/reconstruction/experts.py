@@ -25,10 +25,10 @@ from qe_edge.reconstruction.directions import (
     leading_directions,
     top_eigenvectors,
 )
+from qe_edge.reconstruction.shares import FEW_TOKENS, FEW_TOKENS_SHARE
 from qe_edge.system.blas import one_lapack_thread
 from qe_edge.system.parallel import map_threads
 
-FEW_TOKENS = 4  # times the expert's rank: fewer tokens than this lean on the global statistics
 EM_GAIN = 1e-3  # relative gain below which the EM polish stops
 
 
@@ -149,7 +149,7 @@ def _fit(
         start, steps = (previous[expert], WARM_STEPS) if previous else (spare, KRYLOV_STEPS)
         if len(own) == 0:
             return leading_directions(everyone, start, problem.rank, steps)
-        rho = 0.5 if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
+        rho = FEW_TOKENS_SHARE if len(own) < FEW_TOKENS * problem.rank and problem.rho > 0 else problem.rho
         return leading_directions(mixed_covariance(own, everyone, rho), start, problem.rank, steps)
 
     with one_lapack_thread():
@@ -166,7 +166,7 @@ def _fit_at_once(
     counts = own.sum(1)
     rho = torch.full_like(counts, problem.rho)
     if problem.rho > 0:
-        rho[counts < FEW_TOKENS * problem.rank] = 0.5
+        rho[counts < FEW_TOKENS * problem.rank] = FEW_TOKENS_SHARE
     rho[counts == 0] = 1.0
     shares = (own * ((1 - rho) / counts.clamp_min(1))[:, None])[:, :, None]
 
@@ -203,9 +203,9 @@ def mixed_covariance(own: np.ndarray, everyone: np.ndarray, rho: float) -> np.nd
 def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: str) -> list[Matrix]:
     """The paper-literal diagonal readings of "weighted SVD" (6.2), kept for ablation.
 
-    `condmean` weighs channels by their mean over the expert's tokens; `omega` by their mean relative to the smallest
-    of the cluster; `lqeromega` by the global mean, conditional on importance inside the cluster; `mask` by the mean on
-    the cluster and zero elsewhere.
+    `conditional_mean` weighs channels by their mean over the expert's tokens; `omega` by their mean relative to the
+    smallest of the cluster; `lqer_omega` by the global mean, conditional on importance inside the cluster; `mask` by
+    the mean on the cluster and zero elsewhere.
     """
     error, statistics = problem.error, problem.statistics
     if isinstance(error, Tensor):  # an ablation, which is not worth a way of its own on a device
@@ -215,7 +215,7 @@ def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: st
     for expert in range(problem.experts):
         channels = problem.channels[problem.labels == expert]
         own = statistics.tokens[assigned == expert]
-        if weighting == "condmean":
+        if weighting == "conditional_mean":
             weights = np.maximum(np.abs(own).mean(0), 1e-8) if len(own) else mean
         elif weighting == "mask":
             weights = np.zeros_like(mean)

@@ -110,7 +110,7 @@ def _variants(problem: LinearProblem, make_branch: Callable[[WeightGrid, int], M
         rounding = activation_rounding(tokens, branch, bits)
         noise = float(rounding.square().sum(dtype=torch.float64)) / max(len(tokens), 1)
         spectrum = ErrorSpectrum.of(branch.error, problem.gram(), largest)
-        return _Variant(problem.scheme.on(grid), count, branch, noise, spectrum)
+        return _Variant(problem.scheme.with_grid(grid), count, branch, noise, spectrum)
 
     counts = LEFT_OUT if rounds_activations(bits) else LEFT_OUT[:1]
     own = [variant(problem.scheme.weight, count) for count in counts if count <= in_features // 8]

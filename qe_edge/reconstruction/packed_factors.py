@@ -21,12 +21,12 @@ from qe_edge.numerics.matrices import Matrix, beside, cast, double, joined, part
 from qe_edge.reconstruction.designs import ErrorSpectrum
 from qe_edge.reconstruction.factors import StoredFactor
 from qe_edge.reconstruction.rounding import Hessian, gptq_round
+from qe_edge.reconstruction.shares import GLOBAL_SHARE
 
 GRID = WeightGrid(4, PER_CHANNEL, symmetric=True)
 DOWN_DAMPING, UP_DAMPING = 0.01, 1e-4
 ROUNDING = 1e-5  # of the largest energy, what a Gram matrix that was added up in float32 does not know
 ROWS = 1024  # of a Gram matrix that a device has in float64 at a time
-GLOBAL_SHARE = 0.05  # of all tokens in an expert's fit
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from qe_edge.layers.linear import Adapters
-from qe_edge.reconstruction.packed_factors import GLOBAL_SHARE
 from qe_edge.reconstruction.routed_factors import (
     RoutedFactors,
     largest_up,
@@ -30,6 +29,7 @@ from qe_edge.reconstruction.routed_factors import (
     routed_factors,
     store_routed,
 )
+from qe_edge.reconstruction.shares import GLOBAL_SHARE
 
 RUNS, HELD_OUT_EVERY = 100, 10  # the token sample is cut into runs, of which every tenth is held out
 SMALLEST_SPREAD = 1e-6  # added to the standard deviation of eq. 13

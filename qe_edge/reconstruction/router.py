@@ -13,7 +13,6 @@ from qe_edge.numerics.int8_products import add_gram, round_channels, rounds_gram
 from qe_edge.numerics.matrices import Matrix, cast, double, energies, joined, parts_of, picked, row_products, to_numpy
 from qe_edge.reconstruction.directions import ErrorSpace
 
-KINDS = ("ridge", "tri")
 RIDGE = 1e-2  # damping relative to the mean diagonal of |X||X|^T
 LARGEST = float(np.finfo(np.float16).max)  # of a router
 SPREAD_TOKENS = 1024  # scores of so many tokens give the factor that scales a router

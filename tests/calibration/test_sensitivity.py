@@ -160,7 +160,7 @@ def test_gradients_of_predictions_are_of_the_divergence(folder: str, batches: li
     """Noise at a layer's output costs what the energy of its gradients says."""
     loaded = load_model(folder, torch.float32)
     name = next(name for name in linears(loaded) if name.endswith("layers.1.mlp.down_proj"))
-    draws = [output_gradients(loaded, batches[:1], [name], of="predictions", seed=seed)[name] for seed in range(40)]
+    draws = [output_gradients(loaded, batches[:1], [name], loss="predictions", seed=seed)[name] for seed in range(40)]
     samples, outputs = len(batches[0].input_ids), len(draws[0].channels)
     energy = float(np.mean([one.energy for one in draws]))
     labels = torch.from_numpy(labels_of(batches[0]))[:, 1:]

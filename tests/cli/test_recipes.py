@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from qe_edge.cli.recipes import read_recipe
+from qe_edge.quantization.run_record import changes, make_record
+from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.errors import QENotice, RecipeError
 from tests.cli.running import Run
 
@@ -51,11 +53,49 @@ def test_options_win_over_the_file_and_leave_the_rest_of_it(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("cs_guard=false", False), ("rho=0.25", 0.25), ("router=tri", "tri"), ("em_steps=0", 0)]
+    ("text", "value"),
+    [
+        ("clip=false", False),
+        ("rho=0.25", 0.25),
+        ("router=triangle", "triangle"),
+        ("em_steps=0", 0),
+    ],
 )
 def test_values_of_set_have_their_types(text: str, value: object) -> None:
     key = text.partition("=")[0]
     assert read_recipe(settings=[text]).options == {key: value}
+
+
+EARLIER = {"cs_mode": "scale", "cs_guard": False, "router": "tri", "expert_weighting": "lqeromega", "rho": 0.1}
+CURRENT = {
+    "independent_channels": "scale", "guard_independent_channels": False, "router": "triangle",
+    "expert_weighting": "lqer_omega", "rho": 0.1,
+}  # fmt: skip
+
+
+def test_earlier_names_of_options_are_read_with_a_notice() -> None:
+    with pytest.warns(QENotice, match=r"are read: 'cs_mode: scale'.*\. Write 'independent_channels: scale'") as told:
+        recipe = make_recipe(options=EARLIER)
+    assert recipe.options == CURRENT
+    assert "rho" not in str(told[0].message)
+
+
+def test_a_new_name_wins_over_its_earlier_one() -> None:
+    with pytest.warns(QENotice, match="are read: 'cs_mode: drop'"):
+        recipe = make_recipe(options={"independent_channels": "scale", "cs_mode": "drop"})
+    assert recipe.options == {"independent_channels": "scale"}
+
+
+def test_names_of_now_are_read_without_a_notice(recwarn: pytest.WarningsRecorder) -> None:
+    assert make_recipe(options=CURRENT).options == CURRENT
+    assert not recwarn.list
+
+
+def test_a_run_with_earlier_names_is_the_same_run() -> None:
+    now = make_record({}, make_recipe(options=CURRENT).resolved())
+    kept = {key: value for key, value in now["recipe"]["options"].items() if key not in CURRENT}
+    before = {**now, "recipe": {**now["recipe"], "options": {**kept, **EARLIER}}}
+    assert changes(before, now) == []
 
 
 def test_the_recipe_that_a_dry_run_prints_is_a_recipe_file(cli: Run, tmp_path: Path) -> None:

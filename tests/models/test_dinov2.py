@@ -123,7 +123,7 @@ def test_gradients_are_of_the_distance_of_the_features(folder: Path, pictures: l
     block = loaded.family.blocks(loaded.model)[0]
     name = linear_groups(block, loaded.family.siblings)[-1].names[-1]
     module = dict(loaded.model.named_modules())[name]
-    draws = [output_gradients(loaded, [encoded], [name], of="predictions", seed=seed)[name] for seed in range(40)]
+    draws = [output_gradients(loaded, [encoded], [name], loss="predictions", seed=seed)[name] for seed in range(40)]
     outputs, energy = len(draws[0].channels), float(np.mean([one.energy for one in draws]))
 
     def directions() -> torch.Tensor:

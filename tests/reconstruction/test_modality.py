@@ -39,7 +39,8 @@ def quantized(weight: Tensor, x: Tensor, kinds: np.ndarray, **options: object) -
         scheme="w4a8",
         options={
             "shared_rank": 8, "routed_rank": 8, "experts": 4, "important_channels": 8, "shrink": False,
-            "cs_guard": False, "rounding": "nearest", "clip": False, "adapter_dtype": "float16", **options,
+            "guard_independent_channels": False, "rounding": "nearest", "clip": False, "adapter_dtype": "float16",
+            **options,
         },
     ).build_method()  # fmt: skip
     request = method.request(*weight.shape)

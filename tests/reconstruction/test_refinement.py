@@ -30,8 +30,8 @@ from tests.layers import outlier_layer
 QUICK = Refinement(factors=True, epochs=4, iterations=25, rate=1e-3, batch=128)
 SIDE, TOKENS = 96, 1500
 OPTIONS = {
-    "shared_rank": 8, "routed_rank": 8, "experts": 4, "important_channels": 6, "shrink": False, "cs_guard": False,
-    "rounding": "nearest", "clip": False,
+    "shared_rank": 8, "routed_rank": 8, "experts": 4, "important_channels": 6, "shrink": False,
+    "guard_independent_channels": False, "rounding": "nearest", "clip": False,
 }  # fmt: skip
 DTYPES = ["int4", "int8", "float16", "float32"]
 
