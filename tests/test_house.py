@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,12 @@ import qe_edge
 ROOT = Path(__file__).parents[1]
 ROOMS = ROOT / "qe_edge"
 LONGEST = 60  # lines of a function, with its docstring
+SOURCES = [  # each file once, whatever Python thinks of links
+    path
+    for room in ("qe_edge", "export", "calibration")
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if not any(parent.is_symlink() for parent in path.parents)
+]
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 
 
@@ -43,11 +51,10 @@ def test_public_names_are_there(name: str) -> None:
 
 
 def test_no_function_is_longer_than_a_page() -> None:
-    files = [path for room in ("qe_edge", "export", "calibration") for path in (ROOT / room).rglob("*.py")]
-    assert len(files) > 200
+    assert len(SOURCES) > 200
     functions = [
         (path, node)
-        for path in files
+        for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
@@ -57,3 +64,18 @@ def test_no_function_is_longer_than_a_page() -> None:
         if (size := (node.end_lineno or node.lineno) - node.lineno + 1) > LONGEST
     ]
     assert long == []
+
+
+def test_examples_in_docstrings_do_what_they_show() -> None:
+    files = [path for path in SOURCES if ">>> " in path.read_text(encoding="utf-8")]
+    assert len(files) > 15
+    for path in files:
+        module = importlib.import_module(_dotted(path))
+        found = doctest.testmod(module)
+        assert found.failed == 0, path
+
+
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "qe_edge" else ("qe_edge", *parts)
+    return ".".join(part for part in parts if part != "__init__")

@@ -4,11 +4,8 @@ pip install examples/07_own_method
 qe-edge quantize demo -o out/clipped --method clipped --set quantile=0.99
 """
 
-from typing import Any, ClassVar
-
 from pydantic import Field
 
-from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods import LinearProblem, Method, MethodOptions
 from qe_edge.numerics.grids import quantize_weight
@@ -24,16 +21,8 @@ class ClippedOptions(MethodOptions):
     quantile: float = Field(0.999, gt=0, le=1)
 
 
-class ClippedRounding(Method):
+class ClippedRounding(Method[ClippedOptions]):
     """The largest weights of every row are clipped, so that the others get a finer grid."""
-
-    Options: ClassVar[type[MethodOptions]] = ClippedOptions
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
-    options: ClippedOptions
-
-    def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:
-        """Nothing is measured on the layer's input."""
-        del out_features, in_features
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Clip and round the weight `[out, in]` of `problem`."""
