@@ -8,9 +8,11 @@
 #undef QE_PREPARE
 #undef QE_DOWN_DECODE
 #undef QE_PREPARE_DOWN
+#undef QE_PREPARE_PREFILL
 #undef QE_DOWN_PREFILL
 #undef QE_MAIN_DECODE
 #undef QE_MAIN_PREFILL
+#undef QE_MAIN_PREFILL_WIDE
 
 namespace {
 
@@ -34,9 +36,11 @@ std::function<void()> find_kernel(const QeLaunch& launch) {
 #define QE_PREPARE(kernel, ...) QE_ONE(kernel)
 #define QE_DOWN_DECODE(kernel, ...) QE_ONE(kernel)
 #define QE_PREPARE_DOWN(kernel, ...) QE_ONE(kernel)
+#define QE_PREPARE_PREFILL(kernel, ...) QE_ONE(kernel)
 #define QE_DOWN_PREFILL(kernel, ...) QE_ONE(kernel)
 #define QE_MAIN_DECODE(kernel, ...) QE_ONE(kernel)
 #define QE_MAIN_PREFILL(kernel, ...) QE_ONE(kernel)
+#define QE_MAIN_PREFILL_WIDE(kernel, ...) QE_ONE(kernel)
 #include "../kernels/kernel_list.h"
   return {};
 }

@@ -175,6 +175,9 @@ QE_DEV float shuffle_xor(float v, int mask) {
   collective(qe_emu::Collective::kShuffleXor, &in, &out);
   return out;
 }
+QE_DEV uint32_t shuffle_xor(uint32_t v, int mask) {
+  return static_cast<uint32_t>(float_to_int_bits(shuffle_xor(int_bits_to_float(static_cast<int>(v)), mask)));
+}
 QE_DEV uint32_t ballot(bool v) {
   uint32_t out;
   collective(qe_emu::Collective::kBallot, &v, &out);

@@ -10,7 +10,8 @@ from gates.loops import Loop, hot_loop
 
 # A multiprocessor has one block of decode, of at most 12 warps, so that its registers are no reason to take fewer; and
 # one or two of the down-projection of long prompts, of 8 warps.
-DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 184, 64, 128
+DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 192, 64, 128
+WIDE_REGISTERS = 255  # two blocks of 4 warps, whose 64 x 64 sums take 128
 GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 
 # Every GEMM keeps the goals. The dearest are on sm_120, where ptxas puts a NOP between two neighbouring matrix
@@ -40,7 +41,7 @@ DECODE_PER_2048_EXCEPTIONS = {
 
 
 def variant(kernel: str) -> str:
-    """``s8_g128z`` of ``qe_prefill_s8_g128z_f16``; decode keeps its token limit."""
+    """``s8_g128z`` of ``qe_prefill_s8_g128z_f16``; decode keeps its token limit, and a wide tile its name."""
     return "_".join(kernel.split("_")[2:-1])
 
 
@@ -54,7 +55,7 @@ def loop_of(kernel: str, code: list[str]) -> Loop | None:
 def register_limit(kernel: str) -> int:
     """The most registers that a kernel may take, by either assembler."""
     if kernel.startswith("qe_prefill"):
-        return GEMM_REGISTERS
+        return WIDE_REGISTERS if "_wide_" in kernel else GEMM_REGISTERS
     if kernel.startswith(("qe_decode", "qe_down_prefill")):
         return DECODE_REGISTERS
     return PREPARE_REGISTERS if kernel in ("qe_prepare_f16", "qe_prepare_bf16") else OTHER_REGISTERS
@@ -70,7 +71,7 @@ def broken(code: Cubin, kernel: str, loop: Loop | None) -> list[str]:
         f"{usage.stack_bytes} bytes of stack": usage.stack_bytes > 0,
     }
     if loop is not None:
-        integer = kind.startswith("s8")
+        integer = kind.removeprefix("wide_").startswith("s8")
         checks["no IMMA in the loop"] = integer and loop.imma == 0
         checks["no HMMA in the loop"] = not integer and loop.hmma == 0
         if kernel.startswith("qe_prefill"):

@@ -83,6 +83,19 @@ int PrefillShared(const QeProblem& p, int rows) {
   return 3 * (rows * of_row + 128 * 16 * p.weight_bits + groups * 256 + (Zeros(p) ? groups * 128 : 0));
 }
 
+// Whether a GEMM has kernels with a warp tile of 64 x 64; their block has 128 rows.
+bool HasWide(const QeProblem& p) { return p.act_bits != 0 && p.group_size < 0; }
+
+// Rows of a GEMM's block where no tactic says it. An H100 took less time with 128 where a long K met several waves of blocks.
+int DefaultRows(const QeProblem& p, int multiprocessors) {
+  return HasWide(p) && p.K >= 3072 && Divide(p.N, 128) * Divide(p.M, 128) >= 4 * multiprocessors ? 128 : 64;
+}
+
+// What a GEMM's correction needs instead, after the loop; mirrors Operands in kernels/main_prefill.cuh.
+int OperandsShared(const QeProblem& p, const Shape& s, int rows) {
+  return s.lowrank ? rows * (2 * s.rank() + 16) + s.shared_tiles * 128 * 2 * p.adapter_bits : 0;
+}
+
 int ActMax(const QeProblem& p) { return p.act_bits == 8 ? 127 : p.act_bits == 6 ? 31 : 0; }
 
 // What the codes of 16-bit activations are multiplied by; a GEMM takes it off 3-bit weights that become numbers.
@@ -160,7 +173,26 @@ void PlanFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, const Wor
        qe::PrepareDownArgs{prepare, down});
 }
 
+// Whether `prepare` and `down` of a GEMM are one launch: no router has to be asked first, and no group has sums.
+bool PreparesAtOnce(const QeProblem& p, const Shape& s) { return !s.experts && !SumsOfGemm(p); }
+
+// Both in one launch. See prepare_prefill.cuh for what is in shared memory.
+void PlanPrepareAtOnce(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, QePlan& plan) {
+  qe::PrepareDownArgs a{PrepareArgsOf(p, s, b, w), DownArgsOf(p, s, b, w)};
+  a.down.h = At<void>(b.workspace + w.h);
+  char name[48];
+  if (s.lowrank) {
+    snprintf(name, sizeof name, "qe_prepare_prefill_a%d_%s", p.adapter_bits, Tag(p));
+  } else {
+    snprintf(name, sizeof name, "qe_prepare_prefill_%s", Tag(p));
+  }
+  const int tokens = s.lowrank && p.adapter_bits == 16 ? 16 : 8, sums = s.lowrank ? 4 * tokens / 8 * 4 * 128 : 0;
+  const int warps = std::clamp(Divide(s.Kp / 32, 3), 1, 16);
+  Fill(plan.launch[plan.count++], name, Divide(p.M, tokens), 1, warps * 32, 2 * 16 * tokens * 4 + warps * sums, a);
+}
+
 void PlanPrefillFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, QePlan& plan) {
+  if (PreparesAtOnce(p, s)) return PlanPrepareAtOnce(p, s, b, w, plan);
   char name[48];
   const int threads = PrepareThreads(p, s);
   snprintf(name, sizeof name, "qe_prepare_%s", Tag(p));
@@ -177,8 +209,8 @@ void PlanPrefillFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, co
        32 * 4 + kWarps * 16 * 4 + 16 + kWarps * 4 * 4 * 4 * 128, a);
 }
 
-void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, const QeTactic& t, const Cut& cut,
-              QeLaunch& launch) {
+void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, const QeTactic& t,
+              int multiprocessors, const Cut& cut, QeLaunch& launch) {
   qe::MainArgs a{};
   a.act = At<void>(b.workspace + w.act);
   a.token_scale = At<float>(b.workspace + w.token_scale);
@@ -215,9 +247,12 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
     Fill(launch, name, cut.blocks, cut.slices * cut.groups, cut.sets * cut.set_warps * 32, cut.shared, a);
     return;
   }
-  const int rows = t.block_rows ? t.block_rows : 64;
-  snprintf(name, sizeof name, "qe_prefill_%s_%s", Variant(p), Tag(p));
-  Fill(launch, name, Divide(p.N, 128), Divide(p.M, rows), rows * 2, PrefillShared(p, rows), a);
+  int rows = t.block_rows ? t.block_rows : DefaultRows(p, multiprocessors);
+  if (OperandsShared(p, s, rows) > kSharedBytes) rows = 64;
+  const bool wide = rows == 128 && HasWide(p);
+  snprintf(name, sizeof name, wide ? "qe_prefill_wide_%s_%s" : "qe_prefill_%s_%s", Variant(p), Tag(p));
+  Fill(launch, name, Divide(p.N, 128), Divide(p.M, rows), wide ? rows : rows * 2,
+       std::max(PrefillShared(p, rows), OperandsShared(p, s, rows)), a);
   launch.overlaps = 0;  // its blocks would gather on the multiprocessors that are free first
 }
 
@@ -291,6 +326,6 @@ const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const
   } else {
     PlanPrefillFirst(p, s, *buffers, w, *plan);
   }
-  PlanMain(p, s, *buffers, w, t, cut, plan->launch[plan->count++]);
+  PlanMain(p, s, *buffers, w, t, multiprocessors, cut, plan->launch[plan->count++]);
   return nullptr;
 }

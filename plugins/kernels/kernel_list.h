@@ -34,14 +34,17 @@
 #define QE_FACTORS(bits, tag, T)                                    \
   QE_DOWN_DECODE(qe_down_decode_a##bits##_##tag, T, bits)           \
   QE_PREPARE_DOWN(qe_prepare_down_a##bits##_##tag, T, bits)         \
+  QE_PREPARE_PREFILL(qe_prepare_prefill_a##bits##_##tag, T, bits)   \
   QE_DOWN_PREFILL(qe_down_prefill_a##bits##_##tag, T, bits)
 
 #define QE_KERNELS_OF(tag, T)                                       \
   QE_PREPARE(qe_prepare_##tag, T)                                   \
+  QE_PREPARE_PREFILL(qe_prepare_prefill_##tag, T, 0)                \
   QE_FACTORS(16, tag, T)                                            \
   QE_FOR_W4(                                                        \
   QE_FACTORS(4, tag, T)                                             \
   QE_MAIN_VARIANT(s8_c, tag, T, 4, kInt8, 0, false)                 \
+  QE_MAIN_PREFILL_WIDE(qe_prefill_wide_s8_c_##tag, T, 4, false)     \
   QE_MAIN_VARIANT(s8_g128z, tag, T, 4, kInt8, 1, true)              \
   QE_MAIN_VARIANT(s8_g64z, tag, T, 4, kInt8, 2, true)               \
   QE_FOR_SUBSET(QE_MAIN_DECODE(qe_decode_h_g128z_t16_##tag, T, 4, k16Bit, 1, true, 2)) \
@@ -49,6 +52,7 @@
   QE_FOR_FULL(                                                      \
   QE_FACTORS(8, tag, T)                                             \
   QE_MAIN_VARIANT(s8_cz, tag, T, 4, kInt8, 0, true)                 \
+  QE_MAIN_PREFILL_WIDE(qe_prefill_wide_s8_cz_##tag, T, 4, true)     \
   QE_MAIN_VARIANT(s8_g128, tag, T, 4, kInt8, 1, false)              \
   QE_MAIN_VARIANT(s8_g64, tag, T, 4, kInt8, 2, false)               \
   QE_MAIN_VARIANT(h_g64z, tag, T, 4, k16Bit, 2, true)               \
@@ -57,6 +61,7 @@
 QE_KERNELS_OF(f16, f16_t)
 QE_FOR_W3(
 QE_MAIN_VARIANT(s8w3_c, f16, f16_t, 3, kInt8, 0, false)
+QE_MAIN_PREFILL_WIDE(qe_prefill_wide_s8w3_c_f16, f16_t, 3, false)
 QE_MAIN_VARIANT(hw3_g128z, f16, f16_t, 3, k16Bit, 1, true)
 QE_FOR_FULL(
 QE_MAIN_VARIANT(s8w3_g128, f16, f16_t, 3, kInt8, 1, false)

@@ -2,7 +2,9 @@
 #include "lowrank_down.cuh"
 #include "main_decode.cuh"
 #include "main_prefill.cuh"
+#include "main_prefill_wide.cuh"
 #include "prepare.cuh"
+#include "prepare_prefill.cuh"
 
 // What follows on the stream may start its own weights' way from memory at once, unless a kernel says so itself.
 #define QE_PREPARE(name, T)                                    \
@@ -20,6 +22,10 @@
     qe::release_next();                                        \
     qe::prepare_and_down<qe::T, bits>(p);                      \
   }
+#define QE_PREPARE_PREFILL(name, T, bits)                      \
+  QE_KERNEL void QE_BOUNDS(512, 1) name(qe::PrepareDownArgs p) {  \
+    qe::prepare_prefill<qe::T, bits>(p);                       \
+  }
 #define QE_DOWN_PREFILL(name, T, bits)                         \
   QE_KERNEL void QE_BOUNDS(256, 1) name(qe::DownArgs p) {      \
     qe::lowrank_down_prefill<qe::T, bits>(p);                  \
@@ -29,17 +35,21 @@
     qe::release_next();                                                     \
     qe::main_decode<qe::T, bits, qe::mode, groups, zeros, tokens8>(p);      \
   }
-// Bounds chosen by the registers that the assembler then takes, 151 to 184. Without groups 168 leave room for three blocks of
-// 128 threads on a multiprocessor. Of the others the second number makes it spend no more than 184, and 16-bit activations may
-// take as many, or it would squeeze some of them at the price of instructions.
+// Bounds chosen by the registers that the assembler then takes, 151 to 192. Without groups 168 leave room for three blocks of
+// 128 threads on a multiprocessor. Of the others the second number makes it spend no more than 184. 16-bit activations may
+// take more, or it would squeeze some of them at the price of instructions: up to 255 there is room for two blocks.
 #define QE_LIMIT_kInt8_0(bits) QE_REGISTERS(168)
 #define QE_LIMIT_kInt8_1(bits) QE_BOUNDS(256, 0)
 #define QE_LIMIT_kInt8_2(bits) QE_BOUNDS(256, 0)
 #define QE_LIMIT_k16Bit_0(bits) QE_BOUNDS(256, bits == 3)
-#define QE_LIMIT_k16Bit_1(bits) QE_REGISTERS(184)
-#define QE_LIMIT_k16Bit_2(bits) QE_REGISTERS(184)
+#define QE_LIMIT_k16Bit_1(bits) QE_REGISTERS(192)
+#define QE_LIMIT_k16Bit_2(bits) QE_REGISTERS(192)
 #define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)          \
   QE_KERNEL void QE_LIMIT_##mode##_##groups(bits) name(qe::MainArgs p) { \
     qe::main_prefill<qe::T, bits, qe::mode, groups, zeros>(p);       \
+  }
+#define QE_MAIN_PREFILL_WIDE(name, T, bits, zeros)                   \
+  QE_KERNEL void QE_BOUNDS(128, 2) name(qe::MainArgs p) {            \
+    qe::main_prefill_wide<qe::T, bits, zeros>(p);                    \
   }
 #include "kernel_list.h"

@@ -7,6 +7,13 @@ namespace qe {
 
 constexpr int kPrefillColumns = 128, kStages = 3, kRowTiles = 4, kColumnTiles = 4, kWarpRows = 64, kWarpColumns = 32;
 constexpr int kWarpsAcross = kPrefillColumns / kWarpColumns;
+constexpr int kWideTiles = 8;  // column tiles of a warp in main_prefill_wide.cuh
+
+// The token that a row of a block's tile is; rows past the last one repeat it.
+QE_DEV int token_of(const MainArgs& p, int m) {
+  const int last = m < p.M ? m : p.M - 1;
+  return p.order ? p.order[last] : last;
+}
 
 // One stage: activations of all rows of the block, weights, scales, zero points, and sums of the activations.
 template <int Bits, int Mode, int Groups, bool Zeros>
@@ -21,12 +28,13 @@ struct Stage {
   static QE_DEV int offset(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
 };
 
-// Asynchronous copies, chunk after chunk. Rows beyond M and columns beyond Np repeat the last valid ones: their results
-// are never stored. A thread copies the same places of every chunk, so that only a few pointers move.
-template <int Bits, int Mode, int Groups, bool Zeros>
+// Asynchronous copies, chunk after chunk; a warp copies `WarpRows` rows of the activations. Rows beyond M and columns beyond
+// Np repeat the last valid ones: their results are never stored. A thread copies the same places of every chunk, so that only
+// a few pointers move.
+template <int Bits, int Mode, int Groups, bool Zeros, int WarpRows = 16>
 struct Loader {
   using S = Stage<Bits, Mode, Groups, Zeros>;
-  static constexpr int kPieces = S::kRowBytes / 16, kRowsAtOnce = 32 / kPieces, kCopies = 16 / kRowsAtOnce;
+  static constexpr int kPieces = S::kRowBytes / 16, kRowsAtOnce = 32 / kPieces, kCopies = WarpRows / kRowsAtOnce;
   int rows;
   int to_act, to_weights, to_group;  // bytes from the start of a stage
   int group_step;                    // bytes to the next chunk
@@ -36,11 +44,11 @@ struct Loader {
 
   QE_DEV Loader(const MainArgs& p, int block_rows, int m0, int n0) : rows(block_rows) {
     const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5, chunks = p.Kp / kChunk;
-    const int row0 = warp * 16 + lane / kPieces, piece = lane % kPieces, last_block = p.Np / kBlockColumns - 1;
+    const int row0 = warp * WarpRows + lane / kPieces, piece = lane % kPieces, last_block = p.Np / kBlockColumns - 1;
     act = static_cast<const uint8_t*>(p.act) + piece * 16;
     QE_UNROLL
     for (int j = 0; j < kCopies; ++j) {
-      const int from = token(p, m0 + row0 + j * kRowsAtOnce);
+      const int from = token_of(p, m0 + row0 + j * kRowsAtOnce);
       source[j] = static_cast<uint32_t>(from) * static_cast<uint32_t>(chunks * kPieces);
     }
     to_act = S::offset(row0, piece);
@@ -62,7 +70,7 @@ struct Loader {
     group_step = (past_scales < 0 ? S::kScales : S::kZeros) / 4;
     copies_group = past_zeros < (S::kSumBytes ? rows : 0);
     if (S::kSumBytes && past_zeros >= 0) {
-      group = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(token(p, m0 + past_zeros)) * S::kSumBytes;
+      group = static_cast<const uint8_t*>(p.sums) + static_cast<size_t>(token_of(p, m0 + past_zeros)) * S::kSumBytes;
       group_step = p.M * S::kSumBytes;
     }
   }
@@ -73,10 +81,6 @@ struct Loader {
     const int block = n0 / kBlockColumns + at / pieces;
     const size_t first = static_cast<size_t>(block < last_block ? block : last_block) * chunks * pieces;
     return from + (first + at % pieces) * 16;
-  }
-  static QE_DEV int token(const MainArgs& p, int m) {
-    const int last = m < p.M ? m : p.M - 1;
-    return p.order ? p.order[last] : last;
   }
   QE_DEV int stage_bytes() const { return rows * (S::kRowBytes + S::kSumBytes) + S::kSums; }
 

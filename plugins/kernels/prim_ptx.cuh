@@ -234,6 +234,7 @@ QE_DEV void load_fresh(const float* p, float (&v)[4]) {
 QE_DEV void hold(float& v) { asm volatile("" : "+f"(v)); }
 
 QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+QE_DEV uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 QE_DEV uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 QE_DEV void block_sync() { __syncthreads(); }
 QE_DEV void warp_sync() { __syncwarp(); }

@@ -85,6 +85,13 @@ QE_DEV void int8_fragment(const BlockWords<3>& w, int tile, int half, int step, 
   for (int i = 0; i < 4; ++i) a[i] = int8_codes3(w, tile + i % 2, half * 4 + 2 * step + i / 2);
 }
 
+// Register c of the 8 of a column tile in one chunk; the first four are rows 0 to 63.
+template <int Bits, bool Zeros>
+QE_DEV uint32_t codes_of(const BlockWords<Bits>& w, int tile, int c) {
+  if constexpr (Bits == 3) return int8_codes3(w, tile, c);
+  else return c < 4 ? low_codes<Zeros>(w[tile].v[c]) : high_codes<Zeros>(w[tile].v[c & 3]);
+}
+
 // 8 * (code - zero), four at a time: the set top bits keep the subtraction from borrowing across bytes, and flipping
 // them back gives two's complement.
 QE_DEV uint32_t minus_zero(uint32_t word, uint32_t zero) {

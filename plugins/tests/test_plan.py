@@ -60,8 +60,8 @@ CORRECTIONS = [PLAIN, {"rank_shared": 64, "rank_routed": 32}, {"rank_shared": 8,
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 64, 65, 1024])
 def test_launches_only_what_is_needed(planner: Planner, tokens: int, correction: dict[str, int]) -> None:
-    """Decode of up to 4 tokens is the product alone; the correction adds a launch to it, and to a GEMM's two."""
-    plain = correction is PLAIN
+    """Decode of up to 4 tokens is the product alone, and a correction adds a launch; a router adds one to a GEMM's two."""
+    plain, routes = correction is PLAIN, correction == {"rank_shared": 64, "rank_routed": 32}
     for act_bits in (0, 8):
         case = problem(M=tokens, act_bits=act_bits, has_inv_omega=act_bits // 8, **correction)
         names = [launch.name for launch in planner.launches(case, Buffers(), Tactic())]
@@ -70,7 +70,7 @@ def test_launches_only_what_is_needed(planner: Planner, tokens: int, correction:
         elif tokens <= 16:
             expected = ["qe_prepare" if plain else "qe_prepare_down", "qe_decode"]
         else:
-            expected = ["qe_prepare", *([] if plain else ["qe_down_prefill"]), "qe_prefill"]
+            expected = [*(["qe_prepare", "qe_down_prefill"] if routes else ["qe_prepare_prefill"]), "qe_prefill"]
         assert len(names) == len(expected)
         assert all(name.startswith(f"{start}_") for name, start in zip(names, expected, strict=True))
         assert ("_t8_" in names[-1]) == (tokens <= 4) and ("_t16_" in names[-1]) == (5 <= tokens <= 16)
@@ -127,7 +127,8 @@ def test_grids_fill_the_gpu(planner: Planner, shape: tuple[int, int], multiproce
                 assert launch.shared_bytes <= SMALLEST_SHARED_BYTES
             main = launches[-1]
             if main.name.startswith("qe_prefill"):
-                assert (main.grid_x, main.grid_y) == (-(-n // 128), -(-tokens // 64))
+                rows = 128 if main.name.startswith("qe_prefill_wide") else 64
+                assert (main.grid_x, main.grid_y) == (-(-n // 128), -(-tokens // rows))
                 continue
             check_covers(main, n)
             args = main_args(main)

@@ -15,6 +15,8 @@ from qe_edge.predict.tables import Device, InstructionTable, Timing
 # empty; tokens that `main` quantizes itself; tokens of one block otherwise.
 DECODE_LIMIT, LONG_DECODE_LIMIT, LONE_TOKENS, GROUP_TOKENS = 16, 64, 4, 16
 TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, outputs, and channels of a step
+WIDE_ROWS, WIDE_CHANNELS, WIDE_ROUNDS = 128, 3072, 4  # its other tile: tokens, and from how many channels and rounds on it runs
+PREPARE_TOKENS, PREPARE_WARPS = 8, 16  # of a block that prepares and projects down; twice the tokens with 16-bit factors
 DECODE_COLUMNS, DECODE_WARPS, DECODE_SETS, DECODE_SHARED = 32, 12, 8, 96 << 10
 FIRST_OVERLAP = 90  # the compute capability, times ten, from which a launch may start before the one in front ends
 LIBRARY_TILE, SMALLEST_TILE, EDGE_TILE = 128, 16, 64
@@ -163,6 +165,17 @@ class Problem:
         return self.tokens <= DECODE_LIMIT or (self.tokens <= LONG_DECODE_LIMIT and tiles <= multiprocessors)
 
     @property
+    def prepares_at_once(self) -> bool:
+        """Whether a GEMM's tokens are quantized and projected down in one launch: there is no router to ask first."""
+        return self.correction.routed_tiles == 0 and self.variant != "s8_g64z"
+
+    def wide(self, multiprocessors: int) -> bool:
+        """Whether the GEMM's tile has 128 tokens."""
+        tiles = _divide(self.linear.out_features, TILE_COLUMNS) * _divide(self.tokens, WIDE_ROWS)
+        per_channel = self.variant in ("s8_c", "s8_cz", "s8w3_c")
+        return per_channel and self.linear.in_features >= WIDE_CHANNELS and tiles >= WIDE_ROUNDS * multiprocessors
+
+    @property
     def lone(self) -> bool:
         """Whether `main` quantizes its tokens itself: few of them, which fit its shared memory."""
         channels = STEP * _divide(self.linear.in_features, STEP)
@@ -177,8 +190,11 @@ def plugin_kernels(problem: Problem, device: Device, table: InstructionTable, ti
     """The launches of the plugin for one linear."""
     corrected = problem.correction.rank > 0
     if not problem.decode(device.multiprocessors):
+        main = _main_prefill(problem, device, table, timing)
+        if problem.prepares_at_once:
+            return [_prepare_down(problem, device, timing), main]
         middle = [_down_prefill(problem, device, timing)] if corrected else []
-        return [_prepare(problem, device, timing), *middle, _main_prefill(problem, device, table, timing)]
+        return [_prepare(problem, device, timing), *middle, main]
     main = _main_decode(problem, device, table, timing)
     if problem.lone:
         return [_down_decode(problem, timing), main] if corrected else [main]
@@ -235,6 +251,21 @@ def _prepare(problem: Problem, device: Device, timing: Timing) -> Kernel:
     return Kernel(
         "prepare", Work(1, moved, fp16_macs=float(tokens) * experts * k), cost.fixed, alone, busy, blocks=tokens,
         overlaps=True,
+    )  # fmt: skip
+
+
+def _prepare_down(problem: Problem, device: Device, timing: Timing) -> Kernel:
+    """A block has few tokens; its warps share the channels."""
+    k, tokens, correction, cost = problem.linear.in_features, problem.tokens, problem.correction, timing.prepare_down
+    tiles = correction.shared_tiles
+    blocks = _divide(tokens, PREPARE_TOKENS * (2 if tiles and correction.bits == 16 else 1))
+    warps = min(PREPARE_WARPS, max(1, _divide(_divide(k, STEP) * 4, 3)))
+    channel = cost.per_warp_channel * (1.0 if problem.int8 else cost.float_factor)
+    block = k / warps * (channel + cost.per_warp_channel_and_tile * tiles)
+    moved = tokens * (k * (3.0 if problem.int8 else 4.0) + 2.0 * correction.rank) + correction.stored(k, 1)
+    return Kernel(
+        "prepare and down" if tiles else "prepare", Work(1, moved, fp16_macs=float(tokens) * correction.rank * k),
+        cost.fixed, block, block * blocks / device.multiprocessors, blocks=blocks, overlaps=True,
     )  # fmt: skip
 
 
@@ -310,10 +341,14 @@ def _main_decode(problem: Problem, device: Device, table: InstructionTable, timi
 
 def _main_prefill(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> Kernel:
     k, n, tokens, cost = problem.linear.in_features, problem.linear.out_features, problem.tokens, timing.main_prefill
-    per_mac = table.prefill_per_1000_mac[device.chip][problem.variant] / 1000
-    blocks = _divide(n, TILE_COLUMNS) * _divide(tokens, TILE_ROWS)
-    step = cost.step + per_mac * TILE_ROWS * TILE_COLUMNS * STEP / cost.instructions_per_cycle
-    block = k / STEP * step + cost.block + cost.per_rank * problem.correction.rank
+    wide = problem.wide(device.multiprocessors)
+    rows = WIDE_ROWS if wide else TILE_ROWS
+    per_mac = table.prefill_per_1000_mac[device.chip][f"wide_{problem.variant}" if wide else problem.variant] / 1000
+    blocks = _divide(n, TILE_COLUMNS) * _divide(tokens, rows)
+    # a block of twice the rows has twice of all but what the issue of its instructions takes
+    share = rows / TILE_ROWS
+    step = share * cost.step + per_mac * rows * TILE_COLUMNS * STEP / cost.instructions_per_cycle
+    block = k / STEP * step + share * (cost.block + cost.per_rank * problem.correction.rank)
     issued = float(tokens) * k * n * per_mac
     return Kernel(
         "main", _main_work(problem, issued), cost.fixed, block * cost.alone, block * blocks / device.multiprocessors,

@@ -78,6 +78,22 @@ class PrepareTiming(_Strict):
     float_factor: float
 
 
+class PrepareDownTiming(_Strict):
+    """The kernel that quantizes the activations of many tokens and multiplies them by the down-projection.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        per_warp_channel: Cycles that a warp takes for one channel of its tokens.
+        per_warp_channel_and_tile: What every 16 ranks of the down-projection add to it.
+        float_factor: What 16-bit activations cost relative to INT8.
+    """
+
+    fixed: float
+    per_warp_channel: float
+    per_warp_channel_and_tile: float
+    float_factor: float
+
+
 class DownDecodeTiming(_Strict):
     """The down-projection for few tokens; its blocks split the channels.
 
@@ -190,6 +206,7 @@ class Timing(_Strict):
         tensor: Share of the tensor cores' peak that a library's GEMM reaches.
         overlapped_launch: What is left of the launch time where a kernel may start before the one in front ends.
         prepare: Of the plugin's first kernel.
+        prepare_down: Of the kernel that does the work of its first and second for many tokens.
         down_decode: Of its second, for few tokens.
         down_prefill: Of its second, for many tokens.
         down_integer_factor: By their bits, what integer factors cost in it relative to 16-bit ones.
@@ -204,6 +221,7 @@ class Timing(_Strict):
     tensor: float = Field(gt=0, le=1)
     overlapped_launch: float = Field(gt=0, le=1)
     prepare: PrepareTiming
+    prepare_down: PrepareDownTiming
     down_decode: DownDecodeTiming
     down_prefill: TiledTiming
     down_integer_factor: dict[int, float]

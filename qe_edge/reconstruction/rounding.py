@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -292,17 +293,56 @@ def _round_in_turn(span: _Span, count: int, scale: Tensor, point: Tensor, limits
 
 def _round_at_once(span: _Span, count: int, scale: Tensor, point: Tensor, limits: tuple[int, int]) -> None:
     """The same in four operations a column, each of which costs a device its start: on the grid's own axis."""
-    original, w = (part[:count] / scale + point for part in (span.original, span.w))
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
-    coupling = span.coupling[:count, :count].triu(1)  # a column does not change itself, nor those before it
-    rows = zip(*(part.unbind() for part in (original, w, codes, errors, coupling)), strict=True)
-    for wanted, value, code, error, share in rows:
-        torch.round(value, out=code).clamp_(*limits)
-        torch.sub(wanted, code, out=error)
-        w.addr_(share, error)
-    span.codes[:count] = codes
-    span.errors[:count] = errors * scale
+    columns = _columns_on_grid(count, span.w.shape[1], limits, span.w.device)
+    columns.original.copy_(span.original[:count] / scale + point)
+    columns.w.copy_(span.w[:count] / scale + point)
+    columns.coupling.copy_(span.coupling[:count, :count].triu(1))  # a column changes those after it only
+    columns.round()
+    span.codes[:count] = columns.codes
+    span.errors[:count] = columns.errors * scale
     span.w[count:].addmm_(span.coupling[:count, count:].T, span.errors[:count])
+
+
+class _ColumnsOnGrid:
+    """Neighbouring columns `[width, out]` in steps of their scales, rounded one after the other.
+
+    CUDA records the operations once and starts them all together from then on: one by one, each would wait for Python.
+
+    Attributes:
+        original: What is to be rounded. Written by the caller, as are `w` and `coupling`.
+        w: The same with what makes up for earlier errors.
+        coupling: `[width, width]`, zero on and below the diagonal.
+        codes: Whole numbers.
+        errors: `original` minus the codes.
+    """
+
+    def __init__(self, width: int, out: int, limits: tuple[int, int], device: torch.device) -> None:
+        self.original, self.w, self.codes, self.errors = torch.zeros(4, width, out, device=device).unbind()
+        self.coupling = torch.zeros(width, width, device=device)
+        self._limits = limits
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._in_turn()  # what a library sets up at its first call must not be recorded
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._in_turn()
+
+    def round(self) -> None:
+        """Write codes and errors; `w` changes."""
+        if self._graph is None:
+            self._in_turn()
+        else:
+            self._graph.replay()
+
+    def _in_turn(self) -> None:
+        parts = (self.original, self.w, self.codes, self.errors, self.coupling)
+        for wanted, value, code, error, share in zip(*(part.unbind() for part in parts), strict=True):
+            torch.round(value, out=code).clamp_(*self._limits)
+            torch.sub(wanted, code, out=error)
+            self.w.addr_(share, error)
+
+
+_columns_on_grid = lru_cache(maxsize=16)(_ColumnsOnGrid)
 
 
 def _expected(original: Tensor, w: Tensor, coupling: Tensor) -> Tensor:
