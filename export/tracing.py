@@ -29,6 +29,7 @@ def exportable(model: nn.Module) -> Iterator[None]:
         # tensors of QELinear layers are converted when they are written
         stack.enter_context(in_float32(one for one in model.modules() if not isinstance(one, QELinear)))
         stack.enter_context(_eager_attention(model))
+        stack.enter_context(_fixed_rotary(model))
         for name, layer in quantized_linears(model).items():
             layer.__dict__["forward"] = _bare_node(name, layer.out_features)
             stack.callback(layer.__dict__.pop, "forward")
@@ -95,6 +96,25 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for config, implementation in configs.values():
             config._attn_implementation = implementation
+
+
+@contextmanager
+def _fixed_rotary(model: nn.Module) -> Iterator[None]:
+    """Dynamic NTK rotary positions as they are up to the model's own length, beyond which nothing is encoded.
+
+    A module that has seen a longer text holds other frequencies until it sees a short one; meanwhile it has the first.
+    """
+    changed: list[tuple[Any, Tensor]] = []
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            rotary: Any = module
+            changed.append((rotary, rotary.inv_freq))
+            rotary.rope_type, rotary.inv_freq = "default", rotary.original_inv_freq
+    try:
+        yield
+    finally:
+        for rotary, frequencies in changed:
+            rotary.rope_type, rotary.inv_freq = "dynamic", frequencies
 
 
 @contextmanager

@@ -21,6 +21,7 @@ COMMANDS = (
     "report",
     "run",
     "bench",
+    "convert",
     "predict",
     "doctor",
 )

@@ -7,8 +7,9 @@ from typing import Any
 from qe_edge.models.family import ModelFamily
 from qe_edge.system.errors import ModelError
 
-# frequencies that do not depend on the length of the text; dynamic and longrope choose among several at run time
-FIXED_ROPES = ("default", "linear", "yarn", "llama3")
+# frequencies that do not depend on the length of the text; longrope chooses among several at run time, and dynamic only
+# beyond max_position_embeddings, which no prompt may exceed
+FIXED_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 FULL = "full_attention"
 ANOTHER = f"Choose a model whose rope_type is one of {', '.join(FIXED_ROPES)}."
 
@@ -28,7 +29,7 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
     for rope in _ropes(text):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in FIXED_ROPES:
-            raise ModelError(f"The language model's rope_type '{kind}' cannot be exported.", _rope_remedy(kind, text))
+            raise ModelError(f"The language model's rope_type '{kind}' cannot be exported.", ANOTHER)
     kinds = sorted(set(getattr(text, "layer_types", None) or [FULL]) - {FULL})
     if kinds:
         raise ModelError(
@@ -62,15 +63,6 @@ def _ropes(text: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     """Settings of rotary positions: one table, or one for each kind of layer."""
     found = getattr(text, "rope_parameters", None) or {}
     return [table for table in found.values() if isinstance(table, dict)] or [found]
-
-
-def _rope_remedy(kind: object, text: Any) -> str:  # noqa: ANN401
-    if kind != "dynamic":
-        return ANOTHER
-    return (
-        f"{ANOTHER} Up to {text.max_position_embeddings} tokens this one computes the same with rope_type 'default' in "
-        "a copy of config.json."
-    )
 
 
 def _window_remedy(text: Any) -> str:  # noqa: ANN401

@@ -7,12 +7,12 @@ are looked for before transformers loads anything: it would give weights that it
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qe_edge.checkpoint.detection import QUANT_METHOD
-from qe_edge.models import FAMILIES
 from qe_edge.system.errors import ModelError, printable
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -85,8 +85,8 @@ def check_configuration(values: Mapping[str, Any], source: str) -> None:
     if model_type == "internvl_chat" or original:
         raise ModelError(
             f"'{source}' is an InternVL model in its original layout, which runs code of its own.",
-            "Use the version whose name ends in '-hf', for example OpenGVLab/InternVL3-1B-hf. "
-            f"Supported: {', '.join(FAMILIES)}.",
+            f"Convert it without running that code: qe-edge convert {shlex.quote(source)} -o CONVERTED, and give that "
+            "folder. Or use the version whose name ends in '-hf'.",
         )
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Dinov2Config, InternVLConfig, LlamaConfig, MistralConfig, Qwen2Config
 
+from qe_edge.export.exporter import export_model
 from qe_edge.export.tracing import trace_graph
 from qe_edge.models.configuration import load_family
 from qe_edge.models.export_limits import check_deployable, check_exportable
 from qe_edge.models.family import TEXT, GraphSpec, Sample
+from qe_edge.models.loading import load_model
 from qe_edge.quantization.plan import make_plan
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
-from qe_edge.system.errors import ModelError
-from tests.small_models import write_small_dinov2, write_small_llama
+from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.system.errors import InputError, ModelError
+from tests.small_models import CONTEXT, write_small_dinov2, write_small_llama
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -26,11 +30,6 @@ SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
 @pytest.mark.parametrize(
     ("config", "problem", "remedy"),
     [
-        (
-            LlamaConfig(**SMALL, rope_scaling={"type": "dynamic", "factor": 2.0}),
-            "rope_type 'dynamic'",
-            "Up to 128 tokens",
-        ),
         (
             LlamaConfig(**SMALL, rope_parameters={**LONG, "rope_theta": 1e4}),
             "rope_type 'longrope'",
@@ -60,6 +59,7 @@ def test_refused(config: Any, problem: str, remedy: str) -> None:  # noqa: ANN40
     "config",
     [
         LlamaConfig(**SMALL),
+        LlamaConfig(**SMALL, rope_scaling={"type": "dynamic", "factor": 2.0}),
         LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
         LlamaConfig(**SMALL, sliding_window=16),  # which Llama ignores
         MistralConfig(**SMALL, sliding_window=None),
@@ -72,14 +72,36 @@ def test_taken(config: Any) -> None:  # noqa: ANN401 - transformers' configurati
 
 
 def test_before_quantizing(tmp_path: Path) -> None:
-    rope: Any = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    rope: Any = {**LONG, "rope_theta": 10000.0}
     folder = write_small_llama(tmp_path / "model", rope_parameters=rope)
     recipe, samples = make_recipe(method="rtn"), [Sample(None, "one two", kind=TEXT)]
-    with pytest.raises(ModelError, match="'dynamic' cannot be exported"):
+    with pytest.raises(ModelError, match="'longrope' cannot be exported"):
         make_plan(str(folder), recipe, samples)
-    with pytest.raises(ModelError, match="'dynamic' cannot be exported"):
+    with pytest.raises(ModelError, match="'longrope' cannot be exported"):
         quantize(str(folder), recipe, samples, work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_dynamic_rope_is_exact_up_to_the_models_own_length(tmp_path: Path) -> None:
+    """Also of a module whose frequencies follow a longer text that it has seen; longer prompts are refused."""
+    rope: Any = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    loaded = load_model(str(write_small_llama(tmp_path / "model", rope_parameters=rope)), torch.float32)
+    longer = torch.ones(1, 2 * CONTEXT, dtype=torch.int64)
+    with torch.no_grad():
+        loaded.model(longer)
+    kept = loaded.model.model.rotary_emb.inv_freq.clone()  # type: ignore[union-attr,operator]
+    export_model(loaded, tmp_path / "onnx")
+    assert torch.equal(loaded.model.model.rotary_emb.inv_freq, kept)  # type: ignore[union-attr,arg-type]
+    engine = VisionLanguageEngine.load(tmp_path / "onnx", threads=1)
+    samples = [Sample(None, "is there a red shape? " * count, kind=TEXT) for count in (1, 16)]
+    encoded = engine.encode(samples)
+    assert CONTEXT - 40 < encoded.input_ids.shape[1] <= CONTEXT
+    valid = encoded.attention_mask.astype(bool)
+    with torch.no_grad():
+        wanted = loaded.model(**loaded.family.torch_inputs(encoded)).logits.numpy()[valid]
+    assert np.abs(engine.logits(encoded)[valid] - wanted).max() / np.abs(wanted).max() < 1e-5
+    with pytest.raises(InputError, match="the model reads 128"):
+        engine.encode([Sample(None, "is there a red shape? " * 40, kind=TEXT)])
 
 
 def test_an_encoder_alone_is_not_deployed(tmp_path: Path) -> None:
