@@ -10,6 +10,7 @@ The package `datasets` reads both. `sharegpt4v:FOLDER` and `coco:FOLDER` take FO
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,11 @@ def _check_columns(rows: Any, wanted: Iterable[str], name: str) -> None:  # noqa
 
 def _datasets() -> Any:  # noqa: ANN401 - datasets has no types
     try:
-        import datasets
+        return import_module("datasets")
     except ImportError as error:
         raise CalibrationError(
             "Captions are read by the package 'datasets', which is not installed.", 'Run: pip install "datasets>=3.0"'
         ) from error
-    return datasets
 
 
 def _load(path: str, name: str | None = None, *, split: str = "train", **options: Any) -> Any:  # noqa: ANN401

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qe_edge.calibration import captions
 from qe_edge.calibration.captions import CAPTION_PROMPT, SHAREGPT4V_FILE
 from qe_edge.calibration.sources import hash_samples, load_evaluation, load_samples
 from qe_edge.models.family import TEXT, Sample
@@ -168,7 +168,10 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_without_datasets(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(captions, "import_module", missing)
     with pytest.raises(CalibrationError, match="pip install"):
         load_samples(f"coco:{coco}")
 

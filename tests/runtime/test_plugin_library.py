@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,7 +97,7 @@ def info(plugin: PluginBuild | None) -> EngineInfo:
 
 def test_engines_with_the_plugin_load_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, needed = Registry(), PluginBuild(sha256="0" * 64, layout_version=2)
-    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(registry))  # type: ignore[arg-type]
+    monkeypatch.setattr(tensorrt_session, "_library_of", lambda _info: tensorrt(registry))
     monkeypatch.setattr(tensorrt_session, "Driver", Driver)
     with pytest.raises(TargetError, match="There is no plugin library"):
         Device(info(needed), tmp_path / FILE)

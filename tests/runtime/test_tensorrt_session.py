@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,7 +140,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
 
     library = SimpleNamespace(Logger=Logger, Runtime=Runtime, __version__="10.7")
     monkeypatch.setattr(tensorrt_session, "Driver", lambda: host)
-    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setattr(tensorrt_session, "_library_of", lambda _info: library)
     return host
 
 
