@@ -60,7 +60,7 @@ CORRECTIONS = [PLAIN, {"rank_shared": 64, "rank_routed": 32}, {"rank_shared": 8,
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 64, 65, 1024])
 def test_launches_only_what_is_needed(planner: Planner, tokens: int, correction: dict[str, int]) -> None:
-    """Decode of up to 4 tokens is the product alone, and a correction adds a launch; a router adds one to a GEMM's two."""
+    """Decode of up to 4 tokens is the product alone. A correction adds a launch; a router adds one to a GEMM's two."""
     plain, routes = correction is PLAIN, correction == {"rank_shared": 64, "rank_routed": 32}
     for act_bits in (0, 8):
         case = problem(M=tokens, act_bits=act_bits, has_inv_omega=act_bits // 8, **correction)

@@ -15,8 +15,10 @@ from qe_edge.predict.tables import Device, InstructionTable, Timing
 # empty; tokens that `main` quantizes itself; tokens of one block otherwise.
 DECODE_LIMIT, LONG_DECODE_LIMIT, LONE_TOKENS, GROUP_TOKENS = 16, 64, 4, 16
 TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, outputs, and channels of a step
-WIDE_ROWS, WIDE_CHANNELS, WIDE_ROUNDS = 128, 3072, 4  # its other tile: tokens, and from how many channels and rounds on it runs
-PREPARE_TOKENS, PREPARE_WARPS = 8, 16  # of a block that prepares and projects down; twice the tokens with 16-bit factors
+# its other tile: tokens, and from how many channels and rounds on it runs
+WIDE_ROWS, WIDE_CHANNELS, WIDE_ROUNDS = 128, 3072, 4
+# of a block that prepares and projects down; twice the tokens with 16-bit factors
+PREPARE_TOKENS, PREPARE_WARPS = 8, 16
 DECODE_COLUMNS, DECODE_WARPS, DECODE_SETS, DECODE_SHARED = 32, 12, 8, 96 << 10
 FIRST_OVERLAP = 90  # the compute capability, times ten, from which a launch may start before the one in front ends
 LIBRARY_TILE, SMALLEST_TILE, EDGE_TILE = 128, 16, 64
