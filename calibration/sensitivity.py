@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
-from qe_edge.models.precision import in_float32
+from qe_edge.models.precision import in_float32, own_tensors
 from qe_edge.models.streaming import first_tensor, patched
 from qe_edge.system.device import CPU, to_device
 from qe_edge.system.errors import ArtifactError, CalibrationError, ModelError, NumericalError
@@ -107,7 +107,7 @@ def output_gradients(
         for number, encoded in enumerate(batches):
             for meter in meters.values():
                 meter.begin(encoded)
-            generator = torch.Generator().manual_seed(seed + number) if loss == "predictions" else None
+            generator = torch.Generator(device).manual_seed(seed + number) if loss == "predictions" else None
             value = _loss(loaded, encoded, generator, device)
             if value is not None and not bool(torch.isfinite(value)):
                 first = sum(len(one.input_ids) for one in batches[:number]) + 1
@@ -149,13 +149,13 @@ def fisher_factor(logits: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         logits: `[n, vocabulary]`.
-        generator: Of the random numbers, on the CPU.
+        generator: Of the random numbers, where the logits are.
 
     Returns:
         `[n, vocabulary]` float32.
     """
     likely = logits.detach().double().softmax(-1)
-    drawn = torch.randn(likely.shape, dtype=torch.float64, generator=generator).to(likely.device) * likely.sqrt()
+    drawn = torch.randn(likely.shape, dtype=torch.float64, device=likely.device, generator=generator) * likely.sqrt()
     return (drawn - likely * drawn.sum(-1, keepdim=True)).float()
 
 
@@ -279,7 +279,7 @@ def _loss(
 def _feature_loss(loaded: LoadedModel, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """A random projection of an encoder's features: mean squares of its gradients are those of their distance."""
     states = loaded.model(**inputs).last_hidden_state.float()
-    drawn = torch.randn(states.shape, generator=generator).to(states.device)
+    drawn = torch.randn(states.shape, device=states.device, generator=generator)
     drawn[:, 1:] /= max(states.shape[1] - 1, 1) ** 0.5
     return (nn.functional.normalize(states, dim=-1) * drawn).sum()
 
@@ -307,25 +307,60 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter], device: torch.dev
         modules = dict(loaded.model.named_modules())
         for name, meter in meters.items():
             stack.callback(modules[name].register_forward_hook(hook(meter)).remove)
-        replaced = [(block.module, _recomputed(loaded, block, device, wanted=block.name in wanted)) for block in blocks]
+        weights = _Weights(loaded, device)
+        replaced = [(block.module, _recomputed(weights, block, wanted=block.name in wanted)) for block in blocks]
         stack.enter_context(patched(replaced))
         stack.enter_context(torch.enable_grad())
         yield
 
 
-def _recomputed(loaded: LoadedModel, block: Block, device: torch.device, *, wanted: bool) -> Callable[..., Tensor]:
-    """A block's forward that keeps only its input; `wanted` blocks ask for gradients even where nothing before does."""
-    original, modules = block.module.forward, list(block.module.modules())
+class _Weights:
+    """Blocks on a device in float32, from their files for every batch anew.
+
+    What half of the device's free memory has room for stays there, in the model's own types: every batch needs every
+    block twice, and reading one from its file and moving it takes longer than its products.
+    """
+
+    def __init__(self, loaded: LoadedModel, device: torch.device, room: int | None = None) -> None:
+        self._loaded, self._device = loaded, device
+        self._room = (torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0) if room is None else room
+        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @contextmanager
-    def ready() -> Iterator[None]:
-        with loaded.stored.held(block.name, block.module), in_float32(modules, device):
+    def ready(self, block: Block) -> Iterator[None]:
+        """The block's weights are there in float32."""
+        modules = list(block.module.modules())
+        copies = self._kept.get(block.name)
+        if copies is None:
+            with self._loaded.stored.held(block.name, block.module):
+                self._keep(block.name, list(own_tensors(modules)))
+                with in_float32(modules, self._device):
+                    yield
+            return
+        before = [(tensor, tensor.data) for tensor, _ in copies]
+        for tensor, copy in copies:
+            tensor.data = copy.float() if copy.is_floating_point() else copy
+        try:
             yield
+        finally:
+            for tensor, data in before:
+                tensor.data = data
+
+    def _keep(self, name: str, tensors: list[Tensor]) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if size <= self._room:
+            self._room -= size
+            self._kept[name] = [(tensor, tensor.data.to(self._device)) for tensor in tensors]
+
+
+def _recomputed(weights: _Weights, block: Block, *, wanted: bool) -> Callable[..., Tensor]:
+    """A block's forward that keeps only its input; `wanted` blocks ask for gradients even where nothing before does."""
+    original = block.module.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         if wanted and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
-        run = _Run(ready, lambda hidden: first_tensor(original(hidden, *args, **kwargs)))
+        run = _Run(lambda: weights.ready(block), lambda hidden: first_tensor(original(hidden, *args, **kwargs)))
         result: Tensor = _Recompute.apply(hidden_states, run)  # type: ignore[no-untyped-call] # torch has no types here
         return result
 

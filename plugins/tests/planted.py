@@ -12,7 +12,8 @@ from tests.cases import Mode
 class Planted:
     """Replace `before`, which occurs exactly once in `file`, with `after`; `tokens` and `mode` show it.
 
-    Where `slices` are given, blocks share the K of their columns, and `shape`, K and N, is not the usual one.
+    Where `slices` are given, blocks share the K of their columns; `shape`, K and N, is not the usual one; `rows` are those of a
+    GEMM's block.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Planted:
     rung: Literal["source", "ptx"] = "source"
     slices: int = 0
     shape: tuple[int, int] | None = None
+    rows: int = 0
 
 
 INT8 = Mode("w4a8", experts=4)
@@ -37,11 +39,13 @@ SIX_BITS = Mode("w4a6", act_bits=6, experts=0)
 INT8_W3 = Mode("w3a8", weight_bits=3, experts=0)
 HALF_W3 = Mode("w3a16_g128", weight_bits=3, act_bits=0, group_size=128, zeros=True, experts=0)
 
+MANY_RANKS = Mode("w4a8_128", experts=0, rank_shared=128, adapter_bits=4)
 PLAIN = Mode("w4a8_plain", experts=0, rank_shared=0)
 INT4_FACTORS = Mode("w4a8_int4_factors", adapter_bits=4, experts=4)
 
 PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
-LOADER = "kernels/prefill_loader.cuh"
+LOADER, WIDE = "kernels/prefill_loader.cuh", "kernels/main_prefill_wide.cuh"
+AT_ONCE = "kernels/prepare_prefill.cuh"
 CHUNK, TOKENS = "kernels/decode_chunk.cuh", "kernels/decode_tokens.cuh"
 PLAN = "host/plan.cpp"
 DOWN, PREPARE, UNPACK = "kernels/lowrank_down.cuh", "kernels/prepare.cuh", "kernels/unpack.cuh"
@@ -54,7 +58,7 @@ PLANTED = [
     ),
     Planted(
         "missing barrier in the token maximum", PREPARE,
-        "  block_sync();\n  const int slot", "  const int slot", 65, LONE,
+        "  block_sync();\n  const int slot", "  const int slot", 65, INT8,
     ),
     Planted(
         "missing barrier in the counting sort", DOWN,
@@ -69,10 +73,10 @@ PLANTED = [
             "a[3] = half ? high_codes<Zeros>(v1)", "a[3] = half ? low_codes<Zeros>(v1)", 3, LONE),
     Planted("misaligned copy", LOADER, "weight + i * kPieceBytes);", "weight + i * kPieceBytes + (i == 1 ? 8 : 0));", 65, LONE),
     Planted("lost tail of M", LOADER,
-            "const int last = m < p.M ? m : p.M - 1;\n    return", "const int last = m;\n    return", 65, LONE),
-    Planted("lost tail of N", PREFILL, "        if (n >= p.N) continue;\n        const float* scale", "        const float* scale", 65, LONE),
+            "const int last = m < p.M ? m : p.M - 1;\n  return", "const int last = m;\n  return", 65, LONE),
+    Planted("lost tail of N", PREFILL, "< p.M && n < p.N)", "< p.M)", 65, LONE),
     Planted("lost tail of K in the down-projection", DOWN, "if (k < p.K) x[t] = load16", "x[t] = load16", 3, LONE),
-    Planted("stale expert", PREFILL, "expert[i][h] = p.expert[token[i][h]];", "expert[i][h] = p.expert[token[i][0]];", 72, INT8),
+    Planted("stale expert", PREFILL, "p.expert[token_of(p, m0 + wm + i * 16 + h * 8 +", "p.expert[token_of(p, m0 + wm + i * 16 +", 72, INT8),
     Planted("largest score wins", PREPARE, "if (score[e] < score[best]) best = e;", "if (score[e] > score[best]) best = e;", 3, INT8),
     Planted("reads a swizzle that was not written", PREFILL,
             "load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));",
@@ -94,7 +98,7 @@ PLANTED = [
     Planted("two groups: sums of the other group", PREPARE, "group % 2 * 2;", "(group + 1) % 2 * 2;", 65, ZEROS_64),
     Planted("two groups: the larger part of a GEMM's sum twice", PREPARE,
             "twice_half(word, 0), twice_half(word, 1)", "twice_half(word, 0), twice_half(word, 0)", 65, ZEROS_64),
-    Planted("two groups: sums of another token", LOADER, "token(p, m0 + past_zeros)",
+    Planted("two groups: sums of another token", LOADER, "token_of(p, m0 + past_zeros)",
             "m0 + past_zeros < p.M ? m0 + past_zeros : p.M - 1", 72, ZEROS_64_ROUTED),
     Planted("two groups: sums of the wrong chunk", LOADER, "group_step = p.M * S::kSumBytes", "group_step = S::kSumBytes", 65, ZEROS_64),
     Planted("two groups: sums that nobody copies", LOADER, "(S::kSumBytes ? rows : 0)", "(S::kSumBytes ? rows - 16 : 0)", 65, ZEROS_64),
@@ -119,7 +123,7 @@ PLANTED = [
     Planted("two codes, which zero points do not see", PREPARE, "sum += shared;", "", 3, HALF),
     Planted("two codes: x of the wrong eight", PREPARE, "row, k + 8, raw, next", "row, k, raw, next", 3, HALF),
     Planted("two codes of the lower byte", UNPACK, "pick_bytes<0x4341>", "pick_bytes<0x4240>", 3, HALF),
-    Planted("x in the order of the other phase", PREPARE, "places = p.decode_order ? kSumTokens : 0", "places = p.decode_order ? 0 : kSumTokens", 65, LONE),
+    Planted("x in the order of the other phase", PREPARE, "places = p.decode_order ? kSumTokens : 0", "places = p.decode_order ? 0 : kSumTokens", 65, INT8),
     Planted("units too small for the largest x", PREPARE, "(261u - exponent)", "(277u - exponent)", 65, HALF),
     Planted("codes that stand higher count more", PREPARE, "(127u - shift) << 23", "127u << 23", 65, HALF),
     Planted("3 bits: the second code shifted too little", UNPACK, "c & 1 ? word << 3", "c & 1 ? word << 2", 3, INT8_W3),
@@ -142,7 +146,10 @@ PLANTED = [
     Planted("the next column tile's registers of `up`", PREFILL,
             "mma_16<T>(out[i][j + 1], x[i], u[2], u[3]);", "mma_16<T>(out[i][j + 1], x[i], u[0], u[1]);", 65, INT4_FACTORS),
     Planted("INT4 factors: `up` read as 16 bits", UNPACK, "if (bits == 4) {", "if (bits == 3) {", 65, INT4_FACTORS),
-    Planted("factors of columns beyond N", PREFILL, "pair = own < last_pair ? own : last_pair", "pair = own", 65, LONE),
+    Planted("factors of columns beyond N", PREFILL,
+            "pair = own < last_pair ? own : last_pair;\n      const size_t", "pair = own;\n      const size_t", 65, LONE),
+    Planted("a routed expert's factors of columns beyond N", PREFILL,
+            "pair = own < last_pair ? own : last_pair;\n          load_up", "pair = own;\n          load_up", 65, INT8),
     Planted("asm: halves of a pair swapped", "kernels/prim_ptx.cuh",
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));',
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(lo), "f"(hi));', 65, LONE, "ptx"),
@@ -176,7 +183,32 @@ PLANTED = [
             "== static_cast<uint32_t>(parts - 1)", "== static_cast<uint32_t>(parts - 2)", 4, PLAIN, slices=3),
     Planted("counter of another column block", DECODE, "* blocks + block_x()", "* blocks + block_x() / 2", 4, PLAIN, slices=3),
     Planted("counter of another token group", DECODE, "(m0 / kSumTokens) * blocks", "0 * blocks", 40, HALF_LONE, slices=2),
-    Planted("counters of `down` that nobody clears", PREPARE, "store4(p.counters + i, 0u);", "store4(p.counters + i, 1u);", 72, LONE),
+    Planted("no barrier before the correction's operands", PREFILL,
+            "    block_sync();  // nobody reads the stages any more\n", "", 72, LONE),
+    Planted("no barrier after the correction's operands", PREFILL,
+            "    cp_async_wait<0>();\n    block_sync();\n    prefill_lowrank", "    cp_async_wait<0>();\n    prefill_lowrank", 72, LONE),
+    Planted("columns in the order of the sums", PREFILL, "        transpose_four(words);\n", "", 65, PLAIN),
+    Planted("half of the columns in the other lane", PREFILL, "const bool upper = lane & bit;", "const bool upper = lane & 1;", 65, PLAIN),
+    Planted("output scales of the first columns", PREFILL, "const int at = column0 + (j + t) * 8, n", "const int at = column0 + j * 8, n", 65, PLAIN),
+    Planted("words of `up` of another step", PREFILL, "step * to.step_bytes + piece * 16", "piece * 16", 65, LONE),
+    Planted("rows of h without their padding", PREFILL, "(p.shared_tiles + p.routed_tiles) + 16;\n    up", "(p.shared_tiles + p.routed_tiles);\n    up", 65, LONE),
+    Planted("wide tile: no barrier before a stage is filled anew", WIDE,
+            "        block_sync();\n        if (chunk", "        if (chunk", 130, PLAIN, rows=128),
+    Planted("wide tile: a stage too late", WIDE, "cp_async_wait<kWideStages - 2>", "cp_async_wait<kWideStages - 1>", 130, PLAIN, rows=128),
+    Planted("wide tile: rows of this step again", WIDE, "stage + piece[step + 1]", "stage + piece[step]", 130, PLAIN, rows=128),
+    Planted("wide tile: the last chunk's codes", WIDE, "          load_wide_words<Bits>(stage + words_at, w);\n", "", 130, PLAIN, rows=128),
+    Planted("wide tile: the second 32 columns as the first", WIDE, "w[j / 4], j % 4", "w[0], j % 4", 130, PLAIN, rows=128),
+    Planted("at once: a maximum of the first warp alone", AT_ONCE,
+            "for (int w = 0; w < warps; ++w) largest[t]", "for (int w = 0; w < 1; ++w) largest[t]", 65, LONE),
+    Planted("at once: no barrier before the maxima are read", AT_ONCE,
+            "    block_sync();\n    if constexpr (Bits != 0) store_h", "    if constexpr (Bits != 0) store_h", 65, PLAIN),
+    Planted("at once: x of the strip before", AT_ONCE, "load_strip<T, Bits>(args, token, strip - 1, next)", "load_strip<T, Bits>(args, token, strip, next)", 65, LONE),
+    Planted("at once: h of another tile", AT_ONCE, "p.shared_tiles * 16) + first * 16 + column", "p.shared_tiles * 16) + column", 65, MANY_RANKS),
+    Planted("at once: sums of h that are still read", AT_ONCE,
+            "      block_sync();  // nobody reads the sums of the columns before any more\n", "", 65, MANY_RANKS),
+    Planted("at once: tokens beyond the last one", AT_ONCE, "largest[t], place[t] < count)", "largest[t], true)", 65, LONE),
+    Planted("at once: factors beyond K", AT_ONCE, "tile < p.shared_tiles && block < blocks", "tile < p.shared_tiles", 65, LONE),
+    Planted("counters of `down` that nobody clears", PREPARE, "store4(p.counters + i, 0u);", "store4(p.counters + i, 1u);", 72, INT8),
     Planted("no fence before the counter", DOWN, "    device_fence();\n    *flag", "    *flag", 4, PLAIN, slices=3),
     Planted("no fence after the counter", DOWN, "(parts - 1);\n    device_fence();", "(parts - 1);", 4, PLAIN, slices=3),
     Planted("no barrier before the counter", DOWN,
@@ -184,7 +216,7 @@ PLANTED = [
     Planted("slices that may come from a cache", DOWN,
             "part[s] = load_fresh(from + static_cast<size_t>(s) * step)", "part[s] = from[static_cast<size_t>(s) * step]", 4, PLAIN, slices=3),
     Planted("h of a GEMM that may come from a cache", DOWN,
-            "load_fresh(p.partial + column0 + s * step + at, part[s]);", "for (int c = 0; c < 4; ++c) part[s][c] = p.partial[column0 + s * step + at + c];", 72, LONE),
+            "load_fresh(p.partial + column0 + s * step + at, part[s]);", "for (int c = 0; c < 4; ++c) part[s][c] = p.partial[column0 + s * step + at + c];", 72, INT8),
     Planted("a block that waits for the others", DOWN, "    device_fence();\n    *flag",
             "    device_fence();\n    if (block_y() == 0) while (float_to_int_bits(load_fresh(reinterpret_cast<float*>(counter))) != parts - 1) {}\n    *flag",
             4, PLAIN, slices=3),

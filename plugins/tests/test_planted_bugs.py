@@ -31,7 +31,7 @@ def symptoms(machine: Machine, planner: Planner, bug: Planted) -> list[str]:
     layer, x = random_layer(mode, k, n), random_tokens(mode, tokens, k)
     reference = qe_linear(layer, x, mode.dtype)
     planner = forced_slices(planner, bug.slices) if bug.slices else planner
-    tactic = Tactic(multiprocessors=192) if bug.slices else tactic_for(tokens)
+    tactic = Tactic(bug.rows, 0, 192) if bug.slices or bug.rows else tactic_for(tokens)
     found: list[str] = []
     first: NDArray[np.float32] | None = None
     for seed in SEEDS:
@@ -57,7 +57,7 @@ def machine_of(root: Path, rung: str, bits: int) -> Machine:
     return PtxMachine(ptx(root, subset=bits), sm_90=True)
 
 
-CASES = {(bug.mode.name, bug.tokens, bug.slices, bug.shape): bug for bug in PLANTED}
+CASES = {(bug.mode.name, bug.tokens, bug.slices, bug.shape, bug.rows): bug for bug in PLANTED}
 
 
 @pytest.mark.parametrize("rung", ["source", "ptx"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qe_edge.calibration import sensitivity
 from qe_edge.calibration.sensitivity import (
     fisher_factor,
     labels_of,
@@ -52,6 +53,34 @@ def linears(loaded: LoadedModel) -> list[str]:
         for name, module in block.module.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
+
+
+@pytest.mark.parametrize("room", [0, 60_000, 1 << 40])
+def test_weights_that_stay_on_the_device_change_nothing(
+    room: int, folder: str, batches: list[Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks, some of them, or none stay from batch to batch."""
+    kept: list[int] = []
+
+    class Counting(sensitivity._Weights):
+        def __init__(self, loaded: LoadedModel, device: torch.device) -> None:
+            super().__init__(loaded, device, room)
+
+        def _keep(self, name: str, tensors: list[Tensor]) -> None:
+            super()._keep(name, tensors)
+            kept.append(len(self._kept))
+
+    plain, other = load_model(folder), load_model(folder)
+    names = linears(plain)
+    expected = output_gradients(plain, batches, names)
+    monkeypatch.setattr(sensitivity, "_Weights", Counting)
+    found = output_gradients(other, batches, names)
+    blocks = len(other.family.blocks(other.model))
+    assert max(kept) == blocks if room > 60_000 else max(kept) < blocks
+    for name in names:
+        assert found[name].energy == expected[name].energy
+        np.testing.assert_array_equal(found[name].channels, expected[name].channels)
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True))
 
 
 def plain_loss(loaded: LoadedModel, encoded: Encoded) -> Tensor:
