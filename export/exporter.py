@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx.checker import ValidationError
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
@@ -64,7 +65,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
         generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
-        embedding = loaded.model.get_input_embeddings().get_parameter("weight").detach()
+        embedding = _embedding_table(loaded.model.get_input_embeddings())
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
             for spec in specs:
@@ -75,6 +76,13 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
         _manifest(loaded, recipe, entries, generation).model_copy(update={"checkpoint": source}).write(part)
+
+
+def _embedding_table(embedding: nn.Module) -> Tensor:
+    """What stands for every token in `inputs_embeds`; Gemma multiplies its weights by a number."""
+    weight = embedding.get_parameter("weight").detach()
+    scale = getattr(embedding, "embed_scale", None)
+    return weight if scale is None else weight * scale.to(weight.dtype)
 
 
 def _work(spec: GraphSpec) -> float:

@@ -12,10 +12,15 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
     "model family",
     {
         "dinov2": "qe_edge.models.dinov2:Dinov2",
+        "gemma": "qe_edge.models.causal_lm:CausalLM",
+        "gemma3_text": "qe_edge.models.causal_lm:CausalLM",
         "internvl": "qe_edge.models.internvl:InternVL",
         "llama": "qe_edge.models.causal_lm:CausalLM",
+        "mistral": "qe_edge.models.causal_lm:CausalLM",
+        "qwen2": "qe_edge.models.causal_lm:CausalLM",
         "qwen2_5_vl": "qe_edge.models.qwen2_5_vl:Qwen25VL",
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
+        "qwen3": "qe_edge.models.causal_lm:CausalLM",
         "qwen3_vl": "qe_edge.models.qwen3_vl:Qwen3VL",
     },
 )

@@ -1,4 +1,4 @@
-"""Decoder-only language models of the Llama architecture: text in, text out, no pictures."""
+"""Decoder-only language models: text in, text out, no pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qe_edge.system.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 NO_IMAGE_TOKEN = -1  # equals no token
 
@@ -31,7 +31,7 @@ class TextProcessor:
 
 
 class CausalLM(ModelFamily):
-    """Any `LlamaForCausalLM` of transformers.
+    """Any language model of transformers that takes embeddings and a mask, and gives back keys and values.
 
     Samples of kind "text" are running text, tokenized as they are; all others are put into the tokenizer's chat
     template, or taken as they are where it has none.
@@ -39,6 +39,10 @@ class CausalLM(ModelFamily):
 
     model_type = "llama"
     auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.model_type = config.model_type  # type: ignore[misc] # one class for several types
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Decoder layers."""
@@ -75,7 +79,7 @@ class CausalLM(ModelFamily):
         return left_pad(rows, processor.tokenizer, NO_IMAGE_TOKEN, {})
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
-        """Arguments of `LlamaForCausalLM.forward`."""
+        """Arguments of the model's forward."""
         import torch  # the engine runtime works without torch
 
         return {
@@ -96,7 +100,7 @@ class CausalLM(ModelFamily):
         Raises:
             ModelError: Always.
         """
-        raise ModelError("A 'llama' model has no visual encoder.", "Leave the pictures out.")
+        raise ModelError(f"A '{self.model_type}' model has no visual encoder.", "Leave the pictures out.")
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """The language model alone, with its KV cache."""
@@ -107,7 +111,8 @@ class CausalLM(ModelFamily):
     def _row(self, tokenizer: Any, sample: Sample, *, answers: bool) -> Row:  # noqa: ANN401 - tokenizers share no base
         if sample.image is not None:
             raise InputError(
-                "A 'llama' model reads no pictures.", 'Give lines of {"text": ...}, or questions without an image.'
+                f"A '{self.model_type}' model reads no pictures.",
+                'Give lines of {"text": ...}, or questions without an image.',
             )
         spoken: list[int] = []
         if sample.kind == TEXT or tokenizer.chat_template is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.cache_utils import DynamicCache
 
-from qe_edge.models.export_limits import check_exportable
+from qe_edge.models.export_limits import FULL, SLIDING, check_exportable, layer_kinds, window_of
 from qe_edge.models.family import GraphSpec, Profile
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
@@ -49,19 +49,23 @@ class Decoder(nn.Module):
             attention_mask: `[batch, past + sequence]` int64, 0 on padding.
             past: Key and value `[batch, heads, past, head_dim]` of every layer.
         """
-        config: Any = self.model.config
-        cache = DynamicCache(config=config)
+        cache = DynamicCache()  # which keeps all tokens of every layer; masks hide those outside of a window
         for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(key, value, layer)
         query = torch.arange(inputs_embeds.shape[1]) + past[0].shape[2]
         key_index = torch.arange(attention_mask.shape[1])
         allowed = (key_index[None, :] <= query[:, None]) & (attention_mask[:, None, None, :] != 0)
+        config: Any = self.model.config
+        window = window_of(config)
+        near = allowed if window is None else allowed & (key_index[None, :] > query[:, None] - window)
         # the smallest number instead of -inf: rows of padding stay finite
-        mask = torch.where(allowed, 0.0, torch.finfo(inputs_embeds.dtype).min)
+        mask, near_mask = (torch.where(seen, 0.0, torch.finfo(inputs_embeds.dtype).min) for seen in (allowed, near))
+        by_kind = {FULL: mask, SLIDING: near_mask}
         output = self.hidden_states(
             inputs_embeds,
             position_ids=position_ids,
-            attention_mask=mask,
+            # models whose layers differ take a mask for each kind
+            attention_mask=near_mask if not layer_kinds(config) else by_kind if window is not None else mask,
             past_key_values=cache,
             use_cache=True,
         )

@@ -10,7 +10,7 @@ from qe_edge.system.errors import ModelError
 # frequencies that do not depend on the length of the text; longrope chooses among several at run time, and dynamic only
 # beyond max_position_embeddings, which no prompt may exceed
 FIXED_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
-FULL = "full_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 ANOTHER = f"Choose a model whose rope_type is one of {', '.join(FIXED_ROPES)}."
 
 
@@ -30,19 +30,30 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in FIXED_ROPES:
             raise ModelError(f"The language model's rope_type '{kind}' cannot be exported.", ANOTHER)
-    kinds = sorted(set(getattr(text, "layer_types", None) or [FULL]) - {FULL})
+    kinds = sorted(layer_kinds(text) - {FULL, SLIDING})
     if kinds:
         raise ModelError(
-            f"The language model has layers of the kind '{kinds[0]}', which cannot be exported.", _window_remedy(text)
+            f"The language model has layers of the kind '{kinds[0]}', which cannot be exported.",
+            "Choose a model with full or sliding-window attention in every layer.",
         )
-    # transformers' classes without layer_types that have the setting obey it in every layer; Llama ignores it
+
+
+def layer_kinds(text: Any) -> set[str]:  # noqa: ANN401
+    """The kinds of a language model's layers, as transformers names them; empty where all layers are alike."""
+    return set(getattr(text, "layer_types", None) or ())
+
+
+def window_of(text: Any) -> int | None:  # noqa: ANN401
+    """How many tokens, its own included, a token of a sliding-window layer attends to; None where there are no such.
+
+    transformers' classes without `layer_types` that have the setting obey it in every layer. Llama ignores it.
+    """
+    kinds = layer_kinds(text)
     known = "sliding_window" in getattr(type(text), "__dataclass_fields__", {})
-    window = getattr(text, "sliding_window", None) if known and not getattr(text, "layer_types", None) else None
-    if window is not None and getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings:
-        raise ModelError(
-            f"The language model attends to a sliding window of {window} tokens, which cannot be exported.",
-            _window_remedy(text),
-        )
+    if not (SLIDING in kinds if kinds else known and getattr(text, "use_sliding_window", True)):
+        return None
+    window: int | None = getattr(text, "sliding_window", None)
+    return window
 
 
 def check_deployable(family: ModelFamily) -> None:
@@ -63,13 +74,3 @@ def _ropes(text: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     """Settings of rotary positions: one table, or one for each kind of layer."""
     found = getattr(text, "rope_parameters", None) or {}
     return [table for table in found.values() if isinstance(table, dict)] or [found]
-
-
-def _window_remedy(text: Any) -> str:  # noqa: ANN401
-    window = getattr(text, "sliding_window", None)
-    if window is None:
-        return "Choose a model with full attention in every layer."
-    return (
-        f"Choose a model with full attention in every layer. Up to {window} tokens this one computes the same in a "
-        f"copy whose config.json has no sliding_window, and '{FULL}' for all layer_types."
-    )

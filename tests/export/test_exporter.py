@@ -191,8 +191,8 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         export_model(tmp_path, tmp_path / "onnx")
 
 
-def test_sliding_windows_are_refused() -> None:
+def test_other_kinds_of_layers_are_refused() -> None:
     text = nn.Module()
-    text.config = Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])  # type: ignore[assignment]
-    with pytest.raises(ModelError, match="'sliding_attention'"):
+    text.config = Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"])  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="'chunked_attention'"):
         decoder_graph(Decoder(text, nn.Identity()))

@@ -35,16 +35,17 @@ SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
             "rope_type 'longrope'",
             "Choose a model whose",
         ),
-        (MistralConfig(**SMALL, sliding_window=32), "a sliding window of 32 tokens", "Up to 32 tokens"),
         (
-            Qwen2Config(**SMALL, num_hidden_layers=2, use_sliding_window=True, sliding_window=32, max_window_layers=1),
-            "layers of the kind 'sliding_attention'",
-            "Up to 32 tokens",
+            Qwen2Config(**SMALL, num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"]),
+            "layers of the kind 'chunked_attention'",
+            "full or sliding-window attention",
         ),
         (
-            InternVLConfig(text_config={"model_type": "mistral", **SMALL, "sliding_window": 16}),
-            "a sliding window of 16 tokens",
-            "full attention in every layer",
+            InternVLConfig(
+                text_config={"model_type": "llama", **SMALL, "rope_parameters": {**LONG, "rope_theta": 1e4}}
+            ),
+            "rope_type 'longrope'",
+            "Choose a model whose",
         ),
     ],
 )
@@ -63,7 +64,8 @@ def test_refused(config: Any, problem: str, remedy: str) -> None:  # noqa: ANN40
         LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
         LlamaConfig(**SMALL, sliding_window=16),  # which Llama ignores
         MistralConfig(**SMALL, sliding_window=None),
-        MistralConfig(**SMALL, sliding_window=4096),  # longer than any text
+        MistralConfig(**SMALL, sliding_window=32),
+        Qwen2Config(**SMALL, num_hidden_layers=2, use_sliding_window=True, sliding_window=32, max_window_layers=1),
         Dinov2Config(),
     ],
 )

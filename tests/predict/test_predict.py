@@ -226,9 +226,9 @@ def test_models_that_are_not_quantized_are_marked(tmp_path: Path) -> None:
     assert refused == {"internvl2-2b", "internvl2-8b"}
     config = json.loads((model_path() / "config.json").read_text(encoding="utf-8"))
     assert find_model("demo").refused == ""
-    config["text_config"]["layer_types"][1] = "sliding_attention"
+    config["text_config"]["layer_types"][1] = "chunked_attention"
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "'sliding_attention', which cannot be exported" in find_model(str(tmp_path)).refused
+    assert "'chunked_attention', which cannot be exported" in find_model(str(tmp_path)).refused
 
 
 def test_names_of_the_hub_and_the_demo_are_known() -> None:

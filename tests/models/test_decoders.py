@@ -1,0 +1,119 @@
+"""Language models alone, one of every architecture: quantize, checkpoint, graphs that equal transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qe_edge.demo import model_path
+from qe_edge.export.exporter import export_model
+from qe_edge.layers.linear import quantized_linears
+from qe_edge.models.family import TEXT, Sample
+from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.quantized import load_quantized, save_quantized
+from qe_edge.models.samples import Turn
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.system.errors import ModelError
+from tests.models.conversations import greedy, torch_logits
+from tests.small_models import CHAT_TEMPLATE
+
+LAYERS, WINDOW = 3, 8
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+WINDOWED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral with a window": ("mistral", {"sliding_window": WINDOW, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with windows": ("qwen2", {**WINDOWED, "use_sliding_window": True}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma 3": ("gemma3_text", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32}),
+}
+TEXTS = [
+    Sample(None, "is there a red shape in the image? no, the shape is blue.", kind=TEXT),
+    Sample(None, "what color is the shape?", "teal"),
+    Sample(None, "why?", "no", earlier=(Turn("user", "is it red or blue?"), Turn("assistant", "it is blue"))),
+]
+LONG = [Sample(None, "is there a red shape? " * 100, kind=TEXT)]
+
+
+def write(folder: Path, model_type: str, **changes: Any) -> Path:  # noqa: ANN401 - values of a configuration
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = AutoConfig.for_model(model_type, **{**SIZES, "eos_token_id": tokenizer.eos_token_id, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.12)
+        else:
+            torch.nn.init.uniform_(parameter, 0.1, 0.9)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Any]:
+    """A model in W4A16 in float32, and the engine of its graph."""
+    model_type, changes = MODELS[request.param]
+    folder = tmp_path_factory.mktemp("decoder")
+    write(folder / "model", model_type, **changes)
+    save_quantized(
+        *quantize(str(folder / "model"), make_recipe(method="rtn", scheme="w4a16"), TEXTS), folder / "checkpoint"
+    )
+    loaded = load_quantized(folder / "checkpoint")
+    loaded.model.float()
+    export_model(folder / "checkpoint", folder / "onnx")
+    return loaded, VisionLanguageEngine.load(folder / "onnx", threads=1)
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS, LONG], ids=["one", "batch", "long"])
+def test_the_graph_equals_transformers(made: tuple[LoadedModel, Any], texts: list[Sample]) -> None:
+    loaded, engine = made
+    assert len(quantized_linears(loaded.model)) == LAYERS * 7
+    encoded = engine.encode(texts, answers=True)
+    valid = encoded.attention_mask.astype(bool)
+    wanted = torch_logits(loaded, texts)[valid]
+    assert np.abs(engine.logits(encoded)[valid] - wanted).max() / np.abs(wanted).max() < 1e-5
+    assert engine.generate_ids(engine.encode(texts), 2 * WINDOW) == greedy(loaded, texts, 2 * WINDOW)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "gemma 3"])
+def test_a_rotation_keeps_what_the_model_computes_or_is_refused(name: str, tmp_path: Path) -> None:
+    """Gemma's norms multiply by one plus their weights, which a rotation would have to know."""
+    model_type, changes = MODELS[name]
+    folder = write(tmp_path / "model", model_type, **changes)
+    recipe = make_recipe(method="quarot", scheme="w4a16")
+    if model_type != "qwen3":
+        with pytest.raises(ModelError, match="norm"):
+            quantize(str(folder), recipe, TEXTS)
+        return
+    rotated, _ = quantize(str(folder), recipe, TEXTS)
+    wanted = torch_logits(load_model(str(folder), torch.float32), TEXTS[:1])
+    assert np.square(torch_logits(rotated, TEXTS[:1]) - wanted).mean() < 0.3 * np.square(wanted).mean()
+
+
+def test_other_kinds_of_layers_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "qwen2", layer_types=["chunked_attention"] * LAYERS)
+    with pytest.raises(ModelError, match="'chunked_attention', which cannot be exported"):
+        quantize(str(folder), make_recipe(method="rtn"), TEXTS)
