@@ -19,7 +19,7 @@ LIMITS = {
     "max_context": "Tokens of prompt and answer that a GPU engine takes; more need more memory.",
     "max_prompt": "Tokens of a prompt that a GPU engine takes; memory grows with their square.",
     "max_patches": "Patches of a picture that a GPU engine takes, of a Qwen-VL model; more take more memory.",
-    "max_tiles": "Tiles of pictures that a GPU engine takes, of InternVL.",
+    "max_tiles": "Tiles of pictures that a GPU engine takes, of InternVL, SmolVLM and Idefics3.",
 }
 
 

@@ -14,6 +14,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "dinov2": "qe_edge.models.dinov2:Dinov2",
         "gemma": "qe_edge.models.causal_lm:CausalLM",
         "gemma3_text": "qe_edge.models.causal_lm:CausalLM",
+        "idefics3": "qe_edge.models.idefics3:Idefics3",
         "internvl": "qe_edge.models.internvl:InternVL",
         "llama": "qe_edge.models.causal_lm:CausalLM",
         "mistral": "qe_edge.models.causal_lm:CausalLM",
@@ -22,6 +23,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
         "qwen3": "qe_edge.models.causal_lm:CausalLM",
         "qwen3_vl": "qe_edge.models.qwen3_vl:Qwen3VL",
+        "smolvlm": "qe_edge.models.idefics3:Idefics3",
     },
 )
 

@@ -142,6 +142,7 @@ class ConfigFile(Section):
     video_token_id: Token | None = None
     image_seq_length: Annotated[int, Field(strict=True, ge=1, le=2**16)] | None = None
     downsample_ratio: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    scale_factor: Factor | None = None
 
 
 class _SizesSection(Sizes):

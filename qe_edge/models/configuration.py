@@ -24,6 +24,8 @@ MULTIPLES = {  # of what by model_type a vision encoder's head width is a multip
     "qwen2_5_vl": 4,
     "qwen3_vl": 4,
     "internvl": 1,
+    "idefics3": 1,
+    "smolvlm": 1,
     "dinov2": 1,
 }
 
@@ -153,6 +155,9 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         _check_patches(config, facts)
     if config.model_type == "internvl":
         _check_tiles(config, facts)
+    if hasattr(config, "scale_factor"):
+        merged = vision.patch_size * config.scale_factor
+        facts.divides(("a merged patch's size", merged), ("vision_config.image_size", vision.image_size))
 
 
 def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # noqa: ANN401
@@ -179,7 +184,9 @@ def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # no
     for section, table in _tables(values):
         for key, found in table.items():
             ids = found if isinstance(found, list) else [found]
-            if key.endswith("token_id") and section != "vision_config":
+            # SmolVLM's files name the padding of another tokenizer beside the section of the text model, which has its own
+            unused = key.endswith("pad_token_id") and not section and "text_config" in values
+            if key.endswith("token_id") and section != "vision_config" and not unused:
                 wrong = [number for number in ids if isinstance(number, int) and number >= text.vocab_size]
                 facts.require(not wrong, f"{key} {wrong and wrong[0]} is outside the vocabulary of {text.vocab_size}")
 

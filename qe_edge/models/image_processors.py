@@ -76,6 +76,19 @@ class TileValues(PictureValues):
         return self
 
 
+class _Longest(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+    longest_edge: Side
+
+
+class SplitValues(PictureValues):
+    """Of a processor that scales a picture to a longest edge and cuts it into tiles of one size, row by row."""
+
+    size: _Longest
+    max_image_size: _Longest
+    do_image_splitting: Annotated[bool, Field(strict=True)] = True
+
+
 class _Edges(BaseModel):
     model_config = ConfigDict(from_attributes=True)
     height: Side | None = None

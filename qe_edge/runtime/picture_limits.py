@@ -56,7 +56,7 @@ def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa:
         pixels, name = image_processor.size["longest_edge"], "patches"
         largest, most = pixels // image_processor.patch_size**2, limits.patches
     elif limits.tiles is not None:
-        tiles, name = image_processor.max_patches, "tiles"
+        tiles, name = _most_tiles(image_processor), "tiles"
         largest, most = tiles + (tiles > 1), limits.tiles
     else:
         return
@@ -67,6 +67,16 @@ def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa:
             QENotice,
             stacklevel=2,
         )
+
+
+def _most_tiles(image_processor: Any) -> int:  # noqa: ANN401 - transformers' own classes
+    """Tiles that an image processor cuts the largest picture into, without its overview."""
+    most = getattr(image_processor, "max_patches", None)
+    if most is not None:
+        return int(most)
+    if not image_processor.do_image_splitting:
+        return 1
+    return int(-(-image_processor.size["longest_edge"] // image_processor.max_image_size["longest_edge"])) ** 2
 
 
 def _fits(manifest: Manifest, family: ModelFamily, processor: Any, size: tuple[int, int]) -> bool:  # noqa: ANN401

@@ -1,0 +1,156 @@
+"""Idefics3, SmolVLM and SmolVLM2: square tiles and an overview through SigLIP, pixel shuffle, one projection, Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qe_edge.models.batching import (
+    check_chat_template,
+    check_length,
+    encode_row,
+    left_pad,
+    naming,
+    prepare_pictures,
+)
+from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.image_processors import SplitValues, check_equal, load_image_processor
+from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+AROUND, OVERVIEW = "<fake_token_around_image>", "<global-img>"  # what transformers' processor writes around tiles
+CLASSES = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}  # how the classes of a model_type begin
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image processor that gives the tiles of one picture without the axes for other pictures."""
+
+    image_processor: Any
+
+    def __call__(self, **arguments: Any) -> dict[str, np.ndarray]:  # noqa: ANN401 - the processor's own
+        """`pixel_values` `[tiles, 3, side, side]`, and `grid` `[1, 2]`: rows and columns, 0 where it is not cut."""
+        found = self.image_processor(return_row_col_info=True, **arguments)
+        grid = np.array([[found["rows"][0][0], found["cols"][0][0]]], np.int64)
+        return {"pixel_values": np.asarray(found["pixel_values"])[0], "grid": grid}
+
+
+class Idefics3(ModelFamily):
+    """Any `Idefics3ForConditionalGeneration` or `SmolVLMForConditionalGeneration`, whatever its text model.
+
+    A picture is cut into tiles, row by row, and an overview follows; every tile has the same number of tokens.
+    """
+
+    model_type = "idefics3"
+    picture_unit = "tiles"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.model_type = config.model_type  # type: ignore[misc] # one class for two types
+        vision = self.config.vision_config
+        self._tokens = (vision.image_size // vision.patch_size // self.config.scale_factor) ** 2
+
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
+        """Vision layers, the connector, decoder layers; found by class, so the text model may be any."""
+        prefix = CLASSES[self.model_type]
+        groups = {f"{prefix}EncoderLayer": "visual", f"{prefix}Connector": "merger"}
+        return [
+            Block(name, module, groups.get(type(module).__name__, "language"))
+            for name, module in model.named_modules()
+            if type(module).__name__ in groups or type(module).__name__.endswith("DecoderLayer")
+        ]
+
+    def load_processor(self, folder: str) -> VisionLanguageProcessor:
+        """Tokenizer and the PIL image processor of `folder`."""
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+        from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+        kinds = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}
+        tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
+        take_processor_template(tokenizer, folder)
+        image_processor = load_image_processor(folder, kinds[self.model_type], SplitValues)
+        side = image_processor.max_image_size["longest_edge"]
+        check_equal(folder, "max_image_size", side, self.config.vision_config.image_size)
+        check_chat_template(tokenizer, folder, self.config.image_token_id)
+        return VisionLanguageProcessor(tokenizer, image_processor)
+
+    def encode(
+        self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
+    ) -> Encoded:
+        """One left-padded batch; every tile has its place named and its tokens, as transformers' processor writes."""
+        pixels = prepare_pictures(Tiles(processor.image_processor), samples)
+        grids = iter(pixels.pop("grid", ()))
+        rows, counts = [], []
+        context = self.config.get_text_config().max_position_embeddings
+        image = self.config.image_token_id
+        for sample in samples:
+            cut = [tuple(map(int, next(grids))) for _ in sample.pictures]
+            pictures = [self._tile_ids(processor.tokenizer, *grid) for grid in cut]
+            counts.append(sum(height * width + 1 for height, width in cut))
+            with naming(sample):
+                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                check_length(row, context, "A prompt")
+            rows.append(row)
+        if pixels:
+            pixels["tiles"] = np.array(counts, np.int64)
+        return left_pad(rows, processor.tokenizer, image, pixels)
+
+    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Arguments of the model's forward, which takes as many tiles for every row; those of zeros are none."""
+        import torch  # the engine runtime works without torch
+
+        arrays = {
+            "input_ids": encoded.input_ids,
+            "attention_mask": encoded.attention_mask,
+            "position_ids": self.position_ids(encoded),
+        }
+        if encoded.pixels:
+            pixels, counts = encoded.pixels["pixel_values"], encoded.pixels["tiles"]
+            padded = np.zeros((len(counts), counts.max(), *pixels.shape[1:]), pixels.dtype)
+            padded[np.arange(counts.max()) < counts[:, None]] = pixels
+            arrays["pixel_values"] = padded
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def position_ids(self, encoded: Encoded) -> np.ndarray:
+        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
+        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
+        return positions
+
+    def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
+        """`pixel_values` float32 `[tiles, 3, side, side]`."""
+        return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]
+
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
+        """Visual encoder over tiles, pixel shuffle with projection, decoder with positions `[batch, sequence]`."""
+        from qe_edge.models.decoder import Decoder, decoder_graph
+        from qe_edge.models.idefics3_graphs import merger_graph, visual_graph
+
+        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
+        prefix = CLASSES[self.model_type]
+        vision = by_class[f"{prefix}VisionTransformer"]
+        return [
+            visual_graph(vision),
+            merger_graph(by_class[f"{prefix}Connector"], vision),
+            decoder_graph(Decoder(by_class[f"{prefix}Model"].text_model, model.get_output_embeddings())),
+        ]
+
+    def _tile_ids(self, tokenizer: Any, rows: int, columns: int) -> list[int]:  # noqa: ANN401 - share no typed base
+        """Tokens of a picture: its tiles and where they stand, line by line, then the overview."""
+        image = tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        lines = [
+            "".join(f"{AROUND}<row_{row + 1}_col_{column + 1}>{image * self._tokens}" for column in range(columns))
+            for row in range(rows)
+        ]
+        text = "".join(f"{line}\n" for line in lines) + ("\n" if lines else "")
+        ids: list[int] = tokenizer(
+            f"{text}{AROUND}{OVERVIEW}{image * self._tokens}{AROUND}", add_special_tokens=False, verbose=False
+        )["input_ids"]
+        return ids

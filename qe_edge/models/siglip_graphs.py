@@ -1,0 +1,82 @@
+"""Vision encoders of SigLIP's architecture, which many families have, as modules for any number of square tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from qe_edge.models.family import GraphSpec
+from qe_edge.models.picture_attention import attend_all
+
+LARGEST = 1 << 16  # tiles at export time
+TYPICAL_TILES = 1
+
+
+class SiglipEncoder(nn.Module):
+    """Patches with learnt positions, encoder layers, last norm.
+
+    Args:
+        patch_embedding: The convolution over patches.
+        positions: Learnt positions `[patches, width]` of a tile.
+        layers: Encoder layers.
+        norm: The last norm.
+    """
+
+    def __init__(
+        self, patch_embedding: nn.Module, positions: Tensor, layers: Sequence[nn.Module], norm: nn.Module
+    ) -> None:
+        super().__init__()
+        self.patch_embedding = patch_embedding
+        self.positions = nn.Buffer(positions)
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels `[tiles, channels, height, width]` to hidden states `[tiles, patches, width]`."""
+        hidden = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.positions
+        for layer in self.layers:
+            hidden = run_layer(layer, hidden)
+        features: Tensor = self.norm(hidden)
+        return features
+
+
+def run_layer(layer: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401 - of many classes of transformers
+    """A layer on `[tiles, patches, width]`; patches attend to all of their tile."""
+    attention = layer.self_attn
+    x = layer.layer_norm1(hidden)
+    heads = (*x.shape[:2], -1, attention.head_dim)
+    query, key, value = (getattr(attention, f"{name}_proj")(x).reshape(heads) for name in "qkv")
+    hidden = hidden + attention.out_proj(attend_all(query, key, value, attention.scale))
+    output: Tensor = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return output
+
+
+def visual_graph(module: SiglipEncoder, side: int, tiles: int) -> GraphSpec:
+    """The graph "visual" for up to `tiles` tiles of `side` pixels in engines."""
+    shape = (3, side, side)
+    return GraphSpec(
+        name="visual",
+        module=module,
+        inputs=(torch.zeros(2, *shape),),
+        input_names=["pixel_values"],
+        output_names=["hidden_states"],
+        dynamic_shapes=({0: Dim("tiles", min=1, max=LARGEST)},),
+        profiles={"default": {"pixel_values": ((1, *shape), (TYPICAL_TILES, *shape), (tiles, *shape))}},
+    )
+
+
+def merger_graph(module: nn.Module, shape: tuple[int, int], tiles: int) -> GraphSpec:
+    """The graph "merger" over hidden states `[tiles, patches, width]`, of which `shape` are the last two sizes."""
+    return GraphSpec(
+        name="merger",
+        module=module,
+        inputs=(torch.zeros(2, *shape),),
+        input_names=["hidden_states"],
+        output_names=["image_features"],
+        dynamic_shapes=({0: Dim("tiles", min=1, max=LARGEST)},),
+        profiles={"default": {"hidden_states": ((1, *shape), (TYPICAL_TILES, *shape), (tiles, *shape))}},
+    )
