@@ -184,7 +184,7 @@ def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # no
     for section, table in _tables(values):
         for key, found in table.items():
             ids = found if isinstance(found, list) else [found]
-            # SmolVLM's files name the padding of another tokenizer beside the section of the text model, which has its own
+            # SmolVLM's files name another tokenizer's padding beside the section of the text model, which has its own
             unused = key.endswith("pad_token_id") and not section and "text_config" in values
             if key.endswith("token_id") and section != "vision_config" and not unused:
                 wrong = [number for number in ids if isinstance(number, int) and number >= text.vocab_size]
