@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,6 +104,24 @@ def check_reached(samples: Sequence[Sample], modules: Sequence[str]) -> None:
             f"No calibration sample has a picture, so no data reaches '{blind[0]}'.",
             "Use samples with pictures, or quantize the language model alone ('--modules language').",
         )
+
+
+def samples_from_python(values: object) -> list[Sample]:
+    """Samples that were passed from Python, as a list.
+
+    Raises:
+        CalibrationError: If these are none, naming their type.
+    """
+    given = [values] if isinstance(values, Mapping) or not isinstance(values, Iterable) else values
+    samples: list[Sample] = []
+    for value in given:
+        if not isinstance(value, Sample):
+            raise CalibrationError(
+                f"A {type(value).__name__} was passed as a calibration sample.",
+                "Pass a list of Sample(picture, question, answer), or the name of a source.",
+            )
+        samples.append(value)
+    return samples
 
 
 def hash_samples(samples: Sequence[Sample]) -> str:

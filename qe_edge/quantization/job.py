@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from qe_edge.calibration.sources import hash_samples, load_samples
+from qe_edge.calibration.sources import hash_samples, load_samples, samples_from_python
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.fingerprints import model_parts
 from qe_edge.models.loading import LoadedModel
@@ -66,7 +66,7 @@ def make_job(model: str | LoadedModel, recipe: Recipe, calibration: str | Sequen
         source = calibration or drawn.source
         samples = load_samples(source, drawn.samples, recipe.seed, asked=drawn.asks)
     else:
-        source, samples = FROM_PYTHON, list(calibration)
+        source, samples = FROM_PYTHON, samples_from_python(calibration)
     if not samples:
         raise CalibrationError("There is no calibration sample.", "Pass at least one picture with a question, or text.")
     spec = drawn.model_copy(update={"source": source, "samples": len(samples), "sha256": hash_samples(samples)})

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from qe_edge.layers.magnitudes import check_weight
-from qe_edge.models.family import Block
+from qe_edge.models.family import Block, Sample
 from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
-from qe_edge.system.errors import CommonNotice, NumericalError, RecipeError
+from qe_edge.system.errors import CommonNotice, NumericalError, QENotice, RecipeError
 
+CLOCK = "strftime_now"  # the function that transformers gives to chat templates
 CHUNK = 1 << 22  # numbers that are looked at together, so that a large embedding is not in memory twice
 
 
@@ -30,6 +31,30 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
     if missing:
         raise RecipeError(
             f"The model has no {missing[0]} module.", f"Choose among those that it has: --modules {','.join(present)}."
+        )
+
+
+def note_calibration(loaded: LoadedModel, blocks: Sequence[Block], samples: Sequence[Sample]) -> None:
+    """Say what calibration data cannot show: pictures, to a model that sees; or the same prompts tomorrow.
+
+    Args:
+        loaded: The model.
+        blocks: All its blocks.
+        samples: The calibration samples.
+    """
+    if any(block.group == "visual" for block in blocks) and not any(sample.pictures for sample in samples):
+        warnings.warn(
+            "No calibration sample has a picture, and the model sees: its answers about pictures may suffer. Calibrate "
+            "with pictures, or compare with 'qe-edge validate'.",
+            QENotice,
+            stacklevel=2,
+        )
+    template = getattr(getattr(loaded.processor, "tokenizer", None), "chat_template", None)
+    if CLOCK in str(template):
+        warnings.warn(
+            "The chat template writes the date into prompts, so calibration and answers depend on the day.",
+            QENotice,
+            stacklevel=2,
         )
 
 

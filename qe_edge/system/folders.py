@@ -48,7 +48,11 @@ def sync_file(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Flush which names a folder holds, where its file system can do that."""
     try:
-        sync_file(folder)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # or a link to one
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise
