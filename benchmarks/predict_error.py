@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[Way, Scheme, Adapters]] = {
     "w3a16 g128z": ("plugin", SCHEMES["w3a16"], NONE),
 }
 STEP_LIMIT, LINEAR_LIMIT, SHARE = 1.33, 1.5, 0.9
-STEP_WEIGHT = 3.0  # there are few, and they are what a user asks for
+STEP_WEIGHT = 8.0  # there are few, and they are what a user asks for
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def main() -> int:
 def _store(timing: Timing, accuracy: dict[str, object]) -> None:
     file = DATA / "timing.yaml"
     comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    text = yaml.safe_dump(timing.model_dump(), sort_keys=False, default_flow_style=None, width=200)
+    text = yaml.safe_dump(timing.model_dump(), sort_keys=False, default_flow_style=None, width=400)
     file.write_text("\n".join(comments) + "\n" + text, encoding="utf-8")
     (DATA / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
 

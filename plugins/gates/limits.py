@@ -10,7 +10,7 @@ from gates.loops import Loop, hot_loop
 
 # A multiprocessor has one block of decode, of at most 12 warps, so that its registers are no reason to take fewer; and
 # one or two of the down-projection of long prompts, of 8 warps.
-DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 192, 64, 128
+DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 184, 64, 128
 WIDE_REGISTERS = 255  # two blocks of 4 warps, whose 64 x 64 sums take 128
 GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 

@@ -327,13 +327,16 @@ def _main_decode(problem: Problem, device: Device, table: InstructionTable, timi
     blocks = min(columns, beside)
     rounds = _divide(columns, blocks * sets)
     # what a block does in every round of columns, and once: its tokens
-    block = rounds * (cost.block + _divide(chunks, warps) * (cost.step + cost.step_per_instruction * per_kib))
+    read = 0.75 if "w3" in problem.variant else 1.0  # of the bytes of 4-bit weights
+    step = cost.step * read + cost.step_per_instruction * per_kib
+    block = rounds * (cost.block + _divide(chunks, warps) * step)
     threads = 32 * warps * sets
     if lone:
         block += tokens * (cost.quantize + cost.quantize_per_thread_channel * k / threads)
     if correction.rank:
         block += cost.correction + rounds * cost.per_rank * correction.rank * min(tokens, GROUP_TOKENS) ** 0.5
-        block += cost.per_routed_token * min(tokens, GROUP_TOKENS) if correction.routed_tiles else 0
+        if correction.routed_tiles:
+            block += (cost.per_routed_token + (cost.choose if lone else 0)) * min(tokens, GROUP_TOKENS)
     busy = issued / cost.instructions_per_cycle / device.multiprocessors
     return Kernel(
         "main", _main_work(problem, issued), cost.fixed, block, busy, blocks=blocks * (1 if lone else groups),

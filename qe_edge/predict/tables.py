@@ -128,11 +128,12 @@ class MainDecodeTiming(_Strict):
     Attributes:
         fixed: Cycles of every launch.
         block: Cycles of a block besides its loop.
-        step: Cycles of one step of the loop, 128 channels of 32 outputs.
+        step: Cycles that the weights of one step of the loop take, 128 channels of 32 outputs in 4 bits.
         step_per_instruction: What an instruction per 2048 weights adds to a step.
         correction: Cycles that a low-rank correction adds to a block.
         per_rank: What one rank adds to it, times the root of the tokens.
         per_routed_token: What each token adds to it where experts are routed.
+        choose: What choosing a token's expert adds to that, where this kernel does it.
         quantize: Cycles that a token takes to quantize, where this kernel does it.
         quantize_per_thread_channel: What every channel of a thread adds to that.
         instructions_per_cycle: Warp instructions that a full multiprocessor issues.
@@ -145,6 +146,7 @@ class MainDecodeTiming(_Strict):
     correction: float
     per_rank: float
     per_routed_token: float
+    choose: float
     quantize: float
     quantize_per_thread_channel: float
     instructions_per_cycle: float
