@@ -13,6 +13,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
     {
         "dinov2": "qe_edge.models.dinov2:Dinov2",
         "gemma": "qe_edge.models.causal_lm:CausalLM",
+        "gemma3": "qe_edge.models.gemma3:Gemma3",
         "gemma3_text": "qe_edge.models.causal_lm:CausalLM",
         "idefics3": "qe_edge.models.idefics3:Idefics3",
         "internvl": "qe_edge.models.internvl:InternVL",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qe_edge.models.chat import answer_ids, chat_ids, earlier_answers, text_ids
+from qe_edge.models.chat import Rewrite, answer_ids, as_it_is, chat_ids, earlier_answers, text_ids
 from qe_edge.models.chat_templates import PICTURE_QUESTION, REMEDY, check_template, render_question
 from qe_edge.models.family import TEXT, Encoded, Sample
 from qe_edge.models.images import open_image
@@ -108,6 +108,7 @@ def encode_row(
     pictures: Sequence[list[int]],
     *,
     answer: bool,
+    rewrite: Rewrite = as_it_is,
 ) -> Row:
     """Tokenize one sample in the form that the tokenizer's chat template gives it; running text as it is.
 
@@ -117,6 +118,7 @@ def encode_row(
         image_token: The token that the template writes for a picture.
         pictures: For each of the sample's pictures the tokens that stand in place of that one.
         answer: Whether the reference answer follows the prompt, closed by the end-of-turn token.
+        rewrite: What becomes of the prompt before it is tokenized.
 
     Raises:
         InputError: If the template or the tokenizer cannot read the sample.
@@ -125,8 +127,9 @@ def encode_row(
     if sample.kind == TEXT and sample.image is None:
         ids = encode_text(tokenizer, sample.question)
     else:
-        ids = chat_ids(tokenizer, sample.conversation, as_parts=True)
-        spoken = earlier_answers(tokenizer, sample.conversation, ids, as_parts=True) if answer else []
+        turns = sample.conversation
+        ids = chat_ids(tokenizer, turns, as_parts=True, rewrite=rewrite)
+        spoken = earlier_answers(tokenizer, turns, ids, as_parts=True, rewrite=rewrite) if answer else []
     reply = answer_ids(tokenizer, sample) if answer else []
     if image_token in reply or ids.count(image_token) != len(pictures):
         raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
@@ -17,23 +17,36 @@ import jinja2
 from qe_edge.models.samples import Sample, Turn
 from qe_edge.system.errors import InputError
 
+Rewrite = Callable[[str], str]
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of a template that is code
 
 
-def chat_ids(tokenizer: Any, turns: Sequence[Turn], *, as_parts: bool) -> list[int]:  # noqa: ANN401
+def as_it_is(prompt: str) -> str:
+    """What most families do with a prompt that their template has written."""
+    return prompt
+
+
+def chat_ids(
+    tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
+    turns: Sequence[Turn],
+    *,
+    as_parts: bool,
+    rewrite: Rewrite = as_it_is,
+) -> list[int]:
     """Ids of a conversation up to where the assistant answers, with one image token per picture.
 
     Args:
         tokenizer: A tokenizer of transformers with a chat template.
         turns: The conversation.
         as_parts: Whether the template takes a turn as a list of texts and pictures, and not as one text.
+        rewrite: What becomes of the prompt before it is tokenized; special tokens in it are the template's own.
 
     Raises:
         InputError: If the template refuses or leaves out a turn, or the tokenizer cannot read a special token as text.
     """
     special = _special_pattern(tokenizer)
     if not any(special.search(turn.text) for turn in turns):
-        ids: list[int] = tokenizer(_render(tokenizer, turns, as_parts), add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(rewrite(_render(tokenizer, turns, as_parts)), add_special_tokens=False)["input_ids"]
         return ids
     stand_ins: dict[str, str] = {}
 
@@ -41,7 +54,7 @@ def chat_ids(tokenizer: Any, turns: Sequence[Turn], *, as_parts: bool) -> list[i
         return special.sub(lambda found: _stand_in(stand_ins, found.group()), text)
 
     hidden = [_mapped(turn, hide) for turn in turns]
-    prompt = _render(tokenizer, hidden, as_parts)
+    prompt = rewrite(_render(tokenizer, hidden, as_parts))
     whole = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if _in_pieces(tokenizer, prompt, special, {}) != whole:
         raise _unreadable(special, turns)
@@ -81,7 +94,14 @@ def answer_ids(tokenizer: Any, sample: Sample) -> list[int]:  # noqa: ANN401 - t
     return [*text_ids(tokenizer, sample.answer, add_special_tokens=False), int(tokenizer.eos_token_id)]
 
 
-def earlier_answers(tokenizer: Any, turns: Sequence[Turn], ids: Sequence[int], *, as_parts: bool) -> list[int]:  # noqa: ANN401
+def earlier_answers(
+    tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
+    turns: Sequence[Turn],
+    ids: Sequence[int],
+    *,
+    as_parts: bool,
+    rewrite: Rewrite = as_it_is,
+) -> list[int]:
     """Which of a conversation's ids are the assistant's answers before the question, each with its end-of-turn token.
 
     A template may leave out or rewrite a part of an earlier answer; such an answer is not among them.
@@ -91,13 +111,14 @@ def earlier_answers(tokenizer: Any, turns: Sequence[Turn], ids: Sequence[int], *
         turns: The conversation.
         ids: What `chat_ids` made of it.
         as_parts: As for `chat_ids`.
+        rewrite: As for `chat_ids`.
     """
     found: list[int] = []
     for number, turn in enumerate(turns[:-1]):
         if turn.role != "assistant" or not number:
             continue
         try:
-            start = len(before := chat_ids(tokenizer, turns[:number], as_parts=as_parts))
+            start = len(before := chat_ids(tokenizer, turns[:number], as_parts=as_parts, rewrite=rewrite))
             answer = text_ids(tokenizer, turn.text, add_special_tokens=False)
         except InputError:  # half a conversation is none to this template
             continue

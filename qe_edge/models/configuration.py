@@ -24,6 +24,7 @@ MULTIPLES = {  # of what by model_type a vision encoder's head width is a multip
     "qwen2_5_vl": 4,
     "qwen3_vl": 4,
     "internvl": 1,
+    "gemma3": 1,
     "idefics3": 1,
     "smolvlm": 1,
     "dinov2": 1,
@@ -155,6 +156,8 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         _check_patches(config, facts)
     if config.model_type == "internvl":
         _check_tiles(config, facts)
+    if config.model_type == "gemma3":
+        _check_pooling(config, facts)
     if hasattr(config, "scale_factor"):
         merged = vision.patch_size * config.scale_factor
         facts.divides(("a merged patch's size", merged), ("vision_config.image_size", vision.image_size))
@@ -212,6 +215,19 @@ def _check_patches(config: Any, facts: _Facts) -> None:  # noqa: ANN401
         len(set(taps)) == len(taps) <= text.num_hidden_layers and all(0 <= tap < vision.depth for tap in taps),
         f"deepstack_visual_indexes {taps} do not fit {vision.depth} vision blocks and {text.num_hidden_layers} layers",
     )
+
+
+def _check_pooling(config: Any, facts: _Facts) -> None:  # noqa: ANN401
+    """Gemma 3's pictures: patches per side, tokens per side, token ids of pictures."""
+    vision, tokens = config.vision_config, config.mm_tokens_per_image
+    facts.divides(("vision_config.patch_size", vision.patch_size), ("vision_config.image_size", vision.image_size))
+    side = isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0
+    facts.require(side > 0 and side**2 == tokens, f"mm_tokens_per_image {tokens} is no square number")
+    facts.divides(("tokens per side", side), ("the patches per side", vision.image_size // vision.patch_size))
+    for key in ("image_token_index", "boi_token_index", "eoi_token_index"):
+        number = getattr(config, key)
+        known = isinstance(number, int) and 0 <= number < config.text_config.vocab_size
+        facts.require(known, f"{key} {number} is outside the vocabulary of {config.text_config.vocab_size}")
 
 
 def _check_tiles(config: Any, facts: _Facts) -> None:  # noqa: ANN401

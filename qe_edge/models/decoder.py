@@ -38,6 +38,10 @@ class Decoder(nn.Module):
         """The text model's output."""
         return self.model(inputs_embeds=inputs_embeds, **inputs)
 
+    def visible(self, attention_mask: Tensor, query: Tensor, key_index: Tensor) -> Tensor:  # noqa: ARG002 - of subclasses
+        """Which places `key_index` `[keys]` the places `query` `[sequence]` may see; broadcasts to the scores."""
+        return key_index[None, :] <= query[:, None]
+
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
@@ -46,7 +50,7 @@ class Decoder(nn.Module):
         Args:
             inputs_embeds: `[batch, sequence, width]`.
             position_ids: `[batch, sequence]`, with leading axes where the family has them.
-            attention_mask: `[batch, past + sequence]` int64, 0 on padding.
+            attention_mask: `[batch, past + sequence]` int64, 0 on padding, as the family's `graph_mask`.
             past: Key and value `[batch, heads, past, head_dim]` of every layer.
         """
         cache = DynamicCache()  # which keeps all tokens of every layer; masks hide those outside of a window
@@ -54,7 +58,7 @@ class Decoder(nn.Module):
             cache.update(key, value, layer)
         query = torch.arange(inputs_embeds.shape[1]) + past[0].shape[2]
         key_index = torch.arange(attention_mask.shape[1])
-        allowed = (key_index[None, :] <= query[:, None]) & (attention_mask[:, None, None, :] != 0)
+        allowed = self.visible(attention_mask, query, key_index) & (attention_mask[:, None, None, :] != 0)
         config: Any = self.model.config
         window = window_of(config)
         near = allowed if window is None else allowed & (key_index[None, :] > query[:, None] - window)

@@ -143,6 +143,10 @@ class ModelFamily(ABC):
     def position_ids(self, encoded: Encoded) -> np.ndarray:
         """Positions of the prompt tokens, int64 `[axes, batch, sequence]` or `[batch, sequence]`."""
 
+    def graph_mask(self, encoded: Encoded) -> np.ndarray:
+        """`attention_mask` of the language graph for a prompt, int64 `[batch, sequence]`: 0 on padding."""
+        return encoded.attention_mask
+
     @abstractmethod
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """The visual encoder, the merger and the language model as exportable modules of float32 weights.

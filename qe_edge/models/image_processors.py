@@ -76,6 +76,12 @@ class TileValues(PictureValues):
         return self
 
 
+class SquareValues(PictureValues):
+    """Of a processor that scales every picture to one size."""
+
+    size: _Tile
+
+
 class _Longest(BaseModel):
     model_config = ConfigDict(from_attributes=True)
     longest_edge: Side

@@ -28,6 +28,7 @@ class Decoding:
         positions: Positions of the prompt, as `family.position_ids` gives them.
         attention_mask: `[batch, tokens so far]` int64.
         tokens: `[batch, tokens so far]` int64.
+        graph_mask: The language graph's `attention_mask`, `[batch, tokens so far]` int64.
         cache: Keys and values under the names of the graph's inputs.
         step: Tokens fed after the prompt.
     """
@@ -35,6 +36,7 @@ class Decoding:
     positions: np.ndarray
     attention_mask: np.ndarray
     tokens: np.ndarray
+    graph_mask: np.ndarray
     cache: dict[str, Array] = field(default_factory=dict)
     step: int = 0
 
@@ -229,7 +231,12 @@ class VisionLanguageEngine:
             _check_shape(features, (count, embeds.shape[-1]), "merger")
             embeds[encoded.image_mask] = features
         kv, batch = self.manifest.kv, len(embeds)
-        state = Decoding(self.family.position_ids(encoded), encoded.attention_mask, encoded.input_ids)
+        state = Decoding(
+            self.family.position_ids(encoded),
+            encoded.attention_mask,
+            encoded.input_ids,
+            self.family.graph_mask(encoded),
+        )
         for layer in range(kv.layers):
             for part in ("key", "value"):
                 empty = np.zeros((batch, kv.heads, 0, kv.head_dim), np.float32)
@@ -272,6 +279,7 @@ class VisionLanguageEngine:
         """Logits `[batch, 1, vocabulary]` after one token per row, `[batch, 1]`."""
         ones = np.ones(tokens.shape, state.attention_mask.dtype)
         state.attention_mask = np.concatenate((state.attention_mask, ones), axis=1)
+        state.graph_mask = np.concatenate((state.graph_mask, ones), axis=1)
         state.tokens = np.concatenate((state.tokens, tokens), axis=1)
         positions = self.family.next_position_ids(state.positions, state.step)
         state.step += 1
@@ -287,7 +295,7 @@ class VisionLanguageEngine:
         feeds: dict[str, Array] = {
             "inputs_embeds": embeds,
             "position_ids": positions,
-            "attention_mask": state.attention_mask,
+            "attention_mask": state.graph_mask,
             **state.cache,
         }
         outputs = self._sessions["language"].run(feeds)

@@ -74,7 +74,7 @@ def _most_tiles(image_processor: Any) -> int:  # noqa: ANN401 - transformers' ow
     most = getattr(image_processor, "max_patches", None)
     if most is not None:
         return int(most)
-    if not image_processor.do_image_splitting:
+    if not getattr(image_processor, "do_image_splitting", False):
         return 1
     return int(-(-image_processor.size["longest_edge"] // image_processor.max_image_size["longest_edge"])) ** 2
 

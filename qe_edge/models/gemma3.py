@@ -1,0 +1,128 @@
+"""Gemma 3 with pictures: SigLIP, average pooling and a projection; the tokens of a picture see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qe_edge.models.batching import (
+    check_chat_template,
+    check_length,
+    encode_row,
+    left_pad,
+    naming,
+    prepare_pictures,
+)
+from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.image_processors import SquareValues, check_equal, load_image_processor
+from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+FIRST_PICTURE = 2  # in the mask: 0 is padding, 1 text
+
+
+class Gemma3(ModelFamily):
+    """Any `Gemma3ForConditionalGeneration`: 4B, 12B and 27B, MedGemma.
+
+    A picture is scaled to one size and becomes `mm_tokens_per_image` tokens. Pan-and-scan, which is off in released
+    models, stays off. The projection is a bare matrix in transformers, so there is no merger to quantize.
+    """
+
+    model_type = "gemma3"
+    picture_unit = "tiles"
+
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
+        """Vision layers and decoder layers; found by class."""
+        groups = {"SiglipEncoderLayer": "visual", "Gemma3DecoderLayer": "language"}
+        found = [
+            Block(name, module, groups[type(module).__name__])
+            for name, module in model.named_modules()
+            if type(module).__name__ in groups
+        ]
+        return sorted(found, key=lambda block: block.group != "visual")
+
+    def load_processor(self, folder: str) -> VisionLanguageProcessor:
+        """Tokenizer and the PIL image processor of `folder`."""
+        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+        tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
+        take_processor_template(tokenizer, folder)
+        image_processor = load_image_processor(folder, Gemma3ImageProcessorPil, SquareValues)
+        size = [image_processor.size["height"], image_processor.size["width"]]
+        check_equal(folder, "size", size, [self.config.vision_config.image_size] * 2)
+        check_chat_template(tokenizer, folder, self.config.boi_token_index)
+        return VisionLanguageProcessor(tokenizer, image_processor)
+
+    def encode(
+        self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
+    ) -> Encoded:
+        """One left-padded batch; a picture's tokens stand between its marks, with blank lines around, as Gemma's do."""
+        pixels = prepare_pictures(processor.image_processor, samples, do_pan_and_scan=False)
+        pixels.pop("num_crops", None)
+        config, tokenizer = self.config, processor.tokenizer
+        start = config.boi_token_index
+        mark = tokenizer.convert_ids_to_tokens(start)
+        picture = [start, *[config.image_token_id] * config.mm_tokens_per_image, config.eoi_token_index]
+        rows = []
+        for sample in samples:
+            with naming(sample):
+                row = encode_row(
+                    tokenizer,
+                    sample,
+                    start,
+                    [picture] * len(sample.pictures),
+                    answer=answers,
+                    rewrite=lambda prompt: prompt.replace(mark, f"\n\n{mark}\n\n"),
+                )
+                check_length(row, config.get_text_config().max_position_embeddings, "A prompt")
+            rows.append(row)
+        return left_pad(rows, tokenizer, config.image_token_id, pixels)
+
+    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Arguments of `Gemma3ForConditionalGeneration.forward`."""
+        import torch  # the engine runtime works without torch
+
+        arrays = {
+            "input_ids": encoded.input_ids,
+            "attention_mask": encoded.attention_mask,
+            "position_ids": self.position_ids(encoded),
+            "token_type_ids": encoded.image_mask.astype(np.int64),
+            **encoded.pixels,
+        }
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def position_ids(self, encoded: Encoded) -> np.ndarray:
+        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
+        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
+        return positions
+
+    def graph_mask(self, encoded: Encoded) -> np.ndarray:
+        """0 on padding, 1 on text, and a number of its own, from 2, on every picture: its tokens see each other."""
+        image = encoded.image_mask
+        first = image & ~np.pad(image, ((0, 0), (1, 0)))[:, :-1]
+        number = np.cumsum(first, axis=1) - 1 + FIRST_PICTURE
+        return np.where(image, number, encoded.attention_mask)
+
+    def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
+        """`pixel_values` float32 `[pictures, 3, side, side]`."""
+        return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]
+
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
+        """Visual encoder over pictures, pooling with projection, decoder with positions `[batch, sequence]`."""
+        from qe_edge.models.decoder import decoder_graph
+        from qe_edge.models.gemma3_graphs import PictureDecoder, merger_graph, visual_graph
+
+        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
+        vision = by_class["SiglipVisionModel"]
+        return [
+            visual_graph(vision),
+            merger_graph(by_class["Gemma3MultiModalProjector"], vision),
+            decoder_graph(PictureDecoder(by_class["Gemma3TextModel"], model.get_output_embeddings())),
+        ]
