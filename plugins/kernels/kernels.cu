@@ -36,13 +36,14 @@
     qe::main_decode<qe::T, bits, qe::mode, groups, zeros, tokens8>(p);      \
   }
 // Bounds chosen by the registers that the assembler then takes, 128 to 184. Without groups 168 leave room for three blocks of
-// 128 threads on a multiprocessor. Of the others the second number makes it spend no more than 184.
+// 128 threads on a multiprocessor. Of the others 0 as the second number makes it spend no more than 184, and 3-bit weights with 16-bit
+// activations fewer than they need.
 #define QE_LIMIT_kInt8_0(bits) QE_REGISTERS(168)
 #define QE_LIMIT_kInt8_1(bits) QE_BOUNDS(256, 0)
 #define QE_LIMIT_kInt8_2(bits) QE_BOUNDS(256, 0)
 #define QE_LIMIT_k16Bit_0(bits) QE_BOUNDS(256, bits == 3)
-#define QE_LIMIT_k16Bit_1(bits) QE_BOUNDS(256, 0)
-#define QE_LIMIT_k16Bit_2(bits) QE_BOUNDS(256, 0)
+#define QE_LIMIT_k16Bit_1(bits) QE_BOUNDS(256, bits == 3)
+#define QE_LIMIT_k16Bit_2(bits) QE_BOUNDS(256, bits == 3)
 #define QE_MAIN_PREFILL(name, T, bits, mode, groups, zeros)          \
   QE_KERNEL void QE_LIMIT_##mode##_##groups(bits) name(qe::MainArgs p) { \
     qe::main_prefill<qe::T, bits, qe::mode, groups, zeros>(p);       \
