@@ -1,10 +1,7 @@
 // Errors go to TensorRT's logger; before it has handed us one, to standard error.
 #pragma once
 
-namespace nvinfer1 {
-class ILogger;
-class ILoggerFinder;
-}  // namespace nvinfer1
+#include <NvInferRuntime.h>  // from version 11 on its classes lie in namespaces of versions: a declaration of ours would clash
 
 namespace qe {
 
