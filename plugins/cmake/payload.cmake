@@ -24,7 +24,7 @@ set(QE_PTX ${CMAKE_CURRENT_BINARY_DIR}/kernels.ptx)
 set(QE_PTX12 ${CMAKE_CURRENT_BINARY_DIR}/kernels12.ptx)
 set(QE_PTX90 ${CMAKE_CURRENT_BINARY_DIR}/kernels_sm_90.ptx)
 set(QE_PTX12_90 ${CMAKE_CURRENT_BINARY_DIR}/kernels12_sm_90.ptx)
-file(GLOB QE_KERNEL_SOURCES CONFIGURE_DEPENDS kernels/*.cu kernels/*.cuh kernels/*.h include/qe_edge/args.h)
+file(GLOB QE_KERNEL_SOURCES CONFIGURE_DEPENDS kernels/*.cu kernels/*.cuh kernels/*.h include/qe_edge/args.h include/qe_edge/sizes.h)
 add_custom_command(OUTPUT ${QE_PTX}
   COMMAND ${QE_NVCC} -O3 -std=c++17 -arch=compute_80 -ptx -o ${QE_PTX} ${CMAKE_CURRENT_SOURCE_DIR}/kernels/kernels.cu
   DEPENDS ${QE_KERNEL_SOURCES} VERBATIM)

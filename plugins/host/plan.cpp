@@ -33,7 +33,7 @@ Workspace Layout(const QeProblem& p, const Shape& s) {
   w.order = Take(at, m * 4);
   if (s.decode) {
     w.partial = Take(at, m * 16 * s.down_tiles() * 4 * splits);
-    w.scores = Take(at, s.experts && p.M <= kLoneLimit ? m * kMaxExperts * 4 * splits : 0);
+    w.scores = Take(at, s.experts && p.M <= kLoneTokens ? m * kMaxExperts * 4 * splits : 0);
     w.slices = Take(at, m * s.Np * 4 * static_cast<size_t>(MostSlices(p, s)));
   } else {
     w.h = Take(at, m * s.rank() * 2);
@@ -76,11 +76,8 @@ const char* Variant(const QeProblem& p) {
   return p.has_zeros ? "s8_g64z" : "s8_g64";
 }
 
-// Three pipeline stages; mirrors Stage in kernels/prefill_loader.cuh.
 int PrefillShared(const QeProblem& p, int rows) {
-  const int groups = p.group_size < 0 ? 0 : 128 / p.group_size;
-  const int of_row = (p.act_bits ? 128 : 256) + (SumsOfGemm(p) ? qe::kTokenSums : 0);
-  return 3 * (rows * of_row + 128 * 16 * p.weight_bits + groups * 256 + (Zeros(p) ? groups * 128 : 0));
+  return kStages * StageBytes(rows, p.weight_bits, p.act_bits != 0, p.group_size < 0 ? 0 : kChunk / p.group_size, Zeros(p));
 }
 
 // Whether a GEMM has kernels with a warp tile of 64 x 64; their block has 128 rows.
@@ -91,9 +88,9 @@ int DefaultRows(const QeProblem& p, int multiprocessors) {
   return HasWide(p) && p.K >= 3072 && Divide(p.N, 128) * Divide(p.M, 128) >= 4 * multiprocessors ? 128 : 64;
 }
 
-// What a GEMM's correction needs instead, after the loop; mirrors Operands in kernels/main_prefill.cuh.
+// What a GEMM's correction needs instead, after the loop.
 int OperandsShared(const QeProblem& p, const Shape& s, int rows) {
-  return s.lowrank ? rows * (2 * s.rank() + 16) + s.shared_tiles * 128 * 2 * p.adapter_bits : 0;
+  return s.lowrank ? rows * OperandRowBytes(s.shared_tiles + s.routed_tiles) + s.shared_tiles * UpStepBytes(p.adapter_bits) : 0;
 }
 
 int ActMax(const QeProblem& p) { return p.act_bits == 8 ? 127 : p.act_bits == 6 ? 31 : 0; }
@@ -186,9 +183,10 @@ void PlanPrepareAtOnce(const QeProblem& p, const Shape& s, const QeBuffers& b, c
   } else {
     snprintf(name, sizeof name, "qe_prepare_prefill_%s", Tag(p));
   }
-  const int tokens = s.lowrank && p.adapter_bits == 16 ? 16 : 8, sums = s.lowrank ? 4 * tokens / 8 * 4 * 128 : 0;
-  const int warps = std::clamp(Divide(s.Kp / 32, 3), 1, 16);
-  Fill(plan.launch[plan.count++], name, Divide(p.M, tokens), 1, warps * 32, 2 * 16 * tokens * 4 + warps * sums, a);
+  const int tokens = PrepareTokens(s.lowrank ? p.adapter_bits : 0);
+  const int sums = s.lowrank ? kDownColumnTiles * tokens / 8 * 4 * 128 : 0;  // of a warp
+  const int warps = std::clamp(Divide(s.Kp / 32, 3), 1, kPrepareWarps);
+  Fill(plan.launch[plan.count++], name, Divide(p.M, tokens), 1, warps * 32, 2 * kPrepareWarps * tokens * 4 + warps * sums, a);
 }
 
 void PlanPrefillFirst(const QeProblem& p, const Shape& s, const QeBuffers& b, const Workspace& w, QePlan& plan) {

@@ -10,16 +10,13 @@
 namespace qe {
 
 constexpr int kDecodeLimit = 64;      // tokens; above it the tiled GEMM runs
-constexpr int kLoneLimit = 4;         // tokens that `main` can quantize itself
-constexpr int kGroupTokens = 16;      // tokens of one block in decode, where `main` does not
 constexpr int kSliceChunks = 256;     // of K that a slice has at least: blocks that meet cost more than filling the GPU gains
-constexpr int kMostSets = 8, kMostWarps = 12;  // of 32 columns that a block has at once, and of the block
+constexpr int kMostSets = 8;          // of 32 columns that a block has at once
 constexpr int kUnknownMultiprocessors = 16;
 constexpr int kMostMultiprocessors = 192;  // of any GPU, for the workspace
 constexpr int kSharedBytes = 96 << 10;     // that a block of decode may take, on every chip
 constexpr int kMaxRank = 128;
-constexpr int kMaxExperts = 16;
-constexpr int kMaxSplits = 16, kMaxSlices = 8;
+constexpr int kMaxSlices = 8;         // of K in `main`
 constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq and of 8 * code * xq stay exact up to it
 constexpr int64_t kMaxPieces = int64_t{1} << 32;
 
@@ -45,12 +42,12 @@ struct Shape {
     decode = p.M <= kGroupTokens || (p.M <= kDecodeLimit && 2 * Divide(p.N, 128) <= multiprocessors);
     lowrank = shared_tiles + routed_tiles > 0;
   }
-  int token_groups() const { return tokens <= kLoneLimit ? 1 : Divide(tokens, kGroupTokens); }
+  int token_groups() const { return tokens <= kLoneTokens ? 1 : Divide(tokens, kGroupTokens); }
   // Blocks of 32 tokens of the prefill down-projection, and its strips of 64 columns.
   int down_blocks(int m) const {
-    return (shared_tiles ? Divide(m, 32) : 0) + (experts ? Divide(m, 32) + experts : 0);
+    return (shared_tiles ? Divide(m, kDownTokens) : 0) + (experts ? Divide(m, kDownTokens) + experts : 0);
   }
-  int down_strips() const { return Divide(std::max(shared_tiles, routed_tiles), 4); }
+  int down_strips() const { return Divide(std::max(shared_tiles, routed_tiles), kDownColumnTiles); }
   int rank() const { return 16 * (shared_tiles + routed_tiles); }
   int down_tiles() const { return shared_tiles + experts * routed_tiles; }
 };
@@ -66,17 +63,17 @@ inline size_t SumBytes(const QeProblem& p, const Shape& s) {
   if (!Zeros(p)) return 0;
   if (p.group_size < 0) return size_t{4} * p.M;
   if (s.decode) return size_t{4} * RoundUp(p.M, kGroupTokens) * (s.Kp / p.group_size);
-  return SumsOfGemm(p) ? static_cast<size_t>(p.M) * (s.Kp / 128) * qe::kTokenSums : 0;
+  return SumsOfGemm(p) ? static_cast<size_t>(p.M) * (s.Kp / 128) * kTokenSums : 0;
 }
 
 // Slices of K in the down-projection: enough blocks to draw on all of the memory, each with work for its warps.
 inline int Splits(const QeProblem& p, const Shape& s) {
   if (s.decode) {
-    const int most = p.M <= kLoneLimit ? kMaxSplits : 4;  // `main` reads every slice's h
+    const int most = p.M <= kLoneTokens ? kMaxSplits : 4;  // `main` reads every slice's h
     return std::clamp(std::min(320 / std::max(1, s.down_tiles()), Divide(p.K, 128)), 1, most);
   }
   const int blocks = s.down_blocks(p.M) * s.down_strips();
-  return std::clamp(std::min(264 / std::max(1, blocks), Divide(p.K, 384)), 1, 8);
+  return std::clamp(std::min(264 / std::max(1, blocks), Divide(p.K, 384)), 1, kMaxPrefillSplits);
 }
 
 // How a decode launch of `main` is cut: slices of K and sets of 32 columns, warps of a set, and blocks beside each other; and
@@ -97,9 +94,9 @@ inline void PlaceShared(const QeProblem& p, const Shape& s, Cut& c) {
   };
   take(c.lone ? c.slice_chunks * p.M * 128 * (s.int8 ? 1 : 2) : 0);
   c.group_sums_at = take(c.lone && Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
-  c.ring_at = take(warps * 3 * 512 * p.weight_bits);
+  c.ring_at = take(warps * kRing * 512 * p.weight_bits);
   c.results_at = take(warps * 2 * (c.lone ? 1 : 2) * 4 * 128);
-  c.tokens_at = take(3 * kGroupTokens * 4 + 16 + (c.lone ? 2 * p.M * kMostWarps * 4 : 0));
+  c.tokens_at = take(3 * kGroupTokens * 4 + 16 + (c.lone ? 2 * p.M * kDecodeWarps * 4 : 0));
   c.scores_at = take(c.lone && s.experts ? p.M * kMaxExperts * 4 : 0);
   c.h_at = take((c.lone ? p.M : std::min(p.M, kGroupTokens)) * s.rank() * 2);
   c.shared = at;
@@ -117,7 +114,7 @@ inline Cut CutColumns(const QeProblem& p, const Shape& s, bool lone, int slices,
   const int beside = std::max(1, multiprocessors / c.groups);
   c.sets = c.slices > 1 ? 1 : std::clamp(Divide(blocks, beside), 1, kMostSets);
   c.blocks = c.slices > 1 ? blocks : std::min(blocks, beside);
-  const int most = std::max(1, kMostWarps / c.sets);
+  const int most = std::max(1, kDecodeWarps / c.sets);
   for (c.set_warps = std::clamp(set_warps ? set_warps : most, 1, std::min(most, c.slice_chunks));; --c.set_warps) {
     c.warp_chunks = Divide(c.slice_chunks, c.set_warps);
     PlaceShared(p, s, c);
@@ -140,7 +137,7 @@ inline int Slices(const Shape& s, int multiprocessors) {
 
 inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors, bool counters) {
   const int wanted = counters ? Slices(s, multiprocessors) : 1;
-  for (int slices = wanted; p.M <= kLoneLimit && slices <= (counters ? kMaxSlices : 1); ++slices) {
+  for (int slices = wanted; p.M <= kLoneTokens && slices <= (counters ? kMaxSlices : 1); ++slices) {
     const Cut cut = CutColumns(p, s, true, slices, multiprocessors, t.decode_warps);
     if (cut.shared <= kSharedBytes) return cut;
   }
@@ -149,7 +146,7 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 
 // The most slices that any GPU has.
 inline int MostSlices(const QeProblem& p, const Shape& s) {
-  const bool roomy = p.M > kLoneLimit || CutColumns(p, s, true, 1, kMostMultiprocessors, 0).shared <= kSharedBytes;
+  const bool roomy = p.M > kLoneTokens || CutColumns(p, s, true, 1, kMostMultiprocessors, 0).shared <= kSharedBytes;
   return roomy ? Slices(s, kMostMultiprocessors) : kMaxSlices;
 }
 

@@ -23,21 +23,21 @@ struct Cursor {
     const size_t at = static_cast<size_t>(block) * p.chunks + chunk;
     scales = static_cast<const uint8_t*>(p.scales) + at * (Groups * kBlockColumns * 2) + (lane >> 2) * 8;
     zeros = p.zeros + at * (Groups * kBlockColumns) + (lane >> 2) * 4;
-    sums = group_sums + static_cast<size_t>(chunk - first) * (Groups * kSumTokens * 4) +
+    sums = group_sums + static_cast<size_t>(chunk - first) * (Groups * kGroupTokens * 4) +
            (Mode == kInt8 && Groups == 1 ? (lane & 3) * 16 : (lane >> 2) * 8);
     if (Mode == kInt8 && Groups == 2) {  // the group that this lane has in decode_two_groups_s8
       zeros += (lane >> 1 & 1) * kBlockColumns;
-      sums += (lane >> 1 & 1) * kSumTokens * 4;
+      sums += (lane >> 1 & 1) * kGroupTokens * 4;
     }
-    const int slots = Tokens8 == 1 ? count : kSumTokens;
+    const int slots = Tokens8 == 1 ? count : kGroupTokens;
     x_step = slots * kRowBytes;
     x = act + static_cast<size_t>(chunk - first) * x_step + token * kRowBytes + (lane & 3) * (kRowBytes / 4);
   }
   QE_DEV void next() {
     scales += Groups * kBlockColumns * 2;
     zeros += Groups * kBlockColumns;
-    sums += Groups * kSumTokens * 4;
-    x += Tokens8 == 1 ? x_step : kSumTokens * kRowBytes;
+    sums += Groups * kGroupTokens * 4;
+    x += Tokens8 == 1 ? x_step : kGroupTokens * kRowBytes;
   }
   QE_DEV u32x4 load_x(int t, int piece) const { return load16(x + t * 8 * kRowBytes + piece * 16); }
 };
@@ -194,7 +194,7 @@ QE_DEV void decode_chunk_16(const Cursor<Bits, k16Bit, Groups, Tokens8>& at, con
     u32x2 sums{}, scales{};
     if constexpr (Groups != 0) {
       zeros = load4(at.zeros + part * kBlockColumns);
-      sums = load_sums<Tokens8>(at.sums + part * kSumTokens * 4);
+      sums = load_sums<Tokens8>(at.sums + part * kGroupTokens * 4);
       scales = load8(at.scales + part * kBlockColumns * 2);
     }
     float sum[kDecodeTiles][Tokens8][4];

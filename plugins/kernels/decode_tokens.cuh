@@ -17,9 +17,9 @@ struct Tokens {
   uint16_t* h;      // [count][rank]
   QE_DEV Tokens(const MainArgs& p, unsigned char* shared) {
     unit = reinterpret_cast<float*>(shared + p.tokens_at);
-    sum = unit + kSumTokens;
-    expert = reinterpret_cast<int32_t*>(sum + kSumTokens);
-    flag = expert + kSumTokens;
+    sum = unit + kGroupTokens;
+    expert = reinterpret_cast<int32_t*>(sum + kGroupTokens);
+    flag = expert + kGroupTokens;
     slots = reinterpret_cast<float*>(flag + 4);
     scores = reinterpret_cast<float*>(shared + p.scores_at);
     h = reinterpret_cast<uint16_t*>(shared + p.h_at);
@@ -60,9 +60,6 @@ QE_DEV void collect_correction(const MainArgs& p, int m0, int count, const Token
     }
   }
 }
-
-constexpr int kLoneTokens = 4;   // that `main` quantizes itself
-constexpr int kDecodeWarps = 12;  // of a block, at most
 
 // The maximum of one token over the block, from each warp's. Places without a warp have zeros.
 QE_DEV float largest_of(const float* slots) {

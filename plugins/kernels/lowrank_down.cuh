@@ -12,11 +12,6 @@
 
 namespace qe {
 
-constexpr int kDownTokens = 32;  // tokens of one prefill block
-constexpr int kDownColumnTiles = 4;
-constexpr int kMaxSlices = 16;        // of K, here and in main_decode
-constexpr int kMaxPrefillSlices = 8;
-
 // What a lane multiplies of 32 rows of x: eight values of each of its tokens.
 template <class T, int Tokens8>
 QE_DEV void load_x_rows(const DownArgs& p, const int (&token)[Tokens8], int block, u32x4 (&x)[Tokens8]) {
@@ -255,21 +250,21 @@ QE_DEV bool last_to_arrive(uint32_t* counter, int parts, int* flag) {
 }
 
 // Values that lie `step` apart, one of each slice: all of them are on their way at once, from here on.
-QE_DEV void load_slices(const float* from, int slices, int step, float (&part)[kMaxSlices]) {
+QE_DEV void load_slices(const float* from, int slices, int step, float (&part)[kMaxSplits]) {
   QE_UNROLL
-  for (int s = 0; s < kMaxSlices; ++s) {
+  for (int s = 0; s < kMaxSplits; ++s) {
     part[s] = 0.f;
     if (s < slices) part[s] = load_fresh(from + static_cast<size_t>(s) * step);
   }
 }
-QE_DEV float sum_in_order(const float (&part)[kMaxSlices]) {
+QE_DEV float sum_in_order(const float (&part)[kMaxSplits]) {
   float sum = 0.f;
   QE_UNROLL
-  for (int s = 0; s < kMaxSlices; ++s) sum += part[s];
+  for (int s = 0; s < kMaxSplits; ++s) sum += part[s];
   return sum;
 }
 QE_DEV float sum_of_slices(const float* from, int slices, int step) {
-  float part[kMaxSlices];
+  float part[kMaxSplits];
   load_slices(from, slices, step, part);
   return sum_in_order(part);
 }
@@ -341,12 +336,12 @@ QE_DEV void lowrank_down_prefill(const DownArgs& p) {
     const int column = o % kColumns, i = o / kColumns;
     if (column >= width) continue;
     const size_t at = static_cast<size_t>(list[i]) * rank + column, step = static_cast<size_t>(p.M) * rank;
-    float part[kMaxPrefillSlices][4], v[4] = {0.f, 0.f, 0.f, 0.f};
+    float part[kMaxPrefillSplits][4], v[4] = {0.f, 0.f, 0.f, 0.f};
     QE_UNROLL
-    for (int s = 0; s < kMaxPrefillSlices; ++s)
+    for (int s = 0; s < kMaxPrefillSplits; ++s)
       if (s < p.splits) load_fresh(p.partial + column0 + s * step + at, part[s]);
     QE_UNROLL
-    for (int s = 0; s < kMaxPrefillSlices; ++s)
+    for (int s = 0; s < kMaxPrefillSplits; ++s)
       QE_UNROLL
       for (int c = 0; c < 4; ++c) v[c] += s < p.splits ? part[s][c] : 0.f;
     store8(h + at, {{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])}});

@@ -9,7 +9,6 @@
 
 namespace qe {
 
-constexpr int kRing = 3;  // chunks of weights that a warp has in flight
 
 // A warp's weights on their way from memory. A lane reads only what it copied itself, so that no barrier is needed; and the
 // copies start before the launch in front ends.
@@ -117,8 +116,8 @@ QE_DEV void main_decode(const MainArgs& p) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, blocks = p.Np / kBlockColumns, stride = grid_x();
   const int set = (warp * p.set_factor) >> 8, part = warp - set * p.set_warps;
   const int split = kQuantizes ? block_y() : block_y() / p.token_groups;
-  const int m0 = kQuantizes ? 0 : (block_y() - split * p.token_groups) * kSumTokens;
-  const int left = p.M - m0, count = left < kSumTokens ? left : kSumTokens;
+  const int m0 = kQuantizes ? 0 : (block_y() - split * p.token_groups) * kGroupTokens;
+  const int left = p.M - m0, count = left < kGroupTokens ? left : kGroupTokens;
   const int first = split * p.slice_chunks;  // of this block's slice of K
   const int own = p.chunks - first < p.slice_chunks ? p.chunks - first : p.slice_chunks;
   const int start = part * p.warp_chunks, end = start + p.warp_chunks < own ? start + p.warp_chunks : own;
@@ -164,7 +163,7 @@ QE_DEV void main_decode(const MainArgs& p) {
                     own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
     quantize_slice<T, Mode, Groups, Zeros>(p, rows, k0, first_scales, tokens);
   } else {
-    const size_t at = static_cast<size_t>(m0) * p.chunks + static_cast<size_t>(first) * kSumTokens;
+    const size_t at = static_cast<size_t>(m0) * p.chunks + static_cast<size_t>(first) * kGroupTokens;
     act += at * (kChunk * kRowBytes);
     if (Groups != 0) group_sums += at * (Groups * 4);
     wait_for_previous();
@@ -184,7 +183,7 @@ QE_DEV void main_decode(const MainArgs& p) {
   const int shared_rank = 16 * p.shared_tiles;
   const bool lone = kQuantizes && corrects && p.M == 1 && p.E == 0 && shared_rank <= block_threads();
   const bool early = lone && thread_id() < shared_rank;
-  float parts_of_h[kMaxSlices];
+  float parts_of_h[kMaxSplits];
   if (early) load_slices(p.partial + thread_id(), p.splits, shared_rank, parts_of_h);
   for (int block0 = block_x(); block0 < blocks; block0 += stride * p.sets, block += stride * p.sets) {
     const int n0 = block * kDecodeColumns;
@@ -221,7 +220,7 @@ QE_DEV void main_decode(const MainArgs& p) {
       if (early) {
         // Else they would be added up, and so waited for, in front of the loop.
         QE_UNROLL
-        for (int s = 0; s < kMaxSlices; ++s) hold(parts_of_h[s]);
+        for (int s = 0; s < kMaxSplits; ++s) hold(parts_of_h[s]);
         store2(tokens.h + thread_id(), from_float<T>(sum_in_order(parts_of_h)).bits);
       } else if (!lone) {
         collect_correction<T, Tokens8>(p, m0, count, tokens);
@@ -282,7 +281,7 @@ QE_DEV void main_decode(const MainArgs& p) {
     }
     if (again) block_sync();  // the results are read before the next columns' are written
   }
-  if (p.k_splits == 1 || !last_to_arrive(p.counters + (m0 / kSumTokens) * blocks + block_x(), p.k_splits, tokens.flag)) return;
+  if (p.k_splits == 1 || !last_to_arrive(p.counters + (m0 / kGroupTokens) * blocks + block_x(), p.k_splits, tokens.flag)) return;
   for (int m = warp; m < count; m += block_threads() >> 5) {
     const int n = block_x() * kDecodeColumns + lane;
     if (n >= p.N) continue;

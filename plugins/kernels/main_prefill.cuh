@@ -233,9 +233,9 @@ QE_DEV void prefill_chunk_16(const unsigned char* s, int rows, int wn, const int
 struct Operands {
   int row_bytes, up, step_bytes, bytes;  // `up` is where its words begin, one step of 16 ranks after the other
   QE_DEV Operands(const MainArgs& p, int rows) {
-    row_bytes = 32 * (p.shared_tiles + p.routed_tiles) + 16;
+    row_bytes = OperandRowBytes(p.shared_tiles + p.routed_tiles);
     up = rows * row_bytes;
-    step_bytes = kPrefillColumns * 2 * p.up_bits;
+    step_bytes = UpStepBytes(p.up_bits);
     bytes = up + p.shared_tiles * step_bytes;
   }
 };

@@ -7,7 +7,7 @@
 
 namespace qe {
 
-constexpr int kWideRows = 128, kWideColumns = 8 * kWideTiles, kWideStages = 3;
+constexpr int kWideRows = 128, kWideColumns = 8 * kWideTiles;
 
 // The codes of 64 columns in one chunk.
 template <int Bits>
@@ -35,7 +35,7 @@ QE_DEV void main_prefill_wide(const MainArgs& p) {
   wait_for_previous();
   Loader<Bits, kInt8, 0, Zeros, 32> load(p, kWideRows, m0, n0);
   const int stage_bytes = load.stage_bytes();
-  for (int s = 0; s < kWideStages; ++s) {
+  for (int s = 0; s < kStages; ++s) {
     if (s < chunks) load(shared + s * stage_bytes);
     load.next();
     cp_async_commit();
@@ -55,12 +55,12 @@ QE_DEV void main_prefill_wide(const MainArgs& p) {
 
   BlockWords<Bits> w[2];
   uint32_t a[2][kRowTiles][4];
-  cp_async_wait<kWideStages - 1>();
+  cp_async_wait<kStages - 1>();
   block_sync();
   load_wide_words<Bits>(shared + words_at, w);
   load_wide_rows<S>(shared + piece[0], a[0]);
   unsigned char* stage = shared;
-  unsigned char* const end = shared + kWideStages * stage_bytes;
+  unsigned char* const end = shared + kStages * stage_bytes;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     QE_UNROLL
     for (int step = 0; step < 4; ++step) {
@@ -73,9 +73,9 @@ QE_DEV void main_prefill_wide(const MainArgs& p) {
         load_wide_rows<S>(stage + piece[step + 1], a[(step + 1) & 1]);
       } else {
         // Every warp has read all of this stage: it is filled anew. The next one has landed for every thread.
-        cp_async_wait<kWideStages - 2>();
+        cp_async_wait<kStages - 2>();
         block_sync();
-        if (chunk + kWideStages < chunks) load(stage);
+        if (chunk + kStages < chunks) load(stage);
         load.next();
         cp_async_commit();
         stage = stage + stage_bytes == end ? shared : stage + stage_bytes;

@@ -5,7 +5,7 @@
 
 namespace qe {
 
-constexpr int kPrefillColumns = 128, kStages = 3, kRowTiles = 4, kColumnTiles = 4, kWarpRows = 64, kWarpColumns = 32;
+constexpr int kRowTiles = 4, kColumnTiles = 4, kWarpRows = 64, kWarpColumns = 32;
 constexpr int kWarpsAcross = kPrefillColumns / kWarpColumns;
 constexpr int kWideTiles = 8;  // column tiles of a warp in main_prefill_wide.cuh
 
@@ -82,7 +82,7 @@ struct Loader {
     const size_t first = static_cast<size_t>(block < last_block ? block : last_block) * chunks * pieces;
     return from + (first + at % pieces) * 16;
   }
-  QE_DEV int stage_bytes() const { return rows * (S::kRowBytes + S::kSumBytes) + S::kSums; }
+  QE_DEV int stage_bytes() const { return StageBytes(rows, Bits, Mode == kInt8, Groups, Zeros); }
 
   // Copies the next chunk to the stage at s.
   QE_DEV void operator()(unsigned char* s) {

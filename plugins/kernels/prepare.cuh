@@ -17,8 +17,6 @@
 
 namespace qe {
 
-constexpr int kMaxExperts = 16;
-constexpr int kSumTokens = 16;                  // tokens of `sums` in decode
 constexpr int kPrepareSlots = kMaxExperts + 1;  // the scores, then the maximum
 
 // Where `prepare` or a block of `main` puts what it quantizes, and what of it.
@@ -165,8 +163,8 @@ QE_DEV void store_sum(const Rows& p, int token, int group, float sum) {
     store8(to, {{twice_half(word, 0), twice_half(word, 1)}});
     return;
   }
-  to += static_cast<size_t>(group) * kSumTokens;
-  const int last = token == p.tokens - 1 ? kSumTokens : token + 1;
+  to += static_cast<size_t>(group) * kGroupTokens;
+  const int last = token == p.tokens - 1 ? kGroupTokens : token + 1;
   const int beside = p.act_max && p.sum_rows == 128 ? 2 : 1;  // tokens of a lane that stand before those 8 after them
   for (int m = token; m < last; ++m) store4(to + m % 8 / beside * (2 * beside) + m / 8 * beside + m % beside, word);
 }
@@ -280,10 +278,10 @@ QE_DEV void prepare(const PrepareArgs& p) {
   const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
   const T* router = static_cast<const T*>(p.router);
   // In decode order 16 tokens lie together, with their sums.
-  const int group = p.decode_order ? token / kSumTokens : 0, first = group * kSumTokens;
-  const int places = p.decode_order ? kSumTokens : 0, left = p.M - first;
+  const int group = p.decode_order ? token / kGroupTokens : 0, first = group * kGroupTokens;
+  const int places = p.decode_order ? kGroupTokens : 0, left = p.M - first;
   Rows rows{p.inv_omega, static_cast<uint8_t*>(p.act), static_cast<uint32_t*>(p.sums), p.K, p.Kp,
-            places && left > kSumTokens ? kSumTokens : left, places, p.act_max, p.sum_rows, p.code_shifts};
+            places && left > kGroupTokens ? kGroupTokens : left, places, p.act_max, p.sum_rows, p.code_shifts};
   rows.act += static_cast<size_t>(first) * p.Kp * (p.act_max ? 1 : 2);
   if (p.sums && p.sum_rows) rows.sums += static_cast<size_t>(first) * (p.Kp / p.sum_rows);
   wait_for_previous();

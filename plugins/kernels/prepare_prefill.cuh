@@ -8,9 +8,8 @@
 
 namespace qe {
 
-constexpr int kPrepareWarps = 16;  // of a block, at most
 template <int Bits>
-constexpr int kPrepareTokens8 = Bits == 16 ? 2 : 1;
+constexpr int kPrepareTokens8 = PrepareTokens(Bits) / 8;
 template <int Bits>
 constexpr int kStrip = Bits >= 8 ? 1 : 2;  // blocks of 32 rows that a warp has at a time; the next ones are on their way
 

@@ -5,9 +5,7 @@
 
 namespace qe {
 
-constexpr int kChunk = 128;           // rows of K in one packed weight tile
 constexpr int kPieceBytes = 512;      // one 16-byte load of a warp: 128 rows x 8 columns of 4-bit weights
-constexpr int kBlockColumns = 32;     // columns whose weights, scales and zero points are together
 template <int Bits>
 constexpr int kBlockBytes = Bits * kPieceBytes;
 constexpr int kInt8 = 0, k16Bit = 1;  // activation modes of `main`

@@ -7,14 +7,13 @@
 #pragma once
 #include <stdint.h>
 
+#include "sizes.h"
+
 namespace qe {
 
 // 16-bit activations: how many bits above bit 0 of an fp16 the codes of eight rows stand when `main` multiplies them.
 // 4 bits for each of the 16 eights of a chunk, the first in the lowest; see unpack.cuh for both orders.
 constexpr uint64_t kCodeShifts4 = 0x4040404040404040, kCodeShifts3 = 0x0636305263041630;
-
-// Sums of int8 activations for a GEMM with two groups in a chunk of K: bytes of one token in one chunk.
-constexpr int kTokenSums = 16;
 
 struct PrepareArgs {
   const void* x;          // T [M, K]
