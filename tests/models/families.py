@@ -85,12 +85,10 @@ class FamilyChecks:
     Class attributes:
         linears: Linear layers by group.
         cases: Names of the samples that the family takes.
-        calm: Samples of so few patches that no order of a sum decides about a code.
     """
 
     linears: dict[str, int]
     cases: tuple[str, ...] = tuple(CASES)
-    calm: tuple[str, ...] = ("square", "text only")
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -149,11 +147,14 @@ class FamilyChecks:
 
     @pytest.mark.slow
     def test_graphs_round_activations_alike(self, folder: Path, tmp_path: Path) -> None:
-        """Now and then the order of a sum decides between two codes, and later tokens of that row differ a little."""
+        """Now and then the order of a sum decides between two codes, and later tokens of that row differ a little.
+
+        The order depends on the number of threads, so it is chance how many tokens come after such a code.
+        """
         made = make(folder, tmp_path, "qe", "w4a8", tuple(self.linears))
-        small = np.concatenate([token_errors(made, CASES[case]) for case in self.calm])
-        assert np.median(small) < 1e-5
-        assert token_errors(made, CASES["batch"]).max() < 0.1
+        errors = np.concatenate([token_errors(made, CASES[case]) for case in self.cases])
+        assert np.quantile(errors, 0.05) < 1e-5
+        assert errors.max() < 0.1
 
     @pytest.mark.slow
     def test_validation(self, folder: Path, made: Made, tmp_path: Path) -> None:

@@ -81,7 +81,6 @@ def write(folder: Path, **changes: object) -> Path:
 
 class TestGemma3(FamilyChecks):
     linears = {"visual": 2 * 6, "language": 3 * 7}  # noqa: RUF012
-    calm = ("text only",)
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -80,7 +80,6 @@ def write(folder: Path, model_type: str) -> Path:
 
 class TestSmolVLM(FamilyChecks):
     linears = {"visual": 2 * 6, "merger": 1, "language": 3 * 7}  # noqa: RUF012
-    calm = ("text only",)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -103,7 +102,6 @@ class TestSmolVLM(FamilyChecks):
 
 class TestIdefics3(FamilyChecks):
     linears = {"visual": 2 * 6, "merger": 1, "language": 3 * 7}  # noqa: RUF012
-    calm = ("text only",)
 
     @pytest.fixture(scope="class")
     @classmethod
