@@ -39,7 +39,7 @@ TEXT = {
 }
 
 
-def write_tiny_internvl(folder: Path, text_model: str) -> Path:
+def write_tiny_internvl(folder: Path, text_model: str, **sizes: int) -> Path:
     """A model of about 150 thousand parameters whose outputs depend on every one of them."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -58,7 +58,7 @@ def write_tiny_internvl(folder: Path, text_model: str) -> Path:
     )
     config = InternVLConfig(
         vision_config=vision.to_dict(),
-        text_config={"model_type": text_model, **TEXT},
+        text_config={"model_type": text_model, **TEXT, **sizes},
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=TOKENS_PER_TILE,
         downsample_ratio=0.5,

@@ -26,6 +26,16 @@ TEXT = {
 }
 VISION = {"depth": 4, "hidden_size": 160, "num_heads": 2, "intermediate_size": 192, "out_hidden_size": 96}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "vision_config": {
+            "depth": 4,
+            "embed_dim": 160,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "hidden_size": 96,
+            "patch_size": 14,
+        },
+    },
     "qwen2_5_vl": {
         "vision_config": {**VISION, "patch_size": 14, "fullatt_block_indexes": [1, 3], "window_size": 112},
     },

@@ -23,6 +23,7 @@ from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.system.errors import ModelError
 from tests.models.conftest import END, START, TOKENS_PER_TILE, write_tiny_internvl
+from tests.models.families import FamilyChecks
 
 QUICK = {"tokens": 128, "em_steps": 1}
 LINEARS = {"visual": 2 * 6, "merger": 2, "language": 2 * 7}
@@ -35,7 +36,7 @@ def logits_of(loaded: LoadedModel, samples: list[Sample]) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("text_model", ["llama", "qwen2"])
+@pytest.mark.parametrize("text_model", ["llama", "qwen2", "qwen3"])
 def test_blocks_are_found_whatever_the_text_model(tmp_path: Path, text_model: str) -> None:
     loaded = load_model(str(write_tiny_internvl(tmp_path / text_model, text_model)))
     groups = [block.group for block in loaded.family.blocks(loaded.model)]
@@ -150,3 +151,16 @@ def test_unquantized_export(tiny_internvl: Path, samples: list[Sample], tmp_path
     loaded = load_model(str(tiny_internvl), torch.float32)
     export_model(loaded, tmp_path / "onnx")
     assert token_errors(loaded, VisionLanguageEngine.load(tmp_path / "onnx", threads=1), samples).max() < 1e-4
+
+
+class TestInternVL35(FamilyChecks):
+    """A text model as InternVL 3.5 has it."""
+
+    linears = LINEARS
+    calm = ("text only",)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("model") / "internvl"
+        return write_tiny_internvl(folder, "qwen3", head_dim=32, max_position_embeddings=2048)
