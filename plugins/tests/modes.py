@@ -93,7 +93,30 @@ def _three_bit_combinations() -> list[tuple[Mode, int]]:
     return cases
 
 
-COMBINATIONS = _combinations() + _three_bit_combinations()
+def _prompts_without_a_router() -> list[tuple[Mode, int]]:
+    """Kernels of prompts that the combinations above reach too seldom: without a correction, and some with one."""
+    cases = []
+    for dtype, tokens in product(("f16", "bf16"), (65, 150)):
+        for act_bits, group_size, zeros in ((8, -1, False), (6, -1, False), (8, -1, True), (0, 128, True)):
+            name = f"plain-a{act_bits or 16}-{dtype}-{'asym' if zeros else 'sym'}"
+            mode = Mode(name, act_bits, group_size, zeros, dtype=dtype, rank_shared=0, experts=0)
+            cases.append((mode, tokens))
+    cases.append((Mode("more-a8-bf16-int4-e0", dtype="bf16", adapter_bits=4, experts=0), 65))
+    cases += [(Mode(f"more-a{a}-bf16-int8-e0", a, dtype="bf16", adapter_bits=8, experts=0), 150) for a in (8, 6)]
+    return [*cases, (Mode("more-a8-bf16-int4-e4", dtype="bf16", adapter_bits=4, experts=4), 150)]
+
+
+WIDE = [
+    *(
+        Mode(f"wide-{dtype}{'-asym' * zeros}", zeros=zeros, dtype=dtype, experts=0)
+        for dtype in ("f16", "bf16")
+        for zeros in (False, True)
+    ),
+    Mode("wide-w3", weight_bits=3, adapter_bits=4, experts=0),
+]
+"""Every kernel with a warp tile of 64 x 64."""
+
+COMBINATIONS = _combinations() + _three_bit_combinations() + _prompts_without_a_router()
 COMBINATION_IDS = [f"{mode.name}-{tokens}" for mode, tokens in COMBINATIONS]
 
 

@@ -246,7 +246,7 @@ PLANTED = [
     Planted("h of another token group", TOKENS, "collect_h<T>(p, m0 + m, r", "collect_h<T>(p, m, r", 40, HALF),
     Planted("asm: counters that never begin again", "kernels/prim_ptx.cuh", "atom.global.inc.u32 %0, [%1], %2;", "atom.global.inc.u32 %0, [%1], 255;", 4, PLAIN, "ptx", slices=3),
     Planted("asm: a slice that may come from a cache", "kernels/prim_ptx.cuh", "ld.relaxed.gpu.global.f32", "ld.global.f32", 4, PLAIN, "ptx", slices=3),
-    Planted("asm: no fence", "kernels/prim_ptx.cuh", "fence.acq_rel.gpu;", "", 72, LONE, "ptx"),
+    Planted("asm: no fence", "kernels/prim_ptx.cuh", "fence.acq_rel.gpu;", "", 72, INT8, "ptx"),
     Planted("PTX: x before the launch in front has ended", TOKENS, "  wait_for_previous();\n  u32x2 value", "  u32x2 value", 3, PLAIN, "ptx"),
     Planted("PTX: x of factors before the launch in front has ended", DOWN,
             "  prefetch_next(p);\n  wait_for_previous();", "  prefetch_next(p);", 3, LONE, "ptx"),

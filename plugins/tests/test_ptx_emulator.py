@@ -15,7 +15,7 @@ from emulator.session import problem_of, run_linear
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.forced import forced_slices
-from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for, tactic_for
+from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, WIDE, shape_for, tactic_for
 
 
 def check(mode: Mode, tokens: int, planner: Planner, machine: PtxMachine, tactic: Tactic | None = None) -> None:
@@ -26,10 +26,10 @@ def check(mode: Mode, tokens: int, planner: Planner, machine: PtxMachine, tactic
     assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
 
 
-def launched(planner: Planner, mode: Mode, tokens: int) -> list[str]:
+def launched(planner: Planner, mode: Mode, tokens: int, tactic: Tactic | None = None) -> list[str]:
     """The kernels of one case."""
     problem = problem_of(random_layer(mode, *shape_for(mode, tokens)), tokens, mode.dtype)
-    return [launch.name for launch in planner.launches(problem, Buffers(counters=256), tactic_for(tokens))]
+    return [launch.name for launch in planner.launches(problem, Buffers(counters=256), tactic or tactic_for(tokens))]
 
 
 def first_of_every_kernel() -> list[tuple[Mode, int]]:
@@ -81,18 +81,18 @@ def test_slices_of_k(tokens: int, k: int, planner: Planner, ptx_machine: PtxMach
         assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
 
 
-@pytest.mark.parametrize("name", ["w4a8", "w3a8"])
-def test_largest_tile(name: str, planner: Planner, ptx_machine: PtxMachine) -> None:
-    mode = next(mode for mode in MODES if mode.name == name)
+@pytest.mark.parametrize("mode", WIDE, ids=lambda mode: mode.name)
+def test_largest_tile(mode: Mode, planner: Planner, ptx_machine: PtxMachine) -> None:
     check(mode, 65, planner, ptx_machine, Tactic(block_rows=128))
 
 
 def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine) -> None:
     names = ptx_machine.file.names
-    assert len(names) == len(set(names)) == 92
+    assert len(names) == len(set(names)) == 105
 
 
 def test_the_combinations_launch_every_kernel(planner: Planner, ptx_machine: PtxMachine) -> None:
     """A kernel that ships and that no case above reaches would be unverified."""
     found = {name for mode, tokens in COMBINATIONS for name in launched(planner, mode, tokens)}
+    found |= {name for mode in WIDE for name in launched(planner, mode, 65, Tactic(block_rows=128))}
     assert found == set(ptx_machine.file.names)
