@@ -157,7 +157,6 @@ class TestInternVL35(FamilyChecks):
     """A text model as InternVL 3.5 has it."""
 
     linears = LINEARS
-    calm = ("text only",)
 
     @pytest.fixture(scope="class")
     @classmethod
