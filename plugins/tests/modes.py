@@ -96,7 +96,7 @@ def _three_bit_combinations() -> list[tuple[Mode, int]]:
 def _prompts_without_a_router() -> list[tuple[Mode, int]]:
     """Kernels of prompts that the combinations above reach too seldom: without a correction, and some with one."""
     cases = []
-    for dtype, tokens in product(("f16", "bf16"), (65, 150)):
+    for dtype, tokens in product(_DTYPES, (65, 150)):
         for act_bits, group_size, zeros in ((8, -1, False), (6, -1, False), (8, -1, True), (0, 128, True)):
             name = f"plain-a{act_bits or 16}-{dtype}-{'asym' if zeros else 'sym'}"
             mode = Mode(name, act_bits, group_size, zeros, dtype=dtype, rank_shared=0, experts=0)
@@ -106,11 +106,11 @@ def _prompts_without_a_router() -> list[tuple[Mode, int]]:
     return [*cases, (Mode("more-a8-bf16-int4-e4", dtype="bf16", adapter_bits=4, experts=4), 150)]
 
 
+_DTYPES: tuple[Dtype, Dtype] = ("f16", "bf16")
 WIDE = [
     *(
-        Mode(f"wide-{dtype}{'-asym' * zeros}", zeros=zeros, dtype=dtype, experts=0)
-        for dtype in ("f16", "bf16")
-        for zeros in (False, True)
+        Mode(f"wide-{dtype}{'-asym' * z}", zeros=z, dtype=dtype, experts=0)
+        for dtype, z in product(_DTYPES, (False, True))
     ),
     Mode("wide-w3", weight_bits=3, adapter_bits=4, experts=0),
 ]

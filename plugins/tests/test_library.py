@@ -47,7 +47,7 @@ def test_carries_kernels_for_both_cuda_versions(machine: str) -> None:
     """JetPack 6 has CUDA 12 and JetPack 7 has CUDA 13; the magic number opens every fatbin."""
     library = ROOT / FOLDERS[machine] / "libqe_plugin.so"
     assert library.read_bytes().count(b"\x50\xed\x55\xba") == 2
-    assert library.stat().st_size < 18 << 20
+    assert library.stat().st_size < 20 << 20
 
 
 @pytest.mark.parametrize("seed", [1, 2])
