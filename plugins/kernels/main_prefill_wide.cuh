@@ -3,7 +3,7 @@
 // matrix instructions, and those of one k32 step are enough to hide the reads for the next one.
 #pragma once
 #include "../include/qe_edge/args.h"
-#include "main_prefill.cuh"
+#include "prefill_epilogue.cuh"
 
 namespace qe {
 

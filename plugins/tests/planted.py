@@ -45,7 +45,7 @@ INT4_FACTORS = Mode("w4a8_int4_factors", adapter_bits=4, experts=4)
 
 PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
 LOADER, WIDE = "kernels/prefill_loader.cuh", "kernels/main_prefill_wide.cuh"
-AT_ONCE = "kernels/prepare_prefill.cuh"
+AT_ONCE, EPILOGUE = "kernels/prepare_prefill.cuh", "kernels/prefill_epilogue.cuh"
 CHUNK, TOKENS = "kernels/decode_chunk.cuh", "kernels/decode_tokens.cuh"
 PLAN = "host/plan.cpp"
 DOWN, PREPARE, UNPACK = "kernels/lowrank_down.cuh", "kernels/prepare.cuh", "kernels/unpack.cuh"
@@ -74,9 +74,9 @@ PLANTED = [
     Planted("misaligned copy", LOADER, "weight + i * kPieceBytes);", "weight + i * kPieceBytes + (i == 1 ? 8 : 0));", 65, LONE),
     Planted("lost tail of M", LOADER,
             "const int last = m < p.M ? m : p.M - 1;\n  return", "const int last = m;\n  return", 65, LONE),
-    Planted("lost tail of N", PREFILL, "< p.M && n < p.N)", "< p.M)", 65, LONE),
+    Planted("lost tail of N", EPILOGUE, "< p.M && n < p.N)", "< p.M)", 65, LONE),
     Planted("lost tail of K in the down-projection", DOWN, "if (k < p.K) x[t] = load16", "x[t] = load16", 3, LONE),
-    Planted("stale expert", PREFILL, "p.expert[token_of(p, m0 + wm + i * 16 + h * 8 +", "p.expert[token_of(p, m0 + wm + i * 16 +", 72, INT8),
+    Planted("stale expert", EPILOGUE, "p.expert[token_of(p, m0 + wm + i * 16 + h * 8 +", "p.expert[token_of(p, m0 + wm + i * 16 +", 72, INT8),
     Planted("largest score wins", PREPARE, "if (score[e] < score[best]) best = e;", "if (score[e] > score[best]) best = e;", 3, INT8),
     Planted("reads a swizzle that was not written", PREFILL,
             "load_matrix(a[step], s + S::offset(row + (lane & 15), first + step * 2 + (lane >> 4)));",
@@ -102,7 +102,7 @@ PLANTED = [
             "m0 + past_zeros < p.M ? m0 + past_zeros : p.M - 1", 72, ZEROS_64_ROUTED),
     Planted("two groups: sums of the wrong chunk", LOADER, "group_step = p.M * S::kSumBytes", "group_step = S::kSumBytes", 65, ZEROS_64),
     Planted("two groups: sums that nobody copies", LOADER, "(S::kSumBytes ? rows : 0)", "(S::kSumBytes ? rows - 16 : 0)", 65, ZEROS_64),
-    Planted("two groups: a GEMM forgets the unit", PREFILL, "sx * kUnit", "sx", 65, ZEROS_64),
+    Planted("two groups: a GEMM forgets the unit", EPILOGUE, "sx * kUnit", "sx", 65, ZEROS_64),
     Planted("two groups: half of the columns twice", PREFILL, "acc[i][kFirstTile + j]", "acc[i][j]", 65, ZEROS_64),
     Planted("two groups: every lane has the first one's zero point", CHUNK,
             "zeros += (lane >> 1 & 1) * kBlockColumns;", "zeros += 0;", 3, ZEROS_64),
@@ -143,12 +143,12 @@ PLANTED = [
     Planted("INT4 factors: the lower registers twice", UNPACK, "codes = w >> (8 * i)", "codes = w >> (8 * 0)", 3, INT4_FACTORS),
     Planted("INT4 factors: words of `down` swapped", UNPACK, "int4_pairs<T>(words.v[step], a)", "int4_pairs<T>(words.v[1 - step], a)", 65, INT4_FACTORS),
     Planted("registers of `up` swapped", DECODE, "{u[0], u[2], u[1], u[3]}", "{u[0], u[1], u[2], u[3]}", 3, INT4_FACTORS),
-    Planted("the next column tile's registers of `up`", PREFILL,
+    Planted("the next column tile's registers of `up`", EPILOGUE,
             "mma_16<T>(out[i][j + 1], x[i], u[2], u[3]);", "mma_16<T>(out[i][j + 1], x[i], u[0], u[1]);", 65, INT4_FACTORS),
     Planted("INT4 factors: `up` read as 16 bits", UNPACK, "if (bits == 4) {", "if (bits == 3) {", 65, INT4_FACTORS),
-    Planted("factors of columns beyond N", PREFILL,
+    Planted("factors of columns beyond N", EPILOGUE,
             "pair = own < last_pair ? own : last_pair;\n      const size_t", "pair = own;\n      const size_t", 65, LONE),
-    Planted("a routed expert's factors of columns beyond N", PREFILL,
+    Planted("a routed expert's factors of columns beyond N", EPILOGUE,
             "pair = own < last_pair ? own : last_pair;\n          load_up", "pair = own;\n          load_up", 65, INT8),
     Planted("asm: halves of a pair swapped", "kernels/prim_ptx.cuh",
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));',
@@ -183,15 +183,15 @@ PLANTED = [
             "== static_cast<uint32_t>(parts - 1)", "== static_cast<uint32_t>(parts - 2)", 4, PLAIN, slices=3),
     Planted("counter of another column block", DECODE, "* blocks + block_x()", "* blocks + block_x() / 2", 4, PLAIN, slices=3),
     Planted("counter of another token group", DECODE, "(m0 / kGroupTokens) * blocks", "0 * blocks", 40, HALF_LONE, slices=2),
-    Planted("no barrier before the correction's operands", PREFILL,
+    Planted("no barrier before the correction's operands", EPILOGUE,
             "    block_sync();  // nobody reads the stages any more\n", "", 72, LONE, shape=(840, 72)),
-    Planted("no barrier after the correction's operands", PREFILL,
+    Planted("no barrier after the correction's operands", EPILOGUE,
             "    cp_async_wait<0>();\n    block_sync();\n    prefill_lowrank", "    cp_async_wait<0>();\n    prefill_lowrank", 72, LONE),
-    Planted("columns in the order of the sums", PREFILL, "        transpose_four(words);\n", "", 65, PLAIN),
-    Planted("half of the columns in the other lane", PREFILL, "const bool upper = lane & bit;", "const bool upper = lane & 1;", 65, PLAIN),
-    Planted("output scales of the first columns", PREFILL, "const int at = column0 + (j + t) * 8, n", "const int at = column0 + j * 8, n", 65, PLAIN),
-    Planted("words of `up` of another step", PREFILL, "step * to.step_bytes + piece * 16", "piece * 16", 65, LONE),
-    Planted("rows of h of another tile", PREFILL, "rows + i * 16 * at.row_bytes", "rows + i * 8 * at.row_bytes", 65, LONE),
+    Planted("columns in the order of the sums", EPILOGUE, "        transpose_four(words);\n", "", 65, PLAIN),
+    Planted("half of the columns in the other lane", EPILOGUE, "const bool upper = lane & bit;", "const bool upper = lane & 1;", 65, PLAIN),
+    Planted("output scales of the first columns", EPILOGUE, "const int at = column0 + (j + t) * 8, n", "const int at = column0 + j * 8, n", 65, PLAIN),
+    Planted("words of `up` of another step", EPILOGUE, "step * to.step_bytes + piece * 16", "piece * 16", 65, LONE),
+    Planted("rows of h of another tile", EPILOGUE, "rows + i * 16 * at.row_bytes", "rows + i * 8 * at.row_bytes", 65, LONE),
     Planted("wide tile: no barrier before a stage is filled anew", WIDE,
             "        block_sync();\n        if (chunk", "        if (chunk", 130, PLAIN, rows=128),
     Planted("wide tile: a stage too late", WIDE, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>", 130, PLAIN, rows=128),

@@ -121,4 +121,5 @@ class Method(ABC, Generic[OptionsType]):
 
     def candidates(self, problem: LinearProblem) -> list[Candidate]:
         """Everything that a budget may choose from for one linear problem; only where `spends_budget`."""
+        # only a mistake in our own code comes here: a recipe with a budget for such a method is refused
         raise NotImplementedError(f"'{problem.name}': this method has no candidates")

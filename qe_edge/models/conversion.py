@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qe_edge.models.guard import Guard, check_values
 from qe_edge.models.internlm2_tokenizer import read_internlm2_tokenizer
 from qe_edge.models.internvl_original import ORIGINAL, OriginalConfig, converted_config, converted_tensors
 from qe_edge.models.model_files import find_file
+from qe_edge.models.tokenizers import check_tokenizer_files
 from qe_edge.models.weight_files import INDEX, SINGLE, check_links, weight_headers
 from qe_edge.system.atomic import atomic_folder
-from qe_edge.system.errors import ModelError, printable
+from qe_edge.system.errors import ModelError, NumericalError, printable
 from qe_edge.system.json_files import read_json_table
 from qe_edge.system.progress import Progress, Silent, track
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REMEDY = "Get the original model again."
 START, IMAGE, STOP = "<img>", "<IMG_CONTEXT>", "</img>"  # around and in place of a picture's features
@@ -51,6 +55,7 @@ def convert_model(source: str, out: Path, *, progress: Progress | None = None) -
     Raises:
         ModelError: If the model is none of this layout, or holds what transformers' own classes do not compute.
         ArtifactError: If a file is damaged.
+        NumericalError: If a weight is NaN or infinite.
         ResourceError: If the disk is full.
 
     Example:
@@ -74,9 +79,11 @@ def convert_model(source: str, out: Path, *, progress: Progress | None = None) -
         with track(progress or Silent(), "Converting", float(len(headers))) as tracked:
             for number, path in enumerate(headers, 1):
                 name = SINGLE if len(headers) == 1 else f"model-{number:05d}-of-{len(headers):05d}.safetensors"
-                tensors = dict(
-                    pair for key, tensor in load_file(path).items() for pair in converted_tensors(original, key, tensor)
-                )
+                tensors: dict[str, Tensor] = {}
+                for key, tensor in load_file(path).items():
+                    if not bool(tensor.isfinite().all()):
+                        raise NumericalError(f"The weights '{printable(key)[:200]}' hold NaN or infinity.", REMEDY)
+                    tensors |= converted_tensors(original, key, tensor)
                 save_file(tensors, part / name, metadata={"format": "pt"})
                 weights |= dict.fromkeys(tensors, name)
                 total += sum(tensor.nbytes for tensor in tensors.values())
@@ -114,6 +121,7 @@ def _tokenizer(source: str, original: OriginalConfig) -> Any:  # noqa: ANN401 - 
     bos = ""
     with Guard(f"The tokenizer of '{source}' cannot be converted", REMEDY):
         if original.llm_config.model_type == "qwen2":
+            check_tokenizer_files(source)
             tokenizer = Qwen2Tokenizer.from_pretrained(source, extra_special_tokens=marks)
         else:
             path, settings = find_file(source, "tokenizer.model"), find_file(source, "tokenizer_config.json")
@@ -133,10 +141,13 @@ def _tokenizer(source: str, original: OriginalConfig) -> Any:  # noqa: ANN401 - 
         tokenizer.eos_token = END
         known = tokenizer.get_vocab()
         missing = [token for token in (START, IMAGE, STOP, END) if token not in known]
-    if missing or len(tokenizer) > original.llm_config.vocab_size:
+    if missing:
+        raise ModelError(f"The tokenizer of '{source}' has no token {', '.join(missing)}.", REMEDY)
+    token, highest = max(known.items(), key=lambda item: item[1])
+    if highest >= original.llm_config.vocab_size:
         raise ModelError(
-            f"The tokenizer of '{source}' lacks {', '.join(missing) or 'no token'}, and has {len(tokenizer)} tokens "
-            f"for a model of {original.llm_config.vocab_size}.",
+            f"Token '{printable(token)[:60]}' of '{source}' has number {highest}; the embedding has "
+            f"{original.llm_config.vocab_size} rows.",
             REMEDY,
         )
     system, gap = SYSTEMS[original.template]

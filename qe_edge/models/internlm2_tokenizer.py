@@ -11,6 +11,7 @@ from typing import Any
 
 from qe_edge.models.guard import Guard
 from qe_edge.system.errors import ModelError
+from qe_edge.system.json_files import read_bounded_bytes
 
 REMEDY = "Copy tokenizer.model and tokenizer_config.json from the original model."
 MAX_FILE = 16 * 2**20  # bytes; InternLM2's has 1.5 million
@@ -34,12 +35,11 @@ def read_internlm2_tokenizer(path: Path, added: dict[str, Any]) -> Any:  # noqa:
     from tokenizers.models import BPE
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
-    if path.stat().st_size > MAX_FILE:
-        raise ModelError(f"'{path}' has more than {MAX_FILE >> 20} MiB.", REMEDY)
+    data = read_bounded_bytes(path, error=ModelError, remedy=REMEDY, limit=MAX_FILE)
     with Guard(f"'{path}' cannot be read", REMEDY):
         found = import_protobuf().ModelProto()
         try:
-            found.ParseFromString(path.read_bytes())
+            found.ParseFromString(data)
         except DecodeError as error:
             raise ModelError(f"'{path}' is no SentencePiece model: {error}.", REMEDY) from error
         if found.trainer_spec.model_type != BYTE_PAIRS:

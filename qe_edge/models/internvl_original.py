@@ -167,23 +167,28 @@ def converted_tensors(original: OriginalConfig, name: str, tensor: Tensor) -> It
     if fused is None:
         yield _renamed(name), tensor
         return
+    rows = len(tensor) if tensor.dim() else 0
     if fused["module"] == "attn.qkv":
+        _check_rows(name, rows, 3 * original.vision_config.hidden_size)
         parts = tuple(tensor.chunk(3))
         module = f"{fused['layer']}.attn"
     else:
         heads, width = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
         group = text.num_attention_heads // heads
-        if len(tensor) != heads * (group + 2) * width:
-            raise ModelError(
-                f"Tensor '{name}' has {len(tensor)} rows, and {heads} heads of {group} + 2 times {width} need "
-                f"{heads * (group + 2) * width}.",
-                "Download the model again.",
-            )
-        rows = tensor.reshape(heads, group + 2, width, *tensor.shape[1:])
-        parts = tuple(part.reshape(-1, *tensor.shape[1:]) for part in (rows[:, :group], rows[:, -2], rows[:, -1]))
+        _check_rows(name, rows, heads * (group + 2) * width)
+        split = tensor.reshape(heads, group + 2, width, *tensor.shape[1:])
+        parts = tuple(part.reshape(-1, *tensor.shape[1:]) for part in (split[:, :group], split[:, -2], split[:, -1]))
         module = f"{fused['layer']}.self_attn"
     for letter, part in zip("qkv", parts, strict=True):
         yield _renamed(f"{module}.{letter}_proj.{fused['leaf']}"), part.contiguous()
+
+
+def _check_rows(name: str, rows: int, wanted: int) -> None:
+    if rows != wanted:
+        raise ModelError(
+            f"Tensor '{printable(name)[:200]}' has {rows} rows; its configuration asks for {wanted}.",
+            "Download the model again.",
+        )
 
 
 def _renamed(name: str) -> str:

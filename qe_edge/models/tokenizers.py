@@ -80,7 +80,7 @@ def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - token
     Raises:
         ModelError: If a file is missing or broken, if a token is outside the embedding, or if no end token is named.
     """
-    tokens = _check_files(source)
+    tokens = check_tokenizer_files(source)
     from transformers import AutoTokenizer
 
     remedy = OLDER_REMEDY if tokens is None else REMEDY
@@ -104,7 +104,7 @@ def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - token
     return tokenizer
 
 
-def _check_files(source: str) -> dict[str, int | None] | None:
+def check_tokenizer_files(source: str) -> dict[str, int | None] | None:
     """Check every file of a tokenizer before the libraries read it.
 
     Returns:

@@ -47,7 +47,20 @@ def read_json_table(
 def read_bounded_text(
     path: Path, *, error: type[QEError] = ArtifactError, remedy: str = "Get the file again.", limit: int = MAX_BYTES
 ) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """The text of a UTF-8 file, without a byte order mark; arguments are those of `read_bounded_bytes`.
+
+    Raises:
+        QEError: Of the class `error`, for a file that is missing, no regular file, too large or not UTF-8.
+    """
+    data = read_bounded_bytes(path, error=error, remedy=remedy, limit=limit)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"'{path}' is not UTF-8: byte {problem.start} is wrong.", remedy) from problem
+
+
+def read_bounded_bytes(path: Path, *, error: type[QEError], remedy: str, limit: int) -> bytes:
+    """The contents of a regular file.
 
     Args:
         path: The file.
@@ -56,7 +69,7 @@ def read_bounded_text(
         limit: Largest size in bytes.
 
     Raises:
-        QEError: Of the class `error`, for a file that is missing, no regular file, too large or not UTF-8.
+        QEError: Of the class `error`, for a file that is missing, no regular file or too large.
     """
     try:
         found = path.stat()
@@ -73,10 +86,7 @@ def read_bounded_text(
         raise error(f"'{path}' cannot be read: {problem}.", remedy) from problem
     if len(data) > limit:
         raise error(f"'{path}' has more than {limit} bytes.", remedy)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise error(f"'{path}' is not UTF-8: byte {problem.start} is wrong.", remedy) from problem
+    return data
 
 
 def parse_json(text: str, where: object, error: type[QEError], remedy: str, *, strict: bool = False) -> Any:  # noqa: ANN401 - any JSON value

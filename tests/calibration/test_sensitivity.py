@@ -70,7 +70,7 @@ def test_weights_that_stay_on_the_device_change_nothing(
             super()._keep(name, tensors)
             kept.append(len(self._kept))
 
-    plain, other = load_model(folder), load_model(folder)
+    plain, other = (load_model(folder, torch.bfloat16) for _ in range(2))
     names = linears(plain)
     expected = output_gradients(plain, batches, names)
     monkeypatch.setattr(sensitivity, "_Weights", Counting)
@@ -80,7 +80,9 @@ def test_weights_that_stay_on_the_device_change_nothing(
     for name in names:
         assert found[name].energy == expected[name].energy
         np.testing.assert_array_equal(found[name].channels, expected[name].channels)
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True))
+    for one, same in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+        assert one.dtype == same.dtype == torch.bfloat16
+        assert torch.equal(one, same)
 
 
 def plain_loss(loaded: LoadedModel, encoded: Encoded) -> Tensor:

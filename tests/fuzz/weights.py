@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qe_edge.calibration.sources import load_samples
+from qe_edge.models.conversion import convert_model
 from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import Recipe, make_recipe
 from qe_edge.recipes.stored import load_checkpoint_recipe
 from tests.fuzz.target import Target, check_finite, digest, nothing_lost, unchanged
 from tests.models.conftest import write_tiny_internvl
+from tests.models.test_internvl_original import write_original
 from tests.small_models import write_small_dinov2, write_small_llama
 from tests.small_vlm import write_small_vlm
 from tests.stopping import KilledError, StopAfter
@@ -81,6 +83,20 @@ def _quantize(name: str) -> Callable[[Path], str]:
     return read
 
 
+def _prepare_original(text: str) -> Callable[[Path, Mapping[str, Path]], object]:
+    return lambda folder, _sound: write_original(folder / "model", text)
+
+
+def _convert(folder: Path) -> str:
+    """Convert; found are the names of the tensors of the new model."""
+    convert_model(str(folder / "model"), folder / "out")
+    tensors = {
+        name: tensor for path in (folder / "out").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    check_finite(tensors)
+    return "\n".join(sorted(tensors))
+
+
 def _prepare_checkpoint(folder: Path, sound: Mapping[str, Path]) -> None:
     recipe = make_recipe(
         scheme="w4a8", options={"tokens": 128, "em_steps": 0, "experts": 2}, calibration={"samples": 2}
@@ -140,6 +156,11 @@ TARGETS = (
     Target(
         "model-sharded", _prepare_model("llama", sharded=True), _quantize("llama"), ("model/*index.json", "model/*"),
         judge=nothing_lost,
+    ),
+    *(
+        Target(f"original-{text}", _prepare_original(text), _convert, (*MODEL_FILES, "model/*.model"),
+               judge=nothing_lost)
+        for text in ("internlm2", "qwen2")
     ),
     Target("weights", _prepare_weights, _read_weights, ("*.safetensors",), after="model-llama"),
     Target("checkpoint", _prepare_checkpoint, _read_checkpoint, ("checkpoint/*",), after="model-qwen2-vl"),

@@ -149,11 +149,13 @@ class FamilyChecks:
     def test_graphs_round_activations_alike(self, folder: Path, tmp_path: Path) -> None:
         """Now and then the order of a sum decides between two codes, and later tokens of that row differ a little.
 
-        The order depends on the number of threads, so it is chance how many tokens come after such a code.
+        How many tokens come after such a code is chance: the order depends on the machine and its threads. Those before
+        it are exact, whatever the pictures.
         """
         made = make(folder, tmp_path, "qe", "w4a8", tuple(self.linears))
-        assert token_errors(made, CASES["text only"]).min() < 1e-5  # of tokens before such a code
-        assert token_errors(made, CASES["batch"]).max() < 0.1
+        errors = {case: token_errors(made, CASES[case]) for case in self.cases}
+        assert max(error.min() for error in errors.values()) < 1e-6
+        assert errors["batch"].max() < 0.1
 
     @pytest.mark.slow
     def test_validation(self, folder: Path, made: Made, tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qe_edge.demo import model_path
+from tests.models.random_models import save_random_model
 
 TEXT = {
     "vocab_size": 512,
@@ -66,16 +65,7 @@ def write_qwen(folder: Path, model_type: str, **changes: object) -> Path:
         **{key: tokenizer.convert_tokens_to_ids(token) for key, token in marks.items()},
         **{**CONFIGS[model_type], **changes},
     )
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 or "bias" in name:
-            nn.init.normal_(parameter, std=0.12)
-        else:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_random_model(AutoModelForImageTextToText.from_config, config, tokenizer, folder, norms=(0.5, 1.5))
     vision = config.vision_config
     Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,

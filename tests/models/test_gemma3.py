@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
@@ -17,6 +15,7 @@ from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.system.errors import ModelError
 from tests.models.conversations import CASES
 from tests.models.families import FamilyChecks
+from tests.models.random_models import save_random_model
 
 SIDE, PATCH, TOKENS = 64, 8, 16
 START, IMAGE, STOP = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
@@ -65,16 +64,7 @@ def write(folder: Path, **changes: object) -> Path:
         mm_tokens_per_image=TOKENS,
         **changes,
     )
-    torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 or "bias" in name:
-            nn.init.normal_(parameter, std=0.12)
-        else:
-            nn.init.uniform_(parameter, 0.1, 0.9)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_random_model(Gemma3ForConditionalGeneration, config, tokenizer, folder, norms=(0.1, 0.9))
     Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return folder
 

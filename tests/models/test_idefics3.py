@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -21,6 +19,7 @@ from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel
 from tests.models.conversations import ODD, SQUARE, WIDE
 from tests.models.families import FamilyChecks
+from tests.models.random_models import save_random_model
 
 SIDE, PATCH = 64, 8
 TEMPLATE = (
@@ -63,16 +62,7 @@ def write(folder: Path, model_type: str) -> Path:
         scale_factor=4,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 or "bias" in name:
-            nn.init.normal_(parameter, std=0.12)
-        else:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_random_model(AutoModelForImageTextToText.from_config, config, tokenizer, folder, norms=(0.5, 1.5))
     kind = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}[model_type]
     kind(size={"longest_edge": 3 * SIDE}, max_image_size={"longest_edge": SIDE}).save_pretrained(folder)
     return folder

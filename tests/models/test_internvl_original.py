@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from qe_edge.demo import model_path
 from qe_edge.models.conversion import END, IMAGE, START, STOP, convert_model
 from qe_edge.models.internlm2_tokenizer import read_internlm2_tokenizer
 from qe_edge.models.loading import load_model
-from qe_edge.system.errors import ModelError
+from qe_edge.system.errors import ModelError, NumericalError
 from tests.models.conversations import CASES, ODD, SQUARE, torch_logits
 from tests.reference import internvl2
 
@@ -237,6 +240,56 @@ def test_the_sentencepiece_model_is_read(tmp_path: Path) -> None:
 def test_what_is_not_converted(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
     write_original(tmp_path / "original", "internlm2", **changes)
     with pytest.raises(ModelError, match=problem):
+        convert_model(str(tmp_path / "original"), tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["language_model.model.layers.0.attention.wqkv.weight", "vision_model.encoder.layers.0.attn.qkv.weight"]
+)
+@pytest.mark.parametrize("change", [lambda tensor: tensor[:-1].clone(), lambda _: torch.tensor(1.0)])
+def test_fused_projections_of_another_size(change: Callable[[Tensor], Tensor], name: str, tmp_path: Path) -> None:
+    write_original(tmp_path / "original", "internlm2")
+    for path in (tmp_path / "original").glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            save_file({**tensors, name: change(tensors[name])}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"Tensor '{re.escape(name)}' has \d+ rows"):
+        convert_model(str(tmp_path / "original"), tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
+    write_original(tmp_path / "original", "internlm2")
+    path = tmp_path / "original" / "model-00002-of-00002.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=re.escape(name)):
+        convert_model(str(tmp_path / "original"), tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_tokenizer_that_is_no_file(tmp_path: Path) -> None:
+    """Opening a pipe would wait for ever."""
+    write_original(tmp_path / "original", "internlm2")
+    path = tmp_path / "original" / "tokenizer.model"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ModelError, match="is not a file"):
+        convert_model(str(tmp_path / "original"), tmp_path / "converted")
+
+
+def test_a_token_beyond_the_embedding(tmp_path: Path) -> None:
+    """Saving such a tokenizer would walk over two billion numbers."""
+    write_original(tmp_path / "original", "qwen2")
+    path = tmp_path / "original" / "tokenizer.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    piece = next(iter(table["model"]["vocab"]))
+    table["model"]["vocab"][piece] = 2**31
+    path.write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(ModelError, match="has number 2147483648"):
         convert_model(str(tmp_path / "original"), tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,36 +17,18 @@ from qe_edge.calibration.sources import load_evaluation, load_samples
 from qe_edge.checkpoint.safetensors_write import write_tensors
 from qe_edge.models import loading, weight_files
 from qe_edge.models.configuration import load_family
-from qe_edge.models.family import TEXT, Block, Encoded, ModelFamily, Sample
+from qe_edge.models.family import TEXT, Encoded, ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks, resolve_model
 from qe_edge.models.quantized import save_quantized
-from qe_edge.models.streaming import Streamer, chains_of, fast_products, first_tensor, run_block
+from qe_edge.models.streaming import Streamer, chains_of, fast_products, run_block
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.quantization.walk import BlockWalk
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.device import CPU
 from qe_edge.system.errors import ModelError, QENotice
+from tests.models.families import outputs_of
 from tests.small_models import write_small_dinov2, write_small_llama
 from tests.small_vlm import write_small_vlm
-
-
-@contextmanager
-def outputs_of(blocks: list[Block]) -> Iterator[dict[str, Tensor]]:
-    """What every block puts out while the context is open."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str, output: object) -> None:
-        outputs[name] = first_tensor(output)
-
-    def hook(name: str) -> object:
-        return lambda _module, _inputs, output: keep(name, output)
-
-    handles = [block.module.register_forward_hook(hook(block.name)) for block in blocks]  # type: ignore[arg-type]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -1,0 +1,38 @@
+"""Models of random weights whose answers depend on every one of them, as folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+def save_random_model(
+    model_class: Any,  # noqa: ANN401 - a class or a function of transformers
+    config: PreTrainedConfig,
+    tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
+    folder: Path,
+    norms: tuple[float, float],
+) -> None:
+    """A model in bfloat16 with its tokenizer; weights are the same for a configuration.
+
+    Args:
+        model_class: What the configuration is called with.
+        config: Of the model.
+        tokenizer: Its end token ends answers.
+        folder: Where to write.
+        norms: Range of the weights of norms.
+    """
+    torch.manual_seed(0)
+    model = model_class(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "bias" in name:
+            nn.init.normal_(parameter, std=0.12)
+        else:
+            nn.init.uniform_(parameter, *norms)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
