@@ -106,6 +106,13 @@ class Method(ABC, Generic[OptionsType]):
         del out_features, in_features  # for subclasses
         return self.needs
 
+    def check_shape(self, name: str, out_features: int, in_features: int) -> None:
+        """Refuse a layer of a shape that the method cannot take; called before anything is measured.
+
+        Raises:
+            RecipeError: Naming the layer; never by default.
+        """
+
     @abstractmethod
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Quantize one linear problem.

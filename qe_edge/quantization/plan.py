@@ -27,7 +27,7 @@ from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import shapes_only
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.quantization.job import BATCH
-from qe_edge.quantization.preflight import check_modules, note_groups
+from qe_edge.quantization.preflight import check_modules, check_shapes, note_groups
 from qe_edge.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     blocks = [block for block in blocks if block.group in recipe.modules]
     note_groups(blocks, recipe.grids)
     method = recipe.build_method()
+    check_shapes(blocks, method)
     linears: dict[str, QELinear] = {}
     adapters: dict[str, AdapterSize] = {}
     groups: dict[str, str] = {}

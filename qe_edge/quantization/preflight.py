@@ -6,10 +6,12 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from qe_edge.layers.magnitudes import check_weight
+from qe_edge.methods import Method
 from qe_edge.models.family import Block, Sample
 from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel
@@ -32,6 +34,22 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
         raise RecipeError(
             f"The model has no {missing[0]} module.", f"Choose among those that it has: --modules {','.join(present)}."
         )
+
+
+def check_shapes(blocks: Sequence[Block], method: Method[Any]) -> None:
+    """Refuse linear layers of shapes that a method cannot take.
+
+    Args:
+        blocks: Blocks whose linear layers are going to be quantized.
+        method: The method.
+
+    Raises:
+        RecipeError: Naming the first layer.
+    """
+    for block in blocks:
+        for group in linear_groups(block, ()):
+            for name, linear in zip(group.names, group.linears, strict=True):
+                method.check_shape(name, linear.out_features, linear.in_features)
 
 
 def note_calibration(loaded: LoadedModel, blocks: Sequence[Block], samples: Sequence[Sample]) -> None:

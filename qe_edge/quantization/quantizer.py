@@ -24,7 +24,7 @@ from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.streaming import Chain
 from qe_edge.quantization.job import Job, encoded_batches, make_job
 from qe_edge.quantization.measure import measure
-from qe_edge.quantization.preflight import check_modules, check_weights, note_calibration, note_groups
+from qe_edge.quantization.preflight import check_modules, check_shapes, check_weights, note_calibration, note_groups
 from qe_edge.quantization.problems import Member, Problems
 from qe_edge.quantization.run_record import current_environment
 from qe_edge.quantization.walk import BlockWalk, parameters_of
@@ -116,6 +116,7 @@ def _checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
     check_reached(job.samples, job.recipe.modules)
     check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in job.recipe.modules]
+    check_shapes(chosen, job.recipe.build_method())
     check_weights(loaded, chosen, job.recipe.get_scheme().weight)
     note_groups(chosen, job.recipe.grids)
     note_calibration(loaded, blocks, job.samples)

@@ -52,6 +52,7 @@ def quantize_linear(weight: Tensor, tokens: Tensor, recipe: Recipe, bias: Tensor
         if not bool(torch.isfinite(bias.float()).all()):
             raise NumericalError("The bias holds NaN or infinity.", "Pass a bias of finite numbers.")
     method, scheme = recipe.build_method(), recipe.get_scheme()
+    method.check_shape(NAME, *weight.shape)
     weight = weight.detach().to(CPU, torch.float32)
     check_weight(NAME, weight, scheme.weight)  # before anything is measured
     request = method.request(*weight.shape)
