@@ -1,4 +1,4 @@
-"""One way to decode: the settings of a model's generation_config.json that greedy decoding obeys, in numpy.
+"""One way to decode: the settings of a model's generation_config.json, and those that change logits in numpy.
 
 PyTorch and every engine call `adjust_logits` on the same logits, so their answers differ by the model alone. For one
 prompt the result is what transformers' own logits processors give; in a batch padding never counts.
@@ -6,6 +6,7 @@ prompt the result is what transformers' own logits processors give; in a batch p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from qe_edge.system.errors import InputError, ModelError, NumericalError
+from qe_edge.system.errors import CommonNotice, InputError, ModelError, NumericalError
 from qe_edge.system.json_files import read_json_table
 
 GENERATION_CONFIG = "generation_config.json"
@@ -41,13 +42,15 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
 }
+# likewise of settings that matter where tokens are drawn
+UNSAMPLED: dict[str, tuple[object, ...]] = {"typical_p": (1,), "top_h": (), "epsilon_cutoff": (0,), "eta_cutoff": (0,)}
 
 TokenIds = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=1 << 16)]
 Count = Annotated[StrictInt, Field(ge=0, le=1 << 24)]
 
 
 class GenerationSettings(BaseModel):
-    """How answers are decoded: the most likely token, after these rules.
+    """How answers are decoded: which tokens may come, and how one of them is chosen where nobody says otherwise.
 
     Attributes:
         eos_token_ids: Tokens that end an answer.
@@ -58,6 +61,11 @@ class GenerationSettings(BaseModel):
         min_new_tokens: An answer has at least so many tokens.
         suppress_tokens: Tokens that never come.
         begin_suppress_tokens: Tokens that never come first.
+        do_sample: Whether `qe_edge.Pipeline` draws tokens where it is not told; everything else is greedy.
+        temperature: As in `qe_edge.runtime.sampling.Sampling`, like those that follow.
+        top_k: The default is transformers'.
+        top_p: Share of the probability that takes part.
+        min_p: Least probability that takes part, as a share of the highest one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,13 +78,18 @@ class GenerationSettings(BaseModel):
     min_new_tokens: Count = 0
     suppress_tokens: TokenIds = ()
     begin_suppress_tokens: TokenIds = ()
+    do_sample: bool = False
+    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    top_k: Count = 50
+    top_p: float = Field(1.0, ge=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
 
 
 def make_settings(values: Mapping[str, Any], config: Any, tokenizer: Any) -> GenerationSettings:  # noqa: ANN401
     """Settings of a model.
 
     End tokens are those of `values`, else of the configuration, else of its language model; the tokenizer's own end
-    token, which closes the reference answers, always ends an answer too. Settings of sampling have no effect.
+    token, which closes the reference answers, always ends an answer too.
 
     Args:
         values: Content of generation_config.json; None stands for a setting that is not there.
@@ -92,8 +105,16 @@ def make_settings(values: Mapping[str, Any], config: Any, tokenizer: Any) -> Gen
         if value is not None and value not in harmless:
             raise ModelError(
                 f"{GENERATION_CONFIG} asks for {name} = {str(value)[:60]}, which engines cannot do.",
-                f"Remove {name} from {GENERATION_CONFIG}; QE-Edge decodes greedily.",
+                f"Remove {name} from {GENERATION_CONFIG}; QE-Edge takes the most likely token, or draws one.",
             )
+    unmet = [name for name, harmless in UNSAMPLED.items() if values.get(name) not in (None, *harmless)]
+    if unmet and values.get("do_sample"):
+        warnings.warn(
+            f"{GENERATION_CONFIG} asks for {' and '.join(unmet)}, which has no effect in QE-Edge: it draws tokens by "
+            "temperature, top_k, top_p and min_p.",
+            CommonNotice,
+            stacklevel=2,
+        )
     text = config.get_text_config()
     sources = (values.get("eos_token_id"), getattr(config, "eos_token_id", None), getattr(text, "eos_token_id", None))
     ends = next((found for found in map(_token_list, sources) if found), [])

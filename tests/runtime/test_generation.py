@@ -22,7 +22,7 @@ from qe_edge.runtime.generation import (
     make_settings,
     read_settings,
 )
-from qe_edge.system.errors import InputError, ModelError, NumericalError
+from qe_edge.system.errors import InputError, ModelError, NumericalError, QENotice
 from qe_edge.validate.subjects import TorchSubject, in_float32
 from tests.small_models import CONTEXT, write_small_llama
 
@@ -83,6 +83,8 @@ def test_a_batch_decodes_as_its_rows_do(llama: LoadedModel) -> None:
         ({"repetition_penalty": -1.0}, "repetition_penalty in generation_config.json is wrong"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty"),
         ({"min_new_tokens": 2.5}, "min_new_tokens"),
+        ({"temperature": -1.0}, "temperature in generation_config.json is wrong"),
+        ({"top_p": 1.5}, "top_p"),
         ({"eos_token_id": "</s>"}, "eos_token_id in generation_config.json is wrong"),
         ({"eos_token_id": [1, VOCABULARY]}, f"token {VOCABULARY}; the model's vocabulary has {VOCABULARY}"),
         ({"suppress_tokens": [-1]}, "suppress_tokens"),
@@ -93,6 +95,16 @@ def test_settings_that_cannot_be_obeyed(values: dict[str, Any], words: str) -> N
         make_settings(values, CONFIG, TOKENIZER)
     assert words in caught.value.problem
     assert "generation_config.json" in caught.value.remedy
+
+
+def test_how_tokens_are_drawn_is_kept() -> None:
+    """What a file leaves out is what transformers' `generate` takes then."""
+    plain = make_settings({}, CONFIG, TOKENIZER)
+    assert (plain.do_sample, plain.temperature, plain.top_k, plain.top_p, plain.min_p) == (False, 1.0, 50, 1.0, 0.0)
+    given = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.001, "min_p": 0.1}
+    assert make_settings(given, CONFIG, TOKENIZER).model_dump().items() >= given.items()
+    with pytest.warns(QENotice, match="asks for typical_p, which has no effect"):
+        make_settings({**given, "typical_p": 0.9, "epsilon_cutoff": 0.0}, CONFIG, TOKENIZER)
 
 
 def test_end_tokens_are_never_lost() -> None:
