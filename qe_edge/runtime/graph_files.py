@@ -10,41 +10,37 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped] # it ships no types
-from onnx import TensorProto
 
 from qe_edge.checkpoint.integrity import check_inside
 from qe_edge.models.texts import shortened
+from qe_edge.runtime.graph_schema import EXTERNAL, DataType, Model, Tensor, TensorMessage
 from qe_edge.system.errors import ArtifactError
 
 MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message; weights lie beside it
 DATA = ".data"  # external data lies beside its graph under the graph's name with this ending
 REMEDY = "Export the model again."
 TYPED: dict[str, tuple[int, ...]] = {
-    "float_data": (TensorProto.FLOAT, TensorProto.COMPLEX64),
-    "double_data": (TensorProto.DOUBLE, TensorProto.COMPLEX128),
-    "int64_data": (TensorProto.INT64,),
-    "uint64_data": (TensorProto.UINT32, TensorProto.UINT64),
-    "string_data": (TensorProto.STRING,),
+    "float_data": (DataType.FLOAT, DataType.COMPLEX64),
+    "double_data": (DataType.DOUBLE, DataType.COMPLEX128),
+    "int64_data": (DataType.INT64,),
+    "uint64_data": (DataType.UINT32, DataType.UINT64),
+    "string_data": (DataType.STRING,),
 }  # every other type lies in int32_data
 BITS: dict[int, int] = {
-    TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16,
-    TensorProto.INT8: 8, TensorProto.INT16: 16, TensorProto.INT32: 32, TensorProto.INT64: 64,
-    TensorProto.UINT8: 8, TensorProto.UINT16: 16, TensorProto.UINT32: 32, TensorProto.UINT64: 64,
-    TensorProto.BOOL: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4,
+    DataType.FLOAT: 32, DataType.DOUBLE: 64, DataType.FLOAT16: 16, DataType.BFLOAT16: 16,
+    DataType.INT8: 8, DataType.INT16: 16, DataType.INT32: 32, DataType.INT64: 64,
+    DataType.UINT8: 8, DataType.UINT16: 16, DataType.UINT32: 32, DataType.UINT64: 64,
+    DataType.BOOL: 8, DataType.INT4: 4, DataType.UINT4: 4,
 }  # fmt: skip
 
 
-def check_graph_file(folder: Path, file: str) -> onnx.ModelProto:
+def check_graph_file(folder: Path, file: str) -> None:
     """Read a graph without its weights and check where these are.
 
     Args:
         folder: Folder of the graph.
         file: Its name; external data may lie in the file of the same name with `.data` after it, and nowhere else.
-
-    Returns:
-        The graph, external data not loaded.
 
     Raises:
         ArtifactError: If the graph cannot be read, or a tensor does not have the bytes that it announces.
@@ -52,7 +48,7 @@ def check_graph_file(folder: Path, file: str) -> onnx.ModelProto:
     path = folder / file
     if path.stat().st_size > MAX_GRAPH_BYTES:
         raise ArtifactError(f"'{path}' has more than {MAX_GRAPH_BYTES} bytes, which no graph has.", REMEDY)
-    model = onnx.ModelProto()
+    model = Model()
     try:
         model.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
@@ -61,7 +57,7 @@ def check_graph_file(folder: Path, file: str) -> onnx.ModelProto:
     spans: set[tuple[int, int]] = set()
     for tensor in _tensors(model):
         size = _announced_bytes(path, tensor)
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+        if tensor.data_location == EXTERNAL or tensor.external_data:
             start, stop = _place(path, tensor, size)
             if not data.is_file():
                 raise _wrong(path, tensor, f"lies in '{data.name}', which is missing")
@@ -76,25 +72,24 @@ def check_graph_file(folder: Path, file: str) -> onnx.ModelProto:
     for (_, stop), (start, _) in itertools.pairwise(ordered):
         if start < stop:
             raise ArtifactError(f"Tensors of '{path}' overlap in '{data.name}' at byte {start}.", REMEDY)
-    return model
 
 
-def _announced_bytes(path: Path, tensor: TensorProto) -> int | None:
+def _announced_bytes(path: Path, tensor: TensorMessage) -> int | None:
     """Bytes of a tensor by its type and shape; None for strings."""
     if any(size < 0 for size in tensor.dims):
         raise _wrong(path, tensor, f"has the shape {_shape(tensor)}")
-    if tensor.data_type == TensorProto.STRING:
+    if tensor.data_type == DataType.STRING:
         return None
     if tensor.data_type not in BITS:
         raise _wrong(path, tensor, f"has the unknown type {tensor.data_type}")
     return (prod(map(int, tensor.dims)) * BITS[tensor.data_type] + 7) // 8
 
 
-def _place(path: Path, tensor: TensorProto, size: int | None) -> tuple[int, int]:
+def _place(path: Path, tensor: TensorMessage, size: int | None) -> tuple[int, int]:
     """First byte and end of external data."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location, wanted = entries.get("location", ""), f"{path.name}{DATA}"
-    if len(entries) != len(tensor.external_data) or tensor.data_location != TensorProto.EXTERNAL:
+    if len(entries) != len(tensor.external_data) or tensor.data_location != EXTERNAL:
         raise _wrong(path, tensor, "has no clear place outside the graph")
     if location != wanted:
         raise _wrong(path, tensor, f"lies in '{shortened(location)}', and only '{wanted}' in the same folder is read")
@@ -108,7 +103,7 @@ def _place(path: Path, tensor: TensorProto, size: int | None) -> tuple[int, int]
     return start, start + length
 
 
-def _check_inline(path: Path, tensor: TensorProto, size: int | None) -> None:
+def _check_inline(path: Path, tensor: TensorMessage, size: int | None) -> None:
     """Data in the graph itself: bytes, or a list of one type."""
     if tensor.HasField("raw_data"):
         if size != len(tensor.raw_data):
@@ -118,29 +113,29 @@ def _check_inline(path: Path, tensor: TensorProto, size: int | None) -> None:
     elements = prod(tensor.dims)
     values = len(getattr(tensor, field))
     wanted = {elements}
-    if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
+    if tensor.data_type in (DataType.INT4, DataType.UINT4):
         wanted = {(elements + 1) // 2}
     if values not in wanted:
         raise _wrong(path, tensor, f"has {values} values and the shape {_shape(tensor)}")
 
 
-def _tensors(message: Message) -> Iterator[TensorProto]:
+def _tensors(message: Message) -> Iterator[TensorMessage]:
     """Every tensor of a graph: of initializers, attributes, subgraphs and functions."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
         for part in [value] if isinstance(value, Message) else value:
-            if isinstance(part, TensorProto):
+            if isinstance(part, Tensor):
                 yield part
             else:
                 yield from _tensors(part)
 
 
-def _wrong(path: Path, tensor: TensorProto, what: str) -> ArtifactError:
+def _wrong(path: Path, tensor: TensorMessage, what: str) -> ArtifactError:
     return ArtifactError(f"'{path}' is damaged: its tensor '{shortened(tensor.name)}' {what}.", REMEDY)
 
 
-def _shape(tensor: TensorProto) -> str:
+def _shape(tensor: TensorMessage) -> str:
     return shortened(str(list(tensor.dims)))
 
 
