@@ -18,6 +18,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "idefics3": "qe_edge.models.idefics3:Idefics3",
         "internvl": "qe_edge.models.internvl:InternVL",
         "llama": "qe_edge.models.causal_lm:CausalLM",
+        "llava_onevision": "qe_edge.models.llava_onevision:LlavaOnevision",
         "mistral": "qe_edge.models.causal_lm:CausalLM",
         "qwen2": "qe_edge.models.causal_lm:CausalLM",
         "qwen2_5_vl": "qe_edge.models.qwen2_5_vl:Qwen25VL",

@@ -89,11 +89,6 @@ class CausalLM(ModelFamily):
             "position_ids": torch.from_numpy(self.position_ids(encoded)),
         }
 
-    def position_ids(self, encoded: Encoded) -> np.ndarray:
-        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
-        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
-        return positions
-
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:  # noqa: ARG002 - a family's interface
         """There is no visual encoder.
 

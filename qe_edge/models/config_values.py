@@ -143,6 +143,8 @@ class ConfigFile(Section):
     image_seq_length: Annotated[int, Field(strict=True, ge=1, le=2**16)] | None = None
     downsample_ratio: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
     scale_factor: Factor | None = None
+    image_grid_pinpoints: Annotated[list[Pair], Field(min_length=1, max_length=256)] | None = None
+    vision_aspect_ratio: Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]?$")] | None = None
 
 
 class _SizesSection(Sizes):

@@ -26,6 +26,7 @@ MULTIPLES = {  # of what by model_type a vision encoder's head width is a multip
     "internvl": 1,
     "gemma3": 1,
     "idefics3": 1,
+    "llava_onevision": 1,
     "smolvlm": 1,
     "dinov2": 1,
 }
@@ -137,6 +138,14 @@ class _Facts:
         name = f"{part[0]} {part[1]}".strip()
         self.require(part[1] > 0 and whole[1] % part[1] == 0, f"{whole[0]} {whole[1]} is no multiple of {name}")
 
+    def known_tokens(self, config: Any, keys: tuple[str, ...]) -> None:  # noqa: ANN401 - transformers' classes
+        """Refuse the file if a key names no token of the language model."""
+        vocabulary = config.text_config.vocab_size
+        for key in keys:
+            number = getattr(config, key)
+            known = isinstance(number, int) and 0 <= number < vocabulary
+            self.require(known, f"{key} {number} is outside the vocabulary of {vocabulary}")
+
 
 def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[QEError]) -> None:  # noqa: ANN401
     """Check what belongs together: heads and widths, token ids and vocabulary, tiles and patches."""
@@ -158,6 +167,8 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         _check_tiles(config, facts)
     if config.model_type == "gemma3":
         _check_pooling(config, facts)
+    if config.model_type == "llava_onevision":
+        facts.known_tokens(config, ("image_token_index",))
     if hasattr(config, "scale_factor"):
         merged = vision.patch_size * config.scale_factor
         facts.divides(("a merged patch's size", merged), ("vision_config.image_size", vision.image_size))
@@ -224,10 +235,7 @@ def _check_pooling(config: Any, facts: _Facts) -> None:  # noqa: ANN401
     side = isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0
     facts.require(side > 0 and side**2 == tokens, f"mm_tokens_per_image {tokens} is no square number")
     facts.divides(("tokens per side", side), ("the patches per side", vision.image_size // vision.patch_size))
-    for key in ("image_token_index", "boi_token_index", "eoi_token_index"):
-        number = getattr(config, key)
-        known = isinstance(number, int) and 0 <= number < config.text_config.vocab_size
-        facts.require(known, f"{key} {number} is outside the vocabulary of {config.text_config.vocab_size}")
+    facts.known_tokens(config, ("image_token_index", "boi_token_index", "eoi_token_index"))
 
 
 def _check_tiles(config: Any, facts: _Facts) -> None:  # noqa: ANN401

@@ -139,9 +139,13 @@ class ModelFamily(ABC):
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """Inputs of every run of the exported visual encoder; the outputs of all runs are put together in order."""
 
-    @abstractmethod
     def position_ids(self, encoded: Encoded) -> np.ndarray:
-        """Positions of the prompt tokens, int64 `[axes, batch, sequence]` or `[batch, sequence]`."""
+        """Positions of the prompt tokens, int64 `[axes, batch, sequence]` or `[batch, sequence]`.
+
+        Without axes valid tokens count from 0, and padding stands at 0.
+        """
+        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
+        return positions
 
     def graph_mask(self, encoded: Encoded) -> np.ndarray:
         """`attention_mask` of the language graph for a prompt, int64 `[batch, sequence]`: 0 on padding."""

@@ -98,11 +98,6 @@ class Gemma3(ModelFamily):
         }
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
-    def position_ids(self, encoded: Encoded) -> np.ndarray:
-        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
-        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
-        return positions
-
     def graph_mask(self, encoded: Encoded) -> np.ndarray:
         """0 on padding, 1 on text, and a number of its own, from 2, on every picture: its tokens see each other."""
         image = encoded.image_mask

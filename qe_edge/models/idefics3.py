@@ -119,11 +119,6 @@ class Idefics3(ModelFamily):
             arrays["pixel_values"] = padded
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
-    def position_ids(self, encoded: Encoded) -> np.ndarray:
-        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
-        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
-        return positions
-
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[tiles, 3, side, side]`."""
         return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]

@@ -82,6 +82,21 @@ class SquareValues(PictureValues):
     size: _Tile
 
 
+class ResolutionValues(SquareValues):
+    """Of a processor that scales a picture to one of several resolutions, and cuts it into tiles of one size."""
+
+    image_grid_pinpoints: Annotated[list[Annotated[list[Side], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _few_tiles(self) -> ResolutionValues:
+        for height, width in self.image_grid_pinpoints:
+            if height % self.size.height or width % self.size.width:
+                raise ValueError(f"{height} x {width} is no multiple of a tile")
+            if height // self.size.height * (width // self.size.width) > MAX_TILES:
+                raise ValueError(f"{height} x {width} has more than {MAX_TILES} tiles")
+        return self
+
+
 class _Longest(BaseModel):
     model_config = ConfigDict(from_attributes=True)
     longest_edge: Side

@@ -102,11 +102,6 @@ class InternVL(ModelFamily):
         # forward alone would count padding too, generate would not; given, both agree with the exported graph
         return {**inputs, "position_ids": torch.from_numpy(self.position_ids(encoded))}
 
-    def position_ids(self, encoded: Encoded) -> np.ndarray:
-        """Positions `[batch, sequence]`: valid tokens count from 0, padding stands at 0."""
-        positions: np.ndarray = np.maximum(np.cumsum(encoded.attention_mask, axis=1) - 1, 0)
-        return positions
-
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[tiles, 3, height, width]`."""
         return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]

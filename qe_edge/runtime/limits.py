@@ -70,7 +70,7 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
         if pictures is None:
             break
         shapes = graphs[name].profiles["default"]
-        counted = next(iter(shapes.values()))[2][0]  # what the first input counts
+        counted = manifest.graphs["visual"].profiles["default"]["pixel_values"][2][0]
         default = {
             key: _capped(triple, (-(-pictures * triple[2][0] // counted), *triple[2][1:]))
             for key, triple in shapes.items()

@@ -74,6 +74,9 @@ def _most_tiles(image_processor: Any) -> int:  # noqa: ANN401 - transformers' ow
     most = getattr(image_processor, "max_patches", None)
     if most is not None:
         return int(most)
+    resolutions = getattr(image_processor, "image_grid_pinpoints", None)
+    if resolutions is not None:
+        return int(max(height * width for height, width in resolutions)) // int(image_processor.size["height"]) ** 2
     if not getattr(image_processor, "do_image_splitting", False):
         return 1
     return int(-(-image_processor.size["longest_edge"] // image_processor.max_image_size["longest_edge"])) ** 2

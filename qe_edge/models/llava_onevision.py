@@ -1,0 +1,170 @@
+"""LLaVA-OneVision: an overview and tiles of any resolution through SigLIP, two projections, Qwen2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from qe_edge.models.anyres import Tokens, joined, tokens_of_picture, tokens_of_tile
+from qe_edge.models.batching import (
+    check_chat_template,
+    check_length,
+    encode_row,
+    left_pad,
+    naming,
+    prepare_pictures,
+)
+from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.image_processors import ResolutionValues, check_equal, load_image_processor
+from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.system.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+LIMIT = "anyres_max_"  # how the setting begins that says when a picture is scaled down
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image processor that is told of every picture whether it is the only one of its sample."""
+
+    image_processor: Any
+    alone: Iterator[bool]
+
+    def __call__(self, images: list[Image.Image], **options: Any) -> dict[str, np.ndarray]:  # noqa: ANN401
+        """Of one picture `pixel_values` `[tiles, 3, side, side]`, `tiles` `[1]` and `image_sizes` `[1, 2]`."""
+        # transformers does not tile a picture with others beside it; the smallest other costs nothing
+        group = images if next(self.alone) else [[*images, Image.new("RGB", (1, 1))]]
+        found = self.image_processor(images=group, **options)
+        pixels = np.asarray(found["pixel_values"])[0]
+        return {
+            "pixel_values": pixels,
+            "tiles": np.array([len(pixels)], np.int64),
+            "image_sizes": np.asarray(found["image_sizes"], np.int64)[:1],
+        }
+
+
+class LlavaOnevision(ModelFamily):
+    """Any `LlavaOnevisionForConditionalGeneration` with a SigLIP encoder, whatever its text model. Pictures, no videos.
+
+    The picture of a question that has one is scaled to one of several resolutions, cut into tiles, and an overview
+    stands before them. Each of several pictures is one tile.
+
+    Raises:
+        ModelError: If the projector reads anything but the patches of the vision encoder's last layer.
+    """
+
+    model_type = "llava_onevision"
+    picture_unit = "tiles"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        chosen = (config.vision_feature_layer, config.vision_feature_select_strategy, config.vision_config.model_type)
+        if chosen != (-1, "full", "siglip_vision_model"):
+            raise ModelError(
+                f"This model reads layer {chosen[0]} ('{chosen[1]}') of a '{chosen[2]}' encoder; QE-Edge supports the "
+                f"last layer ('full') of a 'siglip_vision_model'.",
+                "Use a model whose config.json says so, as all released ones do.",
+            )
+        self._side = config.vision_config.image_size // config.vision_config.patch_size
+        self._most = int(config.vision_aspect_ratio.removeprefix(LIMIT))
+
+    def blocks(self, model: PreTrainedModel) -> list[Block]:
+        """Vision layers, the projector, decoder layers; found by class, so the text model may be any."""
+        groups = {"SiglipEncoderLayer": "visual", "LlavaOnevisionMultiModalProjector": "merger"}
+        return [
+            Block(name, module, groups.get(type(module).__name__, "language"))
+            for name, module in model.named_modules()
+            if type(module).__name__ in groups or type(module).__name__.endswith("DecoderLayer")
+        ]
+
+    def load_processor(self, folder: str) -> VisionLanguageProcessor:
+        """Tokenizer and the PIL image processor of `folder`."""
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
+        take_processor_template(tokenizer, folder)
+        image_processor = load_image_processor(folder, LlavaOnevisionImageProcessorPil, ResolutionValues)
+        size = [image_processor.size["height"], image_processor.size["width"]]
+        check_equal(folder, "size", size, [self.config.vision_config.image_size] * 2)
+        resolutions = [list(found) for found in image_processor.image_grid_pinpoints]
+        check_equal(folder, "image_grid_pinpoints", resolutions, [list(r) for r in self.config.image_grid_pinpoints])
+        check_chat_template(tokenizer, folder, self.config.image_token_id)
+        return VisionLanguageProcessor(tokenizer, image_processor)
+
+    def encode(
+        self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
+    ) -> Encoded:
+        """One left-padded batch; each picture's image token is repeated as often as it has tokens."""
+        alone = [len(sample.pictures) == 1 for sample in samples for _ in sample.pictures]
+        pixels = prepare_pictures(Tiles(processor.image_processor, iter(alone)), samples)
+        if pixels:
+            pixels["batch_num_images"] = np.array([len(sample.pictures) for sample in samples], np.int64)
+        lengths = iter([len(tokens.places) for tokens in self._tokens(pixels)])
+        image = self.config.image_token_id
+        context = self.config.get_text_config().max_position_embeddings
+        rows = []
+        for sample in samples:
+            pictures = [[image] * next(lengths) for _ in sample.pictures]
+            with naming(sample):
+                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                check_length(row, context, "A prompt")
+            rows.append(row)
+        return left_pad(rows, processor.tokenizer, image, pixels)
+
+    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Arguments of `LlavaOnevisionForConditionalGeneration.forward`."""
+        import torch  # the engine runtime works without torch
+
+        arrays = {
+            "input_ids": encoded.input_ids,
+            "attention_mask": encoded.attention_mask,
+            "position_ids": self.position_ids(encoded),
+            **{name: array for name, array in encoded.pixels.items() if name != "tiles"},
+        }
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
+        """Tiles of all pictures, and the patches of their tokens (see `qe_edge.models.anyres`)."""
+        counts = encoded.pixels["tiles"]
+        first = (np.cumsum(counts) - counts) * self._side**2
+        tokens = joined(self._tokens(encoded.pixels), first.tolist())
+        pixels = encoded.pixels["pixel_values"].astype(np.float32, copy=False)
+        return [{"pixel_values": pixels, "token_places": tokens.places, "token_weights": tokens.weights}]
+
+    def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
+        """Visual encoder over tiles, projector over tokens, decoder with positions `[batch, sequence]`."""
+        from qe_edge.models.decoder import Decoder, decoder_graph
+        from qe_edge.models.llava_onevision_graphs import merger_graph, visual_graph
+
+        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
+        vision, line_end = by_class["SiglipVisionModel"], by_class["LlavaOnevisionModel"].image_newline
+        return [
+            visual_graph(vision),
+            merger_graph(by_class["LlavaOnevisionMultiModalProjector"], line_end, vision),
+            decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings())),
+        ]
+
+    def _tokens(self, pixels: dict[str, np.ndarray]) -> list[Tokens]:
+        """What the tokens of every picture are made of."""
+        if not pixels:
+            return []
+        resolutions = [tuple(found) for found in self.config.image_grid_pinpoints]
+        tile = self.config.vision_config.image_size
+        alone = np.repeat(pixels["batch_num_images"] == 1, pixels["batch_num_images"])
+        return [
+            tokens_of_picture((height, width), resolutions, tile, self._side, self._most)
+            if only
+            else tokens_of_tile(self._side)
+            for (height, width), only in zip(pixels["image_sizes"].tolist(), alone.tolist(), strict=True)
+        ]

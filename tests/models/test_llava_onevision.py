@@ -1,0 +1,156 @@
+"""LLaVA-OneVision: tiles, tokens and features as transformers' classes make them, and every family's checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+from qe_edge.demo import model_path
+from qe_edge.models.anyres import tokens_of_picture
+from qe_edge.models.family import Sample
+from qe_edge.models.images import open_image
+from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.system.errors import ModelError
+from tests.models.conversations import ODD, SQUARE, TALL, WIDE, noise
+from tests.models.families import FamilyChecks
+from tests.models.random_models import save_random_model
+
+TILE, PATCH = 44, 8  # a tile is 5.5 patches wide, as SigLIP's of 384 pixels is 27.4
+SIDE = TILE // PATCH
+RESOLUTIONS = [[rows * TILE, columns * TILE] for rows in range(1, 4) for columns in range(1, 4)]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a configuration
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+    tokenizer.chat_template = TEMPLATE
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": 528,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "vision_use_head": False,
+    }
+    values = {"vision_aspect_ratio": "anyres_max_2", **changes}  # so that large pictures are scaled down
+    config = LlavaOnevisionConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=RESOLUTIONS,
+        **values,
+    )
+    save_random_model(LlavaOnevisionForConditionalGeneration, config, tokenizer, folder, norms=(0.5, 1.5))
+    LlavaOnevisionImageProcessorPil(
+        size={"height": TILE, "width": TILE}, image_grid_pinpoints=RESOLUTIONS
+    ).save_pretrained(folder)
+    return folder
+
+
+class TestLlavaOnevision(FamilyChecks):
+    linears = {"visual": 2 * 6, "merger": 2, "language": 3 * 7}  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write(tmp_path_factory.mktemp("model") / "llava_onevision")
+
+    def test_prompts_are_those_of_transformers(self, original: LoadedModel) -> None:
+        tokenizer, image_processor = original.processor.tokenizer, original.processor.image_processor
+        with pytest.MonkeyPatch.context() as patch:  # the class asks for a video processor, which needs torchvision
+            patch.setattr(LlavaOnevisionProcessor, "check_argument_for_proper_class", lambda *_: None)
+            processor = LlavaOnevisionProcessor(
+                image_processor, tokenizer, None, num_image_tokens=SIDE**2, vision_feature_select_strategy="full",
+                chat_template=TEMPLATE, vision_aspect_ratio="anyres_max_2",
+            )  # fmt: skip
+        for pictures, tiles in (((SQUARE,), 5), ((WIDE,), 4), ((WIDE, ODD), 2)):
+            encoded = original.family.encode(original.processor, [Sample(pictures, "what is it?")])
+            parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": "what is it?"}]
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+            )
+            opened = [open_image(picture) for picture in pictures]
+            wanted = processor(text=[prompt], images=[opened], return_tensors="np", add_special_tokens=False)
+            assert np.array_equal(encoded.input_ids, wanted["input_ids"])
+            pixels = np.asarray(wanted["pixel_values"])
+            assert np.array_equal(encoded.pixels["pixel_values"], pixels.reshape(-1, *pixels.shape[-3:]))
+            assert np.array_equal(encoded.pixels["image_sizes"], np.asarray(wanted["image_sizes"]))
+            assert len(encoded.pixels["pixel_values"]) == tiles
+
+
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_tokens_are_packed_as_transformers_packs_features(most: int) -> None:
+    """On patches of which each has its own number, and lines that end with -1."""
+    size = {"image_size": TILE, "patch_size": PATCH}
+    packer = LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config={"model_type": "siglip_vision_model", "num_hidden_layers": 1, **size},
+            text_config={"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 8},
+            image_grid_pinpoints=RESOLUTIONS,
+        )
+    ).model
+    for picture in (SQUARE, WIDE, TALL, ODD, noise(1, 90), noise(333, 334)):
+        height, width = picture.height, picture.width
+        tokens = tokens_of_picture((height, width), [tuple(r) for r in RESOLUTIONS], TILE, SIDE, most)
+        values = torch.arange(10 * SIDE**2, dtype=torch.float32)
+        wanted, _ = packer.pack_image_features(
+            [values.reshape(-1, SIDE**2, 1)[: _tiles(height, width)]],
+            torch.tensor([[height, width]]),
+            torch.tensor([-1.0]),
+            f"anyres_max_{most}",
+        )
+        ends = 1 - tokens.weights.sum(1)
+        found = (values.numpy()[tokens.places] * tokens.weights).sum(1) - ends
+        np.testing.assert_allclose(found, wanted[0][:, 0].numpy(), atol=2e-4)
+
+
+def _tiles(height: int, width: int) -> int:
+    found: int = image_size_to_num_patches((height, width), RESOLUTIONS, TILE)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("image_token_index", 600, "image_token_index 600 is outside the vocabulary of 528"),
+        ("vision_aspect_ratio", "pad", "vision_aspect_ratio"),
+        ("vision_feature_layer", -2, r"reads layer -2 \('full'\)"),
+        ("image_grid_pinpoints", RESOLUTIONS[:3], "image_grid_pinpoints is"),
+    ],
+)
+def test_settings_that_do_not_fit(key: str, value: object, problem: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    with pytest.raises(ModelError, match=problem):
+        load_model(str(folder))
