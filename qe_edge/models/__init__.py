@@ -13,6 +13,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
     {
         "dinov2": "qe_edge.models.dinov2:Dinov2",
         "gemma": "qe_edge.models.causal_lm:CausalLM",
+        "gemma2": "qe_edge.models.causal_lm:CausalLM",
         "gemma3": "qe_edge.models.gemma3:Gemma3",
         "gemma3_text": "qe_edge.models.causal_lm:CausalLM",
         "idefics3": "qe_edge.models.idefics3:Idefics3",
@@ -20,6 +21,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "llama": "qe_edge.models.causal_lm:CausalLM",
         "llava_onevision": "qe_edge.models.llava_onevision:LlavaOnevision",
         "mistral": "qe_edge.models.causal_lm:CausalLM",
+        "paligemma": "qe_edge.models.paligemma:PaliGemma",
         "qwen2": "qe_edge.models.causal_lm:CausalLM",
         "qwen2_5_vl": "qe_edge.models.qwen2_5_vl:Qwen25VL",
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",

@@ -100,8 +100,9 @@ class CausalLM(ModelFamily):
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """The language model alone, with its KV cache."""
         from qe_edge.models.decoder import Decoder, decoder_graph
+        from qe_edge.models.softcap import head_of
 
-        return [decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings()))]
+        return [decoder_graph(Decoder(model.get_decoder(), head_of(model)))]
 
     def _row(self, tokenizer: Any, sample: Sample, *, answers: bool) -> Row:  # noqa: ANN401 - tokenizers share no base
         if sample.image is not None:

@@ -27,6 +27,7 @@ MULTIPLES = {  # of what by model_type a vision encoder's head width is a multip
     "gemma3": 1,
     "idefics3": 1,
     "llava_onevision": 1,
+    "paligemma": 1,
     "smolvlm": 1,
     "dinov2": 1,
 }
@@ -167,8 +168,11 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         _check_tiles(config, facts)
     if config.model_type == "gemma3":
         _check_pooling(config, facts)
-    if config.model_type == "llava_onevision":
+    if config.model_type in ("llava_onevision", "paligemma"):
         facts.known_tokens(config, ("image_token_index",))
+    if config.model_type == "paligemma":
+        width, wanted = config.projection_dim, config.text_config.hidden_size
+        facts.require(width == wanted, f"projection_dim {width} is not text_config.hidden_size {wanted}")
     if hasattr(config, "scale_factor"):
         merged = vision.patch_size * config.scale_factor
         facts.divides(("a merged patch's size", merged), ("vision_config.image_size", vision.image_size))

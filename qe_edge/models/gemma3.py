@@ -113,11 +113,12 @@ class Gemma3(ModelFamily):
         """Visual encoder over pictures, pooling with projection, decoder with positions `[batch, sequence]`."""
         from qe_edge.models.decoder import decoder_graph
         from qe_edge.models.gemma3_graphs import PictureDecoder, merger_graph, visual_graph
+        from qe_edge.models.softcap import head_of
 
         by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
         vision = by_class["SiglipVisionModel"]
         return [
             visual_graph(vision),
             merger_graph(by_class["Gemma3MultiModalProjector"], vision),
-            decoder_graph(PictureDecoder(by_class["Gemma3TextModel"], model.get_output_embeddings())),
+            decoder_graph(PictureDecoder(by_class["Gemma3TextModel"], head_of(model))),
         ]

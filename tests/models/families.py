@@ -85,10 +85,12 @@ class FamilyChecks:
     Class attributes:
         linears: Linear layers by group.
         cases: Names of the samples that the family takes.
+        samples: A batch to quantize with.
     """
 
     linears: dict[str, int]
     cases: tuple[str, ...] = tuple(CASES)
+    samples: tuple[Sample, ...] = tuple(SAMPLES)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -104,14 +106,14 @@ class FamilyChecks:
     def test_each_part_alone(self, folder: Path, module: str) -> None:
         if module not in self.linears:
             pytest.skip("nothing to quantize")
-        loaded, _ = quantize(str(folder), make_recipe(method="rtn", modules=(module,)), SAMPLES)
+        loaded, _ = quantize(str(folder), make_recipe(method="rtn", modules=(module,)), self.samples)
         assert len(quantized_linears(loaded.model)) == self.linears[module]
         groups = {block.name: block.group for block in loaded.family.blocks(loaded.model)}
         for name in quantized_linears(loaded.model):
             assert next(group for block, group in groups.items() if name.startswith(f"{block}.")) == module
 
     def test_blocks_run_alone_as_they_do_in_the_model(self, original: LoadedModel) -> None:
-        batch = original.family.encode(original.processor, SAMPLES, answers=True)
+        batch = original.family.encode(original.processor, self.samples, answers=True)
         inputs = original.family.torch_inputs(batch)
         blocks = original.family.blocks(original.model)
         with outputs_of(blocks) as plain, torch.no_grad():
@@ -127,9 +129,9 @@ class FamilyChecks:
 
     def test_quant_experts_and_its_checkpoint(self, folder: Path, original: LoadedModel, tmp_path: Path) -> None:
         recipe = make_recipe(method="qe", modules=tuple(self.linears), options=QUICK)
-        loaded, recipe = quantize(str(folder), recipe, SAMPLES)
+        loaded, recipe = quantize(str(folder), recipe, self.samples)
         assert len(quantized_linears(loaded.model)) == sum(self.linears.values())
-        inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, SAMPLES, answers=True))
+        inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, self.samples, answers=True))
         with torch.no_grad():
             logits, wanted = (model.model(**inputs).logits.float() for model in (loaded, original))
             save_quantized(loaded, recipe, tmp_path / "checkpoint")

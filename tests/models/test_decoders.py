@@ -38,6 +38,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}  # so low that they change most numbers
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
@@ -46,6 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 with windows": ("qwen2", {**WINDOWED, "use_sliding_window": True}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gemma": ("gemma", {"head_dim": 32}),
+    "gemma 2": ("gemma2", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32, **CAPS}),
     "gemma 3": ("gemma3_text", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32}),
 }
 TEXTS = [
