@@ -11,13 +11,13 @@ Three forms, whose pictures are `image` or `images`, one path or a list of paths
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any
 
 from qe_edge.calibration.captions import CAPTION_PROMPT, IMAGE_MARK
 from qe_edge.models.images import is_file
-from qe_edge.models.samples import TEXT, Role, Sample, Turn
+from qe_edge.models.messages import ADDRESS, Marks, Spoken, as_text, named, place_pictures, read_turns
+from qe_edge.models.samples import TEXT, Sample, Turn
 from qe_edge.models.texts import shortened
 from qe_edge.system.errors import CalibrationError, InputError
 from qe_edge.system.json_files import parse_json
@@ -26,17 +26,7 @@ PICTURE_KEYS = ("image", "images")
 CONVERSATION_KEYS = ("conversations", "messages")
 KEYS = (*PICTURE_KEYS, "question", "answer", "answers", *CONVERSATION_KEYS, "text", "kind", "topic")
 IGNORED = ("id", "question_id", "image_id", "dataset", "source", "split", "metadata")  # they say nothing to a model
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
 FORM = 'Each line is JSON: {"image": ..., "question": ..., "answer": ...}, or {"text": ...} alone.'
-ADDRESS = re.compile(r"^(\w[\w+.-]+):", re.ASCII)  # of a URL; one letter is a drive of Windows
-Marks = tuple[int, ...]  # where pictures stand in a text
-Spoken = tuple[Role, str, Marks]  # a turn
 
 
 def read_line(line: str, path: Path, number: int) -> Sample:
@@ -82,7 +72,7 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
 def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
     labels = {key: _label(entry.get(key), key) for key in ("kind", "topic")}
     if entry.get("text") is not None:
-        text = _text(entry["text"], "text")
+        text = as_text(entry["text"], "text")
         if not text.strip():
             raise InputError("Its text is empty.", "Leave empty texts out.")
         return Sample(None, text, kind=TEXT, topic=labels["topic"], origin=where)
@@ -96,9 +86,9 @@ def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
         question = entry.get("question", CAPTION_PROMPT if pictures else None)
         if question is None:
             raise InputError("It asks nothing.", FORM)
-        turns: list[Spoken] = [("user", *_marked(_text(question, "question")))]
+        turns: list[Spoken] = [("user", *_marked(as_text(question, "question")))]
     else:
-        turns, inside = _turns(entry[form], form)
+        turns, inside = read_turns(entry[form], form, _marked)
         if inside and pictures:
             raise InputError(f"Pictures are named in '{form}' and beside it.", "Name them in one place.")
         pictures = pictures or inside
@@ -120,15 +110,7 @@ def _assembled(
     """The sample of a conversation that ends with the question."""
     if not turns or turns[-1][0] != "user":
         raise InputError("The conversation has no question of the user before its end.", "End it with one.")
-    marks = sum(len(turn[2]) for turn in turns)
-    if not marks and pictures:  # they stand before the first words of the user
-        first = next(index for index, turn in enumerate(turns) if turn[0] == "user")
-        turns[first] = ("user", turns[first][1], (0,) * len(pictures))
-    elif marks != len(pictures):
-        raise InputError(
-            f"It has {marks} {IMAGE_MARK} marks and {len(pictures)} pictures.",
-            "Write one mark for each picture, and no other.",
-        )
+    place_pictures(turns, len(pictures), f"{IMAGE_MARK} mark")
     _, question, places = turns.pop()
     return Sample(
         pictures,
@@ -139,56 +121,6 @@ def _assembled(
         origin=where,
         **labels,
     )
-
-
-def _turns(value: Any, key: str) -> tuple[list[Spoken], list[Any]]:  # noqa: ANN401
-    """The turns of a conversation, and the pictures that it names itself."""
-    speaker, words = ("from", "value") if key == "conversations" else ("role", "content")
-    if not isinstance(value, list) or not value:
-        raise InputError(f"'{key}' is no list of turns.", f'Write [{{"{speaker}": ..., "{words}": ...}}, ...].')
-    turns: list[Spoken] = []
-    pictures: list[Any] = []
-    for turn in value:
-        if not isinstance(turn, dict) or set(turn) != {speaker, words}:
-            raise InputError(f"A turn of '{key}' has not just '{speaker}' and '{words}'.", "Write these two keys.")
-        role = turn[speaker]
-        if not isinstance(role, str) or role not in ROLES:
-            raise InputError(f"There is no speaker '{shortened(str(role))}'.", f"Known: {', '.join(ROLES)}.")
-        if isinstance(turn[words], list):
-            text, marks, named = _parts(turn[words], key)
-            pictures += named
-        else:
-            text, marks = _marked(_text(turn[words], words))
-        turns.append((ROLES[role], text, marks))
-    if any(marks for role, _, marks in turns if role != "user"):
-        raise InputError("A picture stands in a turn that is not the user's.", "Show pictures in the user's turns.")
-    return turns, pictures
-
-
-def _parts(parts: list[Any], key: str) -> tuple[str, Marks, list[Any]]:
-    """A turn as a list of texts and pictures: its text, the places of its pictures, and their paths if it has some."""
-    text, marks, pictures = "", [], []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        rest = {name: value for name, value in part.items() if name != "type"} if kind else {}
-        if kind == "text" and set(rest) == {"text"}:
-            text += _text(rest["text"], "text")
-            continue
-        source = next(iter(rest.values()), None)
-        if isinstance(source, dict) and set(source) == {"url"}:
-            source = source["url"]
-        if (
-            kind not in ("image", "image_url")
-            or len(rest) > 1
-            or not set(rest) <= {"image", "path", "url", "image_url"}
-        ):
-            raise InputError(
-                f"A part of '{key}' is neither text nor a picture.",
-                'Write {"type": "text", "text": ...} or {"type": "image", "image": ...}.',
-            )
-        marks.append(len(text))
-        pictures += [] if source is None else [source]
-    return text, tuple(marks), pictures
 
 
 def _marked(text: str) -> tuple[str, Marks]:
@@ -226,30 +158,19 @@ def _answer(value: Any) -> str:  # noqa: ANN401 - any JSON value
         raise InputError(f"An answer is {str(value).lower()}, not a text.", 'Write "yes" or "no" in quotes.')
     if isinstance(value, int | float):
         return str(value)
-    return _text(value, "answer")
+    return as_text(value, "answer")
 
 
 def _label(value: Any, key: str) -> str:  # noqa: ANN401 - any JSON value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return "" if value is None else _text(value, key)
-
-
-def _text(value: Any, key: str) -> str:  # noqa: ANN401 - any JSON value
-    if not isinstance(value, str):
-        raise InputError(f"'{key}' is {_named(value)}, not a text.", "Write it as a text in quotes.")
-    return value
-
-
-def _named(value: object) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a table"}
-    return names.get(type(value), "null")
+    return "" if value is None else as_text(value, key)
 
 
 def _picture(value: Any, folder: Path) -> Path:  # noqa: ANN401 - any JSON value
     """The file that a line names, inside `folder`."""
     if not isinstance(value, str):
-        raise InputError(f"A picture is {_named(value)}, not a path.", "Name the picture's file.")
+        raise InputError(f"A picture is {named(value)}, not a path.", "Name the picture's file.")
     shown = shortened(value)
     address = ADDRESS.match(value)
     if address:
