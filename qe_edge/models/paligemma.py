@@ -96,7 +96,8 @@ class PaliGemma(ModelFamily):
 
     def graph_mask(self, encoded: Encoded) -> np.ndarray:
         """0 on padding, 2 on the prompt, whose tokens see each other, and 1 on the answer."""
-        return np.where(encoded.answer_mask, ANSWER, PROMPT) * encoded.attention_mask
+        mask: np.ndarray = np.where(encoded.answer_mask, ANSWER, PROMPT) * encoded.attention_mask
+        return mask
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[pictures, 3, side, side]`."""
