@@ -17,7 +17,7 @@ from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
 from qe_edge.export.attention import attach_attention
 from qe_edge.export.decoding import check_decoding
-from qe_edge.export.layers import attach_layers
+from qe_edge.export.layers import attach_layers, check_layers
 from qe_edge.export.naming import name_nodes
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
@@ -62,6 +62,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_quantized(checkpoint)
     source = None if isinstance(checkpoint, LoadedModel) else read_checkpoint_files(checkpoint).digest
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
+    check_layers(quantized_linears(loaded.model))
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = loaded.family.graphs(loaded.model)
         generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)

@@ -16,6 +16,7 @@ from torch import Tensor
 from qe_edge.export.op import DOMAIN, INPUTS, NAME, VERSION, Attributes, Operands, linear_function
 from qe_edge.export.tracing import LAYER
 from qe_edge.layers.linear import QELinear
+from qe_edge.layers.torch_parts import PART_TENSORS
 from qe_edge.numerics.grids import PER_CHANNEL, pack_int4
 from qe_edge.system.errors import ModelError
 
@@ -73,6 +74,21 @@ class GraphForm:
             per_channel=all(layer.group_size == PER_CHANNEL and layer.zeros is None for layer in layers),
             coded=coded,
         )
+
+
+def check_layers(layers: Mapping[str, QELinear]) -> None:
+    """Refuse layers that the operator cannot hold, before anything is traced.
+
+    Raises:
+        ModelError: Naming the first one.
+    """
+    for name, layer in layers.items():
+        if layer.parts is not None:
+            present = ", ".join(part for part in PART_TENSORS if getattr(layer, part) is not None)
+            raise ModelError(
+                f"The layer '{name}' cannot be exported: the operator has no {present or 'activation groups'}.",
+                "Load the checkpoint with qe_edge.load_quantized in PyTorch, or quantize with another method.",
+            )
 
 
 def attach_layers(model: ir.Model, layers: Mapping[str, QELinear]) -> None:

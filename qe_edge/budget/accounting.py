@@ -2,7 +2,8 @@
 
 Three numbers are told apart, all of them bits per weight of the original matrix:
 
-- stored bits: what the checkpoint holds: packed codes, scales, zero points, channel factors, adapters and router;
+- stored bits: what the checkpoint holds: packed codes, outliers, scales, zero points, channel factors, changes of
+  basis, adapters and router;
 - adapter bits: the share of the stored bits that low-rank factors and router take;
 - read bits: what one decoded token needs: codes, scales, router, the shared expert and one routed expert. A runtime
   that evaluates all experts and masks them, as the exported ONNX function does, reads the stored bits instead.
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=0, le=2**62)]  # of anything
 Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 PARTS = {
-    "codes": ("qweight",),
-    "scales": ("scales", "zeros", "inv_omega"),
+    "codes": ("qweight", "fine_codes", "outlier_starts", "outlier_columns", "outlier_values"),
+    "scales": (
+        "scales", "zeros", "inv_omega", "fine_scale", "order",
+        "in_signs", "in_left", "in_right", "out_signs", "out_left", "out_right",
+    ),
     "adapters": ("down", "up", "down_scale", "up_scale"),
     "router": ("router",),
-}
+}  # fmt: skip
 
 
 # mypy cannot see through decorators on properties (prop-decorator); pydantic asks to ignore that below.

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qe_edge.checkpoint.dtypes import torch_dtypes
+from qe_edge.checkpoint.part_sizes import MAX_FEATURES, PartSizes
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.layers.linear import Adapters, QELinear, QuantizedLinear
 from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight, packed_width, unpack_codes
 from qe_edge.system.atomic import atomic_file
 from qe_edge.system.errors import ArtifactError
 
-MAX_FEATURES = 1 << 20
 MAX_RANK = 1 << 14
 
 
@@ -40,22 +40,32 @@ class LayerGeometry(BaseModel):
     rank_routed: int = Field(ge=0, le=MAX_RANK)
     num_experts: int = Field(ge=0, le=256)
     packed_factors: bool = False
+    parts: PartSizes | None = None
     tensors: tuple[str, ...]
 
     @classmethod
     def of(cls, layer: QELinear) -> LayerGeometry:
         """Geometry of a layer in memory."""
-        sizes = {name: getattr(layer, name) for name in cls.model_fields if name != "tensors"}
+        sizes = {name: getattr(layer, name) for name in cls.model_fields if name not in ("tensors", "parts")}
         present = tuple(key for key in QELinear.TENSORS if getattr(layer, key) is not None)
-        return cls.model_validate({**sizes, "tensors": present})
+        return cls.model_validate({**sizes, "tensors": present, "parts": PartSizes.of(layer)})
+
+    @property
+    def coded(self) -> int:
+        """Input channels of the weight's packed codes: all but those with codes of 8 bits."""
+        return self.in_features - (self.parts.fine if self.parts else 0)
+
+    def stored(self) -> dict[str, Any]:
+        """The geometry as JSON; a layer without parts names none."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...], bool]]:
         """For every tensor its shape, the dtypes it may have, and whether it must exist."""
         rank = self.rank_shared + self.num_experts * self.rank_routed
-        groups = 1 if self.group_size == PER_CHANNEL else self.in_features // max(self.group_size, 1)
+        groups = 1 if self.group_size == PER_CHANNEL else self.coded // max(self.group_size, 1)
         half, real = (torch.float16,), (torch.float16, torch.float32)
         table = {
-            "qweight": ((self.out_features, packed_width(self.in_features, self.weight_bits)), (torch.uint8,), True),
+            "qweight": ((self.out_features, packed_width(self.coded, self.weight_bits)), (torch.uint8,), True),
             "scales": ((self.out_features, groups), half, True),
             "zeros": ((self.out_features, groups), (torch.int8,), False),
             "inv_omega": ((self.in_features,), half, False),
@@ -72,7 +82,7 @@ class LayerGeometry(BaseModel):
             }
         if self.num_experts > 1:
             table["router"] = ((self.num_experts, self.in_features), half, True)
-        return table
+        return table | (self.parts.shapes(self.out_features, self.in_features) if self.parts else {})
 
 
 def layer_tensors(layers: dict[str, QELinear]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -97,8 +107,12 @@ def layer_tensors(layers: dict[str, QELinear]) -> tuple[dict[str, Tensor], dict[
     return tensors, shared
 
 
-def build_layer(geometry: LayerGeometry, tensors: dict[str, Tensor]) -> QELinear:
-    """A layer from tensors that `check_layer` has accepted."""
+def build_layer(name: str, geometry: LayerGeometry, tensors: dict[str, Tensor]) -> QELinear:
+    """A layer from tensors that `check_layer` has accepted.
+
+    Raises:
+        ArtifactError: If numbers of channels lead out of it.
+    """
     adapters = None
     if "down" in tensors:
         adapters = Adapters(
@@ -112,13 +126,18 @@ def build_layer(geometry: LayerGeometry, tensors: dict[str, Tensor]) -> QELinear
             router=tensors.get("router"),
         )
     weight = QuantizedWeight(
-        unpack_codes(tensors["qweight"], geometry.in_features, geometry.weight_bits),
+        unpack_codes(tensors["qweight"], geometry.coded, geometry.weight_bits),
         tensors["scales"],
         tensors.get("zeros"),
         geometry.weight_bits,
         geometry.group_size,
     )
-    quantized = QuantizedLinear(weight, geometry.activation_bits, tensors.get("inv_omega"), adapters)
+    parts = None
+    if geometry.parts:
+        parts, problem = geometry.parts.build(tensors, geometry.in_features)
+        if problem:
+            raise _wrong(name, problem)
+    quantized = QuantizedLinear(weight, geometry.activation_bits, tensors.get("inv_omega"), adapters, parts)
     return QELinear(quantized, tensors.get("bias"))
 
 
@@ -128,9 +147,12 @@ def check_layer(name: str, geometry: LayerGeometry, header: dict[str, tuple[str,
     Raises:
         ArtifactError: If a tensor is missing, unexpected, or of another shape or type.
     """
+    problem = geometry.parts.problem(geometry.out_features, geometry.in_features) if geometry.parts else None
+    if problem:
+        raise _wrong(name, problem)
     group = geometry.group_size
-    if group != PER_CHANNEL and (group < 1 or geometry.in_features % group):
-        raise _wrong(name, f"group size {group} does not divide {geometry.in_features} inputs")
+    if group != PER_CHANNEL and (group < 1 or geometry.coded % group):
+        raise _wrong(name, f"group size {group} does not divide {geometry.coded} inputs")
     table = geometry.shapes()
     for key in sorted(set(geometry.tensors) - header.keys()):
         raise _wrong(name, f"tensor '{key}' is missing")
@@ -165,7 +187,7 @@ def parse_geometry(name: str, values: object) -> LayerGeometry:
 def write_layers(path: Path, layers: dict[str, QELinear]) -> None:
     """Write layers to one safetensors file that describes itself in its metadata."""
     tensors, shared = layer_tensors(layers)
-    geometry = {name: LayerGeometry.of(layer).model_dump() for name, layer in layers.items()}
+    geometry = {name: LayerGeometry.of(layer).stored() for name, layer in layers.items()}
     metadata = {"layers": json.dumps(geometry), "shared": json.dumps(shared)}
     with atomic_file(path) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
@@ -224,7 +246,7 @@ def assemble_layers(
             if source in header:
                 own[key] = source
         check_layer(name, geometry, {key: header[source] for key, source in own.items()})
-        layers[name] = build_layer(geometry, {key: tensors[source] for key, source in own.items()})
+        layers[name] = build_layer(name, geometry, {key: tensors[source] for key, source in own.items()})
     return layers
 
 

@@ -93,10 +93,12 @@ def make_order(
         limit: Use only the first questions.
 
     Raises:
+        RecipeError: If no graph can hold what the method makes.
         InputError: If no target takes the plugin, or the model cannot have such limits.
         TargetError: If a target cannot be built here, or the plugin library does not serve or refuses a layer.
         QEError: As models, samples and questions raise.
     """
+    recipe.check_exportable()
     runnable = check_targets(targets)
     plugins = {} if plugin_library is None else _plugins(targets, plugin_library)
     source = resolve_model(model)

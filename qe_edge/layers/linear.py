@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qe_edge.layers.torch_parts import PART_TENSORS, TorchParts
 from qe_edge.numerics.grids import (
+    PER_CHANNEL,
     QuantizedWeight,
     decode_weight,
     fake_quantize_activation,
@@ -67,12 +69,19 @@ class QuantizedLinear:
         activation_bits: Width of the per-token activation grid, 0 for none.
         inv_omega: `[in]` float16 factor on the main branch's input (0 drops a channel), or None.
         adapters: Low-rank correction, or None.
+        parts: What only PyTorch runs, or None; such a layer cannot be exported.
     """
 
     weight: QuantizedWeight
     activation_bits: int
     inv_omega: Tensor | None = None
     adapters: Adapters | None = None
+    parts: TorchParts | None = None
+
+    @property
+    def in_features(self) -> int:
+        """Number of input channels, those with codes of 8 bits included."""
+        return self.weight.in_features + (self.parts.fine if self.parts else 0)
 
     def to(self, device: torch.device) -> QuantizedLinear:
         """The same with all tensors on a device."""
@@ -80,12 +89,16 @@ class QuantizedLinear:
 
     def split(self, sizes: Iterable[int]) -> list[QuantizedLinear]:
         """Cut a stacked problem back into its siblings of `sizes` output channels each."""
-        parts, start = [], 0
+        siblings, start = [], 0
         for size in sizes:
-            adapters = None if self.adapters is None else self.adapters.rows(start, start + size)
-            parts.append(replace(self, weight=self.weight.rows(start, start + size), adapters=adapters))
-            start += size
-        return parts
+            if size == self.weight.out_features:
+                return [self]
+            stop = start + size
+            adapters = None if self.adapters is None else self.adapters.rows(start, stop)
+            parts = None if self.parts is None else self.parts.rows(start, stop)
+            siblings.append(replace(self, weight=self.weight.rows(start, stop), adapters=adapters, parts=parts))
+            start = stop
+        return siblings
 
 
 class QELinear(nn.Module):
@@ -93,21 +106,25 @@ class QELinear(nn.Module):
 
     Buffers (all optional ones may be None): `qweight` uint8 `[out, ceil(in * bits / 8)]` packed codes; `scales` float16
     `[out, groups]`; `zeros` int8 `[out, groups]`; `inv_omega` float16 `[in]`; `down`, `up`, `down_scale`, `up_scale`,
-    `router` as in `Adapters`; `bias` `[out]`.
+    `router` as in `Adapters`; `bias` `[out]`; those of `TorchParts`, which no exported graph can hold.
 
     Inputs of any float dtype and shape `[..., in]`; computed in float32 and returned in the input's dtype.
     """
 
-    TENSORS = ("qweight", "scales", "zeros", "inv_omega", "down", "up", "down_scale", "up_scale", "router", "bias")
+    TENSORS = (
+        "qweight", "scales", "zeros", "inv_omega", "down", "up", "down_scale", "up_scale", "router", "bias",
+        *PART_TENSORS,
+    )  # fmt: skip
 
     def __init__(self, quantized: QuantizedLinear, bias: Tensor | None = None) -> None:
         super().__init__()
         weight, adapters = quantized.weight, quantized.adapters
-        self.in_features = weight.in_features
+        self.in_features = quantized.in_features
         self.out_features = weight.out_features
         self.weight_bits = weight.bits
         self.group_size = weight.group_size
         self.activation_bits = quantized.activation_bits
+        self.activation_group = quantized.parts.activation_group if quantized.parts else PER_CHANNEL
         self.rank_shared = adapters.rank_shared if adapters else 0
         self.rank_routed = adapters.rank_routed if adapters else 0
         self.num_experts = adapters.num_experts if adapters else 0
@@ -118,6 +135,8 @@ class QELinear(nn.Module):
         for name in ("down", "up", "down_scale", "up_scale", "router"):
             self.register_buffer(name, getattr(adapters, name) if adapters else None)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        for name in PART_TENSORS:
+            self.register_buffer(name, getattr(quantized.parts, name) if quantized.parts else None)
         self._decoded: Tensor | None = None
         self._keep_decoded = False
 
@@ -131,6 +150,15 @@ class QELinear(nn.Module):
     up_scale: Tensor | None
     router: Tensor | None
     bias: Tensor | None
+    fine_codes: Tensor | None
+
+    @property
+    def parts(self) -> TorchParts | None:
+        """What only PyTorch runs of this layer, or None."""
+        present = {name: tensor for name in PART_TENSORS if (tensor := getattr(self, name)) is not None}
+        if not present and self.activation_group == PER_CHANNEL:
+            return None
+        return TorchParts(activation_group=self.activation_group, **present)
 
     def extra_repr(self) -> str:
         """Shape, precision and ranks."""
@@ -141,8 +169,9 @@ class QELinear(nn.Module):
         )
 
     def codes(self) -> Tensor:
-        """Integer codes int8 `[out, in]`."""
-        return unpack_codes(self.qweight, self.in_features, self.weight_bits)
+        """Integer codes int8 `[out, in]`, without channels that have codes of 8 bits."""
+        fine = 0 if self.fine_codes is None else self.fine_codes.shape[1]
+        return unpack_codes(self.qweight, self.in_features - fine, self.weight_bits)
 
     def decoded_weight(self) -> Tensor:
         """Weight of the main branch, float32 `[out, in]`."""
@@ -193,7 +222,11 @@ class QELinear(nn.Module):
         """Apply the layer to `x` `[..., in]`; returns `[..., out]` in the dtype of `x`."""
         tokens = x.float()
         main = tokens if self.inv_omega is None else tokens * self.inv_omega.float()
-        y = fake_quantize_activation(main, self.activation_bits) @ self.decoded_weight().T
+        parts, weight = self.parts, self.decoded_weight()
+        if parts is None:
+            y = fake_quantize_activation(main, self.activation_bits) @ weight.T
+        else:
+            y = parts.product(main, tokens, weight, self.activation_bits)
         down, up = self.down_matrix(), self.up_matrix()
         if down is not None and up is not None:
             hidden = tokens @ down.T

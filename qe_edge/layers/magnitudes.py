@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qe_edge.layers.linear import QuantizedLinear
+from qe_edge.layers.torch_parts import PART_TENSORS
 from qe_edge.numerics.grids import MIN_RANGE, SCALE_DTYPE, WeightGrid, rounds_activations, split_groups
 from qe_edge.system.errors import NumericalError
 
@@ -91,12 +92,15 @@ def check_result(name: str, result: QuantizedLinear) -> None:
     """The last look at what a method made of a layer, so that nothing that is not a number is ever stored.
 
     Raises:
-        NumericalError: If a scale, a factor or the router is NaN or infinite, or a scale is cut off at float16's end.
+        NumericalError: If a scale, a factor, the router or an outlier is NaN or infinite, or a scale is cut off at
+            float16's end.
     """
     adapters = result.adapters
     parts: dict[str, Tensor | None] = {"scales": result.weight.scales, "inv_omega": result.inv_omega}
     if adapters is not None:
         parts |= {part: getattr(adapters, part) for part in ("down", "up", "down_scale", "up_scale", "router")}
+    if result.parts is not None:
+        parts |= {part: getattr(result.parts, part) for part in PART_TENSORS}
     for part, values in parts.items():
         if values is None or not values.is_floating_point() or not values.numel():
             continue

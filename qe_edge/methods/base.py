@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 
 from qe_edge.budget.model import AdapterSize, Candidate
+from qe_edge.budget.sizes import empty_linear
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
+from qe_edge.numerics.schemes import Scheme
 from qe_edge.reconstruction.problem import LinearProblem
 
 
@@ -90,6 +92,15 @@ class Method(ABC, Generic[OptionsType]):
         """Ranks and experts for a layer of this shape, as far as they are known before calibration; none by default."""
         del out_features, in_features  # for subclasses
         return AdapterSize()
+
+    @property
+    def torch_only(self) -> str:
+        """Why a result cannot become a graph, as "its ...", for methods that use `TorchParts`; "" where it can."""
+        return ""
+
+    def empty(self, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
+        """A result of this shape without data, on the meta device; a dry run counts its bits."""
+        return empty_linear(out_features, in_features, scheme, self.adapter_size(out_features, in_features))
 
     def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:
         """Whether the language model is rotated before anything is measured on it (`models.rotation`).

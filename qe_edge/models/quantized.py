@@ -80,7 +80,7 @@ def save_quantized(
         "quantization_status": "compressed",
         "config_groups": {"group_0": _group(recipe.get_scheme(), list(layers))},
         "ignore": _ignored(loaded.model),
-        "layers": {name: LayerGeometry.of(layer).model_dump() for name, layer in layers.items()},
+        "layers": {name: LayerGeometry.of(layer).stored() for name, layer in layers.items()},
         "shared": shared,
         "tied": tied,
     }

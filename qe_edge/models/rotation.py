@@ -11,7 +11,6 @@ become a small matrix between the two, `norm(h) diag(g) E^T = norm(h R) (R^T dia
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from qe_edge.models.family import Block
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.stored import Change
+from qe_edge.numerics.orthogonal import Rotation, hadamard_like, random_rotation
 from qe_edge.system.errors import ModelError
 
 if TYPE_CHECKING:
@@ -52,61 +52,6 @@ class MixedNorm(nn.Module):
         """Norm and matrix of `[..., hidden]`."""
         mixed: Tensor = self.mixing(self.norm(hidden))
         return mixed
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """An orthogonal matrix `diag(signs) (left (x) right)`, applied factor by factor.
-
-    Attributes:
-        signs: `[size]` float64, 1 and -1.
-        left: `[a, a]` float64, a size = a b.
-        right: `[b, b]` float64.
-    """
-
-    signs: Tensor
-    left: Tensor
-    right: Tensor
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """`rows` `[..., size]` float32 or float64 times the matrix."""
-        signs, left, right = (part.to(rows.dtype) for part in (self.signs, self.left, self.right))
-        a, b = len(left), len(right)
-        parts = (rows * signs).reshape(-1, b) @ right
-        parts = parts.view(-1, a, b).mT.reshape(-1, a) @ left  # as two plain products: batched ones are slow
-        return parts.view(-1, b, a).mT.reshape(rows.shape)
-
-    def matrix(self) -> Tensor:
-        """The matrix itself, `[size, size]` float64."""
-        return self(torch.eye(len(self.signs), dtype=torch.float64))
-
-
-def hadamard_like(size: int) -> Rotation:
-    """An orthogonal matrix with entries of about the same size.
-
-    Sylvester's Hadamard matrix for the power of two in `size`, times (Kronecker) the discrete Hartley transform for the
-    odd rest, whose entries are at most sqrt(2) times the mean. It is exactly Hadamard for powers of two.
-    """
-    powers = (size & -size).bit_length() - 1
-    odd = size >> powers
-    right = min(powers, size.bit_length() // 2)  # two factors of about the same size
-    angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
-    hartley = (np.cos(angle) + np.sin(angle)) / np.sqrt(odd)
-    left = torch.from_numpy(np.kron(hartley, _sylvester(powers - right)))
-    return Rotation(torch.ones(size, dtype=torch.float64), left, torch.from_numpy(_sylvester(right)))
-
-
-def random_rotation(size: int, random: np.random.Generator) -> Rotation:
-    """`hadamard_like` with random signs before it: no channel stays alone in any direction."""
-    return replace(hadamard_like(size), signs=torch.from_numpy(random.choice([-1.0, 1.0], size)))
-
-
-def _sylvester(power: int) -> np.ndarray:
-    """Sylvester's Hadamard matrix `[2^power, 2^power]`, orthogonal."""
-    matrix = np.ones((1, 1))
-    for _ in range(power):
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
-    return matrix
 
 
 def rotate_language_model(loaded: LoadedModel, seed: int) -> None:

@@ -180,8 +180,10 @@ def _planned_group(
         scheme = scheme.with_grid(scheme.budget_grids()[0])
     for members in group.problems(stacked=method.stack_siblings):
         sizes = [group.linears[member].out_features for member in members]
-        size = AdapterSize() if recipe.budget else method.adapter_size(sum(sizes), group.linears[0].in_features)
-        parts = empty_linear(sum(sizes), group.linears[0].in_features, scheme, size).split(sizes)
+        outputs, inputs = sum(sizes), group.linears[0].in_features
+        size = AdapterSize() if recipe.budget else method.adapter_size(outputs, inputs)
+        empty = empty_linear(outputs, inputs, scheme, size) if recipe.budget else method.empty(outputs, inputs, scheme)
+        parts = empty.split(sizes)
         for member, part in zip(members, parts, strict=True):
             layers[group.names[member]] = QELinear(part)
             adapters[group.names[member]] = size

@@ -16,6 +16,7 @@ from qe_edge.models.family import Block, Sample
 from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
+from qe_edge.recipes.recipe import Recipe
 from qe_edge.system.errors import CommonNotice, NumericalError, QENotice, RecipeError
 
 CLOCK = "strftime_now"  # the function that transformers gives to chat templates
@@ -50,6 +51,19 @@ def check_shapes(blocks: Sequence[Block], method: Method[Any]) -> None:
         for group in linear_groups(block, ()):
             for name, linear in zip(group.names, group.linears, strict=True):
                 method.check_shape(name, linear.out_features, linear.in_features)
+
+
+def note_torch_only(recipe: Recipe) -> None:
+    """Say that what a method makes runs in PyTorch alone."""
+    reason = recipe.build_method().torch_only
+    if reason:
+        warnings.warn(
+            QENotice(
+                f"What the method '{recipe.method}' makes runs in PyTorch alone, and 'qe-edge export' refuses it: "
+                f"{reason} have no place in the operator."
+            ),
+            stacklevel=2,
+        )
 
 
 def note_calibration(loaded: LoadedModel, blocks: Sequence[Block], samples: Sequence[Sample]) -> None:

@@ -24,7 +24,14 @@ from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.streaming import Chain
 from qe_edge.quantization.job import Job, encoded_batches, make_job
 from qe_edge.quantization.measure import measure
-from qe_edge.quantization.preflight import check_modules, check_shapes, check_weights, note_calibration, note_groups
+from qe_edge.quantization.preflight import (
+    check_modules,
+    check_shapes,
+    check_weights,
+    note_calibration,
+    note_groups,
+    note_torch_only,
+)
 from qe_edge.quantization.problems import Member, Problems
 from qe_edge.quantization.run_record import current_environment
 from qe_edge.quantization.walk import BlockWalk, parameters_of
@@ -120,6 +127,7 @@ def _checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
     check_weights(loaded, chosen, job.recipe.get_scheme().weight)
     note_groups(chosen, job.recipe.grids)
     note_calibration(loaded, blocks, job.samples)
+    note_torch_only(job.recipe)
     return chosen
 
 

@@ -110,6 +110,19 @@ class Recipe(BaseModel):
         """Whether the language model is rotated first."""
         return self.build_method().rotates(self.modules, budget=bool(self.budget))
 
+    def check_exportable(self) -> None:
+        """Refuse a method whose results no graph can hold.
+
+        Raises:
+            RecipeError: With the reason.
+        """
+        reason = self.build_method().torch_only
+        if reason:
+            raise RecipeError(
+                f"What the method '{self.method}' makes cannot be exported: {reason} have no place in the operator.",
+                "Quantize with 'qe-edge quantize', and load the checkpoint with qe_edge.load_quantized in PyTorch.",
+            )
+
     def get_scheme(self) -> Scheme:
         """The scheme that `scheme` names."""
         return get_scheme(self.scheme)

@@ -19,7 +19,8 @@ from qe_edge.models.causal_lm import CausalLM
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.quantized import load_quantized, save_quantized
-from qe_edge.models.rotation import hadamard_like, mixing_of, random_rotation, rotate_language_model
+from qe_edge.models.rotation import mixing_of, rotate_language_model
+from qe_edge.numerics.orthogonal import hadamard_like, random_rotation
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.errors import ArtifactError, ModelError

@@ -1,0 +1,160 @@
+"""SpQR (ICLR 2024): GPTQ that keeps the few weights whose rounding costs most as sparse outliers in float16.
+
+A weight is an outlier where leaving it as it is saves more than a threshold of `e^2 / [H^-1]_jj`, `e` its rounding
+error. Scales are fitted to the weights that stay. The threshold is the one that the wanted share of the weights exceeds
+when all are rounded to nearest; the original tunes it by hand for about one percent.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qe_edge.calibration.statistics import StatisticsRequest
+from qe_edge.layers.linear import QuantizedLinear
+from qe_edge.layers.torch_parts import TorchParts, column_dtype, sparse_parts
+from qe_edge.methods.base import Method, MethodOptions
+from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight, WeightGrid, quantize_weight, scales_of_range
+from qe_edge.numerics.schemes import Scheme
+from qe_edge.reconstruction.problem import LinearProblem
+from qe_edge.system.errors import NumericalError
+
+BLOCK = 128  # columns whose updates are applied to the rest at once
+
+
+class SpQROptions(MethodOptions):
+    """Options of SpQR.
+
+    Attributes:
+        outliers: Share of the weights that are kept in float16, roughly; each takes 32 bits, its place included.
+        damping: Of the Hessian, relative to the mean of its diagonal.
+    """
+
+    outliers: float = Field(0.01, ge=0, le=0.2)
+    damping: float = Field(0.01, gt=0, le=1)
+
+
+class SpQR(Method[SpQROptions]):
+    """Second-order rounding beside sparse outliers."""
+
+    @property
+    def needs(self) -> StatisticsRequest | None:
+        """The Gram matrix."""
+        return StatisticsRequest(gram=True, tokens=0)
+
+    @property
+    def torch_only(self) -> str:
+        """The outliers."""
+        return "its sparse outliers" if self.options.outliers else ""
+
+    def empty(self, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
+        """A layer with as many outliers as asked for."""
+        plain = super().empty(out_features, in_features, scheme)
+        count = round(self.options.outliers * out_features * in_features)
+        if not count:
+            return plain
+        parts = TorchParts(
+            outlier_starts=torch.empty(out_features + 1, dtype=torch.int32, device="meta"),
+            outlier_columns=torch.empty(count, dtype=column_dtype(in_features), device="meta"),
+            outlier_values=torch.empty(count, dtype=torch.float16, device="meta"),
+        )
+        return QuantizedLinear(plain.weight, plain.activation_bits, parts=parts)
+
+    def quantize(self, problem: LinearProblem) -> QuantizedLinear:
+        """Find outliers and round the rest, column by column."""
+        energies = torch.from_numpy(problem.gram()).diagonal()
+        dead = (energies == 0) & energies.any()  # inputs that are all zero say nothing of any channel
+        factor = inverse_factor(problem.gram(), self.options.damping)
+        kept = problem.weight.masked_fill(dead, 0.0)
+        weight, outliers, values = spqr_round(kept, factor, problem.scheme.weight, self.options.outliers)
+        parts = TorchParts(**sparse_parts(outliers, values)) if bool(outliers.any()) else None
+        return QuantizedLinear(weight, problem.scheme.activation_bits, parts=parts)
+
+
+def inverse_factor(gram: np.ndarray, damping: float) -> Tensor:
+    """The upper Cholesky factor `[in, in]` float64 of the damped Gram matrix's inverse.
+
+    Raises:
+        NumericalError: If the damped matrix is not positive definite.
+    """
+    hessian = torch.from_numpy(gram).double()
+    diagonal = hessian.diagonal().clone()
+    diagonal[diagonal == 0] = 1.0
+    hessian = hessian - torch.diag(hessian.diagonal()) + torch.diag(diagonal + damping * diagonal.mean())
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor
+
+
+def spqr_round(
+    weight: Tensor, factor: Tensor, grid: WeightGrid, share: float
+) -> tuple[QuantizedWeight, Tensor, Tensor]:
+    """Codes, where the outliers are, and what they add to the decoded weight.
+
+    Args:
+        weight: `[out, in]` float32.
+        factor: `[in, in]` upper Cholesky factor of the Hessian's inverse.
+        grid: Grid of the codes; a group's scale is fitted when the group is reached.
+        share: Of the weights that are outliers.
+
+    Returns:
+        The codes; `[out, in]` bool; `[out, in]` float32, zero but at outliers.
+    """
+    w, saliency = weight.double(), factor.diagonal().square()
+    size = grid.resolve_group(w.shape[1])
+    width = w.shape[1] if size == PER_CHANNEL else size
+    threshold = _threshold(weight, saliency, grid, share)
+    outliers, codes = torch.zeros_like(w, dtype=torch.bool), torch.zeros_like(w, dtype=torch.int8)
+    decoded, scales, zeros = torch.zeros_like(w), [], []
+    for start in range(0, w.shape[1], width):
+        group = slice(start, start + width)
+        found = _outliers_of(w[:, group].float(), saliency[group], grid, threshold)
+        outliers[:, group] = found
+        scale, zero = _range_without(w[:, group].float(), found, grid)
+        scales.append(scale)
+        zeros.append(zero)
+        step = scale[:, 0].double()
+        point = torch.zeros_like(step) if zero is None else zero[:, 0].double()
+        for first in range(start, start + width, BLOCK):
+            block = slice(first, min(first + BLOCK, start + width))
+            errors = torch.zeros_like(w[:, block])
+            for column in range(block.start, block.stop):
+                code = (torch.round(w[:, column] / step) + point).clamp(*grid.limits)
+                codes[:, column] = code
+                decoded[:, column] = (code - point) * step
+                # an outlier is kept as it is when its turn comes, up to float16
+                kept = decoded[:, column] + (w[:, column] - decoded[:, column]).half().double()
+                kept = torch.where(outliers[:, column], kept, decoded[:, column])
+                error = (w[:, column] - kept) / factor[column, column]
+                decoded[:, column], errors[:, column - first] = kept, error
+                w[:, column : block.stop] -= torch.outer(error, factor[column, column : block.stop])
+            w[:, block.stop :] -= errors @ factor[block, block.stop :]
+    joined = [zero for zero in zeros if zero is not None]
+    quantized = QuantizedWeight(codes, torch.cat(scales, 1), torch.cat(joined, 1) if joined else None, grid.bits, size)
+    return quantized, outliers, torch.where(outliers, decoded.float() - quantized.decode(), 0.0)
+
+
+def _threshold(weight: Tensor, saliency: Tensor, grid: WeightGrid, share: float) -> float:
+    """The saving of `e^2 / [H^-1]_jj` that a share of the weights exceeds when all are rounded to nearest."""
+    count = round(share * weight.numel())
+    if not count:
+        return float("inf")
+    saving = ((quantize_weight(weight, grid).decode() - weight).double().square() / saliency).flatten()
+    return float(saving.kthvalue(len(saving) - count).values)
+
+
+def _outliers_of(group: Tensor, saliency: Tensor, grid: WeightGrid, threshold: float) -> Tensor:
+    """Where the weights of a group `[out, width]` save more than the threshold when they are left out."""
+    whole = WeightGrid(grid.bits, PER_CHANNEL, grid.symmetric)
+    error = (quantize_weight(group, whole).decode() - group).double()
+    return error.square() / saliency > threshold
+
+
+def _range_without(group: Tensor, outliers: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point `[out, 1]` of the weights of a group that are no outliers."""
+    kept = group.masked_fill(outliers, 0.0)  # every range holds zero anyway
+    return scales_of_range(kept.amin(1, keepdim=True), kept.amax(1, keepdim=True), grid)
