@@ -95,6 +95,8 @@ def _checked_manifest(onnx: Path, target: Target, plugin_library: Path | None, l
             raise ArtifactError(
                 f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
             )
+    if manifest.picture is not None:
+        open_graph(onnx, manifest.picture)  # copied as it is, so that its form is looked at here
     target.check()
     if plugin_library is not None:
         graphs = [open_graph(onnx, entry) for entry in manifest.graphs.values()]
@@ -169,8 +171,9 @@ def _size(folder: Path, graph: str) -> int:
 
 
 def _copy_runtime_files(source: Path, folder: Path, manifest: Manifest) -> None:
-    """Configuration, tokenizer, image processor and embedding table: what the manifest lists but graphs and weights."""
+    """Everything but the model's graphs and their weights: configuration, tokenizer, embeddings, `preprocess.onnx`."""
+    graphs = {entry.file for entry in manifest.graphs.values()}
     for name in manifest.files:
-        if not name.endswith((".onnx", DATA)):
+        if name.removesuffix(DATA) not in graphs:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)

@@ -19,6 +19,7 @@ from qe_edge.export.attention import attach_attention
 from qe_edge.export.decoding import check_decoding
 from qe_edge.export.layers import attach_layers, check_layers
 from qe_edge.export.naming import name_nodes
+from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.layers.linear import quantized_linears
@@ -43,8 +44,8 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     """Write the ONNX folder of a model; it appears only when it is complete, and replaces an older one.
 
     `visual.onnx`, `merger.onnx` and `language.onnx` (of a language model the last alone) with their `.onnx.data`,
-    `embedding.safetensors`, `manifest.json`, config.json, generation_config.json, tokenizer, image processor, and
-    recipe.json of a quantized model.
+    `preprocess.onnx` where the family has one, `embedding.safetensors`, `manifest.json`, config.json,
+    generation_config.json, tokenizer, image processor, and recipe.json of a quantized model.
 
     Args:
         checkpoint: Folder that `qe-edge quantize` wrote, or a model in memory (an unquantized one gives the same
@@ -76,7 +77,8 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         _write_runtime_files(loaded, part)
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
-        _manifest(loaded, recipe, entries, generation).model_copy(update={"checkpoint": source}).write(part)
+        further = {"checkpoint": source, "picture": write_preprocessing(loaded, part, IR_VERSION)}
+        _manifest(loaded, recipe, entries, generation).model_copy(update=further).write(part)
 
 
 def _embedding_table(embedding: nn.Module) -> Tensor:

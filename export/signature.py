@@ -7,7 +7,12 @@ import onnx_ir as ir
 from qe_edge.runtime.manifest import TensorSpec
 from qe_edge.system.errors import ModelError
 
-DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
+}
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:

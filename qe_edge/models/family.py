@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qe_edge.models.picture_graphs import PictureGraph
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -159,6 +161,14 @@ class ModelFamily(ABC):
         `[features, width]` stands where `image_mask` is True in `inputs_embeds` `[batch, sequence, width]` of the
         language graph, which `qe_edge.models.decoder` makes. Token embeddings narrower than that are followed by zeros.
         """
+
+    def picture_graph(self, processor: Any) -> PictureGraph | None:  # noqa: ANN401, ARG002 - of families with pictures
+        """The preparation of one picture as a graph, equal to `encode` and `visual_feeds`; None where there is none.
+
+        Args:
+            processor: As returned by `load_processor`.
+        """
+        return None
 
     def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:
         """Positions of generated token number `step` (0 is the first after the prompt): one past the largest so far."""

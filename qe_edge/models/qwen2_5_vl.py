@@ -10,7 +10,10 @@ from qe_edge.models.family import GraphSpec
 from qe_edge.models.qwen_vl import QwenVL
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from transformers import PreTrainedModel
+
+    from qe_edge.models.graph_nodes import Nodes
 
 
 class Qwen25VL(QwenVL):
@@ -41,6 +44,14 @@ class Qwen25VL(QwenVL):
             "window_groups": np.maximum(windows, 0),
             "group_places": places[np.argsort(windows.ravel()[places])],
         }
+
+    def frame_nodes(self, write: Nodes, rows: ir.Value, columns: ir.Value) -> dict[str, ir.Value]:
+        """`frame_feeds` as nodes."""
+        from qe_edge.models.qwen_vl_pictures import window_nodes
+
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        return window_nodes(write, rows, columns, merge, vision.window_size // merge // vision.patch_size)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""

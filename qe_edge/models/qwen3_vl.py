@@ -10,7 +10,10 @@ from qe_edge.models.family import Block, GraphSpec
 from qe_edge.models.qwen_vl import QwenVL, in_groups
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from transformers import PreTrainedModel
+
+    from qe_edge.models.graph_nodes import Nodes
 
 
 class Qwen3VL(QwenVL):
@@ -63,6 +66,14 @@ class Qwen3VL(QwenVL):
             "grid_points": in_groups(points.reshape(height, width, 4).transpose(2, 0, 1), merge),
             "grid_weights": in_groups(weights.reshape(height, width, 4).transpose(2, 0, 1), merge),
         }
+
+    def frame_nodes(self, write: Nodes, rows: ir.Value, columns: ir.Value) -> dict[str, ir.Value]:
+        """`frame_feeds` as nodes."""
+        from qe_edge.models.qwen_vl_pictures import grid_nodes
+
+        vision = self.config.vision_config
+        side = int(vision.num_position_embeddings**0.5)
+        return grid_nodes(write, rows, columns, vision.spatial_merge_size, side)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, all mergers, decoder with M-RoPE positions `[3, batch, sequence]`."""

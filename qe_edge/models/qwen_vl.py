@@ -23,8 +23,12 @@ from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
     from transformers import PreTrainedModel
+
+    from qe_edge.models.graph_nodes import Nodes
+    from qe_edge.models.picture_graphs import PictureGraph
 
 
 class QwenVL(ModelFamily):
@@ -127,6 +131,16 @@ class QwenVL(ModelFamily):
                 feeds.append({"pixel_values": pixels[start:end], **shared})
                 start = end
         return feeds
+
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """Scaling, patches, positions, and what `frame_nodes` adds."""
+        from qe_edge.models.qwen_vl_pictures import picture_graph
+
+        return picture_graph(processor.image_processor, self.config.image_token_id, self.frame_nodes)
+
+    def frame_nodes(self, write: Nodes, rows: ir.Value, columns: ir.Value) -> dict[str, ir.Value]:  # noqa: ARG002
+        """`frame_feeds` as nodes, of numbers of rows and columns of patches."""
+        return {}
 
     def frame_feeds(self, height: int, width: int) -> dict[str, np.ndarray]:  # noqa: ARG002 - for families that need more
         """Further inputs of the visual encoder for a frame of `height` x `width` patches."""

@@ -20,7 +20,7 @@ REMEDY = "Export or build the model again."
 GRAPHS = ("visual", "merger", "language")
 TEXT_ONLY = ("language",)
 
-DType = Literal["float32", "float16", "int64"]
+DType = Literal["float32", "float16", "int64", "uint8"]
 Dimension = int | str
 Size = tuple[int, ...]
 
@@ -43,19 +43,27 @@ class TensorSpec(_Strict):
     shape: tuple[Dimension, ...] = Field(max_length=8)
 
 
-class GraphEntry(_Strict):
-    """One graph.
+class GraphFile(_Strict):
+    """A graph with what goes in and out.
 
     Attributes:
         file: Its file in the folder; a plain file name.
         inputs: Inputs in order.
         outputs: Outputs in order.
-        profiles: By profile name and input, the smallest, typical and largest shape that engines are built for.
     """
 
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,100}$")
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+
+
+class GraphEntry(GraphFile):
+    """One graph of the model.
+
+    Attributes:
+        profiles: By profile name and input, the smallest, typical and largest shape that engines are built for.
+    """
+
     profiles: dict[str, dict[str, tuple[Size, Size, Size]]] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -68,6 +76,22 @@ class GraphEntry(_Strict):
                 if any(len(shape) != names[name] or min(shape, default=0) < 0 for shape in triple):
                     raise ValueError(f"profile '{profile}' has a wrong shape for '{name}'")
         return self
+
+
+class PictureEntry(GraphFile):
+    """The graph that prepares one picture; it runs in ONNX Runtime on the CPU, whatever the target.
+
+    Attributes:
+        placeholder_id: Token of a prompt that stands for a picture; the graph's `placeholder_ids` replace it.
+        max_pixels: Most pixels of a picture.
+        max_side: Most pixels of a side.
+        max_aspect: Longest side over shortest, beyond which a picture is refused; None where any is taken.
+    """
+
+    placeholder_id: int = Field(ge=0)
+    max_pixels: int = Field(ge=1, le=1 << 26)
+    max_side: int = Field(ge=1, le=1 << 16)
+    max_aspect: int | None = Field(None, ge=1)
 
 
 class KVLayout(_Strict):
@@ -95,6 +119,7 @@ class Manifest(Sealed):
         generation: How answers are decoded.
         kv: Layout of the KV cache.
         graphs: "visual", "merger" and "language", or "language" alone.
+        picture: The graph that prepares pictures, for programs without Python; None where the family has none.
         checkpoint: Digest of the checkpoint that the graphs were exported from; None for a model in memory.
         onnx: Digest of the ONNX folder that engines were built from; None in an ONNX folder.
         files: Size and hash of every file but the manifest and `engine.json`.
@@ -110,6 +135,7 @@ class Manifest(Sealed):
     generation: GenerationSettings
     kv: KVLayout
     graphs: dict[str, GraphEntry]
+    picture: PictureEntry | None = None
     checkpoint: Digest | None = None
     onnx: Digest | None = None
     files: FileTable = Field(default_factory=dict)
@@ -119,6 +145,8 @@ class Manifest(Sealed):
         wanted = TEXT_ONLY if self.image_token_id is None else GRAPHS
         if set(self.graphs) != set(wanted):
             raise ValueError(f"it must list the graphs {', '.join(wanted)}")
+        if self.picture is not None and self.picture.placeholder_id >= self.vocab_size:
+            raise ValueError(f"pictures stand at token {self.picture.placeholder_id} of {self.vocab_size}")
         rules = self.generation
         ids = (rules.pad_token_id, *rules.eos_token_ids, *rules.suppress_tokens, *rules.begin_suppress_tokens)
         if max(ids) >= self.vocab_size:
@@ -184,7 +212,8 @@ def read_description(folder: Path) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(folder, f"{MANIFEST} {where} {first['msg'].lower()}") from error
     manifest.check_seal(path, REMEDY)
-    for name in (*(entry.file for entry in manifest.graphs.values()), EMBEDDING, "config.json"):
+    graphs = [*manifest.graphs.values(), *([] if manifest.picture is None else [manifest.picture])]
+    for name in (*(entry.file for entry in graphs), EMBEDDING, "config.json"):
         if name not in manifest.files:
             raise _damaged(folder, f"{MANIFEST} lists no file '{name}'")
     if manifest.onnx is not None and not (folder / ENGINE_INFO).is_file():

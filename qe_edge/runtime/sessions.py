@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from qe_edge.runtime.graph_files import check_graph_file
-from qe_edge.runtime.manifest import GraphEntry
+from qe_edge.runtime.manifest import GraphFile
 from qe_edge.system.errors import ArtifactError, ResourceError
 
 ACCURACY_LEVELS = (0, 4)  # of ONNX Runtime's INT4 products: exact, or activations quantized once more in blocks
@@ -55,7 +55,7 @@ class OrtSession:
     """
 
     def __init__(
-        self, folder: Path, entry: GraphEntry, accuracy_level: int, threads: int | None, *, frugal: bool = False
+        self, folder: Path, entry: GraphFile, accuracy_level: int, threads: int | None, *, frugal: bool = False
     ) -> None:
         import onnxruntime as ort
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
+from qe_edge.export.preprocessing import first_difference
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Block, Sample
 from qe_edge.models.loading import LoadedModel, load_model
@@ -22,13 +23,22 @@ from qe_edge.models.streaming import Streamer, chains_of, first_tensor, run_bloc
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.sessions import OrtSession
+from qe_edge.system.errors import InputError
 from qe_edge.validate import validate
-from tests.models.conversations import CASES, greedy, torch_logits
+from tests.models.conversations import CASES, greedy, noise, torch_logits
 
 GROUPS = ("visual", "merger", "language")
 SAMPLES = [*CASES["batch"], *CASES["several turns"]]
 QUICK = {"tokens": 128, "em_steps": 1}
 TOKENS = 6
+PICTURE_SIZES = (
+    *((1, 1), (1, 2), (2, 1), (3, 5), (1, 200), (200, 1), (1, 201), (201, 1), (7, 1400), (4, 900)),
+    *((28, 28), (27, 29), (29, 27), (14, 42), (64, 64), (63, 65), (56, 168), (60, 300), (300, 60), (203, 117)),
+    *((100, 101), (101, 100), (97, 57), (57, 97), (111, 37), (37, 111), (129, 255), (256, 256), (224, 224), (336, 112)),
+    *((448, 448), (480, 640), (640, 480), (333, 500), (41, 27), (900, 30), (30, 900), (512, 31), (720, 1280), (5, 5)),
+    *((1080, 1920), (1200, 16)),
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,23 @@ class FamilyChecks:
         assert token_errors(made, CASES[case]).max() < 1e-5
         prompt = made.engine.encode(CASES[case])
         assert made.engine.generate_ids(prompt, TOKENS) == greedy(made.loaded, CASES[case], TOKENS)
+
+    def test_the_picture_graph_equals_the_image_processor(self, made: Made) -> None:
+        """Every output to the last bit, and a picture is refused by both or by none."""
+        entry = made.engine.manifest.picture
+        assert entry is not None
+        session = OrtSession(made.onnx, entry, accuracy_level=0, threads=1)
+        encode = made.engine.family.encode
+        for height, width in PICTURE_SIZES:
+            image = np.asarray(noise(width, height))
+            sample = Sample(image, "what?")
+            if entry.max_aspect and max(height, width) > entry.max_aspect * min(height, width):
+                with pytest.raises(InputError, match="aspect ratio"):
+                    encode(made.engine.processor, [sample])
+                continue
+            computed = {name: np.asarray(value) for name, value in session.run({"image": image}).items()}
+            differing = first_difference(computed, made.engine.family, encode(made.engine.processor, [sample]))
+            assert differing is None, (height, width, differing)
 
     @pytest.mark.slow
     def test_graphs_round_activations_alike(self, folder: Path, tmp_path: Path) -> None:

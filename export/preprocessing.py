@@ -1,0 +1,120 @@
+"""`preprocess.onnx`: the preparation of one picture as a graph, for programs that have no image processor of Python's.
+
+Input `image`, uint8 `[height, width, 3]`, RGB. Outputs: every input of `visual.onnx` under its name, then
+`placeholder_ids` int64 `[tokens]`, which replace the picture's one token in a prompt, and `placeholder_positions` int64
+`[axes, tokens]`, their positions counted from the first of them. It runs in ONNX Runtime on the CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qe_edge.export.op import OPSET
+from qe_edge.export.signature import tensor_spec
+from qe_edge.models.family import Encoded, ModelFamily, Sample
+from qe_edge.models.images import MAX_PIXELS
+from qe_edge.models.loading import LoadedModel
+from qe_edge.models.picture_graphs import IMAGE, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS, PictureGraph
+from qe_edge.runtime.manifest import PictureEntry
+from qe_edge.runtime.sessions import OrtSession
+from qe_edge.system.errors import ModelError, QENotice
+from qe_edge.system.version import VERSION
+
+PREPROCESS = "preprocess.onnx"
+MAX_SIDE = 1 << 16  # of a picture; JPEG's own limit
+PROOFS = ((5, 9), (64, 48), (90, 300), (301, 77))  # heights and widths that every exported graph is tried with
+QUESTION = "?"
+
+
+def write_preprocessing(loaded: LoadedModel, folder: Path, ir_version: int) -> PictureEntry | None:
+    """Write the graph of a model that reads pictures, and try it against the model's own image processor.
+
+    Args:
+        loaded: The model.
+        folder: Where to write `preprocess.onnx`.
+        ir_version: Of the file.
+
+    Returns:
+        What the manifest says about it; None, with a notice, where the family has none.
+
+    Raises:
+        ModelError: If the graph gives other values than the image processor.
+    """
+    if not loaded.family.picture_unit or not loaded.family.writes_text:
+        return None
+    found = loaded.family.picture_graph(loaded.processor)
+    if found is None:
+        warnings.warn(
+            f"No graph prepares pictures as the image processor of this {loaded.family.model_type} model does, so that "
+            f"{PREPROCESS} is not written: Python runs the model, the C++ library answers texts only.",
+            QENotice,
+            stacklevel=2,
+        )
+        return None
+    entry = _written(found, folder, ir_version)
+    session = OrtSession(folder, entry, accuracy_level=0, threads=1)
+    generator = np.random.default_rng(0)
+    for height, width in PROOFS:
+        image = generator.integers(0, 256, (height, width, 3), np.uint8)
+        computed = {name: np.asarray(value) for name, value in session.run({IMAGE: image}).items()}
+        encoded = loaded.family.encode(loaded.processor, [Sample(image, QUESTION)])
+        differing = first_difference(computed, loaded.family, encoded)
+        if differing is not None:
+            raise ModelError(
+                f"The graph that prepares pictures gives another '{differing}' than the model's image processor for a "
+                f"picture of {width} x {height}.",
+                "Use the versions of pillow, transformers and onnxruntime in constraints.txt.",
+            )
+    return entry
+
+
+def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encoded: Encoded) -> str | None:
+    """The first output of the graph that differs from what the family makes of a prompt with one picture.
+
+    Args:
+        computed: Outputs of the graph by name.
+        family: The family.
+        encoded: The prompt, a batch of 1.
+
+    Returns:
+        Its name; None if all are equal to the last bit.
+    """
+    (feeds,) = family.visual_feeds(encoded)
+    for name, wanted in feeds.items():
+        if computed[name].dtype != wanted.dtype or not np.array_equal(computed[name], wanted):
+            return name
+    ids, places = computed[PLACEHOLDER_IDS], computed[PLACEHOLDER_POSITIONS]
+    features = ids == family.config.image_token_id
+    if features.sum() != encoded.image_mask.sum():
+        return PLACEHOLDER_IDS
+    start = int(encoded.image_mask[0].argmax()) - int(features.argmax())
+    stop = start + len(ids)
+    if not np.array_equal(encoded.input_ids[0, start:stop], ids):
+        return PLACEHOLDER_IDS
+    positions = family.position_ids(encoded)[..., 0, :].reshape(-1, encoded.input_ids.shape[1])
+    relative = positions[:, start : stop + 1] - positions[:, start : start + 1]
+    following = relative[:, -1] == places.max() + 1
+    same = places.shape[0] == len(positions) and np.array_equal(relative[:, :-1], places) and following.all()
+    return None if same else PLACEHOLDER_POSITIONS
+
+
+def _written(found: PictureGraph, folder: Path, ir_version: int) -> PictureEntry:
+    outputs = list(found.outputs.values())
+    graph = ir.Graph([found.image], outputs, nodes=found.nodes, opset_imports={"": OPSET}, name="preprocess")
+    model = ir.Model(graph, ir_version=ir_version, producer_name="qe-edge", producer_version=VERSION)
+    ir.save(model, folder / PREPROCESS)
+    onnx.checker.check_model(str(folder / PREPROCESS), full_check=True)
+    return PictureEntry(
+        file=PREPROCESS,
+        inputs=(tensor_spec(found.image),),
+        outputs=tuple(tensor_spec(value) for value in outputs),
+        placeholder_id=found.placeholder,
+        max_pixels=MAX_PIXELS,
+        max_side=MAX_SIDE,
+        max_aspect=found.max_aspect,
+    )

@@ -1,0 +1,113 @@
+"""A picture's way to the visual encoder as nodes: what the graphs `preprocess.onnx` of all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qe_edge.models.graph_nodes import Nodes
+
+IMAGE = "image"
+PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS = "placeholder_ids", "placeholder_positions"
+Size = int | str
+
+
+@dataclass(frozen=True)
+class PictureGraph:
+    """The preparation of one picture.
+
+    Attributes:
+        nodes: In order.
+        image: The input, uint8 `[height, width, 3]`, RGB.
+        outputs: Inputs of the visual encoder by name, then the tokens that stand for the picture and their positions.
+        placeholder: Token of the prompt that the picture's tokens replace.
+        max_aspect: Longest side over shortest, beyond which the family's image processor refuses a picture.
+    """
+
+    nodes: list[ir.Node]
+    image: ir.Value
+    outputs: dict[str, ir.Value]
+    placeholder: int
+    max_aspect: int | None = None
+
+
+def picture_input() -> ir.Value:
+    """The graph's input."""
+    return ir.Value(name=IMAGE, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(["height", "width", 3]))
+
+
+def output(value: ir.Value, dtype: ir.DataType, *sizes: Size) -> ir.Value:
+    """The value with its type and shape written at it; a name stands for a size that depends on the picture."""
+    value.type, value.shape = ir.TensorType(dtype), ir.Shape(sizes)
+    return value
+
+
+def placeholders(write: Nodes, ids: ir.Value, positions: ir.Value, axes: int) -> dict[str, ir.Value]:
+    """The outputs of a picture's tokens.
+
+    Args:
+        write: Receives the nodes.
+        ids: int64 `[tokens]`.
+        positions: int64 `[axes, tokens]`, of the first token 0.
+        axes: 3 with M-RoPE, else 1.
+    """
+    return {
+        PLACEHOLDER_IDS: output(write("Identity", ids), ir.DataType.INT64, "tokens"),
+        PLACEHOLDER_POSITIONS: output(write("Identity", positions), ir.DataType.INT64, axes, "tokens"),
+    }
+
+
+def counted(write: Nodes, ids: ir.Value) -> dict[str, ir.Value]:
+    """The outputs of a picture whose tokens count on as text does; `ids` is int64 `[tokens]`."""
+    return placeholders(write, ids, write.spread(write.count(write.size(ids, 0)), 0), 1)
+
+
+def value_table(image_processor: Any) -> np.ndarray:  # noqa: ANN401 - image processors share no typed base
+    """What an image processor makes of every value of every channel: float32 `[3 * 256]`, channel by channel."""
+    values = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[:, :, None]
+    if image_processor.do_rescale:
+        values = image_processor.rescale(values, image_processor.rescale_factor)
+    if image_processor.do_normalize:
+        values = image_processor.normalize(values, image_processor.image_mean, image_processor.image_std)
+    return np.ascontiguousarray(values[:, :, 0], np.float32).ravel()
+
+
+def normalized(write: Nodes, pixels: ir.Value, table: np.ndarray, channel: int) -> ir.Value:
+    """float32 values of uint8 pixels, looked up, so that no arithmetic can differ.
+
+    Args:
+        write: Receives the nodes.
+        pixels: uint8.
+        table: From `value_table`.
+        channel: Axis of the channels, counted from the end: -1 is the last.
+    """
+    offsets = (np.arange(3, dtype=np.int32) * 256).reshape(3, *([1] * (-channel - 1)))
+    return write("Gather", table, write("Add", write.cast(pixels, ir.DataType.INT32), offsets))
+
+
+def finished(
+    write: Nodes,
+    image: ir.Value,
+    feeds: Mapping[str, ir.Value],
+    tokens: Mapping[str, ir.Value],
+    placeholder: int,
+    max_aspect: int | None = None,
+) -> PictureGraph:
+    """The whole graph; its outputs get their names.
+
+    Args:
+        write: Holds the nodes.
+        image: The input.
+        feeds: Inputs of the visual encoder by name, with types and shapes.
+        tokens: From `placeholders` or `counted`.
+        placeholder: As in `PictureGraph`.
+        max_aspect: As in `PictureGraph`.
+    """
+    outputs = {**feeds, **tokens}
+    for name, value in outputs.items():
+        value.name = name
+    return PictureGraph(write.nodes, image, outputs, placeholder, max_aspect)

@@ -1,0 +1,155 @@
+"""Pillow's resize in standard ONNX operators, equal to the last bit.
+
+ONNX Runtime's own Resize computes the filter's weights in float32 and differs from Pillow by 1 in some pixels of a
+thousand. Here the weights are computed in float64 and rounded to 22 bits as in Pillow's `Resample.c`; their products
+with pixels are whole numbers below 2^53, so a product of float64 matrices is exact. Rows are scaled first, then
+columns, with pixels of 8 bits between; since Pillow 13 it is the other way where the height loses more than twice as
+many pixels as the width. A filter reads a few neighbours only: outputs come in blocks, and each block multiplies the
+stretch of the input that it reads. One block is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import PIL
+
+from qe_edge.models.graph_nodes import OPSET, Nodes, Operand
+
+BLOCK = 16  # outputs computed together
+BITS = 22  # of a weight, as Pillow's PRECISION_BITS
+COLUMNS_MAY_COME_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # of the Pillow that the graph shall equal
+LANCZOS, BILINEAR, BICUBIC = 1, 2, 3  # Pillow's numbers of filters
+
+Filter = Callable[[Nodes, ir.Value], ir.Value]
+
+
+def resize(write: Nodes, image: ir.Value, height: Operand, width: Operand, resample: int) -> ir.Value:
+    """Scale a picture as `PIL.Image.Image.resize` does.
+
+    Args:
+        write: Receives the nodes.
+        image: uint8 `[height, width, 3]`.
+        height: New height, an int64 scalar.
+        width: New width.
+        resample: A key of `FILTERS`.
+
+    Returns:
+        uint8 `[height, width, 3]`.
+    """
+    old_height, old_width = write.size(image, 0), write.size(image, 1)
+    lost, narrowed = write("Sub", old_height, height), write("Sub", old_width, width)
+    most = write("Max", write("Mul", narrowed, 2), 0)
+    columns_first = write("Greater", lost, most) if COLUMNS_MAY_COME_FIRST else write.constant(np.array(False))
+    # `lines` are what the first pass scales: columns of pixels, or rows
+    lines = _turned_if(write, columns_first, image, turned=False)
+    first = write("Where", columns_first, height, width)
+    second = write("Where", columns_first, width, height)
+    across = write.size(lines, 1)
+    once = write.reshape(_scaled(write, write.reshape(lines, write.size(lines, 0), -1), first, resample), 0, across, 3)
+    lines = write.reshape(write("Transpose", once, perm=[1, 0, 2]), across, -1)
+    twice = write.reshape(_scaled(write, lines, second, resample), second, first, 3)
+    return _turned_if(write, columns_first, twice)
+
+
+def _turned_if(write: Nodes, condition: ir.Value, image: ir.Value, *, turned: bool = True) -> ir.Value:
+    """The picture with rows and columns exchanged if a condition holds, or if it does not."""
+    branches = []
+    for exchange in (turned, not turned):
+        inner = write.inside()
+        output = inner("Transpose", image, perm=[1, 0, 2]) if exchange else inner("Identity", image)
+        output.type = ir.TensorType(ir.DataType.UINT8)
+        name = "exchanged" if exchange else "kept"
+        branches.append(ir.Graph([], [output], nodes=inner.nodes, opset_imports={"": OPSET}, name=name))
+    return write("If", condition, then_branch=branches[0], else_branch=branches[1])
+
+
+def _scaled(write: Nodes, lines: ir.Value, size: Operand, resample: int) -> ir.Value:
+    """uint8 `[lines, n]` as `[size, n]`: every output line is a weighted sum of neighbouring lines."""
+    starts, weights = _block_weights(write, write.size(lines, 0), size, FILTERS[resample])
+    inner = write.inside()
+    start = ir.Value(name=f"{starts.name}.one", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    block = ir.Value(name=f"{weights.name}.one", type=ir.TensorType(ir.DataType.DOUBLE), shape=ir.Shape([BLOCK, None]))
+    last = inner("Sub", inner.size(lines, 0), 1)
+    places = inner("Min", inner("Add", start, inner.count(inner.size(block, 1))), last)
+    pixels = inner.cast(inner("Gather", lines, places, axis=0), ir.DataType.DOUBLE)
+    half, unit = float(1 << (BITS - 1)), float(1 << BITS)
+    rounded = inner("Floor", inner("Div", inner("Add", inner("MatMul", block, pixels), half), unit))
+    output = inner.cast(inner("Clip", rounded, 0.0, 255.0), ir.DataType.UINT8)
+    output.type = ir.TensorType(ir.DataType.UINT8)
+    body = ir.Graph([start, block], [output], nodes=inner.nodes, opset_imports={"": OPSET}, name="block")
+    blocks = write("Scan", starts, weights, body=body, num_scan_inputs=2)
+    return write("Slice", write.reshape(blocks, -1, write.size(lines, 1)), write.joined(0), write.joined(size))
+
+
+def _block_weights(write: Nodes, old: ir.Value, new: Operand, kind: Kernel) -> tuple[ir.Value, ir.Value]:
+    """Where the input of every block starts, int64 `[blocks]`, and float64 weights `[blocks, BLOCK, stretch]`.
+
+    `precompute_coeffs` and `normalize_coeffs_8bpc` of Pillow's Resample.c, in the same order of float64 operations.
+    """
+    real = ir.DataType.DOUBLE
+    scale = write("Div", write.cast(old, real), write.cast(new, real))
+    stretch = write("Max", scale, 1.0)
+    support = write("Mul", kind.support, stretch)
+    blocks = write("Div", write("Add", new, BLOCK - 1), BLOCK)
+    output = write("Min", write.count(write("Mul", blocks, BLOCK)), write("Sub", new, 1))
+    center = write("Mul", write("Add", write.cast(output, real), 0.5), scale)
+    first = write("Max", write.cast(write("Add", write("Sub", center, support), 0.5), ir.DataType.INT64), 0)
+    end = write("Min", write.cast(write("Add", write("Add", center, support), 0.5), ir.DataType.INT64), old)
+    first, end, center = (write.reshape(value, -1, BLOCK) for value in (first, end, center))
+    starts = write("ReduceMin", first, np.array([1], np.int64), keepdims=1)
+    length = write("ReduceMax", write("Sub", end, starts), keepdims=0)
+    place = write.spread(write("Add", starts, write.count(length)), 1)  # [blocks, 1, stretch]
+    first, end, center = (write.spread(value, 2) for value in (first, end, center))
+    used = write("And", write("GreaterOrEqual", place, first), write("Less", place, end))
+    distance = write("Add", write("Sub", write.cast(place, real), center), 0.5)
+    raw = kind.weight(write, write("Abs", write("Mul", distance, write("Div", 1.0, stretch))))
+    raw = write("Where", used, raw, 0.0)
+    share = write("Div", raw, write("ReduceSum", raw, np.array([2], np.int64), keepdims=1))
+    scaled = write("Mul", share, float(1 << BITS))
+    # half away from zero
+    whole = write("Mul", write("Sign", scaled), write("Floor", write("Add", write("Abs", scaled), 0.5)))
+    return write("Squeeze", starts, np.array([1], np.int64)), whole
+
+
+def _bilinear(write: Nodes, x: ir.Value) -> ir.Value:
+    return write("Where", write("Less", x, 1.0), write("Sub", 1.0, x), 0.0)
+
+
+def _bicubic(write: Nodes, x: ir.Value) -> ir.Value:
+    """Keys' cubic with a = -0.5, of absolute distances."""
+    near = write("Sub", write("Mul", 1.5, x), 2.5)
+    near = write("Add", write("Mul", write("Mul", near, x), x), 1.0)
+    far = write("Add", write("Mul", write("Sub", x, 5.0), x), 8.0)
+    far = write("Mul", write("Sub", write("Mul", far, x), 4.0), -0.5)
+    return write("Where", write("Less", x, 1.0), near, write("Where", write("Less", x, 2.0), far, 0.0))
+
+
+def _lanczos(write: Nodes, x: ir.Value) -> ir.Value:
+    value = write("Mul", _sinc(write, x), _sinc(write, write("Div", x, 3.0)))
+    return write("Where", write("Less", x, 3.0), value, 0.0)
+
+
+def _sinc(write: Nodes, x: ir.Value) -> ir.Value:
+    angle = write("Mul", x, float(np.pi))
+    zero = write("Equal", x, 0.0)
+    return write("Where", zero, 1.0, write("Div", write("Sin", angle), write("Where", zero, 1.0, angle)))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A filter of Pillow.
+
+    Attributes:
+        support: Its reach in pixels of the smaller picture.
+        weight: The nodes of its weight at absolute distances, float64.
+    """
+
+    support: float
+    weight: Filter
+
+
+FILTERS = {LANCZOS: Kernel(3.0, _lanczos), BILINEAR: Kernel(1.0, _bilinear), BICUBIC: Kernel(2.0, _bicubic)}
