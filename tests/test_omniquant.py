@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qe_edge import QELinear, make_recipe, quantize_linear
-from qe_edge.methods.omniquant import OmniQuantOptions, _Ranges, learn_shares, row_losses
+from qe_edge.methods.omniquant import OmniQuantOptions, learn_shares
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
+from qe_edge.reconstruction.ranges import Ranges, row_losses
 from tests.layers import typed_layer
 from tests.reference.omniquant import learned_clipping
 
@@ -29,7 +30,7 @@ def test_the_ranges_equal_the_reference(bits: int, symmetric: bool) -> None:
     gram = (x.T @ x / len(x)).double()
     gram /= gram.diagonal().mean()
     grid = WeightGrid(bits, PER_CHANNEL, symmetric)
-    ranges = _Ranges.of(weight, grid)
+    ranges = Ranges.of(weight, grid)
     shares = learn_shares(ranges, gram.float(), OmniQuantOptions(steps=40))
     found = row_losses((ranges.soft_decoded(shares) - weight).double(), gram).numpy()
     _, expected = learned_clipping(weight.double().numpy(), gram.numpy(), bits, 40, 0.05, symmetric=symmetric)

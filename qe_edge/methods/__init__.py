@@ -27,6 +27,8 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "spqr": "qe_edge.methods.spqr:SpQR",
         "atom": "qe_edge.methods.atom:Atom",
         "omniquant": "qe_edge.methods.omniquant:OmniQuant",
+        "autoround": "qe_edge.methods.autoround:AutoRound",
+        "lsq": "qe_edge.methods.lsq:LSQ",
         "lorc": "qe_edge.methods.lorc:LoRC",
         "lqer": "qe_edge.methods.lqer:LQER",
         "svdquant": "qe_edge.methods.svdquant:SVDQuant",

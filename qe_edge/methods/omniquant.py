@@ -12,8 +12,6 @@ SmoothQuant, AWQ and MBQ are the methods with scales here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -21,8 +19,9 @@ from torch import Tensor
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import Method, MethodOptions
-from qe_edge.numerics.grids import MIN_RANGE, PER_CHANNEL, WeightGrid, quantize_weight
+from qe_edge.numerics.grids import quantize_weight
 from qe_edge.reconstruction.problem import LinearProblem
+from qe_edge.reconstruction.ranges import Ranges, row_losses
 
 START = 4.0  # sigmoid(4) = 0.98 of the whole range
 MOMENTS = (0.9, 0.999)
@@ -51,7 +50,7 @@ class OmniQuant(Method[OmniQuantOptions]):
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Learn the ranges, then round."""
         gram = torch.from_numpy(problem.gram()).float()
-        ranges = _Ranges.of(problem.weight, problem.scheme.weight)
+        ranges = Ranges.of(problem.weight, problem.scheme.weight)
         shares = learn_shares(ranges, gram / gram.diagonal().mean().clamp_min(1e-30), self.options)
         clipped = ranges.clipped(shares)
         plain = quantize_weight(problem.weight, problem.scheme.weight)
@@ -65,56 +64,7 @@ class OmniQuant(Method[OmniQuantOptions]):
         )
 
 
-@dataclass(frozen=True)
-class _Ranges:
-    """Weights by scale group, and the whole range of each.
-
-    Attributes:
-        groups: `[out, groups, width]` float32.
-        high: `[out, groups, 1]` largest weight, at least 0; the largest magnitude on a symmetric grid.
-        low: `[out, groups, 1]` smallest weight, at most 0; minus `high` on a symmetric grid.
-        grid: Grid of the codes.
-    """
-
-    groups: Tensor
-    high: Tensor
-    low: Tensor
-    grid: WeightGrid
-
-    @classmethod
-    def of(cls, weight: Tensor, grid: WeightGrid) -> _Ranges:
-        """Groups of `weight` `[out, in]`."""
-        size = grid.resolve_group(weight.shape[1])
-        groups = weight.reshape(len(weight), -1, weight.shape[1] if size == PER_CHANNEL else size)
-        if grid.symmetric:
-            high = groups.abs().amax(-1, keepdim=True)
-            return cls(groups, high, -high, grid)
-        return cls(groups, groups.amax(-1, keepdim=True).clamp_min(0), groups.amin(-1, keepdim=True).clamp_max(0), grid)
-
-    def clipped(self, shares: Tensor) -> Tensor:
-        """The weight `[out, in]` inside the learned shares `[out, groups, 2]` of its ranges."""
-        inside = self.groups.clamp(self.low * shares[..., 1:], self.high * shares[..., :1])
-        return inside.reshape(len(self.groups), -1)
-
-    def soft_decoded(self, shares: Tensor) -> Tensor:
-        """Rounded weight `[out, in]` for these shares, differentiable in them."""
-        bits = self.grid.bits
-        if self.grid.symmetric:
-            top = 2 ** (bits - 1) - 1
-            scale = (self.high * shares[..., :1]).clamp_min(MIN_RANGE) / top
-            codes = _round(self.groups / scale).clamp(-top - 1, top)
-            decoded: Tensor = codes * scale
-            return decoded.reshape(len(self.groups), -1)
-        top = 2**bits - 1
-        low = self.low * shares[..., 1:]
-        scale = (self.high * shares[..., :1] - low).clamp_min(MIN_RANGE) / top
-        zero = torch.round(-low / scale).detach().clamp(0, top)
-        codes = (_round(self.groups / scale) + zero).clamp(0, top)
-        decoded = (codes - zero) * scale
-        return decoded.reshape(len(self.groups), -1)
-
-
-def learn_shares(ranges: _Ranges, gram: Tensor, options: OmniQuantOptions) -> Tensor:
+def learn_shares(ranges: Ranges, gram: Tensor, options: OmniQuantOptions) -> Tensor:
     """The shares of the range `[out, groups, 2]` (of the largest, of the smallest weight) that lost least, by row."""
     count = ranges.groups.shape[1]
     weight = ranges.groups.reshape(len(ranges.groups), -1)
@@ -133,13 +83,3 @@ def learn_shares(ranges: _Ranges, gram: Tensor, options: OmniQuantOptions) -> Te
             torch.autograd.backward(losses.sum())
             optimizer.step()
     return best.sigmoid()
-
-
-def row_losses(error: Tensor, gram: Tensor) -> Tensor:
-    """`diag(E G E^T)` `[out]`: the square error of every output per token."""
-    return ((error @ gram) * error).sum(1)
-
-
-def _round(x: Tensor) -> Tensor:
-    """Rounding whose gradient is that of the identity."""
-    return x + (torch.round(x) - x).detach()
