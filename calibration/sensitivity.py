@@ -39,7 +39,7 @@ class Sensitivity:
     L is summed over the tokens of the reference answers and over samples; where a sample has no answer, over all its
     text tokens. It is the cross-entropy ("answers"), or stands for the divergence from the model itself
     ("predictions", see `fisher_factor`). Of a vision encoder it stands for the squared distance of its features, each
-    of length 1: of the class token, and the mean over the patches.
+    of length 1: of the class token where it has one, and the mean over the patches.
 
     Attributes:
         vision: Mean of |dL/dy| over image tokens and outputs (MBQ); 0 without such tokens.
@@ -280,7 +280,8 @@ def _feature_loss(loaded: LoadedModel, inputs: Mapping[str, Tensor], generator: 
     """A random projection of an encoder's features: mean squares of its gradients are those of their distance."""
     states = loaded.model(**inputs).last_hidden_state.float()
     drawn = torch.randn(states.shape, device=states.device, generator=generator)
-    drawn[:, 1:] /= max(states.shape[1] - 1, 1) ** 0.5
+    first = int(loaded.family.class_token)
+    drawn[:, first:] /= max(states.shape[1] - first, 1) ** 0.5
     return (nn.functional.normalize(states, dim=-1) * drawn).sum()
 
 

@@ -16,14 +16,15 @@ from qe_edge.export.opening import explained, open_graph
 from qe_edge.export.plugin_check import check_forms, check_plugin_target
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
+from qe_edge.models.vision_encoder import MAX_PICTURES
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
 from qe_edge.runtime.limits import EngineLimits, with_limits
-from qe_edge.runtime.manifest import GraphEntry, Manifest, read_manifest
+from qe_edge.runtime.manifest import EncoderManifest, FolderManifest, GraphEntry, Manifest, read_any_manifest
 from qe_edge.runtime.plugin_library import digest
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.atomic import atomic_folder
-from qe_edge.system.errors import ArtifactError, TargetError
+from qe_edge.system.errors import ArtifactError, InputError, TargetError
 from qe_edge.system.progress import Progress, Silent, track
 
 REFUSED = "Export the model again, or build for the target 'cpu'."
@@ -83,19 +84,26 @@ def build_engines(
     return out
 
 
-def _checked_manifest(onnx: Path, target: Target, plugin_library: Path | None, limits: EngineLimits | None) -> Manifest:
+def _checked_manifest(
+    onnx: Path, target: Target, plugin_library: Path | None, limits: EngineLimits | None
+) -> Manifest | EncoderManifest:
     """The manifest of graphs that can be built for a target, with the limits that their engines get."""
     if plugin_library is not None:
         check_plugin_target(target)
-    manifest = read_manifest(onnx)
-    if limits is not None:
-        manifest = with_limits(manifest, limits)
+    manifest = read_any_manifest(onnx)
+    if isinstance(manifest, Manifest):
+        manifest = manifest if limits is None else with_limits(manifest, limits)
+    elif limits not in (None, EngineLimits()):
+        raise InputError(
+            f"Engines of a vision encoder have no limits to choose: they take {MAX_PICTURES} pictures at a time.",
+            "Leave the --max options out.",
+        )
     for entry in manifest.graphs.values():
         if not entry.file.endswith(".onnx") or manifest.onnx is not None:
             raise ArtifactError(
                 f"'{onnx}' holds engines, not ONNX graphs.", "Give the output folder of 'qe-edge export'."
             )
-    if manifest.picture is not None:
+    if isinstance(manifest, Manifest) and manifest.picture is not None:
         open_graph(onnx, manifest.picture)  # copied as it is, so that its form is looked at here
     target.check()
     if plugin_library is not None:
@@ -170,7 +178,7 @@ def _size(folder: Path, graph: str) -> int:
     return sum((folder / file).stat().st_size for file in _files(folder, graph))
 
 
-def _copy_runtime_files(source: Path, folder: Path, manifest: Manifest) -> None:
+def _copy_runtime_files(source: Path, folder: Path, manifest: FolderManifest) -> None:
     """Everything but the model's graphs and their weights: configuration, tokenizer, embeddings, `preprocess.onnx`."""
     graphs = {entry.file for entry in manifest.graphs.values()}
     for name in manifest.files:

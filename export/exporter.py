@@ -26,11 +26,12 @@ from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.quantized import load_quantized
+from qe_edge.models.vision_encoder import VisionEncoder
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.runtime.embedding import EMBEDDING, TENSOR
 from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
-from qe_edge.runtime.manifest import FORMAT_VERSION, GraphEntry, KVLayout, Manifest
+from qe_edge.runtime.manifest import FORMAT_VERSION, EncoderManifest, GraphEntry, KVLayout, Manifest
 from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ModelError
 from qe_edge.system.progress import Progress, Silent, track
@@ -43,7 +44,8 @@ KEPT_INLINE = 1024  # bytes up to which a constant stays in the .onnx file
 def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progress | None = None) -> None:
     """Write the ONNX folder of a model; it appears only when it is complete, and replaces an older one.
 
-    `visual.onnx`, `merger.onnx` and `language.onnx` (of a language model the last alone) with their `.onnx.data`,
+    `visual.onnx`, `merger.onnx` and `language.onnx` (of a language model the last alone, of a vision encoder the first,
+    without embedding and tokens) with their `.onnx.data`,
     `preprocess.onnx` where the family has one, `embedding.safetensors`, `manifest.json`, config.json,
     generation_config.json, tokenizer, image processor, and recipe.json of a quantized model.
 
@@ -65,20 +67,36 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
     check_layers(quantized_linears(loaded.model))
     with atomic_folder(out) as part, exportable(loaded.model):
-        specs = loaded.family.graphs(loaded.model)
-        generation = settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
-        embedding = _embedding_table(loaded.model.get_input_embeddings())
+        specs = _graphs(loaded)
+        writes_text = loaded.family.writes_text
+        generation = _generation(loaded) if writes_text else None
+        embedding = _embedding_table(loaded.model.get_input_embeddings()) if writes_text else None
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
             for spec in specs:
                 entries[spec.name] = _export_graph(spec, loaded, part)
                 tracked.advance(_work(spec), spec.name)
-        save_file({TENSOR: embedding.contiguous()}, part / EMBEDDING)
+        if embedding is not None:
+            save_file({TENSOR: embedding.contiguous()}, part / EMBEDDING)
         _write_runtime_files(loaded, part)
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
+        if generation is None:
+            _encoder_manifest(loaded, recipe, entries).model_copy(update={"checkpoint": source}).write(part)
+            return
         further = {"checkpoint": source, "picture": write_preprocessing(loaded, part, IR_VERSION)}
         _manifest(loaded, recipe, entries, generation).model_copy(update=further).write(part)
+
+
+def _generation(loaded: LoadedModel) -> GenerationSettings:
+    return settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer)
+
+
+def _graphs(loaded: LoadedModel) -> list[GraphSpec]:
+    """The graphs of a model; of a vision encoder alone for the size that its image processor gives pictures."""
+    if not isinstance(loaded.family, VisionEncoder):
+        return loaded.family.graphs(loaded.model)
+    return [loaded.family.encoder_graph(loaded.model, loaded.family.picture_size(loaded.processor))]
 
 
 def _embedding_table(embedding: nn.Module) -> Tensor:
@@ -129,6 +147,19 @@ def _write_runtime_files(loaded: LoadedModel, folder: Path) -> None:
     loaded.family.save_processor(loaded.processor, folder)
 
 
+def _named(recipe: Recipe | None) -> str:
+    return "none" if recipe is None else f"{recipe.method} {recipe.scheme}"
+
+
+def _encoder_manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, GraphEntry]) -> EncoderManifest:
+    return EncoderManifest(
+        format_version=FORMAT_VERSION,
+        model_type=loaded.family.config.model_type,
+        quantization=_named(recipe),
+        graphs=entries,
+    )
+
+
 def _manifest(
     loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, GraphEntry], generation: GenerationSettings
 ) -> Manifest:
@@ -137,7 +168,7 @@ def _manifest(
     return Manifest(
         format_version=FORMAT_VERSION,
         model_type=config.model_type,
-        quantization="none" if recipe is None else f"{recipe.method} {recipe.scheme}",
+        quantization=_named(recipe),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         image_token_id=getattr(config, "image_token_id", None),

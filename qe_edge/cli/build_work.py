@@ -15,7 +15,7 @@ from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
 from qe_edge.export.build import build_engines
 from qe_edge.export.targets import check_targets, has_limits
 from qe_edge.runtime.limits import with_limits
-from qe_edge.runtime.manifest import read_manifest
+from qe_edge.runtime.manifest import Manifest, read_any_manifest
 from qe_edge.runtime.picture_limits import tell_limits
 from qe_edge.runtime.provenance import check_deployment
 
@@ -39,11 +39,16 @@ def run(
     check_apart(output, {"the ONNX folder": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, folder_bytes(source))
-    manifest = with_limits(read_manifest(source), wanted)
-    if has_limits(target):
+    manifest = read_any_manifest(source)
+    if isinstance(manifest, Manifest):
+        manifest = with_limits(manifest, wanted)
+    if isinstance(manifest, Manifest) and has_limits(target):
         tell_limits(source, manifest, lambda line: click.echo(line, err=True))
 
     built = build_engines(source, output, target, plugin_library=library, limits=wanted, progress=ConsoleProgress())
     if library is not None:
         print_plugin_nodes([built])
-    click.echo(f"Wrote '{built}'. Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt \"What is this?\"")
+    where = shlex.quote(str(output))
+    run_it = f'qe-edge run {where} --image FILE --prompt "What is this?"'
+    open_it = f"qe_edge.runtime.encoder.EncoderEngine.load({str(output)!r}) in Python"
+    click.echo(f"Wrote '{built}'. Next: {run_it if isinstance(manifest, Manifest) else open_it}")

@@ -11,6 +11,7 @@ from qe_edge.system.registry import Registry
 FAMILIES: Registry[type[ModelFamily]] = Registry(
     "model family",
     {
+        "clip_vision_model": "qe_edge.models.clip_vision:ClipVision",
         "dinov2": "qe_edge.models.dinov2:Dinov2",
         "gemma": "qe_edge.models.causal_lm:CausalLM",
         "gemma2": "qe_edge.models.causal_lm:CausalLM",
@@ -27,6 +28,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
         "qwen3": "qe_edge.models.causal_lm:CausalLM",
         "qwen3_vl": "qe_edge.models.qwen3_vl:Qwen3VL",
+        "siglip_vision_model": "qe_edge.models.clip_vision:SiglipVision",
         "smolvlm": "qe_edge.models.idefics3:Idefics3",
     },
 )

@@ -19,18 +19,12 @@ from qe_edge.system.json_files import read_json_table
 CONFIG = "config.json"
 REMEDY = "Get config.json of the original model again."
 SECTIONS = ("text_config", "vision_config")
-MULTIPLES = {  # of what by model_type a vision encoder's head width is a multiple
+MULTIPLES = {  # of what by model_type a vision encoder's head width is a multiple, where it is not 1
     "qwen2_vl": 4,  # rotary positions of two axes
     "qwen2_5_vl": 4,
     "qwen3_vl": 4,
-    "internvl": 1,
-    "gemma3": 1,
-    "idefics3": 1,
-    "llava_onevision": 1,
-    "paligemma": 1,
-    "smolvlm": 1,
-    "dinov2": 1,
 }
+ENCODERS = ("clip_vision_model", "dinov2", "siglip_vision_model")  # alone: the file is the vision encoder's own
 
 FEATURE_WIDTHS = {  # key of vision_config that names the width of what the language model gets
     "qwen2_vl": "hidden_size",
@@ -151,7 +145,7 @@ class _Facts:
 def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[QEError]) -> None:  # noqa: ANN401
     """Check what belongs together: heads and widths, token ids and vocabulary, tiles and patches."""
     facts = _Facts(source, error)
-    if config.model_type == "dinov2":
+    if config.model_type in ENCODERS:
         vision: Any = config
     else:
         vision = getattr(config, "vision_config", None)
@@ -160,7 +154,7 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
         heads = vision.num_attention_heads
         facts.divides(("the vision encoder's number of heads", heads), ("its width", width))
-        multiple = MULTIPLES[config.model_type]
+        multiple = MULTIPLES.get(config.model_type, 1)
         facts.divides(("", multiple), ("the vision encoder's width per head", width // heads))
     if config.model_type in FEATURE_WIDTHS:
         _check_patches(config, facts)

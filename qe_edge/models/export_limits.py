@@ -57,15 +57,15 @@ def window_of(text: Any) -> int | None:  # noqa: ANN401
 
 
 def check_deployable(family: ModelFamily) -> None:
-    """Refuse a model that can be quantized for PyTorch and has no graphs: a vision encoder alone.
+    """Refuse a model whose answers cannot be compared, because it writes none: a vision encoder alone.
 
     Raises:
         ModelError: If it is one.
     """
     if not family.writes_text:
         raise ModelError(
-            f"A '{family.model_type}' model alone cannot be exported, so it cannot be deployed.",
-            "Quantize it with 'qe-edge quantize' and load the checkpoint with qe_edge.load_quantized in PyTorch.",
+            f"A '{family.model_type}' model writes no text, so 'deploy' has no answers to compare.",
+            "Run 'qe-edge quantize', 'qe-edge export' and 'qe-edge build' one after the other.",
         )
     check_exportable(family.config)
 

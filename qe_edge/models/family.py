@@ -95,6 +95,7 @@ class ModelFamily(ABC):
         model_type: `model_type` of the family's config.json.
         auto_class: The class of transformers that loads the family's models.
         writes_text: Whether the models answer; others are compared by their features only.
+        class_token: Whether an encoder's first feature stands for the picture as a whole, where it writes no text.
         picture_unit: What the size of pictures is counted in: "patches", "tiles", or "" where there are no pictures.
         siblings: Names of linear layers of one parent module that read the same input.
 
@@ -105,6 +106,7 @@ class ModelFamily(ABC):
     model_type: ClassVar[str]
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     writes_text: ClassVar[bool] = True
+    class_token: ClassVar[bool] = True
     picture_unit: ClassVar[Literal["patches", "tiles", ""]] = ""
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qe_edge.checkpoint.integrity import Digest, Sealed
-from qe_edge.runtime.manifest import ENGINE_INFO, Manifest
+from qe_edge.runtime.manifest import ENGINE_INFO, FolderManifest
 from qe_edge.system.errors import ArtifactError
 from qe_edge.system.json_files import read_json_table
 
@@ -89,7 +89,7 @@ class EngineInfo(Sealed):
         """Write `engine.json` into `folder`."""
         self.write_sealed(folder / ENGINE_INFO)
 
-    def check_belongs(self, manifest: Manifest, folder: Path) -> None:
+    def check_belongs(self, manifest: FolderManifest, folder: Path) -> None:
         """Refuse the description of other engines.
 
         Raises:

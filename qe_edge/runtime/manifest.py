@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,6 +19,7 @@ FORMAT_VERSION = 2
 REMEDY = "Export or build the model again."
 GRAPHS = ("visual", "merger", "language")
 TEXT_ONLY = ("language",)
+PICTURES_ONLY = ("visual",)
 
 DType = Literal["float32", "float16", "int64", "uint8"]
 Dimension = int | str
@@ -105,21 +106,17 @@ class KVLayout(_Strict):
     head_dim: int = Field(ge=1, le=4096)
 
 
-class Manifest(Sealed):
-    """Everything the runtime needs to know about a folder. Its digest stands for the whole folder.
+Written = TypeVar("Written", bound="FolderManifest")
+
+
+class FolderManifest(Sealed):
+    """What every folder of graphs or engines says. Its digest stands for the whole folder.
 
     Attributes:
         format_version: Of this file.
         model_type: Model family, as in config.json.
         quantization: Method and scheme such as "qe w4a8", or "none".
-        hidden_size: Width of the language model.
-        vocab_size: Number of logits.
-        image_token_id: Token at whose places image features stand; None in a language model without pictures.
-        max_context: Tokens that the model can attend to, prompt and answer together.
-        generation: How answers are decoded.
-        kv: Layout of the KV cache.
-        graphs: "visual", "merger" and "language", or "language" alone.
-        picture: The graph that prepares pictures, for programs without Python; None where the family has none.
+        graphs: By name.
         checkpoint: Digest of the checkpoint that the graphs were exported from; None for a model in memory.
         onnx: Digest of the ONNX folder that engines were built from; None in an ONNX folder.
         files: Size and hash of every file but the manifest and `engine.json`.
@@ -128,17 +125,52 @@ class Manifest(Sealed):
     format_version: int
     model_type: str
     quantization: str
+    graphs: dict[str, GraphEntry]
+    checkpoint: Digest | None = None
+    onnx: Digest | None = None
+    files: FileTable = Field(default_factory=dict)
+
+    def further_files(self) -> tuple[str, ...]:
+        """Files beside those of the graphs that have to be there."""
+        return ("config.json",)
+
+    def write(self: Written, folder: Path) -> Written:
+        """Describe the files of `folder` and write `manifest.json` into it; returns the manifest as written."""
+        files = describe(folder, lambda name: name not in (MANIFEST, ENGINE_INFO))
+        return self.model_copy(update={"files": files}).write_sealed(folder / MANIFEST)
+
+
+class EncoderManifest(FolderManifest):
+    """Of a vision encoder alone: it has the one graph "visual"."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> EncoderManifest:
+        if set(self.graphs) != set(PICTURES_ONLY):
+            raise ValueError(f"it must list the graph {PICTURES_ONLY[0]}")
+        return self
+
+
+class Manifest(FolderManifest):
+    """Everything the runtime needs to know about a folder of a model that writes text.
+
+    Attributes:
+        hidden_size: Width of the language model.
+        vocab_size: Number of logits.
+        image_token_id: Token at whose places image features stand; None in a language model without pictures.
+        max_context: Tokens that the model can attend to, prompt and answer together.
+        generation: How answers are decoded.
+        kv: Layout of the KV cache.
+        graphs: "visual", "merger" and "language", or "language" alone.
+        picture: The graph that prepares pictures, for programs without Python; None where the family has none.
+    """
+
     hidden_size: int = Field(ge=1, le=1 << 20)
     vocab_size: int = Field(ge=1, le=1 << 24)
     image_token_id: int | None = Field(None, ge=0)
     max_context: int = Field(ge=1, le=1 << 31)
     generation: GenerationSettings
     kv: KVLayout
-    graphs: dict[str, GraphEntry]
     picture: PictureEntry | None = None
-    checkpoint: Digest | None = None
-    onnx: Digest | None = None
-    files: FileTable = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
@@ -169,10 +201,9 @@ class Manifest(Sealed):
         """Token that fills up finished rows."""
         return self.generation.pad_token_id
 
-    def write(self, folder: Path) -> Manifest:
-        """Describe the files of `folder` and write `manifest.json` into it; returns the manifest as written."""
-        files = describe(folder, lambda name: name not in (MANIFEST, ENGINE_INFO))
-        return self.model_copy(update={"files": files}).write_sealed(folder / MANIFEST)
+    def further_files(self) -> tuple[str, ...]:
+        """Files beside those of the graphs that have to be there."""
+        return (*([] if self.picture is None else [self.picture.file]), EMBEDDING, "config.json")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -186,12 +217,38 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def read_any_manifest(folder: Path) -> Manifest | EncoderManifest:
+    """The manifest of a folder of any model, compared with all files.
+
+    Raises:
+        ArtifactError: As `read_manifest`.
+    """
+    encoder = set(_table(folder).get("graphs") or ()) == set(PICTURES_ONLY)
+    return read_encoder_manifest(folder) if encoder else read_manifest(folder)
+
+
+def read_encoder_manifest(folder: Path) -> EncoderManifest:
+    """As `read_manifest`, of a vision encoder alone.
+
+    Raises:
+        ArtifactError: As `read_manifest`, or if the folder holds a model that writes text.
+    """
+    manifest = _described(folder, EncoderManifest)
+    check_files(folder, manifest.files, REMEDY)
+    return manifest
+
+
 def read_description(folder: Path) -> Manifest:
     """The manifest of a folder alone: its files are there with their sizes, and their content is not read.
 
     Raises:
         ArtifactError: If the folder is none of ours, is damaged, or is of another version.
     """
+    return _described(folder, Manifest)
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    """What a manifest says, of this version and not checked further."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(
@@ -205,15 +262,27 @@ def read_description(folder: Path) -> Manifest:
             f"'{folder}' has format version {shown(version)}; this QE-Edge reads {FORMAT_VERSION}.",
             "Export the model again, or install the version that wrote it.",
         )
+    return values
+
+
+def _described(folder: Path, kind: type[Written]) -> Written:
+    """A manifest of one kind, its files there with their sizes."""
+    path, values = folder / MANIFEST, _table(folder)
+    encoder = set(values.get("graphs") or ()) == set(PICTURES_ONLY)
+    if encoder != issubclass(kind, EncoderManifest):
+        found, opener = ("a vision encoder", "encoder.Encoder") if encoder else ("a model", "engine.VisionLanguage")
+        raise ArtifactError(
+            f"'{folder}' holds {found} that writes {'no ' * encoder}text.",
+            f"Open it with qe_edge.runtime.{opener}Engine.",
+        )
     try:
-        manifest = Manifest.model_validate(values)
+        manifest = kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(folder, f"{MANIFEST} {where} {first['msg'].lower()}") from error
     manifest.check_seal(path, REMEDY)
-    graphs = [*manifest.graphs.values(), *([] if manifest.picture is None else [manifest.picture])]
-    for name in (*(entry.file for entry in graphs), EMBEDDING, "config.json"):
+    for name in (*(entry.file for entry in manifest.graphs.values()), *manifest.further_files()):
         if name not in manifest.files:
             raise _damaged(folder, f"{MANIFEST} lists no file '{name}'")
     if manifest.onnx is not None and not (folder / ENGINE_INFO).is_file():

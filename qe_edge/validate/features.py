@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from qe_edge.models.family import Sample
 from qe_edge.models.loading import LoadedModel
+from qe_edge.runtime.encoder import EncoderEngine
 from qe_edge.system.errors import CalibrationError, NumericalError
 from qe_edge.validate.metrics import REMEDY
 
@@ -25,7 +26,7 @@ class Features:
     """Outputs of a vision encoder.
 
     Attributes:
-        picture: Of the class token, float32 `[pictures, features]`.
+        picture: Of the class token, or the mean of the patches where there is none, float32 `[pictures, features]`.
         patches: Of the patches, float32 `[pictures, patches, features]`.
     """
 
@@ -33,8 +34,8 @@ class Features:
     patches: Tensor
 
 
-def extract_features(loaded: LoadedModel, samples: Sequence[Sample]) -> Features:
-    """Features of pictures that all have one size after the image processor.
+def extract_features(loaded: LoadedModel | EncoderEngine, samples: Sequence[Sample]) -> Features:
+    """Features of pictures that all have one size after the image processor, in PyTorch or in an engine.
 
     Raises:
         InputError: If a picture cannot be read.
@@ -46,11 +47,16 @@ def extract_features(loaded: LoadedModel, samples: Sequence[Sample]) -> Features
     outputs = []
     for start in range(0, len(samples), BATCH):
         encoded = loaded.family.encode(loaded.processor, samples[start : start + BATCH])
+        if isinstance(loaded, EncoderEngine):
+            outputs.append(torch.from_numpy(loaded.features(encoded)))
+            continue
         with torch.no_grad():
             outputs.append(loaded.model(**loaded.family.torch_inputs(encoded)).last_hidden_state.float())
     tokens = torch.cat(outputs)
     if not tokens.isfinite().all():
         raise NumericalError("The features of a model that is measured hold NaN or infinity.", REMEDY)
+    if not loaded.family.class_token:
+        return Features(tokens.mean(1), tokens)
     return Features(tokens[:, 0], tokens[:, 1:])
 
 

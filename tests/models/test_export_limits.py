@@ -108,9 +108,9 @@ def test_dynamic_rope_is_exact_up_to_the_models_own_length(tmp_path: Path) -> No
 
 def test_an_encoder_alone_is_not_deployed(tmp_path: Path) -> None:
     family = load_family(str(write_small_dinov2(tmp_path / "model")))
-    with pytest.raises(ModelError, match="A 'dinov2' model alone cannot be exported") as caught:
+    with pytest.raises(ModelError, match="A 'dinov2' model writes no text, so 'deploy'") as caught:
         check_deployable(family)
-    assert "load_quantized in PyTorch" in caught.value.remedy
+    assert "'qe-edge export'" in caught.value.remedy
 
 
 class Undecided(torch.nn.Module):
