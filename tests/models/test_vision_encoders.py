@@ -70,7 +70,7 @@ def test_features_of_the_engine_are_those_of_transformers(
     folder = write(tmp_path / "model", model_type)
     original = load_model(str(folder), torch.float32)
     cosines = []
-    for method, scheme in (("rtn", "w4a16"), ("qe", "w4a8")):
+    for method, scheme in (("rtn", "w4a16"), ("qe", "w4a8"))[: 2 if model_type == "dinov2" else 1]:
         options = {"tokens": 128, "em_steps": 1} if method == "qe" else {}
         recipe = make_recipe(method=method, scheme=scheme, modules=("visual",), options=options)
         save_quantized(*quantize(str(folder), recipe, pictures), tmp_path / "checkpoint")
