@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ class Sensitivity:
             comparable that see different numbers of tokens.
         channels: `[out]` float32, mean of (dL/dy)^2 over tokens: the diagonal Fisher information of the outputs.
         tokens: Number of tokens that were averaged over.
+        token_energy: `[tokens]` float32, sum of (dL/dy)^2 over outputs of every token, in the order of the batches.
     """
 
     vision: float
@@ -57,6 +58,7 @@ class Sensitivity:
     energy: float
     channels: np.ndarray
     tokens: int
+    token_energy: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 def predicts_tokens(loaded: LoadedModel) -> bool:
@@ -162,6 +164,7 @@ def fisher_factor(logits: Tensor, generator: torch.Generator) -> Tensor:
 def save_sensitivities(path: Path, found: dict[str, Sensitivity]) -> None:
     """Write sensitivities to a safetensors file."""
     tensors = {f"{name}.channels": one.channels for name, one in found.items()}
+    tensors |= {f"{name}.token_energy": one.token_energy for name, one in found.items()}
     for name, one in found.items():
         tensors[f"{name}.scalars"] = np.array([one.vision, one.answer, one.energy, one.tokens], np.float64)
     save_file(tensors, path)
@@ -182,7 +185,8 @@ def load_sensitivities(path: Path) -> dict[str, Sensitivity]:
             layer, _, kind = name.rpartition(".")
             if kind == "channels":
                 vision, answer, energy, tokens = (float(value) for value in tensors[f"{layer}.scalars"])
-                found[layer] = Sensitivity(vision, answer, energy, values, int(tokens))
+                energies = tensors[f"{layer}.token_energy"]
+                found[layer] = Sensitivity(vision, answer, energy, values, int(tokens), energies)
     except (KeyError, ValueError) as error:
         raise ArtifactError(f"'{path}' holds no sensitivities.", "Delete it and run again.") from error
     return found
@@ -199,12 +203,14 @@ class _Meter:
         self._count = dict.fromkeys((IMAGE, ANSWER), 0)
         self._valid: Tensor | None = None
         self._kinds: Tensor | None = None
+        self._token_energy: list[Tensor] = []  # of every batch; zero where no gradient comes
 
     def begin(self, encoded: Encoded) -> None:
         """Masks of the batch to come; packed patches have none, and all of them are vision."""
         if self.in_language:
             self._valid = torch.from_numpy(encoded.attention_mask).bool().reshape(-1)
             self._kinds = torch.from_numpy(token_kinds(encoded)).reshape(-1)
+            self._token_energy.append(torch.zeros(int(self._valid.sum())))
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradient `[..., out]` of one call."""
@@ -212,7 +218,12 @@ class _Meter:
         kinds = torch.full((len(rows),), IMAGE, dtype=torch.int8)
         if self._valid is not None and self._kinds is not None:
             rows, kinds = rows[self._valid.to(rows.device)], self._kinds[self._valid]
-        squares = rows.square().sum(0, dtype=torch.float64).cpu()
+        square = rows.square()
+        squares, energy = square.sum(0, dtype=torch.float64).cpu(), square.sum(1).cpu()
+        if self.in_language:
+            self._token_energy[-1] += energy
+        else:
+            self._token_energy.append(energy)
         self._squares = squares if self._squares is None else self._squares + squares
         self.tokens += len(rows)
         for kind in (IMAGE, ANSWER):
@@ -235,6 +246,7 @@ class _Meter:
             energy=float(channels.mean()) * self.tokens / samples,
             channels=channels.astype(np.float32),
             tokens=self.tokens,
+            token_energy=torch.cat(self._token_energy).numpy(),
         )
 
 

@@ -82,6 +82,7 @@ class StatisticsCollector:
         request: What to measure.
         seed: Seed of the token sample.
         device: Where the layer is quantized, and the Gram matrix and the sample stay.
+        token_weights: `[tokens]` factor of every token's share of the Gram matrix, in stream order; None for 1.
     """
 
     def __init__(
@@ -92,12 +93,14 @@ class StatisticsCollector:
         request: StatisticsRequest,
         seed: int,
         device: torch.device = CPU,
+        token_weights: np.ndarray | None = None,
     ) -> None:
         self.name = name
         self.request = request
         self._channel_weight = [weight.detach().float().abs().mean(0).cpu() for weight in weights]
         self._device = device
         self._gram = GramMatrix(in_features, device) if request.gram else None
+        self._token_roots = None if token_weights is None else torch.from_numpy(token_weights).float().sqrt()
         self._abs_sum = np.zeros(in_features, np.float64)
         self._abs_max = np.zeros(in_features, np.float64)
         self._count = 0
@@ -126,18 +129,26 @@ class StatisticsCollector:
             self._add(tokens[start : start + CHUNK], kinds[start : start + CHUNK])
 
     def _add(self, tokens: Tensor, kinds: Tensor) -> None:
+        first = self._count + self.dropped
+        roots = None if self._token_roots is None else self._token_roots[first : first + len(tokens)]
+        if roots is not None and len(roots) != len(tokens):
+            raise ValueError(f"'{self.name}' sees more tokens than there are weights of tokens")
         total, largest = magnitudes(tokens)
         if not bool(torch.isfinite(total).all()):  # NaN and infinity stay what they are in a sum
             finite = torch.isfinite(tokens).all(1)
             self.dropped += int((~finite).sum())
             tokens, kinds = tokens[finite], kinds[finite.cpu()]
+            roots = None if roots is None else roots[finite.cpu()]
             if not len(tokens):
                 return
             total, largest = magnitudes(tokens)
         check_tokens(self.name, float(largest.max()))
         tokens = tokens.contiguous()
-        if self._gram is not None:
+        if self._gram is not None and roots is None:
             self._gram.add(tokens, largest)
+        elif self._gram is not None and roots is not None:
+            weighed = tokens * roots.to(tokens.device).unsqueeze(1)
+            self._gram.add(weighed, magnitudes(weighed)[1])
         self._abs_sum += total.cpu().numpy()
         np.maximum(self._abs_max, largest.cpu().numpy(), out=self._abs_max)
         self._sample(tokens, kinds.numpy())

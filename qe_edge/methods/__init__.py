@@ -21,6 +21,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "awq": "qe_edge.methods.awq:AWQ",
         "mbq": "qe_edge.methods.mbq:MBQ",
         "gptq": "qe_edge.methods.gptq:GPTQ",
+        "vlmq": "qe_edge.methods.vlmq:VLMQ",
         "obq": "qe_edge.methods.obq:OBQ",
         "quarot": "qe_edge.methods.quarot:QuaRot",
         "quip": "qe_edge.methods.quip:QuIP",

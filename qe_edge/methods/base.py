@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from qe_edge.budget.model import AdapterSize, Candidate
@@ -82,6 +83,19 @@ class Method(ABC, Generic[OptionsType]):
     def needs(self) -> StatisticsRequest | None:
         """What is measured on the calibration input of every layer; None for no calibration."""
         return None
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether `token_weights` weighs the tokens of Gram matrices, by gradients of the predictions."""
+        return False
+
+    def token_weights(self, energy: np.ndarray) -> np.ndarray:
+        """Weights `[tokens]`, mean 1, of a layer's tokens.
+
+        Args:
+            energy: `[tokens]` squared gradients of the loss at the outputs that read them.
+        """
+        return np.ones_like(energy)
 
     @property
     def stack_siblings(self) -> bool:

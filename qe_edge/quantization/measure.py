@@ -59,9 +59,12 @@ def measure(
     left = _affordable(walk, recipe, rotation) if recipe.budget else None
     blocks = [block for chain in walk.chains for block in chain if block.group == "language"]
     weighs = method.needs_gradients and bool(blocks)
-    gradients = _gradients(walk, recipe, method, folder) if weighs or left else {}
+    tokens = method.weighs_tokens
+    gradients = _gradients(walk, recipe, method, folder) if weighs or left or tokens else {}
     measured = Measured(
-        gradients=gradients if left else {}, modality_ratios=modality_ratios(blocks, gradients) if weighs else {}
+        gradients=gradients if left else {},
+        modality_ratios=modality_ratios(blocks, gradients) if weighs else {},
+        token_energy={name: found.token_energy for name, found in gradients.items()} if tokens else {},
     )
     if left is None:
         return measured

@@ -33,11 +33,13 @@ class Measured:
         gradients: By layer, for budgets: outputs are weighed by them.
         modality_ratios: By layer, for methods that ask for gradients.
         choices: By problem, what a budget gives it.
+        token_energy: By layer, for methods that weigh tokens: squared gradients of every token.
     """
 
     gradients: Mapping[str, Sensitivity] = field(default_factory=dict)
     modality_ratios: Mapping[str, float] = field(default_factory=dict)
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    token_energy: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Problems:
                 )
                 name, first = group.names[0], group.linears[0]
                 collectors[first] = StatisticsCollector(
-                    name, first.in_features, weights, joint, self._seed(name), self.at_work
+                    name, first.in_features, weights, joint, self._seed(name), self.at_work, self._token_weights(group)
                 )
         return collectors
 
@@ -149,6 +151,12 @@ class Problems:
             self.measured.modality_ratios.get(member.name, 1.0),
             self.at_work,
         )
+
+    def _token_weights(self, group: LinearGroup) -> np.ndarray | None:
+        """Weights `[tokens]` of a group's input, by the gradients of all that read it; None where tokens are alike."""
+        if not self.measured.token_energy:
+            return None
+        return self.method.token_weights(np.sum([self.measured.token_energy[name] for name in group.names], axis=0))
 
     def _factors(self, group: LinearGroup, numbers: list[int]) -> Tensor | None:
         """Powers of two that weigh the outputs of a problem, where gradients are known."""

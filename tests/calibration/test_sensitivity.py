@@ -149,6 +149,8 @@ def test_sensitivities_equal_plain_autograd(folder: str, batches: list[Encoded])
         assert one.tokens == len(rows)
         np.testing.assert_allclose(one.channels, rows.square().mean(0), rtol=2e-3, atol=1e-3 * one.channels.max())
         assert one.energy == pytest.approx(float(rows.square().sum()) / rows.shape[1] / 5, rel=1e-3)
+        by_token = rows.square().sum(1).numpy()
+        np.testing.assert_allclose(one.token_energy, by_token, rtol=5e-3, atol=1e-3 * by_token.max())
         assert one.vision == pytest.approx(float(image.abs().mean()), rel=1e-3)
         assert one.answer == (pytest.approx(float(answer.abs().mean()), rel=1e-3) if len(answer) else 0)
 
@@ -243,8 +245,9 @@ def test_sensitivities_survive_a_file(folder: str, batches: list[Encoded], tmp_p
     save_sensitivities(path, found)
     again = load_sensitivities(path)
     for name, one in found.items():
-        assert replace(again[name], channels=one.channels) == one
+        assert replace(again[name], channels=one.channels, token_energy=one.token_energy) == one
         assert (again[name].channels == one.channels).all()
+        assert (again[name].token_energy == one.token_energy).all()
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ArtifactError):
         load_sensitivities(path)

@@ -41,6 +41,25 @@ def test_gram_matrices_add_up_over_chunks_by_either_library(width: int) -> None:
         assert found.dtype == (np.float64 if width <= DOUBLE_WIDTH else np.float32)
 
 
+@pytest.mark.usefixtures("exact")
+def test_weighed_tokens_weigh_in_the_gram_matrix_alone() -> None:
+    tokens, weights = drawn(300, 12), np.linspace(0, 2, 300)
+    tokens[7] = float("nan")
+    collector = StatisticsCollector(
+        "layer", 12, [torch.ones(4, 12)], StatisticsRequest(tokens=0), seed=0, token_weights=weights
+    )
+    collector.update(tokens[:90])
+    collector.update(tokens[90:])
+    with pytest.raises(ValueError, match="more tokens than"):
+        collector.update(tokens[:1])
+    with pytest.warns(UserWarning, match="1 of 300 tokens"):
+        found = collector.finish()[0]
+    kept = np.delete(np.arange(300), 7)
+    x = tokens.double().numpy()[kept]
+    np.testing.assert_allclose(found.gram, (x * weights[kept, None]).T @ x / 299, atol=1e-5)
+    np.testing.assert_allclose(found.abs_mean, np.abs(x).mean(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1, 5, 16, 33])
 def test_a_triangle_is_mirrored_tile_by_tile(size: int) -> None:
     matrix = np.arange(size * size, dtype=np.float64).reshape(size, size)
