@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
@@ -13,12 +14,12 @@ from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard, check_key_names, check_values
 from qe_edge.models.model_files import find_file
+from qe_edge.models.nearest import SECTIONS, describe_nearest
 from qe_edge.system.errors import ModelError, QEError, printable
 from qe_edge.system.json_files import read_json_table
 
 CONFIG = "config.json"
 REMEDY = "Get config.json of the original model again."
-SECTIONS = ("text_config", "vision_config")
 MULTIPLES = {  # of what by model_type a vision encoder's head width is a multiple, where it is not 1
     "qwen2_vl": 4,  # rotary positions of two axes
     "qwen2_5_vl": 4,
@@ -92,8 +93,10 @@ def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[s
         raise error(f"'{path}' names no model_type.", "Give the folder of a transformers model.")
     if name not in FAMILIES:
         raise error(
-            f"'{source}' is a '{printable(name)[:60]}' model, which QE-Edge does not support.",
-            f"Supported: {', '.join(FAMILIES)}.",
+            f"'{source}' is a '{printable(name)[:60]}' model, which QE-Edge does not support; "
+            f"{describe_nearest(values)}.",
+            f"Supported: {', '.join(FAMILIES)}. If it is one of them under another name: qe-edge convert "
+            f"{shlex.quote(source)} --as FAMILY -o CONVERTED.",
         )
     check_values(ConfigFile, values, path, REMEDY, error)
     return values

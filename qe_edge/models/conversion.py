@@ -90,7 +90,7 @@ def convert_model(source: str, out: Path, *, progress: Progress | None = None) -
                 tracked.advance(1.0, name)
         if len(headers) > 1:
             _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weights})
-        _check(part)
+        check_converted(part)
 
 
 def _read_config(source: str) -> OriginalConfig:
@@ -178,8 +178,12 @@ def _image_processor(original: OriginalConfig) -> Any:  # noqa: ANN401 - transfo
     )
 
 
-def _check(folder: Path) -> None:
-    """Every tensor of the new model is there, and no other: what a damaged original lacks is said here."""
+def check_converted(folder: Path) -> None:
+    """Every tensor of the new model is there, and no other: what a damaged original lacks is said here.
+
+    Raises:
+        ModelError: If it is not so, or tokenizer or image processor cannot be read.
+    """
     from qe_edge.models.configuration import load_family
     from qe_edge.models.loading import check_exact
 
