@@ -49,7 +49,7 @@ def test_a_model_under_another_name_is_converted_and_computes_the_same(model: Pa
 
 
 def test_a_model_of_another_architecture_is_not_converted(model: Path, tmp_path: Path) -> None:
-    for family, problem in (("gemma3", "tokens per side"), ("qwen3", "q_norm")):
+    for family, problem in (("gemma3", "tokens per side"), ("qwen3", "k_norm")):
         with pytest.raises(ModelError, match=f"model' is no '{family}' model: .*{problem}") as caught:
             rename_model(model, family, tmp_path / "converted")
         assert ".part" not in str(caught.value)
