@@ -22,7 +22,7 @@ def stream(engine: VisionLanguageEngine, question: Sample, most: int = 64) -> It
     """The parts of an answer, each as soon as its token is known."""
     encoded = engine.encode([question])
     engine.check_length(encoded, most)
-    logits, state = engine.prefill(encoded, engine.features(encoded))
+    logits, state = engine.prefill(encoded, engine.features(encoded), most)
     tokens: list[int] = []
     text = ""
     for _ in range(most):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qe_edge.export.engine import EngineRequest, build_engine
+from qe_edge.export.engine import EngineRequest, build_engine, reads_operator
 from qe_edge.export.lowering.plugin import layer_forms
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.opening import explained, open_graph
@@ -19,7 +19,7 @@ from qe_edge.export.targets import Target, get_target
 from qe_edge.models.vision_encoder import MAX_PICTURES
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
-from qe_edge.runtime.limits import EngineLimits, with_limits
+from qe_edge.runtime.limits import EngineLimits, limits_of, with_capacity, with_limits
 from qe_edge.runtime.manifest import EncoderManifest, FolderManifest, GraphEntry, Manifest, read_any_manifest
 from qe_edge.runtime.plugin_library import digest
 from qe_edge.runtime.sessions import OrtSession
@@ -61,13 +61,14 @@ def build_engines(
     """
     chosen = get_target(target)
     manifest = _checked_manifest(onnx, chosen, plugin_library, limits)
+    manifest, capacity = _with_cache(manifest, chosen)
     sizes = {name: float(_size(onnx, manifest.graphs[name].file)) for name in manifest.graphs}
     with atomic_folder(out) as part, track(progress or Silent(), "Building", sum(sizes.values())) as tracked:
         _copy_runtime_files(onnx, part, manifest)
         entries, builds, versions = {}, {}, set()
         for name in manifest.graphs:
             entries[name], builds[name], library = _build_graph(
-                chosen, onnx, part, name, manifest.graphs[name], plugin_library
+                chosen, onnx, part, name, manifest.graphs[name], plugin_library, capacity
             )
             versions.add(library)
             tracked.advance(sizes[name], name)
@@ -112,8 +113,29 @@ def _checked_manifest(
     return manifest
 
 
+def _with_cache(manifest: Manifest | EncoderManifest, target: Target) -> tuple[Manifest | EncoderManifest, int | None]:
+    """The manifest with a KV cache as a target's engines have it, and its capacity where that is a constant.
+
+    TensorRT writes into the cache in place where it knows TensorScatter, and the model's masks allow the node; else it
+    writes into a second one.
+    """
+    if target.backend == "onnxruntime" or not isinstance(manifest, Manifest):
+        return manifest, None
+    in_place = manifest.kv.in_place and reads_operator(target.backend, "TensorScatter")
+    capacity = limits_of(manifest).context if in_place else None
+    if capacity is not None:
+        manifest = with_capacity(manifest, capacity)
+    return manifest.model_copy(update={"kv": manifest.kv.model_copy(update={"in_place": in_place})}), capacity
+
+
 def _build_graph(
-    target: Target, source: Path, folder: Path, name: str, entry: GraphEntry, plugin_library: Path | None
+    target: Target,
+    source: Path,
+    folder: Path,
+    name: str,
+    entry: GraphEntry,
+    plugin_library: Path | None,
+    capacity: int | None,
 ) -> tuple[GraphEntry, GraphBuild, str]:
     """One graph's engine in `folder`, its manifest entry, how it went, and the library's version."""
     if target.backend == "onnxruntime":
@@ -127,7 +149,7 @@ def _build_graph(
     lowered.mkdir()
     model = open_graph(source, entry)
     with explained(f"The graph '{source / entry.file}' cannot be lowered for {target.backend}", TargetError, REFUSED):
-        precision = lower_for_tensorrt(model, plugin=plugin_library is not None)
+        precision = lower_for_tensorrt(model, plugin=plugin_library is not None, capacity=capacity)
         ir.save(model, lowered / entry.file, external_data=f"{entry.file}{DATA}")
         inputs = tuple(tensor_spec(value) for value in model.graph.inputs)
         outputs = tuple(tensor_spec(value) for value in model.graph.outputs)

@@ -13,11 +13,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from qe_edge.export.targets import Backend
 from qe_edge.models.family import Profile
-from qe_edge.system.child_process import isolated_module, safe_environment
+from qe_edge.system.child_process import isolated_code, isolated_module, safe_environment
 from qe_edge.system.errors import ResourceError, TargetError
 
 CHILD = "qe_edge.export.engine_child"
 RTX_LIBRARY = "libtensorrt_rtx.so"
+ASK = """
+import {backend} as trt
+logger = trt.Logger(trt.Logger.ERROR)
+network = trt.Builder(logger).create_network(0)
+raise SystemExit(not trt.OnnxParser(network, logger).supports_operator({operator!r}))
+"""
 REMEDY = "Try another version of TensorRT, or build for the target 'cpu'."
 
 
@@ -104,6 +110,13 @@ def build_engine(request: EngineRequest) -> EngineFacts:
     if facts.errors:
         raise TargetError(f"{request.backend} refuses the graph '{name}': {_first_line(facts.errors)}", REMEDY)
     return facts
+
+
+def reads_operator(backend: Backend, operator: str) -> bool:
+    """Whether a library's parser knows an operator; a library that does not start knows none."""
+    code = ASK.format(backend=backend, operator=operator)
+    asked = subprocess.run(isolated_code(code), capture_output=True, check=False, env=safe_environment())
+    return asked.returncode == 0
 
 
 def _environment(request: EngineRequest) -> dict[str, str]:

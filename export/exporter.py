@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
 from qe_edge.export.attention import attach_attention
+from qe_edge.export.cached_attention import attach_cached_attention
 from qe_edge.export.decoding import check_decoding
 from qe_edge.export.layers import attach_layers, check_layers
 from qe_edge.export.naming import name_nodes
@@ -23,6 +24,7 @@ from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.layers.linear import quantized_linears
+from qe_edge.models.decoder import Decoder
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.quantized import load_quantized
@@ -84,8 +86,10 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         if generation is None:
             _encoder_manifest(loaded, recipe, entries).model_copy(update={"checkpoint": source}).write(part)
             return
+        in_place = not any(isinstance(spec.module, Decoder) and spec.module.pictures for spec in specs)
+        manifest = _manifest(loaded, recipe, entries, generation, in_place=in_place)
         further = {"checkpoint": source, "picture": write_preprocessing(loaded, part, IR_VERSION)}
-        _manifest(loaded, recipe, entries, generation).model_copy(update=further).write(part)
+        manifest.model_copy(update=further).write(part)
 
 
 def _generation(loaded: LoadedModel) -> GenerationSettings:
@@ -116,6 +120,7 @@ def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEn
     attach_layers(model, quantized_linears(loaded.model))
     attach_attention(model)
     name_nodes(model, spec.module, loaded.model)
+    attach_cached_attention(model)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "qe-edge", VERSION
     model.graph.name = spec.name
@@ -161,7 +166,12 @@ def _encoder_manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[
 
 
 def _manifest(
-    loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, GraphEntry], generation: GenerationSettings
+    loaded: LoadedModel,
+    recipe: Recipe | None,
+    entries: dict[str, GraphEntry],
+    generation: GenerationSettings,
+    *,
+    in_place: bool,
 ) -> Manifest:
     config: Any = loaded.family.config
     text = config.get_text_config()
@@ -178,6 +188,7 @@ def _manifest(
             layers=text.num_hidden_layers,
             heads=text.num_key_value_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            in_place=in_place,
         ),
         graphs=entries,
     )

@@ -15,10 +15,11 @@ from onnx_ir.passes.common import (
 )
 
 from qe_edge.export.attention import expand_attention
+from qe_edge.export.cached_attention import expand_cached_attention
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
-from qe_edge.export.lowering.precision import scale_queries, to_half
+from qe_edge.export.lowering.precision import CACHE, scale_queries, to_half
 from qe_edge.runtime.engine_info import Precision
 
 SMALL = 1024  # elements up to which equal constants are looked for
@@ -26,18 +27,23 @@ PLUGIN_PRODUCTS = {bits: f"int{bits} weights, plugin" for bits in (3, 4)}  # by 
 WEIGHTS = {ir.DataType.INT4: "int4", ir.DataType.INT8: "int8"}
 
 
-def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
+def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False, capacity: int | None = None) -> Precision:
     """Lower a canonical graph in place; returns what computes in which precision.
 
     Args:
         model: A canonical graph.
         plugin: Whether layers become nodes of the plugin instead of standard operators.
+        capacity: Tokens of the KV cache, which is then written in place, by TensorScatter; None for a cache of any
+            capacity, which is copied at every call.
 
     Raises:
         TargetError: If a layer does not fit TensorRT, or the plugin.
         ValueError: If types and shapes do not fit together.
     """
     expand_attention(model)
+    if capacity is not None:
+        _fix_capacity(model, capacity)
+    expand_cached_attention(model, write="ScatterND" if capacity is None else "TensorScatter")
     if plugin:
         pack_layers(model)
     else:
@@ -62,6 +68,14 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False) -> Precision:
         elif compute is not None and node.op_type != "DequantizeLinear":
             others[f"{node.op_type} {compute}"] += 1
     return Precision(products=products, others=dict(sorted(others.items())))
+
+
+def _fix_capacity(model: ir.Model, capacity: int) -> None:
+    """TensorRT writes in place into caches of a constant size alone."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if (value.name or "").startswith(CACHE) and value.shape is not None:
+            batch, heads, _, width = value.shape
+            value.shape = ir.Shape([batch, heads, capacity, width])
 
 
 def _infer_shapes(model: ir.Model) -> None:

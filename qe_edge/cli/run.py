@@ -87,7 +87,7 @@ def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int,
     looked = time.perf_counter()
     features = engine.features(encoded)
     read = time.perf_counter()
-    logits, state = engine.prefill(encoded, features)
+    logits, state = engine.prefill(encoded, features, max_tokens)
     first = time.perf_counter()
     ids: list[int] = []
     shown = ""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers.cache_utils import DynamicCache
 
-from qe_edge.models.export_limits import FULL, SLIDING, check_exportable, layer_kinds, window_of
+from qe_edge.models.cached_attention import CachedAttention, NewTokens, attending
+from qe_edge.models.export_limits import MAX_LOGITS, check_exportable
 from qe_edge.models.family import GraphSpec, Profile
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
@@ -22,10 +21,15 @@ LARGEST = 1 << 20  # of any dynamic size at export time
 class Decoder(nn.Module):
     """A transformers text model and its head over a flat list of cached keys and values.
 
+    Class attributes:
+        pictures: Whether tokens of a picture see each other; then the mask numbers pictures from 2.
+
     Args:
         model: Text model that takes `inputs_embeds`, a float mask and a `Cache`.
         head: Projection to the vocabulary.
     """
+
+    pictures: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -38,44 +42,37 @@ class Decoder(nn.Module):
         """The text model's output."""
         return self.model(inputs_embeds=inputs_embeds, **inputs)
 
-    def visible(self, attention_mask: Tensor, query: Tensor, key_index: Tensor) -> Tensor:  # noqa: ARG002 - of subclasses
-        """Which places `key_index` `[keys]` the places `query` `[sequence]` may see; broadcasts to the scores."""
-        return key_index[None, :] <= query[:, None]
-
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[Tensor],
+        logit_positions: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Logits of every position, then keys and values of every layer including the past.
+        """Logits of the asked positions, then keys and values of every layer with the new tokens written in.
 
         Args:
-            inputs_embeds: `[batch, sequence, width]`.
+            inputs_embeds: `[batch, sequence, width]`; a row's new tokens first, then padding.
             position_ids: `[batch, sequence]`, with leading axes where the family has them.
-            attention_mask: `[batch, past + sequence]` int64, 0 on padding, as the family's `graph_mask`.
-            past: Key and value `[batch, heads, past, head_dim]` of every layer.
+            attention_mask: `[batch, total]` int64: a row's tokens, cached and new, then zeros; as `graph_mask`.
+            past: Key and value `[batch, kv_heads, capacity, head_dim]` of every layer; what lies beyond a row's tokens
+                is not read.
+            logit_positions: `[batch, asked]` int64, which of the `sequence` new tokens logits are wanted of.
         """
-        cache = DynamicCache()  # which keeps all tokens of every layer; masks hide those outside of a window
-        for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
-            cache.update(key, value, layer)
-        query = torch.arange(inputs_embeds.shape[1]) + past[0].shape[2]
-        key_index = torch.arange(attention_mask.shape[1])
-        allowed = self.visible(attention_mask, query, key_index) & (attention_mask[:, None, None, :] != 0)
         config: Any = self.model.config
-        window = window_of(config)
-        near = allowed if window is None else allowed & (key_index[None, :] > query[:, None] - window)
-        # the smallest number instead of -inf: rows of padding stay finite
-        mask, near_mask = (torch.where(seen, 0.0, torch.finfo(inputs_embeds.dtype).min) for seen in (allowed, near))
-        by_kind = {FULL: mask, SLIDING: near_mask}
-        output = self.hidden_states(
-            inputs_embeds,
-            position_ids=position_ids,
-            # models whose layers differ take a mask for each kind
-            attention_mask=near_mask if not layer_kinds(config) else by_kind if window is not None else mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        layers = output.past_key_values.layers
-        present = itertools.chain.from_iterable((layer.keys, layer.values) for layer in layers)
-        return self.head(output.last_hidden_state), *present
+        attention = CachedAttention(config, past, attention_mask, self.pictures)
+        with attending(self.model, attention):
+            output = self.hidden_states(
+                inputs_embeds,
+                position_ids=position_ids,
+                attention_mask=inputs_embeds.new_zeros(1, 1, 1, 1),  # transformers keeps a mask of four axes as it is
+                past_key_values=NewTokens(),
+                use_cache=True,
+            )
+        hidden = output.last_hidden_state
+        places = logit_positions[..., None].expand(-1, -1, hidden.shape[-1])
+        return self.head(hidden.gather(1, places)), *attention.present
 
 
 def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
@@ -92,31 +89,37 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
     check_exportable(config)
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    batch, sequence, past = 2, 3, 5  # sizes of the example; none is 0 or 1, which torch would take for constants
+    # sizes of the example; all differ, and none is 0 or 1, which torch would take for constants
+    batch, sequence, total, capacity, asked = 2, 3, 7, 9, 4
     axes = (position_axes,) if position_axes else ()
-    cache = [torch.zeros(batch, heads, past, width) for _ in range(2 * layers)]
+    cache = [torch.zeros(batch, heads, capacity, width) for _ in range(2 * layers)]
     inputs = (
         torch.zeros(batch, sequence, decoder.width),
         torch.zeros((*axes, batch, sequence), dtype=torch.int64),
-        torch.ones(batch, past + sequence, dtype=torch.int64),
+        torch.ones(batch, total, dtype=torch.int64),
         cache,
+        torch.zeros(batch, asked, dtype=torch.int64),
     )
-    dims = Dim("batch", min=1, max=LARGEST), Dim("sequence", min=1, max=LARGEST), Dim("past", min=0, max=LARGEST)
+    rows, tokens, *others = (
+        Dim(name, min=1, max=LARGEST) for name in ("batch", "sequence", "total", "capacity", "asked")
+    )
     shapes = (
-        {0: dims[0], 1: dims[1]},
-        {len(axes): dims[0], len(axes) + 1: dims[1]},
-        {0: dims[0], 1: Dim.DYNAMIC},
-        [{0: dims[0], 2: dims[2]} for _ in cache],
+        {0: rows, 1: tokens},
+        {len(axes): rows, len(axes) + 1: tokens},
+        {0: rows, 1: others[0]},
+        [{0: rows, 2: others[1]} for _ in cache],
+        {0: rows, 1: others[2]},
     )
     names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    past = [f"past_key_values.{name}" for name in names]
     return GraphSpec(
         name="language",
         module=decoder,
         inputs=inputs,
-        input_names=["inputs_embeds", "position_ids", "attention_mask", *(f"past_key_values.{n}" for n in names)],
+        input_names=["inputs_embeds", "position_ids", "attention_mask", *past, "logit_positions"],
         output_names=["logits", *(f"present.{name}" for name in names)],
         dynamic_shapes=shapes,
-        profiles=_profiles(config, decoder.width, axes, (heads, width), names),
+        profiles=_profiles(config, decoder.width, axes, (heads, width), past),
     )
 
 
@@ -131,21 +134,23 @@ def _profiles(
     embeds_width: int,
     axes: tuple[int, ...],
     head_shape: tuple[int, int],
-    names: list[str],
+    past: list[str],
 ) -> dict[str, Profile]:
-    """Shapes for engines: prefill starts with an empty cache, decode adds one token."""
+    """Shapes for engines: a prompt into a cache of the context's size, and one token after the other."""
     context, prefill = default_lengths(config)
-    sizes = {  # (batch, sequence, past) at the smallest, typical and largest
-        "prefill": ((1, 1, 0), (1, prefill // 4, 0), (MAX_BATCH, prefill, 0)),
-        "decode": ((1, 1, 1), (1, 1, context // 4), (MAX_BATCH, 1, context - 1)),
+    middle, asked = prefill // 4, min(prefill, MAX_LOGITS)
+    sizes = {  # (batch, sequence, total, capacity, asked) at the smallest, typical and largest
+        "prefill": ((1, 1, 1, 1, 1), (1, middle, middle, context, 1), (MAX_BATCH, prefill, prefill, context, asked)),
+        "decode": ((1, 1, 1, 1, 1), (1, 1, context // 4, context, 1), (MAX_BATCH, 1, context, context, 1)),
     }
 
-    def shapes(batch: int, sequence: int, past: int) -> dict[str, tuple[int, ...]]:
+    def shapes(batch: int, sequence: int, total: int, capacity: int, asked: int) -> dict[str, tuple[int, ...]]:
         return {
             "inputs_embeds": (batch, sequence, embeds_width),
             "position_ids": (*axes, batch, sequence),
-            "attention_mask": (batch, past + sequence),
-            **{f"past_key_values.{name}": (batch, head_shape[0], past, head_shape[1]) for name in names},
+            "attention_mask": (batch, total),
+            **dict.fromkeys(past, (batch, head_shape[0], capacity, head_shape[1])),
+            "logit_positions": (batch, asked),
         }
 
     profiles: dict[str, Profile] = {}

@@ -10,6 +10,7 @@ from qe_edge.system.errors import ModelError
 # frequencies that do not depend on the length of the text; longrope chooses among several at run time, and dynamic only
 # beyond max_position_embeddings, which no prompt may exceed
 FIXED_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+MAX_LOGITS = 256  # positions of a row whose logits an engine computes at a time: 622 MB for four rows of Qwen2-VL-2B
 FULL, SLIDING = "full_attention", "sliding_attention"
 ANOTHER = f"Choose a model whose rope_type is one of {', '.join(FIXED_ROPES)}."
 

@@ -17,11 +17,7 @@ MAX_PICTURES = 4  # of engines, in a batch
 class PictureDecoder(Decoder):
     """A `Gemma3TextModel` whose mask numbers pictures from 2: 0 is padding, 1 text."""
 
-    def visible(self, attention_mask: Tensor, query: Tensor, key_index: Tensor) -> Tensor:
-        """What stands before, and all of a token's own picture."""
-        own = attention_mask[:, attention_mask.shape[1] - query.shape[0] :]
-        same = (own[:, None, :, None] == attention_mask[:, None, None, :]) & (own > 1)[:, None, :, None]
-        return same | super().visible(attention_mask, query, key_index)
+    pictures = True
 
 
 class Projector(nn.Module):

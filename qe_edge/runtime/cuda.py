@@ -74,6 +74,12 @@ class Driver:
         """Give device memory back."""
         self._call("cuMemFree_v2", ctypes.c_uint64(pointer))
 
+    def clear(self, pointer: int, size: int, stream: int) -> None:
+        """Set `size` bytes to 0 when the stream comes to it."""
+        if size:
+            count = ctypes.c_size_t(size)
+            self._call("cuMemsetD8Async", ctypes.c_uint64(pointer), ctypes.c_ubyte(0), count, ctypes.c_void_p(stream))
+
     def upload(self, pointer: int, array: np.ndarray, stream: int) -> None:
         """Copy a C-contiguous array to the device; it must live until the stream is synchronized."""
         if array.nbytes:

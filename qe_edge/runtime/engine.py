@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 
 from qe_edge.models import FAMILIES, Encoded, ModelFamily, Sample
 from qe_edge.models.configuration import load_config
+from qe_edge.runtime.cache import KVCache, right_places, take_tokens
 from qe_edge.runtime.embedding import TokenEmbedding
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.runtime.generation import adjust_logits, check_context, check_finite
+from qe_edge.runtime.language import LanguageEngine
 from qe_edge.runtime.limits import EngineLimits, check_limits, limits_of
 from qe_edge.runtime.manifest import Manifest, read_manifest
-from qe_edge.runtime.sessions import ACCURACY_LEVELS, Array, OrtSession, Session
+from qe_edge.runtime.sessions import ACCURACY_LEVELS, OrtSession, Session
 from qe_edge.system.errors import ArtifactError, InputError
 
 
@@ -26,32 +28,32 @@ class Decoding:
 
     Attributes:
         positions: Positions of the prompt, as `family.position_ids` gives them.
-        attention_mask: `[batch, tokens so far]` int64.
+        attention_mask: `[batch, tokens so far]` int64; padding stands left.
         tokens: `[batch, tokens so far]` int64.
-        graph_mask: The language graph's `attention_mask`, `[batch, tokens so far]` int64.
-        cache: Keys and values under the names of the graph's inputs.
+        cache: Keys and values.
         step: Tokens fed after the prompt.
     """
 
     positions: np.ndarray
     attention_mask: np.ndarray
     tokens: np.ndarray
-    graph_mask: np.ndarray
-    cache: dict[str, Array] = field(default_factory=dict)
+    cache: KVCache
     step: int = 0
 
 
-class VisionLanguageEngine:
+class VisionLanguageEngine(LanguageEngine):
     """Runs an exported model; knows files only, neither torch nor how the model was quantized.
 
     `load` opens a folder. `generate` and `logits` do everything at once; `visual`, `merger`, `prefill` and `decode`
-    are the steps that they consist of, so that each can be timed.
+    are the steps that they consist of, so that each can be timed. Below these, `new_cache`, `embed` and `extend` feed
+    any tokens to a cache that is kept.
 
     Attributes:
         manifest: What the folder holds.
         family: The model's family.
         processor: Tokenizer and image processor.
         limits: The largest sizes that its engines take, None in ONNX Runtime.
+        max_context: Most tokens of a prompt and its answer.
     """
 
     def __init__(
@@ -62,13 +64,11 @@ class VisionLanguageEngine:
         embedding: TokenEmbedding,
         sessions: dict[str, Session],
         limits: EngineLimits | None = None,
+        max_context: int | None = None,
     ) -> None:
-        self.manifest = manifest
+        super().__init__(manifest, embedding, sessions, limits, max_context)
         self.family = family
         self.processor = processor
-        self.limits = limits
-        self._embedding = embedding
-        self._sessions = sessions
 
     @classmethod
     def load(
@@ -78,6 +78,7 @@ class VisionLanguageEngine:
         accuracy_level: int = 0,
         threads: int | None = None,
         plugin_library: Path | None = None,
+        max_context: int | None = None,
     ) -> VisionLanguageEngine:
         """Open an ONNX folder (`qe-edge export`) or an engine folder (`qe-edge build`).
 
@@ -86,9 +87,11 @@ class VisionLanguageEngine:
             accuracy_level: For ONNX Runtime: 0 is exact, 4 is faster and rounds activations of INT4 products.
             threads: For ONNX Runtime: number of threads, None for all cores.
             plugin_library: For engines with the plugin: its library, None for the one that is found.
+            max_context: Most tokens of a prompt and its answer; None for what the model or its engines take.
 
         Raises:
-            InputError: If there is no such accuracy level or number of threads, or the engines have none.
+            InputError: If there is no such accuracy level or number of threads, the engines have none, or they do not
+                take such a context.
             ArtifactError: If the folder is missing or damaged.
             TargetError: If this machine cannot run its engines.
         """
@@ -109,12 +112,13 @@ class VisionLanguageEngine:
         manifest = read_manifest(folder)
         if info is not None:
             info.check_belongs(manifest, folder)
+        limits = None if info is None or info.backend == "onnxruntime" else limits_of(manifest)
+        _check_max_context(max_context, manifest, limits)
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family = family_of_engines(folder, manifest.model_type)
         processor = family.load_processor(str(folder))
         sessions = _open_sessions(folder, manifest, info, accuracy_level, threads, plugin_library)
-        limits = None if info is None or info.backend == "onnxruntime" else limits_of(manifest)
-        return cls(manifest, family, processor, embedding, sessions, limits)
+        return cls(manifest, family, processor, embedding, sessions, limits, max_context)
 
     def encode(self, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
         """Tokenize prompts and prepare pictures as one left-padded batch; with `answers`, for teacher forcing.
@@ -142,7 +146,7 @@ class VisionLanguageEngine:
         ends = self.manifest.eos_token_ids
         answers: list[list[int]] = [[] for _ in encoded.input_ids]
         running = np.ones(len(answers), bool)
-        logits, state = self.prefill(encoded, self.features(encoded))
+        logits, state = self.prefill(encoded, self.features(encoded), max_new_tokens)
         for index in range(max_new_tokens):
             tokens = self.next_tokens(logits, state)
             running &= ~np.isin(tokens, ends)
@@ -156,13 +160,19 @@ class VisionLanguageEngine:
     def logits(self, encoded: Encoded) -> np.ndarray:
         """Logits float32 `[batch, sequence, vocabulary]` of every position of a batch, teacher-forced.
 
+        Padding has the logits of its row's first token.
+
         Raises:
             InputError: If the batch is longer than the model's context.
-            NumericalError: If logits are not finite, other than on padding.
+            NumericalError: If logits are not finite.
         """
         self.check_length(encoded, 0)
-        logits = self.prefill(encoded, self.features(encoded))[0]
-        check_finite(logits[encoded.attention_mask.astype(bool)], "The logits of the engine")
+        lengths = encoded.attention_mask.sum(1, keepdims=True)
+        sequence = encoded.input_ids.shape[1]
+        asked = np.maximum(np.arange(sequence) - (sequence - lengths), 0)  # padding gets those of the first token
+        cache = self.new_cache(len(lengths), self.room(sequence, 0))
+        logits = self._read(encoded, self.features(encoded), cache, asked)
+        check_finite(logits, "The logits of the engine")
         return logits
 
     def next_tokens(self, logits: np.ndarray, state: Decoding) -> np.ndarray:
@@ -187,7 +197,7 @@ class VisionLanguageEngine:
         Raises:
             InputError: If prompt and answer are longer than the model's context, or larger than the engine takes.
         """
-        check_context(int(encoded.attention_mask.sum(1).max()), max_new_tokens, self.manifest.max_context)
+        check_context(int(encoded.attention_mask.sum(1).max()), max_new_tokens, self.max_context)
         if self.limits is not None:
             check_limits(self.limits, encoded, max_new_tokens)
 
@@ -206,42 +216,28 @@ class VisionLanguageEngine:
         (features,) = self._sessions["merger"].run({name: hidden}).values()
         return np.asarray(features)
 
-    def prefill(self, encoded: Encoded, features: np.ndarray | None) -> tuple[np.ndarray, Decoding]:
+    def prefill(
+        self, encoded: Encoded, features: np.ndarray | None, max_new_tokens: int | None = None
+    ) -> tuple[np.ndarray, Decoding]:
         """Read prompts.
 
         Args:
             encoded: The batch.
             features: Its image features `[features, width]`, in the order of the image tokens; None without pictures.
+            max_new_tokens: Tokens of the answers that the cache has room for; None for as many as fit by default.
 
         Returns:
-            Logits float32 `[batch, sequence, vocabulary]` and what `decode` goes on with.
+            Logits float32 `[batch, 1, vocabulary]` of the last tokens, and what `decode` goes on with.
 
         Raises:
-            InputError: If features and image tokens do not match.
+            InputError: If features and image tokens do not match, or the prompts do not fit.
             ArtifactError: If a graph computes another shape than the manifest says.
         """
-        embeds = self._embeds(encoded.input_ids)
-        count = 0 if features is None else len(features)
-        if count != int(encoded.image_mask.sum()):
-            raise InputError(
-                f"There are {count} image features for {int(encoded.image_mask.sum())} image tokens.",
-                "Pass the features of the same batch.",
-            )
-        if features is not None:
-            _check_shape(features, (count, embeds.shape[-1]), "merger")
-            embeds[encoded.image_mask] = features
-        kv, batch = self.manifest.kv, len(embeds)
-        state = Decoding(
-            self.family.position_ids(encoded),
-            encoded.attention_mask,
-            encoded.input_ids,
-            self.family.graph_mask(encoded),
-        )
-        for layer in range(kv.layers):
-            for part in ("key", "value"):
-                empty = np.zeros((batch, kv.heads, 0, kv.head_dim), np.float32)
-                state.cache[f"past_key_values.{layer}.{part}"] = empty
-        return self._language(embeds, state.positions, state), state
+        rows, sequence = encoded.input_ids.shape
+        cache = self.new_cache(rows, self.room(sequence, max_new_tokens))
+        last = encoded.attention_mask.sum(1, keepdims=True) - 1
+        logits = self._read(encoded, features, cache, last)
+        return logits, Decoding(self.family.position_ids(encoded), encoded.attention_mask, encoded.input_ids, cache)
 
     def decode(self, state: Decoding, tokens: np.ndarray) -> np.ndarray:
         """Feed the next tokens of every row.
@@ -270,47 +266,40 @@ class VisionLanguageEngine:
                 f"A token is outside the vocabulary of {self.manifest.vocab_size}.", "Give ids of the tokenizer."
             )
         columns = tokens.astype(np.int64).reshape(rows, -1)
-        used = int(state.attention_mask.sum(1).max())
-        check_context(used, columns.shape[1], self.manifest.max_context)
+        check_context(int(state.cache.lengths.max()), columns.shape[1], state.cache.capacity)
         # one by one, as engines are built for
         return np.concatenate([self._step(state, column[:, None]) for column in columns.T], axis=1)
 
     def _step(self, state: Decoding, tokens: np.ndarray) -> np.ndarray:
         """Logits `[batch, 1, vocabulary]` after one token per row, `[batch, 1]`."""
         ones = np.ones(tokens.shape, state.attention_mask.dtype)
-        state.attention_mask = np.concatenate((state.attention_mask, ones), axis=1)
-        state.graph_mask = np.concatenate((state.graph_mask, ones), axis=1)
-        state.tokens = np.concatenate((state.tokens, tokens), axis=1)
         positions = self.family.next_position_ids(state.positions, state.step)
+        logits = self.feed(state.cache, self.embed(tokens), positions, ones[:, 0], np.zeros_like(tokens))
+        state.attention_mask = np.concatenate((state.attention_mask, ones), axis=1)
+        state.tokens = np.concatenate((state.tokens, tokens), axis=1)
         state.step += 1
-        return self._language(self._embeds(tokens), positions, state)
-
-    def _embeds(self, tokens: np.ndarray) -> np.ndarray:
-        """Token embeddings `[batch, tokens, width]`; what pictures alone have after the first `hidden_size` is 0."""
-        embeds = self._embedding(tokens)
-        further = self.manifest.embeds_width - embeds.shape[-1]
-        return np.pad(embeds, ((0, 0), (0, 0), (0, further))) if further else embeds
-
-    def _language(self, embeds: np.ndarray, positions: np.ndarray, state: Decoding) -> np.ndarray:
-        feeds: dict[str, Array] = {
-            "inputs_embeds": embeds,
-            "position_ids": positions,
-            "attention_mask": state.graph_mask,
-            **state.cache,
-        }
-        outputs = self._sessions["language"].run(feeds)
-        logits = np.asarray(outputs.pop("logits"))
-        _check_shape(logits, (*embeds.shape[:2], self.manifest.vocab_size), "language")
-        state.cache = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
         return logits
 
-
-def _check_shape(values: np.ndarray, shape: tuple[int, ...], graph: str) -> None:
-    if values.shape != shape:
-        raise ArtifactError(
-            f"The graph '{graph}' computes the shape {list(values.shape)}, the manifest says {list(shape)}.",
-            "Export and build the model again.",
+    def _read(self, encoded: Encoded, features: np.ndarray | None, cache: KVCache, asked: np.ndarray) -> np.ndarray:
+        """Feed a batch of prompts; logits `[batch, asked, vocabulary]` of the tokens `asked` of each row."""
+        places = right_places(encoded.attention_mask)
+        embeds = self.embed(encoded.input_ids, features, encoded.image_mask)
+        positions = self.family.position_ids(encoded)
+        return self.feed(
+            cache,
+            np.ascontiguousarray(take_tokens(embeds, places, 0)),
+            take_tokens(positions, places, positions.ndim - 2),
+            encoded.attention_mask.sum(1),
+            asked,
+            take_tokens(self.family.graph_mask(encoded), places, 0),
         )
+
+
+def _check_max_context(wanted: int | None, manifest: Manifest, limits: EngineLimits | None) -> None:
+    most = manifest.max_context if limits is None or limits.context is None else limits.context
+    if wanted is not None and not 2 <= wanted <= most:
+        what = "The model attends" if limits is None else "The engine was built to attend"
+        raise InputError(f"{what} to 2 to {most} tokens, {wanted} are asked for.", "Change --max-context.")
 
 
 def _open_sessions(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qe_edge.models.export_limits import MAX_LOGITS
 from qe_edge.models.family import Encoded
 from qe_edge.runtime.manifest import GraphEntry, Manifest, Size
 from qe_edge.system.errors import InputError
@@ -56,7 +57,8 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
     """
     batch, context, prompt = resolve_limits(wanted, limits_of(manifest), manifest.model_type, manifest.max_context)
     graphs = dict(manifest.graphs)
-    sizes = {"prefill": (batch, prompt, 0), "decode": (batch, 1, context - 1)}
+    asked = min(prompt, MAX_LOGITS)
+    sizes = {"prefill": (batch, prompt, prompt, context, asked), "decode": (batch, 1, context, context, 1)}
     profiles = {
         name: {key: _language(key, triple, *sizes[name]) for key, triple in shapes.items()}
         for name, shapes in graphs["language"].profiles.items()
@@ -76,6 +78,24 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
             for key, triple in shapes.items()
         }
         graphs[name] = _with_profiles(graphs[name], {"default": default})
+    return manifest.model_copy(update={"graphs": graphs})
+
+
+def with_capacity(manifest: Manifest, capacity: int) -> Manifest:
+    """The manifest with profiles for KV caches of one capacity alone."""
+    graphs = dict(manifest.graphs)
+    profiles = {
+        name: {
+            key: (
+                tuple((batch, heads, capacity, width) for batch, heads, _, width in triple)
+                if key.startswith("past_key_values.")
+                else triple
+            )
+            for key, triple in shapes.items()
+        }
+        for name, shapes in graphs["language"].profiles.items()
+    }
+    graphs["language"] = _with_profiles(graphs["language"], profiles)  # type: ignore[arg-type] # three of three
     return manifest.model_copy(update={"graphs": graphs})
 
 
@@ -157,7 +177,7 @@ def _largest_picture(encoded: Encoded) -> int:
     return 0 if grids is None else int(grids[:, 1:].prod(1).max())
 
 
-def _language(name: str, triple: Triple, batch: int, sequence: int, past: int) -> Triple:
+def _language(name: str, triple: Triple, batch: int, sequence: int, total: int, capacity: int, asked: int) -> Triple:
     """Smallest, typical and largest shape of one input of the language graph."""
     largest = triple[2]
     shape: Size
@@ -166,9 +186,11 @@ def _language(name: str, triple: Triple, batch: int, sequence: int, past: int) -
     elif name == "position_ids":
         shape = (*largest[:-2], batch, sequence)
     elif name == "attention_mask":
-        shape = (batch, past + sequence)
+        shape = (batch, total)
+    elif name == "logit_positions":
+        shape = (batch, asked)
     else:
-        shape = (batch, largest[1], past, largest[3])
+        shape = (batch, largest[1], capacity, largest[3])
     return _capped(triple, shape)
 
 

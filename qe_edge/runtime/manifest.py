@@ -15,7 +15,7 @@ from qe_edge.system.json_files import read_json_table
 
 MANIFEST = "manifest.json"
 ENGINE_INFO = "engine.json"  # of an engine folder; it seals itself and names the manifest
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REMEDY = "Export or build the model again."
 GRAPHS = ("visual", "merger", "language")
 TEXT_ONLY = ("language",)
@@ -36,7 +36,7 @@ class TensorSpec(_Strict):
     Attributes:
         name: Its name in the graph.
         dtype: Element type.
-        shape: Sizes; dynamic ones are names or expressions such as "past + sequence".
+        shape: Sizes; dynamic ones are names such as "sequence".
     """
 
     name: str = Field(min_length=1, max_length=256)
@@ -98,12 +98,19 @@ class PictureEntry(GraphFile):
 class KVLayout(_Strict):
     """The KV cache: inputs `past_key_values.{layer}.key|value`, outputs `present.{layer}.key|value`.
 
-    Every tensor is `[batch, heads, tokens, head_dim]`.
+    Every tensor is `[batch, heads, capacity, head_dim]`.
+
+    Attributes:
+        layers: Layers of the language model.
+        heads: Heads of keys and values.
+        head_dim: Width of a head.
+        in_place: Whether an input and its output may be one buffer; if not, they must be two.
     """
 
     layers: int = Field(ge=1, le=4096)
     heads: int = Field(ge=1, le=4096)
     head_dim: int = Field(ge=1, le=4096)
+    in_place: bool
 
 
 Written = TypeVar("Written", bound="FolderManifest")

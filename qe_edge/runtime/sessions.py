@@ -35,8 +35,16 @@ Array = np.ndarray | DeviceArray
 class Session(Protocol):
     """One graph, ready to run."""
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run on named inputs; returns the named outputs. Only `present.*` may be `DeviceArray`s, for the next call."""
+    def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run on named inputs; returns the named outputs.
+
+        Args:
+            feeds: Inputs by name.
+            into: Outputs that are to be written into these arrays, of `zeros`; others come as numpy arrays.
+        """
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
+        """A tensor of zeros where the graph computes, for the KV cache."""
 
 
 class OrtSession:
@@ -84,20 +92,40 @@ class OrtSession:
                 )
         self._outputs = [spec.name for spec in entry.outputs]
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run on named inputs; returns the named outputs.
+    def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run on named inputs; returns the named outputs, those of `into` in its arrays.
 
         Raises:
             ResourceError: If ONNX Runtime fails, most often for want of memory.
         """
         try:
-            values = self._session.run(self._outputs, dict(feeds))
+            if not into:
+                return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+            return self._run_bound(feeds, into)
         except _ort_errors() as error:
             raise ResourceError(
                 f"ONNX Runtime failed in '{self._name}': {_first_line(error)}",
                 "Use fewer or smaller pictures, or a smaller batch.",
             ) from error
-        return dict(zip(self._outputs, values, strict=True))
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> np.ndarray:
+        """An array whose memory is taken when it is first written."""
+        return np.zeros(shape, dtype)
+
+    def _run_bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
+        """Run with inputs and outputs bound to arrays, so that nothing is copied."""
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.asarray(array))
+        free = [name for name in self._outputs if name not in into]
+        for name in free:
+            binding.bind_output(name, "cpu")
+        for name, array in into.items():
+            bound = np.asarray(array)
+            binding.bind_output(name, "cpu", 0, bound.dtype, bound.shape, bound.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        return {**{name: values[place].numpy() for place, name in enumerate(free)}, **into}
 
 
 def _ort_errors() -> tuple[type[Exception], ...]:

@@ -16,12 +16,12 @@ import numpy as np
 
 from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine_info import EngineInfo
-from qe_edge.runtime.manifest import GraphEntry, TensorSpec
+from qe_edge.runtime.manifest import GraphEntry
 from qe_edge.runtime.plugin_library import find_plugin_library, load_plugin_library
 from qe_edge.runtime.sessions import Array, DeviceArray
 from qe_edge.system.errors import InputError, ResourceError, TargetError
 
-KEPT = "present."  # outputs that stay on the device and come back as inputs: the KV cache
+PIECE = 1 << 16  # bytes that rooms of inputs and outputs are multiples of
 
 
 class Device:
@@ -90,7 +90,7 @@ class Buffer(DeviceArray):
 
 
 class TensorRTSession:
-    """One engine.
+    """One engine. Its inputs and outputs have rooms on the device that later calls use again.
 
     Args:
         device: The GPU.
@@ -116,9 +116,10 @@ class TensorRTSession:
         if self._context is None:
             raise ResourceError(f"'{entry.file}' does not fit into the GPU's memory.", "Close other programs.")
         self._profile = -1
+        self._rooms: dict[str, Buffer] = {}
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run on named inputs; outputs come back as numpy arrays, the KV cache stays on the device.
+    def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run on named inputs; outputs come back as numpy arrays, those of `into` stay on the device.
 
         Raises:
             InputError: If no profile of the engine takes the shapes.
@@ -126,38 +127,54 @@ class TensorRTSession:
         """
         driver, stream = self._device.driver, self._device.stream
         self._select_profile({name: array.shape for name, array in feeds.items()})
-        living: list[object] = []  # what the stream still reads
+        living = []  # what the stream still reads
         for spec in self._entry.inputs:
             array = feeds[spec.name]
-            if not isinstance(array, Buffer):
-                array = self._upload(np.asarray(array), spec, living)
-            living.append(array)
+            if isinstance(array, Buffer):
+                pointer = array.pointer
+            else:
+                living.append(np.ascontiguousarray(np.asarray(array), dtype=spec.dtype))
+                pointer = self._room(spec.name, living[-1].nbytes)
+                driver.upload(pointer, living[-1], stream)
             self._context.set_input_shape(spec.name, tuple(array.shape))
-            self._context.set_tensor_address(spec.name, array.pointer)
-        outputs = {}
+            self._context.set_tensor_address(spec.name, pointer)
+        kept = {name: array for name, array in (into or {}).items() if isinstance(array, Buffer)}
+        free: dict[str, tuple[np.ndarray, int]] = {}
         for spec in self._entry.outputs:
-            shape = tuple(self._context.get_tensor_shape(spec.name))
-            outputs[spec.name] = Buffer(shape, np.dtype(spec.dtype), driver)
-            self._context.set_tensor_address(spec.name, outputs[spec.name].pointer)
+            if spec.name in kept:
+                self._context.set_tensor_address(spec.name, kept[spec.name].pointer)
+                continue
+            host = np.empty(tuple(self._context.get_tensor_shape(spec.name)), spec.dtype)
+            free[spec.name] = host, self._room(spec.name, host.nbytes)
+            self._context.set_tensor_address(spec.name, free[spec.name][1])
         if not self._context.execute_async_v3(stream):
             raise ResourceError(
                 f"'{self._entry.file}' failed on the GPU.", "Use a smaller batch or picture; see 'qe-edge doctor'."
             )
-        results: dict[str, Array] = {}
-        for name, buffer in outputs.items():
-            results[name] = buffer if name.startswith(KEPT) else self._download(buffer)
+        for host, pointer in free.values():
+            driver.download(host, pointer, stream)
         driver.synchronize(stream)
-        return results
+        return {**{name: host for name, (host, _) in free.items()}, **kept}
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
+        """Device memory of zeros: a number that is masked and not finite would spoil a sum."""
+        buffer = Buffer(shape, dtype, self._device.driver)
+        self._device.driver.clear(buffer.pointer, int(np.prod(shape)) * dtype.itemsize, self._device.stream)
+        return buffer
 
     def _select_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Switch to the first profile that takes all shapes."""
-        for index, profile in enumerate(self._entry.profiles.values()):
-            if all(_fits(shapes[name], smallest, largest) for name, (smallest, _, largest) in profile.items()):
-                if index != self._profile:
-                    self._context.set_optimization_profile_async(index, self._device.stream)
-                    self._profile = index
-                return
-        raise self._too_large(shapes)
+        """Switch to the profile that takes all shapes; of several to that of the smallest first input."""
+        fitting = [
+            (int(np.prod(next(iter(profile.values()))[2])), index)
+            for index, profile in enumerate(self._entry.profiles.values())
+            if all(_fits(shapes[name], smallest, largest) for name, (smallest, _, largest) in profile.items())
+        ]
+        if not fitting:
+            raise self._too_large(shapes)
+        _, index = min(fitting)
+        if index != self._profile:
+            self._context.set_optimization_profile_async(index, self._device.stream)
+            self._profile = index
 
     def _too_large(self, shapes: Mapping[str, tuple[int, ...]]) -> InputError:
         """Names the first input that is outside the profile that takes most of the inputs."""
@@ -173,17 +190,14 @@ class TensorRTSession:
             "--max-context or --max-batch.",
         )
 
-    def _upload(self, array: np.ndarray, spec: TensorSpec, living: list[object]) -> Buffer:
-        host = np.ascontiguousarray(array, dtype=spec.dtype)
-        buffer = Buffer(host.shape, host.dtype, self._device.driver)
-        self._device.driver.upload(buffer.pointer, host, self._device.stream)
-        living.append(host)
-        return buffer
-
-    def _download(self, buffer: Buffer) -> np.ndarray:
-        host = np.empty(buffer.shape, buffer.dtype)
-        self._device.driver.download(host, buffer.pointer, self._device.stream)
-        return host
+    def _room(self, name: str, size: int) -> int:
+        """Device address of at least `size` bytes for an input or output, taken anew only where it must grow."""
+        found = self._rooms.get(name)
+        if found is None or found.shape[0] < size:
+            self._rooms.pop(name, None)
+            whole = -(-max(size, 1) // PIECE) * PIECE  # the mask grows with every token
+            found = self._rooms[name] = Buffer((whole,), np.dtype(np.uint8), self._device.driver)
+        return found.pointer
 
 
 def _fits(shape: tuple[int, ...], smallest: tuple[int, ...], largest: tuple[int, ...]) -> bool:

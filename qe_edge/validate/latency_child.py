@@ -73,7 +73,7 @@ def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], Non
             mark = _note(times, "visual", mark)
             features = engine.merger(hidden)
             mark = _note(times, "merger", mark)
-        logits, state = engine.prefill(encoded, features)
+        logits, state = engine.prefill(encoded, features, request.new_tokens)
         mark = _note(times, "prefill", mark)
         _note(times, "first_token", start)
         for _ in range(request.new_tokens):

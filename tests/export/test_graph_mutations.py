@@ -197,7 +197,7 @@ def test_graphs_without_an_end(folder: Path, tmp_path: Path, change: Callable[..
 
 
 def test_a_lowering_that_fails_names_the_graph(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_model: ir.Model, *, plugin: bool) -> None:
+    def fail(_model: ir.Model, *, plugin: bool, capacity: int | None) -> None:
         raise KeyError("value")
 
     monkeypatch.setattr(build, "lower_for_tensorrt", fail)

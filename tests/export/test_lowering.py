@@ -134,7 +134,10 @@ class HalfSession:
     def __init__(self, path: Path) -> None:
         self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def run(self, feeds: dict[str, np.ndarray], into: object = None) -> dict[str, np.ndarray]:
         halves = {value.name for value in self.session.get_inputs() if "float16" in value.type}
         cast = {name: array.astype(np.float16) if name in halves else array for name, array in feeds.items()}
         names = [value.name for value in self.session.get_outputs()]

@@ -23,6 +23,7 @@ from qe_edge.runtime import tensorrt_session
 from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild
+from qe_edge.runtime.limits import limits_of, with_capacity
 from qe_edge.runtime.manifest import GRAPHS, read_manifest
 from qe_edge.system.errors import InputError, TargetError
 from tests.conftest import Exported
@@ -52,6 +53,9 @@ class HostDriver:
     def free(self, pointer: int) -> None:
         del self.blocks[pointer]
 
+    def clear(self, pointer: int, size: int, stream: int) -> None:
+        ctypes.memset(pointer, 0, size)
+
     def upload(self, pointer: int, array: np.ndarray, stream: int) -> None:
         assert len(self.blocks[pointer]) >= array.nbytes
         ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
@@ -64,7 +68,9 @@ class HostContext:
     """An execution context that computes in ONNX Runtime once all inputs are known."""
 
     def __init__(self, graph: bytes) -> None:
-        self.session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns that it copies a cache that is not bound
+        self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
         self.types = {value.name: types[value.type] for value in self.session.get_inputs()}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -101,19 +107,23 @@ class HostContext:
         return array
 
 
-@pytest.fixture(scope="module")
-def engines(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["two caches", "in place"])
+def engines(exported: Exported, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine folder whose engines are lowered graphs in one piece."""
     folder = Path(shutil.copytree(exported.onnx, tmp_path_factory.mktemp("engines") / "tensorrt"))
     manifest, entries = read_manifest(folder), {}
+    capacity = limits_of(manifest).context if request.param == "in place" else None
+    if capacity is not None:
+        manifest = with_capacity(manifest, capacity)
+    kv = manifest.kv.model_copy(update={"in_place": capacity is not None})
     for name, entry in manifest.graphs.items():
         model = ir.load(folder / entry.file)
-        lower_for_tensorrt(model)
+        lower_for_tensorrt(model, capacity=capacity)
         ir.external_data.load_to_model(model)
         (folder / f"{name}.engine").write_bytes(ir.to_proto(model).SerializeToString())
         specs = {key: tuple(map(tensor_spec, getattr(model.graph, key))) for key in ("inputs", "outputs")}
         entries[name] = entry.model_copy(update={"file": f"{name}.engine", **specs})
-    digest = manifest.model_copy(update={"graphs": entries}).write(folder).digest
+    digest = manifest.model_copy(update={"graphs": entries, "kv": kv}).write(folder).digest
     graphs = {name: GraphBuild(size=1, seconds=1) for name in GRAPHS}
     EngineInfo(target="tensorrt", backend="tensorrt", version="10.3", graphs=graphs, manifest=digest).write(folder)
     return folder
@@ -154,6 +164,7 @@ def test_answers_come_through_device_memory(
     valid = encoded.attention_mask == 1
     difference = (engine.logits(encoded) - expected.logits(encoded))[valid]
     assert np.abs(difference).max() < 1
+    del engine
     assert driver.blocks == {}  # every buffer was given back
 
 
@@ -161,11 +172,16 @@ def test_the_cache_stays_on_the_device(engines: Path, driver: HostDriver, held_o
     engine = VisionLanguageEngine.load(engines)
     encoded = engine.encode(held_out[:1])
     _, state = engine.prefill(encoded, engine.features(encoded))
-    assert {type(value) for value in state.cache.values()} == {tensorrt_session.Buffer}
-    assert {value.dtype.name for value in state.cache.values()} == {"float16"}
-    assert len(driver.blocks) == len(state.cache)
+    buffers = [*state.cache.past.values(), *state.cache.present.values()]
+    assert {type(value) for value in buffers} == {tensorrt_session.Buffer}
+    assert {value.dtype.name for value in buffers} == {"float16"}
+    in_place = engine.manifest.kv.in_place
+    assert len({id(value) for value in buffers}) == len(state.cache.past) * (1 if in_place else 2)
     engine.decode(state, np.array([5]))
-    assert len(driver.blocks) == len(state.cache)
+    taken = set(driver.blocks)
+    for token in (6, 7):
+        engine.decode(state, np.array([token]))
+    assert set(driver.blocks) == taken  # nothing is allocated for a token
     session = engine._sessions["language"]
     assert session._context.profiles == [0, 1]  # type: ignore[attr-defined]
 

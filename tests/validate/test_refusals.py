@@ -36,8 +36,10 @@ def test_an_engine_whose_logits_are_not_finite(
 ) -> None:
     run = OrtSession.run
 
-    def poisoned(session: OrtSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = run(session, feeds)
+    def poisoned(
+        session: OrtSession, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        outputs = run(session, feeds, into)
         logits = outputs.get("logits")
         if isinstance(logits, np.ndarray):
             logits[-1, -1, 7] = value

@@ -1,0 +1,250 @@
+"""The body of `com.microsoft::GroupQueryAttention`, as language graphs use it, in standard operators.
+
+ONNX Runtime computes the node itself and never looks at the function. Lowerings for other targets, and models whose
+masks the node cannot express, have the body in the node's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import tape
+
+from qe_edge.export.op import OPSET, constant, real_constant, reference
+from qe_edge.models.cached_attention import DOMAIN, NAME, PICTURES, VERSION
+
+INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length")
+NUMBERS = ("num_heads", "kv_num_heads", "local_window_size")
+REALS = ("scale", "softcap")
+LOWEST = float(np.finfo(np.float32).min)  # instead of -inf: rows of padding stay finite
+SCATTER_OPSET = 24  # the first with TensorScatter
+
+Write = Literal["ScatterND", "TensorScatter"]  # how new keys and values come into the cache: a copy of it, or in place
+
+
+@dataclass
+class Places:
+    """What all layers of a graph share: where the new tokens stand, and what they see.
+
+    Attributes:
+        start: Place of a row's first new token, `[batch]` int64.
+        query: Places of the new tokens, `[batch, sequence, 1]`.
+        key: Places of the cache, `[total]`.
+        total: `[1]` int64.
+        pictures: Numbers of pictures at the new tokens `[batch, sequence, 1]` and in the cache `[batch, 1, total]`.
+        indices: `[batch, kv_heads, sequence, 3]` of ScatterND.
+        masks: Additive masks `[batch, 1, sequence, total]` by window.
+    """
+
+    start: ir.Value
+    query: ir.Value
+    key: ir.Value
+    total: ir.Value
+    pictures: tuple[ir.Value, ir.Value] | None = None
+    indices: ir.Value | None = None
+    masks: dict[int | None, ir.Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A node's attributes as values: int64 `[1]` and float32 scalars; a window or cap that a node lacks is None.
+
+    Attributes:
+        heads: Heads of queries.
+        kv_heads: Heads of keys and values.
+        scale: Factor on the scores.
+        softcap: Bound of the scores.
+        window: Tokens that a token sees, its own included.
+        key: Stands for the window, where it is known.
+    """
+
+    heads: ir.Value
+    kv_heads: ir.Value
+    scale: ir.Value
+    softcap: ir.Value | None
+    window: ir.Value | None
+    key: int | None = None
+
+
+def attach_cached_attention(model: ir.Model) -> None:
+    """Give a traced graph the function that defines its nodes; those of no kernel are expanded."""
+    expand_cached_attention(model, [node for node in cached_attention_nodes(model) if PICTURES in node.attributes])
+    if cached_attention_nodes(model):
+        function = _function()
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = VERSION
+
+
+def cached_attention_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of a graph, in its order."""
+    return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]
+
+
+def expand_cached_attention(
+    model: ir.Model, nodes: Iterable[ir.Node] | None = None, write: Write = "ScatterND"
+) -> None:
+    """Replace nodes, all by default, by their bodies, in place.
+
+    Args:
+        model: A canonical graph.
+        nodes: Which ones.
+        write: How new keys and values come into the cache.
+    """
+    places: Places | None = None
+    for node in cached_attention_nodes(model) if nodes is None else nodes:
+        ops = tape.Tape()
+        given = [value for value in node.inputs if value is not None]
+        if len(given) < len(INPUTS):
+            raise ValueError(f"node {node.name} lacks an input")
+        if places is None:
+            places = _places(ops, given)
+        results = _body(ops, given, _numbers(ops, node), places, write)
+        for number, inner in enumerate(ops.nodes):
+            inner.name = f"{node.name}/{inner.op_type}_{number}"
+            inner.outputs[0].name = f"{inner.name}.output"
+        for output, result in zip(node.outputs, results, strict=True):
+            result.type, result.shape = output.type, output.shape
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], ops.nodes, node.outputs, results)
+    if places is not None:
+        model.functions.pop((DOMAIN, NAME, ""), None)
+        model.opset_imports.pop(DOMAIN, None)
+        if write == "TensorScatter":
+            model.opset_imports[""] = SCATTER_OPSET
+
+
+def _numbers(ops: tape.Tape, node: ir.Node) -> Numbers:
+    heads, kv_heads, window = (node.attributes[name].as_int() for name in NUMBERS)
+    scale, softcap = (node.attributes[name].as_float() for name in REALS)
+    return Numbers(
+        heads=constant(ops, np.array([heads], np.int64)),
+        kv_heads=constant(ops, np.array([kv_heads], np.int64)),
+        scale=real_constant(ops, scale),
+        softcap=real_constant(ops, softcap) if softcap else None,
+        window=constant(ops, np.array([window], np.int64)) if window > 0 else None,
+        key=window if window > 0 else None,
+    )
+
+
+def _function() -> ir.Function:
+    """For any number of heads, any scale, window and cap, which are the node's attributes."""
+    values = [ir.Value(name=name) for name in INPUTS]
+    ops = tape.Tape()
+    zero = _whole(ops, 0)
+    heads, kv_heads, window = (
+        ops.op("Unsqueeze", [ops.op("Constant", [], {"value_int": reference("value_int", name)}), zero])
+        for name in NUMBERS
+    )
+    scale, softcap = (
+        ops.op("Constant", [], {"value_float": ir.RefAttr("value_float", name, ir.AttributeType.FLOAT)})
+        for name in REALS
+    )
+    capped = ops.op("Where", [ops.op("Greater", [softcap, real_constant(ops, 0)]), softcap, real_constant(ops, 1e9)])
+    near = ops.op("Where", [ops.op("Greater", [window, zero]), window, _whole(ops, 1 << 40)])
+    numbers = Numbers(heads, kv_heads, scale, capped, near)
+    results = _body(ops, values, numbers, _places(ops, values), "ScatterND")
+    for name, result in zip(("output", "present_key", "present_value"), results, strict=True):
+        result.name = name
+    graph = ir.Graph(values, results, nodes=ops.nodes, opset_imports={"": OPSET}, name=NAME)
+    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in (*NUMBERS, *REALS)]
+    return ir.Function(DOMAIN, NAME, graph=graph, attributes=declared)
+
+
+def _places(ops: tape.Tape, inputs: list[ir.Value]) -> Places:
+    """Where a row's new tokens stand: they are its last ones, and its first ones where they are all."""
+    query, last, total = inputs[0], inputs[5], inputs[6]
+    zero, one, sequence = _whole(ops, 0), _whole(ops, 1), ops.op("Shape", [query], {"start": 1, "end": 2})
+    length = ops.op("Add", [_int64(ops, last), one])
+    start = ops.op("Max", [ops.op("Sub", [length, sequence]), zero])
+    steps = ops.op("Range", [_scalar(ops, zero), _scalar(ops, sequence), _scalar(ops, one)])
+    tokens = ops.op("Add", [ops.op("Unsqueeze", [start, one]), steps])
+    total = _int64(ops, total)
+    key = ops.op("Range", [_scalar(ops, zero), _scalar(ops, total), _scalar(ops, one)])
+    places = Places(start, ops.op("Unsqueeze", [tokens, _whole(ops, 2)]), key, total)
+    if len(inputs) > len(INPUTS):
+        numbers = inputs[len(INPUTS)]
+        own = ops.op("GatherElements", [numbers, tokens], {"axis": 1})
+        places.pictures = ops.op("Unsqueeze", [own, _whole(ops, 2)]), ops.op("Unsqueeze", [numbers, one])
+    return places
+
+
+def _body(ops: tape.Tape, inputs: list[ir.Value], numbers: Numbers, places: Places, write: Write) -> list[ir.Value]:
+    """Mixed values `[batch, sequence, heads * head_dim]`, keys and values with the new ones written in."""
+    kept, rest, width = _whole(ops, 0, 0), _whole(ops, -1), ops.op("Shape", [inputs[3]], {"start": 3})
+    parted = []
+    for value, heads in zip(inputs[:3], (numbers.heads, numbers.kv_heads, numbers.kv_heads), strict=True):
+        split = ops.op("Reshape", [value, ops.op("Concat", [kept, heads, rest], {"axis": 0})])
+        parted.append(ops.op("Transpose", [split], {"perm": [0, 2, 1, 3]}))
+    query, *new = parted
+    present = [_written(ops, past, part, numbers, places, write) for past, part in zip(inputs[3:5], new, strict=True)]
+    one = _whole(ops, 1)
+    group = ops.op("Concat", [one, one, ops.op("Div", [numbers.heads, numbers.kv_heads]), one, one], {"axis": 0})
+    joined = ops.op("Concat", [_whole(ops, 0), numbers.heads, rest, width], {"axis": 0})
+    key, value = (
+        # what every group of query heads shares
+        ops.op("Reshape", [ops.op("Expand", [ops.op("Unsqueeze", [used, _whole(ops, 2)]), group]), joined])
+        for used in (ops.op("Slice", [part, _whole(ops, 0), places.total, _whole(ops, 2)]) for part in present)
+    )
+    scores = ops.op("MatMul", [query, ops.op("Transpose", [key], {"perm": [0, 1, 3, 2]})])
+    scores = ops.op("Mul", [scores, numbers.scale])
+    if numbers.softcap is not None:
+        scores = ops.op("Mul", [ops.op("Tanh", [ops.op("Div", [scores, numbers.softcap])]), numbers.softcap])
+    scores = ops.op("Add", [scores, _mask(ops, numbers, places)])
+    mixed = ops.op("MatMul", [ops.op("Softmax", [scores], {"axis": -1}), value])
+    flat = constant(ops, np.array([0, 0, -1], np.int64))
+    return [ops.op("Reshape", [ops.op("Transpose", [mixed], {"perm": [0, 2, 1, 3]}), flat]), *present]
+
+
+def _written(ops: tape.Tape, past: ir.Value, new: ir.Value, numbers: Numbers, places: Places, write: Write) -> ir.Value:
+    """The cache `[batch, kv_heads, capacity, head_dim]` with `new` `[batch, kv_heads, sequence, head_dim]` in it."""
+    if write == "TensorScatter":
+        return ops.op("TensorScatter", [past, new, places.start], {"axis": -2, "mode": "linear"})
+    if places.indices is None:
+        zero, one, last = _whole(ops, 0), _whole(ops, 1), _whole(ops, -1)
+        rows = ops.op("Shape", [past], {"start": 0, "end": 1})
+        tokens = ops.op("Shape", [places.query], {"start": 1, "end": 2})
+        shape = ops.op("Concat", [rows, numbers.kv_heads, tokens, one], {"axis": 0})
+        row, head = (
+            ops.op("Range", [_scalar(ops, zero), _scalar(ops, count), _scalar(ops, one)])
+            for count in (rows, numbers.kv_heads)
+        )
+        columns = (
+            ops.op("Reshape", [row, ops.op("Concat", [last, one, one, one], {"axis": 0})]),
+            ops.op("Reshape", [head, ops.op("Concat", [one, last, one, one], {"axis": 0})]),
+            ops.op("Unsqueeze", [places.query, one]),
+        )
+        places.indices = ops.op("Concat", [ops.op("Expand", [part, shape]) for part in columns], {"axis": -1})
+    return ops.op("ScatterND", [past, places.indices, new])
+
+
+def _mask(ops: tape.Tape, numbers: Numbers, places: Places) -> ir.Value:
+    """0 where a new token sees a place of the cache, the lowest number elsewhere."""
+    if numbers.key in places.masks:
+        return places.masks[numbers.key]
+    seen = ops.op("LessOrEqual", [places.key, places.query])
+    if places.pictures is not None:
+        own, numbered = places.pictures
+        same = ops.op("And", [ops.op("Equal", [own, numbered]), ops.op("Greater", [own, _whole(ops, 1)])])
+        seen = ops.op("Or", [seen, same])
+    if numbers.window is not None:
+        near = ops.op("Greater", [places.key, ops.op("Sub", [places.query, numbers.window])])
+        seen = ops.op("And", [seen, near])
+    mask = ops.op("Where", [seen, real_constant(ops, 0), real_constant(ops, LOWEST)])
+    places.masks[numbers.key] = ops.op("Unsqueeze", [mask, _whole(ops, 1)])
+    return places.masks[numbers.key]
+
+
+def _whole(ops: tape.Tape, *numbers: int) -> ir.Value:
+    return constant(ops, np.array(numbers, np.int64))
+
+
+def _scalar(ops: tape.Tape, value: ir.Value) -> ir.Value:
+    """An int64 `[1]` as a scalar."""
+    return ops.op("Squeeze", [value])
+
+
+def _int64(ops: tape.Tape, value: ir.Value) -> ir.Value:
+    return ops.op("Cast", [value], {"to": ir.DataType.INT64.value})

@@ -1,0 +1,119 @@
+"""Attention of a text model over its KV cache, as exported graphs compute it.
+
+One node a layer, `com.microsoft::GroupQueryAttention`, writes the new keys and values into buffers of a fixed capacity
+and attends to what is there. ONNX Runtime computes it in tiles, without the scores of a whole prompt and without a copy
+of the cache; `qe_edge.export.cached_attention` gives the node a body of standard operators for everybody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qe_edge.models.export_limits import SLIDING, layer_kinds, window_of
+
+DOMAIN, NAME, VERSION = "com.microsoft", "GroupQueryAttention", 1
+PICTURES = "pictures"  # attribute of a node whose last input numbers pictures: no kernel, it is expanded at export
+IMPLEMENTATION = "qe_edge_cached"  # how transformers calls the function while it is registered
+
+
+class NewTokens(DynamicCache):
+    """Hands a layer its new keys and values alone: the node joins them with the cache."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_arguments: object, **_keywords: object
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values."""
+        return key_states, value_states
+
+
+@dataclass
+class CachedAttention:
+    """Attention of all layers for one call of a text model, while a graph is traced.
+
+    Attributes:
+        config: The text model's configuration.
+        past: Key and value `[batch, kv_heads, capacity, head_dim]` of every layer.
+        attention_mask: `[batch, total]` int64: a row's tokens, the new ones included, then zeros.
+        pictures: Whether the mask numbers pictures from 2, whose tokens see each other.
+        present: What the layers leave, as `past`; filled by the calls.
+    """
+
+    config: Any
+    past: list[Tensor]
+    attention_mask: Tensor
+    pictures: bool
+
+    def __post_init__(self) -> None:
+        self.present: list[Tensor] = list(self.past)
+        # int32, as the operator wants them: a row's last token, and the most tokens of a row
+        self._last = ((self.attention_mask != 0).sum(1) - 1).to(torch.int32)
+        self._total = torch.full((1,), self.attention_mask.shape[1], dtype=torch.int32)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _mask: Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **_keywords: object,
+    ) -> tuple[Tensor, None]:
+        """As transformers calls it: `[batch, heads, sequence, head_dim]`, and `kv_heads` for keys and values."""
+        layer: Any = module.layer_idx
+        heads, width = query.shape[1], query.shape[3]
+        past = self.past[2 * layer : 2 * layer + 2]
+        further = [self.attention_mask] if self.pictures else []
+        mixed, *present = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{NAME}",
+            [part.transpose(1, 2).flatten(2) for part in (query, key, value)]
+            + [*past, self._last, self._total, *further],
+            attrs={
+                "num_heads": heads,
+                "kv_num_heads": key.shape[1],
+                "scale": width**-0.5 if scaling is None else float(scaling),
+                "local_window_size": self._window(layer),
+                "softcap": float(softcap or 0.0),
+                **({PICTURES: 1} if self.pictures else {}),
+            },
+            dtypes=[query.dtype] * 3,
+            shapes=[(query.shape[0], query.shape[2], heads * width), past[0].shape, past[1].shape],
+            version=VERSION,
+        )
+        self.present[2 * layer : 2 * layer + 2] = present
+        return mixed, None
+
+    def _window(self, layer: int) -> int:
+        """How many tokens, its own included, a token of a layer attends to; -1 for all."""
+        window = window_of(self.config)
+        slides = not layer_kinds(self.config) or self.config.layer_types[layer] == SLIDING
+        return -1 if window is None or not slides else window
+
+
+@contextmanager
+def attending(model: nn.Module, attention: CachedAttention) -> Iterator[None]:
+    """Let a text model of transformers attend as `attention` does; undone afterwards."""
+    configs: dict[int, tuple[Any, str]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            configs.setdefault(id(config), (config, config._attn_implementation))
+    ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attention.attend
+    try:
+        for config, _ in configs.values():
+            config._attn_implementation = IMPLEMENTATION
+        yield
+    finally:
+        for config, implementation in configs.values():
+            config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]

@@ -1,0 +1,128 @@
+"""The KV cache of a batch: buffers of a fixed capacity that live where a backend computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qe_edge.runtime.sessions import Array
+from qe_edge.system.errors import InputError
+
+PAST, PRESENT = "past_key_values.", "present."  # how the language graph's inputs and outputs of the cache begin
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens that a batch has read; what lies beyond a row's length is never read.
+
+    Attributes:
+        batch: Rows.
+        capacity: Tokens that fit into a row.
+        past: Buffers under the names of the language graph's inputs.
+        present: Buffers that the next call writes, under the names of its outputs: the same ones where it writes in
+            place.
+        lengths: Tokens of every row, int64 `[batch]`.
+        mask: The graph's `attention_mask`, int64 `[batch, capacity]`: 1 on text, numbers of pictures where a model's
+            pictures have some, 0 beyond a row's length.
+    """
+
+    batch: int
+    capacity: int
+    past: dict[str, Array]
+    present: dict[str, Array]
+    lengths: np.ndarray = field(init=False)
+    mask: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = np.zeros(self.batch, np.int64)
+        self.mask = np.zeros((self.batch, self.capacity), np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        found = {id(array): array for array in (*self.past.values(), *self.present.values())}
+        return sum(int(np.prod(array.shape)) * array.dtype.itemsize for array in found.values())
+
+    def truncate(self, length: int) -> None:
+        """Forget every token after the first `length` of each row.
+
+        Raises:
+            InputError: If `length` is negative.
+        """
+        if length < 0:
+            raise InputError(f"A cache cannot hold {length} tokens.", "Give 0 to forget everything.")
+        self.lengths = np.minimum(self.lengths, length)
+        self.mask[:, length:] = 0
+
+    def with_new(self, lengths: np.ndarray, numbers: np.ndarray | None) -> np.ndarray:
+        """The mask after a call: `[batch, capacity]`.
+
+        Args:
+            lengths: New tokens of every row.
+            numbers: What the mask has on them, right-padded `[batch, sequence]`; None for ones. Pictures are counted on
+                from those that the cache holds.
+        """
+        mask: np.ndarray = self.mask.copy()
+        for row, (start, new) in enumerate(zip(self.lengths, lengths, strict=True)):
+            found = 1 if numbers is None else numbers[row, :new]
+            earlier = int(mask[row].max(initial=1)) - 1
+            mask[row, start : start + new] = np.where(np.asarray(found) > 1, found + earlier, found)
+        return mask
+
+    def written(self, outputs: dict[str, Array]) -> None:
+        """Take what a call left under the names of the graph's outputs; what it read may be written next."""
+        spare = self.past
+        self.past = {name.replace(PRESENT, PAST, 1): array for name, array in outputs.items()}
+        self.present = {name.replace(PAST, PRESENT, 1): array for name, array in spare.items()}
+
+
+def new_cache(
+    batch: int, capacity: int, zeros: Callable[[tuple[int, ...]], Array], names: list[str], shape: tuple[int, int], *,
+    in_place: bool,
+) -> KVCache:  # fmt: skip
+    """An empty cache.
+
+    Args:
+        batch: Rows.
+        capacity: Tokens that fit into a row.
+        zeros: Makes a buffer of a shape.
+        names: The language graph's inputs that are the cache.
+        shape: Heads and their width.
+        in_place: Whether a call may write where it reads.
+    """
+    size = (batch, shape[0], capacity, shape[1])
+    past = {name: zeros(size) for name in names}
+    present = {name.replace(PAST, PRESENT, 1): past[name] if in_place else zeros(size) for name in names}
+    return KVCache(batch, capacity, past, present)
+
+
+def right_places(attention_mask: np.ndarray) -> np.ndarray:
+    """For every place of right-padded rows the place in left-padded ones, int64 `[batch, sequence]`.
+
+    Args:
+        attention_mask: `[batch, sequence]`, 0 on the padding, which stands left.
+    """
+    sequence = attention_mask.shape[1]
+    start = sequence - attention_mask.sum(1)
+    places: np.ndarray = np.minimum(np.arange(sequence) + start[:, None], sequence - 1)
+    return places
+
+
+def take_tokens(values: np.ndarray, places: np.ndarray, axis: int) -> np.ndarray:
+    """Entries of an array with axes batch and token.
+
+    Args:
+        values: Any array.
+        places: `[batch, tokens]`, which tokens of each row.
+        axis: Of the batch; the tokens' is the next one.
+
+    Example:
+        >>> take_tokens(np.array([[5, 6, 7]]), np.array([[2, 0]]), 0).tolist()
+        [[7, 5]]
+    """
+    shape = [1] * values.ndim
+    shape[axis : axis + 2] = places.shape
+    taken: np.ndarray = np.take_along_axis(values, places.reshape(shape), axis + 1)
+    return taken
