@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from texts import every_character, odd_texts
+from qe_edge import demo
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from qe_edge import demo
+from texts import every_character, odd_texts
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["<|end|>", "<|image|>", "<s>"]
@@ -21,7 +21,9 @@ LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def byte_level(tokenizer: Tokenizer, *before: Any, own_pattern: bool = False) -> trainers.BpeTrainer:
+def byte_level(
+    tokenizer: Tokenizer, *before: pre_tokenizers.PreTokenizer, own_pattern: bool = False
+) -> trainers.BpeTrainer:
     """GPT-2's alphabet of bytes, after the steps `before`."""
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_pattern)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last])
@@ -48,7 +50,7 @@ def llama3(tokenizer: Tokenizer) -> trainers.BpeTrainer:
     return byte_level(tokenizer, pre_tokenizers.Split(Regex(LLAMA3), "isolated"))
 
 
-def sentence_pieces(tokenizer: Tokenizer, *strip: Any) -> trainers.BpeTrainer:
+def sentence_pieces(tokenizer: Tokenizer, *strip: decoders.Decoder) -> trainers.BpeTrainer:
     """Bytes as tokens where no token has a character."""
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
