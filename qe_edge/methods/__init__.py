@@ -34,6 +34,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "lqer": "qe_edge.methods.lqer:LQER",
         "svdquant": "qe_edge.methods.svdquant:SVDQuant",
         "aser": "qe_edge.methods.aser:ASER",
+        "serq": "qe_edge.methods.serq:SERQ",
         "qe": "qe_edge.methods.qe:QuantExperts",
     },
     group="qe_edge.methods",

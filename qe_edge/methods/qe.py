@@ -40,7 +40,10 @@ from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.refinement import refine
 from qe_edge.reconstruction.rounding import Hessian, Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router
+from qe_edge.reconstruction.token_weights import gradient_weights
 from qe_edge.system.errors import NumericalError
+
+EVENNESS = 0.1  # share of the weight that all tokens have alike
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,15 @@ class QuantExperts(Method[QuantExpertsOptions]):
     def stack_siblings(self) -> bool:
         """Whether q/k/v and gate/up share one set of experts."""
         return self.options.stack_siblings
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """As the options say."""
+        return self.options.token_power > 0
+
+    def token_weights(self, energy: np.ndarray) -> np.ndarray:
+        """A power of the gradients' magnitudes."""
+        return gradient_weights(energy, self.options.token_power, EVENNESS)
 
     def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:
         """Where the language model is quantized, and as the options say; by themselves, inside a budget."""
@@ -167,7 +179,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
     def _branch(self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray, hessian: Hessian) -> MainBranch:
         """The main branch without the channels `left_out`."""
         options, abs_mean = self.options, problem.measured().abs_mean
-        rounding = Rounding(options.rounding, options.clip)
+        rounding = Rounding(options.rounding, options.clip, polish=options.polish)
         return leave_out_channels(
             problem.weight, grid, left_out, abs_mean, options.independent_channels, rounding, hessian
         )

@@ -37,6 +37,10 @@ class QuantExpertsOptions(MethodOptions):
         guard_independent_channels: Leave those channels out only where that does not raise the calibration error.
         rounding: How the main branch's codes are chosen; the correction follows any of them.
         clip: Search the range of every scale ("nearest" and "gptq").
+        polish: Rounds in which codes and scales of "gptq" are chosen again, each given all others
+            (`reconstruction.polishing`).
+        token_power: Weighs tokens of Gram matrices by this power of their gradients' magnitudes, as VLMQ does; 0 weighs
+            all alike.
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
         rotate: Rotate the language model, where it is quantized, before anything is measured, as `methods.quarot` does.
@@ -75,6 +79,8 @@ class QuantExpertsOptions(MethodOptions):
     guard_independent_channels: bool = True
     rounding: Literal["nearest", "awq", "gptq"] = "gptq"
     clip: bool = True
+    polish: int = Field(0, ge=0, le=100)
+    token_power: float = Field(0.0, ge=0, le=2)
     adapter_dtype: AdapterDtype = "int8"
     stack_siblings: bool = True
     rotate: bool | None = None

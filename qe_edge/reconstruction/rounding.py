@@ -25,6 +25,7 @@ from qe_edge.numerics.grids import (
     split_groups,
 )
 from qe_edge.numerics.matrices import Matrix, to_tensor
+from qe_edge.reconstruction.polishing import polished
 from qe_edge.system.device import CPU
 from qe_edge.system.errors import NumericalError
 from qe_edge.system.parallel import map_rows
@@ -68,11 +69,13 @@ class Rounding:
         kind: "nearest", "awq" (searched channel scales, then nearest) or "gptq".
         clip: Search the range of every scale for "nearest" and "gptq".
         damping: Of GPTQ's Hessian, relative to the mean of its diagonal.
+        polish: Rounds in which GPTQ's codes and scales are chosen again, each given all others.
     """
 
     kind: Literal["nearest", "awq", "gptq"] = "nearest"
     clip: bool = False
     damping: float = 0.01
+    polish: int = 0
 
     def __call__(
         self, weight: Tensor, grid: WeightGrid, gram: Matrix | Hessian | None, abs_mean: np.ndarray
@@ -93,7 +96,11 @@ class Rounding:
         if gram is None:
             raise NumericalError(f"Rounding '{self.kind}' needs the Gram matrix.", "Pass calibration tokens.")
         if self.kind == "gptq":
-            return gptq_round(weight, gram, grid, self.damping, clip=self.clip), None
+            codes = gptq_round(weight, gram, grid, self.damping, clip=self.clip)
+            if self.polish:
+                matrix = gram.gram if isinstance(gram, Hessian) else gram
+                codes = polished(codes, weight, matrix, grid, self.damping, self.polish)
+            return codes, None
         matrix = to_tensor(gram.gram if isinstance(gram, Hessian) else gram)
         if self.kind == "awq":
             return search_scale(weight, abs_mean, matrix.float(), grid, AWQ_STEPS)
