@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,7 +130,8 @@ class Gemma3(ModelFamily):
         """One tile, and the tokens between Gemma's marks."""
         from qe_edge.models.tile_pictures import single_tile
 
-        return single_tile(processor.image_processor, self._picture_ids(), self.config.boi_token_index)
+        found = single_tile(processor.image_processor, self._picture_ids(), self.config.boi_token_index)
+        return None if found is None else replace(found, numbered=True)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over pictures, pooling with projection, decoder with positions `[batch, sequence]`."""
