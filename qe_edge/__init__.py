@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qe_edge.quantization.quantizer import quantize
     from qe_edge.quantization.single_layer import quantize_linear
     from qe_edge.recipes.recipe import Recipe, make_recipe
+    from qe_edge.runtime.pipeline import Pipeline
     from qe_edge.system.errors import QEError
 
 
@@ -27,6 +28,7 @@ __version__ = VERSION
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
+    "Pipeline",
     "QEError",
     "QELinear",
     "Recipe",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 __getattr__ = lazy_names(__name__, {
+    "Pipeline": "qe_edge.runtime.pipeline",
     "QEError": "qe_edge.system.errors",
     "QELinear": "qe_edge.layers.linear",
     "Recipe": "qe_edge.recipes.recipe",

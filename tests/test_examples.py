@@ -20,6 +20,7 @@ SAYS = {
     "04": r"language\.onnx.*\n(.*\(right: .*\)\n){4}",
     "05": r"\? \w+\n.*\? \w+\n.*\? \w+\n",
     "06": r"to (100|9\d)% of the questions",
+    "08": r"\? \w+  \(0 of 3\d tokens were known\)\n.*\? \w+  \([34]\d of 5\d tokens.*\nseed 1: \w+ \(stop",
 }
 LINES = 60
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from qe_edge.cli.options import Command, plugin_library_option, speed_options, t
 
 if TYPE_CHECKING:
     from qe_edge.models.family import Sample
-    from qe_edge.runtime.engine import VisionLanguageEngine
+    from qe_edge.runtime.answers import Timings
 
 
 @click.command("run", cls=Command, example='qe-edge run out --image picture.png --prompt "What is this?"')
@@ -65,51 +64,29 @@ def command(
         _answer_in_torch(found, sample, max_tokens, threads)
         return
     from qe_edge.runtime.engine import VisionLanguageEngine
+    from qe_edge.runtime.pipeline import Pipeline
 
-    timings: list[str] = []
     engine = VisionLanguageEngine.load(
         found, plugin_library=plugin_library, threads=threads, accuracy_level=int(accuracy_level)
     )
-    for text in stream_answer(engine, sample, max_tokens, timings):
-        click.echo(text, nl=False)
+    timings: Timings | None = None
+    for piece in Pipeline(engine)(sample, stream=True, max_new_tokens=max_tokens, temperature=0):
+        click.echo(piece.text, nl=False)
+        timings = piece.timings
     click.echo()
-    click.echo(f"{found}: {', '.join(timings)}", err=True)
+    if timings is not None:
+        click.echo(f"{found}: {', '.join(_spent(timings, len(sample.pictures)))}", err=True)
 
 
-def stream_answer(engine: VisionLanguageEngine, sample: Sample, max_tokens: int, timings: list[str]) -> Iterator[str]:
-    """The answer piece by piece; `timings` receives a line for every step."""
-    import numpy as np
-
-    tokenizer = engine.processor.tokenizer
-    started = time.perf_counter()
-    encoded = engine.encode([sample])
-    engine.check_length(encoded, max_tokens)
-    looked = time.perf_counter()
-    features = engine.features(encoded)
-    read = time.perf_counter()
-    logits, state = engine.prefill(encoded, features, max_tokens)
-    first = time.perf_counter()
-    ids: list[int] = []
-    shown = ""
-    while len(ids) < max_tokens:
-        token = int(engine.next_tokens(logits, state)[0])
-        if token in engine.manifest.eos_token_ids:
-            break
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
-            yield text[len(shown) :]
-            shown = text
-        if len(ids) < max_tokens:
-            logits = engine.decode(state, np.array([token]))
-    yield tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]  # bytes that never became a character
-    ended = time.perf_counter()
-    if encoded.pixels:
-        timings.append(f"{'picture' if len(sample.pictures) == 1 else 'pictures'} {_ms(read - looked)}")
-    timings.append(f"prompt of {encoded.input_ids.shape[1]} tokens {_ms(first - read)}")
-    timings.append(f"first token after {_ms(first - started)}")
-    if ids:
-        timings.append(f"{len(ids)} tokens {_ms((ended - first) / len(ids))} each")
+def _spent(timings: Timings, pictures: int) -> list[str]:
+    """Where the time of an answer went, in words."""
+    lines = [f"prompt of {timings.prompt_tokens} tokens {_ms(timings.prefill)}"]
+    if pictures:
+        lines.insert(0, f"{'picture' if pictures == 1 else 'pictures'} {_ms(timings.visual + timings.merger)}")
+    lines.append(f"first token after {_ms(timings.first_token)}")
+    if timings.answer_tokens:
+        lines.append(f"{timings.answer_tokens} tokens {_ms(timings.decode / timings.answer_tokens)} each")
+    return lines
 
 
 def _answer_in_torch(folder: Path, sample: Sample, max_tokens: int, threads: int | None) -> None:

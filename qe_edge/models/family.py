@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from qe_edge.models.chat import render_turns
-from qe_edge.models.samples import TEXT, Sample, Turn
+from qe_edge.models.samples import TEXT, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +97,7 @@ class ModelFamily(ABC):
         writes_text: Whether the models answer; others are compared by their features only.
         class_token: Whether an encoder's first feature stands for the picture as a whole, where it writes no text.
         picture_unit: What the size of pictures is counted in: "patches", "tiles", or "" where there are no pictures.
+        pictures_stand_alone: Whether a picture becomes the same features whatever other pictures a prompt has.
         siblings: Names of linear layers of one parent module that read the same input.
 
     Args:
@@ -109,6 +109,7 @@ class ModelFamily(ABC):
     writes_text: ClassVar[bool] = True
     class_token: ClassVar[bool] = True
     picture_unit: ClassVar[Literal["patches", "tiles", ""]] = ""
+    pictures_stand_alone: ClassVar[bool] = True
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -172,18 +173,6 @@ class ModelFamily(ABC):
             processor: As returned by `load_processor`.
         """
         return None
-
-    def chat_text(self, processor: Any, turns: Sequence[Turn]) -> str:  # noqa: ANN401
-        """What `encode` tokenizes for a conversation: the template's text, with one placeholder for each picture.
-
-        Args:
-            processor: As returned by `load_processor`.
-            turns: The conversation.
-
-        Raises:
-            InputError: If the template refuses it.
-        """
-        return render_turns(processor.tokenizer, turns, as_parts=True)
 
     def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:
         """Positions of generated token number `step` (0 is the first after the prompt): one past the largest so far."""

@@ -64,6 +64,7 @@ class LlavaOnevision(ModelFamily):
 
     model_type = "llava_onevision"
     picture_unit = "tiles"
+    pictures_stand_alone = False  # beside others a picture is not cut into tiles
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)

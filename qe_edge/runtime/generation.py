@@ -100,21 +100,7 @@ def make_settings(values: Mapping[str, Any], config: Any, tokenizer: Any) -> Gen
         ModelError: If a setting changes the answers and no engine obeys it, if one makes no sense, if a token is
             outside the vocabulary, or if nothing ends an answer.
     """
-    for name, harmless in REFUSED.items():
-        value = values.get(name)
-        if value is not None and value not in harmless:
-            raise ModelError(
-                f"{GENERATION_CONFIG} asks for {name} = {str(value)[:60]}, which engines cannot do.",
-                f"Remove {name} from {GENERATION_CONFIG}; QE-Edge takes the most likely token, or draws one.",
-            )
-    unmet = [name for name, harmless in UNSAMPLED.items() if values.get(name) not in (None, *harmless)]
-    if unmet and values.get("do_sample"):
-        warnings.warn(
-            f"{GENERATION_CONFIG} asks for {' and '.join(unmet)}, which has no effect in QE-Edge: it draws tokens by "
-            "temperature, top_k, top_p and min_p.",
-            CommonNotice,
-            stacklevel=2,
-        )
+    _check_known(values)
     text = config.get_text_config()
     sources = (values.get("eos_token_id"), getattr(config, "eos_token_id", None), getattr(text, "eos_token_id", None))
     ends = next((found for found in map(_token_list, sources) if found), [])
@@ -147,6 +133,29 @@ def make_settings(values: Mapping[str, Any], config: Any, tokenizer: Any) -> Gen
                 f"Mend {name} in {GENERATION_CONFIG}, config.json or the tokenizer's files.",
             )
     return settings
+
+
+def _check_known(values: Mapping[str, Any]) -> None:
+    """Refuse settings that engines do not obey, and say which ones of drawing have no effect.
+
+    Raises:
+        ModelError: If the most likely token would be another one.
+    """
+    for name, harmless in REFUSED.items():
+        value = values.get(name)
+        if value is not None and value not in harmless:
+            raise ModelError(
+                f"{GENERATION_CONFIG} asks for {name} = {str(value)[:60]}, which engines cannot do.",
+                f"Remove {name} from {GENERATION_CONFIG}; QE-Edge takes the most likely token, or draws one.",
+            )
+    unmet = [name for name, harmless in UNSAMPLED.items() if values.get(name) not in (None, *harmless)]
+    if unmet and values.get("do_sample"):
+        warnings.warn(
+            f"{GENERATION_CONFIG} asks for {' and '.join(unmet)}, which has no effect in QE-Edge: it draws tokens by "
+            "temperature, top_k, top_p and min_p.",
+            CommonNotice,
+            stacklevel=3,
+        )
 
 
 def _token_list(value: Any) -> list[Any]:  # noqa: ANN401 - any JSON value; its types are checked with the settings

@@ -1,0 +1,112 @@
+"""Pictures that were seen before are neither prepared nor encoded again, as far as a number of bytes goes."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SMALL = 4096  # bytes of an array that says how a picture is cut, not what is in it
+
+
+@dataclass
+class _Entry:
+    prepared: dict[str, Any]
+    features: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [*self.prepared.values(), *([] if self.features is None else [self.features])]
+        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray) and any(array.strides))
+
+
+class PictureMemory:
+    """Stands in for an image processor and remembers what it made; the oldest pictures are forgotten first.
+
+    Args:
+        image_processor: The image processor of a model.
+        capacity: Bytes that may be kept: prepared pixels until a picture is encoded, then its features.
+
+    Attributes:
+        used: Keys of the pictures that were prepared since it was last emptied.
+    """
+
+    def __init__(self, image_processor: Any, capacity: int) -> None:  # noqa: ANN401 - they share no typed base
+        self._image_processor = image_processor
+        self._capacity = capacity
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self.used: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the processor's own
+        return getattr(self._image_processor, name)
+
+    def __call__(self, *, images: list[Any], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - the processor's own
+        """What the image processor makes of one 8-bit RGB picture."""
+        (picture,) = images
+        digest = hashlib.sha256(f"{picture.size} {sorted(options.items())}".encode())
+        digest.update(picture.tobytes())
+        key = digest.digest()
+        self.used.append(key)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry.prepared:
+                self._entries.move_to_end(key)
+                return entry.prepared
+        prepared = dict(self._image_processor(images=images, **options))
+        self._keep(key, _Entry(prepared))
+        return prepared
+
+    def features(self, key: bytes) -> np.ndarray | None:
+        """Features `[tokens, width]` of a picture, or of several with a joint key; None if they are not known."""
+        with self._lock:
+            entry = self._entries.get(key)
+            return None if entry is None else entry.features
+
+    def remember(self, key: bytes, features: np.ndarray, *, instead_of_pixels: bool) -> None:
+        """Keep features.
+
+        Args:
+            key: Of a picture, or a joint key.
+            features: `[tokens, width]`.
+            instead_of_pixels: Whether only the shapes of what was prepared are asked from now on.
+        """
+        with self._lock:
+            entry = self._entries.get(key)
+        if entry is None and instead_of_pixels:
+            return  # forgotten in the meantime
+        prepared = {} if entry is None else entry.prepared
+        if instead_of_pixels:
+            prepared = {name: _hollow(value) for name, value in prepared.items()}
+        self._keep(key, _Entry(prepared, features))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        with self._lock:
+            return sum(entry.nbytes for entry in self._entries.values())
+
+    def _keep(self, key: bytes, entry: _Entry) -> None:
+        with self._lock:
+            self._entries[key] = entry
+            self._entries.move_to_end(key)
+            total = sum(kept.nbytes for kept in self._entries.values())
+            while total > self._capacity:
+                _, oldest = self._entries.popitem(last=False)
+                total -= oldest.nbytes
+
+
+def joint_key(keys: tuple[bytes, ...]) -> bytes:
+    """One key for several pictures together."""
+    return hashlib.sha256(b"".join(keys)).digest()
+
+
+def _hollow(value: Any) -> Any:  # noqa: ANN401 - arrays and lists of numbers
+    """An array of the same shape that takes no memory; small ones and other values stay as they are."""
+    if not isinstance(value, np.ndarray) or value.nbytes <= SMALL:
+        return value
+    return np.broadcast_to(np.zeros((), value.dtype), value.shape)
