@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qe_edge.cli.options import Command, plugin_library_option, target_option
+
+if TYPE_CHECKING:
+    from qe_edge.validate.schema import Latency
 
 
 @click.command("bench", cls=Command, example="qe-edge bench engines --image picture.png")
@@ -57,11 +61,11 @@ def command(
 ) -> None:
     """Measure speed and memory of engines.
 
-    Prefill, decoding, time to first token and peak memory, measured in a process of their own. ENGINES is a folder of
-    engines, of ONNX graphs, or the output of 'deploy'.
+    Time to the first token and its parts, time from one token to the next (median, p90, p99), tokens per second and
+    peak memory, measured in a process of their own. ENGINES is a folder of engines, of ONNX graphs, or the output of
+    'deploy'.
     """
     from qe_edge.cli.inputs import find_engines, open_model
-    from qe_edge.cli.outputs import human_bytes
     from qe_edge.models.family import Sample
     from qe_edge.models.images import open_image
     from qe_edge.runtime.provenance import check_deployment
@@ -86,15 +90,28 @@ def command(
     if as_json:
         click.echo(json.dumps([latency.model_dump(mode="json") for latency in found], indent=2))
         return
+    _print(found)
+
+
+def _print(found: Sequence[Latency]) -> None:
+    """A row for every runtime: medians of the steps, the slow tokens, and what follows from all."""
+    from qe_edge.cli.outputs import human_bytes
     from qe_edge.cli.tables import print_table
 
     steps = list(dict.fromkeys(step for latency in found for step in latency.steps))
     rows = []
     for latency in found:
         times = [f"{latency.steps[step].median:.2f}" if step in latency.steps else "" for step in steps]
-        rows.append((latency.runtime, latency.setting, *times, human_bytes(latency.peak_bytes)))
-    print_table(("Runtime", "Setting", *(f"{step.replace('_', ' ')} ms" for step in steps), "Peak memory"), rows)
-    click.echo(f"Medians; prompt of {found[0].prompt_tokens} tokens, {found[0].threads} threads.")
+        decode = latency.steps["decode"]
+        slow = [f"{value:.2f}" for value in (decode.p90, decode.p99) if value is not None]
+        rate = "" if latency.tokens_per_second is None else f"{latency.tokens_per_second:.1f}"
+        rows.append((latency.runtime, latency.setting, *times, *slow, rate, human_bytes(latency.peak_bytes)))
+    names = [f"{step.replace('_', ' ')} ms" for step in steps]
+    print_table(("Runtime", "Setting", *names, "decode p90", "decode p99", "Tokens/s", "Peak memory"), rows)
+    tokens = found[0].steps["decode"].repeats
+    click.echo(
+        f"Medians; prompt of {found[0].prompt_tokens} tokens, {tokens} tokens decoded, {found[0].threads} threads."
+    )
 
 
 def _demo_picture() -> Path:

@@ -38,6 +38,7 @@ def measure(request: Measurement) -> Latency:
         prompt_tokens=prompt_tokens,
         threads=request.threads,
         peak_bytes=peak_memory(),
+        tokens_per_second=1 / float(np.mean(times["decode"])),
     )
 
 
@@ -144,8 +145,8 @@ def _repeats(request: Measurement) -> Iterator[int]:
 
 
 def _timing(seconds: list[float]) -> Timing:
-    lower, median, upper = np.percentile(np.array(seconds) * 1e3, [25, 50, 75]).tolist()
-    return Timing(median=median, lower=lower, upper=upper, repeats=len(seconds))
+    lower, median, upper, p90, p99 = np.percentile(np.array(seconds) * 1e3, [25, 50, 75, 90, 99]).tolist()
+    return Timing(median=median, lower=lower, upper=upper, repeats=len(seconds), p90=p90, p99=p99)
 
 
 if __name__ == "__main__":

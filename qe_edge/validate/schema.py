@@ -200,12 +200,16 @@ class Timing(Part):
         lower: First quartile.
         upper: Third quartile.
         repeats: Number of measurements.
+        p90: 90 % are at most so long; None in earlier reports.
+        p99: 99 % are at most so long; None in earlier reports.
     """
 
     median: Amount
     lower: Amount
     upper: Amount
     repeats: Count
+    p90: Amount | None = None
+    p99: Amount | None = None
 
 
 class Latency(Part):
@@ -214,10 +218,12 @@ class Latency(Part):
     Attributes:
         runtime: "onnxruntime", "tensorrt", "tensorrt_rtx" or "pytorch".
         setting: What distinguishes runs of the same runtime, for example "accuracy level 4".
-        steps: Timings by step: visual, merger, prefill, decode (one token), first_token (all up to the first token).
+        steps: Timings by step: encode (pictures prepared, prompt tokenized), visual, merger, prefill, first_token (all
+            of these), decode (from one token to the next).
         prompt_tokens: Length of the prompt, picture included.
         threads: Threads used.
         peak_bytes: Peak resident memory of the process that ran nothing else.
+        tokens_per_second: Tokens after the first, by the mean of their times; None in earlier reports.
     """
 
     runtime: str
@@ -226,6 +232,7 @@ class Latency(Part):
     prompt_tokens: Count
     threads: Count
     peak_bytes: Count
+    tokens_per_second: Amount | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Latency:

@@ -59,6 +59,12 @@ def test_build_for_the_cpu_then_bench(cli: Run, folder: Path) -> None:
     outcome = cli("bench", folder, "--json")
     assert outcome.code == 0, outcome.err
     assert {"prefill", "decode", "first_token"} <= set(json.loads(outcome.out)[0]["steps"])
+    measured = json.loads(outcome.out)[0]
+    decode, steps = measured["steps"]["decode"], measured["steps"]
+    assert decode["lower"] <= decode["median"] <= decode["upper"] <= decode["p90"] <= decode["p99"]
+    parts = sum(steps[step]["lower"] for step in ("encode", "visual", "merger", "prefill"))
+    assert 0.7 * parts <= steps["first_token"]["p99"]
+    assert 0 < measured["tokens_per_second"] <= 1000 / (0.75 * decode["lower"])  # three quarters take longer
     limits = ["--max-tokens", 3, "--seconds", "1", "--threads", 1, "--image", PICTURE, "--image", PICTURE]
     few = cli("bench", folder, "--json", *limits)
     assert few.code == 0, few.err

@@ -41,7 +41,7 @@ def make_report() -> Report:
     distance = Distance(kl=0.00123, top1=0.99, positions=200)
     data = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(data, format="PNG")
-    timing = Timing(median=12.5, lower=11.0, upper=14.0, repeats=20)
+    timing = Timing(median=12.5, lower=11.0, upper=14.0, repeats=20, p90=15.5, p99=17.25)
     return Report(
         qe_edge="0.1.0",
         created="2026-01-02T03:04:05+00:00",
@@ -98,6 +98,7 @@ def make_report() -> Report:
                 prompt_tokens=34,
                 threads=2,
                 peak_bytes=400_000_000,
+                tokens_per_second=78.5,
             )
             for runtime, setting, steps in (
                 ("onnxruntime", "accuracy level 0", ("encode", "visual", "merger", "prefill", "first_token", "decode")),
