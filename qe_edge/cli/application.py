@@ -20,6 +20,7 @@ COMMANDS = (
     "validate",
     "report",
     "run",
+    "serve",
     "bench",
     "convert",
     "predict",

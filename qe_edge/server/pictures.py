@@ -1,0 +1,96 @@
+"""Pictures that requests name: data addresses; files and downloads only as far as the settings allow them."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+from qe_edge.models.images import Picture
+from qe_edge.models.messages import data_bytes
+from qe_edge.models.texts import shortened
+from qe_edge.server.settings import ServerSettings
+from qe_edge.system.errors import InputError
+
+MAX_DOWNLOAD = 64 << 20
+SECONDS = 10  # without a byte of a download
+REDIRECTS = (301, 302, 303, 307, 308)
+
+
+def picture_source(settings: ServerSettings) -> Callable[[Any], Picture]:
+    """What makes a picture of what a message names."""
+
+    def open_source(source: object) -> Picture:
+        if not isinstance(source, str):
+            raise InputError("A picture of a message has no address.", "Give a 'data:' address.")
+        parts = _split(source)
+        if parts.scheme == "data":
+            return data_bytes(source)
+        if parts.scheme in ("http", "https"):
+            return _download(parts, settings.picture_hosts)
+        return _file(parts, source, settings)
+
+    return open_source
+
+
+def _split(source: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(source)
+    except ValueError as error:
+        raise InputError(f"'{shortened(source)}' is no address.", "Give a 'data:' address.") from error
+
+
+def _file(parts: urllib.parse.SplitResult, source: str, settings: ServerSettings) -> Picture:
+    folder = settings.picture_folder
+    if folder is None:
+        raise InputError(
+            f"This server opens no files: '{shortened(source)}'.",
+            "Send the picture as a 'data:' address, or start the server with --picture-folder.",
+        )
+    if parts.scheme not in ("", "file") or parts.netloc:
+        raise InputError(f"'{shortened(source)}' is no file.", "Name a file of the server's picture folder.")
+    try:
+        path = (folder / urllib.parse.unquote(parts.path) if parts.scheme else folder / source).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"'{shortened(source)}' is no path of a file.", "Correct the path.") from error
+    if not path.is_relative_to(folder.resolve()):
+        raise InputError(
+            f"The picture '{shortened(source)}' lies outside the server's picture folder.", "Name a file in it."
+        )
+    return path
+
+
+def _download(parts: urllib.parse.SplitResult, hosts: tuple[str, ...]) -> bytes:
+    """The content of an address of an allowed host; redirects are not followed."""
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise InputError("The address of a picture has no port number.", "Correct it.") from error
+    if host not in hosts or parts.username is not None:
+        raise InputError(
+            f"This server downloads nothing from '{shortened(host or '')}'.",
+            "Send the picture as a 'data:' address, or start the server with --picture-host.",
+        )
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(host, port, timeout=SECONDS, context=ssl.create_default_context())
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
+    path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        if response.status in REDIRECTS:
+            raise InputError(f"'{host}' sends the picture's address on to another one.", "Give that one.")
+        if response.status != http.client.OK:
+            raise InputError(f"'{host}' answers with status {response.status}.", "Correct the picture's address.")
+        content = response.read(MAX_DOWNLOAD + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise InputError(f"A picture could not be downloaded from '{host}': {error}.", "Send it as 'data:'.") from error
+    finally:
+        connection.close()
+    if len(content) > MAX_DOWNLOAD:
+        raise InputError(f"A picture has more than {MAX_DOWNLOAD >> 20} MiB.", "Scale it down first.")
+    return content

@@ -1,0 +1,55 @@
+"""What a server takes, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qe_edge.system.errors import InputError
+
+MAX_KEY = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits of a server.
+
+    Attributes:
+        model: The name under which clients ask for the model.
+        api_key: What clients must send as a bearer token; None for nothing.
+        queue: Requests that may wait while others are answered; more are refused with 429.
+        max_request_bytes: Size of a request.
+        max_pictures: Pictures of a request.
+        request_seconds: Seconds until a request must have arrived.
+        answer_seconds: Seconds after which an answer is given up, waiting included.
+        grace_seconds: Seconds that running answers have after the server was asked to stop.
+        picture_folder: Folder whose files may be named as pictures; None for no files.
+        picture_hosts: Hosts from which pictures may be downloaded.
+    """
+
+    model: str
+    api_key: str | None = None
+    queue: int = 32
+    max_request_bytes: int = 32 << 20
+    max_pictures: int = 16
+    request_seconds: float = 30.0
+    answer_seconds: float = 300.0
+    grace_seconds: float = 30.0
+    picture_folder: Path | None = None
+    picture_hosts: tuple[str, ...] = ()
+
+
+def read_api_key(path: Path) -> str:
+    """The key that a file holds.
+
+    Raises:
+        InputError: If there is no such file, or no key of visible ASCII characters in it.
+    """
+    try:
+        with path.open("rb") as file:
+            key = file.read(MAX_KEY + 1).strip()
+    except OSError as error:
+        raise InputError(f"The API key's file '{path}' cannot be read.", "Correct --api-key-file.") from error
+    if not 0 < len(key) <= MAX_KEY or not all(33 <= byte <= 126 for byte in key):
+        raise InputError(f"'{path}' holds no API key.", "Write one line of letters, digits and signs into it.")
+    return key.decode("ascii")
