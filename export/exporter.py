@@ -18,6 +18,7 @@ from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
 from qe_edge.export.attention import attach_attention
 from qe_edge.export.cached_attention import attach_cached_attention
 from qe_edge.export.decoding import check_decoding
+from qe_edge.export.head import attach_head, heads_of
 from qe_edge.export.layers import attach_layers, check_layers
 from qe_edge.export.naming import name_nodes
 from qe_edge.export.preprocessing import write_preprocessing
@@ -117,7 +118,9 @@ def _work(spec: GraphSpec) -> float:
 def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEntry:
     """Trace, fill, check and save one graph."""
     model = trace_graph(spec)
-    attach_layers(model, quantized_linears(loaded.model))
+    layers = quantized_linears(loaded.model)
+    attach_head(model, {name: layers.pop(name) for name in heads_of(loaded.model, layers)})
+    attach_layers(model, layers)
     attach_attention(model)
     name_nodes(model, spec.module, loaded.model)
     attach_cached_attention(model)

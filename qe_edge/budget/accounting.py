@@ -219,8 +219,9 @@ def add_counts(counts: Iterable[BitCount]) -> BitCount:
 
 
 def group_of(layer: str, groups: Mapping[str, str]) -> str:
-    """Group of the block that holds a layer; "other" for a layer outside every block."""
-    return next((group for block, group in groups.items() if layer == block or layer.startswith(f"{block}.")), "other")
+    """Group of the block that holds a layer; "language" for the head, the one layer outside every block."""
+    held = (group for block, group in groups.items() if layer == block or layer.startswith(f"{block}."))
+    return next(held, "language")
 
 
 def file_sizes(stage: str, folder: Path) -> list[FileSize]:

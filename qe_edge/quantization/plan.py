@@ -26,6 +26,8 @@ from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import shapes_only
 from qe_edge.numerics.grids import PER_CHANNEL
+from qe_edge.numerics.schemes import Scheme
+from qe_edge.quantization.head import head_of
 from qe_edge.quantization.job import BATCH
 from qe_edge.quantization.preflight import check_modules, check_shapes, note_groups
 from qe_edge.recipes.recipe import Recipe
@@ -113,6 +115,12 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
             linears |= _planned_group(group, method, recipe, adapters)
             groups |= dict.fromkeys(group.names, block.group)
             joint |= dict.fromkeys(group.names, sum(linear.out_features for linear in group.linears))
+    if recipe.head_grid is not None:
+        name, head = head_of(model)
+        linears[name] = QELinear(
+            empty_linear(head.out_features, head.in_features, Scheme("head", recipe.head_grid, 0), AdapterSize())
+        )
+        adapters[name], groups[name], joint[name] = AdapterSize(), "language", head.out_features
     counts = layer_counts(linears)
     layers = [
         PlannedLayer(
@@ -128,7 +136,8 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         largest = recipe.budget.bits or LARGEST_BITS
         stored = round(largest * total.weights / 8)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    checkpoint = stored + (parameters - total.weights) * _itemsize(family)
+    own = parameters - total.weights + (_shared_head(model) if recipe.head_grid else 0)  # an embedding stays
+    checkpoint = stored + own * _itemsize(family)
     memory = _memory(source, family, model, blocks, recipe, samples)
     return Plan(layers, total, checkpoint, checkpoint + stored, memory)
 
@@ -233,6 +242,13 @@ def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:
     embedding: Any = model.get_input_embeddings()
     shared = isinstance(head, nn.Module) and head.weight is embedding.weight
     return int(embedding.weight.shape[1]) ** 2 if shared and recipe.rotates else 0
+
+
+def _shared_head(model: PreTrainedModel) -> int:
+    """Numbers of a head that is the embedding too."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return int(head.weight.numel()) if head.weight is embedding.weight else 0
 
 
 def _statistics(block: Block, family: ModelFamily, method: Method[Any], tokens: int) -> int:

@@ -22,6 +22,7 @@ from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.precision import make_float32
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.streaming import Chain
+from qe_edge.quantization.head import head_of, quantize_head
 from qe_edge.quantization.job import Job, encoded_batches, make_job
 from qe_edge.quantization.measure import measure
 from qe_edge.quantization.preflight import (
@@ -111,6 +112,8 @@ def run_job(
             rotate_language_model(loaded, job.recipe.seed)
         with track(progress or Silent(), "Quantizing", total) as tracked, fitting(chosen_device, LAYER, SMALLER):
             _quantize_blocks(loaded, job, folder, tracked, chosen_device, on_disk=on_disk)
+        if job.recipe.head_grid is not None:
+            quantize_head(loaded, job.recipe.head_grid)
     if not on_disk:
         loaded.stored.read("", loaded.model)
     return loaded
@@ -128,6 +131,8 @@ def _checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
     note_groups(chosen, job.recipe.grids)
     note_calibration(loaded, blocks, job.samples)
     note_torch_only(job.recipe)
+    if job.recipe.head_grid is not None:
+        head_of(loaded.model)
     return chosen
 
 

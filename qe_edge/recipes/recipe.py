@@ -15,6 +15,7 @@ from qe_edge.numerics.schemes import Scheme, get_scheme
 from qe_edge.system.errors import QEError, QENotice, RecipeError, UnknownNameError, shown, shown_name
 
 MODULES = ("language", "visual", "merger")
+HEADS = {"int4": WeightGrid(4, 32)}  # grids of a language model's head
 
 
 class CalibrationSpec(BaseModel):
@@ -46,6 +47,7 @@ class Recipe(BaseModel):
         modules: Which parts of the model are quantized.
         preset: Named defaults of the method, for example "paper".
         options: The method's own options, over the preset's.
+        head: Grid of the language model's head, "int4", or "none" to leave it in its own precision.
         flow: "parallel" takes every layer's calibration input from the original model; "sequential" from the already
             quantized blocks before it (as GPTQ does).
         budget: Effective bits per weight to spend over the layers; without, the method's options size each alone.
@@ -59,6 +61,7 @@ class Recipe(BaseModel):
     modules: tuple[str, ...] = ("language",)
     preset: str = "default"
     options: dict[str, Any] = Field(default_factory=dict)
+    head: str = "none"
     flow: Literal["parallel", "sequential"] = "parallel"
     budget: Budget = Field(default_factory=Budget)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
@@ -91,6 +94,8 @@ class Recipe(BaseModel):
         for module in self.modules:
             if module not in MODULES:
                 raise UnknownNameError("module", module, MODULES)
+        if self.head not in ("none", *HEADS):
+            raise UnknownNameError("head", self.head, ("none", *HEADS))
         if not self.build_method().spends_budget and self.budget:
             raise RecipeError(
                 f"The method '{self.method}' cannot spend a budget: its options alone give its size.",
@@ -132,6 +137,11 @@ class Recipe(BaseModel):
         """Grids that a layer's weights may get: the scheme's own, or those among which a budget chooses."""
         scheme = self.get_scheme()
         return scheme.budget_grids() if self.budget else [scheme.weight]
+
+    @property
+    def head_grid(self) -> WeightGrid | None:
+        """Grid of the language model's head, None where it stays as it is."""
+        return HEADS.get(self.head)
 
     def resolved(self) -> Recipe:
         """The same recipe with every option of the method written out, for storing beside the result."""
