@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.models.batching import Row, check_length, encode_text, left_pad, naming
-from qe_edge.models.chat import answer_ids, chat_ids, earlier_answers
+from qe_edge.models.chat import answer_ids, chat_ids, earlier_answers, render_turns
 from qe_edge.models.chat_templates import check_template, take_processor_template
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
+from qe_edge.models.samples import Turn
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.system.errors import InputError, ModelError
 
@@ -77,6 +78,10 @@ class CausalLM(ModelFamily):
                 check_length(row, self.config.max_position_embeddings, "A text")
             rows.append(row)
         return left_pad(rows, processor.tokenizer, NO_IMAGE_TOKEN, {})
+
+    def chat_text(self, processor: TextProcessor, turns: Sequence[Turn]) -> str:
+        """What `encode` tokenizes for a conversation."""
+        return render_turns(processor.tokenizer, turns, as_parts=False)
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         """Arguments of the model's forward."""

@@ -44,9 +44,11 @@ def chat_ids(
     Raises:
         InputError: If the template refuses or leaves out a turn, or the tokenizer cannot read a special token as text.
     """
-    special = _special_pattern(tokenizer)
+    special = special_pattern(tokenizer)
     if not any(special.search(turn.text) for turn in turns):
-        ids: list[int] = tokenizer(rewrite(_render(tokenizer, turns, as_parts)), add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(rewrite(render_turns(tokenizer, turns, as_parts)), add_special_tokens=False)[
+            "input_ids"
+        ]
         return ids
     stand_ins: dict[str, str] = {}
 
@@ -54,7 +56,7 @@ def chat_ids(
         return special.sub(lambda found: _stand_in(stand_ins, found.group()), text)
 
     hidden = [_mapped(turn, hide) for turn in turns]
-    prompt = rewrite(_render(tokenizer, hidden, as_parts))
+    prompt = rewrite(render_turns(tokenizer, hidden, as_parts))
     whole = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if _in_pieces(tokenizer, prompt, special, {}) != whole:
         raise _unreadable(special, turns)
@@ -76,7 +78,7 @@ def text_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int
         InputError: If the tokenizer cannot read a special token as text.
     """
     options = {"add_special_tokens": add_special_tokens, "verbose": False}  # its length is the family's to check
-    special = _special_pattern(tokenizer)
+    special = special_pattern(tokenizer)
     if not special.search(text):
         ids: list[int] = tokenizer(text, **options)["input_ids"]
         return ids
@@ -128,7 +130,17 @@ def earlier_answers(
     return found
 
 
-def _render(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str:  # noqa: ANN401
+def render_turns(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str:  # noqa: ANN401
+    """A conversation as the text that the template makes of it, up to where the assistant answers.
+
+    Args:
+        tokenizer: As for `chat_ids`.
+        turns: The conversation.
+        as_parts: As for `chat_ids`.
+
+    Raises:
+        InputError: If the template refuses or leaves out a turn.
+    """
     messages = [{"role": turn.role, "content": _parts(turn) if as_parts else turn.text} for turn in turns]
     try:
         prompt: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -165,7 +177,7 @@ def _pieces(turn: Turn) -> list[str]:
     return [turn.text[start:end] for start, end in zip((0, *turn.marks), (*turn.marks, len(turn.text)), strict=True)]
 
 
-def _special_pattern(tokenizer: Any) -> re.Pattern[str]:  # noqa: ANN401
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:  # noqa: ANN401
     """What matches any special token's text, the longest first."""
     spelled = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
     words = sorted(spelled | set(filter(None, tokenizer.all_special_tokens)), key=len, reverse=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from qe_edge.models.samples import TEXT, Sample
+from qe_edge.models.chat import render_turns
+from qe_edge.models.samples import TEXT, Sample, Turn
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +174,18 @@ class ModelFamily(ABC):
             processor: As returned by `load_processor`.
         """
         return None
+
+    def chat_text(self, processor: Any, turns: Sequence[Turn]) -> str:  # noqa: ANN401
+        """What `encode` tokenizes for a conversation: the template's text, with one placeholder for each picture.
+
+        Args:
+            processor: As returned by `load_processor`.
+            turns: The conversation.
+
+        Raises:
+            InputError: If the template refuses it.
+        """
+        return render_turns(processor.tokenizer, turns, as_parts=True)
 
     def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:
         """Positions of generated token number `step` (0 is the first after the prompt): one past the largest so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +16,19 @@ from qe_edge.models.batching import (
     naming,
     prepare_pictures,
 )
+from qe_edge.models.chat import Rewrite
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SquareValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.samples import Turn
 from qe_edge.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from qe_edge.models.picture_graphs import PictureGraph
 
 FIRST_PICTURE = 2  # in the mask: 0 is padding, 1 text
 
@@ -68,8 +73,7 @@ class Gemma3(ModelFamily):
         pixels.pop("num_crops", None)
         config, tokenizer = self.config, processor.tokenizer
         start = config.boi_token_index
-        mark = tokenizer.convert_ids_to_tokens(start)
-        picture = [start, *[config.image_token_id] * config.mm_tokens_per_image, config.eoi_token_index]
+        picture = self._picture_ids()
         rows = []
         for sample in samples:
             with naming(sample):
@@ -79,11 +83,24 @@ class Gemma3(ModelFamily):
                     start,
                     [picture] * len(sample.pictures),
                     answer=answers,
-                    rewrite=lambda prompt: prompt.replace(mark, f"\n\n{mark}\n\n"),
+                    rewrite=self._with_blank_lines(processor),
                 )
                 check_length(row, config.get_text_config().max_position_embeddings, "A prompt")
             rows.append(row)
         return left_pad(rows, tokenizer, config.image_token_id, pixels)
+
+    def chat_text(self, processor: VisionLanguageProcessor, turns: Sequence[Turn]) -> str:
+        """What `encode` tokenizes for a conversation."""
+        return self._with_blank_lines(processor)(super().chat_text(processor, turns))
+
+    def _picture_ids(self) -> list[int]:
+        config = self.config
+        features = [config.image_token_id] * config.mm_tokens_per_image
+        return [config.boi_token_index, *features, config.eoi_token_index]
+
+    def _with_blank_lines(self, processor: VisionLanguageProcessor) -> Rewrite:
+        mark = processor.tokenizer.convert_ids_to_tokens(self.config.boi_token_index)
+        return lambda prompt: prompt.replace(mark, f"\n\n{mark}\n\n")
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         """Arguments of `Gemma3ForConditionalGeneration.forward`."""
@@ -108,6 +125,13 @@ class Gemma3(ModelFamily):
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[pictures, 3, side, side]`."""
         return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]
+
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """One tile, and the tokens between Gemma's marks."""
+        from qe_edge.models.tile_pictures import single_tile
+
+        found = single_tile(processor.image_processor, self._picture_ids(), self.config.boi_token_index)
+        return None if found is None else replace(found, numbered=True)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over pictures, pooling with projection, decoder with positions `[batch, sequence]`."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qe_edge.models.picture_graphs import PictureGraph
+
 AROUND, OVERVIEW = "<fake_token_around_image>", "<global-img>"  # what transformers' processor writes around tiles
 CLASSES = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}  # how the classes of a model_type begin
 
@@ -122,6 +124,15 @@ class Idefics3(ModelFamily):
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[tiles, 3, side, side]`."""
         return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]
+
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """Tiles, an overview, and their tokens with their places."""
+        from qe_edge.models.idefics3_pictures import picture_graph
+
+        def tile_ids(rows: int, columns: int) -> list[int]:
+            return self._tile_ids(processor.tokenizer, rows, columns)
+
+        return picture_graph(processor.image_processor, tile_ids, self.config.image_token_id, self._tokens)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, pixel shuffle with projection, decoder with positions `[batch, sequence]`."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qe_edge.models.picture_graphs import PictureGraph
+
 
 class InternVL(ModelFamily):
     """Any `InternVLForConditionalGeneration` of transformers, whatever its text model.
@@ -105,6 +107,16 @@ class InternVL(ModelFamily):
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[tiles, 3, height, width]`."""
         return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]
+
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """Tiles, and the tokens between the tokenizer's marks."""
+        from qe_edge.models.tile_pictures import best_grid
+
+        image = self.config.image_token_id
+        marks = _between_marks(processor.tokenizer, [image])
+        before = marks[: marks.index(image)]
+        between = (before, image, marks[len(before) + 1 :])
+        return best_grid(processor.image_processor, between, self.config.image_seq_length, image)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, pixel shuffle with projector, decoder with positions `[batch, sequence]`."""

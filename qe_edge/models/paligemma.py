@@ -13,6 +13,7 @@ from qe_edge.models.export_limits import window_of
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SquareValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.samples import Turn
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.system.errors import InputError, ModelError
 
@@ -75,6 +76,14 @@ class PaliGemma(ModelFamily):
                 self._check_window(row)
             rows.append(row)
         return left_pad(rows, processor.tokenizer, self.config.image_token_id, pixels)
+
+    def chat_text(self, processor: VisionLanguageProcessor, turns: Sequence[Turn]) -> str:  # noqa: ARG002
+        """There are no conversations: the tokens of a prompt stand before and after its picture's.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError("A 'paligemma' model knows no conversation.", "Give one question to Python.")
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         """Arguments of `PaliGemmaForConditionalGeneration.forward`."""

@@ -26,6 +26,7 @@ class PictureGraph:
         outputs: Inputs of the visual encoder by name, then the tokens that stand for the picture and their positions.
         placeholder: Token of the prompt that the picture's tokens replace.
         max_aspect: Longest side over shortest, beyond which the family's image processor refuses a picture.
+        numbered: Whether the family's `graph_mask` numbers pictures.
     """
 
     nodes: list[ir.Node]
@@ -33,6 +34,7 @@ class PictureGraph:
     outputs: dict[str, ir.Value]
     placeholder: int
     max_aspect: int | None = None
+    numbered: bool = False
 
 
 def picture_input() -> ir.Value:

@@ -87,12 +87,15 @@ class PictureEntry(GraphFile):
         max_pixels: Most pixels of a picture.
         max_side: Most pixels of a side.
         max_aspect: Longest side over shortest, beyond which a picture is refused; None where any is taken.
+        numbered: Whether the language graph's `attention_mask` numbers the features of every picture of a prompt: 2 on
+            those of the first, 3 of the second, 1 on all other tokens. Without it, it is 1 on all.
     """
 
     placeholder_id: int = Field(ge=0)
     max_pixels: int = Field(ge=1, le=1 << 26)
     max_side: int = Field(ge=1, le=1 << 16)
     max_aspect: int | None = Field(None, ge=1)
+    numbered: bool = False
 
 
 class KVLayout(_Strict):

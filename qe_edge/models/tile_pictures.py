@@ -1,0 +1,116 @@
+"""`preprocess.onnx` of families that scale a picture to whole tiles of one size, or to one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qe_edge.models.graph_nodes import Nodes, Operand
+from qe_edge.models.picture_graphs import (
+    PictureGraph,
+    counted,
+    finished,
+    normalized,
+    output,
+    picture_input,
+    value_table,
+)
+from qe_edge.models.pillow_resize import FILTERS, resize
+
+
+def cut(write: Nodes, pixels: ir.Value, rows: Operand, columns: Operand, tile: tuple[int, int]) -> ir.Value:
+    """uint8 tiles `[tiles, 3, height, width]`, row by row, of a picture `[rows * height, columns * width, 3]`."""
+    height, width = tile
+    parted = write.reshape(pixels, rows, height, columns, width, 3)
+    return write.reshape(write("Transpose", parted, perm=[0, 2, 4, 1, 3]), -1, 3, height, width)
+
+
+def pixel_values(write: Nodes, tiles: ir.Value, image_processor: Any, tile: tuple[int, int]) -> dict[str, ir.Value]:  # noqa: ANN401
+    """The visual encoder's one input of uint8 tiles `[tiles, 3, height, width]`."""
+    values = normalized(write, tiles, value_table(image_processor), channel=-3)
+    return {"pixel_values": output(write("Identity", values), ir.DataType.FLOAT, "tiles", 3, *tile)}
+
+
+def repeated(write: Nodes, token: int, count: Operand) -> ir.Value:
+    """int64 `[count]` of one token."""
+    return write("Expand", token, write.joined(count))
+
+
+def single_tile(image_processor: Any, ids: Sequence[int], placeholder: int) -> PictureGraph | None:  # noqa: ANN401
+    """The graph of a family that scales every picture to one size; None if its image processor does something else.
+
+    Args:
+        image_processor: A `PilBackend` whose `size` has a height and a width.
+        ids: The tokens of a picture.
+        placeholder: The token that they replace.
+    """
+    if not image_processor.do_resize or image_processor.resample not in FILTERS:
+        return None
+    write, image = Nodes(), picture_input()
+    tile = image_processor.size["height"], image_processor.size["width"]
+    tiles = cut(write, resize(write, image, *tile, image_processor.resample), 1, 1, tile)
+    tokens = counted(write, write.constant(np.array(ids, np.int64)))
+    return finished(write, image, pixel_values(write, tiles, image_processor, tile), tokens, placeholder)
+
+
+def best_grid(
+    image_processor: Any,  # noqa: ANN401 - image processors share no typed base
+    between: tuple[Sequence[int], int, Sequence[int]],
+    tokens_of_tile: int,
+    placeholder: int,
+) -> PictureGraph | None:
+    """The graph of InternVL: the grid of tiles whose shape is nearest to the picture's, and an overview.
+
+    Args:
+        image_processor: A `GotOcr2ImageProcessorPil`.
+        between: Tokens before a picture, the token of its features, tokens after it.
+        tokens_of_tile: How many features a tile has.
+        placeholder: The token that a picture's tokens replace.
+    """
+    if image_processor.resample not in FILTERS:
+        return None
+    if image_processor.max_patches == 1:
+        ids = [*between[0], *[between[1]] * tokens_of_tile, *between[2]]
+        return single_tile(image_processor, ids, placeholder)
+    write, image = Nodes(), picture_input()
+    tile = image_processor.size["height"], image_processor.size["width"]
+    columns, rows = _nearest_grid(write, image, image_processor, tile)
+    large = resize(write, image, write("Mul", rows, tile[0]), write("Mul", columns, tile[1]), image_processor.resample)
+    overview = cut(write, resize(write, image, *tile, image_processor.resample), 1, 1, tile)
+    count = write("Mul", rows, columns)
+    # one tile is its own overview
+    count = write("Where", write("Equal", count, 1), 1, write("Add", count, 1))
+    both = write("Concat", cut(write, large, rows, columns, tile), overview, axis=0)
+    tiles = write("Slice", both, write.joined(0), write.joined(count))
+    features = repeated(write, between[1], write("Mul", count, tokens_of_tile))
+    before, after = (np.array(ids, np.int64) for ids in (between[0], between[2]))
+    tokens = counted(write, write("Concat", before, features, after, axis=0))
+    return finished(write, image, pixel_values(write, tiles, image_processor, tile), tokens, placeholder)
+
+
+def _nearest_grid(
+    write: Nodes,
+    image: ir.Value,
+    image_processor: Any,  # noqa: ANN401 - image processors share no typed base
+    tile: tuple[int, int],
+) -> tuple[ir.Value, ir.Value]:
+    """Columns and rows of tiles, as transformers' `get_optimal_tiled_canvas`: of equally near grids the last large one.
+
+    A grid is large enough to be preferred if the picture has more than half of its pixels.
+    """
+    most, fewest = image_processor.max_patches, image_processor.min_patches
+    found = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if fewest <= c * r <= most]
+    grids = np.array(sorted(found, key=lambda grid: grid[0] * grid[1]), np.int64)
+    height, width = (write.cast(write.size(image, axis), ir.DataType.DOUBLE) for axis in (0, 1))
+    distance = write("Abs", write("Sub", write("Div", width, height), grids[:, 0] / grids[:, 1]))
+    nearest = write("Equal", distance, write("ReduceMin", distance, keepdims=0))
+    halves = 0.5 * tile[0] * tile[1] * grids[:, 0] * grids[:, 1]
+    preferred = write("And", nearest, write("Greater", write("Mul", width, height), halves))
+    number = np.arange(len(grids), dtype=np.int64)
+    last = write("ReduceMax", write("Where", preferred, number, -1), keepdims=0)
+    chosen = write("Max", last, write("ArgMin", distance, axis=0, keepdims=0))
+    column, row = (write("Gather", np.ascontiguousarray(grids[:, axis]), chosen) for axis in (0, 1))
+    return column, row

@@ -1,0 +1,198 @@
+"""Prompts from an exported folder's own files: tokenizer.json, `chat.json` and `preprocess.onnx`, no family's code.
+
+It is what the C++ library does, in Python, so that tests can compare both with the families.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qe_edge.models.images import check_size
+from qe_edge.models.samples import Turn
+from qe_edge.runtime.chat_segments import Piece, read_chat
+from qe_edge.runtime.manifest import Manifest, PictureEntry
+from qe_edge.runtime.sessions import OrtSession
+from qe_edge.system.errors import InputError
+
+TOKENIZER = "tokenizer.json"
+FIRST_PICTURE = 2  # number of the first picture's tokens in the mask; 0 is padding, 1 text
+TOKENS = ("placeholder_ids", "placeholder_positions")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation, ready for the graphs.
+
+    Attributes:
+        ids: int64 `[1, tokens]`.
+        positions: int64 `[axes, 1, tokens]`, or `[1, tokens]` where the language graph takes one axis.
+        image_mask: `[1, tokens]` bool, True where a picture's feature stands.
+        numbers: int64 `[1, tokens]`, the language graph's `attention_mask` on the prompt.
+        feeds: Inputs of the visual encoder, for each picture.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    image_mask: np.ndarray
+    numbers: np.ndarray
+    feeds: tuple[dict[str, np.ndarray], ...]
+
+
+class FolderPrompts:
+    """Reads conversations for the model of a folder.
+
+    Args:
+        folder: An ONNX or engine folder.
+        manifest: Its manifest.
+
+    Raises:
+        ArtifactError: If `chat.json` or `preprocess.onnx` is missing or damaged.
+
+    Example:
+        `FolderPrompts(folder, read_manifest(folder)).read([Turn("user", "What is this?", (0,))], [pixels])`, with
+        `pixels` uint8 `[height, width, 3]`.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._chat = read_chat(folder)
+        self._picture = manifest.picture
+        self._session = None if self._picture is None else OrtSession(folder, self._picture, 0, None, frugal=True)
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self._special_ids = {token.content: number for number, token in added if token.special and token.content}
+        words = sorted(self._special_ids, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, words)) or "(?!)")
+
+    def read(self, turns: Sequence[Turn], pictures: Sequence[np.ndarray]) -> Prompt:
+        """A conversation up to where the assistant answers.
+
+        Args:
+            turns: The conversation.
+            pictures: uint8 `[height, width, 3]`, RGB, in the order of their marks.
+
+        Raises:
+            InputError: If the folder has no graph for pictures, or they are too large or too narrow, or the template or
+                the tokenizer cannot read the turns.
+        """
+        ids = self._ids(self._chat.pieces(turns))
+        prepared = [self._prepared(picture) for picture in pictures]
+        placeholder = -1 if self._picture is None else self._picture.placeholder_id
+        if ids.count(placeholder) != len(pictures) or sum(len(turn.marks) for turn in turns) != len(pictures):
+            raise InputError(
+                f"The conversation has places for {ids.count(placeholder)} pictures and {len(pictures)} are given.",
+                "Give one picture for each mark.",
+            )
+        return self._filled(ids, prepared)
+
+    def _prepared(self, picture: np.ndarray) -> dict[str, np.ndarray]:
+        if self._session is None or self._picture is None:
+            raise InputError(
+                "No graph prepares pictures for this model.", "Use Python with the model's own image processor."
+            )
+        _check_picture(picture, self._picture)
+        return {name: np.asarray(value) for name, value in self._session.run({"image": picture}).items()}
+
+    def _filled(self, ids: list[int], prepared: list[dict[str, np.ndarray]]) -> Prompt:
+        """Tokens and positions with every placeholder replaced."""
+        language = {spec.name: len(spec.shape) for spec in self._manifest.graphs["language"].inputs}
+        axes = 1 if language["position_ids"] == 2 else 3
+        waiting = iter(prepared)
+        parts: list[np.ndarray] = []
+        places: list[np.ndarray] = []
+        numbers: list[np.ndarray] = []
+        start, picture = 0, FIRST_PICTURE
+        for number in ids:
+            tokens, relative = np.array([number]), np.zeros((axes, 1), np.int64)
+            mask = np.ones(1, np.int64)
+            if self._picture is not None and number == self._picture.placeholder_id:
+                shown = next(waiting)
+                tokens, relative = (shown[name] for name in TOKENS)
+                mask = np.where(tokens == self._manifest.image_token_id, picture, 1)
+                picture += 1
+            parts.append(tokens)
+            places.append(relative + start)
+            numbers.append(mask)
+            start += int(relative.max()) + 1
+        joined, positions = np.concatenate(parts)[None], np.concatenate(places, axis=1)
+        mask = np.concatenate(numbers)[None]
+        numbered = self._picture is not None and self._picture.numbered
+        return Prompt(
+            ids=joined.astype(np.int64),
+            positions=positions if axes == 1 else positions[:, None],
+            image_mask=mask >= FIRST_PICTURE,
+            numbers=mask if numbered else np.ones_like(mask),
+            feeds=tuple({name: one[name] for name in one if name not in TOKENS} for one in prepared),
+        )
+
+    def _ids(self, pieces: Sequence[Piece]) -> list[int]:
+        """Ids of a prompt; special tokens that a user's text spells are text, as `qe_edge.models.chat` reads them."""
+        spelled = [found for piece in pieces if not piece.trusted for found in self._special.findall(piece.text)]
+        whole = "".join(piece.text for piece in pieces)
+        if not spelled:
+            return self._encoded(whole, special=True)
+        words = {text: f"x{secrets.token_hex(16)}x" for text in spelled}
+        hidden = [
+            piece if piece.trusted else replace(piece, text=self._special.sub(lambda m: words[m.group()], piece.text))
+            for piece in pieces
+        ]
+        as_whole = self._encoded("".join(piece.text for piece in hidden), special=True)
+        ids = self._in_parts(pieces)
+        if self._in_parts(hidden) != as_whole or self._count(ids) != self._count(as_whole):
+            raise InputError(
+                f"A text spells the special token '{spelled[0]}', which this tokenizer cannot read as text.",
+                "Leave it out, or put a space into it.",
+            )
+        return ids
+
+    def _in_parts(self, pieces: Sequence[Piece]) -> list[int]:
+        """Ids of what stands between the template's special tokens, and of these."""
+        ids: list[int] = []
+        text = ""
+        for piece in pieces:
+            parts = re.split(f"({self._special.pattern})", piece.text) if piece.trusted else [piece.text]
+            for number, part in enumerate(parts):
+                if number % 2 == 0:
+                    text += part
+                    continue
+                ids += [*self._encoded(text, special=False), self._special_ids[part]]
+                text = ""
+        return ids + self._encoded(text, special=False)
+
+    def _encoded(self, text: str, *, special: bool) -> list[int]:
+        if not text:
+            return []
+        self._tokenizer.encode_special_tokens = not special
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _count(self, ids: Sequence[int]) -> int:
+        return sum(number in self._special_ids.values() for number in ids)
+
+
+def _check_picture(picture: np.ndarray, entry: PictureEntry) -> None:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise InputError(
+            f"A picture is an array of {picture.dtype} {list(picture.shape)}.", "Give uint8 [height, width, 3]."
+        )
+    height, width = picture.shape[:2]
+    check_size((width, height), "A picture")
+    longest, shortest = max(height, width), min(height, width)
+    if longest > entry.max_side or height * width > entry.max_pixels:
+        raise InputError(
+            f"A picture of {width} x {height} is too large: up to {entry.max_side} pixels a side and "
+            f"{entry.max_pixels} in all are read.",
+            "Scale it down first.",
+        )
+    if entry.max_aspect is not None and longest > entry.max_aspect * shortest:
+        raise InputError(
+            f"A picture of {width} x {height} is too narrow: one side is more than {entry.max_aspect} times the other.",
+            "Crop the picture.",
+        )
