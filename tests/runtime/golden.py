@@ -57,7 +57,8 @@ class FolderEngine:
         embeds = engine.embed(prompt.ids, self._features(prompt), prompt.image_mask)
         length = np.array([prompt.ids.shape[1]])
         logits = engine.extend(cache, embeds, prompt.positions, length, numbers=prompt.numbers)
-        tokens, found = prompt.ids, []
+        tokens = prompt.ids
+        found: list[int] = []
         following = prompt.positions.max() + 1
         while True:
             rules = self.manifest.generation
@@ -76,7 +77,7 @@ class FolderEngine:
     def _features(self, prompt: Prompt) -> np.ndarray | None:
         if not prompt.feeds:
             return None
-        merged = []
+        merged: list[Any] = []
         for feeds in prompt.feeds:
             (hidden,) = self._sessions["visual"].run(feeds).values()
             name = self.manifest.graphs["merger"].inputs[0].name
