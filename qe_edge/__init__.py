@@ -13,11 +13,11 @@ from qe_edge.system.version import VERSION
 
 if TYPE_CHECKING:
     from qe_edge.layers.linear import QELinear
-    from qe_edge.models.quantized import load_quantized
     from qe_edge.quantization.quantizer import quantize
     from qe_edge.quantization.single_layer import quantize_linear
     from qe_edge.recipes.recipe import Recipe, make_recipe
     from qe_edge.runtime.pipeline import Pipeline
+    from qe_edge.runtime.torch_layers import load_quantized
     from qe_edge.system.errors import QEError
 
 
@@ -44,7 +44,7 @@ __getattr__ = lazy_names(__name__, {
     "QEError": "qe_edge.system.errors",
     "QELinear": "qe_edge.layers.linear",
     "Recipe": "qe_edge.recipes.recipe",
-    "load_quantized": "qe_edge.models.quantized",
+    "load_quantized": "qe_edge.runtime.torch_layers",
     "make_recipe": "qe_edge.recipes.recipe",
     "quantize": "qe_edge.quantization.quantizer",
     "quantize_linear": "qe_edge.quantization.single_layer",

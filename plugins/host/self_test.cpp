@@ -199,7 +199,7 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   std::vector<uint16_t> x(static_cast<size_t>(tokens) * kK);
   for (int m = 0; m < tokens; ++m)
     for (int k = 0; k < kK; ++k) x[static_cast<size_t>(m) * kK + k] = Half(static_cast<float>(Activation(m, k)));
-  // prepack/pack.py, _code_unit
+  // prepack/pack.py, code_unit
   const float code = kind.act_bits == 0 ? 16777216.f : kind.bits == 3 ? 0.03125f : kind.zeros ? 0.125f : 0.0625f;
   const bool integers = kind.adapter_bits != 16;  // their scales are applied after the products
   const float up_scale = integers ? kUpScale : 1.f;

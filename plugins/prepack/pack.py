@@ -77,7 +77,7 @@ def pack(linear: CanonicalLinear, dtype: Dtype) -> PackedLinear:
         weight_bits=bits,
         adapter_bits=adapter_bits(linear),
         weight=turn_words(weight, TURN) if offset_binary and not sixteen_bit else weight,
-        columns=_columns(linear, up_scale, units * _code_unit(sixteen_bit, offset_binary, bits), np_),
+        columns=_columns(linear, up_scale, units * code_unit(sixteen_bit, offset_binary, bits), np_),
         scales=None if linear.group_size < 0 else _scales(linear, units, kp, np_),
         zeros=_zeros(linear, offset, kp, np_) if offset_binary else None,
         inv_omega=None if linear.inv_omega is None else to_bits(linear.inv_omega, dtype),
@@ -116,7 +116,7 @@ def _scales(linear: CanonicalLinear, units: NDArray[np.float64], kp: int, np_: i
     return pack_groups(to_bits(pad_to(scales, (kp // linear.group_size, np_)), "f16"))
 
 
-def _code_unit(sixteen_bit: bool, offset_binary: bool, bits: int) -> float:
+def code_unit(sixteen_bit: bool, offset_binary: bool, bits: int) -> float:
     """What the kernels multiply for a code of 1 is 32, 16 or 8 (int8 activations), or the smallest float16 number."""
     if sixteen_bit:
         return 2.0**24

@@ -58,6 +58,14 @@ def test_scenario(check_driver: Path, scenario: str) -> None:
     run(check_driver, scenario)
 
 
+def test_single_layers(driver: Path) -> None:
+    """The functions that PyTorch calls: include/qe_edge/layer.h."""
+    program = driver.with_name("check_layer")
+    sources = [str(ROOT / name) for name in ("tests/check_layer.cpp", "host/layer.cpp", "host/plan.cpp")]
+    subprocess.run([*COMPILER, *sources, *LAUNCHER, str(driver), "-ldl", "-o", str(program)], check=True)
+    assert run(program) == ""
+
+
 def test_plugin(driver: Path) -> None:
     cache = ROOT / "build/plugin/CMakeCache.txt"
     assert cache.exists(), f"{cache} is missing. Run plugins/ladder.sh, which builds the plugin."

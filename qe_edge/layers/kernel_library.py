@@ -1,0 +1,108 @@
+"""The functions of `libqe_plugin.so` that run one layer on a GPU (plugins/include/qe_edge/layer.h), without TensorRT.
+
+Not yet run on hardware: tests call them with a stand-in for CUDA's driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import lru_cache
+
+from qe_edge.prepack.unpack import Form
+from qe_edge.system.errors import TargetError
+
+REMEDY = "Build it for this machine with 'qe-edge build-plugin'."
+DTYPES = {"f16": 0, "bf16": 1}
+COUNTED = ("dtype", "M", "N", "K", "act_bits", "group_size", "has_zeros", "has_inv_omega", "rank_shared",
+           "rank_routed", "num_experts", "adapter_bits", "weight_bits")  # fmt: skip
+ADDRESSES = ("x", "weight", "scales", "zeros", "columns", "inv_omega", "down", "down_scale", "up", "router", "y",
+             "workspace", "counters")  # fmt: skip
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in COUNTED]
+
+
+class _Buffers(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ADDRESSES]
+
+
+def problem_of(form: Form, dtype: str, tokens: int) -> ctypes.Structure:
+    """A layer and its number of tokens, as the library reads them."""
+    values = asdict(form)
+    sizes = {"N": values.pop("out_features"), "K": values.pop("in_features")}
+    return _Problem(dtype=DTYPES[dtype], M=tokens, **sizes, **values)
+
+
+class KernelLibrary:
+    """One library.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        TargetError: If it cannot be loaded, or is of an earlier version.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            library = ctypes.CDLL(path)
+            self._check, self._memory, self._run = library.QeCheckKernels, library.QeLayerMemory, library.QeRunLayer
+        except OSError as error:
+            raise TargetError(f"The plugin library '{path}' cannot be loaded: {error}.", REMEDY) from error
+        except AttributeError as error:
+            raise TargetError(f"The plugin library '{path}' is too old to run single layers.", REMEDY) from error
+        for function in (self._check, self._memory, self._run):
+            function.restype = ctypes.c_char_p
+
+    def check(self) -> None:
+        """Compare the kernels with known answers in the current CUDA context; the first call takes a moment.
+
+        Raises:
+            TargetError: If they cannot run here, or compute something else.
+        """
+        _refuse(self._check())
+
+    def memory(self, problem: ctypes.Structure) -> tuple[int, int]:
+        """Bytes of the workspace and of the counters of a problem.
+
+        Raises:
+            TargetError: If the kernels cannot run it.
+        """
+        workspace, counters = ctypes.c_size_t(), ctypes.c_size_t()
+        _refuse(self._memory(ctypes.byref(problem), ctypes.byref(workspace), ctypes.byref(counters)))
+        return workspace.value, counters.value
+
+    def run(self, problem: ctypes.Structure, addresses: Mapping[str, int], stream: int) -> None:
+        """Queue a layer on a stream of the current CUDA context.
+
+        Args:
+            problem: From `problem_of`.
+            addresses: By the names of `ADDRESSES`; what is not named is 0.
+            stream: The stream's handle.
+
+        Raises:
+            TargetError: If it cannot be launched.
+        """
+        buffers = _Buffers(**addresses)
+        _refuse(self._run(ctypes.byref(problem), ctypes.byref(buffers), ctypes.c_void_p(stream)))
+
+
+@lru_cache(maxsize=8)
+def kernel_library(path: str) -> KernelLibrary:
+    """The library of a path, loaded once.
+
+    Raises:
+        TargetError: As `KernelLibrary`.
+    """
+    return KernelLibrary(path)
+
+
+def _refuse(why: bytes | None) -> None:
+    """Raise what the library says: one sentence about what is wrong and one about what to do."""
+    if why is None:
+        return
+    problem, _, remedy = why.decode(errors="replace").partition(". ")
+    raise TargetError(f"{problem.rstrip('.')}.", remedy or REMEDY)

@@ -1,0 +1,187 @@
+"""`QELinear` on a GPU: the plugin's kernels as an operator of torch, `qe_edge::packed_linear`.
+
+The operator has a fake implementation, so that torch.compile and CUDA graphs take it as one node. On a CPU it computes
+the reference from the same packed tensors, slowly. Not yet run on hardware: the library's functions have run on a
+stand-in for the driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qe_edge.layers.kernel_library import kernel_library, problem_of
+from qe_edge.layers.linear import QELinear, quantized_linears
+from qe_edge.prepack.linear import CanonicalLinear, PackError
+from qe_edge.prepack.neutral import without_neutral
+from qe_edge.prepack.pack import PackedLinear, pack
+from qe_edge.prepack.reference import qe_linear
+from qe_edge.prepack.unpack import Form, unpack
+from qe_edge.system.errors import TargetError
+
+Dtype = Literal["f16", "bf16"]
+DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "f16", torch.bfloat16: "bf16"}
+ROLES = ("weight", "columns", "scales", "zeros", "inv_omega", "down", "down_scale", "up", "router")
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor columns, Tensor? scales, Tensor? zeros, Tensor? inv_omega, Tensor? down, "
+    "Tensor? down_scale, Tensor? up, Tensor? router, Tensor counters, int[] form, str library) -> Tensor"
+)
+BLOCK, TOKEN_GROUPS = 32, 4  # output channels of a counter, and groups of tokens that decode together at most
+ALIGNMENT = 16  # bytes, of x
+# dtypes in which patterns and numbers are kept: model.half() and model.bfloat16() would change floats
+KEPT = {np.dtype(np.uint16): np.int16, np.dtype(np.float32): np.int32}
+
+
+def packed_linear(x: Tensor, weight: Tensor, columns: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
+    """The reference, in float64 on the CPU: `[..., in]` float16 or bfloat16 to `[..., out]`."""
+    tensors, form = dict(zip(ROLES, (weight, columns, *rest[:-3]), strict=True)), Form(*rest[-2])
+    kept = {KEPT[dtype]: dtype for dtype in KEPT}
+    arrays: dict[str, Any] = {
+        role: None if tensor is None else (array := tensor.numpy()).view(kept.get(array.dtype.type, array.dtype))
+        for role, tensor in tensors.items()
+    }
+    packed = PackedLinear(DTYPES[x.dtype], form.weight_bits, form.adapter_bits, **arrays)
+    tokens = x.reshape(-1, form.in_features).float().numpy()
+    y = qe_linear(unpack(packed, form), tokens, DTYPES[x.dtype])
+    return torch.from_numpy(y).to(x.dtype).reshape(*x.shape[:-1], form.out_features)
+
+
+def _on_gpu(x: Tensor, weight: Tensor, columns: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
+    """The same with the library's kernels, on the current stream of the device of `x`."""
+    form, library = Form(*rest[-2]), kernel_library(rest[-1])
+    x = x.contiguous()
+    x = x.clone() if x.data_ptr() % ALIGNMENT else x
+    y = x.new_empty((*x.shape[:-1], form.out_features))
+    if not y.numel():
+        return y
+    problem = problem_of(form, DTYPES[x.dtype], x.numel() // form.in_features)
+    with torch.cuda.device(x.device):
+        bytes_needed, counter_bytes = library.memory(problem)
+        workspace = torch.empty(max(bytes_needed, 1), dtype=torch.uint8, device=x.device)
+        tensors = dict(zip(ROLES, (weight, columns, *rest[:-3]), strict=True))
+        counters = rest[-3] if rest[-3].nbytes >= counter_bytes else None  # without them decode is slower
+        tensors |= {"x": x, "y": y, "workspace": workspace, "counters": counters}
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+        library.run(problem, addresses, torch.cuda.current_stream(x.device).cuda_stream)
+    return y
+
+
+def _shape(x: Tensor, weight: Tensor, columns: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401, ARG001 - see SCHEMA
+    return x.new_empty((*x.shape[:-1], Form(*rest[-2]).out_features))
+
+
+OPERATOR = torch.library.custom_op("qe_edge::packed_linear", packed_linear, mutates_args=(), schema=SCHEMA)
+OPERATOR.register_kernel("cuda")(_on_gpu)
+OPERATOR.register_fake(_shape)
+
+
+class PackedQELinear(nn.Module):
+    """A `QELinear` in the layout of the kernels. Inference only.
+
+    Inputs of any float dtype and shape `[..., in]`; computed in the dtype that it was packed for, and returned in the
+    input's.
+
+    Args:
+        layer: The layer, on the CPU.
+        dtype: float16 or bfloat16, the model's.
+        library: Path of `libqe_plugin.so`; not opened before a tensor on a GPU comes.
+
+    Raises:
+        TargetError: If no kernel runs such a layer.
+
+    Example:
+        `PackedQELinear(layer, torch.float16, "libqe_plugin.so")(x)`
+    """
+
+    def __init__(self, layer: QELinear, dtype: torch.dtype, library: str) -> None:
+        super().__init__()
+        linear = canonical(layer)
+        try:
+            packed = pack(linear, DTYPES[dtype])
+        except PackError as error:
+            raise TargetError(f"No kernel runs a layer: {error}", "Load the model without a device.") from error
+        self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, dtype
+        self.library = library
+        self.form = list(astuple(Form.of(linear, packed)))
+        for role in ROLES:
+            array = getattr(packed, role)
+            kept = None if array is None else np.ascontiguousarray(array)
+            tensor = None if kept is None else torch.from_numpy(kept.view(KEPT.get(kept.dtype, kept.dtype)).copy())
+            self.register_buffer(role, tensor)
+        blocks = -(-layer.out_features // BLOCK)
+        self.register_buffer("counters", torch.zeros(TOKEN_GROUPS * blocks, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` `[..., in]`; returns `[..., out]` in the dtype of `x`."""
+        tensors = [getattr(self, role) for role in ROLES]
+        y: Tensor = torch.ops.qe_edge.packed_linear(x.to(self.dtype), *tensors, self.counters, self.form, self.library)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and precision."""
+        form = Form(*self.form)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, weight_bits={form.weight_bits}, "
+            f"group_size={form.group_size}, activation_bits={form.act_bits}, packed for {self.dtype}"
+        )
+
+
+def canonical(layer: QELinear) -> CanonicalLinear:
+    """The tensors of a layer as the kernels' packing reads them, transposed.
+
+    Raises:
+        TargetError: If the layer has parts that only PyTorch computes.
+    """
+    if layer.parts is not None:
+        raise TargetError("A layer has parts that no kernel computes.", "Load the model without a device.")
+
+    def real(tensor: Tensor | None) -> Any:  # noqa: ANN401 - an array or None
+        return None if tensor is None else np.ascontiguousarray(tensor.float().numpy().T)
+
+    down, up = (
+        real(codes) if codes is None or codes.is_floating_point() else np.ascontiguousarray(codes.numpy().T)
+        for codes in (layer.down_codes(), layer.up_codes())
+    )
+    fields = {
+        "qweight": np.ascontiguousarray(layer.codes().numpy().T),
+        "scales": real(layer.scales),
+        "zeros": None if layer.zeros is None else np.ascontiguousarray(layer.zeros.numpy().T),
+        "inv_omega": real(layer.inv_omega),
+        "down": down,
+        "up": up,
+        "down_scale": real(layer.down_scale),
+        "up_scale": real(layer.up_scale),
+        "router": real(layer.router),
+        "bias": real(layer.bias),
+    }
+    numbers = {
+        "group_size": layer.group_size,
+        "act_bits": layer.activation_bits,
+        "rank_shared": layer.rank_shared,
+        "rank_routed": layer.rank_routed,
+        "num_experts": layer.num_experts,
+    }
+    present = {name: array for name, array in fields.items() if array is not None}
+    return CanonicalLinear(**without_neutral({**present, **numbers}))
+
+
+def pack_layers(model: nn.Module, dtype: torch.dtype, library: str) -> int:
+    """Replace every `QELinear` of a model by its packed form, in place; returns how many there are.
+
+    Args:
+        model: On the CPU.
+        dtype: float16 or bfloat16.
+        library: Path of `libqe_plugin.so`.
+
+    Raises:
+        TargetError: If no kernel runs one of them; nothing is replaced then.
+    """
+    packed = {name: PackedQELinear(layer, dtype, library) for name, layer in quantized_linears(model).items()}
+    for name, layer in packed.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    return len(packed)
