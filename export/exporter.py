@@ -17,6 +17,7 @@ from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
 from qe_edge.export.attention import attach_attention
 from qe_edge.export.cached_attention import attach_cached_attention
+from qe_edge.export.chat_parts import chat_segments
 from qe_edge.export.decoding import check_decoding
 from qe_edge.export.head import attach_head, heads_of
 from qe_edge.export.layers import attach_layers, check_layers
@@ -32,6 +33,7 @@ from qe_edge.models.quantized import load_quantized
 from qe_edge.models.vision_encoder import VisionEncoder
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.recipes.stored import load_checkpoint_recipe
+from qe_edge.runtime.chat_segments import CHAT
 from qe_edge.runtime.embedding import EMBEDDING, TENSOR
 from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
 from qe_edge.runtime.manifest import FORMAT_VERSION, EncoderManifest, GraphEntry, KVLayout, Manifest
@@ -50,7 +52,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     `visual.onnx`, `merger.onnx` and `language.onnx` (of a language model the last alone, of a vision encoder the first,
     without embedding and tokens) with their `.onnx.data`,
     `preprocess.onnx` where the family has one, `embedding.safetensors`, `manifest.json`, config.json,
-    generation_config.json, tokenizer, image processor, and recipe.json of a quantized model.
+    generation_config.json, tokenizer, image processor, `chat.json`, and recipe.json of a quantized model.
 
     Args:
         checkpoint: Folder that `qe-edge quantize` wrote, or a model in memory (an unquantized one gives the same
@@ -145,7 +147,7 @@ def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEn
 
 
 def _write_runtime_files(loaded: LoadedModel, folder: Path) -> None:
-    """Configuration, generation settings, tokenizer and image processor."""
+    """Configuration, generation settings, tokenizer, image processor, and the chat template in parts."""
     config = json.loads(loaded.family.config.to_json_string(use_diff=True))
     config.pop("quantization_config", None)  # the weights are in the graphs
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -153,6 +155,9 @@ def _write_runtime_files(loaded: LoadedModel, folder: Path) -> None:
         text = loaded.model.generation_config.to_json_string()
         (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
     loaded.family.save_processor(loaded.processor, folder)
+    if loaded.family.writes_text:
+        chat = chat_segments(loaded.family, loaded.processor)
+        (folder / CHAT).write_text(chat.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _named(recipe: Recipe | None) -> str:

@@ -117,4 +117,5 @@ def _written(found: PictureGraph, folder: Path, ir_version: int) -> PictureEntry
         max_pixels=MAX_PIXELS,
         max_side=MAX_SIDE,
         max_aspect=found.max_aspect,
+        numbered=found.numbered,
     )

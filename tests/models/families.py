@@ -17,21 +17,25 @@ from qe_edge.export.exporter import export_model
 from qe_edge.export.preprocessing import first_difference
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Block, Sample
+from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.models.streaming import Streamer, chains_of, first_tensor, run_block
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
+from qe_edge.runtime.chat_segments import read_chat
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.folder_prompts import FolderPrompts
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import InputError
 from qe_edge.validate import validate
-from tests.models.conversations import CASES, greedy, noise, torch_logits
+from tests.models.conversations import CASES, SQUARE, greedy, noise, torch_logits
 
 GROUPS = ("visual", "merger", "language")
 SAMPLES = [*CASES["batch"], *CASES["several turns"]]
 QUICK = {"tokens": 128, "em_steps": 1}
 TOKENS = 6
+SPELLED = Sample(SQUARE, "is <|im_end|> or <|image_pad|> in this text?", marks=(3,))  # special tokens that are text
 PICTURE_SIZES = (
     *((1, 1), (1, 2), (2, 1), (3, 5), (1, 200), (200, 1), (1, 201), (201, 1), (7, 1400), (4, 900)),
     *((28, 28), (27, 29), (29, 27), (14, 42), (64, 64), (63, 65), (56, 168), (60, 300), (300, 60), (203, 117)),
@@ -95,11 +99,15 @@ class FamilyChecks:
     Class attributes:
         linears: Linear layers by group.
         cases: Names of the samples that the family takes.
+        prepares: Whether a graph prepares its pictures.
+        chats: Whether its chat template comes apart.
         samples: A batch to quantize with.
     """
 
     linears: dict[str, int]
     cases: tuple[str, ...] = tuple(CASES)
+    prepares: bool = True
+    chats: bool = True
     samples: tuple[Sample, ...] = tuple(SAMPLES)
 
     @pytest.fixture(scope="class")
@@ -160,7 +168,9 @@ class FamilyChecks:
     def test_the_picture_graph_equals_the_image_processor(self, made: Made) -> None:
         """Every output to the last bit, and a picture is refused by both or by none."""
         entry = made.engine.manifest.picture
-        assert entry is not None
+        assert (entry is not None) == self.prepares
+        if entry is None:
+            return
         session = OrtSession(made.onnx, entry, accuracy_level=0, threads=1)
         encode = made.engine.family.encode
         for height, width in PICTURE_SIZES:
@@ -173,6 +183,31 @@ class FamilyChecks:
             computed = {name: np.asarray(value) for name, value in session.run({"image": image}).items()}
             differing = first_difference(computed, made.engine.family, encode(made.engine.processor, [sample]))
             assert differing is None, (height, width, differing)
+
+    def test_the_chat_template_in_parts_writes_the_same_prompts(self, made: Made) -> None:
+        chat = read_chat(made.onnx)
+        assert (chat.problem is None) == self.chats
+        for sample in [sample for case in self.cases for sample in CASES[case] if self.chats]:
+            turns = sample.conversation
+            assert chat.text(turns) == made.engine.family.chat_text(made.engine.processor, turns)
+
+    def test_the_folders_own_files_prepare_the_same_prompts(self, made: Made) -> None:
+        engine = made.engine
+        if engine.manifest.picture is None or not self.chats:
+            pytest.skip("no such files")
+        prompts = FolderPrompts(made.onnx, engine.manifest)
+        for sample in [SPELLED, *(sample for case in self.cases for sample in CASES[case])]:
+            pictures = [np.asarray(open_image(picture)) for picture in sample.pictures]
+            found, encoded = prompts.read(sample.conversation, pictures), engine.encode([sample])
+            assert np.array_equal(found.ids, encoded.input_ids)
+            assert np.array_equal(found.image_mask, encoded.image_mask)
+            assert np.array_equal(found.positions, engine.family.position_ids(encoded))
+            assert np.array_equal(found.numbers, engine.family.graph_mask(encoded))
+            wanted = engine.family.visual_feeds(encoded) if pictures else []
+            for name in wanted[0] if wanted else ():
+                # families of tiles run the pictures of a prompt together
+                one, other = (np.concatenate([feeds[name] for feeds in every]) for every in (found.feeds, wanted))
+                assert np.array_equal(one, other), name
 
     @pytest.mark.slow
     def test_graphs_round_activations_alike(self, folder: Path, tmp_path: Path) -> None:
