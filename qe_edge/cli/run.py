@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,18 +29,24 @@ if TYPE_CHECKING:
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Longest answer."
 )
+@click.option(
+    "--max-context",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Most tokens of prompt and answer together; what the model or its engines take by default.",
+)
 @target_option("Engine to use, where the folder holds several; the first that runs here by default.")
 @plugin_library_option()
 @speed_options
 def command(
+    *,
     folder: Path,
     images: tuple[Path, ...],
     prompt: str,
     max_tokens: int,
     target: str | None,
-    plugin_library: Path | None,
-    threads: int | None,
     accuracy_level: str,
+    **opening: Any,  # noqa: ANN401 - plugin_library, threads and max_context, as the engine takes them
 ) -> None:
     """Answer a question about a picture, or about several.
 
@@ -61,14 +67,16 @@ def command(
     if is_checkpoint(found):
         if accuracy_level != "0":
             raise InputError("PyTorch has no accuracy levels.", "Leave --accuracy-level out, or run exported graphs.")
-        _answer_in_torch(found, sample, max_tokens, threads)
+        if opening["max_context"] is not None:
+            raise InputError(
+                "PyTorch has no cache of a fixed size.", "Leave --max-context out, or run exported graphs."
+            )
+        _answer_in_torch(found, sample, max_tokens, opening["threads"])
         return
     from qe_edge.runtime.engine import VisionLanguageEngine
     from qe_edge.runtime.pipeline import Pipeline
 
-    engine = VisionLanguageEngine.load(
-        found, plugin_library=plugin_library, threads=threads, accuracy_level=int(accuracy_level)
-    )
+    engine = VisionLanguageEngine.load(found, accuracy_level=int(accuracy_level), **opening)
     timings: Timings | None = None
     for piece in Pipeline(engine)(sample, stream=True, max_new_tokens=max_tokens, temperature=0):
         click.echo(piece.text, nl=False)

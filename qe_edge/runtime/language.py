@@ -112,7 +112,7 @@ class LanguageEngine:
                 (kv.heads, kv.head_dim),
                 in_place=kv.in_place,
             )
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:  # the latter where pages are asked for
             size = 2 * kv.layers * kv.heads * kv.head_dim * capacity * batch * dtype.itemsize
             raise ResourceError(
                 f"A cache of {batch} x {capacity} tokens needs {size >> 20} MiB of memory.", "Choose a smaller context."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,9 @@ class OrtSession:
             ) from error
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> np.ndarray:
-        """An array whose memory is taken when it is first written."""
-        return np.zeros(shape, dtype)
+        """An array whose pages are taken when they are first written, which `np.zeros` does for large ones alone."""
+        pages = mmap.mmap(-1, max(int(np.prod(shape)) * dtype.itemsize, 1))
+        return np.frombuffer(pages, dtype, int(np.prod(shape))).reshape(shape)
 
     def _run_bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
         """Run with inputs and outputs bound to arrays, so that nothing is copied."""

@@ -48,6 +48,9 @@ def test_run_without_a_picture_and_with_a_short_answer(cli: Run, folder: Path) -
     outcome = cli("run", folder / "onnx", "--prompt", "what color is it?", "--max-tokens", "1")
     assert outcome.code == 0, outcome.err
     assert ", 1 tokens" in outcome.err
+    short = cli("run", folder / "onnx", "--prompt", "what color is it?", "--max-context", "9")
+    assert short.code == 2
+    assert "together at most 9 fit" in short.err
     assert "picture" not in outcome.err.partition(": ")[2]
 
 
