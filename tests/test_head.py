@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -13,15 +14,15 @@ from qe_edge.budget.accounting import count_bits
 from qe_edge.export.exporter import export_model
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.layers.linear import quantized_linears
+from qe_edge.models.loading import load_model
 from qe_edge.models.quantized import load_quantized, save_quantized
+from qe_edge.numerics.grids import WeightGrid, quantize_weight
 from qe_edge.quantization.plan import make_plan
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
-from qe_edge.system.errors import UnknownNameError
+from qe_edge.system.errors import RecipeError, UnknownNameError
 from tests.models.conversations import greedy, torch_logits
-
-import onnx_ir as ir  # isort: skip
 
 HEAD = "lm_head"
 RECIPE = make_recipe(method="rtn", scheme="w4a8", head="int4", calibration={"samples": 4})
@@ -46,7 +47,25 @@ def test_the_head_is_a_layer_of_the_checkpoint(small: str, folder: Path, samples
     embedding = loaded.model.get_input_embeddings().weight
     assert torch.equal(embedding, plain.model.get_input_embeddings().weight)
     error = (layers[HEAD].decoded_weight() - embedding.float()).norm() / embedding.float().norm()
-    assert 0.02 < error < 0.15
+    assert 0.02 < error < 0.2
+
+
+def test_it_is_rounded_on_what_reaches_it(small: str, folder: Path, samples: list) -> None:
+    """GPTQ leaves less error in the logits than rounding to nearest on the same grid, and more in the weights."""
+    original, quantized = load_model(small, torch.float32), load_quantized(folder / "checkpoint")
+    head = quantized_linears(quantized.model)[HEAD]
+    encoded = original.family.encode(original.processor, samples, answers=True)
+    with torch.no_grad():
+        decoder = original.model.get_decoder()
+        states = []
+        handle = decoder.norm.register_forward_hook(lambda _module, _inputs, output: states.append(output))
+        original.model(**original.family.torch_inputs(encoded))
+        handle.remove()
+    inputs = states[0][torch.from_numpy(encoded.attention_mask.astype(bool))]
+    weight = original.model.get_output_embeddings().weight.detach()
+    nearest = quantize_weight(weight, WeightGrid(4, 32)).decode()
+    errors = [(inputs @ (one - weight).T).square().sum() for one in (head.decoded_weight(), nearest)]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def test_its_bits_are_counted_and_planned(small: str, folder: Path, samples: list) -> None:
@@ -81,6 +100,8 @@ def test_the_head_is_int4_in_every_graph(folder: Path) -> None:
     assert precision.products[HEAD] == "int4 weights, float16"
 
 
-def test_a_grid_that_does_not_exist() -> None:
+def test_recipes_that_cannot_be() -> None:
     with pytest.raises(UnknownNameError, match="int4"):
         make_recipe(head="int5")
+    with pytest.raises(RecipeError, match="language model hands it"):
+        make_recipe(head="int4", modules=("visual",))

@@ -1,49 +1,87 @@
-"""The language model's head, rounded to nearest on a grid of its own: most of what a small model reads for a token."""
+"""The language model's head on a grid of its own: most of what a small model reads for a token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from qe_edge.layers.linear import QELinear, QuantizedLinear
 from qe_edge.models.exactness import note_own_head
 from qe_edge.models.groups import set_module
 from qe_edge.models.loading import LoadedModel
-from qe_edge.numerics.grids import WeightGrid, quantize_weight
+from qe_edge.models.rotation import last_norm
+from qe_edge.numerics.grids import QuantizedWeight, WeightGrid
+from qe_edge.reconstruction.rounding import Hessian, gptq_round
 from qe_edge.system.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REMEDY = "Leave --head out."
+DAMPING = 0.01  # of GPTQ, relative to the mean of the Gram matrix's diagonal
+ROWS = 1 << 14  # tokens of the vocabulary that are rounded at a time
 
 
 def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """Dotted name and layer of a model's head.
 
     Raises:
-        RecipeError: If there is none.
+        RecipeError: If there is none, or no norm before it.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or last_norm(model) is None:
         raise RecipeError("The model has no head that could be quantized.", REMEDY)
     return next(name for name, module in model.named_modules() if module is head), head
 
 
-def quantize_head(loaded: LoadedModel, grid: WeightGrid) -> None:
+def quantize_head(loaded: LoadedModel, grid: WeightGrid, hidden: Sequence[Tensor], valid: Sequence[np.ndarray]) -> None:
     """Replace the head by one of integer codes, in place; an embedding that was the same matrix stays as it is.
 
-    Its input is not rounded, whatever the scheme of the other layers.
+    GPTQ rounds it on the hidden states of the calibration samples. Its input is not rounded, whatever the scheme of the
+    other layers.
 
     Args:
         loaded: The model; its head is in memory.
         grid: Grid of the weight.
+        hidden: What the last decoder layer puts out, `[batch, sequence, hidden]` of every batch of samples.
+        valid: 0 on padding, `[batch, sequence]` of each.
 
     Raises:
         RecipeError: If the model has no head.
     """
     name, head = head_of(loaded.model)
-    weight = quantize_weight(head.weight.detach(), grid)
-    set_module(loaded.model, name, QELinear(QuantizedLinear(weight, 0), head.bias))
+    hessian = Hessian(_gram(loaded.model, hidden, valid))
+    weight = head.weight.detach()
+    parts = [
+        gptq_round(weight[start : start + ROWS].float(), hessian, grid, DAMPING, clip=True)
+        for start in range(0, len(weight), ROWS)
+    ]
+    codes = QuantizedWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        None,
+        grid.bits,
+        parts[0].group_size,
+    )
+    set_module(loaded.model, name, QELinear(QuantizedLinear(codes, 0), head.bias))
     note_own_head(loaded.model, loaded.family)
+
+
+def _gram(model: PreTrainedModel, hidden: Sequence[Tensor], valid: Sequence[np.ndarray]) -> np.ndarray:
+    """Gram matrix float64 `[hidden, hidden]` of the head's inputs."""
+    norm, gram = last_norm(model), None
+    if norm is None:
+        raise RecipeError("The model has no norm before its head.", REMEDY)
+    for states, mask in zip(hidden, valid, strict=True):
+        with torch.no_grad():
+            inputs = norm(states.float())[torch.from_numpy(mask.astype(bool))].double().numpy()
+        product = inputs.T @ inputs
+        gram = product if gram is None else gram + product
+    if gram is None:
+        raise RecipeError("No calibration sample reaches the head.", "Give samples with text.")
+    found: np.ndarray = gram
+    return found

@@ -112,8 +112,6 @@ def run_job(
             rotate_language_model(loaded, job.recipe.seed)
         with track(progress or Silent(), "Quantizing", total) as tracked, fitting(chosen_device, LAYER, SMALLER):
             _quantize_blocks(loaded, job, folder, tracked, chosen_device, on_disk=on_disk)
-        if job.recipe.head_grid is not None:
-            quantize_head(loaded, job.recipe.head_grid)
     if not on_disk:
         loaded.stored.read("", loaded.model)
     return loaded
@@ -149,7 +147,7 @@ def _quantize_blocks(
     recipe, method = job.recipe, job.recipe.build_method()
     batches = encoded_batches(loaded, job.samples)
     rotation = rotation_bits(loaded.model)  # in its own precision, before the walk makes it float32
-    walk = BlockWalk(loaded, recipe.modules, batches, device)
+    walk = BlockWalk(loaded, recipe.modules, batches, device, to_the_end=recipe.head_grid is not None)
     measured = measure(walk, recipe, method, rotation, folder, progress)
     problems = Problems(recipe, method, device, measured)
     for chain, position, block in walk:
@@ -160,6 +158,9 @@ def _quantize_blocks(
         trim_heap()
         progress.advance(walk.sizes[block.name], block.name)
     walk.restore()
+    if recipe.head_grid is not None:  # the last chain is the language model's
+        valid = [batches[number].attention_mask for number in chain.batches]
+        quantize_head(loaded, recipe.head_grid, chain.hidden, valid)
 
 
 def _quantize_block(

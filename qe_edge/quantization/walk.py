@@ -27,12 +27,20 @@ class BlockWalk:
         modules: Groups of blocks that are selected.
         batches: Encoded calibration samples.
         device: Where blocks compute. Between two blocks everything is in the CPU's memory.
+        to_the_end: Whether the last block's outputs are wanted too.
     """
 
     def __init__(
-        self, loaded: LoadedModel, modules: Sequence[str], batches: Sequence[Encoded], device: torch.device
+        self,
+        loaded: LoadedModel,
+        modules: Sequence[str],
+        batches: Sequence[Encoded],
+        device: torch.device,
+        *,
+        to_the_end: bool = False,
     ) -> None:
         self.loaded = loaded
+        self.to_the_end = to_the_end
         self.batches = batches
         self.device = device
         self.modules = modules
@@ -93,7 +101,8 @@ class BlockWalk:
     ) -> list[Tensor]:
         """Run a block on every batch, feeding each collector with the inputs of its layer; returns the outputs.
 
-        The last block's outputs feed nothing: it runs until every collector has its inputs, and none are returned.
+        The last block's outputs feed nothing, unless the walk goes to the end: it runs until every collector has its
+        inputs, and none are returned.
 
         Raises:
             NumericalError: At the first batch with NaN or infinity in a layer's input or the block's output.
@@ -102,7 +111,7 @@ class BlockWalk:
         kinds: list[Tensor | None] = [None]
         waiting: set[StatisticsCollector] = set()
         number = 0
-        last = chain.blocks == self.walked[-1] and position == len(chain.blocks) - 1
+        last = not self.to_the_end and chain.blocks == self.walked[-1] and position == len(chain.blocks) - 1
         if last and not collectors:
             return []
 

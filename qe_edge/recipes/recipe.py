@@ -96,6 +96,11 @@ class Recipe(BaseModel):
                 raise UnknownNameError("module", module, MODULES)
         if self.head not in ("none", *HEADS):
             raise UnknownNameError("head", self.head, ("none", *HEADS))
+        if self.head != "none" and "language" not in self.modules:
+            raise RecipeError(
+                "The head is rounded on what the language model hands it, and that is not among the modules.",
+                "Add language to --modules, or leave --head out.",
+            )
         if not self.build_method().spends_budget and self.budget:
             raise RecipeError(
                 f"The method '{self.method}' cannot spend a budget: its options alone give its size.",
