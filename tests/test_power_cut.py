@@ -10,7 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -202,6 +202,26 @@ def write(out: Path, words: str) -> None:
         (part / "deep").mkdir()
         (part / "deep" / "words").write_text(words, encoding="utf-8")
         (part / "words").write_text(words, encoding="utf-8")
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_a_stop_while_the_temporary_name_is_made_leaves_nothing(
+    write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes after the file exists and before anybody knows its name."""
+
+    @contextmanager
+    def stop(path: Path) -> Iterator[None]:
+        with real(path):
+            pass
+        raise KeyboardInterrupt
+        yield
+
+    real = atomic._locked
+    monkeypatch.setattr(atomic, "_locked", stop)
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "output"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_are_no_errors_of_a_disk() -> None:

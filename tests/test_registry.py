@@ -72,12 +72,16 @@ def test_a_package_that_cannot_be_imported_is_named(install: Path, package: str,
     assert caught.value.remedy == "Mend that package, or uninstall it."
 
 
-@pytest.mark.parametrize("code", ["Mine = 3\n", "class Mine: pass\n", "def Mine(options): pass\n"])
-def test_something_else_than_a_method_is_refused(install: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.delitem(sys.modules, "pkg_else", raising=False)
-    offer(install, "pkg_else", "other = Mine", code)
+@pytest.mark.parametrize(
+    ("package", "code"),
+    [
+        ("pkg_number", "Mine = 3\n"),
+        ("pkg_class", "class Mine: pass\n"),
+        ("pkg_function", "def Mine(options): pass\n"),
+    ],
+)
+def test_something_else_than_a_method_is_refused(install: Path, package: str, code: str) -> None:
+    offer(install, package, "other = Mine", code)
     with pytest.raises(ExtensionError) as caught:
         METHODS["other"]
     assert "is no subclass of qe_edge.methods.base.Method" in caught.value.problem

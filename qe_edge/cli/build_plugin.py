@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qe_edge.cli.options import Command
+from qe_edge.cli.outputs import check_output_path, check_writable
 
 
 @click.command(
@@ -23,7 +24,6 @@ def command(output: Path | None, arch: str | None, tensorrt_include: Path | None
     Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. Its kernels have run on an H100;
     the library itself has not yet run on hardware.
     """
-    from qe_edge.cli.outputs import check_output_path, check_writable
     from qe_edge.export.plugin_build import CUDA12_FROM_PYPI, build_plugin, find_toolchain
 
     if output is not None:

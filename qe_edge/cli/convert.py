@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
+from qe_edge.cli.console import ConsoleProgress
 from qe_edge.cli.options import Command, output_option
+from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
 
 
 @click.command("convert", cls=Command, example="qe-edge convert OpenGVLab/InternVL2-2B -o internvl2-2b-hf")
@@ -24,15 +26,12 @@ def command(model: str, family: str | None, output: Path) -> None:
     tensors are those of a family that it knows. None of its code is run. The output folder is a model of transformers'
     own classes, in the same precision.
     """
-    from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
-
     source = Path(model)
     if source.is_dir():
         check_apart(output, {"the model": source})
     check_output_folder(output, lambda _: False, overwrite=False)
     if source.is_dir():
         check_disk(output, folder_bytes(source))
-    from qe_edge.cli.console import ConsoleProgress
     from qe_edge.models.conversion import convert_model
     from qe_edge.models.renaming import rename_model
 

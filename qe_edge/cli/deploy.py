@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from qe_edge.cli.limits import read_limits
 from qe_edge.cli.options import (
     LIMITS,
     Command,
@@ -21,6 +22,9 @@ from qe_edge.cli.options import (
     resume_option,
     target_option,
 )
+from qe_edge.cli.outputs import check_apart_from_sources, check_output_folder, check_output_path, check_writable
+from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
+from qe_edge.cli.recipes import read_recipe
 
 
 @click.command("deploy", cls=Command, example="qe-edge deploy demo -o out --target cpu --target rtx")
@@ -53,10 +57,6 @@ def command(  # noqa: PLR0913 - an argument for every option
     MODEL is 'demo', a folder or a hub id. It is quantized, exported, built for every target and validated; the stages'
     outputs lie in one folder, where the other commands find them. --plugin is for the TensorRT targets among them.
     """
-    from qe_edge.cli.limits import read_limits
-    from qe_edge.cli.outputs import check_apart_from_sources, check_output_folder, check_output_path, check_writable
-    from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
-    from qe_edge.cli.recipes import read_recipe
     from qe_edge.deploy.layout import DEFAULT_TARGETS, Layout, hold_deployment, is_deployment
     from qe_edge.export.targets import check_targets
 

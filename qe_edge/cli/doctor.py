@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from qe_edge.cli.options import Command
+from qe_edge.cli.tables import print_table
 
 
 @click.command("doctor", cls=Command, example="qe-edge doctor")
@@ -20,8 +21,6 @@ def command(as_json: bool) -> None:
     if as_json:
         click.echo(diagnosis.to_json())
         return
-    from qe_edge.cli.tables import print_table
-
     marks = {OK: "ok", MISSING: "-"}
     print_table(
         ("", "", "State", "Found", "Remedy"),

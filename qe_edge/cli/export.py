@@ -7,7 +7,10 @@ from pathlib import Path
 
 import click
 
+from qe_edge.cli.console import ConsoleProgress
+from qe_edge.cli.inputs import find_checkpoint, is_manifest_folder
 from qe_edge.cli.options import Command, output_option, overwrite_option
+from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
 
 
 @click.command("export", cls=Command, example="qe-edge export checkpoint -o onnx")
@@ -21,14 +24,10 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
     and language.onnx with their weights, tokenizer and image processor. It depends on no device and runs in ONNX
     Runtime as it is.
     """
-    from qe_edge.cli.inputs import find_checkpoint, is_manifest_folder
-    from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
-
     source = find_checkpoint(checkpoint)
     check_apart(output, {"the checkpoint": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, 2 * folder_bytes(source))  # the embedding table is written on its own
-    from qe_edge.cli.console import ConsoleProgress
     from qe_edge.export.exporter import export_model
 
     export_model(source, output, progress=ConsoleProgress())

@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from qe_edge.cli.options import Command, device_option, output_option, overwrite_option, recipe_options, resume_option
+from qe_edge.cli.outputs import check_apart_from_sources, check_output_path, check_writable
+from qe_edge.cli.recipes import read_recipe
 
 
 @click.command(
@@ -36,9 +38,6 @@ def command(
     MODEL is 'demo', a folder or a hub id. Finished blocks are kept in '<output>.work' until the checkpoint is
     complete; --resume continues from them.
     """
-    from qe_edge.cli.outputs import check_apart_from_sources, check_output_path, check_writable
-    from qe_edge.cli.recipes import read_recipe
-
     if not dry_run:
         check_output_path(output)
         check_writable(output)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
+from qe_edge.cli.inputs import find_report
 from qe_edge.cli.options import Command, output_option, overwrite_option
+from qe_edge.cli.outputs import check_output_file
 from qe_edge.system.errors import QENotice
 
 
@@ -27,9 +29,6 @@ def command(file: Path, output: Path, device_json: Path | None, overwrite: bool)
     FILE.json comes from 'validate' or 'deploy'; the page is one self-contained HTML file. It says so if checkpoint,
     graphs or engines beside FILE.json are no longer those that were measured.
     """
-    from qe_edge.cli.inputs import find_report
-    from qe_edge.cli.outputs import check_output_file
-
     source = find_report(file)
     check_output_file(output, overwrite=overwrite)
     from qe_edge.report import find_changes, load_device_check, load_report, write_page

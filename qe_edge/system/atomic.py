@@ -126,7 +126,11 @@ def _prepared(path: Path) -> Iterator[None]:
         raise InputError(f"'{path}' names no output.", "Give the name of a new file or folder.")
     with parents_of(path), disk_explained(path):
         restore(path)
-        yield
+        try:
+            yield
+        except BaseException:  # a stop may come between making a temporary name and what would remove it
+            restore(path)
+            raise
 
 
 @contextmanager
