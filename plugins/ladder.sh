@@ -114,7 +114,7 @@ nvcc=$(command -v nvcc)
 toolkit=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ _HERE_=//p' | head -1)
 [ -n "$toolkit" ] && [ -x "$toolkit/nvcc" ] && nvcc=$toolkit/nvcc
 # The matrices are small and the tests run side by side: threads of BLAS would only wait for each other.
-test() { OPENBLAS_NUM_THREADS=1 python -m pytest -q -n "$jobs" "$@"; }
+test() { OPENBLAS_NUM_THREADS=1 python -m pytest -q -n "$jobs" --dist worksteal "$@"; }
 
 rung "0 style and types" sh -c 'ruff check . && ruff format --check . && mypy --config-file mypy.ini prepack emulator gates device oracle tests'
 rung "0 emulators built" python -m emulator.build

@@ -40,17 +40,21 @@ void mma_s8(const void* const (&in)[32], void* const (&out)[32]) {
       b[lane * 4 + i % 4 + (i >= 4 ? 16 : 0)][group] = static_cast<int8_t>(m.b[i / 4] >> (8 * (i % 4)));
     for (int i = 0; i < 4; ++i) c[i < 2 ? group : group + 8][lane * 2 + i % 2] = m.ci[i];
   }
+  uint32_t sums[16][8];  // wrap, as the hardware's do
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) sums[row][column] = static_cast<uint32_t>(c[row][column]);
+    for (int k = 0; k < 32; ++k)
+      for (int column = 0; column < 8; ++column)
+        sums[row][column] += static_cast<uint32_t>(a[row][k] * b[k][column]);
+  }
   for (int l = 0; l < 32; ++l)
-    for (int i = 0; i < 4; ++i) {
-      const int row = i < 2 ? l / 4 : l / 4 + 8, column = (l % 4) * 2 + i % 2;
-      uint32_t sum = static_cast<uint32_t>(c[row][column]);  // wraps, as the hardware does
-      for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(a[row][k] * b[k][column]);
-      static_cast<int32_t*>(out[l])[i] = static_cast<int32_t>(sum);
-    }
+    for (int i = 0; i < 4; ++i)
+      static_cast<int32_t*>(out[l])[i] = static_cast<int32_t>(sums[i < 2 ? l / 4 : l / 4 + 8][(l % 4) * 2 + i % 2]);
 }
 
 // `depth` is 16, or 8 for the instruction that has the first half of the registers only.
-void mma_16(const void* const (&in)[32], void* const (&out)[32], float (*value)(uint32_t, int), int depth) {
+template <float (*value)(uint32_t, int), int depth>
+void mma_16(const void* const (&in)[32], void* const (&out)[32]) {
   float a[16][16], b[16][8], c[16][8];
   for (int l = 0; l < 32; ++l) {
     const MmaIn& m = *static_cast<const MmaIn*>(in[l]);
@@ -60,12 +64,14 @@ void mma_16(const void* const (&in)[32], void* const (&out)[32], float (*value)(
     for (int i = 0; i < 4; ++i) b[lane * 2 + i % 2 + (i >= 2 ? 8 : 0)][group] = value(m.b[i / 2], i % 2);
     for (int i = 0; i < 4; ++i) c[i < 2 ? group : group + 8][lane * 2 + i % 2] = m.cf[i];
   }
+  float sums[16][8] = {};
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < depth; ++k)
+      for (int column = 0; column < 8; ++column) sums[row][column] += a[row][k] * b[k][column];
   for (int l = 0; l < 32; ++l)
     for (int i = 0; i < 4; ++i) {
       const int row = i < 2 ? l / 4 : l / 4 + 8, column = (l % 4) * 2 + i % 2;
-      float sum = 0.f;
-      for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
-      static_cast<float*>(out[l])[i] = c[row][column] + sum;
+      static_cast<float*>(out[l])[i] = c[row][column] + sums[row][column];
     }
 }
 
@@ -78,11 +84,11 @@ void run_collective(Collective kind, const void* const (&in)[32], void* const (&
     case Collective::kMmaS8:
       return mma_s8(in, out);
     case Collective::kMmaF16:
-      return mma_16(in, out, half_value, 16);
+      return mma_16<half_value, 16>(in, out);
     case Collective::kMmaBf16:
-      return mma_16(in, out, brain_value, 16);
+      return mma_16<brain_value, 16>(in, out);
     case Collective::kMmaF16K8:
-      return mma_16(in, out, half_value, 8);
+      return mma_16<half_value, 8>(in, out);
     case Collective::kShuffleXor: {
       float values[32];
       for (int l = 0; l < 32; ++l) values[l] = static_cast<const ShuffleIn*>(in[l])->value;
