@@ -56,7 +56,7 @@ def write_preprocessing(loaded: LoadedModel, folder: Path, ir_version: int) -> P
             stacklevel=2,
         )
         return None
-    entry = _written(found, folder, ir_version)
+    entry = write_picture_graph(found, folder, ir_version)
     session = OrtSession(folder, entry, accuracy_level=0, threads=1)
     generator = np.random.default_rng(0)
     for height, width in PROOFS:
@@ -103,7 +103,8 @@ def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encod
     return None if same else PLACEHOLDER_POSITIONS
 
 
-def _written(found: PictureGraph, folder: Path, ir_version: int) -> PictureEntry:
+def write_picture_graph(found: PictureGraph, folder: Path, ir_version: int) -> PictureEntry:
+    """Write `preprocess.onnx` and check its form; returns what the manifest says about it."""
     outputs = list(found.outputs.values())
     graph = ir.Graph([found.image], outputs, nodes=found.nodes, opset_imports={"": OPSET}, name="preprocess")
     model = ir.Model(graph, ir_version=ir_version, producer_name="qe-edge", producer_version=VERSION)

@@ -101,6 +101,12 @@ def further_samples(samples: Sequence[Sample]) -> Iterator[Sample]:
         number += 1
 
 
+def chosen_samples(questions: int, further: int) -> list[Sample]:
+    """The demo's first questions, then conversations made of them."""
+    samples = load_evaluation("demo")
+    return [*samples[:questions], *islice(further_samples(samples), further)]
+
+
 def write_golden(folder: Path, out: Path, questions: int = QUESTIONS, further: int = FURTHER) -> None:
     """Write prompts and answers of the demo's questions and of conversations made of them.
 
@@ -111,9 +117,8 @@ def write_golden(folder: Path, out: Path, questions: int = QUESTIONS, further: i
         further: How many conversations.
     """
     out.mkdir(parents=True, exist_ok=True)
-    engine, samples = FolderEngine(folder), load_evaluation("demo")
-    chosen = [*samples[:questions], *islice(further_samples(samples), further)]
-    prompts = [_golden(engine, sample, out, number) for number, sample in enumerate(chosen)]
+    engine = FolderEngine(folder)
+    prompts = [_golden(engine, one, out, number) for number, one in enumerate(chosen_samples(questions, further))]
     text = json.dumps({"max_new_tokens": MAX_NEW_TOKENS, "prompts": prompts}, ensure_ascii=False, indent=1)
     (out / "prompts.json").write_text(text + "\n", encoding="utf-8")
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qe_edge.calibration.sources import load_evaluation
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.pipeline import Pipeline
 from tests.conftest import Exported
-from tests.runtime.golden import MAX_NEW_TOKENS, further_samples, write_golden
+from tests.runtime.golden import MAX_NEW_TOKENS, chosen_samples, write_golden
 
 QUESTIONS, FURTHER = 6, 10
 
@@ -24,14 +24,21 @@ def golden(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_answers_without_a_familys_code_are_the_engines(exported: Exported, golden: tuple[list[Any], Path]) -> None:
     engine = VisionLanguageEngine.load(exported.onnx, threads=1)
-    samples = load_evaluation("demo")
-    further = further_samples(samples)
-    chosen = [*samples[:QUESTIONS], *(next(further) for _ in range(FURTHER))]
-    assert len(golden[0]) == len(chosen)
-    for sample, prompt in zip(chosen, golden[0], strict=True):
+    for sample, prompt in zip(chosen_samples(QUESTIONS, FURTHER), golden[0], strict=True):
         encoded = engine.encode([sample])
         assert prompt["ids"] == encoded.input_ids[0].tolist()
         assert prompt["answers"][0]["ids"] == engine.generate_ids(encoded, MAX_NEW_TOKENS)[0]
+
+
+def test_the_pipeline_gives_the_same_answers(exported: Exported, golden: tuple[list[Any], Path]) -> None:
+    """Greedy and drawn; it shares prefixes and pictures between the prompts."""
+    pipeline = Pipeline.from_dir(exported.onnx, threads=1)
+    for sample, prompt in zip(chosen_samples(QUESTIONS, FURTHER), golden[0], strict=True):
+        for answer in prompt["answers"]:
+            options = {name: answer[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+            found = pipeline(sample, max_new_tokens=MAX_NEW_TOKENS, **options)
+            ends = pipeline.engine.manifest.eos_token_ids
+            assert [token for token in found.token_ids if token not in ends] == answer["ids"]
 
 
 def test_a_seed_decides_an_answer(exported: Exported, golden: tuple[list[Any], Path], tmp_path: Path) -> None:
