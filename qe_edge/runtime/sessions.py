@@ -126,7 +126,7 @@ class OrtSession:
             bound = np.asarray(array)
             binding.bind_output(name, "cpu", 0, bound.dtype, bound.shape, bound.ctypes.data)
         self._session.run_with_iobinding(binding)
-        values = binding.get_outputs()
+        values = binding.get_outputs_as_ortvaluevector()  # no object for each of the cache
         return {**{name: values[place].numpy() for place, name in enumerate(free)}, **into}
 
 
