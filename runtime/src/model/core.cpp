@@ -1,0 +1,91 @@
+#include "model/core.h"
+
+#include <algorithm>
+
+#include "base/files.h"
+#include "model/folder.h"
+
+namespace qe_edge {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kMaxTokenizer = 64 << 20;
+constexpr size_t kMaxChat = 16 << 20;
+constexpr char kChat[] = "chat.json";
+
+Manifest Runnable(const fs::path& folder) {
+  Manifest manifest = ReadManifest(folder);
+  if (!manifest.kv_in_place) {
+    throw Error(QE_ERROR_TARGET, "A '" + manifest.model_type + "' model looks at pictures in a way that C++ does not have.",
+                "Run it from Python.");
+  }
+  if (manifest.PositionAxes() != 1 && manifest.PositionAxes() != 3)
+    throw ArtifactError("The positions of a '" + manifest.model_type + "' model have an unknown form.", kAgain);
+  return manifest;
+}
+
+int64_t Context(const Manifest& manifest, int64_t asked) {
+  if (asked < 0 || asked > manifest.max_context) {
+    throw InputError("The model remembers " + std::to_string(manifest.max_context) + " tokens, not " +
+                         std::to_string(asked) + ".", "Choose a smaller max_context, or 0.");
+  }
+  return asked == 0 ? manifest.max_context : asked;
+}
+
+std::shared_ptr<const Tokenizer> ReadTokenizer(const fs::path& folder) {
+  const fs::path path = folder / "tokenizer.json";
+  return std::make_shared<const Tokenizer>(ReadFile(path, kMaxTokenizer, kAgain), path.string());
+}
+
+Chat ReadChat(const fs::path& folder) {
+  const fs::path path = folder / kChat;
+  if (!fs::exists(path)) throw ArtifactError("'" + folder.string() + "' has no chat.json.", kAgain);
+  return Chat(ReadFile(path, kMaxChat, kAgain), path.string());
+}
+
+const Tensor& Named(const Tensors& tensors, const std::string& name, const std::string& dtype, size_t axes) {
+  const auto found = tensors.find(name);
+  if (found == tensors.end() || found->second.dtype != dtype || found->second.shape.size() != axes)
+    throw ArtifactError("A graph computes no '" + name + "' of " + std::to_string(axes) + " axes.", kAgain);
+  return found->second;
+}
+
+}  // namespace
+
+Core::Core(const fs::path& folder, const LoadOptions& options)
+    : manifest(Runnable(folder)),
+      max_context(Context(manifest, options.max_context)),
+      tokenizer(ReadTokenizer(folder)),
+      chat(ReadChat(folder)),
+      embedding(folder / "embedding.safetensors", manifest.vocab_size, manifest.hidden_size),
+      backend_(OpenOnnxRuntime(options.onnxruntime)) {
+  if (options.threads < 0) throw InputError("A negative number of threads cannot run anything.", "Choose at least 1, or 0.");
+  const auto open = [&](const char* name, bool frugal) {
+    return backend_->Open(folder, manifest.graphs.at(name), options.threads, frugal);
+  };
+  language_ = open("language", false);
+  if (!manifest.picture || manifest.graphs.count("visual") == 0 || manifest.graphs.count("merger") == 0) return;
+  visual_ = open("visual", true);
+  merger_ = open("merger", true);
+  preprocess_ = backend_->Open(folder, *manifest.picture, options.threads, true);
+}
+
+PictureTokens Core::Encode(const Picture& picture) const {
+  if (!preprocess_) throw InputError("This model's pictures cannot be prepared in C++.", "Leave the pictures out, or use Python.");
+  const Tensors prepared = preprocess_->Run({{"image", picture.rgb}}, {});
+  const Tensor& ids = Named(prepared, "placeholder_ids", "int64", 1);
+  PictureTokens tokens{picture.key, {ids.As<int64_t>(), ids.As<int64_t>() + ids.Count()},
+                       Named(prepared, "placeholder_positions", "int64", 2), {}};
+  const Tensors hidden = visual_->Run(prepared, {});
+  const GraphFile& merger = manifest.graphs.at("merger");
+  const Tensors merged = merger_->Run({{merger.inputs.at(0).name, hidden.begin()->second}}, {});
+  tokens.features = Named(merged, merger.outputs.at(0).name, "float32", 2);
+  const auto features = std::count(tokens.ids.begin(), tokens.ids.end(), manifest.image_token_id.value_or(-1));
+  if (tokens.positions.shape[0] != manifest.PositionAxes() || tokens.positions.shape[1] != ids.Count() ||
+      tokens.features.shape[0] != features || tokens.features.shape[1] != manifest.EmbedsWidth())
+    throw ArtifactError("A picture's tokens and features do not fit together.", kAgain);
+  return tokens;
+}
+
+}  // namespace qe_edge

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/chat.h"
+#include "model/embedding.h"
+#include "model/manifest.h"
+#include "model/picture.h"
+#include "tokenizer/tokenizer.h"
+
+namespace qe_edge {
+
+struct LoadOptions {
+  std::string onnxruntime;  // path of its library; empty for where the system finds it
+  int threads = 0;          // 0 for one per core
+  int64_t max_context = 0;  // tokens of prompt and answer; 0 for what the model takes
+};
+
+// What stands in a prompt for a picture.
+struct PictureTokens {
+  std::string key;
+  std::vector<int64_t> ids;
+  Tensor positions;  // int64 [axes, ids]
+  Tensor features;   // float32 [features, width], one for every image token of the ids
+};
+
+// A folder that was opened. Nothing in it changes, so that threads may share it.
+class Core {
+ public:
+  // Checks all files and opens the graphs; throws an Error.
+  Core(const std::filesystem::path& folder, const LoadOptions& options);
+
+  // Prepares and encodes a picture.
+  PictureTokens Encode(const Picture& picture) const;
+
+  const Manifest manifest;
+  const int64_t max_context;
+  const std::shared_ptr<const Tokenizer> tokenizer;
+  const Chat chat;
+  const TokenEmbedding embedding;
+
+  const Graph& language() const { return *language_; }
+
+ private:
+  std::shared_ptr<const Backend> backend_;
+  std::unique_ptr<const Graph> language_, visual_, merger_, preprocess_;
+};
+
+}  // namespace qe_edge

@@ -1,0 +1,79 @@
+#include "model/embedding.h"
+
+#include <cstring>
+
+#include "base/json.h"
+#include "model/folder.h"
+
+namespace qe_edge {
+namespace {
+
+constexpr size_t kMaxHeader = 1 << 20;
+
+float FromBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+float FromHalf(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = (half >> 10) & 31, fraction = half & 0x3FF;
+  if (exponent == 31) return FromBits(sign | 0x7F800000 | fraction << 13);
+  if (exponent != 0) return FromBits(sign | (exponent + 112) << 23 | fraction << 13);
+  const float small = static_cast<float>(fraction) * 0x1p-24f;  // exact
+  return sign ? -small : small;
+}
+
+}  // namespace
+
+TokenEmbedding::TokenEmbedding(const std::filesystem::path& path, int64_t rows, int64_t width)
+    : file_(path), rows_(rows), width_(width) {
+  const std::string where = path.string();
+  const std::string_view bytes = file_.bytes();
+  uint64_t length = 0;
+  if (bytes.size() >= 8) {
+    for (int byte = 7; byte >= 0; --byte) length = length << 8 | static_cast<unsigned char>(bytes[static_cast<size_t>(byte)]);
+  }
+  if (bytes.size() < 8 || length > kMaxHeader || length > bytes.size() - 8)
+    throw ArtifactError("'" + where + "' is no safetensors file.", kAgain);
+  try {
+    const Json header = ParseJsonTable(bytes.substr(8, length), where, kAgain);
+    const Json& tensor = header.at("embedding");
+    const auto dtype = tensor.at("dtype").get<std::string>();
+    const auto shape = tensor.at("shape").get<std::vector<uint64_t>>();
+    const auto offsets = tensor.at("data_offsets").get<std::vector<uint64_t>>();
+    const uint64_t size = dtype == "F32" ? 4 : 2;
+    kind_ = dtype == "F32" ? Kind::kF32 : dtype == "F16" ? Kind::kF16 : Kind::kBF16;
+    const bool known = dtype == "F32" || dtype == "F16" || dtype == "BF16";
+    const uint64_t data = bytes.size() - 8 - length;
+    const auto columns = static_cast<uint64_t>(width);
+    if (!known || shape.size() != 2 || shape[0] < static_cast<uint64_t>(rows) || shape[1] != columns ||
+        offsets.size() != 2 || offsets[0] != 0 || offsets[1] != data || shape[0] > data / (columns * size) ||
+        shape[0] * columns * size != data) {
+      throw ArtifactError("'" + where + "' is damaged: it should have " + std::to_string(rows) + " rows of " +
+                              std::to_string(width) + ".", kAgain);
+    }
+    table_ = bytes.data() + 8 + length;
+  } catch (const Json::exception&) {
+    throw ArtifactError("'" + where + "' is damaged: its header is wrong.", kAgain);
+  }
+}
+
+void TokenEmbedding::Copy(int64_t token, float* out) const {
+  if (token < 0 || token >= rows_)
+    throw InputError("Token " + std::to_string(token) + " is outside the vocabulary.", "Give ids of the tokenizer.");
+  const auto count = static_cast<size_t>(width_);
+  const size_t first = static_cast<size_t>(token) * count;
+  if (kind_ == Kind::kF32) {
+    std::memcpy(out, table_ + first * 4, count * 4);
+    return;
+  }
+  for (size_t column = 0; column < count; ++column) {
+    uint16_t stored;
+    std::memcpy(&stored, table_ + (first + column) * 2, 2);
+    out[column] = kind_ == Kind::kF16 ? FromHalf(stored) : FromBits(static_cast<uint32_t>(stored) << 16);
+  }
+}
+
+}  // namespace qe_edge

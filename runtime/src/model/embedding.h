@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+
+#include "base/files.h"
+
+namespace qe_edge {
+
+// embedding.safetensors: rows of the token embedding, gathered from the mapped file.
+class TokenEmbedding {
+ public:
+  // Throws ArtifactError if the file is damaged, or is not [at least rows, width] of F32, F16 or BF16.
+  TokenEmbedding(const std::filesystem::path& path, int64_t rows, int64_t width);
+
+  // Writes the row of a token, `width` floats.
+  void Copy(int64_t token, float* out) const;
+
+ private:
+  enum class Kind { kF32, kF16, kBF16 };
+
+  MappedFile file_;
+  int64_t rows_, width_;
+  Kind kind_ = Kind::kF32;
+  const char* table_ = nullptr;
+};
+
+}  // namespace qe_edge

@@ -1,0 +1,83 @@
+#include "model/language.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "model/folder.h"
+
+namespace qe_edge {
+namespace {
+
+constexpr char kPast[] = "past_key_values.", kPresent[] = "present.";
+
+Tensor Numbers(std::vector<int64_t> shape, int64_t value) {
+  Tensor tensor = Zeros("int64", std::move(shape));
+  std::fill_n(tensor.As<int64_t>(), tensor.Count(), value);
+  return tensor;
+}
+
+}  // namespace
+
+Language::Language(std::shared_ptr<const Core> core, int64_t capacity) : core_(std::move(core)), capacity_(capacity) {
+  const Manifest& manifest = core_->manifest;
+  for (const TensorSpec& spec : manifest.graphs.at("language").inputs) {
+    if (spec.name.rfind(kPast, 0) != 0) continue;
+    Tensor buffer = Zeros(spec.dtype, {1, manifest.kv_heads, capacity, manifest.kv_head_dim});
+    present_[kPresent + spec.name.substr(std::strlen(kPast))] = buffer;
+    past_[spec.name] = std::move(buffer);
+  }
+}
+
+Tensor Language::Embeds(const Prompt& prompt, size_t start) const {
+  const int64_t width = core_->manifest.EmbedsWidth();
+  Tensor embeds = Zeros("float32", {1, static_cast<int64_t>(prompt.size() - start), width});
+  for (size_t index = start; index < prompt.size(); ++index) {
+    const PromptToken& token = prompt[index];
+    float* row = embeds.As<float>() + static_cast<int64_t>(index - start) * width;
+    if (token.feature < 0) core_->embedding.Copy(token.id, row);
+    else std::copy_n(token.picture->features.As<float>() + token.feature * width, width, row);
+  }
+  return embeds;
+}
+
+Tensor Language::Positions(const Prompt& prompt, size_t start) const {
+  const int64_t axes = core_->manifest.PositionAxes(), count = static_cast<int64_t>(prompt.size() - start);
+  Tensor positions = Zeros("int64", {axes, 1, count});
+  for (int64_t axis = 0; axis < axes; ++axis) {
+    for (int64_t index = 0; index < count; ++index)
+      positions.As<int64_t>()[axis * count + index] = prompt[start + static_cast<size_t>(index)].position[axis];
+  }
+  if (axes == 1) positions.shape = {1, count};
+  return positions;
+}
+
+std::vector<float> Language::Read(const Prompt& prompt) {
+  if (prompt.empty()) throw InputError("There is nothing to answer.", "Give at least one token of text.");
+  if (static_cast<int64_t>(prompt.size()) > capacity_)
+    throw InputError("The context of " + std::to_string(capacity_) + " tokens is full.", "Ask for a shorter answer.");
+  size_t start = 0;
+  while (start + 1 < prompt.size() && start < held_.size() && prompt[start].Same(held_[start])) ++start;
+  held_.resize(std::min(held_.size(), start));  // what a failed call has written is not read
+  reused_ = start;
+  const auto total = static_cast<int64_t>(prompt.size());
+  Tensors inputs = past_;
+  inputs["inputs_embeds"] = Embeds(prompt, start);
+  inputs["position_ids"] = Positions(prompt, start);
+  inputs["attention_mask"] = Numbers({1, total}, 1);
+  inputs["logit_positions"] = Numbers({1, 1}, total - static_cast<int64_t>(start) - 1);
+  const Tensors outputs = core_->language().Run(inputs, present_);
+  const auto logits = outputs.find("logits");
+  if (logits == outputs.end() || logits->second.dtype != "float32" || logits->second.Count() != core_->manifest.vocab_size)
+    throw ArtifactError("The graph 'language' computes other logits than the manifest says.", kAgain);
+  held_.insert(held_.end(), prompt.begin() + static_cast<std::ptrdiff_t>(start), prompt.end());
+  const auto* first = logits->second.As<float>();
+  std::vector<float> values(first, first + logits->second.Count());
+  if (!std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); })) {
+    throw Error(QE_ERROR_ARTIFACT, "The logits of the engine are not finite: they hold NaN or infinity.",
+                "Check the original model's weights with 'qe-edge validate'.");
+  }
+  return values;
+}
+
+}  // namespace qe_edge

@@ -1,0 +1,201 @@
+#include "model/manifest.h"
+
+#include <cctype>
+
+#include "base/files.h"
+#include "base/json.h"
+#include "base/sha256.h"
+#include "base/text.h"
+#include "model/folder.h"
+
+namespace qe_edge {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int64_t kVersion = 3;
+constexpr size_t kMaxManifest = 16 << 20;
+constexpr char kEngineInfo[] = "engine.json";
+
+Error Damaged(const std::string& where, const std::string& reason) {
+  return ArtifactError("'" + where + "' is damaged: " + reason + ".", kAgain);
+}
+
+int64_t Within(const Json& table, const char* key, int64_t least, int64_t most) {
+  const Json& value = table.at(key);
+  if (!value.is_number_integer()) throw ArtifactError(std::string("A manifest's ") + key + " is no number.", kAgain);
+  const auto found = value.get<int64_t>();
+  if (found < least || found > most)
+    throw ArtifactError(std::string("A manifest's ") + key + " is " + std::to_string(found) + ".", kAgain);
+  return found;
+}
+
+bool IsFileName(const std::string& name) {
+  if (name.empty() || name.size() > 101 || !isalnum(static_cast<unsigned char>(name[0]))) return false;
+  for (const char c : name) {
+    if (!isalnum(static_cast<unsigned char>(c)) && c != '_' && c != '.' && c != '-') return false;
+  }
+  return true;
+}
+
+std::vector<TensorSpec> Specs(const Json& list) {
+  std::vector<TensorSpec> specs;
+  for (const Json& entry : list) {
+    TensorSpec spec{entry.at("name").get<std::string>(), entry.at("dtype").get<std::string>(), {}};
+    for (const Json& size : entry.at("shape")) spec.shape.push_back(size.is_number() ? size.get<int64_t>() : -1);
+    specs.push_back(std::move(spec));
+  }
+  return specs;
+}
+
+void ReadGraph(const Json& entry, GraphFile& graph) {
+  graph.file = entry.at("file").get<std::string>();
+  if (!IsFileName(graph.file)) throw ArtifactError("A manifest's graph has no plain file name.", kAgain);
+  graph.inputs = Specs(entry.at("inputs"));
+  graph.outputs = Specs(entry.at("outputs"));
+}
+
+std::vector<int64_t> Ids(const Json& table, const char* key, int64_t vocabulary) {
+  auto ids = table.at(key).get<std::vector<int64_t>>();
+  for (const int64_t id : ids) {
+    if (id < 0 || id >= vocabulary)
+      throw ArtifactError("A manifest names token " + std::to_string(id) + " of a vocabulary of " +
+                              std::to_string(vocabulary) + ".", kAgain);
+  }
+  return ids;
+}
+
+GenerationSettings Settings(const Json& table, int64_t vocabulary) {
+  GenerationSettings found;
+  found.eos_token_ids = Ids(table, "eos_token_ids", vocabulary);
+  found.suppress_tokens = Ids(table, "suppress_tokens", vocabulary);
+  found.begin_suppress_tokens = Ids(table, "begin_suppress_tokens", vocabulary);
+  if (found.eos_token_ids.empty()) throw ArtifactError("A manifest names no token that ends an answer.", kAgain);
+  found.repetition_penalty = table.at("repetition_penalty").get<double>();
+  if (!(found.repetition_penalty > 0)) throw ArtifactError("A manifest's repetition_penalty is not above 0.", kAgain);
+  constexpr int64_t most = 1 << 24;
+  found.no_repeat_ngram_size = Within(table, "no_repeat_ngram_size", 0, most);
+  found.min_length = Within(table, "min_length", 0, most);
+  found.min_new_tokens = Within(table, "min_new_tokens", 0, most);
+  found.do_sample = table.at("do_sample").get<bool>();
+  found.temperature = table.at("temperature").get<double>();
+  found.top_k = Within(table, "top_k", 0, most);
+  found.top_p = table.at("top_p").get<double>();
+  found.min_p = table.at("min_p").get<double>();
+  return found;
+}
+
+Manifest Read(const Json& table) {
+  Manifest manifest;
+  manifest.model_type = table.at("model_type").get<std::string>();
+  manifest.hidden_size = Within(table, "hidden_size", 1, 1 << 20);
+  manifest.vocab_size = Within(table, "vocab_size", 1, 1 << 24);
+  manifest.max_context = Within(table, "max_context", 1, int64_t{1} << 31);
+  if (!table.at("image_token_id").is_null())
+    manifest.image_token_id = Within(table, "image_token_id", 0, int64_t{1} << 31);
+  const Json& kv = table.at("kv");
+  manifest.kv_layers = Within(kv, "layers", 1, 4096);
+  manifest.kv_heads = Within(kv, "heads", 1, 4096);
+  manifest.kv_head_dim = Within(kv, "head_dim", 1, 4096);
+  manifest.kv_in_place = kv.at("in_place").get<bool>();
+  manifest.generation = Settings(table.at("generation"), manifest.vocab_size);
+  for (const auto& item : table.at("graphs").items()) ReadGraph(item.value(), manifest.graphs[item.key()]);
+  if (const Json& picture = table.at("picture"); !picture.is_null()) {
+    manifest.picture.emplace();
+    ReadGraph(picture, *manifest.picture);
+    manifest.picture->placeholder_id = Within(picture, "placeholder_id", 0, manifest.vocab_size - 1);
+    manifest.picture->max_pixels = Within(picture, "max_pixels", 1, 1 << 26);
+    manifest.picture->max_side = Within(picture, "max_side", 1, 1 << 16);
+    if (!picture.at("max_aspect").is_null()) manifest.picture->max_aspect = Within(picture, "max_aspect", 1, 1 << 16);
+  }
+  return manifest;
+}
+
+void CheckSeal(const Json& table, const std::string& where) {
+  Json content = table;
+  const Json digest = content.at("digest");
+  content.erase("digest");
+  if (!digest.is_string() || digest.get<std::string>() != Sha256::Of(CanonicalJson(content)))
+    throw ArtifactError("'" + where + "' was changed after it was written: its digest is another one.", kAgain);
+}
+
+Json ParseTable(const std::string& text, const std::string& where) {
+  Json table = ParseJsonTable(text, where, kAgain);
+  const auto version = table.find("format_version");
+  if (version == table.end() || !version->is_number_integer() || version->get<int64_t>() != kVersion) {
+    throw ArtifactError("'" + where + "' has another format version than " + std::to_string(kVersion) +
+                            ", which this library reads.",
+                        "Export the model again, or install the version that wrote it.");
+  }
+  const Json* graphs = table.contains("graphs") ? &table["graphs"] : nullptr;
+  if (graphs == nullptr || !graphs->is_object() || !graphs->contains("language"))
+    throw ArtifactError("'" + where + "' describes no model that writes text.", "Give the folder of one that does.");
+  return table;
+}
+
+// Of an engine folder: only ONNX Runtime's can be run here.
+void CheckBackend(const fs::path& folder) {
+  const fs::path path = folder / kEngineInfo;
+  const Json info = ParseJsonTable(ReadFile(path, kMaxManifest, kAgain), path.string(), kAgain);
+  const std::string backend = info.value("backend", "");
+  if (backend != "onnxruntime") {
+    throw Error(QE_ERROR_TARGET, "'" + folder.string() + "' holds engines for '" + Shown(backend) + "'.",
+                "Give the output folder of 'qe-edge export': this library runs ONNX Runtime.");
+  }
+}
+
+}  // namespace
+
+int64_t Manifest::EmbedsWidth() const {
+  for (const TensorSpec& spec : graphs.at("language").inputs) {
+    if (spec.name == "inputs_embeds" && !spec.shape.empty() && spec.shape.back() >= hidden_size) return spec.shape.back();
+  }
+  return hidden_size;
+}
+
+int64_t Manifest::PositionAxes() const {
+  for (const TensorSpec& spec : graphs.at("language").inputs) {
+    if (spec.name == "position_ids") return spec.shape.size() == 3 ? spec.shape[0] : 1;
+  }
+  return 1;
+}
+
+// nlohmann's exceptions are about values of another kind than a manifest has.
+Manifest ParseManifest(const std::string& text, const std::string& where) {
+  try {
+    const Json table = ParseTable(text, where);
+    CheckSeal(table, where);
+    return Read(table);
+  } catch (const Json::exception&) {
+    throw Damaged(where, "a value is missing or of another kind");
+  }
+}
+
+Manifest ReadManifest(const fs::path& folder) {
+  const fs::path path = folder / "manifest.json";
+  if (!fs::is_regular_file(path)) {
+    throw ArtifactError("'" + folder.string() + "' is not an ONNX or engine folder: manifest.json is missing.",
+                        "Give the output folder of 'qe-edge export' or 'qe-edge build'.");
+  }
+  const std::string text = ReadFile(path, kMaxManifest, kAgain);
+  Manifest manifest = ParseManifest(text, path.string());
+  try {
+    const Json table = ParseTable(text, path.string());
+    const Json& files = table.at("files");
+    std::vector<std::string> wanted = {"embedding.safetensors", "config.json", "tokenizer.json"};
+    for (const auto& graph : manifest.graphs) wanted.push_back(graph.second.file);
+    if (manifest.picture) wanted.push_back(manifest.picture->file);
+    for (const std::string& name : wanted) {
+      if (!files.contains(name)) throw Damaged(folder.string(), "manifest.json lists no file '" + name + "'");
+    }
+    CheckFiles(folder, files);
+    if (!table.at("onnx").is_null() || fs::exists(folder / kEngineInfo)) CheckBackend(folder);
+  } catch (const Json::exception&) {
+    throw Damaged(path.string(), "a value is missing or of another kind");
+  } catch (const fs::filesystem_error& error) {
+    throw ArtifactError("'" + folder.string() + "' cannot be read: " + error.code().message() + ".", kAgain);
+  }
+  return manifest;
+}
+
+}  // namespace qe_edge

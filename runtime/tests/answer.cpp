@@ -1,0 +1,97 @@
+// Answers requests, one JSON a line, as tests/test_answers.py writes them; through the C++ face alone.
+//
+//   answer FOLDER ONNXRUNTIME < REQUESTS
+//
+// A request has "turns", each a list of messages {"role", "parts"} that goes to one conversation; a part is a text, or a
+// picture {"file", "width", "height", "format", "stride"} of raw bytes. "options" are those of qe::Options. With "text"
+// it continues that text. Writes {"answers": [{"text", "ids", "finish", "cached"}]} or {"error", "status"}.
+
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <list>
+#include <nlohmann/json.hpp>
+#include <qe_edge/qe_edge.hpp>
+
+using Json = nlohmann::json;
+
+namespace {
+
+std::list<std::string> held;  // bytes of pictures
+
+qe::Part ReadPart(const Json& part) {
+  if (part.is_string()) return part.get<std::string>();
+  std::ifstream file(part.at("file").get<std::string>(), std::ios::binary);
+  held.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+  return qe::Image{reinterpret_cast<const std::uint8_t*>(held.back().data()), part.at("width"), part.at("height"),
+                   part.value("stride", std::int64_t{0}), part.value("format", 0)};
+}
+
+template <typename Value>
+void Read(const Json& options, const char* name, std::optional<Value>& value) {
+  if (options.contains(name)) value = options.at(name).get<Value>();
+}
+
+qe::Options ReadOptions(const Json& given) {
+  qe::Options options;
+  Read(given, "max_new_tokens", options.max_new_tokens);
+  Read(given, "temperature", options.temperature);
+  Read(given, "top_k", options.top_k);
+  Read(given, "top_p", options.top_p);
+  Read(given, "min_p", options.min_p);
+  Read(given, "repetition_penalty", options.repetition_penalty);
+  Read(given, "seed", options.seed);
+  options.stop = given.value("stop", std::vector<std::string>());
+  return options;
+}
+
+Json Drain(qe::Answer answer) {
+  std::string text;
+  std::vector<std::int64_t> ids;
+  qe_finish finish = QE_FINISH_NONE;
+  for (const qe::Piece& piece : answer) {
+    text += piece.text;
+    ids.insert(ids.end(), piece.token_ids.begin(), piece.token_ids.end());
+    finish = piece.finish;
+  }
+  return {{"text", text}, {"ids", ids}, {"finish", finish}, {"cached", answer.timings().cached_tokens}};
+}
+
+Json Answers(const qe::Model& model, const Json& request) {
+  const qe::Options options = ReadOptions(request.value("options", Json::object()));
+  if (request.contains("text")) return {Drain(model.complete(request.at("text"), options))};
+  Json answers = Json::array();
+  qe::Conversation conversation(model);
+  for (const Json& turn : request.at("turns")) {
+    std::vector<qe::Message> messages;
+    for (const Json& given : turn) {
+      qe::Message message{given.at("role"), {}};
+      for (const Json& part : given.at("parts")) message.parts.push_back(ReadPart(part));
+      messages.push_back(std::move(message));
+    }
+    answers.push_back(Drain(conversation.ask(messages, options)));
+  }
+  return answers;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 3) return 2;
+  try {
+    const qe::Model model = qe::Model::load(arguments[1], {arguments[2], 1, 0});
+    std::string line;
+    while (std::getline(std::cin, line)) {
+      held.clear();
+      try {
+        std::cout << Json{{"answers", Answers(model, Json::parse(line))}}.dump() << std::endl;
+      } catch (const qe::Error& error) {
+        std::cout << Json{{"error", error.what()}, {"status", error.status}}.dump() << std::endl;
+      }
+    }
+  } catch (const qe::Error& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}
