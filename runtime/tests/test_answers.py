@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
 from qe_edge import demo
 from qe_edge.models.samples import Sample, Turn
 from qe_edge.runtime.engine import VisionLanguageEngine
