@@ -77,6 +77,7 @@ def command(folder: Path, target: str | None, plugin_library: Path | None, **opt
     """
     from qe_edge.checkpoint.detection import is_checkpoint
     from qe_edge.cli.inputs import find_runnable
+    from qe_edge.cli.outputs import human_bytes
     from qe_edge.runtime.engine import VisionLanguageEngine
     from qe_edge.runtime.pipeline import Pipeline
     from qe_edge.runtime.provenance import check_deployment
@@ -105,6 +106,8 @@ def command(folder: Path, target: str | None, plugin_library: Path | None, **opt
             max_context=options["max_context"],
         )
         pipeline = Pipeline(engine, slots=options["slots"])
+        each = f"{pipeline.slot_tokens} tokens, with a KV cache of {human_bytes(pipeline.slot_bytes)}"
+        click.echo(f"{found}: {pipeline.slots} {'slot' if pipeline.slots == 1 else 'slots'} of {each}", err=True)
         serve(pipeline, settings, listening, lambda address: click.echo(f"{settings.model}: {address}"))
 
 

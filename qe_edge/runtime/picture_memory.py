@@ -39,6 +39,7 @@ class PictureMemory:
         self._image_processor = image_processor
         self._capacity = capacity
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._total = 0
         self._lock = threading.Lock()
         self.used: list[bytes] = []
 
@@ -46,10 +47,9 @@ class PictureMemory:
         return getattr(self._image_processor, name)
 
     def __call__(self, *, images: list[Any], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - the processor's own
-        """What the image processor makes of one 8-bit RGB picture."""
-        (picture,) = images
-        digest = hashlib.sha256(f"{picture.size} {sorted(options.items())}".encode())
-        digest.update(picture.tobytes())
+        """What the image processor makes of 8-bit RGB pictures, one or a list of lists of them."""
+        digest = hashlib.sha256(repr(sorted(options.items())).encode())
+        _add_pictures(digest, images)
         key = digest.digest()
         self.used.append(key)
         with self._lock:
@@ -87,17 +87,26 @@ class PictureMemory:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        with self._lock:
-            return sum(entry.nbytes for entry in self._entries.values())
+        return self._total
 
     def _keep(self, key: bytes, entry: _Entry) -> None:
         with self._lock:
+            earlier = self._entries.pop(key, None)
             self._entries[key] = entry
-            self._entries.move_to_end(key)
-            total = sum(kept.nbytes for kept in self._entries.values())
-            while total > self._capacity:
+            self._total += entry.nbytes - (0 if earlier is None else earlier.nbytes)
+            while self._total > self._capacity:
                 _, oldest = self._entries.popitem(last=False)
-                total -= oldest.nbytes
+                self._total -= oldest.nbytes
+
+
+def _add_pictures(digest: Any, images: Any) -> None:  # noqa: ANN401 - hashlib names no type for users
+    if isinstance(images, list | tuple):
+        digest.update(f"[{len(images)}]".encode())
+        for image in images:
+            _add_pictures(digest, image)
+        return
+    digest.update(f"{images.size}".encode())
+    digest.update(images.tobytes())
 
 
 def joint_key(keys: tuple[bytes, ...]) -> bytes:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, overload
 
+import numpy as np
+
 from qe_edge.models.family import Sample
 from qe_edge.models.images import Picture
 from qe_edge.models.messages import local_picture, read_messages
@@ -13,6 +15,7 @@ from qe_edge.runtime.answer_options import AnswerOptions, answer_options
 from qe_edge.runtime.answer_stream import AnswerStream
 from qe_edge.runtime.answering import Answering
 from qe_edge.runtime.answers import Answer
+from qe_edge.runtime.cache import PAST
 from qe_edge.runtime.conversation import Conversation
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.sampling import check_count
@@ -156,6 +159,19 @@ class Pipeline:
     def slots(self) -> int:
         """How many answers run at once."""
         return self._answering.turns.count
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that fit into the KV cache of a slot; a longer prompt gets a larger one, if the context allows it."""
+        return self.engine.room(1, None)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of such a cache, which is taken when a slot is used first."""
+        kv, inputs = self.engine.manifest.kv, self.engine.manifest.graphs["language"].inputs
+        size = next(np.dtype(spec.dtype).itemsize for spec in inputs if spec.name.startswith(PAST))
+        copies = 1 if kv.in_place else 2
+        return copies * 2 * kv.layers * kv.heads * kv.head_dim * self.slot_tokens * size
 
     @property
     def remembered_bytes(self) -> int:

@@ -26,13 +26,14 @@ from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.chat_segments import read_chat
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.folder_prompts import FolderPrompts
+from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import InputError
 from qe_edge.validate import validate
 from qe_edge.validate.latency import Measurement
 from qe_edge.validate.latency_child import measure
 from qe_edge.validate.schema import Latency
-from tests.models.conversations import CASES, SQUARE, greedy, noise, torch_logits
+from tests.models.conversations import CASES, ODD, SQUARE, greedy, noise, torch_logits
 
 GROUPS = ("visual", "merger", "language")
 SAMPLES = [*CASES["batch"], *CASES["several turns"]]
@@ -176,6 +177,19 @@ class FamilyChecks:
         assert token_errors(made, CASES[case]).max() < 1e-5
         prompt = made.engine.encode(CASES[case])
         assert made.engine.generate_ids(prompt, TOKENS) == greedy(made.loaded, CASES[case], TOKENS)
+
+    def test_a_pipeline_answers_as_the_engine(self, made: Made) -> None:
+        """Whatever its cache holds of earlier prompts, and several prompts at once."""
+        asked = [sample for case in self.cases for sample in CASES[case]]
+        if "several turns" in self.cases:  # whose first turn comes before it
+            asked.insert(len(asked) // 2, Sample((SQUARE, ODD), "is there a red shape?", marks=(0, 10)))
+            asked.insert(len(asked) // 2 + 1, CASES["several turns"][0])
+        expected = [made.engine.generate_ids(made.engine.encode([sample]), TOKENS)[0] for sample in asked]
+        pipeline = Pipeline(made.engine)
+        found = [pipeline(sample, max_new_tokens=TOKENS) for sample in asked]
+        assert [list(answer.token_ids) for answer in found] == expected
+        together = pipeline(asked, max_new_tokens=TOKENS)
+        assert [list(answer.token_ids) for answer in together] == expected
 
     def test_the_picture_graph_equals_the_image_processor(self, made: Made) -> None:
         """Every output to the last bit, and a picture is refused by both or by none."""

@@ -148,8 +148,10 @@ def test_the_end_of_an_answer(pipeline: Pipeline, questions: list[Sample]) -> No
     cut = pipeline(questions[0], seed=1, stop=[stop, "never"], **FREE)
     assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
     assert whole.token_ids[: len(cut.token_ids)] == cut.token_ids
-    alone = pipeline("what is it?", max_new_tokens=None, seed=4, temperature=3.0, top_k=0, repetition_penalty=5.0)
-    assert alone.finish_reason in ("stop", "length")  # the context is full, or the model ended it
+    full = pipeline("what is it?", max_new_tokens=None, seed=4, temperature=3.0, top_k=0, repetition_penalty=5.0)
+    assert full.finish_reason == "stop" or len(full.token_ids) + full.timings.prompt_tokens == 256
+    several = pipeline(["what is it?", "?"], seed=4, temperature=3.0, top_k=0, repetition_penalty=5.0)
+    assert several[0].text.startswith(full.text) or full.text.startswith(several[0].text)
 
 
 def test_a_cache_grows_with_what_is_asked(engine: VisionLanguageEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +310,8 @@ def test_an_error_in_the_middle_leaves_no_trace(
 
 def test_it_is_public(exported: Exported, questions: list[Sample]) -> None:
     pipeline = qe_edge.Pipeline.from_dir(exported.onnx, threads=1, max_context=128, slots=2)
+    assert pipeline.slot_tokens == 128
+    assert pipeline.slot_bytes == pipeline.engine.new_cache().nbytes
     assert pipeline(questions[0], max_new_tokens=2).text
     with pytest.raises(InputError, match="slots is 0"):
         Pipeline(pipeline.engine, slots=0)
