@@ -120,7 +120,7 @@ def _packages() -> Iterator[Finding]:
 
     for line in metadata.requires("qe-edge") or []:
         requirement = Requirement(line)
-        extras = {"cuda", "tensorrt", "rtx"} if requirement.marker else {""}
+        extras = ("", "quantize", "cuda", "tensorrt", "rtx")
         extra = next((name for name in extras if _applies(requirement, name)), None)
         if extra is None:
             continue
@@ -133,6 +133,8 @@ def _packages() -> Iterator[Finding]:
         if version is None:
             if not extra:
                 yield Finding("Packages", requirement.name, WRONG, "not installed", install)
+            elif extra == "quantize":
+                yield Finding("Packages", requirement.name, MISSING, "not installed; quantizing needs it", install)
         elif requirement.specifier.contains(version, prereleases=True):
             yield Finding("Packages", requirement.name, OK, f"{version} (supported: {requirement.specifier})")
         else:
@@ -265,7 +267,7 @@ def _targets() -> Iterator[Finding]:
 
 def _applies(requirement: object, extra: str) -> bool:
     marker = getattr(requirement, "marker", None)
-    return marker is None if not extra else marker is not None and bool(marker.evaluate({"extra": extra}))
+    return marker is None or bool(marker.evaluate({"extra": extra}))
 
 
 def _version(distribution: str) -> str | None:

@@ -17,6 +17,20 @@ from qe_edge.system.errors import QEError, UnknownNameError
 
 MISTAKE, DEFECT, INTERRUPTED = 2, 1, 130
 RESUMABLE = ("deploy", "quantize")
+QUANTIZE = (
+    "matplotlib",
+    "ml_dtypes",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "rich",
+    "scipy",
+    "sklearn",
+    "threadpoolctl",
+    "torch",
+    "transformers",
+    "yaml",
+)  # modules of the extra of that name
 LENIENT = "backslashreplace"  # how a character that cannot be encoded is written
 
 
@@ -99,7 +113,16 @@ def _explain(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
         return error.format_message(), f"See '{path} --help'.", MISTAKE
     if isinstance(error, click.ClickException):
         return error.format_message(), "Correct the command line.", MISTAKE
-    return _explain_system(error) or _explain_defect(error, words)
+    return _explain_missing(error) or _explain_system(error) or _explain_defect(error, words)
+
+
+def _explain_missing(error: Exception) -> tuple[str, str, int] | None:
+    """Whoever runs engines only has no package of the extra `quantize`."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in QUANTIZE:
+        return None
+    problem = f"This needs the package '{name}', which is not installed: here, engines can only be run."
+    return problem, "Run: pip install 'qe-edge[quantize]'.", MISTAKE
 
 
 def _explain_system(error: Exception) -> tuple[str, str, int] | None:

@@ -189,12 +189,26 @@ class ModelFamily(ABC):
 
     def next_position_ids(self, positions: np.ndarray, step: int) -> np.ndarray:
         """Positions of generated token number `step` (0 is the first after the prompt): one past the largest so far."""
-        axes = tuple(range(positions.ndim - 2))
-        largest = positions.max(axis=(*axes, -1))
-        following = np.broadcast_to(largest[:, None] + 1 + step, (*positions.shape[:-1], 1))
-        return np.ascontiguousarray(following)
+        return following_positions(positions, step)
 
     def save_processor(self, processor: Any, folder: Path) -> None:  # noqa: ANN401
         """Write tokenizer and image processor beside a checkpoint or engine."""
         processor.tokenizer.save_pretrained(folder)
         processor.image_processor.save_pretrained(folder)
+
+
+def following_positions(positions: np.ndarray, step: int) -> np.ndarray:
+    """Positions of generated token number `step`, int64 `[..., batch, 1]`: one past the largest of each row so far.
+
+    Args:
+        positions: Of the prompt, int64 `[..., batch, sequence]`.
+        step: 0 for the first token after the prompt.
+
+    Example:
+        >>> following_positions(np.array([[0, 1, 2]]), 1).tolist()
+        [[4]]
+    """
+    axes = tuple(range(positions.ndim - 2))
+    largest = positions.max(axis=(*axes, -1))
+    following = np.broadcast_to(largest[:, None] + 1 + step, (*positions.shape[:-1], 1))
+    return np.ascontiguousarray(following)

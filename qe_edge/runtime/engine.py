@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qe_edge.models.configuration import load_config
 from qe_edge.runtime.cache import KVCache, right_places, take_tokens
 from qe_edge.runtime.embedding import TokenEmbedding
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
+from qe_edge.runtime.folder_model import FolderModel
 from qe_edge.runtime.generation import adjust_logits, check_context, check_finite
 from qe_edge.runtime.language import LanguageEngine
 from qe_edge.runtime.limits import EngineLimits, check_limits, limits_of
@@ -59,7 +61,7 @@ class VisionLanguageEngine(LanguageEngine):
     def __init__(
         self,
         manifest: Manifest,
-        family: ModelFamily,
+        family: ModelFamily | FolderModel,
         processor: Any,  # noqa: ANN401 - each family has its own processor type
         embedding: TokenEmbedding,
         sessions: dict[str, Session],
@@ -115,8 +117,7 @@ class VisionLanguageEngine(LanguageEngine):
         limits = None if info is None or info.backend == "onnxruntime" else limits_of(manifest)
         _check_max_context(max_context, manifest, limits)
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
-        family = family_of_engines(folder, manifest.model_type)
-        processor = family.load_processor(str(folder))
+        family, processor = _family_and_processor(folder, manifest)
         sessions = _open_sessions(folder, manifest, info, accuracy_level, threads, plugin_library)
         return cls(manifest, family, processor, embedding, sessions, limits, max_context)
 
@@ -339,6 +340,15 @@ def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
     from qe_edge.runtime.tensorrt_session import check_device
 
     check_device(info, plugin_library)
+
+
+def _family_and_processor(folder: Path, manifest: Manifest) -> tuple[ModelFamily | FolderModel, Any]:
+    """The model's family with transformers' processors; without transformers what the folder itself holds."""
+    if find_spec("transformers") is None:
+        model = FolderModel(folder, manifest)
+        return model, model.processor
+    family = family_of_engines(folder, manifest.model_type)
+    return family, family.load_processor(str(folder))
 
 
 def family_of_engines(folder: Path, model_type: str) -> ModelFamily:

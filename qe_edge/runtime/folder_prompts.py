@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,17 +82,14 @@ class FolderPrompts:
             InputError: If the folder has no graph for pictures, or they are too large or too narrow, or the template or
                 the tokenizer cannot read the turns.
         """
-        ids = self._ids(self._chat.pieces(turns))
-        prepared = [self._prepared(picture) for picture in pictures]
-        placeholder = -1 if self._picture is None else self._picture.placeholder_id
-        if ids.count(placeholder) != len(pictures) or sum(len(turn.marks) for turn in turns) != len(pictures):
-            raise InputError(
-                f"The conversation has places for {ids.count(placeholder)} pictures and {len(pictures)} are given.",
-                "Give one picture for each mark.",
-            )
-        return self._filled(ids, prepared)
+        return self.filled(turns, [self.prepared(picture) for picture in pictures])
 
-    def _prepared(self, picture: np.ndarray) -> dict[str, np.ndarray]:
+    def prepared(self, picture: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs of `preprocess.onnx` for one picture, uint8 `[height, width, 3]`.
+
+        Raises:
+            InputError: If the folder has no graph for pictures, or this one is too large or too narrow.
+        """
         if self._session is None or self._picture is None:
             raise InputError(
                 "No graph prepares pictures for this model.", "Use Python with the model's own image processor."
@@ -100,7 +97,18 @@ class FolderPrompts:
         _check_picture(picture, self._picture)
         return {name: np.asarray(value) for name, value in self._session.run({"image": picture}).items()}
 
-    def _filled(self, ids: list[int], prepared: list[dict[str, np.ndarray]]) -> Prompt:
+    def filled(self, turns: Sequence[Turn], prepared: Sequence[Mapping[str, np.ndarray]]) -> Prompt:
+        """As `read`, of pictures that are prepared."""
+        ids = self._ids(self._chat.pieces(turns))
+        placeholder = -1 if self._picture is None else self._picture.placeholder_id
+        if ids.count(placeholder) != len(prepared) or sum(len(turn.marks) for turn in turns) != len(prepared):
+            raise InputError(
+                f"The conversation has places for {ids.count(placeholder)} pictures and {len(prepared)} are given.",
+                "Give one picture for each mark.",
+            )
+        return self._filled(ids, prepared)
+
+    def _filled(self, ids: list[int], prepared: Sequence[Mapping[str, np.ndarray]]) -> Prompt:
         """Tokens and positions with every placeholder replaced."""
         language = {spec.name: len(spec.shape) for spec in self._manifest.graphs["language"].inputs}
         axes = 1 if language["position_ids"] == 2 else 3
@@ -114,7 +122,7 @@ class FolderPrompts:
             mask = np.ones(1, np.int64)
             if self._picture is not None and number == self._picture.placeholder_id:
                 shown = next(waiting)
-                tokens, relative = (shown[name] for name in TOKENS)
+                tokens, relative = (np.asarray(shown[name]) for name in TOKENS)
                 mask = np.where(tokens == self._manifest.image_token_id, picture, 1)
                 picture += 1
             parts.append(tokens)
