@@ -1,0 +1,199 @@
+"""The model zoo: every family in W4A16, its exported graphs in ONNX Runtime against transformers' own class.
+
+    python benchmarks/families.py [--families qwen2_vl llama ...] [--results out/families.json]
+
+Every model is transformers' own class with small random weights, the one of the family's tests. It is quantized (round
+to nearest, W4A16, all parts), written, read, exported and run. `error` is the largest difference of a logit over all
+valid tokens of all cases, relative to the largest logit; of an encoder, of a feature. `tokens` says in how many cases
+the greedy answers are the same. The cases are those of `tests/models/conversations.py`: a square, a panorama, odd
+sizes, two pictures, a picture last, several turns, a padded batch, text only, a long question. Needs the extra `dev`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qe_edge.export.exporter import export_model
+from qe_edge.layers.linear import quantized_linears
+from qe_edge.models import FAMILIES, Sample
+from qe_edge.models.quantized import load_quantized, save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
+from qe_edge.runtime.encoder import EncoderEngine
+from qe_edge.validate.features import extract_features
+from tests.models import (
+    test_decoders,
+    test_gemma3,
+    test_idefics3,
+    test_llava_onevision,
+    test_paligemma,
+    test_vision_encoders,
+)
+from tests.models.conftest import write_tiny_internvl
+from tests.models.conversations import CASES, greedy, noise
+from tests.models.families import GROUPS, TOKENS, Made, make, token_errors
+from tests.models.qwen_models import write_qwen
+
+Write = Callable[[Path], Path]
+REAL = {  # trained weights that other scripts of ours measured; docs/results.md has the numbers
+    "qwen2_vl": "the demo",
+    "internvl": "SmolLM2-135M with DINOv2 ViT-S/14",
+    "llama": "SmolLM2-135M",
+    "dinov2": "DINOv2 ViT-S/14",
+}
+HEADER = (
+    "| family | model | quantized layers: visual, merger, language | cases | error | same tokens | trained weights |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
+PROMPT_ALONE = ("paligemma", "paligemma 2")  # which know no conversation
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        family: Its `model_type`.
+        model: Which architecture of the family.
+        layers: Quantized linear layers: of the visual encoder, the merger, the language model.
+        cases: Number of cases.
+        error: Largest relative error.
+        same: Cases with the same greedy tokens; None of an encoder.
+        real: Trained weights that were measured too, or nothing.
+    """
+
+    family: str
+    model: str
+    layers: tuple[int, int, int]
+    cases: int
+    error: float
+    same: int | None
+    real: str
+
+
+def main() -> None:
+    """Print a Markdown table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--results", type=Path, help="where to write the rows as JSON")
+    arguments = parser.parse_args()
+    print(HEADER)
+    rows = []
+    for family, measure in measurements():
+        if family in arguments.families:
+            with tempfile.TemporaryDirectory() as scratch:
+                rows.append(measure(Path(scratch)))
+            print(line(rows[-1]), flush=True)
+    found = json.dumps([asdict(row) for row in rows])
+    print(found)
+    if arguments.results is not None:
+        arguments.results.write_text(found + "\n", encoding="utf-8")
+
+
+def line(row: Row) -> str:
+    """A line of the table."""
+    layers = ", ".join(str(count) if count else "-" for count in row.layers)
+    same = "-" if row.same is None else f"{row.same} of {row.cases}"
+    return (
+        f"| `{row.family}` | {row.model} | {layers} | {row.cases} | {row.error:.1e} | {same} | {row.real or 'none'} |"
+    )
+
+
+def measurements() -> list[tuple[str, Callable[[Path], Row]]]:
+    """Family and what measures a model of it in a folder, in the order of the families."""
+    seeing: list[tuple[str, str, Write]] = [
+        *((name, name, partial(_qwen, name)) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        *(("internvl", f"internvl, {text} text", partial(_internvl, text)) for text in ("llama", "qwen2", "qwen3")),
+        ("gemma3", "gemma3", test_gemma3.write),
+        *((name, name, partial(_idefics3, name)) for name in ("idefics3", "smolvlm")),
+        ("llava_onevision", "llava_onevision", test_llava_onevision.write),
+        ("paligemma", PROMPT_ALONE[0], partial(_paligemma, "gemma")),
+        ("paligemma", PROMPT_ALONE[1], partial(_paligemma, "gemma2")),
+    ]
+    found: list[tuple[str, Callable[[Path], Row]]] = [
+        (family, partial(seeing_row, family, name, write)) for family, name, write in seeing
+    ]
+    found += [
+        (family, partial(text_row, family, name, changes)) for name, (family, changes) in test_decoders.MODELS.items()
+    ]
+    found += [(family, partial(encoder_row, family)) for family in test_vision_encoders.MODELS]
+    order = list(FAMILIES)
+    return sorted(found, key=lambda one: order.index(one[0]))
+
+
+def seeing_row(family: str, name: str, write: Write, scratch: Path) -> Row:
+    """A model that reads pictures and writes text."""
+    modules = tuple(group for group in GROUPS if (family, group) != ("gemma3", "merger"))
+    made = make(write(scratch / "model"), scratch, "rtn", "w4a16", modules)
+    cases = {key: samples for key, samples in CASES.items() if name not in PROMPT_ALONE or key != "several turns"}
+    return _answered(family, name, made, cases)
+
+
+def text_row(family: str, name: str, changes: dict[str, Any], scratch: Path) -> Row:
+    """A language model alone."""
+    folder = test_decoders.write(scratch / "model", family, **changes)
+    made = make(folder, scratch, "rtn", "w4a16", ("language",))
+    texts, long = test_decoders.TEXTS, test_decoders.LONG
+    return _answered(family, name, made, {"one": texts[:1], "batch": texts, "long": long})
+
+
+def encoder_row(family: str, scratch: Path) -> Row:
+    """A vision encoder alone."""
+    folder = test_vision_encoders.write(scratch / "model", family)
+    pictures = [Sample(noise(width, 60), "") for width in (40, 64, 200)]
+    recipe = make_recipe(method="rtn", scheme="w4a16", modules=("visual",))
+    save_quantized(*quantize(str(folder), recipe, pictures), scratch / "checkpoint")
+    loaded = load_quantized(scratch / "checkpoint")
+    loaded.model.float()
+    export_model(scratch / "checkpoint", scratch / "onnx")
+    engine = EncoderEngine.load(scratch / "onnx", threads=1)
+    wanted, found = (extract_features(one, pictures).patches.numpy() for one in (loaded, engine))
+    error = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    layers = (len(quantized_linears(loaded.model)), 0, 0)
+    return Row(family, family, layers, len(pictures), error, None, REAL.get(family, ""))
+
+
+def _answered(family: str, name: str, made: Made, cases: dict[str, list[Sample]]) -> Row:
+    error = max(float(token_errors(made, samples).max()) for samples in cases.values())
+    same = sum(
+        made.engine.generate_ids(made.engine.encode(samples), TOKENS) == greedy(made.loaded, samples, TOKENS)
+        for samples in cases.values()
+    )
+    counts = dict.fromkeys(GROUPS, 0)
+    blocks = made.loaded.family.blocks(made.loaded.model)
+    for layer in quantized_linears(made.loaded.model):
+        counts[next(block.group for block in blocks if layer.startswith(f"{block.name}."))] += 1
+    layers = (counts["visual"], counts["merger"], counts["language"])
+    return Row(family, name, layers, len(cases), error, same, REAL.get(family, ""))
+
+
+def _qwen(model_type: str, folder: Path) -> Path:
+    return write_qwen(folder, model_type)
+
+
+def _internvl(text_model: str, folder: Path) -> Path:
+    return write_tiny_internvl(folder, text_model, head_dim=32, max_position_embeddings=2048)
+
+
+def _idefics3(model_type: str, folder: Path) -> Path:
+    return test_idefics3.write(folder, model_type)
+
+
+def _paligemma(text_model: str, folder: Path) -> Path:
+    return test_paligemma.write(folder, text_model)
+
+
+if __name__ == "__main__":
+    main()
