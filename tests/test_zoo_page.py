@@ -1,0 +1,21 @@
+"""docs/zoo.md has a row for every family, none for what is not supported, and errors as small as tests ask for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qe_edge.models import FAMILIES
+
+PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
+ROWS = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| (\d+) \| (\S+) \| (- |\d+ of \d+) ?\|", PAGE.read_text("utf-8"), re.M)
+
+
+def test_every_family_has_a_row() -> None:
+    assert list(dict.fromkeys(row[0] for row in ROWS)) == list(FAMILIES)
+
+
+def test_errors_and_answers() -> None:
+    for family, _, cases, error, same in ROWS:
+        assert float(error) < 1e-5, family
+        assert same.strip() in ("-", f"{cases} of {cases}"), family
