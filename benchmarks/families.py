@@ -28,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qe_edge.export.exporter import export_model
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models import FAMILIES, Sample
+from qe_edge.models.loading import LoadedModel
 from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.encoder import EncoderEngine
+from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.validate.features import extract_features
 from tests.models import (
     test_decoders,
@@ -144,8 +146,10 @@ def seeing_row(family: str, name: str, write: Write, scratch: Path) -> Row:
 def text_row(family: str, name: str, changes: dict[str, Any], scratch: Path) -> Row:
     """A language model alone."""
     folder = test_decoders.write(scratch / "model", family, **changes)
-    made = make(folder, scratch, "rtn", "w4a16", ("language",))
     texts, long = test_decoders.TEXTS, test_decoders.LONG
+    loaded = _quantized(folder, "language", texts, scratch)
+    engine = VisionLanguageEngine.load(scratch / "onnx", threads=1)
+    made = Made(loaded, engine, scratch / "checkpoint", scratch / "onnx")
     return _answered(family, name, made, {"one": texts[:1], "batch": texts, "long": long})
 
 
@@ -153,16 +157,22 @@ def encoder_row(family: str, scratch: Path) -> Row:
     """A vision encoder alone."""
     folder = test_vision_encoders.write(scratch / "model", family)
     pictures = [Sample(noise(width, 60), "") for width in (40, 64, 200)]
-    recipe = make_recipe(method="rtn", scheme="w4a16", modules=("visual",))
-    save_quantized(*quantize(str(folder), recipe, pictures), scratch / "checkpoint")
-    loaded = load_quantized(scratch / "checkpoint")
-    loaded.model.float()
-    export_model(scratch / "checkpoint", scratch / "onnx")
+    loaded = _quantized(folder, "visual", pictures, scratch)
     engine = EncoderEngine.load(scratch / "onnx", threads=1)
     wanted, found = (extract_features(one, pictures).patches.numpy() for one in (loaded, engine))
     error = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     layers = (len(quantized_linears(loaded.model)), 0, 0)
     return Row(family, family, layers, len(pictures), error, None, REAL.get(family, ""))
+
+
+def _quantized(folder: Path, module: str, samples: list[Sample], scratch: Path) -> LoadedModel:
+    """A model in W4A16, in float32, with its checkpoint and its graphs in `scratch`."""
+    recipe = make_recipe(method="rtn", scheme="w4a16", modules=(module,))
+    save_quantized(*quantize(str(folder), recipe, samples), scratch / "checkpoint")
+    loaded = load_quantized(scratch / "checkpoint")
+    loaded.model.float()
+    export_model(scratch / "checkpoint", scratch / "onnx")
+    return loaded
 
 
 def _answered(family: str, name: str, made: Made, cases: dict[str, list[Sample]]) -> Row:

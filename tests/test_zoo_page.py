@@ -8,7 +8,8 @@ from pathlib import Path
 from qe_edge.models import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
-ROWS = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| (\d+) \| (\S+) \| (- |\d+ of \d+) ?\|", PAGE.read_text("utf-8"), re.M)
+LINE = re.compile(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| (\d+) \| ([^|]+) \| ([^|]+) \|", re.MULTILINE)
+ROWS = LINE.findall(PAGE.read_text(encoding="utf-8"))
 
 
 def test_every_family_has_a_row() -> None:
@@ -16,6 +17,6 @@ def test_every_family_has_a_row() -> None:
 
 
 def test_errors_and_answers() -> None:
-    for family, _, cases, error, same in ROWS:
-        assert float(error) < 1e-5, family
-        assert same.strip() in ("-", f"{cases} of {cases}"), family
+    for family, cases, error, same in ROWS:
+        assert error == "< 1e-5" or float(error) < 1e-5, family
+        assert same in ("-", f"{cases} of {cases}"), family
