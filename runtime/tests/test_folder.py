@@ -1,0 +1,66 @@
+"""A folder that is damaged, changed, or of another version is refused before anything of it is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def edit(folder: Path, key: str, value: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def flip(folder: Path) -> None:
+    path = folder / "language.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "embedding.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def link_outside(folder: Path) -> None:
+    elsewhere = folder.parent / "elsewhere.json"
+    shutil.move(folder / "tokenizer.json", elsewhere)
+    (folder / "tokenizer.json").symlink_to(elsewhere)
+
+
+CASES: list[tuple[Callable[[Path], object], str]] = [
+    (flip, "its SHA-256 is not the one that was written"),
+    (cut, "bytes and was written with"),
+    (link_outside, "is a link that points outside"),
+    (lambda folder: (folder / "visual.onnx").unlink(), "'visual.onnx' is missing"),
+    (lambda folder: (folder / "tokenizer.model").write_bytes(b"x"), "was added after the folder was written"),
+    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "is not valid JSON"),
+    (lambda folder: edit(folder, "hidden_size", 128), "was changed after it was written"),
+    (lambda folder: edit(folder, "format_version", 99), "has another format version than 3"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), CASES, ids=[said for _, said in CASES])
+def test_damage_is_said(
+    damage: Callable[[Path], object], said: str, build: Path, folder: Path, onnxruntime: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "folder"
+    shutil.copytree(folder, copy)
+    damage(copy)
+    done = subprocess.run([build / "tests/answer", copy, onnxruntime], input=b"", capture_output=True, check=False)
+    assert done.returncode == 1, done.stderr.decode()[-2000:]
+    assert said in done.stderr.decode()
+
+
+@pytest.mark.parametrize("library", ["/nonexistent/libonnxruntime.so", "libc.so.6"])
+def test_a_library_that_is_no_onnxruntime_is_said(library: str, build: Path, folder: Path) -> None:
+    done = subprocess.run([build / "tests/answer", folder, library], input=b"", capture_output=True, check=False)
+    assert done.returncode == 1, done.stderr.decode()[-2000:]
+    assert "1.21 or later" in done.stderr.decode()
