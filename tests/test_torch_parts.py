@@ -24,7 +24,7 @@ from tests.reference.atom import atom
 from tests.reference.quip import quip
 from tests.reference.spqr import spqr
 
-KINDS = ["quip", "spqr", "atom"]
+KINDS = ["quip", "quipsharp", "qbb", "spqr", "atom"]
 
 
 def layer_of(method: str, scheme: str = "w4a8", **options: object) -> QELinear:

@@ -63,6 +63,8 @@ class LayerGeometry(BaseModel):
         """For every tensor its shape, the dtypes it may have, and whether it must exist."""
         rank = self.rank_shared + self.num_experts * self.rank_routed
         groups = 1 if self.group_size == PER_CHANNEL else self.coded // max(self.group_size, 1)
+        if self.parts and self.parts.codebook == "binary":
+            groups *= self.weight_bits  # every binary matrix has scales of its own
         half, real = (torch.float16,), (torch.float16, torch.float32)
         table = {
             "qweight": ((self.out_features, packed_width(self.coded, self.weight_bits)), (torch.uint8,), True),
@@ -147,7 +149,8 @@ def check_layer(name: str, geometry: LayerGeometry, header: dict[str, tuple[str,
     Raises:
         ArtifactError: If a tensor is missing, unexpected, or of another shape or type.
     """
-    problem = geometry.parts.problem(geometry.out_features, geometry.in_features) if geometry.parts else None
+    sizes, parts = (geometry.out_features, geometry.in_features, geometry.weight_bits), geometry.parts
+    problem = parts.problem(*sizes) if parts else None
     if problem:
         raise _wrong(name, problem)
     group = geometry.group_size

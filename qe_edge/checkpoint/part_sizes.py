@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qe_edge.layers.linear import QELinear
 from qe_edge.layers.torch_parts import PART_TENSORS, TorchParts, column_dtype
+from qe_edge.numerics.codebooks import BLOCK, Codebook
 from qe_edge.numerics.grids import PER_CHANNEL
 
 MAX_FEATURES = 1 << 20
@@ -22,6 +23,7 @@ class PartSizes(BaseModel):
 
     Attributes:
         fine: Input channels with codes of 8 bits.
+        codebook: What the weight's codes stand for.
         activation_group: Channels of a token that share an activation scale, -1 for all.
         in_factors: Sides of the two factors of the inputs' basis; None without one.
         out_factors: The same of the outputs.
@@ -30,6 +32,7 @@ class PartSizes(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     fine: int = Field(0, ge=0, le=MAX_FEATURES)
+    codebook: Codebook = "integers"
     activation_group: int = Field(PER_CHANNEL, ge=-1, le=MAX_FEATURES)
     in_factors: tuple[Side, Side] | None = None
     out_factors: tuple[Side, Side] | None = None
@@ -47,19 +50,22 @@ class PartSizes(BaseModel):
 
         return cls(
             fine=parts.fine,
+            codebook=parts.codebook,
             activation_group=parts.activation_group,
             in_factors=factors(parts.in_left, parts.in_right),
             out_factors=factors(parts.out_left, parts.out_right),
             outliers=0 if parts.outlier_values is None else len(parts.outlier_values),
         )
 
-    def problem(self, out_features: int, in_features: int) -> str | None:
-        """What contradicts itself, in a few words; None if nothing does."""
+    def problem(self, out_features: int, in_features: int, bits: int) -> str | None:
+        """What contradicts itself in a layer with codes of `bits`, in a few words; None if nothing does."""
         kept = in_features - self.fine
         if kept < 1:
             return f"{self.fine} of {in_features} channels have codes of 8 bits"
         if self.activation_group != PER_CHANNEL and (self.activation_group < 1 or kept % self.activation_group):
             return f"activation groups of {self.activation_group} do not divide {kept} inputs"
+        if self.codebook == "e8p" and (kept % BLOCK or bits not in (2, 4)):
+            return f"{kept} codes of {bits} bits are no lattice points"
         for factors, size in ((self.in_factors, in_features), (self.out_factors, out_features)):
             if factors and factors[0] * factors[1] != size:
                 return f"a basis of {factors[0]} x {factors[1]} does not fit {size} channels"
@@ -85,6 +91,7 @@ class PartSizes(BaseModel):
     def build(self, tensors: dict[str, Tensor], in_features: int) -> tuple[TorchParts, str | None]:
         """The parts from tensors of the right shapes, and which of their numbers lead out of the layer."""
         parts = TorchParts(
+            codebook=self.codebook,
             activation_group=self.activation_group,
             **{name: tensors[name] for name in PART_TENSORS if name in tensors},
         )

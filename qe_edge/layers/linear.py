@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.layers.torch_parts import PART_TENSORS, TorchParts
+from qe_edge.numerics.codebooks import Codebook, decode_codebook
 from qe_edge.numerics.grids import (
     PER_CHANNEL,
     QuantizedWeight,
@@ -125,6 +126,7 @@ class QELinear(nn.Module):
         self.group_size = weight.group_size
         self.activation_bits = quantized.activation_bits
         self.activation_group = quantized.parts.activation_group if quantized.parts else PER_CHANNEL
+        self.codebook: Codebook = quantized.parts.codebook if quantized.parts else "integers"
         self.rank_shared = adapters.rank_shared if adapters else 0
         self.rank_routed = adapters.rank_routed if adapters else 0
         self.num_experts = adapters.num_experts if adapters else 0
@@ -156,9 +158,9 @@ class QELinear(nn.Module):
     def parts(self) -> TorchParts | None:
         """What only PyTorch runs of this layer, or None."""
         present = {name: tensor for name in PART_TENSORS if (tensor := getattr(self, name)) is not None}
-        if not present and self.activation_group == PER_CHANNEL:
+        if not present and self.activation_group == PER_CHANNEL and self.codebook == "integers":
             return None
-        return TorchParts(activation_group=self.activation_group, **present)
+        return TorchParts(codebook=self.codebook, activation_group=self.activation_group, **present)
 
     def extra_repr(self) -> str:
         """Shape, precision and ranks."""
@@ -177,7 +179,10 @@ class QELinear(nn.Module):
         """Weight of the main branch, float32 `[out, in]`."""
         if self._decoded is not None:
             return self._decoded
-        decoded = decode_weight(self.codes(), self.scales, self.zeros)
+        if self.codebook == "integers":
+            decoded = decode_weight(self.codes(), self.scales, self.zeros)
+        else:
+            decoded = decode_codebook(self.codes(), self.scales, self.weight_bits, self.codebook)
         if self._keep_decoded:
             self._decoded = decoded
         return decoded

@@ -1,4 +1,4 @@
-"""Parts of a quantized layer that PyTorch runs and the exported operator lacks: other bases, finer channels, outliers.
+"""Parts of a quantized layer that PyTorch runs and the operator lacks: bases, codebooks, finer channels, outliers.
 
 With `x' = x * inv_omega`, `V` and `U` orthogonal, `P` an order of the inputs, `S` sparse and `F` codes of 8 bits:
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qe_edge.numerics.codebooks import Codebook
 from qe_edge.numerics.grids import PER_CHANNEL, fake_quantize_activation, quantize_int8, rounds_activations
 from qe_edge.numerics.orthogonal import Rotation
 
@@ -29,6 +30,7 @@ class TorchParts:
         order: `[in]` int32, the input channel at every place; channels of 8 bits come last.
         fine_codes: `[out, k]` int8 codes of the weights of the last k places, which `QuantizedWeight` leaves out.
         fine_scale: `[out]` float16, theirs.
+        codebook: What the weight's codes stand for (`numerics.codebooks`).
         activation_group: Neighbouring channels of a token that share an activation scale; -1 for one scale per token.
         in_signs: `[in]` int8, 1 and -1: of `V^T = diag(signs) (left (x) right)`.
         in_left: `[a, a]` float16.
@@ -44,6 +46,7 @@ class TorchParts:
     order: Tensor | None = None
     fine_codes: Tensor | None = None
     fine_scale: Tensor | None = None
+    codebook: Codebook = "integers"
     activation_group: int = PER_CHANNEL
     in_signs: Tensor | None = None
     in_left: Tensor | None = None
@@ -118,7 +121,7 @@ class TorchParts:
         return cut
 
 
-PART_TENSORS = tuple(part.name for part in fields(TorchParts) if part.name != "activation_group")
+PART_TENSORS = tuple(part.name for part in fields(TorchParts) if part.name not in ("activation_group", "codebook"))
 
 
 def basis_parts(side: str, rotation: Rotation, *, signed: bool) -> dict[str, Any]:

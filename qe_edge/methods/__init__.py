@@ -25,6 +25,8 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "obq": "qe_edge.methods.obq:OBQ",
         "quarot": "qe_edge.methods.quarot:QuaRot",
         "quip": "qe_edge.methods.quip:QuIP",
+        "quipsharp": "qe_edge.methods.quipsharp:QuIPSharp",
+        "qbb": "qe_edge.methods.qbb:QBB",
         "spqr": "qe_edge.methods.spqr:SpQR",
         "atom": "qe_edge.methods.atom:Atom",
         "omniquant": "qe_edge.methods.omniquant:OmniQuant",

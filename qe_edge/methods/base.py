@@ -138,6 +138,13 @@ class Method(ABC, Generic[OptionsType]):
             RecipeError: Naming the layer; never by default.
         """
 
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Refuse a scheme that the method cannot round to; called when a recipe is made.
+
+        Raises:
+            RecipeError: Naming the scheme; never by default.
+        """
+
     @abstractmethod
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Quantize one linear problem.

@@ -7,7 +7,6 @@ when all are rounded to nearest; the original tunes it by hand for about one per
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,7 +18,7 @@ from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight, WeightGrid, quantize_weight, scales_of_range
 from qe_edge.numerics.schemes import Scheme
 from qe_edge.reconstruction.problem import LinearProblem
-from qe_edge.system.errors import NumericalError
+from qe_edge.reconstruction.second_order import inverse_factor
 
 BLOCK = 128  # columns whose updates are applied to the rest at once
 
@@ -71,23 +70,6 @@ class SpQR(Method[SpQROptions]):
         weight, outliers, values = spqr_round(kept, factor, problem.scheme.weight, self.options.outliers)
         parts = TorchParts(**sparse_parts(outliers, values)) if bool(outliers.any()) else None
         return QuantizedLinear(weight, problem.scheme.activation_bits, parts=parts)
-
-
-def inverse_factor(gram: np.ndarray, damping: float) -> Tensor:
-    """The upper Cholesky factor `[in, in]` float64 of the damped Gram matrix's inverse.
-
-    Raises:
-        NumericalError: If the damped matrix is not positive definite.
-    """
-    hessian = torch.from_numpy(gram).double()
-    diagonal = hessian.diagonal().clone()
-    diagonal[diagonal == 0] = 1.0
-    hessian = hessian - torch.diag(hessian.diagonal()) + torch.diag(diagonal + damping * diagonal.mean())
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if failed:
-        raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return factor
 
 
 def spqr_round(

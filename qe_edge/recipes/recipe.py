@@ -88,7 +88,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         METHODS.check(self.method)
-        get_scheme(self.scheme)
+        scheme = get_scheme(self.scheme)
         if not self.modules:
             raise RecipeError("No module is selected.", f"Choose at least one of {', '.join(MODULES)}.")
         for module in self.modules:
@@ -101,7 +101,9 @@ class Recipe(BaseModel):
                 "The head is rounded on what the language model hands it, and that is not among the modules.",
                 "Add language to --modules, or leave --head out.",
             )
-        if not self.build_method().spends_budget and self.budget:
+        method = self.build_method()
+        method.check_scheme(scheme)
+        if not method.spends_budget and self.budget:
             raise RecipeError(
                 f"The method '{self.method}' cannot spend a budget: its options alone give its size.",
                 "Use --method qe with --bits or --read-bits.",
