@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from qe_edge.export.op import OPSET, constant, real_constant, reference
-from qe_edge.models.cached_attention import DOMAIN, NAME, PICTURES, VERSION
+from qe_edge.models.cached_attention import DOMAIN, EXPANDED, NAME, VERSION
 
 INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length")
 NUMBERS = ("num_heads", "kv_num_heads", "local_window_size")
@@ -72,7 +72,7 @@ class Numbers:
 
 def attach_cached_attention(model: ir.Model) -> None:
     """Give a traced graph the function that defines its nodes; those of no kernel are expanded."""
-    expand_cached_attention(model, [node for node in cached_attention_nodes(model) if PICTURES in node.attributes])
+    expand_cached_attention(model, [node for node in cached_attention_nodes(model) if EXPANDED in node.attributes])
     if cached_attention_nodes(model):
         function = _function()
         model.functions[function.identifier()] = function

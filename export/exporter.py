@@ -26,7 +26,7 @@ from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.layers.linear import quantized_linears
-from qe_edge.models.decoder import Decoder
+from qe_edge.models.decoder import Decoder, head_width
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.quantized import load_quantized
@@ -89,7 +89,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         if generation is None:
             _encoder_manifest(loaded, recipe, entries).model_copy(update={"checkpoint": source}).write(part)
             return
-        in_place = not any(isinstance(spec.module, Decoder) and spec.module.pictures for spec in specs)
+        in_place = all(spec.module.in_place for spec in specs if isinstance(spec.module, Decoder))
         manifest = _manifest(loaded, recipe, entries, generation, in_place=in_place)
         further = {"checkpoint": source, "picture": write_preprocessing(loaded, part, IR_VERSION)}
         manifest.model_copy(update=further).write(part)
@@ -195,7 +195,7 @@ def _manifest(
         kv=KVLayout(
             layers=text.num_hidden_layers,
             heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            head_dim=head_width(text),
             in_place=in_place,
         ),
         graphs=entries,

@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qe_edge.models.export_limits import SLIDING, layer_kinds, window_of
 
 DOMAIN, NAME, VERSION = "com.microsoft", "GroupQueryAttention", 1
-PICTURES = "pictures"  # attribute of a node whose last input numbers pictures: no kernel, it is expanded at export
+EXPANDED = "expanded"  # attribute of a node that ONNX Runtime has no kernel for: the export writes it out
+MULTIPLE = 8  # of which heads' widths are, where it has one
 IMPLEMENTATION = "qe_edge_cached"  # how transformers calls the function while it is registered
 
 
@@ -43,6 +44,7 @@ class CachedAttention:
         past: Key and value `[batch, kv_heads, capacity, head_dim]` of every layer.
         attention_mask: `[batch, total]` int64: a row's tokens, the new ones included, then zeros.
         pictures: Whether the mask numbers pictures from 2, whose tokens see each other.
+        expanded: Whether the node is to be written out.
         present: What the layers leave, as `past`; filled by the calls.
     """
 
@@ -50,6 +52,7 @@ class CachedAttention:
     past: list[Tensor]
     attention_mask: Tensor
     pictures: bool
+    expanded: bool
 
     def __post_init__(self) -> None:
         self.present: list[Tensor] = list(self.past)
@@ -84,7 +87,7 @@ class CachedAttention:
                 "scale": width**-0.5 if scaling is None else float(scaling),
                 "local_window_size": self._window(layer),
                 "softcap": float(softcap or 0.0),
-                **({PICTURES: 1} if self.pictures else {}),
+                **({EXPANDED: 1} if self.expanded else {}),
             },
             dtypes=[query.dtype] * 3,
             shapes=[(query.shape[0], query.shape[2], heads * width), past[0].shape, past[1].shape],

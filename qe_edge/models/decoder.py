@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from qe_edge.models.cached_attention import CachedAttention, NewTokens, attending
+from qe_edge.models.cached_attention import MULTIPLE, CachedAttention, NewTokens, attending
 from qe_edge.models.export_limits import MAX_LOGITS, check_exportable
 from qe_edge.models.family import GraphSpec, Profile
 
@@ -38,6 +38,11 @@ class Decoder(nn.Module):
         config: Any = model.config
         self.width = config.hidden_size  # of inputs_embeds
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the graph can write its cache in place: ONNX Runtime has a kernel for its attention."""
+        return not self.pictures and head_width(self.model.config) % MULTIPLE == 0
+
     def hidden_states(self, inputs_embeds: Tensor, **inputs: Any) -> Any:  # noqa: ANN401 - transformers' output
         """The text model's output."""
         return self.model(inputs_embeds=inputs_embeds, **inputs)
@@ -61,7 +66,7 @@ class Decoder(nn.Module):
             logit_positions: `[batch, asked]` int64, which of the `sequence` new tokens logits are wanted of.
         """
         config: Any = self.model.config
-        attention = CachedAttention(config, past, attention_mask, self.pictures)
+        attention = CachedAttention(config, past, attention_mask, self.pictures, not self.in_place)
         with attending(self.model, attention):
             output = self.hidden_states(
                 inputs_embeds,
@@ -88,7 +93,7 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
     config: Any = decoder.model.config
     check_exportable(config)
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     # sizes of the example; all differ, and none is 0 or 1, which torch would take for constants
     batch, sequence, total, capacity, asked = 2, 3, 7, 9, 4
     axes = (position_axes,) if position_axes else ()
@@ -121,6 +126,11 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
         dynamic_shapes=shapes,
         profiles=_profiles(config, decoder.width, axes, (heads, width), past),
     )
+
+
+def head_width(config: Any) -> int:  # noqa: ANN401 - transformers' configuration classes
+    """Width of a head of keys and values."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def default_lengths(config: Any) -> tuple[int, int]:  # noqa: ANN401 - transformers' configuration classes
