@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.generation import adjust_logits
 from qe_edge.runtime.sampling import Random, Sampling, choose_token
 
+ROOT = Path(__file__).parents[2]
 NEW = 8
 STOP, LENGTH = 1, 2
 RGB, BGR, RGBA, BGRA, GRAY = range(5)
@@ -65,10 +67,6 @@ def pixels_of(name: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def questions() -> list[dict[str, str]]:
-    return [json.loads(line) for line in demo.evaluation_path().read_text().splitlines()]
-
-
 def python_ids(
     engine: VisionLanguageEngine, sample: Sample, sampling: Sampling | None = None, seed: int = 0, **rules: object
 ) -> list[int]:
@@ -88,23 +86,37 @@ def python_ids(
     return ids
 
 
-def test_all_answers_of_the_demo_are_equal(runner: Runner, engine: VisionLanguageEngine) -> None:
-    lines = questions()
-    requests = [
-        {
-            "turns": [[asked(runner.picture(pixels_of(line["image"])), line["question"])]],
-            "options": {"max_new_tokens": NEW},
-        }
-        for line in lines
-    ]
+@pytest.fixture(scope="session")
+def golden(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The prompts and answers that every runtime has to give over the folder, and where their pictures are."""
+    out = tmp_path_factory.mktemp("golden")
+    command = [sys.executable, "-m", "tests.runtime.golden", str(folder), str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return out, json.loads((out / "prompts.json").read_text())
+
+
+def test_golden_answers_are_equal(runner: Runner, golden: tuple[Path, dict[str, Any]]) -> None:
+    out, content = golden
+    requests, wanted = [], []
+    for prompt in content["prompts"]:
+        messages = []
+        for turn in prompt["turns"]:
+            parts = [part.get("text") or opened(runner, out / part["picture"]) for part in turn["parts"]]
+            messages.append(asked(*parts, role=turn["role"]))
+        for answer in prompt["answers"]:
+            options = {name: answer[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+            requests.append({"turns": [messages], "options": options | {"max_new_tokens": content["max_new_tokens"]}})
+            wanted.append((answer["ids"], answer["text"]))
     found = [answer["answers"][0] for answer in runner(requests)]
-    samples = [Sample(pixels_of(line["image"]), line["question"]) for line in lines]
-    wanted = [engine.generate_ids(engine.encode([sample]), NEW)[0] for sample in samples]
-    assert sum(answer["ids"] == ids for answer, ids in zip(found, wanted, strict=True)) == 200
-    tokenizer = engine.processor.tokenizer
-    for answer, ids in zip(found, wanted, strict=True):
-        assert answer["text"] == tokenizer.decode(ids, skip_special_tokens=True)
-        assert answer["finish"] == (LENGTH if len(ids) == NEW else STOP)
+    assert len(content["prompts"]) == 250
+    assert [(answer["ids"], answer["text"]) for answer in found] == wanted
+    for answer in found:
+        assert answer["finish"] == (LENGTH if len(answer["ids"]) == content["max_new_tokens"] else STOP)
+
+
+def opened(runner: Runner, path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        return runner.picture(np.asarray(image))
 
 
 CHANCES = [
