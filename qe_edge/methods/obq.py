@@ -21,7 +21,7 @@ from qe_edge.reconstruction.rounding import search_range
 from qe_edge.system.errors import NumericalError, RecipeError
 from qe_edge.system.parallel import map_rows
 
-MAX_INPUTS, MAX_WEIGHTS = 2048, 1 << 20  # a million weights take one to four minutes on a CPU's core
+MAX_INPUTS, MAX_WEIGHTS = 2048, 1 << 20  # minutes on a CPU's core
 ROWS = 16  # output channels that one thread takes at a time
 
 

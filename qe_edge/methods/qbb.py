@@ -5,7 +5,7 @@ weight and its mean magnitude, every next one likewise of what is left. Then all
 together, by least squares under the input's Gram matrix, and signs that a change betters are changed, in turns.
 
 Same as the original: the bases and the greedy start. Different: closed-form fits under the Gram matrix in place of
-gradient steps on the weight error; no second stage, which trains all scales on data that the model writes itself.
+gradient steps on the weight error; no last stage, which trains all scales on data that the model writes itself.
 """
 
 from __future__ import annotations
