@@ -17,7 +17,7 @@ constexpr char kChat[] = "chat.json";
 Manifest Runnable(const fs::path& folder) {
   Manifest manifest = ReadManifest(folder);
   if (!manifest.kv_in_place) {
-    throw Error(QE_ERROR_TARGET, "A '" + manifest.model_type + "' model looks at pictures in a way that C++ does not have.",
+    throw Error(QE_ERROR_TARGET, "A '" + manifest.model_type + "' model's cache is not written in place, as C++ has it.",
                 "Run it from Python.");
   }
   if (manifest.PositionAxes() != 1 && manifest.PositionAxes() != 3)
