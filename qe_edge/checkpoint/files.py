@@ -73,13 +73,14 @@ def read_checkpoint_files(folder: Path) -> CheckpointFiles:
             f"'{folder}' has no '{FILES}': an earlier version wrote it, or the file was lost.",
             "Quantize the model again, or install the version that wrote it.",
         )
+    values = read_json_table(path, remedy=REMEDY)
     try:
-        found = CheckpointFiles.model_validate(read_json_table(path, remedy=REMEDY))
+        found = CheckpointFiles.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"'{path}' is damaged: {where} {first['msg'].lower()}.", REMEDY) from error
-    found.check_seal(path, REMEDY)
+    found.check_seal(values, path, REMEDY)
     return found
 
 

@@ -61,28 +61,40 @@ class Sealed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     digest: str = ""
 
-    def content_digest(self) -> str:
-        """The digest that this description must carry."""
-        values = self.model_dump(mode="json", exclude={"digest"})
-        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
     def write_sealed(self: SealedType, path: Path) -> SealedType:
         """Write the description with its digest as JSON; returns it."""
-        sealed = self.model_copy(update={"digest": self.content_digest()})
+        sealed = self.model_copy(update={"digest": content_digest(json.loads(self.model_dump_json()))})
         path.write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return sealed
 
-    def check_seal(self, path: Path, remedy: str) -> None:
+    def check_seal(self, values: Mapping[str, object], path: Path, remedy: str) -> None:
         """Refuse a description that is not as it was written.
+
+        Args:
+            values: What stands in the file. Fields that a later version added have their defaults here and no part in
+                the digest.
+            path: The file, for the message.
+            remedy: What the user can do.
 
         Raises:
             ArtifactError: If its digest is not that of its content.
         """
-        if self.digest != self.content_digest():
+        if self.digest != content_digest(values):
             raise ArtifactError(f"'{path}' was changed after it was written: its digest is another one.", remedy)
 
 
 SealedType = TypeVar("SealedType", bound=Sealed)
+
+
+def content_digest(values: Mapping[str, object]) -> str:
+    """SHA-256 of everything in a description but its digest, as JSON with sorted keys.
+
+    Example:
+        >>> content_digest({"a": 1, "digest": "x"}) == content_digest({"a": 1})
+        True
+    """
+    content = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def describe(folder: Path, keep: Callable[[str], bool] = lambda _name: True) -> FileTable:

@@ -122,5 +122,5 @@ def read_engine_info(folder: Path) -> EngineInfo | None:
         raise ArtifactError(
             f"The folder '{folder}' is damaged: {ENGINE_INFO} is wrong: {where}: {first['msg'].lower()}.", REMEDY
         ) from error
-    info.check_seal(path, REMEDY)
+    info.check_seal(values, path, REMEDY)
     return info

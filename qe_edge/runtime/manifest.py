@@ -291,7 +291,7 @@ def _described(folder: Path, kind: type[Written]) -> Written:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(folder, f"{MANIFEST} {where} {first['msg'].lower()}") from error
-    manifest.check_seal(path, REMEDY)
+    manifest.check_seal(values, path, REMEDY)
     for name in (*(entry.file for entry in manifest.graphs.values()), *manifest.further_files()):
         if name not in manifest.files:
             raise _damaged(folder, f"{MANIFEST} lists no file '{name}'")

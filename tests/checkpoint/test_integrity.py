@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qe_edge.checkpoint.files import FILES, difference, origin_of, read_checkpoint_files
-from qe_edge.checkpoint.integrity import check_files, describe
+from qe_edge.checkpoint.integrity import Sealed, check_files, describe
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
 from qe_edge.models.quantized import load_quantized
@@ -200,3 +200,25 @@ def test_an_origin_is_weights_and_configuration(tmp_path: Path) -> None:
     assert difference(origin, tmp_path) == "merges.txt"
     assert origin_of("owner/name", "1" * 40).revision == "1" * 40  # type: ignore[union-attr]
     assert origin_of("made in Python", None) is None
+
+
+class Earlier(Sealed):
+    """A description."""
+
+    name: str
+
+
+class Later(Earlier):
+    """The same with a field that a later version added."""
+
+    color: str = "red"
+
+
+def test_a_description_of_an_earlier_version_is_not_called_changed(tmp_path: Path) -> None:
+    path = tmp_path / "description.json"
+    Earlier(name="a").write_sealed(path)
+    values = json.loads(path.read_text())
+    Later.model_validate(values).check_seal(values, path, "Write it again.")
+    values["name"] = "b"
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
+        Later.model_validate(values).check_seal(values, path, "Write it again.")
