@@ -28,7 +28,6 @@ from qe_edge.reconstruction.second_order import inverse_factor
 from qe_edge.system.errors import RecipeError
 
 SPREAD = {2: 1.03, 4: 0.93}  # standard deviation of a normal weight in lattice units where its error is least
-SMALLEST = 1e-6
 
 
 class QuIPSharpOptions(MethodOptions):
@@ -109,12 +108,12 @@ def block_ldlq(weight: Tensor, factor: Tensor, bits: int) -> QuantizedWeight:
         factor: `[in, in]` upper Cholesky factor of the Hessian's inverse.
         bits: 2 or 4.
     """
-    spread = weight.square().mean(1, keepdim=True).sqrt().clamp_min(SMALLEST)
-    scales = (spread / SPREAD[bits]).to(SCALE_DTYPE)
+    scales = (weight.square().mean(1, keepdim=True).sqrt() / SPREAD[bits]).to(SCALE_DTYPE)
     w, scale, codes = weight.clone(), scales.double(), []
+    divisor = torch.where(scale > 0, scale, 1.0)  # the lattice has no zero: rows of zeros have a scale of zero
     for start in range(0, w.shape[1], BLOCK):
         span, later = slice(start, start + BLOCK), slice(start + BLOCK, None)
-        found, points = rounded_block((w[:, span] / scale).float(), bits)
+        found, points = rounded_block((w[:, span] / divisor).float(), bits)
         codes.append(found)
         error = w[:, span] - points.double() * scale
         shares = torch.linalg.solve_triangular(factor[span, span], error, upper=True, left=False)
