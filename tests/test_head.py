@@ -105,3 +105,15 @@ def test_recipes_that_cannot_be() -> None:
         make_recipe(head="int5")
     with pytest.raises(RecipeError, match="language model hands it"):
         make_recipe(head="int4", modules=("visual",))
+
+
+def test_a_rotated_model_in_bfloat16_has_one_too(small: str, samples: list) -> None:
+    """Its last norm ends in a product that undoes the rotation."""
+    recipe = make_recipe(method="quarot", scheme="w4a16", head="int4", calibration={"samples": 2})
+    plain, quantized = (
+        quantize(load_model(small, torch.bfloat16), recipe.model_copy(update={"head": head}), samples)[0]
+        for head in ("none", "int4")
+    )
+    assert next(plain.model.parameters()).dtype == torch.bfloat16
+    wanted, found = (torch_logits(loaded, samples).astype(np.float32) for loaded in (plain, quantized))
+    assert 0 < np.abs(found - wanted).mean() / np.abs(wanted).mean() < 0.15

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,10 @@ def quantize_head(loaded: LoadedModel, grid: WeightGrid, hidden: Sequence[Tensor
 
 def _gram(model: PreTrainedModel, hidden: Sequence[Tensor], valid: Sequence[np.ndarray]) -> np.ndarray:
     """Gram matrix float64 `[hidden, hidden]` of the head's inputs."""
-    norm, gram = last_norm(model), None
-    if norm is None:
+    stored, gram = last_norm(model), None
+    if stored is None:
         raise RecipeError("The model has no norm before its head.", REMEDY)
+    norm = copy.deepcopy(stored).float()  # a rotated model's norm ends in a product
     for states, mask in zip(hidden, valid, strict=True):
         with torch.no_grad():
             inputs = norm(states.float())[torch.from_numpy(mask.astype(bool))].double().numpy()
