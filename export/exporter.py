@@ -22,6 +22,7 @@ from qe_edge.export.decoding import check_decoding
 from qe_edge.export.head import attach_head, heads_of
 from qe_edge.export.layers import attach_layers, check_layers
 from qe_edge.export.naming import name_nodes
+from qe_edge.export.norms import divide_by_roots
 from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
@@ -120,6 +121,7 @@ def _work(spec: GraphSpec) -> float:
 def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEntry:
     """Trace, fill, check and save one graph."""
     model = trace_graph(spec)
+    divide_by_roots(model)
     layers = quantized_linears(loaded.model)
     attach_head(model, {name: layers.pop(name) for name in heads_of(loaded.model, layers)})
     attach_layers(model, layers)
