@@ -12,7 +12,6 @@ from qe_edge.runtime.answers import Timings
 from qe_edge.server.errors import RequestError
 from qe_edge.system.errors import shown, shown_name
 
-MAX_DEPTH = 32  # of nested JSON
 # fields of OpenAI's that say nothing to the model, and others with their values of no effect
 SILENT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 HARMLESS: dict[str, tuple[object, ...]] = {
