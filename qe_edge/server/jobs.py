@@ -130,6 +130,6 @@ class Jobs:
 
     def stop(self) -> None:
         """Cancel what runs or waits, and wait for the threads."""
-        for job in self._taken:
+        for job in tuple(self._taken):  # the event loop takes out those that end
             job.cancel()
         self._threads.shutdown(wait=True)

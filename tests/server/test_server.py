@@ -22,7 +22,8 @@ from qe_edge.calibration.sources import load_evaluation
 from qe_edge.models.family import Sample
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.pipeline import Pipeline
-from qe_edge.server.settings import read_api_key
+from qe_edge.server.jobs import Jobs
+from qe_edge.server.settings import ServerSettings, read_api_key
 from qe_edge.system.errors import InputError
 from tests.server.conftest import MODEL, Served, serving
 
@@ -233,6 +234,18 @@ def test_a_client_that_goes_away(slow: VisionLanguageEngine, stream: bool) -> No
         wait_until(lambda: served.count("qe_edge_running") == 0)
         assert time.monotonic() - gone < 5
         wait_until(lambda: served.count('qe_edge_requests_total{outcome="disconnected"}') == 1)
+
+
+def test_answers_end_while_the_others_are_stopped(engine: VisionLanguageEngine) -> None:
+    jobs = Jobs(Pipeline(engine), ServerSettings(MODEL))
+
+    class Ending:
+        def cancel(self) -> None:
+            jobs._taken.discard(self)
+
+    jobs._taken.update([Ending(), Ending()])  # type: ignore[list-item]
+    jobs.stop()
+    assert not jobs._taken
 
 
 def test_an_answer_that_takes_too_long(slow: VisionLanguageEngine) -> None:
