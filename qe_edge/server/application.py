@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from qe_edge.models.messages import read_messages
 from qe_edge.runtime.answer_stream import AnswerStream
@@ -120,6 +121,8 @@ class ChatServer:
             body = await asyncio.wait_for(self._body(request), self._settings.request_seconds)
         except asyncio.TimeoutError as error:
             raise RequestError(408, "The request did not arrive in time. Send it again.") from error
+        except ClientDisconnect as error:
+            raise _gone() from error
         asked = read_request(body)
         if asked.model != self._settings.model:
             raise RequestError(404, f"There is no such model here. Ask for '{self._settings.model}'.")
@@ -216,7 +219,7 @@ async def _next(job: Job, gone: asyncio.Task[None]) -> Piece | None:
     await asyncio.wait({piece, gone}, return_when=asyncio.FIRST_COMPLETED)
     if not piece.done():
         piece.cancel()
-        raise RequestError(GONE, "The client is gone. Nobody reads this.")
+        raise _gone()
     return piece.result()
 
 
@@ -224,6 +227,10 @@ def _end(last: Piece | None) -> tuple[str, Timings]:
     if last is None or last.timings is None or last.finish_reason in (None, "cancelled"):
         raise _stopping()
     return str(last.finish_reason), last.timings
+
+
+def _gone() -> RequestError:
+    return RequestError(GONE, "The client is gone. Nobody reads this.")
 
 
 def _stopping() -> RequestError:

@@ -236,6 +236,14 @@ def test_a_client_that_goes_away(slow: VisionLanguageEngine, stream: bool) -> No
         wait_until(lambda: served.count('qe_edge_requests_total{outcome="disconnected"}') == 1)
 
 
+def test_a_client_that_goes_away_before_it_has_asked(engine: VisionLanguageEngine) -> None:
+    head = b"Host: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    with serving(engine) as served:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head)
+        wait_until(lambda: served.count('qe_edge_requests_total{outcome="disconnected"}') == 1)
+
+
 def test_answers_end_while_the_others_are_stopped(engine: VisionLanguageEngine) -> None:
     jobs = Jobs(Pipeline(engine), ServerSettings(MODEL))
 
