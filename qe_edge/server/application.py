@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from qe_edge.models.messages import read_messages
+from qe_edge.models.messages import plain_text, read_messages, read_turns
 from qe_edge.runtime.answer_stream import AnswerStream
 from qe_edge.runtime.answers import Piece, Timings
 from qe_edge.runtime.pipeline import Pipeline
@@ -143,10 +143,12 @@ class ChatServer:
 
     def _begin(self, asked: ChatRequest) -> AnswerStream:
         """Begin an answer; in its thread."""
-        sample = read_messages(conversation(asked), open_source=self._open_source)
-        count, most = len(sample.pictures), self._settings.max_pictures
+        messages = conversation(asked)
+        _, named = read_turns(messages, "messages", plain_text)
+        count, most = len(named), self._settings.max_pictures
         if count > most:
             raise InputError(f"The request has {count} pictures.", f"Send at most {most}.")
+        sample = read_messages(messages, open_source=self._open_source)
         return self._pipeline(sample, stream=True, **asked.options)
 
     async def _whole(

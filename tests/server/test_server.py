@@ -177,7 +177,7 @@ def test_bodies_that_are_refused(engine: VisionLanguageEngine) -> None:
         assert get(served.port, path, "POST", b'{"a": "\xff"}', **kind)[0] == 400
         assert get(served.port, path, "POST", b"{}", Content_Type="text/plain")[0] == 415  # as any web page may send
         assert get(served.port, path, "POST", b"a" * 2000, **kind)[0] == 413
-        two = picture("data:image/png;base64,")["messages"][0]["content"] * 2
+        two = picture("data:image/png;base64,!")["messages"][0]["content"] * 2  # counted before they are opened
         request = {"model": MODEL, "messages": [{"role": "user", "content": two}]}
         status, body = get(served.port, path, "POST", json.dumps(request).encode(), **kind)
         assert (status, "has 2 pictures" in body.decode()) == (400, True)
