@@ -242,7 +242,7 @@ class Answering:
         longest = max(len(prompt.ids) for prompt in prompts)
         wanted, context = options.max_new_tokens, self.engine.max_context
         check_context(longest, 1 if wanted is None else wanted, context)
-        room = self.engine.room(longest + 1, None) - longest if wanted is None else wanted
+        room = min(self.engine.room(longest + 1, None), context) - longest if wanted is None else wanted
         if self.engine.limits is not None:
             for prompt in prompts:
                 check_limits(self.engine.limits, prompt.encoded, room)

@@ -14,6 +14,7 @@ from qe_edge.calibration.sources import load_evaluation
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.limits import EngineLimits
 from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.system.errors import InputError, NumericalError, QEError
 from tests.conftest import Exported
@@ -162,6 +163,15 @@ def test_a_cache_grows_with_what_is_asked(engine: VisionLanguageEngine, monkeypa
     found = [pipeline(prompt, seed=1, **FREE) for prompt in prompts]
     assert [answer.token_ids for answer in found] == [Pipeline(engine)(p, seed=1, **FREE).token_ids for p in prompts]
     assert found[1].timings.prompt_tokens > 32
+
+
+def test_max_context_holds_where_engines_take_more(engine: VisionLanguageEngine) -> None:
+    rules = engine.manifest.generation.model_copy(update={"min_new_tokens": 200})
+    manifest = engine.manifest.model_copy(update={"generation": rules})
+    parts = (engine.family, engine.processor, engine._embedding, engine._sessions)
+    limited = VisionLanguageEngine(manifest, *parts, EngineLimits(batch=1, context=128, prompt=64), max_context=40)
+    answer = Pipeline(limited)("what color is it?")
+    assert answer.timings.prompt_tokens + answer.timings.answer_tokens == 40
 
 
 def test_cancelling_from_another_thread(pipeline: Pipeline, questions: list[Sample]) -> None:
