@@ -233,8 +233,7 @@ def read_any_manifest(folder: Path) -> Manifest | EncoderManifest:
     Raises:
         ArtifactError: As `read_manifest`.
     """
-    encoder = set(_table(folder).get("graphs") or ()) == set(PICTURES_ONLY)
-    return read_encoder_manifest(folder) if encoder else read_manifest(folder)
+    return read_encoder_manifest(folder) if _is_encoder(_table(folder)) else read_manifest(folder)
 
 
 def read_encoder_manifest(folder: Path) -> EncoderManifest:
@@ -275,10 +274,16 @@ def _table(folder: Path) -> dict[str, Any]:
     return values
 
 
+def _is_encoder(values: dict[str, Any]) -> bool:
+    """Whether a manifest, which may be damaged, is of a vision encoder alone."""
+    graphs = values.get("graphs")
+    return isinstance(graphs, dict) and set(graphs) == set(PICTURES_ONLY)
+
+
 def _described(folder: Path, kind: type[Written]) -> Written:
     """A manifest of one kind, its files there with their sizes."""
     path, values = folder / MANIFEST, _table(folder)
-    encoder = set(values.get("graphs") or ()) == set(PICTURES_ONLY)
+    encoder = _is_encoder(values)
     if encoder != issubclass(kind, EncoderManifest):
         found, opener = ("a vision encoder", "encoder.Encoder") if encoder else ("a model", "engine.VisionLanguage")
         raise ArtifactError(

@@ -65,6 +65,8 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(format_version=1), "format version 1"),
         (lambda m: m.update(model_type="internvl"), "'internvl' manifest"),
         (lambda m: m["graphs"]["language"]["inputs"].pop(), "profile"),
+        (lambda m: m.update(graphs=5), "graphs"),
+        (lambda m: m.update(graphs=[{}]), "graphs"),
     ],
 )
 def test_hostile_manifests(folder: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
