@@ -18,7 +18,8 @@ class RequestError(Exception):
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        # the message may repeat what JSON holds and UTF-8 does not: half a surrogate pair
+        self.status, self.message = status, message.encode(errors="backslashreplace").decode()
         self.headers = dict(headers or {})
 
     @property

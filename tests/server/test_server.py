@@ -181,6 +181,9 @@ def test_bodies_that_are_refused(engine: VisionLanguageEngine) -> None:
         request = {"model": MODEL, "messages": [{"role": "user", "content": two}]}
         status, body = get(served.port, path, "POST", json.dumps(request).encode(), **kind)
         assert (status, "has 2 pictures" in body.decode()) == (400, True)
+        half = json.dumps({"model": MODEL, **picture("\ud800.png")}).encode()  # of a pair: no text that UTF-8 can hold
+        status, body = get(served.port, path, "POST", half, **kind)
+        assert (status, r"opens no files: '\\ud800.png'" in body.decode()) == (400, True)
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as slow:
             slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n")
             slow.sendall(b"Content-Length: 100\r\n\r\n{")
