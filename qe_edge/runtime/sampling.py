@@ -14,6 +14,7 @@ Steps 1 to 5 are transformers' logits warpers of these names, one after the othe
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 
@@ -103,7 +104,8 @@ def choose_token(logits: np.ndarray, sampling: Sampling, random: Random) -> int:
         >>> choose_token(np.array([0.0, 3.0, 3.0]), Sampling(temperature=1.0, top_k=2), Random(0))
         2
     """
-    if sampling.temperature == 0 or not np.isfinite(logits).any():
+    # a temperature next to 0 makes scores infinite: then the most likely token is taken
+    if sampling.temperature == 0 or not math.isfinite(float(logits.max()) / sampling.temperature):
         return int(logits.argmax())
     ids, weights = kept_tokens(logits, sampling)
     summed = np.cumsum(weights)

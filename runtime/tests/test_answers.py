@@ -145,6 +145,13 @@ def test_a_seed_draws_the_same_tokens(number: int, runner: Runner, engine: Visio
     assert len({tuple(ids) for ids in wanted}) > 1  # chance had a say
 
 
+def test_a_temperature_next_to_zero_takes_the_most_likely_tokens(runner: Runner) -> None:
+    turns = [[asked("what is this?")]]
+    options = [{"max_new_tokens": NEW, "temperature": value, "seed": 1} for value in (0.0, 1e-310)]
+    greedy, cold = runner([{"turns": turns, "options": each} for each in options])
+    assert cold["answers"] == greedy["answers"]
+
+
 def conversations() -> list[list[Turn]]:
     """Fifty conversations of one to four turns, with 0 to 3 pictures in their places, and odd texts."""
     texts = [

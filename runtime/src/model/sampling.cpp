@@ -62,14 +62,15 @@ void AdjustLogits(const GenerationSettings& settings, const std::vector<int64_t>
 }
 
 int64_t ChooseToken(const std::vector<float>& logits, const Sampling& sampling, Random& random) {
+  const int64_t likeliest = Argmax(logits);
+  // a temperature next to 0 makes scores infinite: then the most likely token is taken
+  if (sampling.temperature == 0 || !std::isfinite(logits[static_cast<size_t>(likeliest)] / sampling.temperature))
+    return likeliest;
   std::vector<Candidate> kept;
-  if (sampling.temperature > 0) {
-    for (size_t id = 0; id < logits.size(); ++id) {
-      const double score = static_cast<double>(logits[id]) / sampling.temperature;
-      if (score > -std::numeric_limits<double>::infinity()) kept.push_back({score, static_cast<int64_t>(id)});
-    }
+  for (size_t id = 0; id < logits.size(); ++id) {
+    const double score = static_cast<double>(logits[id]) / sampling.temperature;
+    if (score > -std::numeric_limits<double>::infinity()) kept.push_back({score, static_cast<int64_t>(id)});
   }
-  if (kept.empty()) return Argmax(logits);
   const auto better = [](const Candidate& a, const Candidate& b) { return a.score > b.score; };
   const auto top = static_cast<size_t>(sampling.top_k);
   if (top > 0 && top < kept.size()) {
