@@ -46,7 +46,7 @@ class Watch : public rclcpp::Node {
       RCLCPP_ERROR_ONCE(get_logger(), "Pictures are '%s'. Publish rgb8 or bgr8.", picture.encoding.c_str());
       return;
     }
-    if (picture.step < picture.width * 3 || picture.data.size() < std::size_t{picture.step} * picture.height) {
+    if (picture.step < std::size_t{picture.width} * 3 || picture.data.size() < std::size_t{picture.step} * picture.height) {
       RCLCPP_ERROR_ONCE(get_logger(), "A picture has fewer bytes than its size says. Check the camera's driver.");
       return;
     }
