@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.budget.accounting import layer_counts
 from qe_edge.checkpoint.layer_files import read_layers, write_layers
+from qe_edge.checkpoint.part_sizes import PartSizes
 from qe_edge.deploy.order import make_order
 from qe_edge.export.layers import check_layers
 from qe_edge.methods import METHODS
@@ -149,6 +150,12 @@ def test_damaged_parts_are_refused(method: str, tensor: str, sentence: str, tmp_
     save_file(tensors, path, metadata)
     with pytest.raises(ArtifactError, match=sentence):
         read_layers(path)
+
+
+def test_rows_of_outliers_that_pass_32_bits_are_refused() -> None:
+    starts = torch.tensor([0, 2**31 - 1, -(2**31), -1, 3], dtype=torch.int32)
+    tensors = {"outlier_starts": starts, "outlier_columns": torch.zeros(3, dtype=torch.int16)}
+    assert PartSizes(outliers=3).build(tensors, 16)[1] == "an outlier lies outside it"
 
 
 @pytest.mark.parametrize("method", KINDS)

@@ -101,7 +101,7 @@ class PartSizes(BaseModel):
             return parts, "'order' is no order of its inputs"
         starts, columns = parts.outlier_starts, parts.outlier_columns
         if starts is not None and columns is not None:
-            ends = int(starts[0]) == 0 and int(starts[-1]) == len(columns) and bool((starts.diff() >= 0).all())
+            ends = int(starts[0]) == 0 and int(starts[-1]) == len(columns) and bool((starts.long().diff() >= 0).all())
             if not ends or int(columns.min()) < 0 or int(columns.max()) >= in_features:
                 return parts, "an outlier lies outside it"
         return parts, None
