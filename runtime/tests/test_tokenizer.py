@@ -140,6 +140,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("pre_tokenizer", {"type": "Whitespace"}, "pre-tokenizer 'Whitespace'"),
     ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}, "decoder 'WordPiece'"),
     ("decoder", None, "decoder ''"),
+    ("decoder", {"type": "Strip", "content": "", "start": 1 << 62, "stop": 0}, "decoder 'Strip'"),
     ("post_processor", {"type": "BertProcessing"}, "post-processor 'BertProcessing'"),
     ("model", {"type": "Unigram", "vocab": []}, "type 'Unigram'"),
     ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}, "'ab', which is not in its vocabulary"),

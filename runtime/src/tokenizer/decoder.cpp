@@ -114,8 +114,11 @@ Decoder MakeDecoder(const Json& step) {
   if (type == "ByteLevel") return ByteLevel;
   if (type == "ByteFallback") return ByteFallback;
   if (type == "Metaspace") return Metaspace(step);
-  if (type == "Strip")
-    return Strip(step.at("content").get<std::string>(), step.at("start").get<size_t>(), step.at("stop").get<size_t>());
+  if (type == "Strip") {
+    const auto mark = step.at("content").get<std::string>();
+    if (mark.empty()) RefuseStep("decoder", step);  // it would be found without end
+    return Strip(mark, step.at("start").get<size_t>(), step.at("stop").get<size_t>());
+  }
   if (type == "Fuse") {
     return [](const std::vector<std::string>& tokens) {
       std::string text;
