@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,14 @@ import pytest
 def edit(folder: Path, key: str, value: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def leave_out(folder: Path, name: str) -> None:
+    table = json.loads((folder / "manifest.json").read_text())
+    del table["files"][name], table["digest"]
+    content = json.dumps(table, sort_keys=True, separators=(",", ":"))
+    edit(folder, "files", table["files"])
+    edit(folder, "digest", hashlib.sha256(content.encode()).hexdigest())
 
 
 def flip(folder: Path) -> None:
@@ -42,6 +51,7 @@ CASES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "tokenizer.model").write_bytes(b"x"), "was added after the folder was written"),
     (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
     (lambda folder: (folder / "manifest.json").write_text("{"), "is not valid JSON"),
+    (lambda folder: leave_out(folder, "chat.json"), "manifest.json lists no file 'chat.json'"),
     (lambda folder: edit(folder, "hidden_size", 128), "was changed after it was written"),
     (lambda folder: edit(folder, "format_version", 99), "has another format version than 3"),
 ]

@@ -185,6 +185,7 @@ Manifest ReadManifest(const fs::path& folder) {
     std::vector<std::string> wanted = {"embedding.safetensors", "config.json", "tokenizer.json"};
     for (const auto& graph : manifest.graphs) wanted.push_back(graph.second.file);
     if (manifest.picture) wanted.push_back(manifest.picture->file);
+    if (fs::exists(folder / "chat.json")) wanted.push_back("chat.json");
     for (const std::string& name : wanted) {
       if (!files.contains(name)) throw Damaged(folder.string(), "manifest.json lists no file '" + name + "'");
     }
