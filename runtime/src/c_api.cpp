@@ -229,11 +229,13 @@ qe_status qe_answer_next(qe_answer* answer, qe_piece* piece, qe_error** error) {
 
 qe_status qe_answer_run(qe_answer* answer, qe_piece_callback callback, void* user, qe_error** error) {
   if (callback == nullptr) return Fail(QE_ERROR_INPUT, "'callback' is null. Give a function.", error);
-  while (true) {
+  for (bool wanted = true;;) {
     qe_piece piece;
     const qe_status status = qe_answer_next(answer, &piece, error);
     if (status != QE_OK) return status == QE_END ? QE_OK : status;
-    if (callback(&piece, user) != 0) qe_answer_cancel(answer);
+    if (!wanted || callback(&piece, user) == 0) continue;
+    wanted = false;  // `user` may be gone
+    qe_answer_cancel(answer);
   }
 }
 

@@ -4,7 +4,9 @@
 //
 // A request has "turns", each a list of messages {"role", "parts"} that goes to one conversation; a part is a text, or a
 // picture {"file", "width", "height", "format", "stride"} of raw bytes. "options" are those of qe::Options. With "text"
-// it continues that text. Writes {"answers": [{"text", "ids", "finish", "cached"}]} or {"error", "status"}.
+// it continues that text. "pieces" frees every answer after so many. "stopped" is a question for `qe_answer_run`, whose
+// callback wants one piece. Writes {"answers": [{"text", "ids", "finish", "cached", "prompt"}]}, {"answers": [calls]}
+// or {"error", "status"}.
 
 #include <fstream>
 #include <iostream>
@@ -45,7 +47,7 @@ qe::Options ReadOptions(const Json& given) {
   return options;
 }
 
-Json Drain(qe::Answer answer) {
+Json Drain(qe::Answer answer, std::size_t pieces) {
   std::string text;
   std::vector<std::int64_t> ids;
   qe_finish finish = QE_FINISH_NONE;
@@ -53,13 +55,29 @@ Json Drain(qe::Answer answer) {
     text += piece.text;
     ids.insert(ids.end(), piece.token_ids.begin(), piece.token_ids.end());
     finish = piece.finish;
+    if (--pieces == 0) break;
   }
-  return {{"text", text}, {"ids", ids}, {"finish", finish}, {"cached", answer.timings().cached_tokens}};
+  const qe_timings timings = answer.timings();
+  return {{"text", text}, {"ids", ids}, {"finish", finish}, {"cached", timings.cached_tokens}, {"prompt", timings.prompt_tokens}};
+}
+
+// How often `qe_answer_run` calls a function that wants one piece.
+int CallsOfStopped(const qe::Model& model, const std::string& text) {
+  const qe_part part{text.c_str(), nullptr};
+  const qe_message message{"user", &part, 1};
+  qe_answer* made = nullptr;
+  if (qe_generate(model.get(), &message, 1, nullptr, &made, nullptr) != QE_OK) return -1;
+  const std::unique_ptr<qe_answer, void (*)(qe_answer*)> answer(made, qe_answer_free);
+  int calls = 0;
+  const auto count = [](const qe_piece*, void* user) { return ++*static_cast<int*>(user); };
+  return qe_answer_run(made, count, &calls, nullptr) == QE_OK ? calls : -1;
 }
 
 Json Answers(const qe::Model& model, const Json& request) {
   const qe::Options options = ReadOptions(request.value("options", Json::object()));
-  if (request.contains("text")) return {Drain(model.complete(request.at("text"), options))};
+  const std::size_t pieces = request.value("pieces", std::size_t{0});  // 0: all
+  if (request.contains("stopped")) return Json::array({CallsOfStopped(model, request.at("stopped"))});
+  if (request.contains("text")) return {Drain(model.complete(request.at("text"), options), pieces)};
   Json answers = Json::array();
   qe::Conversation conversation(model);
   for (const Json& turn : request.at("turns")) {
@@ -69,7 +87,7 @@ Json Answers(const qe::Model& model, const Json& request) {
       for (const Json& part : given.at("parts")) message.parts.push_back(ReadPart(part));
       messages.push_back(std::move(message));
     }
-    answers.push_back(Drain(conversation.ask(messages, options)));
+    answers.push_back(Drain(conversation.ask(messages, options), pieces));
   }
   return answers;
 }

@@ -210,6 +210,17 @@ def test_turns_go_on_where_the_cache_ends(runner: Runner, engine: VisionLanguage
     assert first["cached"] == 0 < second["cached"] < third["cached"]
 
 
+def test_a_turn_whose_answer_is_freed_early_is_forgotten(runner: Runner) -> None:
+    first, second = [asked("what shape is it?")], [asked("and its color?")]
+    freed, alone = runner([{"turns": [first, second], "pieces": 1}, {"turns": [second]}])
+    assert freed["answers"][0]["finish"] == 0
+    assert freed["answers"][1]["prompt"] == alone["answers"][0]["prompt"]
+
+
+def test_a_callback_that_wants_no_more_is_not_called_again(runner: Runner) -> None:
+    assert runner([{"stopped": "what shape is it?"}]) == [{"answers": [1]}]
+
+
 def test_pictures_of_every_layout_are_the_same_picture(runner: Runner, engine: VisionLanguageEngine) -> None:
     source = np.random.default_rng(0)
     opaque, clear = (source.integers(0, 256, (37, 52, 4), np.uint8) for _ in range(2))

@@ -156,7 +156,9 @@ QE_API void qe_answer_free(qe_answer* answer);
 /* Several turns on one KV cache: what was read is not read again, nor is a picture encoded twice. */
 QE_API qe_status qe_conversation_new(const qe_model* model, qe_conversation** conversation, qe_error** error);
 
-/* Begins to answer messages that follow the earlier ones; its answer becomes a turn. One answer at a time. */
+/* Begins to answer messages that follow the earlier ones; its answer becomes a turn. One answer at a time.
+ * A turn counts when its answer has ended, also by cancelling; one whose answer is freed before, or fails, is
+ * forgotten. */
 QE_API qe_status qe_conversation_ask(qe_conversation* conversation, const qe_message* messages, size_t count,
                                      const qe_answer_options* options, qe_answer** answer, qe_error** error);
 QE_API void qe_conversation_free(qe_conversation* conversation);

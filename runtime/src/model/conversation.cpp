@@ -68,19 +68,19 @@ Answer::Answer(std::shared_ptr<Conversation> conversation, std::vector<Message> 
 Answer::~Answer() { conversation_->busy_ = false; }
 
 void Answer::Start() {
-  std::vector<Turn> turns = conversation_->turns_;
-  std::vector<PicturePointer> pictures = conversation_->pictures_;
+  turns_ = conversation_->turns_;
+  pictures_ = conversation_->pictures_;
   {
     const Stopwatch watch(timings_.pictures);
     for (Message& message : messages_) {
-      turns.push_back(message.turn);
-      for (const Picture& picture : message.pictures) pictures.push_back(conversation_->Encoded(picture));
+      turns_.push_back(message.turn);
+      for (const Picture& picture : message.pictures) pictures_.push_back(conversation_->Encoded(picture));
       message.pictures.clear();  // the features are kept, not the pixels
     }
   }
   const std::vector<TokenId> ids = text_ ? core_.tokenizer->Encode(*text_, true, true)
-                                         : ChatIds(*core_.tokenizer, core_.chat.Pieces(turns));
-  prompt_ = MakePrompt(core_, ids, pictures);
+                                         : ChatIds(*core_.tokenizer, core_.chat.Pieces(turns_));
+  prompt_ = MakePrompt(core_, ids, pictures_);
   for (const PromptToken& token : prompt_) ids_.push_back(token.id);
   const auto size = static_cast<int64_t>(prompt_.size());
   CheckFits(size, options_.max_new_tokens, core_.max_context);
@@ -90,8 +90,6 @@ void Answer::Start() {
   logits_ = conversation_->Read(prompt_, options_.max_new_tokens ? most_ : std::min(room, std::max(kStep, kAtFirst - size)));
   timings_.prompt_tokens = size;
   timings_.cached_tokens = static_cast<int64_t>(conversation_->language_->reused());
-  conversation_->turns_ = std::move(turns);
-  conversation_->pictures_ = std::move(pictures);
 }
 
 bool Answer::Next(std::string& text, std::vector<int64_t>& tokens) {
@@ -157,8 +155,12 @@ bool Answer::Step(std::string& text, std::vector<int64_t>& tokens) {
 void Answer::End(Finish finish, std::string& text) {
   text += stops_.Add(stream_.Finish()) + stops_.Finish();
   answer_ += text;
+  if (started_ && !text_ && (finish != Finish::kCancelled || !answer_.empty())) {
+    turns_.push_back({"assistant", answer_, {}});
+    conversation_->turns_ = std::move(turns_);
+    conversation_->pictures_ = std::move(pictures_);
+  }
   finish_ = finish;
-  if (started_ && !text_) conversation_->turns_.push_back({"assistant", answer_, {}});
 }
 
 }  // namespace qe_edge

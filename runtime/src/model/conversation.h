@@ -85,6 +85,8 @@ class Answer {
   Random random_;
   TextStream stream_;
   StopStrings stops_;
+  std::vector<Turn> turns_;  // with the question; they become the conversation's once the answer has ended
+  std::vector<PicturePointer> pictures_;
   Prompt prompt_;
   std::vector<int64_t> ids_;  // of prompt and answer
   std::vector<float> logits_;
