@@ -85,6 +85,12 @@ qe_status checked(const Call& call) {
   throw Error(status, qe_error_problem(error));
 }
 
+// A text as the C interface reads it, which would cut it at a zero byte.
+inline const char* whole(const std::string& text) {
+  if (text.find('\0') != std::string::npos) throw Error(QE_ERROR_INPUT, "A text holds a zero byte. Leave it out.");
+  return text.c_str();
+}
+
 // Messages and options as the C interface reads them; it points into what it was made of.
 class Request {
  public:
@@ -101,7 +107,7 @@ class Request {
     options_.repetition_penalty = options.repetition_penalty.value_or(-1);
     options_.seed = options.seed.value_or(0);
     options_.has_seed = options.seed.has_value();
-    for (const std::string& stop : options.stop) stop_.push_back(stop.c_str());
+    for (const std::string& stop : options.stop) stop_.push_back(whole(stop));
     options_.stop = stop_.data();
     options_.stop_count = stop_.size();
   }
@@ -117,7 +123,7 @@ class Request {
     std::vector<qe_part> parts;
     for (const Part& part : message.parts) {
       if (!part.image) {
-        parts.push_back({part.text.c_str(), nullptr});
+        parts.push_back({whole(part.text), nullptr});
         continue;
       }
       const Image& image = *part.image;
@@ -228,7 +234,7 @@ class Model {
     const detail::Request request({}, options);
     qe_answer* answer = nullptr;
     detail::checked([&](qe_error** error) {
-      return qe_complete(model_.get(), text.c_str(), request.options(), &answer, error);
+      return qe_complete(model_.get(), detail::whole(text), request.options(), &answer, error);
     });
     return Answer(answer);
   }
