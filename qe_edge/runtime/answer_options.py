@@ -86,6 +86,8 @@ def answer_options(settings: GenerationSettings, options: Options) -> AnswerOpti
     if not settings.do_sample and not given:
         sampling = Sampling()
     Random(options.get("seed"))  # checks it
+    if stop is not None and not isinstance(stop, str | list | tuple):
+        raise InputError(f"stop is {shown(stop)}.", "Give a text, or a list of texts.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     StopStrings(stops)  # checks them
     return AnswerOptions(most, sampling, settings, options.get("seed"), stops)

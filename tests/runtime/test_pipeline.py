@@ -280,6 +280,8 @@ def test_the_models_own_settings_count(engine: VisionLanguageEngine, questions: 
         ("?", None, {"temperature": -1}, "temperature is -1"),
         ("?", None, {"seed": -1}, "seed is -1"),
         ("?", None, {"stop": ""}, "stop string"),
+        ("?", None, {"stop": 5}, "stop is 5"),
+        ("?", None, {"stop": 0}, "stop is 0"),
         ("?", None, {"repetition_penalty": 0}, "repetition_penalty is 0"),
         ("a " * 300, None, {}, "The prompt has"),
         ("?", "nowhere.png", {}, "no picture 'nowhere.png'"),
