@@ -82,7 +82,7 @@ class Answering:
         self._device: AbstractContextManager[object] = nullcontext() if engine.limits is None else threading.Lock()
         self._reader = PromptReader(engine, self._device)
         self._decoder = copy.deepcopy(engine.processor.tokenizer)  # encoding changes a tokenizer that others may use
-        self._choosing = threading.Lock()
+        self._choosing = threading.RLock()  # a stream that the garbage collector closes gives its cache back
         self._free: list[Slot] = []  # the last used one last
         self._made = 0
 
@@ -223,10 +223,11 @@ class Answering:
         return answers
 
     def _take(self, prompt: Prompt) -> Slot:
-        """The free cache that has most of a prompt, else one that was not used yet, else the one used longest ago."""
+        """The free cache that has most of a prompt, if that is half of it; else one that was not used yet."""
         with self._choosing:
             best = max(self._free, key=lambda slot: slot.shared(prompt)[0], default=None)
-            if best is None or (not best.shared(prompt)[0] and self._made < self.turns.count):
+            little = best is None or 2 * best.shared(prompt)[0] < len(prompt.ids)  # as a template's first tokens are
+            if best is None or (little and self._made < self.turns.count):
                 slot = self.new_slot()
                 self._made += 1
                 return slot

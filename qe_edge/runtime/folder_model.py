@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer
 
 from qe_edge.models.family import Encoded, Sample, following_positions
 from qe_edge.models.images import open_image
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.samples import TEXT
-from qe_edge.runtime.folder_prompts import TOKENIZER, TOKENS, FolderPrompts, Prompt
+from qe_edge.runtime.folder_prompts import TOKENIZER, TOKENS, FolderPrompts, Prompt, open_tokenizer
 from qe_edge.runtime.manifest import Manifest
 from qe_edge.system.errors import InputError
 
@@ -42,10 +41,13 @@ class FolderTokenizer:
 
     Args:
         file: A tokenizer.json.
+
+    Raises:
+        ArtifactError: If it is missing or damaged.
     """
 
     def __init__(self, file: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer = open_tokenizer(file)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of tokens."""

@@ -16,12 +16,14 @@ from tokenizers import Tokenizer
 
 from qe_edge.models.images import check_size
 from qe_edge.models.samples import Turn
+from qe_edge.models.texts import shortened
 from qe_edge.runtime.chat_segments import Piece, read_chat
 from qe_edge.runtime.manifest import Manifest, PictureEntry
 from qe_edge.runtime.sessions import OrtSession
-from qe_edge.system.errors import InputError
+from qe_edge.system.errors import ArtifactError, InputError
 
 TOKENIZER = "tokenizer.json"
+REMEDY = "Export or build the model again."
 FIRST_PICTURE = 2  # number of the first picture's tokens in the mask; 0 is padding, 1 text
 TOKENS = ("placeholder_ids", "placeholder_positions")
 
@@ -65,7 +67,7 @@ class FolderPrompts:
         self._chat = read_chat(folder)
         self._picture = manifest.picture
         self._session = None if self._picture is None else OrtSession(folder, self._picture, 0, None, frugal=True)
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        self._tokenizer = open_tokenizer(folder / TOKENIZER)
         added = self._tokenizer.get_added_tokens_decoder().items()
         self._special_ids = {token.content: number for number, token in added if token.special and token.content}
         words = sorted(self._special_ids, key=len, reverse=True)
@@ -183,6 +185,21 @@ class FolderPrompts:
 
     def _count(self, ids: Sequence[int]) -> int:
         return sum(number in self._special_ids.values() for number in ids)
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+        ArtifactError: If the file is missing or damaged.
+    """
+    if not file.is_file():
+        raise ArtifactError(f"'{file.parent}' has no {file.name}.", REMEDY)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:
+        reason = shortened(" ".join(str(error).split()))
+        raise ArtifactError(f"'{file}' is damaged: {reason}.", REMEDY) from error
 
 
 def _check_picture(picture: np.ndarray, entry: PictureEntry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import ssl
+import time
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from qe_edge.system.errors import InputError
 
 MAX_DOWNLOAD = 64 << 20
 SECONDS = 10  # without a byte of a download
+DOWNLOAD_SECONDS = 30  # for all of it
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -86,7 +88,7 @@ def _download(parts: urllib.parse.SplitResult, hosts: tuple[str, ...]) -> bytes:
             raise InputError(f"'{host}' sends the picture's address on to another one.", "Give that one.")
         if response.status != http.client.OK:
             raise InputError(f"'{host}' answers with status {response.status}.", "Correct the picture's address.")
-        content = response.read(MAX_DOWNLOAD + 1)
+        content = _content(response)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise InputError(f"A picture could not be downloaded from '{host}': {error}.", "Send it as 'data:'.") from error
     finally:
@@ -94,3 +96,19 @@ def _download(parts: urllib.parse.SplitResult, hosts: tuple[str, ...]) -> bytes:
     if len(content) > MAX_DOWNLOAD:
         raise InputError(f"A picture has more than {MAX_DOWNLOAD >> 20} MiB.", "Scale it down first.")
     return content
+
+
+def _content(response: http.client.HTTPResponse) -> bytes:
+    """At most one byte more than a picture may have.
+
+    Raises:
+        TimeoutError: If a host sends it in drops.
+    """
+    parts: list[bytes] = []
+    size, end = 0, time.monotonic() + DOWNLOAD_SECONDS
+    while size <= MAX_DOWNLOAD and (part := response.read1(1 << 16)):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > end:
+            raise TimeoutError(f"it took more than {DOWNLOAD_SECONDS} seconds")
+    return b"".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from qe_edge.models.family import Sample
 from qe_edge.models.samples import Turn
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.folder_model import FolderModel
+from qe_edge.runtime.folder_prompts import open_tokenizer
 from qe_edge.runtime.pipeline import Pipeline
-from qe_edge.system.errors import InputError
+from qe_edge.system.errors import ArtifactError, InputError
 from tests.conftest import Exported
 
 
@@ -81,3 +83,13 @@ def test_what_it_cannot_do_says_how(engines: tuple[VisionLanguageEngine, VisionL
         with pytest.raises(InputError, match="Without transformers") as caught:
             engines[1].encode([sample], answers=answers)
         assert "qe-edge[quantize]" in caught.value.remedy
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"model": {"type": "BPE"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_named(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json") as caught:
+        open_tokenizer(file)
+    assert caught.value.remedy == "Export or build the model again."

@@ -327,3 +327,13 @@ def test_it_is_public(exported: Exported, questions: list[Sample]) -> None:
     assert pipeline(questions[0], max_new_tokens=2).text
     with pytest.raises(InputError, match="slots is 0"):
         Pipeline(pipeline.engine, slots=0)
+
+
+def test_two_conversations_in_turn_keep_a_cache_each(engine: VisionLanguageEngine) -> None:
+    """A template's first tokens, which all prompts share, are no reason to take another's cache."""
+    pipeline = Pipeline(engine, slots=2)
+    words = ["tell me something long about a red circle and a blue square", "what is one plus two, and why is it so"]
+    first = [pipeline(text, max_new_tokens=2).timings for text in words]
+    again = [pipeline(text, max_new_tokens=2).timings for text in words]
+    assert all(timing.reused_tokens < timing.prompt_tokens / 2 for timing in first)
+    assert all(timing.reused_tokens == timing.prompt_tokens - 1 for timing in again)
