@@ -75,8 +75,6 @@ class Clients:
                 outcome = self._ask(messages, expected, turn)
             except openai.RateLimitError:
                 outcome = "busy"
-            except openai.OpenAIError as error:
-                outcome = "refused at the end" if self.ending and _of_the_end(error) else f"lost: {error}"
             except Exception as error:  # noqa: BLE001 - whatever happens is counted
                 outcome = "refused at the end" if self.ending and _of_the_end(error) else f"lost: {error!r}"
             self.outcomes[outcome] += 1
