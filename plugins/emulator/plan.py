@@ -22,7 +22,7 @@ class Problem(ctypes.Structure):
 class Tactic(ctypes.Structure):
     """QeTactic: zero means that the plan chooses."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("block_rows", "decode_warps", "multiprocessors")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("block_rows", "decode_warps", "multiprocessors", "clusters")]
 
 
 class Buffers(ctypes.Structure):
@@ -48,6 +48,7 @@ class Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint32),
         ("args_bytes", ctypes.c_uint32),
         ("overlaps", ctypes.c_uint32),
+        ("cluster", ctypes.c_uint32),
         ("args", ctypes.c_ubyte * 320),
     ]
 

@@ -59,6 +59,7 @@ void Fill(QeLaunch& launch, const char* name, int gx, int gy, int threads, int s
   launch.threads = static_cast<uint32_t>(threads);
   launch.shared_bytes = static_cast<uint32_t>(shared);
   launch.args_bytes = sizeof(Args);
+  launch.cluster = 1;
   launch.overlaps = 1;  // all kernels wait for what runs before them (wait_for_previous)
   memcpy(launch.args, &args, sizeof(Args));
 }

@@ -230,6 +230,26 @@ QE_DEV void load_fresh(const float* p, float (&v)[4]) {
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(p));
 }
 
+// Clusters, on chips that have them, from 9.0 on: blocks that run at the same time and write into each other's shared memory.
+// A kernel of clusters is launched nowhere else.
+QE_DEV int cluster_rank() {  // of this block in its cluster
+  int rank;
+  asm volatile("mov.u32 %0, 0;\n\t// sm_90: mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of all blocks of the cluster arrive and then wait. What they wrote to shared memory before they arrived can be
+// read after the wait. Every thread alternates between both.
+QE_DEV void cluster_arrive() { asm volatile("// sm_90: barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+QE_DEV void cluster_wait() { asm volatile("// sm_90: barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Writes to where `own` lies in the shared memory of block `rank`. All blocks must have begun, and none may have ended.
+QE_DEV void store_peer(float* own, int rank, float v) {
+  uint32_t there = shared_address(own);
+  asm volatile("// sm_90: mapa.shared::cluster.u32 %0, %0, %1;\n\t// sm_90: st.shared::cluster.f32 [%0], %2;"
+               : "+r"(there)
+               : "r"(rank), "f"(v)
+               : "memory");
+}
+
 // The value is needed here and not before.
 QE_DEV void hold(float& v) { asm volatile("" : "+f"(v)); }
 

@@ -26,6 +26,7 @@ struct QeTactic {
   int32_t block_rows;    // prefill: rows of the GEMM tile, 64 or (int8 activations) 128
   int32_t decode_warps;  // decode: warps that split K, 2, 4 or 8
   int32_t multiprocessors;  // of the GPU, so that the plan can fill it
+  int32_t clusters;         // 1: blocks of a cluster can reach each other's shared memory, as from compute capability 9.0 on
 };
 
 // Device addresses. Unused ones are zero. `workspace` has QeWorkspaceBytes(problem) bytes, 256-byte aligned. `counters` has
@@ -39,6 +40,7 @@ struct QeLaunch {
   char kernel[48];
   uint32_t grid_x, grid_y, threads, shared_bytes, args_bytes;
   uint32_t overlaps;  // 1: may start before the launch in front of it ends, because the kernel waits for that itself
+  uint32_t cluster;   // blocks beside each other in x that form a cluster; 1: none do
   alignas(8) unsigned char args[320];
 };
 
