@@ -13,7 +13,7 @@ using nvinfer1::DataType;
 
 // Tactic i + 1 for TensorRT, which wants positive numbers; 0 lets the plan choose. 128 rows of 16-bit activations do not
 // fit the shared memory of every chip.
-constexpr QeTactic kTactics[] = {{64, 8, 0}, {64, 4, 0}, {64, 2, 0}, {128, 8, 0}};
+constexpr QeTactic kTactics[] = {{64, 8, 0, 0}, {64, 4, 0, 0}, {64, 2, 0, 0}, {128, 8, 0, 0}};
 constexpr int kTacticCount = sizeof(kTactics) / sizeof(kTactics[0]);
 
 // Numbers of tokens: powers of two, and one more. Plans change their kernels only between these two, and in between
