@@ -49,6 +49,7 @@ class Launch(ctypes.Structure):
         ("args_bytes", ctypes.c_uint32),
         ("overlaps", ctypes.c_uint32),
         ("cluster", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),  # the arguments stand at a multiple of 8
         ("args", ctypes.c_ubyte * 320),
     ]
 
