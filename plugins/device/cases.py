@@ -18,6 +18,8 @@ from prepack.reference import qe_linear
 from tests.cases import Mode, random_layer, random_tokens
 from tests.modes import COMBINATIONS, MODES, TOKENS, shape_for
 
+_MOST_CLUSTER_TOKENS = 4  # kLoneTokens of include/qe_edge/sizes.h
+
 REAL_SIZES = [(1536, 2048), (8960, 1536), (1536, 17920)]
 REAL_TOKENS = (1, 3, 8, 9, 17, 64, 65, 300)
 REAL_MODES = [
@@ -48,13 +50,16 @@ class Request:
     seed: int
     real: bool
 
-    def tactics(self, tokens: int, multiprocessors: int) -> list[Tactic]:
-        """What the plan chooses on this GPU and on one that it knows nothing about, and both tiles of the GEMM."""
+    def tactics(self, tokens: int, multiprocessors: int, clusters: int) -> list[Tactic]:
+        """What the plan chooses on this GPU and on one that it knows nothing about, both tiles of the GEMM, and clusters."""
         if tokens > 64:
             rows = (0, 128) if self.mode.act_bits else (0,)
             return [Tactic(height, 0, multiprocessors) for height in rows]
         warps = (0, 2) if self.real else (0,)
-        return [Tactic(0, of_set, known) for of_set in warps for known in (0, multiprocessors)]
+        found = [Tactic(0, of_set, known) for of_set in warps for known in (0, multiprocessors)]
+        if clusters and tokens <= _MOST_CLUSTER_TOKENS:
+            found += [Tactic(0, 0, multiprocessors, blocks) for blocks in ((1, 2, 4, 8) if self.real else (1,))]
+        return found
 
 
 @dataclass(frozen=True)

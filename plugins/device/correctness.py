@@ -41,6 +41,7 @@ class Result:
         block_rows: Rows of the GEMM's tile; 0 where the plan chose.
         decode_warps: Warps of a decode; 0 where the plan chose.
         multiprocessors: What the plan was told; 0 for nothing.
+        clusters: 0 for none, 1 where the plan chose their size, or the number of blocks.
         error: Relative error of all tokens but the rerouted ones; infinite if a value is not finite.
         rerouted: Tokens that went to the other one of two experts with equal scores.
         same_bits: Whether both runs gave the same bits.
@@ -56,6 +57,7 @@ class Result:
     block_rows: int
     decode_warps: int
     multiprocessors: int
+    clusters: int
     error: float
     rerouted: int
     same_bits: bool
@@ -112,7 +114,7 @@ class Checker:
             )  # fmt: skip
             self.gpu.fill(buffers.counters, 0, counters)
             for tokens in request.tokens:
-                for tactic in request.tactics(tokens, self.gpu.multiprocessors):
+                for tactic in request.tactics(tokens, self.gpu.multiprocessors, self.gpu.clusters):
                     yield self._result(case, tokens, tactic, buffers)
 
     def _result(self, case: Case, tokens: int, tactic: Tactic, buffers: Buffers) -> Result:
@@ -124,7 +126,7 @@ class Checker:
         zero, in_bounds = (all(run[i] for run in runs) for i in (1, 2))
         return Result(
             mode.name, case.request.k, n, tokens, tactic.block_rows, tactic.decode_warps, tactic.multiprocessors,
-            error, rerouted, same, zero, in_bounds, error <= LIMIT[mode.dtype] and same and zero and in_bounds,
+            tactic.clusters, error, rerouted, same, zero, in_bounds, error <= LIMIT[mode.dtype] and same and zero and in_bounds,
         )  # fmt: skip
 
     def _run(self, case: Case, tokens: int, tactic: Tactic, buffers: Buffers) -> tuple[NDArray[np.uint8], bool, bool]:

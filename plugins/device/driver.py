@@ -10,7 +10,7 @@ MULTIPROCESSORS, L2_BYTES, MAJOR, MINOR = 16, 38, 75, 76  # of CUdevice_attribut
 MAX_DYNAMIC_SHARED_BYTES, PTX_VERSION = 8, 5  # of CUfunction_attribute
 RELAXED_CAPTURE = 2  # of CUstreamCaptureMode
 NON_BLOCKING = 1  # of CUstream_flags
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # of CUlaunchAttributeID
 
 _WITH_SUFFIX = {
     "cuMemAlloc", "cuMemFree", "cuMemcpyHtoDAsync", "cuMemcpyDtoH", "cuMemcpyDtoDAsync", "cuStreamBeginCapture",
@@ -19,7 +19,7 @@ _WITH_SUFFIX = {
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute. The kit knows one: a launch that may start before the one in front of it ends."""
+    """CUlaunchAttribute: a launch that may start before the one in front of it ends, or the blocks of a cluster."""
 
     _fields_ = [("id", ctypes.c_uint), ("padding", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device import driver as cuda
-from device.driver import Driver
+from device.driver import DeviceError, Driver
 from emulator.plan import Launch
 
 ALIGNMENT = 256
@@ -64,6 +64,7 @@ class Gpu:
         multiprocessors: How many it has.
         l2_bytes: Size of its L2 cache.
         cuda: CUDA version of its driver, as the driver writes it: 13000 is 13.0.
+        clusters: Whether it and the kernels know clusters of blocks, 1 or 0.
     """
 
     def __init__(self, image: bytes | None, driver: Driver) -> None:
@@ -80,9 +81,20 @@ class Gpu:
         self.cuda = driver.integer("cuDriverGetVersion")
         self._image = image  # a driver may load kernels from it later
         self._module = None if image is None else driver.handle("cuModuleLoadData", image)
+        self.clusters = self._has_clusters()
         self._functions: dict[bytes, tuple[ctypes.c_void_p, bool, int]] = {}  # with: may overlap, shared bytes granted
         self.stream = driver.handle("cuStreamCreate", cuda.NON_BLOCKING)
         self._events = [driver.handle("cuEventCreate", 0) for _ in range(2)]
+
+    def _has_clusters(self) -> int:
+        """As host/contexts.cpp asks."""
+        if self._module is None or self.capability < _FIRST_CHIP_THAT_OVERLAPS or self.cuda < _FIRST_DRIVER_THAT_OVERLAPS:
+            return 0
+        try:
+            self.driver.handle("cuModuleGetFunction", self._module, b"qe_cluster_s8_c_f16")
+        except DeviceError:
+            return 0
+        return 1
 
     def allocate(self, size: int) -> int:
         """The address of new memory. Raises NoMemoryError."""
@@ -160,12 +172,18 @@ class Gpu:
         function, may_overlap = self._function(bytes(launch.kernel).rstrip(b"\0"), launch.shared_bytes)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(launch.args))
         grid = (launch.grid_x, launch.grid_y, 1, launch.threads, 1, 1, launch.shared_bytes)
-        if not (may_overlap and launch.overlaps):
+        values = []
+        if may_overlap and launch.overlaps:
+            values.append((cuda.PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
+        if launch.cluster > 1:
+            values.append((cuda.CLUSTER_DIMENSION, (launch.cluster, 1, 1)))
+        if not values:
             self.driver.call("cuLaunchKernel", function, *grid, self.stream, arguments, None)
             return
-        attribute = cuda.LaunchAttribute(id=cuda.PROGRAMMATIC_STREAM_SERIALIZATION)
-        attribute.value[0] = 1
-        config = cuda.LaunchConfig(*grid, self.stream, ctypes.pointer(attribute), 1)
+        attributes = (cuda.LaunchAttribute * len(values))()
+        for attribute, (attribute.id, value) in zip(attributes, values, strict=True):
+            attribute.value[: len(value)] = value
+        config = cuda.LaunchConfig(*grid, self.stream, attributes, len(values))
         self.driver.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments, None)
 
     def graph_time(self, queue: Callable[[], object], repeats: int = 11, warm_ups: int = 2) -> float:

@@ -78,7 +78,7 @@ class Stopwatch:
         room = sum(round_up(max(size, 1), ALIGNMENT) for size in (x, y, workspace, counters))
         small = {shape: small_tensors(shape) for shape in different}
         room += sum(round_up(array.nbytes, ALIGNMENT) for tensors in small.values() for array in tensors.values())
-        tactic = Tactic(block_rows, 0, gpu.multiprocessors)
+        tactic = Tactic(block_rows, 0, gpu.multiprocessors, gpu.clusters)
         with gpu.arena(room + sum(layer_room(shape) for shape in layers)) as arena:
             shared = {"x": arena.take(x), "y": arena.take(y), "workspace": arena.take(workspace),
                       "counters": arena.take(counters)}  # fmt: skip

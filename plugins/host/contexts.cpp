@@ -9,7 +9,7 @@ extern const unsigned long long qe_fatbin_cuda12_bytes;
 namespace qe {
 namespace {
 
-// Code for older chips than 9.0 cannot wait for the launch in front of it, also where it runs on newer ones.
+// Code for older chips than 9.0 cannot wait for the launch in front of it and knows no clusters, also where it runs on newer ones.
 constexpr int kFirstThatOverlaps = 90;
 
 std::mutex contexts_mutex;  // where contexts have ids, never held during a call of the driver that waits
@@ -74,6 +74,20 @@ void Forget(const std::shared_ptr<Loaded>& loaded) {
   const std::lock_guard<std::mutex> lock(contexts_mutex);
   const auto entry = Contexts().find(loaded->context);
   if (entry != Contexts().end() && entry->second == loaded) Contexts().erase(entry);
+}
+
+// Code for older chips has none of them, also where it runs on newer ones.
+void AskForClusters(const Driver& driver, Loaded& loaded, void* stream) {
+  const std::lock_guard<std::mutex> lock(loaded.mutex);
+  if (loaded.clusters >= 0) return;
+  if (!driver.overlaps || loaded.capability < kFirstThatOverlaps) {
+    loaded.clusters = 0;
+    return;
+  }
+  if (driver.Captures(stream)) return;
+  Function found = nullptr;
+  if (!loaded.module && LoadModule(driver, loaded.module)) return;
+  loaded.clusters = driver.get_function(&found, loaded.module, "qe_cluster_s8_c_f16") == kSuccess;
 }
 
 const char* FindKernel(const Driver& driver, Loaded& loaded, const QeLaunch& launch, void* stream, Kernel& found) {

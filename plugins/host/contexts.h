@@ -1,5 +1,6 @@
 // What each CUDA context has loaded. The launchers of one context share it, and copy what they need for launches.
 #pragma once
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -24,6 +25,8 @@ struct Loaded {
   const unsigned long long id;  // of the context; 0 where the driver gives none
   int multiprocessors = 0;      // of its GPU; set once, before anybody else sees this
   int capability = 0;           // 90 for 9.0; likewise
+
+  std::atomic<int> clusters{-1};  // whether kernels of clusters are there; -1: nobody asked yet
 
   std::mutex mutex;  // of `module` and `kernels`
   Module module = nullptr;
@@ -50,5 +53,8 @@ void Forget(const std::shared_ptr<Loaded>& loaded);
 
 // The kernel of a launch, loaded if it is not there yet, which no stream may be captured for.
 const char* FindKernel(const Driver& driver, Loaded& loaded, const QeLaunch& launch, void* stream, Kernel& found);
+
+// Finds out whether kernels of clusters are there, for which their module is loaded. Stays unknown while a stream is captured.
+void AskForClusters(const Driver& driver, Loaded& loaded, void* stream);
 
 }  // namespace qe

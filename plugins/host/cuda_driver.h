@@ -16,15 +16,14 @@ constexpr Result kInvalidHandle = 400, kFirstCaptureError = 900, kLastCaptureErr
 constexpr int kMaxDynamicSharedBytes = 8;                                    // of CUfunction_attribute
 constexpr int kPtxVersion = 5;                                               // of CUfunction_attribute
 constexpr int kMultiprocessorCount = 16, kMajorVersion = 75, kMinorVersion = 76;  // of CUdevice_attribute
-constexpr unsigned kProgrammaticStreamSerialization = 6;                     // of CUlaunchAttributeID
+constexpr unsigned kClusterDimension = 4, kProgrammaticStreamSerialization = 6;  // of CUlaunchAttributeID
 constexpr int kRelaxedCapture = 2;                                           // of CUstreamCaptureMode
 
 struct LaunchAttribute {  // CUlaunchAttribute
-  unsigned id = kProgrammaticStreamSerialization;
-  alignas(8) int allowed = 1;
-  char rest_of_value[60] = {};
+  unsigned id;
+  alignas(8) unsigned value[16];  // a cluster's blocks in x, y and z; or 1 where the launch may overlap
 };
-static_assert(sizeof(LaunchAttribute) == 72 && offsetof(LaunchAttribute, allowed) == 8);
+static_assert(sizeof(LaunchAttribute) == 72 && offsetof(LaunchAttribute, value) == 8);
 
 struct LaunchConfig {  // CUlaunchConfig
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;

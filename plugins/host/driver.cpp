@@ -11,12 +11,15 @@ namespace {
 
 Result Launch(const Driver& driver, const QeLaunch& launch, const Kernel& kernel, void* stream) {
   void* parameters[] = {const_cast<unsigned char*>(launch.args)};  // the driver copies them
-  if (!launch.overlaps || !kernel.overlaps)
+  LaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (launch.overlaps && kernel.overlaps) attributes[count++] = {kProgrammaticStreamSerialization, {1}};
+  if (launch.cluster > 1) attributes[count++] = {kClusterDimension, {launch.cluster, 1, 1}};
+  if (!count)
     return driver.launch(kernel.function, launch.grid_x, launch.grid_y, 1, launch.threads, 1, 1, launch.shared_bytes,
                          stream, parameters, nullptr);
-  LaunchAttribute attribute;
   const LaunchConfig config{launch.grid_x, launch.grid_y,       1,      launch.threads, 1,
-                            1,             launch.shared_bytes, stream, &attribute,     1};
+                            1,             launch.shared_bytes, stream, attributes,     count};
   return driver.launch_extended(&config, kernel.function, parameters, nullptr);
 }
 
@@ -37,6 +40,7 @@ class CurrentContext final : public Device {
   }
   uint64_t Counters(size_t bytes) override { return Allocate(bytes, std::vector<unsigned char>(bytes).data()); }
   int Multiprocessors() override { return launcher_.multiprocessors(); }
+  bool Clusters() override { return launcher_.clusters(); }
   const char* Run(const QePlan& plan) override {
     if (const char* why = launcher_.Run(plan, nullptr)) return why;
     return driver_.synchronize() == kSuccess
@@ -80,6 +84,7 @@ void Launcher::Enter(size_t counter_bytes, void* stream) {
       ++generation_;
     }
   }
+  if (loaded_->clusters < 0) AskForClusters(driver, *loaded_, stream);
   why_ = reserved_ && counter_bytes == counter_bytes_ ? nullptr : Reserve(driver, counter_bytes, stream);
 }
 

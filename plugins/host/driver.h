@@ -16,7 +16,7 @@ constexpr size_t kMaxLaunches = sizeof(QePlan::launch) / sizeof(QeLaunch);
 // context or in several; one launcher is for one thread at a time, as TensorRT runs an execution context.
 //
 //   launcher.Enter(counter_bytes, stream);
-//   ... a plan with launcher.counters() and launcher.multiprocessors() ...
+//   ... a plan with launcher.counters(), launcher.multiprocessors() and launcher.clusters() ...
 //   const char* why = launcher.Run(plan, stream);
 class Launcher {
  public:
@@ -36,6 +36,8 @@ class Launcher {
   bool without_counters() const { return reserved_ && counter_bytes_ && !counters_; }
   // QeTactic.multiprocessors; 0 without a context.
   int multiprocessors() const { return loaded_ ? loaded_->multiprocessors : 0; }
+  // QeTactic.clusters.
+  int clusters() const { return loaded_ && loaded_->clusters > 0; }
   // Changes whenever everything has to be loaded again; never 0 in a context.
   unsigned long generation() const { return loaded_ ? generation_ : 0; }
 

@@ -26,6 +26,7 @@ QE_EXPORT const char* QeRunLayer(const QeProblem* problem, const QeBuffers* buff
   launcher.Enter(0, stream);           // the caller gives the counters
   QeTactic tactic{};
   tactic.multiprocessors = launcher.multiprocessors();
+  tactic.clusters = launcher.clusters();
   QePlan plan;
   if (const char* why = QeMakePlan(problem, buffers, &tactic, &plan)) return why;
   return launcher.Run(plan, stream);

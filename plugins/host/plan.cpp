@@ -255,6 +255,36 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   launch.overlaps = 0;  // its blocks would gather on the multiprocessors that are free first
 }
 
+// All of 1 to 4 tokens in one launch of clusters.
+void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const ClusterCut& c, QeLaunch& launch) {
+  qe::ClusterArgs a{};
+  a.x = At<void>(b.x);
+  a.inv_omega = p.has_inv_omega ? At<void>(b.inv_omega) : nullptr;
+  a.router = s.experts ? At<void>(b.router) : nullptr;
+  a.down = At<void>(b.down);
+  a.down_scale = At<float>(b.down_scale);
+  a.weight = At<uint8_t>(b.weight);
+  a.scales = At<void>(b.scales);
+  a.zeros = At<uint8_t>(b.zeros);
+  a.columns = At<float>(b.columns);
+  a.up = At<void>(b.up);
+  a.y = At<void>(b.y);
+  a.code_shifts = CodeShifts(p, s);
+  a.M = p.M, a.N = p.N, a.Np = s.Np, a.K = p.K;
+  a.E = s.experts, a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
+  a.factor_bits = p.adapter_bits, a.act_max = ActMax(p);
+  a.cluster_blocks = c.blocks, a.cluster_shift = c.shift, a.cluster_sets = c.sets, a.longer_clusters = c.longer;
+  a.chunks = s.Kp / 128, a.slice_chunks = c.slice_chunks, a.parts = c.parts, a.part_chunks = c.part_chunks;
+  a.parts_factor = Divide(1 << 16, c.parts);
+  a.group_sums_at = c.group_sums_at, a.ring_at = c.ring_at, a.largest_at = c.largest_at, a.slice_sum_at = c.slice_sum_at;
+  a.part_at = c.part_at, a.routed_part_at = c.routed_part_at, a.results_at = c.results_at, a.sums_at = c.sums_at;
+  a.unit_at = c.unit_at, a.scores_at = c.scores_at, a.low_at = c.low_at, a.h_at = c.h_at;
+  char name[48];
+  snprintf(name, sizeof name, "qe_cluster_%s_%s", Variant(p), Tag(p));
+  Fill(launch, name, c.clusters * c.blocks, 1, kClusterWarps * 32, c.shared, a);
+  launch.cluster = static_cast<uint32_t>(c.blocks);
+}
+
 }  // namespace
 
 const char* QeRefuse(const QeProblem* problem) {
@@ -315,10 +345,17 @@ const char* QeMakePlan(const QeProblem* problem, const QeBuffers* buffers, const
     return "decode_warps is not 2, 4 or 8. Use a tactic from the plugin's list.";
   if (t.block_rows != 0 && t.block_rows != 64 && (t.block_rows != 128 || !p.act_bits))
     return "block_rows is not 64, or 128 with int8 activations. Use a tactic from the plugin's list.";
+  if (t.clusters != 0 && t.clusters != 1 && t.clusters != 2 && t.clusters != 4 && t.clusters != 8)
+    return "clusters is not 0, 1, 2, 4 or 8. Use a tactic from the plugin's list.";
   const int multiprocessors = t.multiprocessors > 0 ? std::min(t.multiprocessors, kMostMultiprocessors) : kUnknownMultiprocessors;
   const Shape s(p, multiprocessors);
   const Workspace w = Layout(p, s);
   *plan = QePlan{};
+  const ClusterCut cluster = t.clusters ? CutCluster(p, s, t, multiprocessors) : ClusterCut{};
+  if (cluster.blocks) {
+    PlanCluster(p, s, *buffers, cluster, plan->launch[plan->count++]);
+    return nullptr;
+  }
   const Cut cut = s.decode ? CutDecode(p, s, t, multiprocessors, buffers->counters != 0) : Cut{};
   if (s.decode) {
     PlanFirst(p, s, *buffers, w, cut.lone, *plan);

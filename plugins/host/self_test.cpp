@@ -226,7 +226,7 @@ const char* RunOne(Device& device, int tokens, const Kind& kind) {
   for (const uint64_t address : {b.x, b.weight, b.columns, b.scales, b.zeros, b.down, b.down_scale, b.up, b.y, b.workspace})
     if (!address) return kNoMemory;
   QePlan plan;
-  const QeTactic tactic{0, 0, device.Multiprocessors(), 0};
+  const QeTactic tactic{0, 0, device.Multiprocessors(), device.Clusters()};
   if (const char* why = QeMakePlan(&p, &b, &tactic, &plan)) return why;
   if (const char* why = device.Run(plan)) return why;
   if (!device.Read(b.y, y.data(), y.size() * 2)) return kNotRead;

@@ -18,6 +18,8 @@ class Device {
   virtual uint64_t Counters(size_t) { return 0; }
   // QeTactic.multiprocessors.
   virtual int Multiprocessors() { return 0; }
+  // QeTactic.clusters.
+  virtual bool Clusters() { return false; }
   // Runs the launches and waits. Null, or what went wrong.
   virtual const char* Run(const QePlan& plan) = 0;
   virtual bool Read(uint64_t address, void* to, size_t bytes) = 0;

@@ -144,6 +144,73 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
   return CutColumns(p, s, false, wanted, multiprocessors, t.decode_warps);
 }
 
+// How a launch of clusters is cut: blocks of a cluster, which is also slices of K; sets of 32 columns of a cluster; parts of a
+// slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
+struct ClusterCut {
+  int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
+  int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, low_at, h_at;
+  int shared;
+  int most_sets() const { return sets + (longer ? 1 : 0); }
+};
+
+inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c) {
+  const int of_group = p.group_size < 0 ? 0 : 128 / p.group_size, owned = Divide(c.most_sets(), c.blocks), m4 = p.M * 4;
+  const int columns = 16 * s.shared_tiles + (s.experts ? kMaxExperts : 0), routed = 16 * s.routed_tiles;
+  int at = 0;
+  const auto take = [&](int bytes) {
+    const int here = at;
+    at += RoundUp(bytes, 16);
+    return here;
+  };
+  take(c.slice_chunks * p.M * 128 * (s.int8 ? 1 : 2));
+  c.group_sums_at = take(Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
+  c.ring_at = take(kClusterWarps * kRing * 512 * p.weight_bits);
+  c.largest_at = take(c.blocks * kClusterWarps * m4);
+  c.slice_sum_at = take(Zeros(p) && !of_group ? c.blocks * kClusterWarps * m4 : 0);
+  c.part_at = take(c.blocks * columns * m4);
+  c.routed_part_at = take(c.blocks * routed * m4);
+  c.results_at = take(owned * c.blocks * c.parts * 32 * m4);
+  c.sums_at = take(kClusterWarps * std::max(columns, routed) * m4);
+  c.unit_at = take(m4);
+  c.scores_at = take(s.experts ? kMaxExperts * m4 : 0);
+  c.low_at = take(s.lowrank ? owned * 32 * m4 : 0);
+  c.h_at = take(p.M * s.rank() * 2);
+  c.shared = at;
+}
+
+// Nanoseconds of a cut, nearly, on an H100: enough to choose between cuts. Weights of a block from memory, or of a warp one ring
+// after the other; its share of x and of x @ down; sums over blocks.
+inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) {
+  const int rounds = Divide(c.most_sets() * c.parts, kClusterWarps);
+  const int stream = c.most_sets() * c.slice_chunks * 22 * p.weight_bits, steps = rounds * c.part_chunks * 250;
+  const int own_x = Divide(c.slice_chunks * 128 * p.M, 8 * 32 * kClusterWarps) * 150;
+  const int down = Divide(c.slice_chunks * 4, kClusterWarps) * (Divide(s.shared_tiles, 4) + p.M * Divide(s.routed_tiles, 4)) * 250;
+  const int sums = Divide(Divide(c.most_sets(), c.blocks) * p.M, kClusterWarps) * c.blocks * c.parts * 10;
+  return std::max(stream, steps) + own_x + down + sums + 100 * c.shift;
+}
+
+// The fastest cut of 1 to 4 tokens into clusters, or of a given number of blocks each.
+inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors) {
+  ClusterCut best{};
+  if (p.M > kLoneTokens) return best;
+  const int all = s.Np / 32, chunks = s.Kp / 128;
+  for (int shift = 1; 1 << shift <= kMostCluster; ++shift) {
+    ClusterCut c{};
+    c.shift = shift, c.blocks = 1 << shift;
+    c.slice_chunks = Divide(chunks, c.blocks);
+    c.clusters = std::min(multiprocessors / c.blocks, all);
+    if (Divide(chunks, c.slice_chunks) != c.blocks || c.clusters < 1 || (t.clusters > 1 && t.clusters != c.blocks)) continue;
+    c.sets = all / c.clusters, c.longer = all % c.clusters;
+    for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
+      c.part_chunks = Divide(c.slice_chunks, c.parts);
+      PlaceClusterShared(p, s, c);
+      if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
+      if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
+    }
+  }
+  return best;
+}
+
 // The most slices that any GPU has.
 inline int MostSlices(const QeProblem& p, const Shape& s) {
   const bool roomy = p.M > kLoneTokens || CutColumns(p, s, true, 1, kMostMultiprocessors, 0).shared <= kSharedBytes;

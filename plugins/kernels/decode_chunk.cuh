@@ -18,7 +18,8 @@ struct Cursor {
   int x_step;
 
   // Chunk `chunk` of `block` of 32 columns; `act` and `group_sums` start at chunk `first`.
-  QE_DEV Cursor(const MainArgs& p, int block, int chunk, int first, const uint8_t* act, const uint8_t* group_sums, int count) {
+  template <class Args>
+  QE_DEV Cursor(const Args& p, int block, int chunk, int first, const uint8_t* act, const uint8_t* group_sums, int count) {
     const int lane = thread_id() & 31, token = Tokens8 == 1 && (lane >> 2) >= count ? count - 1 : lane >> 2;
     const size_t at = static_cast<size_t>(block) * p.chunks + chunk;
     scales = static_cast<const uint8_t*>(p.scales) + at * (Groups * kBlockColumns * 2) + (lane >> 2) * 8;

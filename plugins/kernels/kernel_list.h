@@ -7,6 +7,7 @@
 #define QE_MAIN_VARIANT(variant, tag, T, bits, mode, groups, zeros)                \
   QE_MAIN_DECODE(qe_decode_##variant##_t8_##tag, T, bits, mode, groups, zeros, 1)  \
   QE_MAIN_DECODE(qe_decode_##variant##_t16_##tag, T, bits, mode, groups, zeros, 2) \
+  QE_MAIN_CLUSTER(qe_cluster_##variant##_##tag, T, bits, mode, groups, zeros)      \
   QE_MAIN_PREFILL(qe_prefill_##variant##_##tag, T, bits, mode, groups, zeros)
 
 #define QE_FACTORS(bits, tag, T)                                    \

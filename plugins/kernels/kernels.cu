@@ -1,5 +1,6 @@
 // Every kernel that ships, once per line of kernel_list.h.
 #include "lowrank_down.cuh"
+#include "main_cluster.cuh"
 #include "main_decode.cuh"
 #include "main_prefill.cuh"
 #include "main_prefill_wide.cuh"
@@ -34,6 +35,12 @@
   QE_KERNEL void QE_BOUNDS(384, 1) name(qe::MainArgs p) {                   \
     qe::release_next();                                                     \
     qe::main_decode<qe::T, bits, qe::mode, groups, zeros, tokens8>(p);      \
+  }
+// Two blocks on a multiprocessor, so that the weights of the launch that follows are on their way while this one still runs.
+#define QE_MAIN_CLUSTER(name, T, bits, mode, groups, zeros)                 \
+  QE_KERNEL void QE_BOUNDS(256, 2) name(qe::ClusterArgs p) {                \
+    qe::release_next();                                                     \
+    qe::main_cluster<qe::T, bits, qe::mode, groups, zeros>(p);              \
   }
 // Bounds chosen by the registers that the assembler then takes, 128 to 184. Without groups 168 leave room for three blocks of
 // 128 threads on a multiprocessor. Of the others 0 as the second number makes it spend no more than 184, and 3-bit weights with 16-bit

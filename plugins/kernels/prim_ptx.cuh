@@ -239,8 +239,14 @@ QE_DEV int cluster_rank() {  // of this block in its cluster
 }
 // All threads of all blocks of the cluster arrive and then wait. What they wrote to shared memory before they arrived can be
 // read after the wait. Every thread alternates between both.
-QE_DEV void cluster_arrive() { asm volatile("// sm_90: barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-QE_DEV void cluster_wait() { asm volatile("// sm_90: barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+QE_DEV void cluster_arrive() {
+  __syncwarp();  // lanes that left a loop early come together
+  asm volatile("// sm_90: barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+QE_DEV void cluster_wait() {
+  __syncwarp();
+  asm volatile("// sm_90: barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Writes to where `own` lies in the shared memory of block `rank`. All blocks must have begun, and none may have ended.
 QE_DEV void store_peer(float* own, int rank, float v) {
   uint32_t there = shared_address(own);

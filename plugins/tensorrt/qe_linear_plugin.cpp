@@ -192,6 +192,7 @@ QeTactic QELinearPlugin::TacticFor(const QeProblem& problem) const noexcept {
   QeTactic tactic = tactic_ > 0 ? kTactics[tactic_ - 1] : QeTactic{};
   if (problem.act_bits == 0) tactic.block_rows = std::min(tactic.block_rows, 64);
   tactic.multiprocessors = launcher_.multiprocessors();
+  tactic.clusters = launcher_.clusters();
   return tactic;
 }
 

@@ -29,6 +29,7 @@ class ModeResult(_Strict):
         block_rows: Rows of a tile in prefill; 0 where the plan chose.
         decode_warps: Warps in decode; 0 where the plan chose.
         multiprocessors: What the plan knew of the GPU; 0 for nothing.
+        clusters: 0 for none, 1 where the plan chose their size, or the number of blocks.
         error: Relative error; infinite if a value was not finite.
         rerouted: Tokens that went to the other one of two experts with equal scores.
         same_bits: Whether a second run gave the same bits.
@@ -44,6 +45,7 @@ class ModeResult(_Strict):
     block_rows: int
     decode_warps: int
     multiprocessors: int
+    clusters: int = 0
     error: float
     rerouted: int
     same_bits: bool

@@ -86,4 +86,28 @@ struct MainArgs {
   int32_t group_sums_at, ring_at, results_at, tokens_at, scores_at, h_at;
 };
 
+// 1 to 4 tokens where blocks form clusters: the whole operator (main_cluster.cuh).
+struct ClusterArgs {
+  const void *x, *inv_omega, *router;  // of PrepareArgs
+  const void* down;                    // of DownArgs, as is down_scale
+  const float* down_scale;
+  const uint8_t* weight;               // of MainArgs, as are scales, zeros, columns, up, y and code_shifts
+  const void* scales;
+  const uint8_t* zeros;
+  const float* columns;
+  const void* up;
+  void* y;
+  uint64_t code_shifts;
+  int32_t M, N, Np, K, E, shared_tiles, routed_tiles;
+  int32_t factor_bits, act_max;
+  int32_t cluster_blocks, cluster_shift;  // a power of two, and which
+  // Sets of 32 columns that each cluster has; the first `longer_clusters` have one more.
+  int32_t cluster_sets, longer_clusters;
+  // Chunks of 128 rows in all, and of a block's slice. A slice has `parts` for different warps, each of `part_chunks`;
+  // parts_factor is 65536 / parts rounded up.
+  int32_t chunks, slice_chunks, parts, part_chunks, parts_factor;
+  // Where things begin in shared memory, in bytes; the activations are at 0.
+  int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, low_at, h_at;
+};
+
 }  // namespace qe

@@ -20,6 +20,9 @@ constexpr int kGroupTokens = 16;  // of one block, where it does not
 constexpr int kDecodeWarps = 12;  // of a block, at most
 constexpr int kRing = 3;          // chunks of weights that a warp has in flight
 
+constexpr int kClusterWarps = 8;  // of a block of a cluster
+constexpr int kMostCluster = 8;   // blocks, on every chip that has clusters
+
 // Prompts.
 constexpr int kPrepareWarps = 16;                     // of a block that prepares and projects down, at most
 constexpr int kDownTokens = 32, kDownColumnTiles = 4;  // of a block that projects down: tokens, and tiles of 16 columns
