@@ -255,7 +255,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   launch.overlaps = 0;  // its blocks would gather on the multiprocessors that are free first
 }
 
-// All of 1 to 4 tokens in one launch of clusters.
+// All of 1 to 8 tokens in one launch of clusters.
 void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const ClusterCut& c, QeLaunch& launch) {
   qe::ClusterArgs a{};
   a.x = At<void>(b.x);
@@ -278,7 +278,7 @@ void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const C
   a.parts_factor = Divide(1 << 16, c.parts);
   a.group_sums_at = c.group_sums_at, a.ring_at = c.ring_at, a.largest_at = c.largest_at, a.slice_sum_at = c.slice_sum_at;
   a.part_at = c.part_at, a.routed_part_at = c.routed_part_at, a.results_at = c.results_at, a.sums_at = c.sums_at;
-  a.unit_at = c.unit_at, a.scores_at = c.scores_at, a.low_at = c.low_at, a.h_at = c.h_at;
+  a.unit_at = c.unit_at, a.scores_at = c.scores_at, a.expert_at = c.expert_at, a.low_at = c.low_at, a.h_at = c.h_at;
   char name[48];
   snprintf(name, sizeof name, "qe_cluster_%s_%s", Variant(p), Tag(p));
   Fill(launch, name, c.clusters * c.blocks, 1, kClusterWarps * 32, c.shared, a);

@@ -148,7 +148,7 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 // slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
 struct ClusterCut {
   int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
-  int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, low_at, h_at;
+  int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, expert_at, low_at, h_at;
   int shared;
   int most_sets() const { return sets + (longer ? 1 : 0); }
 };
@@ -173,6 +173,7 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
   c.sums_at = take(kClusterWarps * std::max(columns, routed) * m4);
   c.unit_at = take(m4);
   c.scores_at = take(s.experts ? kMaxExperts * m4 : 0);
+  c.expert_at = take(s.experts ? m4 : 0);
   c.low_at = take(s.lowrank ? owned * 32 * m4 : 0);
   c.h_at = take(p.M * s.rank() * 2);
   c.shared = at;
@@ -189,10 +190,10 @@ inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) 
   return std::max(stream, steps) + own_x + down + sums + 100 * c.shift;
 }
 
-// The fastest cut of 1 to 4 tokens into clusters, or of a given number of blocks each.
+// The fastest cut of 1 to 8 tokens into clusters, or of a given number of blocks each.
 inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors) {
   ClusterCut best{};
-  if (p.M > kLoneTokens) return best;
+  if (p.M > kClusterTokens) return best;
   const int all = s.Np / 32, chunks = s.Kp / 128;
   for (int shift = 1; 1 << shift <= kMostCluster; ++shift) {
     ClusterCut c{};

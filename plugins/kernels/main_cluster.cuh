@@ -1,4 +1,4 @@
-// The whole operator for 1 to 4 tokens in one launch, on chips with clusters (prim.cuh): a cluster of blocks has some columns,
+// The whole operator for 1 to 8 tokens in one launch, on chips with clusters (prim.cuh): a cluster of blocks has some columns,
 // and each of its blocks has a slice of their K. Blocks tell each other what all of them need, through shared memory:
 //
 //   1. the tokens' maxima, each of its slice of x; then a block quantizes its slice;
@@ -22,13 +22,14 @@ struct ClusterShared {
   float* sums;         // [warps][M][columns]: of this block, before they become a part
   float* unit;         // [M]: what one unit of the activations stands for
   float* scores;       // [M][kMaxExperts]
+  int32_t* expert;     // [M]
   float* low;          // [sets that this block owns][M][32]: h @ up
   uint16_t* h;         // [M][rank]
   QE_DEV ClusterShared(const ClusterArgs& p, unsigned char* shared) {
     const auto at = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
     largest = at(p.largest_at), slice_sum = at(p.slice_sum_at), part = at(p.part_at), routed_part = at(p.routed_part_at);
     results = at(p.results_at), sums = at(p.sums_at), unit = at(p.unit_at), scores = at(p.scores_at), low = at(p.low_at);
-    h = reinterpret_cast<uint16_t*>(shared + p.h_at);
+    expert = reinterpret_cast<int32_t*>(shared + p.expert_at), h = reinterpret_cast<uint16_t*>(shared + p.h_at);
   }
 };
 
@@ -78,9 +79,9 @@ QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b) {
   const size_t down_bytes = static_cast<size_t>(p.factor_bits) * 64;  // of 32 rows
   for (int tile = 0; tile < p.shared_tiles; ++tile)
     prefetch_bytes(static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes, mine * down_bytes);
-  const int lines = (p.factor_bits + 1) / 2 * p.shared_tiles;  // of `up`, in one set of columns
+  const int of_step = p.factor_bits / 2, lines = of_step * p.shared_tiles;  // of `up`, in one set of columns
   for (int o = thread_id(); o < b.owned * lines; o += block_threads()) {
-    const int slot = o / lines, line = o - slot * lines, step = line / ((p.factor_bits + 1) / 2), of = line - step * ((p.factor_bits + 1) / 2);
+    const int slot = o / lines, line = o - slot * lines, step = line / of_step, of = line - step * of_step;
     const size_t pair = static_cast<size_t>(step) * (p.Np / 16) + b.owned_columns(p, slot) * 2;
     prefetch_line(static_cast<const uint8_t*>(p.up) + pair * p.factor_bits * 32 + of * 128);
   }
@@ -161,16 +162,16 @@ QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile
   multiply_slice<T, 16>(p, b, tile0, tiles, only, columns, sums);
 }
 
-// Adds the warps' sums up and tells them to all blocks of the cluster.
-QE_DEV void tell_sums(const ClusterArgs& p, const ClusterBlock& b, const float* sums, int columns, const float* scale, int scaled,
-                      int stride, float* part) {
+// Adds up what the warps found of the shared h and of the scores, and tells all blocks of the cluster.
+QE_DEV void tell_parts(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns) {
   const int warps = block_threads() >> 5, all = p.M * columns;
   for (int o = thread_id(); o < all; o += block_threads()) {
+    const int column = o % columns, score = column - 16 * p.shared_tiles;
+    if (score >= 0 && score >= p.E) continue;  // no such expert
     float v = 0.f;
-    for (int w = 0; w < warps; ++w) v += sums[w * all + o];
-    const int m = o / columns, column = o - m * columns;
-    if (column < scaled) v *= scale[m * stride + column];
-    for (int r = 0; r < p.cluster_blocks; ++r) store_peer(part + b.rank * all + o, r, v);
+    for (int w = 0; w < warps; ++w) v += s.sums[w * all + o];
+    if (score < 0) v *= p.down_scale[column];
+    for (int r = 0; r < p.cluster_blocks; ++r) store_peer(s.part + b.rank * all + o, r, v);
   }
 }
 
@@ -183,27 +184,25 @@ QE_DEV float sum_of_parts(const ClusterArgs& p, const float* part, int step) {
 
 // The experts that the tokens chose: parts of their h for all blocks. Every block knows the scores.
 template <class T>
-QE_DEV void routed_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns, int (&expert)[kLoneTokens]) {
-  const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, warp = thread_id() >> 5;
+QE_DEV void routed_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns) {
+  const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, warp = thread_id() >> 5, warps = block_threads() >> 5;
   for (int o = thread_id(); o < p.M * kMaxExperts; o += block_threads()) {
     const int m = o / kMaxExperts, e = o - m * kMaxExperts;
     if (e < p.E) s.scores[o] = sum_of_parts(p, s.part + m * columns + shared + e, p.M * columns);
   }
   block_sync();
-  QE_UNROLL
-  for (int m = 0; m < kLoneTokens; ++m) expert[m] = m < p.M ? choose_expert(s.scores + m * kMaxExperts, p.E) : 0;
-  QE_UNROLL
-  for (int m = 0; m < kLoneTokens; ++m)
-    if (m < p.M)
-      multiply_slice<T>(p, b, p.shared_tiles + expert[m] * p.routed_tiles, p.routed_tiles, m, routed, s.sums + warp * p.M * routed);
+  if (thread_id() < p.M) s.expert[thread_id()] = choose_expert(s.scores + thread_id() * kMaxExperts, p.E);
   block_sync();
-  for (int m = 0; m < p.M; ++m) {  // each token has scales of its own
-    const float* scale = p.down_scale + shared + choose_expert(s.scores + m * kMaxExperts, p.E) * routed;
-    for (int c = thread_id(); c < routed; c += block_threads()) {
-      float v = 0.f;
-      for (int w = 0; w < block_threads() >> 5; ++w) v += s.sums[(w * p.M + m) * routed + c];
-      for (int r = 0; r < p.cluster_blocks; ++r) store_peer(s.routed_part + (b.rank * p.M + m) * routed + c, r, v * scale[c]);
-    }
+  QE_UNROLL_BY(1)
+  for (int m = 0; m < p.M; ++m)
+    multiply_slice<T>(p, b, p.shared_tiles + s.expert[m] * p.routed_tiles, p.routed_tiles, m, routed, s.sums + warp * p.M * routed);
+  block_sync();
+  for (int o = thread_id(); o < p.M * routed; o += block_threads()) {
+    const int m = o / routed;
+    float v = 0.f;
+    for (int w = 0; w < warps; ++w) v += s.sums[w * p.M * routed + o];
+    v *= p.down_scale[shared + s.expert[m] * routed + o - m * routed];
+    for (int r = 0; r < p.cluster_blocks; ++r) store_peer(s.routed_part + b.rank * p.M * routed + o, r, v);
   }
 }
 
@@ -229,7 +228,7 @@ QE_DEV void load_up_set(const ClusterArgs& p, int step, int columns, UpWords (&w
 // h @ up of the sets that this block owns, a warp a set. `ahead` has the first words of the first one.
 constexpr int kUpAhead = 4;
 template <class T>
-QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, const int (&expert)[kLoneTokens],
+QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s,
                     const UpWords (&ahead)[kUpAhead][kDecodeTiles]) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
   const int rank = 16 * (p.shared_tiles + p.routed_tiles), token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;
@@ -257,15 +256,13 @@ QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
       load_up_set(p, step, columns, words);
       multiply_up<T>(p, words, h + step * 16, true, out);
     }
-    QE_UNROLL
-    for (int m = 0; m < kLoneTokens; ++m) {
-      if (m >= p.M || !p.E) continue;
+    QE_UNROLL_BY(1)
+    for (int m = 0; m < (p.E ? p.M : 0); ++m)
       for (int step = 0; step < p.routed_tiles; ++step) {
         UpWords words[kDecodeTiles];
-        load_up_set(p, p.shared_tiles + expert[m] * p.routed_tiles + step, columns, words);
-        multiply_up<T>(p, words, h + (p.shared_tiles + step) * 16, token == m && (lane >> 2) < p.M, out);
+        load_up_set(p, p.shared_tiles + s.expert[m] * p.routed_tiles + step, columns, words);
+        multiply_up<T>(p, words, h + (p.shared_tiles + step) * 16, (lane >> 2) == m, out);
       }
-    }
     QE_UNROLL
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
@@ -341,12 +338,11 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
   cluster_arrive();
   cluster_wait();
   quantize_cluster<T, Mode, Groups, Zeros>(p, b, s, shared);
-  if (corrects) tell_sums(p, b, s.sums, columns, p.down_scale, shared_rank, 0, s.part);
-  int expert[kLoneTokens] = {0, 0, 0, 0};
+  if (corrects) tell_parts(p, b, s, columns);
   if (p.E) {
     cluster_arrive();
     cluster_wait();
-    routed_slice<T>(p, b, s, columns, expert);
+    routed_slice<T>(p, b, s, columns);
   }
   if (corrects) cluster_arrive();
   block_sync();  // the activations are there
@@ -410,7 +406,7 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
       store2(s.h + o, from_float<T>(v).bits);
     }
     block_sync();
-    correct<T>(p, b, s, expert, ahead);
+    correct<T>(p, b, s, ahead);
   }
   cluster_wait();
 

@@ -86,7 +86,7 @@ struct MainArgs {
   int32_t group_sums_at, ring_at, results_at, tokens_at, scores_at, h_at;
 };
 
-// 1 to 4 tokens where blocks form clusters: the whole operator (main_cluster.cuh).
+// 1 to 8 tokens where blocks form clusters: the whole operator (main_cluster.cuh).
 struct ClusterArgs {
   const void *x, *inv_omega, *router;  // of PrepareArgs
   const void* down;                    // of DownArgs, as is down_scale
@@ -107,7 +107,7 @@ struct ClusterArgs {
   // parts_factor is 65536 / parts rounded up.
   int32_t chunks, slice_chunks, parts, part_chunks, parts_factor;
   // Where things begin in shared memory, in bytes; the activations are at 0.
-  int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, low_at, h_at;
+  int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, expert_at, low_at, h_at;
 };
 
 }  // namespace qe

@@ -22,6 +22,7 @@ constexpr int kRing = 3;          // chunks of weights that a warp has in flight
 
 constexpr int kClusterWarps = 8;  // of a block of a cluster
 constexpr int kMostCluster = 8;   // blocks, on every chip that has clusters
+constexpr int kClusterTokens = 8;
 
 // Prompts.
 constexpr int kPrepareWarps = 16;                     // of a block that prepares and projects down, at most
