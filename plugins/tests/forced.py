@@ -34,6 +34,36 @@ def main_args(launch: Launch) -> MainArgs:
     return MainArgs.from_buffer(launch.args)
 
 
+_CLUSTER_POINTERS = (
+    "x", "inv_omega", "router", "down", "down_scale", "weight", "scales", "zeros", "columns", "up", "y", "code_shifts",
+)  # fmt: skip
+CLUSTER_PLACES = (
+    "group_sums_at", "ring_at", "largest_at", "slice_sum_at", "part_at", "routed_part_at", "results_at", "sums_at",
+    "unit_at", "scores_at", "expert_at", "low_at", "h_at",
+)  # fmt: skip
+_CLUSTER_COUNTS = (
+    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "cluster_blocks",
+    "cluster_shift", "cluster_sets", "longer_clusters", "chunks", "slice_chunks", "parts", "part_chunks",
+    "parts_factor", *CLUSTER_PLACES,
+)  # fmt: skip
+
+
+class ClusterArgs(ctypes.Structure):
+    """ClusterArgs of include/qe_edge/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in _CLUSTER_POINTERS),
+        *((name, ctypes.c_int32) for name in _CLUSTER_COUNTS),
+    ]
+
+
+def cluster_args(launch: Launch) -> ClusterArgs:
+    """The arguments of a launch of clusters."""
+    if launch.args_bytes != ctypes.sizeof(ClusterArgs):
+        raise ValueError("ClusterArgs in tests/forced.py is not the one of args.h. Copy its fields.")
+    return ClusterArgs.from_buffer(launch.args)
+
+
 @dataclass(frozen=True)
 class SlicedPlanner(Planner):
     """A planner whose decode plans have so many slices of K, or one chunk of 128 rows for each where K has fewer."""

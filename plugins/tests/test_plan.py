@@ -12,7 +12,7 @@ from emulator.plan import Buffers, Launch, PlanError, Planner, Problem, Tactic
 from emulator.session import DTYPE_CODE
 from prepack.floats import Dtype
 from prepack.width import has_3_bit_kernels
-from tests.forced import main_args
+from tests.forced import CLUSTER_PLACES, cluster_args, main_args
 
 SMALLEST_SHARED_BYTES = 99 * 1024  # sm_86, 89 and 120
 
@@ -174,6 +174,44 @@ def test_huge_k_has_slices(planner: Planner) -> None:
     assert slices == [1, 4]
 
 
+@pytest.mark.parametrize("multiprocessors", [2, 20, 84, 132, 170])
+@pytest.mark.parametrize("shape", [*QWEN2_VL, (264, 72), (136, 8), (131072, 256)], ids=str)
+def test_clusters_cover_the_layer_once(planner: Planner, shape: tuple[int, int], multiprocessors: int) -> None:
+    """One launch of 1 to 8 tokens: every 32 columns have a cluster and an owner, every chunk of K a block and a warp."""
+    k, n = shape
+    for form, correction, tokens, size in product(FORMS, CORRECTIONS, (1, 3, 8), (1, 2, 4, 8)):
+        if form.get("group_size", -1) > 0 and k % form["group_size"]:
+            continue
+        tactic = Tactic(multiprocessors=multiprocessors, clusters=size)
+        launches = planner.launches(problem(M=tokens, K=k, N=n, **(form | correction)), Buffers(counters=256), tactic)
+        if not launches[0].name.startswith("qe_cluster"):
+            assert k <= 264 or size > multiprocessors or tokens > 1 or multiprocessors < 84 or size != 1
+            continue
+        (launch,) = launches
+        args, blocks = cluster_args(launch), -(-n // 32)
+        assert launch.cluster == args.cluster_blocks == 1 << args.cluster_shift and size in (1, launch.cluster)
+        assert launch.grid_x % launch.cluster == 0 and launch.grid_x <= multiprocessors and launch.grid_y == 1
+        clusters = launch.grid_x // launch.cluster
+        sets = [args.cluster_sets + (cluster < args.longer_clusters) for cluster in range(clusters)]
+        assert min(sets) > 0
+        taken = [cluster + i * clusters for cluster in range(clusters) for i in range(sets[cluster])]
+        assert sorted(taken) == list(range(blocks))
+        assert (launch.cluster - 1) * args.slice_chunks < args.chunks <= launch.cluster * args.slice_chunks
+        assert args.part_chunks * args.parts >= args.slice_chunks
+        tasks = range(max(sets) * args.parts)
+        assert [task * args.parts_factor >> 16 for task in tasks] == [task // args.parts for task in tasks]
+        places = [getattr(args, place) for place in CLUSTER_PLACES]
+        assert places == sorted(places) and all(place % 16 == 0 for place in places)
+        assert places[-1] + 2 * tokens * 16 * (args.shared_tiles + args.routed_tiles) <= launch.shared_bytes
+        assert launch.shared_bytes <= SMALLEST_SHARED_BYTES and launch.threads == 256
+
+
+def test_clusters_only_where_the_gpu_has_them(planner: Planner) -> None:
+    for tokens, clusters in ((1, 0), (9, 1)):
+        names = [launch.name for launch in planner.launches(problem(M=tokens), Buffers(), Tactic(clusters=clusters))]
+        assert not any(name.startswith("qe_cluster") for name in names)
+
+
 BAD = [
     {"dtype": 2}, {"M": 0}, {"M": -5}, {"M": 1 << 21}, {"K": 0}, {"K": 12}, {"K": 1 << 20}, {"N": 12}, {"N": 0},
     {"act_bits": 4}, {"group_size": 32}, {"group_size": 0}, {"K": 1544, "group_size": 128}, {"rank_shared": 129},
@@ -207,7 +245,7 @@ def test_prepack_knows_which_kernels_read_3_bits(
 
 
 @pytest.mark.parametrize(
-    "tactic", [Tactic(block_rows=32), Tactic(block_rows=192), Tactic(decode_warps=3), Tactic(-64, 0)]
+    "tactic", [Tactic(block_rows=32), Tactic(block_rows=192), Tactic(decode_warps=3), Tactic(-64, 0), Tactic(clusters=3)]
 )
 def test_refuses_unknown_tactics(planner: Planner, tactic: Tactic) -> None:
     with pytest.raises(PlanError, match="tactic"):
