@@ -121,7 +121,7 @@ rung "0 emulators built" python -m emulator.build
 rung "1 layout and reference" test tests/test_layout.py tests/test_reference.py tests/test_fragments.py tests/test_plan.py
 rung "1 triton oracle" test_oracle
 rung "1 predicted grids" "$python" -m pytest -q tests/test_predicted_grids.py
-rung "2 source emulator" test tests/test_source_emulator.py
+rung "2 source emulator" test tests/test_source_emulator.py tests/test_clusters.py
 rung "3 ptx emulator" test tests/test_ptx_memory.py tests/test_ptx_emulator.py
 rung "4 planted bugs" test tests/test_planted_bugs.py
 rung "5 plugin x86_64" build_plugin build/plugin -DQE_FUZZ=ON

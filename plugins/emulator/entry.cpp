@@ -11,6 +11,7 @@
 #undef QE_PREPARE_PREFILL
 #undef QE_DOWN_PREFILL
 #undef QE_MAIN_DECODE
+#undef QE_MAIN_CLUSTER
 #undef QE_MAIN_PREFILL
 #undef QE_MAIN_PREFILL_WIDE
 
@@ -39,6 +40,7 @@ std::function<void()> find_kernel(const QeLaunch& launch) {
 #define QE_PREPARE_PREFILL(kernel, ...) QE_ONE(kernel)
 #define QE_DOWN_PREFILL(kernel, ...) QE_ONE(kernel)
 #define QE_MAIN_DECODE(kernel, ...) QE_ONE(kernel)
+#define QE_MAIN_CLUSTER(kernel, ...) QE_ONE(kernel)
 #define QE_MAIN_PREFILL(kernel, ...) QE_ONE(kernel)
 #define QE_MAIN_PREFILL_WIDE(kernel, ...) QE_ONE(kernel)
 #include "../kernels/kernel_list.h"
@@ -52,7 +54,8 @@ extern "C" int qe_emu_launch(const QeLaunch* launch, uint64_t seed, int preempt,
   const auto kernel = find_kernel(*launch);
   if (!kernel) return snprintf(errors, room, "no kernel is called %s", launch->kernel), 1;
   const qe_emu::Shape shape{static_cast<int>(launch->grid_x), static_cast<int>(launch->grid_y),
-                            static_cast<int>(launch->threads), launch->shared_bytes};
+                            static_cast<int>(launch->threads), launch->shared_bytes,
+                            launch->cluster ? static_cast<int>(launch->cluster) : 1};
   const auto found = qe_emu::launch(shape, seed, preempt, kernel);
   std::string all;
   for (const std::string& e : found) all += e + "\n";

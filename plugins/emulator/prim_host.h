@@ -9,7 +9,7 @@
 #define QE_KERNEL static
 #define QE_BOUNDS(...)
 #define QE_REGISTERS(most)
-#define QE_DYNAMIC_SHARED(name) unsigned char* name = qe_emu::shared_memory
+#define QE_DYNAMIC_SHARED(name) unsigned char* name = qe::dynamic_shared()
 #define QE_UNROLL
 #define QE_UNROLL_BY(count)
 #define QE_EMU_OUT __attribute__((noinline, no_sanitize("thread")))
@@ -17,6 +17,7 @@
 
 namespace qe {
 
+QE_EMU_OUT inline unsigned char* dynamic_shared() { return qe_emu::shared_memory; }
 QE_EMU_OUT inline int thread_id() { return qe_emu::now.thread; }
 QE_EMU_OUT inline int block_threads() { return qe_emu::now.threads; }
 QE_EMU_OUT inline int block_x() { return qe_emu::now.block_x; }
@@ -185,5 +186,14 @@ QE_DEV uint32_t ballot(bool v) {
 }
 QE_DEV void warp_sync() {}  // it only keeps ptxas from moving loads: no kernel relies on it
 QE_EMU_OUT inline void block_sync() { qe_emu::barrier(QE_EMU_SITE); }
+
+QE_EMU_OUT inline int cluster_rank() { return qe_emu::now.rank; }
+QE_EMU_OUT inline void cluster_arrive() {
+  qe_emu::collective(qe_emu::Collective::kClusterArrive, nullptr, nullptr, QE_EMU_SITE);
+}
+QE_EMU_OUT inline void cluster_wait() {
+  qe_emu::collective(qe_emu::Collective::kClusterWait, nullptr, nullptr, QE_EMU_SITE);
+}
+QE_EMU_OUT inline void store_peer(float* own, int rank, float v) { qe_emu::store_peer(own, rank, v); }
 
 }  // namespace qe

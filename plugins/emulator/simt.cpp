@@ -17,7 +17,7 @@ ThreadIndex now;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
-enum class State { kRunnable, kAtBarrier, kInCollective, kDone };
+enum class State { kRunnable, kAtBarrier, kInCollective, kAtClusterBarrier, kDone };
 
 struct Fiber {
 #if defined(__x86_64__)
@@ -27,7 +27,7 @@ struct Fiber {
 #endif
   char* stack = nullptr;
   State state = State::kRunnable;
-  int thread = 0;
+  int who = 0, thread = 0, rank = 0;  // in the cluster, in its block; and its block in the cluster
   Collective kind{};
   const void* in = nullptr;
   void* out = nullptr;
@@ -38,7 +38,19 @@ struct Fiber {
   std::vector<PendingCopy> open_group;
 };
 
-std::vector<Fiber> fibers;
+struct Block {
+  std::vector<int> ready;  // threads of the cluster
+  int waiting = 0, done = 0;
+};
+
+std::vector<Fiber> fibers;    // of the cluster
+std::vector<Block> blocks;    // of the cluster
+std::vector<int> in_collective;  // lanes of each warp
+std::vector<int> parked;      // warps at the cluster's barrier
+int first_block_x = 0;
+size_t arrived_threads = 0;   // in the cluster's round
+int complete_rounds = 0;
+int favourite = 0, favours = 0;  // the block that runs, and how often more it does
 Fiber* running = nullptr;
 std::function<void()> body;
 uint64_t random_state = 1;
@@ -82,7 +94,7 @@ void fiber_main() {
 void prepare_fiber(Fiber& f) {
 #if defined(__x86_64__)
   // Stacks that all began at the same offset would share the same few sets of the cache.
-  void** sp = reinterpret_cast<void**>(f.stack + kStackBytes - 64 - f.thread % 64 * 1088);
+  void** sp = reinterpret_cast<void**>(f.stack + kStackBytes - 64 - f.who % 64 * 1088);
   *--sp = nullptr;  // keeps the stack 16-byte aligned at entry
   *--sp = reinterpret_cast<void*>(fiber_main);
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
@@ -96,76 +108,201 @@ void prepare_fiber(Fiber& f) {
 #endif
 }
 
-char* stack_of(int thread) {
+char* stack_of(int who) {
   static std::vector<char*> stacks;
-  while (static_cast<int>(stacks.size()) <= thread)
+  while (static_cast<int>(stacks.size()) <= who)
     stacks.push_back(static_cast<char*>(
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)));
-  return stacks[static_cast<size_t>(thread)];
+  return stacks[static_cast<size_t>(who)];
 }
 
-// All 32 lanes wait: run the collective for them. False if they wait for different things.
+void make_ready(Fiber& f) {
+  f.state = State::kRunnable;
+  blocks[static_cast<size_t>(f.rank)].ready.push_back(f.who);
+}
+
+void make_ready_warp(int first) {
+  for (int l = 0; l < 32; ++l) make_ready(fibers[static_cast<size_t>(first + l)]);
+}
+
+// The last arrival of a round lets everybody go who waits for it.
+bool cluster_arrive(int first) {
+  Rounds& warp = rounds[static_cast<size_t>(first) / 32];
+  if (warp.arrived != warp.waited) return report("cluster barrier: a thread arrives twice without a wait in between"), false;
+  ++warp.arrived;
+  make_ready_warp(first);
+  arrived_threads += 32;
+  if (arrived_threads < fibers.size()) return true;
+  arrived_threads = 0;
+  ++complete_rounds;
+  for (int other : parked) {
+    ++rounds[static_cast<size_t>(other) / 32].waited;
+    make_ready_warp(other);
+  }
+  parked.clear();
+  return true;
+}
+
+bool cluster_wait(int first) {
+  Rounds& warp = rounds[static_cast<size_t>(first) / 32];
+  if (warp.arrived == warp.waited) return report("cluster barrier: a thread waits that did not arrive"), false;
+  if (complete_rounds >= warp.arrived) {
+    ++warp.waited;
+    make_ready_warp(first);
+    return true;
+  }
+  for (int l = 0; l < 32; ++l) fibers[static_cast<size_t>(first + l)].state = State::kAtClusterBarrier;
+  parked.push_back(first);
+  return true;
+}
+
+bool of_cluster(const Fiber& f) {
+  return f.state == State::kInCollective && (f.kind == Collective::kClusterArrive || f.kind == Collective::kClusterWait);
+}
+
+const char* const kLanesApart = "cluster barrier: the lanes of a warp are at different barriers";
+
+// All 32 lanes wait: run the collective for them. False after an error.
 bool finish_collective(int first) {
   const void* in[32];
   void* out[32];
   Fiber* warp = &fibers[static_cast<size_t>(first)];
   for (int l = 0; l < 32; ++l) {
-    if (warp[l].kind != warp->kind || warp[l].site != warp->site) return false;
+    if (warp[l].kind != warp->kind || warp[l].site != warp->site) {
+      const bool cluster = of_cluster(*warp) || of_cluster(warp[l]);
+      return report(cluster ? kLanesApart : "warp collective: lanes wait at different places"), false;
+    }
     in[l] = warp[l].in;
     out[l] = warp[l].out;
   }
+  if (warp->kind == Collective::kClusterArrive) return cluster_arrive(first);
+  if (warp->kind == Collective::kClusterWait) return cluster_wait(first);
   if (warp->kind == Collective::kLoadMatrix)
     for (int l = 0; l < 32; ++l) {
       const auto* row = *static_cast<const unsigned char* const*>(in[l]);
       if (!in_shared(row)) return report("ldmatrix: row outside shared memory"), false;
       if (reinterpret_cast<uintptr_t>(row) % 16) report("ldmatrix: misaligned row");
-      shadow_shared(static_cast<size_t>(row - shared_memory), 16, false, warp[l].thread);
+      shadow_shared(static_cast<size_t>(row - shared_memory), 16, false, warp[l].who);
     }
   run_collective(warp->kind, in, out);
+  make_ready_warp(first);
   return true;
 }
 
-// Runs one block. False after an error that leaves nothing to schedule.
-bool run_block(int threads) {
-  std::vector<int> ready(static_cast<size_t>(threads));
-  for (int t = 0; t < threads; ++t) ready[static_cast<size_t>(t)] = t;
-  std::vector<int> arrived(static_cast<size_t>(threads) / 32);  // lanes of each warp that wait for a collective
-  for (;;) {
-    while (!ready.empty()) {
-      const size_t pick = random_number() % ready.size();
-      const int t = ready[pick], warp = t / 32 * 32;
-      Fiber& f = fibers[static_cast<size_t>(t)];
-      running = &f;
-      now.thread = t;
-      enter(f);
-      running = nullptr;
-      if (stopped) return false;
-      if (f.state != State::kRunnable) {
-        ready[pick] = ready.back();
-        ready.pop_back();
-      }
-      if (f.state != State::kInCollective) continue;
-      int& lanes = arrived[static_cast<size_t>(warp) / 32];
-      if (++lanes < 32) continue;
-      lanes = 0;
-      if (!finish_collective(warp)) return report("warp collective: lanes wait at different places"), false;
-      for (int l = 0; l < 32; ++l) {
-        fibers[static_cast<size_t>(warp + l)].state = State::kRunnable;
-        ready.push_back(warp + l);
-      }
-    }
-    int waiting = 0, done = 0;
-    for (const Fiber& f : fibers) waiting += f.state == State::kAtBarrier, done += f.state == State::kDone;
-    if (done == threads) return true;
-    if (waiting + done != threads) return report("deadlock: a warp collective or barrier that not all threads reach"), false;
-    if (done) report("barrier: some threads have already left the kernel");
-    shadow_next_epoch();
-    for (Fiber& f : fibers)
-      if (f.state == State::kAtBarrier) {
-        f.state = State::kRunnable;
-        ready.push_back(f.thread);
-      }
+// A thread of the running block stopped to run. False after an error that leaves nothing to schedule.
+bool settle(Fiber& f) {
+  Block& block = blocks[static_cast<size_t>(f.rank)];
+  if (f.state == State::kInCollective) {
+    int& lanes = in_collective[static_cast<size_t>(f.who) / 32];
+    if (++lanes < 32) return true;
+    lanes = 0;
+    return finish_collective(f.who / 32 * 32);
   }
+  if (f.state == State::kDone) {
+    const Rounds& warp = rounds[static_cast<size_t>(f.who) / 32];
+    if (warp.arrived != warp.waited) report("cluster barrier: a thread leaves the kernel without the wait for its arrival");
+  }
+  ++(f.state == State::kDone ? block.done : block.waiting);
+  if (block.done == now.threads) shadow_end_block();
+  if (!block.waiting || block.waiting + block.done < now.threads) return true;
+  if (block.done) report("barrier: some threads have already left the kernel");
+  shadow_next_epoch();
+  block.waiting = 0;
+  for (int t = 0; t < now.threads; ++t)
+    if (Fiber& other = fibers[static_cast<size_t>(f.rank * now.threads + t)]; other.state == State::kAtBarrier) make_ready(other);
+  return true;
+}
+
+// Why nothing runs any more although not all threads are done.
+void report_deadlock() {
+  for (const Fiber& f : fibers) {
+    if (f.state == State::kAtClusterBarrier)
+      for (const Fiber& other : fibers)
+        if (other.state == State::kDone) return report("cluster barrier: some threads have already left the kernel");
+    if (!of_cluster(f)) continue;
+    for (int l = 0; l < 32; ++l) {
+      const State lane = fibers[static_cast<size_t>(f.who / 32 * 32 + l)].state;
+      if (lane == State::kDone) return report("cluster barrier: some threads have already left the kernel");
+      if (lane == State::kAtBarrier) return report(kLanesApart);
+    }
+  }
+  report("deadlock: a warp collective or barrier that not all threads reach");
+}
+
+// The block that runs next, -1 if none can. One of a cluster keeps running for a while, between one step and thousands.
+int choose_block() {
+  const auto can_run = [](int rank) { return !blocks[static_cast<size_t>(rank)].ready.empty(); };
+  const int count = static_cast<int>(blocks.size());
+  if (count == 1) return can_run(0) ? 0 : -1;
+  if (favours-- > 0 && can_run(favourite)) return favourite;
+  const int start = static_cast<int>(random_number() % static_cast<uint32_t>(count));
+  for (int i = 0; i < count; ++i)
+    if (const int rank = (start + i) % count; can_run(rank)) {
+      favours = 1 << random_number() % 12;
+      return favourite = rank;
+    }
+  return -1;
+}
+
+void enter_block(int rank) {
+  now.rank = rank;
+  now.block_x = first_block_x + rank;
+  shadow_enter_block(rank);
+}
+
+// Runs the blocks of one cluster. False after an error that leaves nothing to schedule.
+bool run_cluster() {
+  for (int rank; (rank = choose_block()) >= 0;) {
+    if (rank != now.rank) enter_block(rank);
+    std::vector<int>& ready = blocks[static_cast<size_t>(rank)].ready;
+    const size_t pick = random_number() % ready.size();
+    Fiber& f = fibers[static_cast<size_t>(ready[pick])];
+    running = &f;
+    now.thread = f.thread;
+    enter(f);
+    running = nullptr;
+    if (stopped) return false;
+    if (f.state == State::kRunnable) continue;
+    ready[pick] = ready.back();
+    ready.pop_back();
+    if (!settle(f)) return false;
+  }
+  for (const Fiber& f : fibers)
+    if (f.state != State::kDone) return report_deadlock(), false;
+  shadow_end_cluster();
+  return true;
+}
+
+void start_cluster(const Shape& shape, int first) {
+  const size_t threads = static_cast<size_t>(shape.cluster) * static_cast<size_t>(shape.threads);
+  first_block_x = first % shape.grid_x;
+  now = {0, shape.threads, first_block_x, first / shape.grid_x, shape.grid_x, 0};
+  shadow_start_cluster(shape.cluster, shape.threads);
+  enter_block(0);
+  fibers.assign(threads, Fiber{});
+  blocks.assign(static_cast<size_t>(shape.cluster), Block{});
+  in_collective.assign(threads / 32, 0);
+  parked.clear();
+  arrived_threads = 0;
+  complete_rounds = favours = 0;
+  for (size_t i = 0; i < threads; ++i) {
+    Fiber& f = fibers[i];
+    f.who = static_cast<int>(i);
+    f.thread = f.who % shape.threads;
+    f.rank = f.who / shape.threads;
+    f.stack = stack_of(f.who);
+    prepare_fiber(f);
+    make_ready(f);
+  }
+}
+
+// Why the emulator cannot launch this, or null.
+const char* refuse(const Shape& shape) {
+  if (shape.threads < 32 || shape.threads > 1024 || shape.threads % 32) return "launch: a block is not 1 to 32 whole warps";
+  if (shape.shared_bytes > kSharedBytes) return "launch: more shared memory than any chip has";
+  if (shape.cluster < 1 || shape.cluster > kMostClusterBlocks) return "launch: a cluster has 1 to 8 blocks";
+  if (shape.grid_x % shape.cluster) return "launch: the grid is not whole clusters";
+  return nullptr;
 }
 
 bool on_stack(const void* p) {
@@ -180,7 +317,7 @@ void on_access(const void* p, size_t bytes, bool write, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(p) % alignment) report("misaligned access");
   const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(p) - shared_memory);
   const bool harmless =
-      in_shared(p) ? shadow_shared(at, bytes, write, running->thread) : shadow_global(p, bytes, write);
+      in_shared(p) ? shadow_shared(at, bytes, write, running->who) : shadow_global(p, bytes, write);
   if (!harmless) {
     stopped = true;
     leave(*running);  // and never comes back
@@ -243,7 +380,7 @@ void collective(Collective kind, const void* in, void* out, const void* site) {
 }
 
 void copy_async(void* to, const void* from) {
-  if (shadow_issue_copy({to, from}, running->thread)) running->open_group.push_back({to, from});
+  if (shadow_issue_copy({to, from}, running->who)) running->open_group.push_back({to, from});
 }
 
 void copy_commit() {
@@ -254,34 +391,33 @@ void copy_commit() {
 // A copy lands when its thread waits for it and not before: the latest moment that the hardware allows.
 void copy_wait(int pending) {
   while (static_cast<int>(running->groups.size()) > pending) {
-    for (const PendingCopy& c : running->groups.front()) shadow_land_copy(c, running->thread);
+    for (const PendingCopy& c : running->groups.front()) shadow_land_copy(c, running->who);
     running->groups.erase(running->groups.begin());
   }
 }
 
+void store_peer(float* own, int rank, float v) {
+  void* const there = shadow_store_peer(own, rank, running->who);
+  if (!there) stop();
+  memcpy(there, &v, sizeof v);
+  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(*running);
+}
+
 std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel) {
   shadow_start_launch(shape.shared_bytes);
+  if (const char* why = refuse(shape)) return report(why), reports();
   random_state = seed * 0x9E3779B97F4A7C15ull + 1;
   preempt = preempt_every;
   body = kernel;
   stopped = false;
-  bool alive = true;
-  const size_t blocks = static_cast<size_t>(shape.grid_x) * static_cast<size_t>(shape.grid_y);
-  std::vector<int> order(blocks);
-  for (size_t i = 0; i < blocks; ++i) order[i] = static_cast<int>(i);
-  for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
-  for (size_t i = 0; alive && i < blocks; ++i) {
-      now = {0, shape.threads, order[i] % shape.grid_x, order[i] / shape.grid_x, shape.grid_x};
-      shadow_start_block();
-      fibers.assign(static_cast<size_t>(shape.threads), Fiber{});
-      for (int t = 0; t < shape.threads; ++t) {
-        Fiber& f = fibers[static_cast<size_t>(t)];
-        f.thread = t;
-        f.stack = stack_of(t);
-        prepare_fiber(f);
-      }
-      alive = run_block(shape.threads);
-    }
+  const size_t clusters = static_cast<size_t>(shape.grid_x / shape.cluster) * static_cast<size_t>(shape.grid_y);
+  std::vector<int> order(clusters);
+  for (size_t i = 0; i < clusters; ++i) order[i] = static_cast<int>(i) * shape.cluster;
+  for (size_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
+  for (int first : order) {
+    start_cluster(shape, first);
+    if (!run_cluster()) break;
+  }
   return reports();
 }
 

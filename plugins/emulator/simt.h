@@ -8,6 +8,12 @@
 // counter showed that the other block had fenced it off before. Blocks run one after the other, in a random order, so that a
 // block that waits for one that was not scheduled yet never ends, which is reported.
 //
+// Blocks of a cluster run at the same time, each with shared memory of its own; now and then one of them runs far ahead. A round of
+// the cluster's barrier is what all threads arrive at and wait for. It orders accesses to shared memory, of the own block
+// and of a peer, as it does on a GPU: what came before a thread's arrival is ordered before what comes after another one's wait;
+// what comes between a thread's arrival and its wait is not ordered yet. A store to a peer needs a round before it, so that the
+// peer has begun, and one after it, so that the peer has not ended. Barriers are aligned: the lanes of a warp reach them together.
+//
 // Plain loads and stores of the kernels reach `on_access` through the hooks that -fsanitize=thread plants; the
 // sanitizer's own runtime is not linked.
 #pragma once
@@ -22,14 +28,15 @@
 namespace qe_emu {
 
 constexpr size_t kSharedBytes = 232448;  // the most any supported chip has
-extern unsigned char shared_memory[kSharedBytes];
+constexpr int kMostClusterBlocks = 8;    // the most that every chip with clusters has without a special attribute
+extern unsigned char* shared_memory;     // of the running block
 
 struct ThreadIndex {
-  int thread, threads, block_x, block_y, grid_x;
+  int thread, threads, block_x, block_y, grid_x, rank;  // rank: of the block in its cluster
 };
 extern ThreadIndex now;  // of the running fiber
 
-enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuffleXor, kBallot };
+enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuffleXor, kBallot, kClusterArrive, kClusterWait };
 
 // Called by the primitives, from a fiber.
 void on_access(const void* p, size_t bytes, bool write, size_t alignment);
@@ -43,6 +50,7 @@ void wait_for_previous();
 void copy_async(void* to, const void* from);
 void copy_commit();
 void copy_wait(int pending);
+void store_peer(float* own, int rank, float v);
 
 // Operands of the collectives, per lane.
 struct MmaIn {
@@ -66,6 +74,7 @@ void clear_buffers();
 struct Shape {
   int grid_x, grid_y, threads;
   size_t shared_bytes;
+  int cluster = 1;  // blocks
 };
 // Runs the kernel and returns what went wrong, each kind of error once.
 std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel);
@@ -77,17 +86,28 @@ struct PendingCopy {
 };
 void report(const std::string& what);
 const std::set<std::string>& reports();
+// Of the cluster's barrier: which round a warp arrives at next, and which one it waits for next.
+struct Rounds {
+  int16_t arrived = 0, waited = 0;
+};
+extern std::vector<Rounds> rounds;  // of each warp of the cluster
+// `who` is a thread of the cluster: the threads of its block of rank 0 come first.
 void shadow_start_launch(size_t shared_bytes);
-void shadow_start_block();
+void shadow_start_cluster(int blocks, int threads);
+void shadow_enter_block(int rank);
 void shadow_next_epoch();
+void shadow_end_block();
+void shadow_end_cluster();
 // False: the access is out of bounds and must not be carried out.
-bool shadow_shared(size_t at, size_t bytes, bool write, int thread);
+bool shadow_shared(size_t at, size_t bytes, bool write, int who);
+// Where the store goes; null if it must not be carried out.
+void* shadow_store_peer(const void* own, int rank, int who);
 bool shadow_global(const void* p, size_t bytes, bool write, bool fresh = false);
 void shadow_count(const void* counter);
 void shadow_fence();
 bool thread_has_waited();
-bool shadow_issue_copy(const PendingCopy& copy, int thread);
-void shadow_land_copy(const PendingCopy& copy, int thread);
+bool shadow_issue_copy(const PendingCopy& copy, int who);
+void shadow_land_copy(const PendingCopy& copy, int who);
 bool in_shared(const void* p);
 
 }  // namespace qe_emu
