@@ -407,6 +407,7 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
     }
     block_sync();
     correct<T>(p, b, s, ahead);
+    block_sync();  // h @ up was not there yet when this block arrived
   }
   cluster_wait();
 
