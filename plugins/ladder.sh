@@ -122,7 +122,7 @@ rung "1 layout and reference" test tests/test_layout.py tests/test_reference.py 
 rung "1 triton oracle" test_oracle
 rung "1 predicted grids" "$python" -m pytest -q tests/test_predicted_grids.py
 rung "2 source emulator" test tests/test_source_emulator.py tests/test_clusters.py
-rung "3 ptx emulator" test tests/test_ptx_memory.py tests/test_ptx_emulator.py
+rung "3 ptx emulator" test tests/test_ptx_memory.py tests/test_ptx_clusters.py tests/test_ptx_emulator.py
 rung "4 planted bugs" test tests/test_planted_bugs.py
 rung "5 plugin x86_64" build_plugin build/plugin -DQE_FUZZ=ON
 rung "5 plugin aarch64" build_plugin build/plugin-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64.cmake" \

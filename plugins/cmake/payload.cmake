@@ -7,6 +7,10 @@
 # inline PTX, which older chips lack. Without such comments they get the very same PTX, and the launcher, which asks for
 # what chip a kernel was written, overlaps no launches.
 #
+# Kernels of clusters (qe_cluster_...) exist on the listed chips from 9.0 on alone. They are cut out of what older chips get
+# and of the PTX in the fatbin, which serves chips that are not listed (cmake/below_90.cmake). A driver that is asked for one by name
+# has none there.
+#
 # QE_FATBIN_FOLDER reuses the fatbins of another build folder: they are the same for every host architecture.
 set(QE_FATBIN_FOLDER ${CMAKE_CURRENT_BINARY_DIR} CACHE PATH "Where cuda13.fatbin and cuda12.fatbin are")
 set(QE_FATBIN13 ${QE_FATBIN_FOLDER}/cuda13.fatbin)
@@ -22,8 +26,6 @@ find_program(QE_FATBINARY fatbinary HINTS ${QE_CUDA_BIN} REQUIRED)
 
 set(QE_PTX ${CMAKE_CURRENT_BINARY_DIR}/kernels.ptx)
 set(QE_PTX12 ${CMAKE_CURRENT_BINARY_DIR}/kernels12.ptx)
-set(QE_PTX90 ${CMAKE_CURRENT_BINARY_DIR}/kernels_sm_90.ptx)
-set(QE_PTX12_90 ${CMAKE_CURRENT_BINARY_DIR}/kernels12_sm_90.ptx)
 file(GLOB QE_KERNEL_SOURCES CONFIGURE_DEPENDS kernels/*.cu kernels/*.cuh kernels/*.h include/qe_edge/args.h include/qe_edge/sizes.h)
 add_custom_command(OUTPUT ${QE_PTX}
   COMMAND ${QE_NVCC} -O3 -std=c++17 -arch=compute_80 -ptx -o ${QE_PTX} ${CMAKE_CURRENT_SOURCE_DIR}/kernels/kernels.cu
@@ -32,15 +34,17 @@ add_custom_command(OUTPUT ${QE_PTX12}
   COMMAND sed "s/^\\.version .*/.version 8.3/" ${QE_PTX} > ${QE_PTX12}
   DEPENDS ${QE_PTX} VERBATIM)
 
-function(qe_sm_90 from to)
-  set(script ${CMAKE_CURRENT_SOURCE_DIR}/cmake/sm_90.cmake)
+function(qe_ptx_for chips from made)  # what chips below_90, or from sm_90 on, get of a PTX file
+  string(REGEX REPLACE "\\.ptx$" "_${chips}.ptx" to ${from})
+  set(script ${CMAKE_CURRENT_SOURCE_DIR}/cmake/${chips}.cmake)
   add_custom_command(OUTPUT ${to}
     COMMAND ${CMAKE_COMMAND} -DFROM=${from} -DTO=${to} -P ${script} DEPENDS ${from} ${script} VERBATIM)
+  set(${made} ${to} PARENT_SCOPE)
 endfunction()
-qe_sm_90(${QE_PTX} ${QE_PTX90})
-qe_sm_90(${QE_PTX12} ${QE_PTX12_90})
 
-function(qe_fatbin output ptx ptx90 ptxas tag)
+function(qe_fatbin output from ptxas tag)
+  qe_ptx_for(below_90 ${from} ptx)
+  qe_ptx_for(sm_90 ${from} ptx90)
   set(images "")
   set(cubins "")
   foreach(chip ${ARGN})
@@ -59,9 +63,9 @@ function(qe_fatbin output ptx ptx90 ptxas tag)
     DEPENDS ${cubins} ${ptx} VERBATIM)
 endfunction()
 
-qe_fatbin(${QE_FATBIN13} ${QE_PTX} ${QE_PTX90} ${QE_PTXAS} cuda13 ${QE_CHIPS})
+qe_fatbin(${QE_FATBIN13} ${QE_PTX} ${QE_PTXAS} cuda13 ${QE_CHIPS})
 if(QE_PTXAS12)
-  qe_fatbin(${QE_FATBIN12} ${QE_PTX12} ${QE_PTX12_90} ${QE_PTXAS12} cuda12 ${QE_CHIPS12})
+  qe_fatbin(${QE_FATBIN12} ${QE_PTX12} ${QE_PTXAS12} cuda12 ${QE_CHIPS12})
 else()
   message(WARNING "QE_PTXAS12 is not set: the plugin will not run under CUDA 12 drivers (JetPack 6).")
   add_custom_command(OUTPUT ${QE_FATBIN12} COMMAND ${CMAKE_COMMAND} -E touch ${QE_FATBIN12} VERBATIM)

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulator.plan import Launch
+from emulator.ptx_cluster import MOST_IN_CLUSTER, ClusterMemory
+from emulator.ptx_cluster_ops import cluster, cluster_memory
 from emulator.ptx_collectives import collective
 from emulator.ptx_memory import GlobalMemory, SharedMemory
 from emulator.ptx_memory_ops import memory
@@ -28,11 +30,14 @@ from emulator.ptx_warp import LANES, MOST_BLOCKS, DeadlockError, Lanes, Mask, Wa
 _MOST_ERRORS = 20
 
 
+Place = tuple[int, int]
+
+
 class Blocks:
     """Thread blocks that run in step: their warps, their shared memory and the errors seen in them."""
 
     def __init__(
-        self, machine: PtxMachine, launch: Launch, places: list[tuple[int, int]], order: random.Random
+        self, machine: PtxMachine, launch: Launch, kernel: Kernel, places: list[Place], order: random.Random
     ) -> None:
         self.memory, self.order, self.overlap = machine.memory, order, machine.sm_90
         self.parameters = bytes(launch.args)[: launch.args_bytes]
@@ -40,12 +45,17 @@ class Blocks:
         x, y = (np.repeat(np.array(place, np.uint32), LANES) for place in zip(*places, strict=True))
         self.number = y.astype(np.int64) * launch.grid_x + x
         self.errors: list[str] = []
-        self.shared = SharedMemory(launch.shared_bytes, self.count, self.report)
+        warps, beside = launch.threads // LANES, max(1, launch.cluster)
+        self.shared = (
+            ClusterMemory(launch.shared_bytes, self.count, warps, beside, self.report)
+            if kernel.has_clusters
+            else SharedMemory(launch.shared_bytes, self.count, self.report)
+        )
         same = {"%ntid.x": launch.threads, "%nctaid.x": launch.grid_x}
-        self._place = {"%ctaid.x": x, "%ctaid.y": y} | {
+        self._place: dict[str, Lanes] = {"%ctaid.x": x, "%ctaid.y": y, "%cluster_ctarank": x % np.uint32(beside)} | {
             name: np.full(x.size, value, np.uint32) for name, value in same.items()
         }
-        self.warps = [Warp(self, i) for i in range(launch.threads // LANES)]
+        self.warps = [Warp(self, i) for i in range(warps)]
 
     def report(self, what: str) -> None:
         """Note an error, once, with a limit on how many."""
@@ -60,26 +70,45 @@ class Blocks:
             raise PtxError(f"special register {register}")
         return self._place[register]
 
-    def check_waited(self) -> None:
+    def check_end(self) -> None:
         """Report blocks that ended without waiting: what follows would not know that the launch in front has ended."""
+        if isinstance(self.shared, ClusterMemory):
+            self.shared.check_end()
         waited = np.stack([warp.waited.reshape(-1, LANES).any(axis=1) for warp in self.warps])
         if not waited.any(axis=0).all():
             self.report("a block ends before the launch in front has ended")
 
     def release_barrier(self) -> bool:
-        """Let the waiting warps go on. False when there is nobody left.
+        """Let waiting warps go on. False when there is nobody left.
 
-        Only called when no warp can run, so that every block is at a barrier as a whole or has left.
+        Only called when no warp can run, so that each is at a barrier or has left. Raises DeadlockError when all wait
+        for others.
         """
         waiting = np.stack([warp.waiting.reshape(-1, LANES).any(axis=1) for warp in self.warps])
-        if not waiting.any():
+        for_cluster = np.stack([warp.waiting_for_cluster.reshape(-1, LANES).any(axis=1) for warp in self.warps])
+        if self._release_clusters(waiting, for_cluster):
+            return True
+        ready = waiting.any(axis=0) & ~for_cluster.any(axis=0)
+        if not ready.any():
+            if for_cluster.any():
+                raise DeadlockError("deadlock: warps wait at the cluster barrier for others that do not arrive")
             return False
-        if (waiting.any(axis=0) & ~waiting.all(axis=0)).any():
+        if (ready & ~waiting.all(axis=0)).any():
             self.report("barrier: some warps have already left the kernel")
         self.shared.epoch += 1
         for warp in self.warps:
-            warp.resume()
+            warp.resume(np.repeat(ready, LANES))
         return True
+
+    def _release_clusters(self, waiting: NDArray[np.bool_], for_cluster: NDArray[np.bool_]) -> bool:
+        """Let warps go on that wait for a complete round of their cluster's barrier: ``[warps, blocks]``."""
+        if not isinstance(self.shared, ClusterMemory) or not for_cluster.any():
+            return False
+        ready = for_cluster.T & (self.shared.waits < self.shared.completed(~(waiting | for_cluster).T)[:, None])
+        self.shared.waits += ready
+        for warp in self.warps:
+            warp.resume(np.repeat(ready[:, warp.index], LANES))
+        return bool(ready.any())
 
 
 class PtxMachine:
@@ -110,19 +139,28 @@ class PtxMachine:
             return [
                 f"the kernel takes {kernel.parameter_bytes} bytes of arguments, the host passes {launch.args_bytes}"
             ]
+        beside = max(1, launch.cluster)  # blocks of a cluster
+        if beside > MOST_IN_CLUSTER or launch.grid_x % beside:
+            return [f"clusters of {beside} blocks in a grid of {launch.grid_x} by {launch.grid_y} blocks"]
         self.memory.start_launch()
         order = random.Random(seed)
-        places = [(x, y) for y in range(launch.grid_y) for x in range(launch.grid_x)]
-        order.shuffle(places)
+        clusters = [
+            [(x + rank, y) for rank in range(beside)]
+            for y in range(launch.grid_y)
+            for x in range(0, launch.grid_x, beside)
+        ]
+        order.shuffle(clusters)
         errors: list[str] = []
         with np.errstate(all="ignore"):
-            for start in range(0, len(places), MOST_BLOCKS):
-                blocks = Blocks(self, launch, places[start : start + MOST_BLOCKS], order)
+            count = max(1, MOST_BLOCKS // beside)
+            for start in range(0, len(clusters), count):
+                places = [place for group in clusters[start : start + count] for place in group]
+                blocks = Blocks(self, launch, kernel, places, order)
                 try:
                     self._run(blocks, kernel, order)
                 except DeadlockError as deadlock:
                     return [*errors, *blocks.errors, str(deadlock)]
-                blocks.check_waited()
+                blocks.check_end()
                 errors += [error for error in blocks.errors if error not in errors]
         return errors
 
@@ -189,18 +227,35 @@ def _barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask
     warp.wait(pc + 1, active)
 
 
+def _cluster_barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
+    warp.together(active, "cluster barrier")
+    shared, slot = cluster_memory(warp), np.unique(warp.slot[warp.lanes_of(active)])
+    if instruction.op == ("barrier", "cluster", "arrive", "release", "aligned"):
+        shared.arrive(slot, warp.index)
+        warp.goto(pc + 1, mask)
+        return
+    if instruction.op != ("barrier", "cluster", "wait", "acquire", "aligned"):
+        raise PtxError(f"not modelled: `{instruction.text}`")
+    shared.start_wait(slot, warp.index)
+    if active is not mask:
+        warp.goto(pc + 1, mask)
+    warp.wait(pc + 1, active, cluster=True)
+
+
 # Given the lanes that stand at the instruction and those of them whose guard holds.
 _CONTROL: dict[str, Callable[[Warp, Kernel, Instruction, int, Mask, Mask], None]] = {
     "bra": _branch,
     "ret": _return,
     "bar": _barrier,
+    "barrier": _cluster_barrier,
 }
 
 
 def _compile(kernel: Kernel, pc: int) -> Step:
     instruction = kernel.code[pc]
     step = (
-        memory(kernel, instruction)
+        cluster(kernel, instruction)
+        or memory(kernel, instruction)
         or collective(kernel, instruction)
         or ordering(kernel, instruction)
         or arithmetic(kernel, instruction)

@@ -23,6 +23,7 @@ Report = Callable[[str], None]
 _GAP = 1 << 20  # between buffers, so that a stray address falls into no other one
 _NOBODY, _SEVERAL = -1, -2
 _SEVERAL_WARPS = 255  # a block has at most 32
+EPOCH_AT = 24  # bits of what a byte of shared memory remembers: epoch, rounds of a cluster (ptx_cluster.py), warp
 
 
 @dataclass
@@ -196,8 +197,8 @@ class SharedMemory:
         self.epoch = 1
         self._size, self._report = size, report
         self._copied = np.zeros(size * blocks, bool)  # an asynchronous copy owns the byte
-        # The warp that last wrote or read a byte, plus 256 times the epoch.
-        self._writer, self._reader = np.zeros(size * blocks, np.int32), np.zeros(size * blocks, np.int32)
+        # The warp that last wrote or read a byte, and the epoch.
+        self._writer, self._reader = np.zeros(size * blocks, np.int64), np.zeros(size * blocks, np.int64)
 
     def _index(self, at: Ints, size: int, slot: Ints, what: str) -> Ints:
         if (at % size).any():
@@ -212,31 +213,40 @@ class SharedMemory:
         if self._copied[index].any():
             self._report("shared memory: access to bytes that an asynchronous copy still owns")
 
-    def _by_other(self, last: NDArray[np.int32], warp: int) -> NDArray[np.bool_]:
-        return np.asarray((last >> 8 == self.epoch) & (last != self.epoch << 8 | warp))
+    def _check_peers(self, index: Ints, warp: int, slot: Ints) -> None:
+        """Without clusters no other block reaches these bytes."""
+
+    def _stamp(self, warp: int, slot: Ints) -> int | Ints:
+        return self.epoch << EPOCH_AT | warp
+
+    def _by_other(self, last: Ints, warp: int, slot: Ints) -> NDArray[np.bool_]:
+        return np.asarray((last >> EPOCH_AT == self.epoch) & (last != self._stamp(warp, slot)))
 
     def read(self, at: Ints, size: int, warp: int, slot: Ints) -> Bytes:
         """Bytes ``[lanes, size]`` at these offsets."""
         index = self._index(at, size, slot, "read")
         self._check_owner(index)
+        self._check_peers(index, warp, slot)
         writer = self._writer[index]
         if not writer.all():
             self._report("shared memory: read of bytes that nobody wrote")
-        if self._by_other(writer, warp).any():
+        if self._by_other(writer, warp, slot).any():
             self._report("shared memory: race of a read with a write")
-        several = self._by_other(self._reader[index], warp)
-        self._reader[index] = self.epoch << 8 | np.where(several, _SEVERAL_WARPS, warp)
+        reader, stamp = self._reader[index], self._stamp(warp, slot)
+        several = self._by_other(reader, warp, slot)
+        self._reader[index] = np.where(several, np.maximum(reader, stamp) | _SEVERAL_WARPS, stamp)
         return self.data[index]
 
     def write(self, at: Ints, values: Bytes, warp: int, slot: Ints) -> None:
         """Store one row of bytes per offset."""
         index = self._index(at, values.shape[1], slot, "write")
         self._check_owner(index)
-        if self._by_other(self._writer[index], warp).any():
+        self._check_peers(index, warp, slot)
+        if self._by_other(self._writer[index], warp, slot).any():
             self._report("shared memory: race of two writes")
-        if self._by_other(self._reader[index], warp).any():
+        if self._by_other(self._reader[index], warp, slot).any():
             self._report("shared memory: race of a write with a read")
-        self._writer[index] = self.epoch << 8 | warp
+        self._writer[index] = self._stamp(warp, slot)
         self.data[index] = values
 
     def issue_copy(self, at: Ints, size: int, warp: int, slot: Ints) -> None:
@@ -244,10 +254,11 @@ class SharedMemory:
         index = self._index(at, size, slot, "asynchronous copy")
         if self._copied[index].any():
             self._report("asynchronous copy: over bytes of another one in flight")
-        if self._by_other(self._reader[index], warp).any():
+        if self._by_other(self._reader[index], warp, slot).any():
             self._report("asynchronous copy: over bytes that another thread may still read")
-        if self._by_other(self._writer[index], warp).any():
+        if self._by_other(self._writer[index], warp, slot).any():
             self._report("asynchronous copy: over bytes that another thread writes")
+        self._check_peers(index, warp, slot)
         self._copied[index] = True
 
     def land_copy(self, at: Ints, values: Bytes, warp: int, slot: Ints) -> None:

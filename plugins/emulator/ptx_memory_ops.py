@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,17 +76,26 @@ def _load(kernel: Kernel, instruction: Instruction) -> Step:
     return step
 
 
-def _store(kernel: Kernel, instruction: Instruction) -> Step:
+def raw_values(kernel: Kernel, instruction: Instruction) -> Callable[[Warp], NDArray[np.uint8]]:
+    """How to fetch what a store writes: a row of bytes a lane."""
     kind, _ = _width(instruction)
-    pointer = pointer_of(kernel, instruction.operands[0])
     sources = [reader(kernel, register, kind) for register in vector(instruction.operands[1])]
+
+    def fetch(warp: Warp) -> NDArray[np.uint8]:
+        values = np.ascontiguousarray(np.stack([source(warp) for source in sources], 1))
+        return values.view(np.uint8).reshape(warp.lanes.size, -1)
+
+    return fetch
+
+
+def _store(kernel: Kernel, instruction: Instruction) -> Step:
+    pointer, values = pointer_of(kernel, instruction.operands[0]), raw_values(kernel, instruction)
     shared = instruction.op[1] == "shared"
 
     def step(warp: Warp, mask: Mask) -> None:
         lanes, blocks = warp.lanes_of(mask), warp.blocks
         at = pointer(warp)[lanes]
-        values = np.stack([source(warp) for source in sources], 1)
-        raw = np.ascontiguousarray(values).view(np.uint8).reshape(warp.lanes.size, -1)[lanes]
+        raw = values(warp)[lanes]
         if shared:
             blocks.shared.write(at, raw, warp.index, warp.slot[lanes])
         else:

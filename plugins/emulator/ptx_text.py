@@ -55,7 +55,13 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether it has instructions of clusters."""
+        return any("cluster" in instruction.op for instruction in self.code)
 
+
+CLUSTER_KERNELS = "qe_cluster_"  # names of kernels that only chips from 9.0 on have begin so
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(\s*\.param\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]\s*\)(.*?)\n\}", re.S)
 _SHARED = re.compile(r"\.extern\s+\.shared\s+[^;]*?(\w+)\[\]")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>\s*;")
@@ -69,7 +75,8 @@ class PtxFile:
 
     Args:
         text: of the file.
-        sm_90: as cmake/sm_90.cmake writes it for chips from 9.0 on, with the instructions that comments hold.
+        sm_90: as cmake/sm_90.cmake writes it for chips from 9.0 on, with the instructions that comments hold. Else as
+            cmake/below_90.cmake writes it, without the kernels of clusters.
     """
 
     def __init__(self, text: str, *, sm_90: bool = False) -> None:
@@ -77,7 +84,8 @@ class PtxFile:
             text = text.replace("// sm_90: ", "")
         text = re.sub(r"//[^\n]*", "", text)
         self._symbols = frozenset(_SHARED.findall(text))
-        self._entries = {match.group(1): match for match in _ENTRY.finditer(text)}
+        entries = {match.group(1): match for match in _ENTRY.finditer(text)}
+        self._entries = {name: entries[name] for name in entries if sm_90 or not name.startswith(CLUSTER_KERNELS)}
         self._parsed: dict[str, Kernel] = {}
 
     @property

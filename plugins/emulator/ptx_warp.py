@@ -45,7 +45,8 @@ class Warp:
         self.lane_pc: NDArray[np.int64] | None = None
         self.running: Mask = None  # neither returned nor at a barrier
         self.can_run = True
-        self.waiting = np.zeros(self.lanes.size, bool)
+        self.waiting = np.zeros(self.lanes.size, bool)  # at the barrier of their block
+        self.waiting_for_cluster = np.zeros(self.lanes.size, bool)
         self._resume_at = np.zeros(self.lanes.size, np.int64)
         self.committed = np.zeros(self.lanes.size, np.int64)  # groups of asynchronous copies
         self.copies: list[Copies] = []
@@ -94,18 +95,20 @@ class Warp:
         if self.can_run and self.lane_pc is not None:
             self._reconverge()
 
-    def wait(self, target: int, mask: Mask) -> None:
-        """These lanes stop until `resume`, and go on at the target then."""
+    def wait(self, target: int, mask: Mask, *, cluster: bool = False) -> None:
+        """These lanes stop at a barrier until `resume`, and go on at the target then."""
         lanes = self.lanes_of(mask)
-        self.waiting[lanes], self._resume_at[lanes] = True, target
+        (self.waiting_for_cluster if cluster else self.waiting)[lanes] = True
+        self._resume_at[lanes] = target
         self.stop(mask)
 
-    def resume(self) -> None:
-        """All waiting lanes go on. Nobody may be running."""
-        if self.waiting.any():
-            self.running, self.can_run = None if self.waiting.all() else self.waiting, True
+    def resume(self, lanes: NDArray[np.bool_]) -> None:
+        """Those of these lanes that wait go on. Nobody may be running."""
+        lanes = lanes & (self.waiting | self.waiting_for_cluster)
+        if lanes.any():
+            self.running, self.can_run = None if lanes.all() else lanes, True
             self.lane_pc = self._resume_at.copy()
-            self.waiting = np.zeros(self.lanes.size, bool)
+            self.waiting, self.waiting_for_cluster = self.waiting & ~lanes, self.waiting_for_cluster & ~lanes
             self._reconverge()
 
     def _reconverge(self) -> None:

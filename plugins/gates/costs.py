@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from emulator.ptx_text import CLUSTER_KERNELS
 from gates.cubins import CHIPS, Cubin, cubin, disassemble
 from gates.limits import loop_of, variant
 
@@ -30,10 +31,11 @@ def instruction_costs() -> dict[str, Any]:
 
 
 def chip_costs(shipped: Cubin, code: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """One chip's part of `instruction_costs`."""
+    """One chip's part of `instruction_costs`. The loops of kernels of clusters are those of decode."""
     prefill: dict[str, float] = {}
     decode: dict[str, float] = {}
-    for kernel in sorted(name for name in shipped.usage if name.endswith("_f16")):
+    counted = (name for name in shipped.usage if name.endswith("_f16") and not name.startswith(CLUSTER_KERNELS))
+    for kernel in sorted(counted):
         loop = loop_of(kernel, code[kernel])
         if loop is None:
             continue

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emulator.build import BUILD, BuildError
+from emulator.ptx_text import PtxFile
 
 CHIPS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120")
 PLUGIN_BUILD = BUILD / "plugin"
@@ -31,6 +32,11 @@ class Cubin:
     chip: str
     path: Path
     usage: dict[str, Usage]
+
+
+def names_for(chip: str, ptx: Path) -> list[str]:
+    """The kernels of the shipped PTX that a chip gets: those of clusters from 9.0 on."""
+    return PtxFile(ptx.read_text(), sm_90=int(chip.removeprefix("sm_")) >= 90).names
 
 
 def _run(command: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ A variant that cannot keep a limit has its own ceiling here, with the reason.
 
 from __future__ import annotations
 
+from emulator.ptx_text import CLUSTER_KERNELS
 from gates.cubins import Cubin
 from gates.loops import Loop, hot_loop
 
@@ -12,6 +13,7 @@ from gates.loops import Loop, hot_loop
 # one or two of the down-projection of long prompts, of 8 warps.
 DECODE_REGISTERS, GEMM_REGISTERS, PREPARE_REGISTERS, OTHER_REGISTERS = 168, 184, 64, 128
 WIDE_REGISTERS = 255  # two blocks of 4 warps, whose 64 x 64 sums take 128
+CLUSTER_REGISTERS = 128  # two blocks of 8 warps
 GEMM_PER_MMA, GEMM_PER_1000_MAC, DECODE_PER_2048 = 8.0, 2.0, 80.0
 
 # Every GEMM keeps the goals. The dearest are on sm_120, where ptxas puts a NOP between two neighbouring matrix
@@ -41,13 +43,16 @@ DECODE_PER_2048_EXCEPTIONS = {
 
 
 def variant(kernel: str) -> str:
-    """``s8_g128z`` of ``qe_prefill_s8_g128z_f16``; decode keeps its token limit, and a wide tile its name."""
-    return "_".join(kernel.split("_")[2:-1])
+    """``s8_g128z`` of ``qe_prefill_s8_g128z_f16``; decode keeps its token limit, and a wide tile its name.
+
+    Kernels of clusters have the loop of decode for at most 8 tokens, so that they are ``s8_g128z_t8``.
+    """
+    return "_".join(kernel.split("_")[2:-1]) + "_t8" * kernel.startswith(CLUSTER_KERNELS)
 
 
 def loop_of(kernel: str, code: list[str]) -> Loop | None:
-    """The loop over K of a GEMM or decode kernel."""
-    if not kernel.startswith(("qe_prefill", "qe_decode")):
+    """The loop over K of a GEMM or decode kernel, or of one of clusters."""
+    if not kernel.startswith(("qe_prefill", "qe_decode", CLUSTER_KERNELS)):
         return None
     return hot_loop(code, weight_bits=3 if "w3" in variant(kernel) else 4)
 
@@ -56,6 +61,8 @@ def register_limit(kernel: str) -> int:
     """The most registers that a kernel may take, by either assembler."""
     if kernel.startswith("qe_prefill"):
         return WIDE_REGISTERS if "_wide_" in kernel else GEMM_REGISTERS
+    if kernel.startswith(CLUSTER_KERNELS):
+        return CLUSTER_REGISTERS
     if kernel.startswith(("qe_decode", "qe_down_prefill")):
         return DECODE_REGISTERS
     return PREPARE_REGISTERS if kernel in ("qe_prepare_f16", "qe_prepare_bf16") else OTHER_REGISTERS

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from emulator.build import ROOT, ptx
-from emulator.ptx_text import PtxFile
 from gates.costs import EDGE_LLM, chip_costs
-from gates.cubins import CHIPS, PLUGIN_BUILD, cubin, disassemble
+from gates.cubins import CHIPS, PLUGIN_BUILD, cubin, disassemble, names_for
 from gates.limits import broken, loop_of, register_limit
 from gates.loops import hot_loop
 
@@ -24,7 +23,7 @@ def test_the_verified_ptx_is_the_one_that_ships() -> None:
 def test_every_kernel_keeps_its_limits(chip: str) -> None:
     shipped = cubin(chip)
     code = disassemble(shipped)
-    names = PtxFile(ptx().read_text()).names
+    names = names_for(chip, ptx())
     assert sorted(shipped.usage) == sorted(code) == sorted(names)
     assert [line for name in names for line in broken(shipped, name, loop_of(name, code[name]))] == []
     # after a change of the kernels: python benchmarks/kernel_static.py --write qe_edge/predict/instructions.json
@@ -38,7 +37,7 @@ def test_every_kernel_keeps_its_limits(chip: str) -> None:
 def test_cuda_12_has_every_kernel_and_spills_nothing(chip: str) -> None:
     """The payload of JetPack 6, assembled by CUDA 12.6 from the same PTX."""
     usage = cubin(chip, cuda=12).usage
-    assert sorted(usage) == sorted(PtxFile(ptx().read_text()).names)
+    assert sorted(usage) == sorted(names_for(chip, ptx()))
     assert {name for name, used in usage.items() if used.local_bytes or used.stack_bytes} == set()
     assert {name for name, used in usage.items() if used.registers > register_limit(name)} == set()
 

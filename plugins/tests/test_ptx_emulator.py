@@ -68,7 +68,7 @@ def test_the_text_for_9_0_is_the_one_that_cmake_writes(tmp_path: Path) -> None:
     script = ["cmake", f"-DFROM={ptx()}", f"-DTO={written}", "-P", str(ROOT / "cmake/sm_90.cmake")]
     subprocess.run(script, check=True)
     name = "qe_decode_s8_c_t8_f16"
-    shipped, emulated = PtxFile(written.read_text()), PtxFile(ptx().read_text(), sm_90=True)
+    shipped, emulated = PtxFile(written.read_text(), sm_90=True), PtxFile(ptx().read_text(), sm_90=True)
     assert shipped.kernel(name).code == emulated.kernel(name).code != PtxFile(ptx().read_text()).kernel(name).code
 
 

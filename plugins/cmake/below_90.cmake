@@ -1,0 +1,20 @@
+# cmake -DFROM=kernels.ptx -DTO=kernels_below_90.ptx -P below_90.cmake: PTX for chips below 9.0, which have no clusters; see
+# payload.cmake. Every kernel whose name begins with qe_cluster_ is left out. A file has megabytes, and a regular
+# expression would take minutes for it.
+set(entry ".visible .entry qe_cluster_")
+file(READ ${FROM} ptx)
+file(WRITE ${TO} "")
+string(FIND "${ptx}" "${entry}" at)
+while(NOT at EQUAL -1)
+  string(SUBSTRING "${ptx}" 0 ${at} kept)
+  file(APPEND ${TO} "${kept}")
+  string(SUBSTRING "${ptx}" ${at} -1 ptx)
+  string(FIND "${ptx}" "\n}\n" end)
+  if(end EQUAL -1)
+    message(FATAL_ERROR "${FROM}: a kernel of clusters has no end. Compile the PTX again.")
+  endif()
+  math(EXPR end "${end} + 3")
+  string(SUBSTRING "${ptx}" ${end} -1 ptx)
+  string(FIND "${ptx}" "${entry}" at)
+endwhile()
+file(APPEND ${TO} "${ptx}")
