@@ -68,25 +68,33 @@ int64_t block_of(int64_t who) { return who >> 12; }
 int in_cluster() { return now.rank * block_threads + now.thread; }
 const Rounds& rounds_of(int who) { return rounds[static_cast<size_t>(who) / 32]; }
 
-// A write or read of the byte that neither a barrier of the block nor one of the cluster orders before what `who` does now.
-bool written_now(const SharedByte& b, int who) {
-  return b.writer != who && b.writer != kNobody && (b.write_epoch == here->epoch || b.write_epoch == kByPeer) &&
-         b.write_rounds >= rounds_of(who).waited;
+// A thread of the running block, now.
+struct Access {
+  int who;
+  uint32_t epoch;
+  int16_t arrived, waited;
+  explicit Access(int thread) : who(thread), epoch(here->epoch), arrived(rounds_of(who).arrived), waited(rounds_of(who).waited) {}
+};
+
+// Another thread wrote or read the byte, and neither a barrier of the block nor one of the cluster came in between.
+bool written_now(const SharedByte& b, const Access& a) {
+  return (b.write_epoch == a.epoch || b.write_epoch == kByPeer) && b.writer != a.who && b.write_rounds >= a.waited;
 }
-bool read_now(const SharedByte& b, int who) {
-  return b.read_epoch == here->epoch &&
-         (b.reader == who ? b.rounds_of_other_readers : b.read_rounds) >= rounds_of(who).waited;
+bool read_now(const SharedByte& b, const Access& a) {
+  return b.read_epoch == a.epoch && (b.reader == a.who ? b.rounds_of_other_readers : b.read_rounds) >= a.waited;
 }
 
-void note_read(SharedByte& b, int who) {
-  const int16_t arrived = rounds_of(who).arrived;
-  if (b.read_epoch != here->epoch) {
+void note_write(SharedByte& b, const Access& a, uint32_t epoch) {
+  b.writer = a.who, b.write_epoch = epoch, b.write_rounds = a.arrived;
+}
+void note_read(SharedByte& b, const Access& a) {
+  if (b.read_epoch != a.epoch) {
     b.rounds_of_other_readers = -1;
-  } else if (b.reader != who) {
-    b.rounds_of_other_readers = std::max(b.rounds_of_other_readers, std::min(arrived, b.read_rounds));
-    if (arrived < b.read_rounds) return;
+  } else if (b.reader != a.who) {
+    b.rounds_of_other_readers = std::max(b.rounds_of_other_readers, std::min(a.arrived, b.read_rounds));
+    if (a.arrived < b.read_rounds) return;
   }
-  b.reader = who, b.read_rounds = arrived, b.read_epoch = here->epoch;
+  b.reader = a.who, b.read_rounds = a.arrived, b.read_epoch = a.epoch;
 }
 
 Buffer* find(const void* p, size_t slack = 0) {
@@ -156,18 +164,20 @@ void shadow_fence() {
 
 bool shadow_shared(size_t at, size_t bytes, bool write, int who) {
   if (at + bytes > shared_limit) return report("shared memory: access out of bounds"), false;
+  const Access a(who);
+  SharedByte* const all = here->bytes;
   for (size_t i = at; i < at + bytes; ++i) {
-    SharedByte& b = here->bytes[i];
+    SharedByte& b = all[i];
     if (b.copying) report("shared memory: access to bytes that an asynchronous copy still owns");
     if (write) {
-      if (written_now(b, who)) report("shared memory: race of two writes");
-      if (read_now(b, who)) report("shared memory: race of a write with a read");
-      b.writer = who, b.write_epoch = here->epoch, b.write_rounds = rounds_of(who).arrived;
+      if (written_now(b, a)) report("shared memory: race of two writes");
+      if (read_now(b, a)) report("shared memory: race of a write with a read");
+      note_write(b, a, a.epoch);
     } else {
       if (b.writer == kNobody) report("shared memory: read of bytes that nobody wrote");
-      if (written_now(b, who))
+      if (written_now(b, a))
         report(b.write_epoch == kByPeer ? "shared memory: race of a read with a peer's store" : "shared memory: race of a read with a write");
-      note_read(b, who);
+      note_read(b, a);
     }
   }
   return true;
@@ -180,16 +190,17 @@ void* shadow_store_peer(const void* own, int rank, int who) {
   if (at % sizeof(float)) report("store to a peer: misaligned");
   if (rank == now.rank) return shadow_shared(at, sizeof(float), true, who) ? memory_of_blocks + rank * kSharedBytes + at : nullptr;
   BlockShadow& peer = blocks[static_cast<size_t>(rank)];
-  const Rounds& mine = rounds_of(who);
-  if (!mine.waited) report("store to a peer: no cluster barrier before it shows that the peer has begun");
+  const Access a(who);
+  if (!a.waited) report("store to a peer: no cluster barrier before it shows that the peer has begun");
   if (peer.ended) report("store to a peer: the peer has ended");
-  peer.stored_rounds = std::max(peer.stored_rounds, static_cast<int>(mine.arrived));
+  peer.stored_rounds = std::max(peer.stored_rounds, static_cast<int>(a.arrived));
   for (size_t i = at; i < at + sizeof(float); ++i) {
     SharedByte& b = peer.bytes[i];
     if (b.copying) report("store to a peer: over bytes that an asynchronous copy still owns");
-    if (b.writer != who && b.writer != kNobody && b.write_rounds >= mine.waited) report("store to a peer: race with another write");
-    if (b.read_epoch != kNoEpoch && b.read_rounds >= mine.waited) report("store to a peer: race with a read of the peer");
-    b.writer = who, b.write_epoch = kByPeer, b.write_rounds = mine.arrived;
+    if (b.writer != who && b.writer != kNobody && b.write_rounds >= a.waited)
+      report("store to a peer: race with another write");
+    if (b.reader != kNobody && b.read_rounds >= a.waited) report("store to a peer: race with a read of the peer");
+    note_write(b, a, kByPeer);
   }
   return memory_of_blocks + static_cast<size_t>(rank) * kSharedBytes + at;
 }
@@ -199,11 +210,12 @@ bool shadow_issue_copy(const PendingCopy& copy, int who) {
   if (!in_shared(copy.to) || at + 16 > shared_limit) return report("asynchronous copy: target out of bounds"), false;
   if (reinterpret_cast<uintptr_t>(copy.to) % 16 || reinterpret_cast<uintptr_t>(copy.from) % 16)
     return report("asynchronous copy: misaligned"), false;
+  const Access a(who);
   for (size_t i = at; i < at + 16; ++i) {
     SharedByte& b = here->bytes[i];
     if (b.copying) report("asynchronous copy: over bytes of another one in flight");
-    if (read_now(b, who)) report("asynchronous copy: over bytes that another thread may still read");
-    if (written_now(b, who)) report("asynchronous copy: over bytes that another thread writes");
+    if (read_now(b, a)) report("asynchronous copy: over bytes that another thread may still read");
+    if (written_now(b, a)) report("asynchronous copy: over bytes that another thread writes");
     b.copying = true;
   }
   return shadow_global(copy.from, 16, false);

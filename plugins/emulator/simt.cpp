@@ -1,14 +1,11 @@
-// Fibers and their scheduler. Compiled without -fsanitize=thread.
-#include "simt.h"
-
+// The scheduler, and what it does where threads meet. Compiled without -fsanitize=thread.
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+
+#include "fiber.h"
+#include "simt.h"
 
 namespace qe_emu {
 
@@ -16,16 +13,10 @@ ThreadIndex now;
 
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
 enum class State { kRunnable, kAtBarrier, kInCollective, kAtClusterBarrier, kDone };
 
 struct Fiber {
-#if defined(__x86_64__)
-  void* context = nullptr;
-#else
-  ucontext_t context;
-#endif
-  char* stack = nullptr;
+  Context context;
   State state = State::kRunnable;
   int who = 0, thread = 0, rank = 0;  // in the cluster, in its block; and its block in the cluster
   Collective kind{};
@@ -43,14 +34,14 @@ struct Block {
   int waiting = 0, done = 0;
 };
 
-std::vector<Fiber> fibers;    // of the cluster
-std::vector<Block> blocks;    // of the cluster
-std::vector<int> in_collective;  // lanes of each warp
-std::vector<int> parked;      // warps at the cluster's barrier
-int first_block_x = 0;
-size_t arrived_threads = 0;   // in the cluster's round
+std::vector<Fiber> fibers;        // of the cluster that runs
+std::vector<Block> blocks;        // of it
+std::vector<int> in_collective;   // lanes of each warp that wait for one
+std::vector<int> parked;          // first threads of the warps that wait for a round of the cluster's barrier
+size_t arrived_threads = 0;       // in the round that is not complete
 int complete_rounds = 0;
-int favourite = 0, favours = 0;  // the block that runs, and how often more it does
+int first_block_x = 0;
+int favourite = 0, favours = 0;   // the block that runs, and how often more it does
 Fiber* running = nullptr;
 std::function<void()> body;
 uint64_t random_state = 1;
@@ -64,56 +55,11 @@ uint32_t random_number() {
   return static_cast<uint32_t>(random_state >> 20);
 }
 
-#if defined(__x86_64__)
-void* scheduler_context = nullptr;
-extern "C" void qe_emu_switch(void** from, void* to);
-asm(R"(
-.globl qe_emu_switch
-qe_emu_switch:
-  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
-  ret
-)");
-void enter(Fiber& f) { qe_emu_switch(&scheduler_context, f.context); }
-void leave(Fiber& f) { qe_emu_switch(&f.context, scheduler_context); }
-#else
-ucontext_t scheduler_context;
-void enter(Fiber& f) { swapcontext(&scheduler_context, &f.context); }
-void leave(Fiber& f) { swapcontext(&f.context, &scheduler_context); }
-#endif
-
 void fiber_main() {
   body();
   running->state = State::kDone;
-  leave(*running);
+  leave(running->context);
   abort();  // a finished fiber is never entered again
-}
-
-void prepare_fiber(Fiber& f) {
-#if defined(__x86_64__)
-  // Stacks that all began at the same offset would share the same few sets of the cache.
-  void** sp = reinterpret_cast<void**>(f.stack + kStackBytes - 64 - f.who % 64 * 1088);
-  *--sp = nullptr;  // keeps the stack 16-byte aligned at entry
-  *--sp = reinterpret_cast<void*>(fiber_main);
-  for (int i = 0; i < 6; ++i) *--sp = nullptr;
-  f.context = sp;
-#else
-  getcontext(&f.context);
-  f.context.uc_stack.ss_sp = f.stack;
-  f.context.uc_stack.ss_size = kStackBytes;
-  f.context.uc_link = nullptr;
-  makecontext(&f.context, fiber_main, 0);
-#endif
-}
-
-char* stack_of(int who) {
-  static std::vector<char*> stacks;
-  while (static_cast<int>(stacks.size()) <= who)
-    stacks.push_back(static_cast<char*>(
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)));
-  return stacks[static_cast<size_t>(who)];
 }
 
 void make_ready(Fiber& f) {
@@ -259,7 +205,7 @@ bool run_cluster() {
     Fiber& f = fibers[static_cast<size_t>(ready[pick])];
     running = &f;
     now.thread = f.thread;
-    enter(f);
+    enter(f.context);
     running = nullptr;
     if (stopped) return false;
     if (f.state == State::kRunnable) continue;
@@ -290,8 +236,7 @@ void start_cluster(const Shape& shape, int first) {
     f.who = static_cast<int>(i);
     f.thread = f.who % shape.threads;
     f.rank = f.who / shape.threads;
-    f.stack = stack_of(f.who);
-    prepare_fiber(f);
+    prepare(f.context, f.who, fiber_main);
     make_ready(f);
   }
 }
@@ -305,24 +250,19 @@ const char* refuse(const Shape& shape) {
   return nullptr;
 }
 
-bool on_stack(const void* p) {
-  const char* c = static_cast<const char*>(p);
-  return c >= running->stack && c < running->stack + kStackBytes;
-}
-
 }  // namespace
 
 void on_access(const void* p, size_t bytes, bool write, size_t alignment) {
-  if (!running || on_stack(p)) return;
+  if (!running || on_stack(running->context, p)) return;
   if (reinterpret_cast<uintptr_t>(p) % alignment) report("misaligned access");
   const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(p) - shared_memory);
   const bool harmless =
       in_shared(p) ? shadow_shared(at, bytes, write, running->who) : shadow_global(p, bytes, write);
   if (!harmless) {
     stopped = true;
-    leave(*running);  // and never comes back
+    leave(running->context);  // and never comes back
   }
-  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(*running);
+  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(running->context);
 }
 
 namespace {
@@ -331,7 +271,7 @@ constexpr int kMostLooks = 1 << 16;
 
 void stop() {
   stopped = true;
-  leave(*running);  // and never comes back
+  leave(running->context);  // and never comes back
 }
 
 // A thread that looks that often waits for a block that has not run; a GPU may not run it either before this one ends.
@@ -346,7 +286,7 @@ void look() {
 void on_fresh_read(const void* p, size_t bytes) {
   look();
   if (!shadow_global(p, bytes, false, true)) stop();
-  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(*running);
+  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(running->context);
 }
 
 uint32_t count_up(uint32_t* counter, uint32_t last) {
@@ -367,7 +307,7 @@ bool thread_has_waited() { return running->waited; }
 void barrier(const void* site) {
   running->state = State::kAtBarrier;
   running->site = site;
-  leave(*running);
+  leave(running->context);
 }
 
 void collective(Collective kind, const void* in, void* out, const void* site) {
@@ -376,7 +316,7 @@ void collective(Collective kind, const void* in, void* out, const void* site) {
   running->in = in;
   running->out = out;
   running->site = site;
-  leave(*running);
+  leave(running->context);
 }
 
 void copy_async(void* to, const void* from) {
@@ -400,7 +340,7 @@ void store_peer(float* own, int rank, float v) {
   void* const there = shadow_store_peer(own, rank, running->who);
   if (!there) stop();
   memcpy(there, &v, sizeof v);
-  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(*running);
+  if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(running->context);
 }
 
 std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel) {
