@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from ctypes import Structure
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import qe_edge
+from qe_edge.layers import packed_linear
 from qe_edge.layers.kernel_library import ADDRESSES, COUNTED, kernel_library
 from qe_edge.layers.linear import QELinear, quantized_linears
-from qe_edge.layers.packed_linear import PackedQELinear, pack_layers
+from qe_edge.layers.packed_linear import ROLES, PackedQELinear, pack_layers
 from qe_edge.models.family import Sample
 from qe_edge.models.quantized import load_quantized
 from qe_edge.quantization.single_layer import quantize_linear
@@ -100,6 +103,72 @@ def test_a_packed_model_generates_what_its_logits_say(exported: Exported, held_o
         assert (found - wanted).norm() / wanted.norm() < 2e-2
         ids = packed.model.generate(**inputs, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
     assert int(ids[0, inputs["input_ids"].shape[1]]) == int(found[0, -1].argmax())
+
+
+class Recorded:
+    """In place of a library: what a GPU would have been given."""
+
+    def __init__(self, counter_bytes: int) -> None:
+        self.counter_bytes = counter_bytes
+        self.asked: list[int] = []
+        self.runs: list[tuple[int, dict[str, int], int]] = []
+
+    def memory(self, problem: Structure) -> tuple[int, int]:
+        self.asked.append(vars_of(problem)["M"])
+        return 4096, self.counter_bytes
+
+    def run(self, problem: Structure, addresses: list[int], stream: int) -> None:
+        self.runs.append((vars_of(problem)["M"], dict(zip(ADDRESSES, addresses, strict=True)), stream))
+
+
+def vars_of(problem: Structure) -> dict[str, int]:
+    return {name: getattr(problem, name) for name in COUNTED}
+
+
+def recorded_calls(
+    monkeypatch: pytest.MonkeyPatch, name: str, counter_bytes: int, inputs: list[Tensor]
+) -> tuple[Recorded, PackedQELinear, list[Tensor]]:
+    """What the GPU's code asks of a library, on a CPU whose torch says that it were one."""
+    layer, _ = quantized(*LAYERS[0])
+    packed, library = PackedQELinear(layer, torch.float16, name), Recorded(counter_bytes)
+    monkeypatch.setattr(packed_linear, "kernel_library", lambda _: library)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 77, raising=False)
+    tensors = [getattr(packed, role) for role in (*ROLES, "counters")]
+    outputs = [packed_linear._on_gpu(x, *tensors, packed.form, packed.library) for x in inputs]
+    return library, packed, outputs
+
+
+class Event:
+    def record(self) -> None:
+        """A CPU has no events."""
+
+
+def test_a_gpu_is_given_every_tensor_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 2, 256).half()
+    library, packed, (y,) = recorded_calls(monkeypatch, "every tensor", 4, [x])
+    tokens, addresses, stream = library.runs[0]
+    assert (tokens, tuple(y.shape), stream) == (2, (1, 2, 96), 77)
+    own: dict[str, Any] = {role: getattr(packed, role) for role in (*ROLES, "counters")}
+    wanted = {**own, "x": x, "y": y}
+    assert {name: addresses[name] for name in wanted} == {
+        name: 0 if tensor is None else tensor.data_ptr() for name, tensor in wanted.items()
+    }
+    assert addresses["workspace"]
+
+
+def test_a_number_of_tokens_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [torch.randn(tokens, 256).half() for tokens in (1, 3, 1, 3, 0)]
+    library, _, _ = recorded_calls(monkeypatch, "asked once", 4, inputs)
+    assert library.asked == [1, 3]
+    assert [tokens for tokens, _, _ in library.runs] == [1, 3, 1, 3]
+
+
+def test_counters_that_are_too_few_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, packed, _ = recorded_calls(monkeypatch, "too few", 1 << 20, [torch.randn(1, 256).half()])
+    assert packed.counters.nbytes < library.counter_bytes
+    assert library.runs[0][1]["counters"] == 0
 
 
 def test_devices_that_are_not_there(exported: Exported, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Not yet run on hardware: tests call them with a stand-in for CUDA's driver.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -56,6 +56,7 @@ class KernelLibrary:
             raise TargetError(f"The plugin library '{path}' is too old to run single layers.", REMEDY) from error
         for function in (self._check, self._memory, self._run):
             function.restype = ctypes.c_char_p
+        self._run.argtypes = (ctypes.c_void_p,) * 3
 
     def check(self) -> None:
         """Compare the kernels with known answers in the current CUDA context; the first call takes a moment.
@@ -75,19 +76,18 @@ class KernelLibrary:
         _refuse(self._memory(ctypes.byref(problem), ctypes.byref(workspace), ctypes.byref(counters)))
         return workspace.value, counters.value
 
-    def run(self, problem: ctypes.Structure, addresses: Mapping[str, int], stream: int) -> None:
+    def run(self, problem: ctypes.Structure, addresses: Sequence[int], stream: int) -> None:
         """Queue a layer on a stream of the current CUDA context.
 
         Args:
             problem: From `problem_of`.
-            addresses: By the names of `ADDRESSES`; what is not named is 0.
+            addresses: In the order of `ADDRESSES`; 0 for what the layer does not have.
             stream: The stream's handle.
 
         Raises:
             TargetError: If it cannot be launched.
         """
-        buffers = _Buffers(**addresses)
-        _refuse(self._run(ctypes.byref(problem), ctypes.byref(buffers), ctypes.c_void_p(stream)))
+        _refuse(self._run(ctypes.byref(problem), ctypes.byref(_Buffers(*addresses)), stream))
 
 
 @lru_cache(maxsize=8)

@@ -7,14 +7,17 @@ stand-in for the driver.
 
 from __future__ import annotations
 
+import threading
+from ctypes import Structure
 from dataclasses import astuple
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qe_edge.layers.kernel_library import kernel_library, problem_of
+from qe_edge.layers.kernel_library import KernelLibrary, kernel_library, problem_of
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.prepack.linear import CanonicalLinear, PackError
 from qe_edge.prepack.neutral import without_neutral
@@ -50,33 +53,69 @@ def packed_linear(x: Tensor, weight: Tensor, columns: Tensor, *rest: Any) -> Ten
     return torch.from_numpy(y).to(x.dtype).reshape(*x.shape[:-1], form.out_features)
 
 
-def _on_gpu(x: Tensor, weight: Tensor, columns: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
+def _on_gpu(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
     """The same with the library's kernels, on the current stream of the device of `x`."""
-    form, library = Form(*rest[-2]), kernel_library(rest[-1])
+    form = tuple(rest[-2])
+    in_features, out_features = form[:2]
     x = x.contiguous()
     x = x.clone() if x.data_ptr() % ALIGNMENT else x
-    y = x.new_empty((*x.shape[:-1], form.out_features))
+    y = x.new_empty((*x.shape[:-1], out_features))
     if not y.numel():
         return y
-    problem = problem_of(form, DTYPES[x.dtype], x.numel() // form.in_features)
-    with torch.cuda.device(x.device):
-        bytes_needed, counter_bytes = library.memory(problem)
-        workspace = torch.empty(max(bytes_needed, 1), dtype=torch.uint8, device=x.device)
-        tensors = dict(zip(ROLES, (weight, columns, *rest[:-3]), strict=True))
-        counters = rest[-3] if rest[-3].nbytes >= counter_bytes else None  # without them decode is slower
-        tensors |= {"x": x, "y": y, "workspace": workspace, "counters": counters}
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
-        library.run(problem, addresses, torch.cuda.current_stream(x.device).cuda_stream)
+    call = _call(rest[-1], form, x.dtype, x.numel() // in_features)
+    device = x.get_device()
+    if device == torch.cuda.current_device():
+        _queue(call, device, x, rest, y)
+    else:
+        with torch.cuda.device(device):
+            _queue(call, device, x, rest, y)
     return y
 
 
-def _shape(x: Tensor, weight: Tensor, columns: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401, ARG001 - see SCHEMA
+class _Call(NamedTuple):
+    """What all calls of one form with one number of tokens have in common."""
+
+    library: KernelLibrary
+    problem: Structure
+    workspace_bytes: int
+    counter_bytes: int
+
+
+@lru_cache(maxsize=4096)
+def _call(path: str, form: tuple[int, ...], dtype: torch.dtype, tokens: int) -> _Call:
+    library, problem = kernel_library(path), problem_of(Form(*form), DTYPES[dtype], tokens)
+    return _Call(library, problem, *library.memory(problem))
+
+
+def _queue(call: _Call, device: int, x: Tensor, rest: tuple[Any, ...], y: Tensor) -> None:
+    """Launch the kernels on the current stream of the current device, whose index is given."""
+    weight, columns, scales, zeros, inv_omega, down, down_scale, up, router, counters, _, _ = rest
+    if getattr(THREAD, "device", None) != device:  # a thread that has called nothing of CUDA has no context yet
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()  # makes one current, also while a graph is captured
+        THREAD.device = device
+    # Of the caching allocator, which knows streams and graphs: whoever kept a workspace would have to.
+    workspace = torch.empty(max(call.workspace_bytes, 1), dtype=torch.uint8, device=x.device)
+    if counters.nbytes < call.counter_bytes:
+        counters = None  # decode is slower then
+    tensors = (x, weight, scales, zeros, columns, inv_omega, down, down_scale, up, router, y, workspace, counters)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    # the handle alone, as Triton asks for it: an object for every call would take longer than its launch
+    call.library.run(call.problem, addresses, torch._C._cuda_getCurrentRawStream(device))
+
+
+def _shape(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
     return x.new_empty((*x.shape[:-1], Form(*rest[-2]).out_features))
 
 
-OPERATOR = torch.library.custom_op("qe_edge::packed_linear", packed_linear, mutates_args=(), schema=SCHEMA)
-OPERATOR.register_kernel("cuda")(_on_gpu)
-OPERATOR.register_fake(_shape)
+THREAD = threading.local()
+# Not torch.library.custom_op, whose wrappers take 3 to 7 us of every call.
+LIBRARY: Any = torch.library.Library("qe_edge", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define("packed_linear" + SCHEMA)
+LIBRARY.impl("packed_linear", packed_linear, "CPU")
+LIBRARY.impl("packed_linear", _on_gpu, "CUDA")
+torch.library.register_fake("qe_edge::packed_linear", _shape, lib=LIBRARY)
+OPERATOR = torch.ops.qe_edge.packed_linear.default
 
 
 class PackedQELinear(nn.Module):
@@ -117,9 +156,11 @@ class PackedQELinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` `[..., in]`; returns `[..., out]` in the dtype of `x`."""
-        tensors = [getattr(self, role) for role in ROLES]
-        y: Tensor = torch.ops.qe_edge.packed_linear(x.to(self.dtype), *tensors, self.counters, self.form, self.library)
-        return y.to(x.dtype)
+        buffers = self._buffers  # attributes would be looked up among parameters first, ten times a call
+        tensors = [buffers[role] for role in (*ROLES, "counters")]
+        same = x.dtype == self.dtype
+        y: Tensor = OPERATOR(x if same else x.to(self.dtype), *tensors, self.form, self.library)
+        return y if same else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shape and precision."""
