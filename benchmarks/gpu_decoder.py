@@ -280,7 +280,8 @@ def speed(device: str, library: str, layers: int = LAYERS, vocabulary: int = VOC
         torch.zeros(1, device=device)
         kernel_library(library).check()
     shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary {config.vocab_size}"
-    print(f"Decoder: {shape}; context and prompt {PROMPT if device.startswith('cuda') else 32} tokens")
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else "none"
+    print(f"GPU {gpu}, decoder of {shape}; context and prompt {PROMPT if device.startswith('cuda') else 32} tokens")
     print(f"{'':20}" + "".join(f"{title:>20}" for title in (*COLUMNS.values(), "weights / peak MiB")))
     rows: dict[str, dict[str, float]] = {}
     for kind in (FP16, PLAIN, RANK):
@@ -290,7 +291,13 @@ def speed(device: str, library: str, layers: int = LAYERS, vocabulary: int = VOC
             torch.cuda.empty_cache()
     host = host_times(device, library)
     print("Host, us a call: " + ", ".join(f"{name} {value:.1f}" for name, value in host.items()), flush=True)
-    return {"layers": config.num_hidden_layers, "vocabulary": config.vocab_size, "rows": rows, "host_us": host}
+    return {
+        "gpu": gpu,
+        "layers": config.num_hidden_layers,
+        "vocabulary": config.vocab_size,
+        "rows": rows,
+        "host_us": host,
+    }
 
 
 def main() -> None:

@@ -2,6 +2,7 @@ r"""Whether whole quantized models are right and fast in PyTorch on a GPU, where
 
     python benchmarks/gpu_model.py --make CHECKPOINTS                                    # on any machine, two minutes
     python benchmarks/gpu_model.py CHECKPOINTS --library libqe_plugin.so --out gpu.json  # on the GPU
+    python benchmarks/gpu_model.py --show gpu.json                                       # the tables of docs/results.md
 
 The first line quantizes the demo in several schemes. The second needs torch, transformers and no network. Its parts run
 in processes of their own, so that a fault of one leaves the others alone, and none begins or goes on when the time is
@@ -417,6 +418,29 @@ def make(folder: Path) -> None:
             print(f"Wrote {folder / name}", flush=True)
 
 
+def markdown(results: dict[str, Any]) -> list[str]:
+    """The tables of docs/results.md."""
+    lines = [
+        "| the demo | divergence | 16 bits alone | likeliest token | answers |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for name, row in results["right"].items():
+        if name not in CHECKPOINTS:
+            continue
+        rows = list(row["prompts"].values())
+        numbers = [sum(one[key] for one in rows) / len(rows) for key in ("kl", "noise", "same")]
+        answers = f"{row['answers']['same']} of {row['answers']['of']}"
+        lines.append(f"| {name} | {numbers[0]:.1e} | {numbers[1]:.1e} | {100 * numbers[2]:.1f} % | {answers} |")
+    columns = {"eager_ms": "decode", "graph_ms": "decode, CUDA graph", "prompt_ms": "prompt"}
+    lines += ["", "| milliseconds | " + " | ".join(columns.values()) + " | GPU memory, MiB |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    rows = results["speed"]["rows"]
+    for kind, row in rows.items():
+        cells = [f"{row[name]:.2f} ({rows['FP16'][name] / row[name]:.2f}x)" for name in columns]
+        lines.append(f"| {kind} | " + " | ".join(cells) + f" | {row['peak_mib']:.0f} |")
+    return lines
+
+
 def machine(device: str) -> dict[str, str]:
     """Versions, and the GPU as its driver names it."""
     import transformers
@@ -430,6 +454,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="?", help="folder of the checkpoints that --make wrote")
     parser.add_argument("--make", type=Path, help="write the checkpoints to this folder, and do nothing else")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file, and do nothing else")
     parser.add_argument("--library", type=Path, default=Path("libqe_plugin.so"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -439,6 +464,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.make:
         make(options.make)
+        return 0
+    if options.show:
+        print("\n".join(markdown(json.loads(options.show.read_text(encoding="utf-8")))))
         return 0
     if options.checkpoints is None:
         parser.error("Name the folder of the checkpoints, or write it with --make.")

@@ -111,7 +111,7 @@ def _shape(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
 THREAD = threading.local()
 # Not torch.library.custom_op, whose wrappers take 3 to 7 us of every call.
 LIBRARY: Any = torch.library.Library("qe_edge", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define("packed_linear" + SCHEMA)
+LIBRARY.define("packed_linear" + SCHEMA, tags=torch.Tag.pt2_compliant_tag)
 LIBRARY.impl("packed_linear", packed_linear, "CPU")
 LIBRARY.impl("packed_linear", _on_gpu, "CUDA")
 torch.library.register_fake("qe_edge::packed_linear", _shape, lib=LIBRARY)
