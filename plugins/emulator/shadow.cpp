@@ -142,7 +142,7 @@ void shadow_enter_block(int rank) {
 void shadow_next_epoch() { here->epoch = ++last_epoch; }
 void shadow_end_block() { here->ended = true; }
 
-// A block has surely not ended before a round that all its threads waited for.
+// A block that waits for a round has not ended before it; a store that came before an arrival at that round is safe.
 void shadow_end_cluster() {
   for (size_t rank = 0; rank < blocks.size(); ++rank)
     if (blocks[rank].stored_rounds >= rounds_of(static_cast<int>(rank) * block_threads).waited)
@@ -176,7 +176,8 @@ bool shadow_shared(size_t at, size_t bytes, bool write, int who) {
     } else {
       if (b.writer == kNobody) report("shared memory: read of bytes that nobody wrote");
       if (written_now(b, a))
-        report(b.write_epoch == kByPeer ? "shared memory: race of a read with a peer's store" : "shared memory: race of a read with a write");
+        report(b.write_epoch == kByPeer ? "shared memory: race of a read with a peer's store"
+                                        : "shared memory: race of a read with a write");
       note_read(b, a);
     }
   }
@@ -185,10 +186,13 @@ bool shadow_shared(size_t at, size_t bytes, bool write, int who) {
 
 void* shadow_store_peer(const void* own, int rank, int who) {
   const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(own) - shared_memory);
-  if (rank < 0 || rank >= static_cast<int>(blocks.size())) return report("store to a peer: the cluster has no such block"), nullptr;
-  if (!in_shared(own) || at + sizeof(float) > shared_limit) return report("store to a peer: out of bounds of shared memory"), nullptr;
+  if (rank < 0 || rank >= static_cast<int>(blocks.size()))
+    return report("store to a peer: the cluster has no such block"), nullptr;
+  if (!in_shared(own) || at + sizeof(float) > shared_limit)
+    return report("store to a peer: out of bounds of shared memory"), nullptr;
   if (at % sizeof(float)) report("store to a peer: misaligned");
-  if (rank == now.rank) return shadow_shared(at, sizeof(float), true, who) ? memory_of_blocks + rank * kSharedBytes + at : nullptr;
+  void* const there = memory_of_blocks + static_cast<size_t>(rank) * kSharedBytes + at;
+  if (rank == now.rank) return shadow_shared(at, sizeof(float), true, who), there;
   BlockShadow& peer = blocks[static_cast<size_t>(rank)];
   const Access a(who);
   if (!a.waited) report("store to a peer: no cluster barrier before it shows that the peer has begun");
@@ -202,7 +206,7 @@ void* shadow_store_peer(const void* own, int rank, int who) {
     if (b.reader != kNobody && b.read_rounds >= a.waited) report("store to a peer: race with a read of the peer");
     note_write(b, a, kByPeer);
   }
-  return memory_of_blocks + static_cast<size_t>(rank) * kSharedBytes + at;
+  return there;
 }
 
 bool shadow_issue_copy(const PendingCopy& copy, int who) {

@@ -135,7 +135,7 @@ bool finish_collective(int first) {
   return true;
 }
 
-// A thread of the running block stopped to run. False after an error that leaves nothing to schedule.
+// A thread of the running block cannot go on by itself. False after an error that leaves nothing to schedule.
 bool settle(Fiber& f) {
   Block& block = blocks[static_cast<size_t>(f.rank)];
   if (f.state == State::kInCollective) {
@@ -243,10 +243,10 @@ void start_cluster(const Shape& shape, int first) {
 
 // Why the emulator cannot launch this, or null.
 const char* refuse(const Shape& shape) {
-  if (shape.threads < 32 || shape.threads > 1024 || shape.threads % 32) return "launch: a block is not 1 to 32 whole warps";
+  if (shape.threads < 32 || shape.threads > 1024 || shape.threads % 32) return "launch: a block has 1 to 32 whole warps";
   if (shape.shared_bytes > kSharedBytes) return "launch: more shared memory than any chip has";
   if (shape.cluster < 1 || shape.cluster > kMostClusterBlocks) return "launch: a cluster has 1 to 8 blocks";
-  if (shape.grid_x % shape.cluster) return "launch: the grid is not whole clusters";
+  if (shape.grid_x % shape.cluster) return "launch: the grid is no multiple of the cluster";
   return nullptr;
 }
 

@@ -8,11 +8,12 @@
 // counter showed that the other block had fenced it off before. Blocks run one after the other, in a random order, so that a
 // block that waits for one that was not scheduled yet never ends, which is reported.
 //
-// Blocks of a cluster run at the same time, each with shared memory of its own; now and then one of them runs far ahead. A round of
-// the cluster's barrier is what all threads arrive at and wait for. It orders accesses to shared memory, of the own block
-// and of a peer, as it does on a GPU: what came before a thread's arrival is ordered before what comes after another one's wait;
-// what comes between a thread's arrival and its wait is not ordered yet. A store to a peer needs a round before it, so that the
-// peer has begun, and one after it, so that the peer has not ended. Barriers are aligned: the lanes of a warp reach them together.
+// Blocks of a cluster run at the same time, each with shared memory of its own; now and then one of them runs far ahead. A
+// round of the cluster's barrier is what all threads arrive at and wait for. It orders accesses to shared memory, of the own
+// block and of a peer: what came before a thread's arrival is ordered before what comes after another thread's wait. What
+// comes between a thread's arrival and its wait is not ordered yet, and a round counts for a thread once it waited itself. A
+// store to a peer needs a round before it, so that the peer has begun, and one after it, so that the peer has not ended.
+// Barriers of clusters are aligned: the lanes of a warp reach them together.
 //
 // Plain loads and stores of the kernels reach `on_access` through the hooks that -fsanitize=thread plants; the
 // sanitizer's own runtime is not linked.

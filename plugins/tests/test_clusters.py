@@ -81,8 +81,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> SourceMachine:
     return SourceMachine(source_emulator(root), preempt_every=20)
 
 
-def run(machine: SourceMachine, case: str, seed: int, *, blocks: int = 8, cluster: int = 4) -> Outcome:
-    """Launch one case of cluster_kernels.cu."""
+def run(machine: SourceMachine, case: str, seed: int, *, blocks: int = 8, size: int = 4, **changes: int) -> Outcome:
+    """Launch one case of cluster_kernels.cu in clusters of `size` blocks; `changes` are fields of the launch."""
     machine.clear()
     keep: list[NDArray[Any]] = []
 
@@ -94,11 +94,13 @@ def run(machine: SourceMachine, case: str, seed: int, *, blocks: int = 8, cluste
     y = add(np.full((blocks, THREADS), np.nan, np.float32), "y")
     partial = add(np.zeros((blocks, THREADS), np.float32), "partial")
     counter = add(np.zeros(1, np.uint32), "counter", zeroed=True)
-    args = struct.pack("<4Q2i", x, y, partial, counter, CASES.index(case), cluster)
+    args = struct.pack("<4Q2i", x, y, partial, counter, CASES.index(case), size)
     launch = Launch(
-        kernel=b"cluster_test", grid_x=blocks, grid_y=1, threads=THREADS, cluster=cluster,
-        shared_bytes=4 * THREADS * cluster, args_bytes=len(args), args=(type(Launch().args))(*args),
+        kernel=b"cluster_test", grid_x=blocks, grid_y=1, threads=THREADS, cluster=size,
+        shared_bytes=4 * THREADS * size, args_bytes=len(args), args=(type(Launch().args))(*args),
     )  # fmt: skip
+    for field, value in changes.items():
+        setattr(launch, field, value)
     errors = set(machine.launch(launch, seed))
     return Outcome(keep[1], errors)
 
@@ -108,7 +110,7 @@ def test_peers_exchange(machine: SourceMachine, blocks: int, cluster: int) -> No
     number = np.arange(blocks * THREADS, dtype=np.float32).reshape(-1, cluster, THREADS)
     expected = np.repeat(3 * (number + 1).sum(axis=1), cluster, axis=0)
     for seed in SEEDS:
-        outcome = run(machine, "right", seed, blocks=blocks, cluster=cluster)
+        outcome = run(machine, "right", seed, blocks=blocks, size=cluster)
         assert outcome.errors == set()
         assert np.array_equal(outcome.y, expected)
 
@@ -136,11 +138,19 @@ def test_mistakes_are_reported(machine: SourceMachine, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "cluster", "why"),
+    ("changes", "why"),
     [
-        (6, 4, "launch: the grid is not whole clusters"),
-        (9, 9, "launch: a cluster has 1 to 8 blocks"),
+        ({"grid_x": 6}, "the grid is no multiple of the cluster"),
+        ({"grid_x": 9, "cluster": 9}, "a cluster has 1 to 8 blocks"),
+        ({"threads": 48}, "a block has 1 to 32 whole warps"),
+        ({"shared_bytes": 1 << 20}, "more shared memory than any chip has"),
     ],
 )
-def test_launches_that_no_gpu_takes(machine: SourceMachine, blocks: int, cluster: int, why: str) -> None:
-    assert run(machine, "right", 1, blocks=blocks, cluster=cluster).errors == {why}
+def test_launches_that_no_gpu_takes(machine: SourceMachine, changes: dict[str, int], why: str) -> None:
+    assert run(machine, "right", 1, **changes).errors == {f"launch: {why}"}
+
+
+def test_no_cluster_is_a_cluster_of_one_block(machine: SourceMachine) -> None:
+    alone, unsaid = (run(machine, "right", 1, size=1, **changes) for changes in ({}, {"cluster": 0}))
+    assert alone.errors == unsaid.errors == set()
+    assert np.array_equal(alone.y, unsaid.y)
