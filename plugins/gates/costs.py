@@ -31,7 +31,7 @@ def instruction_costs() -> dict[str, Any]:
 
 
 def chip_costs(shipped: Cubin, code: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """One chip's part of `instruction_costs`. The loops of kernels of clusters are those of decode."""
+    """One chip's part of `instruction_costs`. Kernels of clusters are left out: predictions know the others."""
     prefill: dict[str, float] = {}
     decode: dict[str, float] = {}
     counted = (name for name in shipped.usage if name.endswith("_f16") and not name.startswith(CLUSTER_KERNELS))

@@ -60,15 +60,32 @@ def _count(bodies: list[str], weight_bits: int) -> Loop:
     )
 
 
+def _branches(code: list[str]) -> list[tuple[int, int]]:
+    """Indices of the branches and of where they lead."""
+    position = {int(line.split(" ", 1)[0], 16): i for i, line in enumerate(code)}
+    found = ((i, _BRANCH.search(line)) for i, line in enumerate(code))
+    targets = ((i, position.get(int(match.group(1), 16))) for i, match in found if match)
+    return [(i, target) for i, target in targets if target is not None]
+
+
 def loops(code: list[str]) -> list[tuple[int, int]]:
     """Index ranges of the backward branches."""
-    position = {int(line.split(" ", 1)[0], 16): i for i, line in enumerate(code)}
-    found = []
-    for i, line in enumerate(code):
-        match = _BRANCH.search(line)
-        if match and position.get(int(match.group(1), 16), i + 1) < i:
-            found.append((position[int(match.group(1), 16)], i))
-    return found
+    return [(target, i) for i, target in _branches(code) if target < i]
+
+
+def _of_a_pass(code: list[str], first: int, last: int) -> list[int]:
+    """The instructions of a usual pass of a loop.
+
+    Left out is what a branch skips and what has a loop of its own: it finds where the next part begins, which comes
+    once in a part of K and not in every pass.
+    """
+    inner = [(start, end) for start, end in loops(code) if first < start and end < last]
+    skipped = [
+        (i + 1, target)
+        for i, target in _branches(code)
+        if first <= i < target <= last and any(i < start and end < target for start, end in inner)
+    ]
+    return [i for i in range(first, last + 1) if not any(start <= i < end for start, end in skipped)]
 
 
 def hot_loop(code: list[str], weight_bits: int = 4) -> Loop:
@@ -76,7 +93,7 @@ def hot_loop(code: list[str], weight_bits: int = 4) -> Loop:
     bodies = [line.split(" ", 1)[1] for line in code]
     candidates = []
     for first, last in loops(code):
-        loop = _count(bodies[first : last + 1], weight_bits)
+        loop = _count([bodies[i] for i in _of_a_pass(code, first, last)], weight_bits)
         if loop.mma >= 8 and loop.async_copies >= weight_bits:
             candidates.append((last - first, loop))
     if not candidates:

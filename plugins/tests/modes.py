@@ -138,3 +138,42 @@ def shape_for(mode: Mode, tokens: int) -> tuple[int, int]:
 def tactic_for(tokens: int) -> Tactic:
     """At 3 and 16 tokens blocks have eight sets of columns, twice; at 17 three sets, of which one lacks columns."""
     return Tactic(multiprocessors={3: 1, 16: 1, 17: 4}.get(tokens, 16))
+
+
+def _cluster_cases() -> list[tuple[Mode, int]]:
+    """Every kernel of clusters at three of four numbers of tokens; experts, adapters and widths of x rotate."""
+    kinds = [
+        *product((4,), (8, 0), _DTYPES, (-1, 128, 64), (False, True)),
+        *product((3,), (8, 0), _DTYPES[:1], (-1, 128, 64), (False, True)),
+    ]
+    kinds = [kind for kind in kinds if (kind[4] if kind[1] == 0 else kind[0] == 4 or not kind[4])]  # as kernels are
+    cases = []
+    for i, (weight_bits, act_bits, dtype, group_size, zeros) in enumerate(kinds):
+        for j, tokens in enumerate((1, 3, 4, 8)):
+            if j == i % 4:
+                continue
+            bits = act_bits and (8, 6)[(i + i // 3 + j) % 2]
+            experts, adapter_bits = EXPERTS[(i + j) % 4], (16, 8, 4)[(i + i // 3 + j) % 3]
+            group = "channel" if group_size < 0 else f"g{group_size}"
+            name = f"w{weight_bits}-a{bits or 16}-{dtype}-{group}-{'asym' if zeros else 'sym'}-e{experts}"
+            mode = Mode(
+                name, bits, group_size, zeros, weight_bits, dtype, adapter_bits, experts=experts, inv_omega=j % 2 == 0
+            )
+            cases.append((mode, tokens))
+    return cases
+
+
+CLUSTER_CASES = _cluster_cases()
+CLUSTER_IDS = [f"{mode.name}-{tokens}" for mode, tokens in CLUSTER_CASES]
+
+
+def cluster_shape(mode: Mode, tokens: int) -> tuple[int, int]:
+    """K and N with tails. Of 3 and 5 chunks of K the last slice is shorter; of 4 and 8 every block has one."""
+    tail = {-1: 120, 64: 64, 128: 0}[mode.group_size]
+    return {1: 3, 3: 5, 4: 4, 8: 8}[tokens] * 128 - tail, {1: 40, 3: 296, 4: 72, 8: 40}[tokens]
+
+
+def cluster_tactic(tokens: int) -> Tactic:
+    """Of 1 token the plan's choice; at 3 tokens a cluster has several sets of columns, and one of them another set."""
+    blocks, multiprocessors = {1: (1, 132), 3: (2, 6), 4: (4, 132), 8: (8, 16)}[tokens]
+    return Tactic(multiprocessors=multiprocessors, clusters=blocks)

@@ -42,6 +42,25 @@ def test_cuda_12_has_every_kernel_and_spills_nothing(chip: str) -> None:
     assert {name for name, used in usage.items() if used.registers > register_limit(name)} == set()
 
 
+def test_what_comes_once_in_a_part_of_k_is_no_cost_of_the_loop() -> None:
+    """A branch skips five instructions with a loop of their own; one that skips none of these is counted."""
+    usual = [*["IMMA.16832.S8.S8 R0, R4.ROW, R8.COL, R0"] * 8, *["LDGSTS.E.BYPASS.128 [R1], desc[UR2][R2.64]"] * 4]
+    bodies = [
+        *usual,
+        "@P0 BRA 0x120",  # at 0xc0
+        "MOV R1, R2",
+        "IADD3 R1, R1, 0x1, RZ",  # at 0xe0
+        "@P1 BRA 0xe0",
+        "MOV R1, R2",
+        "MOV R1, R2",
+        "@P2 BRA 0x140",  # at 0x120
+        "MOV R1, R2",
+        "@P3 BRA 0x0",  # at 0x140
+    ]
+    loop = hot_loop([f"{16 * i:04x} {body}" for i, body in enumerate(bodies)])
+    assert (loop.instructions, loop.imma, loop.async_copies) == (len(bodies) - 5, 8, 4)
+
+
 def test_a_loop_without_matrix_instructions_is_noticed() -> None:
     with pytest.raises(ValueError, match="no loop"):
         hot_loop(["0000 MOV R1, R2", "0010 IADD3 R1, R1, 0x1, RZ", "0020 @P0 BRA 0x0"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,24 @@ import pytest
 from emulator.build import ROOT, ptx, source_emulator
 from emulator.plan import Buffers, Planner, Tactic
 from emulator.ptx import PtxMachine
-from emulator.ptx_text import PtxFile
+from emulator.ptx_text import CLUSTER_KERNELS, PtxFile
 from emulator.session import problem_of, run_linear
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.forced import forced_slices
-from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, WIDE, shape_for, tactic_for
+from tests.modes import (
+    CLUSTER_CASES,
+    CLUSTER_IDS,
+    COMBINATION_IDS,
+    COMBINATIONS,
+    MODES,
+    TOKENS,
+    WIDE,
+    cluster_shape,
+    cluster_tactic,
+    shape_for,
+    tactic_for,
+)
 
 
 def check(mode: Mode, tokens: int, planner: Planner, machine: PtxMachine, tactic: Tactic | None = None) -> None:
@@ -54,13 +67,41 @@ def test_every_combination(mode: Mode, tokens: int, planner: Planner, ptx_machin
     check(mode, tokens, planner, ptx_machine)
 
 
-def test_every_kernel_where_launches_overlap(planner: Planner) -> None:
+@pytest.fixture(scope="module")
+def machine_90() -> PtxMachine:
     """What chips from 9.0 on get: the same PTX with the instructions that its comments hold."""
-    machine = PtxMachine(ptx(), sm_90=True)
+    return PtxMachine(ptx(), sm_90=True)
+
+
+@pytest.mark.parametrize(("mode", "tokens"), CLUSTER_CASES, ids=CLUSTER_IDS)
+def test_clusters(mode: Mode, tokens: int, planner: Planner, machine_90: PtxMachine) -> None:
+    layer = random_layer(mode, *cluster_shape(mode, tokens), seed=tokens)
+    x = random_tokens(mode, tokens, layer.in_features)
+    outcome = run_linear(machine_90, planner, layer, x, mode.dtype, seed=tokens, tactic=cluster_tactic(tokens))
+    assert outcome.errors == []
+    assert [name.startswith(CLUSTER_KERNELS) for name in outcome.kernels] == [True]
+    assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
+
+
+def test_every_kernel_of_clusters_runs(planner: Planner, machine_90: PtxMachine) -> None:
+    """At three numbers of tokens."""
+    found = Counter(
+        launch.name
+        for mode, tokens in CLUSTER_CASES
+        for launch in planner.launches(
+            problem_of(random_layer(mode, *cluster_shape(mode, tokens)), tokens, mode.dtype),
+            Buffers(),
+            cluster_tactic(tokens),
+        )
+    )
+    assert found == {name: 3 for name in machine_90.file.names if name.startswith(CLUSTER_KERNELS)}
+
+
+def test_every_kernel_where_launches_overlap(planner: Planner, machine_90: PtxMachine) -> None:
     text = ptx().read_text()
     assert all(each in text for each in ("// sm_90: griddepcontrol.wait", "// sm_90: griddepcontrol.launch_dependents"))
     for mode, tokens in first_of_every_kernel():
-        check(mode, tokens, planner, machine)
+        check(mode, tokens, planner, machine_90)
 
 
 def test_the_text_for_9_0_is_the_one_that_cmake_writes(tmp_path: Path) -> None:
@@ -86,9 +127,11 @@ def test_largest_tile(mode: Mode, planner: Planner, ptx_machine: PtxMachine) -> 
     check(mode, 65, planner, ptx_machine, Tactic(block_rows=128))
 
 
-def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine) -> None:
-    names = ptx_machine.file.names
+def test_every_kernel_of_the_list_is_in_the_ptx(ptx_machine: PtxMachine, machine_90: PtxMachine) -> None:
+    names, of_clusters = ptx_machine.file.names, machine_90.file.names
     assert len(names) == len(set(names)) == 105
+    assert len(of_clusters) == len(set(of_clusters)) == 129
+    assert set(of_clusters) - set(names) == {name for name in of_clusters if name.startswith(CLUSTER_KERNELS)}
 
 
 def test_the_combinations_launch_every_kernel(planner: Planner, ptx_machine: PtxMachine) -> None:
