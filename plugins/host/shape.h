@@ -17,6 +17,7 @@ constexpr int kMostMultiprocessors = 192;  // of any GPU, for the workspace
 constexpr int kSharedBytes = 96 << 10;     // that a block of decode may take, on every chip
 constexpr int kMaxRank = 128;
 constexpr int kMaxSlices = 8;         // of K in `main`
+constexpr int kOwnMaxima = 16384;     // values of x whose maxima blocks of a cluster find each on its own
 constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq and of 8 * code * xq stay exact up to it
 constexpr int64_t kMaxPieces = int64_t{1} << 32;
 
@@ -148,7 +149,7 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 // slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
 struct ClusterCut {
   int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
-  int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, expert_at, low_at, h_at;
+  int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, scales_at, expert_at, low_at, h_at, boxes_at;
   int shared;
   int most_sets() const { return sets + (longer ? 1 : 0); }
 };
@@ -173,9 +174,11 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
   c.sums_at = take(kClusterWarps * std::max(columns, routed) * m4);
   c.unit_at = take(m4);
   c.scores_at = take(s.experts ? kMaxExperts * m4 : 0);
+  c.scales_at = take(16 * s.down_tiles() * 4);
   c.expert_at = take(s.experts ? m4 : 0);
   c.low_at = take(s.lowrank ? owned * 32 * m4 : 0);
   c.h_at = take(p.M * s.rank() * 2);
+  c.boxes_at = take(4 * 8);
   c.shared = at;
 }
 

@@ -5,7 +5,8 @@
 //   2. parts of x @ down of the shared expert and of the router's scores; then, with experts, parts of the chosen ones';
 //   3. what its slice adds to y, to the block that owns the columns: 32 of them in turn, which also adds h @ up and stores y.
 //
-// Weights and factors are on their way before the launch in front ends. All sums have a fixed order.
+// Weights and factors are on their way before the launch in front ends. All sums have a fixed order. Code that runs once is
+// as slow as it is long, so its loops are not unrolled.
 #pragma once
 #include "../include/qe_edge/args.h"
 #include "main_decode.cuh"
@@ -14,21 +15,26 @@ namespace qe {
 
 // Places in shared memory, of all blocks alike. "From" counts the blocks of the cluster.
 struct ClusterShared {
-  float* largest;      // [from][warps][M]
+  float* largest;      // [from][warps][M], or of this block alone
   float* slice_sum;    // [from][warps][M]: sums of the activations
   float* part;         // [from][M][columns]: parts of the shared h, and of scores behind them
   float* routed_part;  // [from][M][routed]: of the chosen experts' h
-  float* results;      // [sets that this block owns][from][parts][M][32]
+  float* results;      // [sets that this block owns][from][parts][M][32], columns in the order of place_of
   float* sums;         // [warps][M][columns]: of this block, before they become a part
+  float* scales;       // of all columns of `down`
   float* unit;         // [M]: what one unit of the activations stands for
   float* scores;       // [M][kMaxExperts]
   int32_t* expert;     // [M]
   float* low;          // [sets that this block owns][M][32]: h @ up
   uint16_t* h;         // [M][rank]
+  // What comes from all blocks, in this order: maxima, parts, routed parts; results and sums of activations.
+  uint64_t *largest_box, *part_box, *routed_box, *result_box;
   QE_DEV ClusterShared(const ClusterArgs& p, unsigned char* shared) {
     const auto at = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
     largest = at(p.largest_at), slice_sum = at(p.slice_sum_at), part = at(p.part_at), routed_part = at(p.routed_part_at);
-    results = at(p.results_at), sums = at(p.sums_at), unit = at(p.unit_at), scores = at(p.scores_at), low = at(p.low_at);
+    results = at(p.results_at), sums = at(p.sums_at), unit = at(p.unit_at), scores = at(p.scores_at), scales = at(p.scales_at), low = at(p.low_at);
+    largest_box = reinterpret_cast<uint64_t*>(shared + p.boxes_at);
+    part_box = largest_box + 1, routed_box = largest_box + 2, result_box = largest_box + 3;
     expert = reinterpret_cast<int32_t*>(shared + p.expert_at), h = reinterpret_cast<uint16_t*>(shared + p.h_at);
   }
 };
@@ -42,6 +48,10 @@ struct ClusterBlock {
     own = p.chunks - first < p.slice_chunks ? p.chunks - first : p.slice_chunks;
     sets = p.cluster_sets + (cluster < p.longer_clusters ? 1 : 0);
     owned = (sets - rank + p.cluster_blocks - 1) >> p.cluster_shift;
+  }
+  QE_DEV int end_of_32(const ClusterArgs& p) const {  // of the slice, in blocks of 32 rows
+    const int all = (p.K + 31) / 32, end = (first + own) * 4;
+    return all < end ? all : end;
   }
   QE_DEV int columns_of(int set) const { return cluster + set * clusters; }  // in blocks of 32
   QE_DEV int owned_columns(const ClusterArgs& p, int slot) const { return columns_of((slot << p.cluster_shift) + rank); }
@@ -75,7 +85,7 @@ QE_DEV void prefetch_bytes(const void* from, size_t bytes) {
 
 // The factors of this block's slice and columns, except those of experts, and what belongs to its columns.
 QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b) {
-  const int blocks = (p.K + 31) / 32, from = b.first * 4, left = blocks - from, mine = left < b.own * 4 ? left : b.own * 4;
+  const int blocks = (p.K + 31) / 32, from = b.first * 4, mine = b.end_of_32(p) - from;
   const size_t down_bytes = static_cast<size_t>(p.factor_bits) * 64;  // of 32 rows
   for (int tile = 0; tile < p.shared_tiles; ++tile)
     prefetch_bytes(static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes, mine * down_bytes);
@@ -91,69 +101,122 @@ QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b) {
                      static_cast<size_t>(p.K - b.first * kChunk < b.own * kChunk ? p.K - b.first * kChunk : b.own * kChunk) * 2);
 }
 
-// One token's maximum over this block's slice, of this warp; with experts also the parts of its scores.
+// The tokens' maxima, of this warp: of all of x where that is short, or of this block's slice, which all blocks are told.
 template <class T>
-QE_DEV float slice_maximum(const ClusterArgs& p, const ClusterBlock& b, int m, float* scores) {
-  const int lane = thread_id() & 31, k0 = b.first * kChunk, end = b.own * kChunk;
-  const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
+QE_DEV void find_maxima(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s) {
+  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
+  const int k0 = p.own_maxima ? 0 : b.first * kChunk, end = p.own_maxima ? p.chunks * kChunk : b.own * kChunk;
   const T* omega = p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr;
-  float largest = 0.f, raw[8], scaled[8], score[kMaxExperts];
-  QE_UNROLL
-  for (int e = 0; e < kMaxExperts; ++e) score[e] = 0.f;
-  for (int k = thread_id() * 8; k < end; k += block_threads() * 8) {
-    load_scaled<T>(omega, p.K - k0, row, k, raw, scaled);
+  QE_UNROLL_BY(1)
+  for (int m = 0; m < p.M; ++m) {
+    const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
+    float largest = 0.f, raw[8], scaled[8];
+    QE_UNROLL_BY(1)
+    for (int k = thread_id() * 8; k < end; k += block_threads() * 8) {
+      load_scaled<T>(omega, p.K - k0, row, k, raw, scaled);
+      QE_UNROLL
+      for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scaled[i]));
+    }
     QE_UNROLL
-    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scaled[i]));
-    if (p.E && k < p.K - k0) add_scores<T>(static_cast<const T*>(p.router) + k0, p.E, p.K, k, raw, score);
+    for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
+    if (!p.own_maxima) {
+      if (lane < p.cluster_blocks) send(s.largest + (b.rank * warps + warp) * p.M + m, s.largest_box, lane, largest);
+    } else if (lane == 0) {
+      s.largest[warp * p.M + m] = largest;
+    }
   }
-  QE_UNROLL
-  for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
-  if (!p.E) return largest;
-  QE_UNROLL
-  for (int e = 0; e < kMaxExperts; ++e) {
-    if (e >= p.E) continue;
-    QE_UNROLL
-    for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
-    if (lane == 0) scores[e] = score[e];
-  }
-  return largest;
 }
 
-// Parts of x @ down of this warp, in `tiles` of 16 columns from `tile0` on: of all tokens, or of one. `sums` is [M][columns].
+// Parts of the tokens' scores, of this warp and slice. `sums` is [M][columns].
+template <class T>
+QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, int columns, float* sums) {
+  const int lane = thread_id() & 31, k0 = b.first * kChunk, left = p.K - k0, end = left < b.own * kChunk ? left : b.own * kChunk;
+  QE_UNROLL_BY(1)
+  for (int m = 0; m < p.M; ++m) {
+    const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
+    float score[kMaxExperts], own = 0.f, raw[8];
+    QE_UNROLL
+    for (int e = 0; e < kMaxExperts; ++e) score[e] = 0.f;
+    QE_UNROLL_BY(1)
+    for (int k = thread_id() * 8; k < end; k += block_threads() * 8) {
+      const u32x4 x = load16(row + k);
+      QE_UNROLL
+      for (int i = 0; i < 8; ++i) raw[i] = half_of<T>(x, i);
+      add_scores<T>(static_cast<const T*>(p.router) + k0, p.E, p.K, k, raw, score);
+    }
+    QE_UNROLL
+    for (int e = 0; e < kMaxExperts; ++e) {
+      if (e >= p.E) continue;
+      QE_UNROLL
+      for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
+      own = lane == e ? score[e] : own;
+    }
+    if (lane < kMaxExperts) sums[m * columns + lane] = own;
+  }
+}
+
+constexpr int kDownAtOnce = 4;  // tiles of 16 columns
+template <int Bits>
+QE_DEV void load_down_tiles(const ClusterArgs& p, int tile0, int tiles, int block, DownWords<Bits> (&words)[kDownAtOnce]) {
+  QE_UNROLL
+  for (int c = 0; c < kDownAtOnce; ++c)
+    load_down<Bits>(p.down, static_cast<size_t>(tile0 + (c < tiles ? c : 0)) * ((p.K + 31) / 32) + block, thread_id() & 31, words[c]);
+}
+
+// The first words are loaded before they can be used where that takes few registers.
+template <int Bits>
+constexpr bool kDownEarly = Bits == 4;
+template <int Bits>
+QE_DEV void load_early(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, DownWords<Bits> (&words)[kDownAtOnce]) {
+  const int from = b.first * 4 + (thread_id() >> 5);
+  if (kDownEarly<Bits> && from < b.end_of_32(p)) load_down_tiles<Bits>(p, tile0, tiles, from, words);
+}
+
+// Parts of x @ down of this warp and slice, in `tiles` of 16 columns from `tile0` on: of all tokens, or of one. `words` has
+// the early ones. `sums` is [M][columns].
 template <class T, int Bits>
-QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, int only, int columns, float* sums) {
-  constexpr int kAtOnce = 4;
+QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, int only, int columns,
+                           DownWords<Bits> (&words)[kDownAtOnce], float* sums) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
-  const int blocks = (p.K + 31) / 32, from = b.first * 4, left = blocks - from, end = from + (left < b.own * 4 ? left : b.own * 4);
+  const int from = b.first * 4 + warp, end = b.end_of_32(p);
   const int token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;  // the copy's result is not stored
   const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
-  for (int t0 = 0; t0 < tiles; t0 += kAtOnce) {
-    float acc[kAtOnce][1][4];
+  QE_UNROLL_BY(1)
+  for (int t0 = 0; t0 < tiles; t0 += kDownAtOnce) {
+    float acc[kDownAtOnce][1][4];
     QE_UNROLL
-    for (int c = 0; c < kAtOnce; ++c)
+    for (int c = 0; c < kDownAtOnce; ++c)
       QE_UNROLL
       for (int i = 0; i < 4; ++i) acc[c][0][i] = 0.f;
-    for (int block = from + warp; block < end; block += warps) {
-      DownWords<Bits> words[kAtOnce];
-      QE_UNROLL
-      for (int c = 0; c < kAtOnce; ++c) {
-        const int tile = tile0 + (t0 + c < tiles ? t0 + c : t0);
-        load_down<Bits>(p.down, static_cast<size_t>(tile) * blocks + block, lane, words[c]);
+    QE_UNROLL_BY(1)
+    for (int block = from; block < end; block += warps) {
+      DownWords<Bits> now[kDownAtOnce];
+      if (kDownEarly<Bits> && t0 == 0 && block == from) {
+        QE_UNROLL
+        for (int c = 0; c < kDownAtOnce; ++c) now[c] = words[c];
+      } else {
+        load_down_tiles<Bits>(p, tile0 + t0, tiles - t0, block, now);
       }
       const int k = block * 32 + (lane & 3) * 8;
       u32x4 x[1] = {};
       if (k < p.K) x[0] = load16(row + k);
       QE_UNROLL
-      for (int c = 0; c < kAtOnce; ++c) multiply_down<T, Bits>(words[c], x, acc[c]);
+      for (int c = 0; c < kDownAtOnce; ++c) multiply_down<T, Bits>(now[c], x, acc[c]);
     }
     QE_UNROLL
-    for (int c = 0; c < kAtOnce; ++c)
+    for (int c = 0; c < kDownAtOnce; ++c)
       QE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int m = (lane & 3) * 2 + (j & 1), column = (t0 + c) * 16 + (lane >> 2) + 8 * (j >> 1);
         if (t0 + c < tiles && m < p.M && (only < 0 || m == only)) sums[m * columns + column] = acc[c][0][j];
       }
   }
+}
+template <class T, int Bits>
+QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, int only, int columns, float* sums) {
+  DownWords<Bits> words[kDownAtOnce];
+  load_early<Bits>(p, b, tile0, tiles, words);
+  multiply_slice<T, Bits>(p, b, tile0, tiles, only, columns, words, sums);
 }
 template <class T>
 QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, int only, int columns, float* sums) {
@@ -162,16 +225,38 @@ QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile
   multiply_slice<T, 16>(p, b, tile0, tiles, only, columns, sums);
 }
 
-// Adds up what the warps found of the shared h and of the scores, and tells all blocks of the cluster.
-QE_DEV void tell_parts(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns) {
+// Maxima and parts of the shared h. Early words of `down` are on their way before the launch in front ends.
+template <class T, int Bits>
+QE_DEV void begin_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns) {
+  const int warp = thread_id() >> 5;
+  DownWords<Bits> words[kDownAtOnce];
+  load_early<Bits>(p, b, 0, p.shared_tiles, words);
+  wait_for_previous();
+  find_maxima<T>(p, b, s);
+  multiply_slice<T, Bits>(p, b, 0, p.shared_tiles, -1, columns, words, s.sums + warp * p.M * columns);
+}
+
+// Adds up what the warps found of M rows of `columns` and tells all blocks. The first `scaled` are of h, the rest are scores.
+template <class ScalesOf>
+QE_DEV void tell_sums(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns, int scaled,
+                      const ScalesOf& scales_of, float* part, uint64_t* box) {
+  const float* sums = s.sums;
   const int warps = block_threads() >> 5, all = p.M * columns;
-  for (int o = thread_id(); o < all; o += block_threads()) {
-    const int column = o % columns, score = column - 16 * p.shared_tiles;
-    if (score >= 0 && score >= p.E) continue;  // no such expert
-    float v = 0.f;
-    for (int w = 0; w < warps; ++w) v += s.sums[w * all + o];
-    if (score < 0) v *= p.down_scale[column];
-    for (int r = 0; r < p.cluster_blocks; ++r) store_peer(s.part + b.rank * all + o, r, v);
+  QE_UNROLL_BY(1)
+  for (int o = thread_id() * 4; o < all; o += block_threads() * 4) {
+    const int m = o / columns, column = o - m * columns;
+    float v[4] = {0.f, 0.f, 0.f, 0.f};
+    QE_UNROLL_BY(2)
+    for (int w = 0; w < warps; ++w) {
+      const u32x4 four = load16(sums + w * all + o);
+      QE_UNROLL
+      for (int i = 0; i < 4; ++i) v[i] += int_bits_to_float(static_cast<int>(four.v[i]));
+    }
+    if (column < scaled)
+      QE_UNROLL
+      for (int i = 0; i < 4; ++i) v[i] *= s.scales[scales_of(m) + column + i];
+    QE_UNROLL_BY(1)
+    for (int r = 0; r < p.cluster_blocks; ++r) send(part + b.rank * all + o, box, r, v);
   }
 }
 
@@ -185,7 +270,7 @@ QE_DEV float sum_of_parts(const ClusterArgs& p, const float* part, int step) {
 // The experts that the tokens chose: parts of their h for all blocks. Every block knows the scores.
 template <class T>
 QE_DEV void routed_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns) {
-  const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, warp = thread_id() >> 5, warps = block_threads() >> 5;
+  const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, warp = thread_id() >> 5;
   for (int o = thread_id(); o < p.M * kMaxExperts; o += block_threads()) {
     const int m = o / kMaxExperts, e = o - m * kMaxExperts;
     if (e < p.E) s.scores[o] = sum_of_parts(p, s.part + m * columns + shared + e, p.M * columns);
@@ -197,13 +282,8 @@ QE_DEV void routed_slice(const ClusterArgs& p, const ClusterBlock& b, const Clus
   for (int m = 0; m < p.M; ++m)
     multiply_slice<T>(p, b, p.shared_tiles + s.expert[m] * p.routed_tiles, p.routed_tiles, m, routed, s.sums + warp * p.M * routed);
   block_sync();
-  for (int o = thread_id(); o < p.M * routed; o += block_threads()) {
-    const int m = o / routed;
-    float v = 0.f;
-    for (int w = 0; w < warps; ++w) v += s.sums[w * p.M * routed + o];
-    v *= p.down_scale[shared + s.expert[m] * routed + o - m * routed];
-    for (int r = 0; r < p.cluster_blocks; ++r) store_peer(s.routed_part + b.rank * p.M * routed + o, r, v);
-  }
+  const auto scales_of = [&](int m) { return shared + s.expert[m] * routed; };
+  tell_sums(p, b, s, routed, routed, scales_of, s.routed_part, s.routed_box);
 }
 
 // One step of 16 ranks: h of one expert times `up`, for 32 columns.
@@ -280,22 +360,28 @@ QE_DEV void quantize_cluster(const ClusterArgs& p, const ClusterBlock& b, const 
   const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
                   Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
                   b.own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
+  QE_UNROLL_BY(1)
   for (int m = 0; m < p.M; ++m) {
     float largest = 0.f;
-    for (int i = lane; i < p.cluster_blocks * warps; i += 32) largest = max_f(largest, s.largest[i * p.M + m]);
+    QE_UNROLL_BY(1)
+    for (int i = lane; i < (p.own_maxima ? 1 : p.cluster_blocks) * warps; i += 32) largest = max_f(largest, s.largest[i * p.M + m]);
     QE_UNROLL
     for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
     const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
     float total = 0.f;
+    QE_UNROLL_BY(1)
     for (int k = thread_id() * 8; k - lane * 8 < rows.Kp; k += block_threads() * 8) total += quantize_rows<T>(rows, row, m, k, largest);
     if constexpr (Zeros && Groups == 0) {
       QE_UNROLL
       for (int step = 16; step > 0; step >>= 1) total += shuffle_xor(total, step);
-      if (lane < p.cluster_blocks) store_peer(s.slice_sum + (b.rank * warps + warp) * p.M + m, lane, total);
+      if (lane < p.cluster_blocks) send(s.slice_sum + (b.rank * warps + warp) * p.M + m, s.result_box, lane, total);
     }
     if (thread_id() == block_threads() - 1) s.unit[m] = stored_unit(Mode == kInt8 ? p.act_max : 0, largest);
   }
 }
+
+// Where a column of 32 lies in the results: a lane has four of them, eight apart.
+QE_DEV int place_of(int column) { return (column & 7) * 4 + (column >> 3); }
 
 // Scale, output scale, bias and zero point of one column.
 struct ColumnScales {
@@ -315,37 +401,60 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
   constexpr bool kWholeColumn = Zeros && Groups == 0;
   constexpr float kUnit = Mode == kInt8 && Groups == 2 && Zeros ? kSmallUnit : 1.f;
   QE_DYNAMIC_SHARED(shared);
-  cluster_arrive();  // this block has begun
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
   const ClusterBlock b(p);
   const ClusterShared s(p, shared);
+  const bool corrects = p.shared_tiles + p.routed_tiles > 0;
+  const int shared_rank = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, columns = shared_rank + (p.E ? kMaxExperts : 0);
+  if (thread_id() == 0) {
+    const int of_token = p.cluster_blocks * p.M * 4;  // bytes, of one float from each block
+    open_box(s.largest_box, p.own_maxima ? 0 : warps * of_token);
+    open_box(s.part_box, columns * of_token);
+    open_box(s.routed_box, (p.E ? routed : 0) * of_token);
+    open_box(s.result_box, (b.owned * p.parts * kDecodeColumns + (kWholeColumn ? warps : 0)) * of_token);
+    boxes_are_open();
+  }
+  cluster_arrive();
   Feed<Bits> feed;
   feed.ring.slots = shared + p.ring_at + warp * (kRing * kBlockBytes<Bits>) + lane * 16;
   feed.ring.left = 0, feed.next = warp;
-  QE_UNROLL
+  QE_UNROLL_BY(1)
   for (int i = 0; i < kRing; ++i) feed.push(p, b, feed.ring.slots + i * kBlockBytes<Bits>);
-  const bool corrects = p.shared_tiles + p.routed_tiles > 0;
-  const int shared_rank = 16 * p.shared_tiles, columns = shared_rank + (p.E ? kMaxExperts : 0);
-  if (corrects) prefetch_factors(p, b);
-  wait_for_previous();
-
-  for (int m = 0; m < p.M; ++m) {
-    const float largest = slice_maximum<T>(p, b, m, s.sums + (warp * p.M + m) * columns + shared_rank);
-    if (m == 0) cluster_wait();  // all blocks have begun
-    if (lane < p.cluster_blocks) store_peer(s.largest + (b.rank * warps + warp) * p.M + m, lane, largest);
+  ColumnScales first{};
+  if (warp < b.owned * p.M) first = load_columns<kWholeColumn>(p, b.owned_columns(p, p.M == 1 ? warp : warp / p.M));
+  if (corrects) {
+    QE_UNROLL_BY(1)
+    for (int c = thread_id(); c < shared_rank + p.E * routed; c += block_threads()) s.scales[c] = p.down_scale[c];
+    prefetch_factors(p, b);
   }
-  if (corrects && p.shared_tiles) multiply_slice<T>(p, b, 0, p.shared_tiles, -1, columns, s.sums + warp * p.M * columns);
-  cluster_arrive();
-  cluster_wait();
+  cluster_wait();  // all blocks have begun
+  if (p.shared_tiles == 0) {
+    wait_for_previous();
+    find_maxima<T>(p, b, s);
+  } else if (p.factor_bits == 4) {
+    begin_slice<T, 4>(p, b, s, columns);
+  } else if (p.factor_bits == 8) {
+    begin_slice<T, 8>(p, b, s, columns);
+  } else {
+    begin_slice<T, 16>(p, b, s, columns);
+  }
+  if (p.E) score_slice<T>(p, b, columns, s.sums + warp * p.M * columns + shared_rank);
+  if (p.own_maxima) {
+    block_sync();
+  } else {
+    wait_for_box(s.largest_box);
+  }
   quantize_cluster<T, Mode, Groups, Zeros>(p, b, s, shared);
-  if (corrects) tell_parts(p, b, s, columns);
+  block_sync();  // the activations and what the warps found are there
+  if (corrects) {
+    const auto scales_of = [](int) { return 0; };
+    tell_sums(p, b, s, columns, shared_rank, scales_of, s.part, s.part_box);
+  }
   if (p.E) {
-    cluster_arrive();
-    cluster_wait();
+    wait_for_box(s.part_box);
+    block_sync();  // nobody reads the sums any more
     routed_slice<T>(p, b, s, columns);
   }
-  if (corrects) cluster_arrive();
-  block_sync();  // the activations are there
 
   const int tasks = b.sets * p.parts;
   unsigned char* slot = feed.ring.slots;
@@ -377,28 +486,23 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
     }
     const int owner = set & (p.cluster_blocks - 1), place = ((set >> p.cluster_shift) * p.cluster_blocks + b.rank) * p.parts + part;
     QE_UNROLL
-    for (int i = 0; i < kDecodeTiles; ++i)
-      QE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int m = (lane & 3) * 2 + (j & 1);
-        if (m < p.M)
-          store_peer(s.results + (place * p.M + m) * kDecodeColumns + i * 16 + (lane >> 2) + 8 * (j >> 1), owner,
-                     static_cast<float>(acc[i][0][j]));
-      }
+    for (int j = 0; j < 2; ++j) {
+      const int m = (lane & 3) * 2 + j;
+      const float v[4] = {static_cast<float>(acc[0][0][j]), static_cast<float>(acc[0][0][j + 2]), static_cast<float>(acc[1][0][j]),
+                          static_cast<float>(acc[1][0][j + 2])};
+      if (m < p.M) send(s.results + (place * p.M + m) * kDecodeColumns + (lane >> 2) * 4, s.result_box, owner, v);
+    }
   }
 
-  UpWords ahead[kUpAhead][kDecodeTiles];
-  ColumnScales first{};
-  if (warp < b.owned * p.M) first = load_columns<kWholeColumn>(p, b.owned_columns(p, p.M == 1 ? warp : warp / p.M));
   if (corrects) {
+    UpWords ahead[kUpAhead][kDecodeTiles];
     QE_UNROLL
     for (int step = 0; step < kUpAhead; ++step)
       if (step < p.shared_tiles && warp < b.owned) load_up_set(p, step, b.owned_columns(p, warp), ahead[step]);
-    cluster_wait();
-  }
-  cluster_arrive();
-  if (corrects) {
-    const int routed = 16 * p.routed_tiles, rank = shared_rank + routed;
+    wait_for_box(s.part_box);
+    wait_for_box(s.routed_box);
+    const int rank = shared_rank + routed;
+    QE_UNROLL_BY(1)
     for (int o = thread_id(); o < p.M * rank; o += block_threads()) {
       const int m = o / rank, r = o - m * rank;
       const float v = r < shared_rank ? sum_of_parts(p, s.part + m * columns + r, p.M * columns)
@@ -407,16 +511,17 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
     }
     block_sync();
     correct<T>(p, b, s, ahead);
-    block_sync();  // h @ up was not there yet when this block arrived
+    block_sync();
   }
-  cluster_wait();
+  wait_for_box(s.result_box);
 
   const int sources = p.cluster_blocks * p.parts;
+  QE_UNROLL_BY(1)
   for (int pair = warp; pair < b.owned * p.M; pair += warps) {
     const int own = p.M == 1 ? pair : pair / p.M, m = pair - own * p.M, block = b.owned_columns(p, own);
     const int n = block * kDecodeColumns + lane;
     const ColumnScales c = pair == warp ? first : load_columns<kWholeColumn>(p, block);
-    const float* from = s.results + (own * sources * p.M + m) * kDecodeColumns + lane;
+    const float* from = s.results + (own * sources * p.M + m) * kDecodeColumns + place_of(lane);
     float v = 0.f;
     QE_UNROLL_BY(4)
     for (int i = 0; i < sources; ++i) v += from[i * p.M * kDecodeColumns];

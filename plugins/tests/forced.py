@@ -39,10 +39,11 @@ _CLUSTER_POINTERS = (
 )  # fmt: skip
 CLUSTER_PLACES = (
     "group_sums_at", "ring_at", "largest_at", "slice_sum_at", "part_at", "routed_part_at", "results_at", "sums_at",
-    "unit_at", "scores_at", "expert_at", "low_at", "h_at",
+    "unit_at", "scores_at", "scales_at", "expert_at", "low_at", "h_at",
+    "boxes_at",
 )  # fmt: skip
 _CLUSTER_COUNTS = (
-    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "cluster_blocks",
+    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "own_maxima", "cluster_blocks",
     "cluster_shift", "cluster_sets", "longer_clusters", "chunks", "slice_chunks", "parts", "part_chunks",
     "parts_factor", *CLUSTER_PLACES,
 )  # fmt: skip

@@ -100,6 +100,7 @@ struct ClusterArgs {
   uint64_t code_shifts;
   int32_t M, N, Np, K, E, shared_tiles, routed_tiles;
   int32_t factor_bits, act_max;
+  int32_t own_maxima;                     // every block finds the tokens' maxima by itself
   int32_t cluster_blocks, cluster_shift;  // a power of two, and which
   // Sets of 32 columns that each cluster has; the first `longer_clusters` have one more.
   int32_t cluster_sets, longer_clusters;
@@ -107,7 +108,7 @@ struct ClusterArgs {
   // parts_factor is 65536 / parts rounded up.
   int32_t chunks, slice_chunks, parts, part_chunks, parts_factor;
   // Where things begin in shared memory, in bytes; the activations are at 0.
-  int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, expert_at, low_at, h_at;
+  int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, scales_at, expert_at, low_at, h_at, boxes_at;
 };
 
 }  // namespace qe
