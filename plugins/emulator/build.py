@@ -75,7 +75,7 @@ def source_emulator(root: Path = ROOT) -> Path:
         _object(root / "emulator/entry.cpp", every, ["-O1", "-DQE_EMULATE", "-fsanitize=thread", "-Wno-tsan"]),
         *(
             _object(root / f"emulator/{name}.cpp", emulator, plain)
-            for name in ("simt", "fiber", "shadow", "collectives")
+            for name in ("simt", "meet", "fiber", "shadow", "boxes", "collectives")
         ),
         *(_object(root / f"host/{name}.cpp", host, plain) for name in ("plan", "self_test")),
     ]
