@@ -49,12 +49,17 @@ void land_message() {
     if (f.state == State::kAtBox && f.rank == message.rank && f.box == message.box) make_ready(f);
 }
 
-// Messages land some at a time; after some steps, or not before nothing else can run.
-void land_messages() {
-  if (calm-- > 0) return;
-  for (size_t i = random_number() % flying.size() + 1; i > 0; --i) land_message();
+// Messages stay on their way for some steps, or until nothing else can run.
+void choose_calm() {
   const uint32_t steps = random_number() % 16;
   calm = steps < 8 ? 1 << steps : 1 << 30;
+}
+
+// One of them lands, or several, or all.
+void land_messages() {
+  const size_t most = random_number() % 2 ? flying.size() : random_number() % flying.size() + 1;
+  for (size_t i = random_number() % 2 ? most : 1; i > 0; --i) land_message();
+  choose_calm();
 }
 
 // The block that runs next, -1 if none can. One of a cluster keeps running for a while, between one step and thousands.
@@ -81,7 +86,7 @@ void enter_block(int rank) {
 // Runs the blocks of one cluster. False after an error that leaves nothing to schedule.
 bool run_cluster() {
   for (;;) {
-    if (!flying.empty()) land_messages();
+    if (!flying.empty() && calm-- <= 0) land_messages();
     const int rank = choose_block();
     if (rank < 0) {
       if (flying.empty()) break;
@@ -117,7 +122,7 @@ void start_cluster(const Shape& shape, int first) {
   running_blocks.assign(static_cast<size_t>(shape.cluster), Block{});
   start_meetings();
   flying.clear();
-  calm = favours = 0;
+  favours = 0;
   for (size_t i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     f.who = static_cast<int>(i);
@@ -234,6 +239,7 @@ void send(float* own, uint64_t* box, int rank, const float* values, int count) {
   Message message{rank, 0, 0, sizeof(float) * static_cast<size_t>(count), {}};
   memcpy(message.data, values, message.bytes);
   if (!shadow_send(message, own, box, running->who)) stop();
+  if (flying.empty()) choose_calm();
   flying.push_back(message);
   if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(running->context);
 }
