@@ -55,9 +55,9 @@ void write_by_message(SharedByte& b, BlockShadow& block, const Access& a, uint8_
 
 }  // namespace
 
-void on_mail(SharedByte& b, const Access& a, bool write) {
+void on_mail(SharedByte& b, int who, bool write) {
   if (b.box == kIsBox) return report("shared memory: a box is read or written like other memory");
-  if (!knows(here->boxes[b.box - 1u], a))
+  if (!knows(here->boxes[b.box - 1u], Access(who)))
     return report(write ? "shared memory: race of a write with a message"
                         : "shared memory: read of bytes of a message before its box was waited for");
   if (write) b.box = kNoBox;

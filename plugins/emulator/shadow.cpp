@@ -121,7 +121,7 @@ bool shadow_shared(size_t at, size_t bytes, bool write, int who) {
   for (size_t i = at; i < at + bytes; ++i) {
     SharedByte& b = all[i];
     if (b.copying) report("shared memory: access to bytes that an asynchronous copy still owns");
-    if (b.box) on_mail(b, a, write);
+    if (b.box) on_mail(b, who, write);
     if (write) {
       if (a.races_with_write(b)) report("shared memory: race of two writes");
       if (a.races_with_read(b)) report("shared memory: race of a write with a read");
@@ -144,7 +144,7 @@ bool shadow_issue_copy(const PendingCopy& copy, int who) {
   for (size_t i = at; i < at + 16; ++i) {
     SharedByte& b = here->bytes[i];
     if (b.copying) report("asynchronous copy: over bytes of another one in flight");
-    if (b.box) on_mail(b, a, true);
+    if (b.box) on_mail(b, who, true);
     if (a.races_with_read(b)) report("asynchronous copy: over bytes that another thread may still read");
     if (a.races_with_write(b)) report("asynchronous copy: over bytes that another thread writes");
     b.copying = true;

@@ -77,10 +77,11 @@ struct Access {
   uint32_t epoch;  // that it leaves behind
   // Barriers order it after what has a smaller epoch: of any thread of its block, and of the warps `mates`.
   uint32_t since, mates_since, mates;
+  uint32_t warp;  // its own, as a bit
   int16_t arrived, waited;
 
   explicit Access(int thread)
-      : who(thread), epoch(here->epoch), since(epoch), mates_since(epoch), mates(1u << warp_of(thread)),
+      : who(thread), epoch(here->epoch), since(epoch), mates_since(epoch), mates(1u << warp_of(thread)), warp(mates),
         arrived(rounds_of(who).arrived), waited(rounds_of(who).waited) {
     if (!here->grouped) return;
     if (const int group = here->group_of_warp[warp_of(thread)]) {
@@ -108,20 +109,19 @@ struct Access {
     b.writer = static_cast<int16_t>(who), b.write_epoch = epoch, b.write_rounds = arrived;
   }
   void read(SharedByte& b) const {
-    const uint32_t warp = 1u << warp_of(who);
-    const bool known = b.read_epoch >= since;
+    const bool known = b.read_epoch >= since && b.read_rounds == arrived;
     if (b.read_epoch != epoch) {
       b.rounds_of_other_readers = -1;
     } else if (b.reader != who) {
       b.rounds_of_other_readers = std::max(b.rounds_of_other_readers, std::min(arrived, b.read_rounds));
       if (arrived < b.read_rounds) return;
     }
-    b.readers = known && b.read_rounds == arrived ? b.readers | warp : warp;
+    b.readers = known ? b.readers | warp : warp;
     b.reader = static_cast<int16_t>(who), b.read_rounds = arrived, b.read_epoch = epoch;
   }
 };
 
 // An access by ordinary means to a byte that a message or a box uses. What it may do makes it an ordinary byte again.
-void on_mail(SharedByte& b, const Access& a, bool write);
+[[gnu::cold]] void on_mail(SharedByte& b, int who, bool write);
 
 }  // namespace qe_emu

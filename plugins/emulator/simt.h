@@ -92,7 +92,7 @@ struct PendingCopy {
   void* to;
   const void* from;
 };
-void report(const std::string& what);
+[[gnu::cold]] void report(const std::string& what);
 const std::set<std::string>& reports();
 // Of the cluster's barrier: which round a warp arrives at next, and which one it waits for next.
 struct Rounds {
