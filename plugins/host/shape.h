@@ -193,12 +193,12 @@ inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) 
   const int stream = std::max(0, units) * 22 * p.weight_bits, steps = rounds * c.part_chunks * 200;
   const int maxima = Divide(c.pieces * p.M, c.main_warps) * 150 + (c.own_maxima ? 0 : 350);
   const int codes = Divide(c.slice_chunks * p.M, c.main_warps) * 200;
-  const int blocks = c.slice_chunks * 4, of_block = p.adapter_bits < 16 ? 35 : 150;  // of 32 rows
+  const int blocks = c.slice_chunks * 4, of_block = p.adapter_bits < 16 ? 40 : 100;  // of 32 rows
   const auto tiles = [&](int tiles, int parts, int time) { return parts ? Divide(tiles * parts, c.correct_warps) * Divide(blocks, parts) * time : 0; };
   const int shared = tiles(s.shared_tiles, c.tile_parts, of_block);
   const int routed = s.experts ? p.M * (tiles(s.routed_tiles, c.routed_parts, 150) + 300) + 1500 : 0;
   const int sums = Divide(Divide(c.most_sets(), c.blocks) * p.M, kClusterWarps) * c.blocks * c.parts * 8;
-  return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 1500 + shared + routed : 0) + sums + 50 * c.shift;
+  return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 1300 + shared + routed : 0) + sums + 50 * c.shift;
 }
 
 // The fastest cut of 1 to 8 tokens into clusters, or of a given number of blocks each.

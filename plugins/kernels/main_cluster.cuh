@@ -329,6 +329,10 @@ QE_DEV void fetch_x(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
 // Where a column of 16 of `down` lies in a part of h.
 QE_DEV int down_place(int column) { return (column & ~15) + (column & 7) * 2 + (column >> 3 & 1); }
 
+QE_DEV int first_tile(int warp, int tiles) {  // that a warp multiplies
+  while (warp >= tiles) warp -= tiles;
+  return warp;
+}
 QE_DEV void load_down_scales(const ClusterArgs& p, int tile, float (&scales)[2]) {  // of a lane's columns
   const float* from = p.down_scale + tile * 16 + ((thread_id() & 31) >> 2);
   scales[0] = from[0], scales[1] = from[8];
@@ -358,36 +362,50 @@ QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, con
   const uint8_t* row = s.x + ((lane >> 2) < p.M ? lane >> 2 : p.M - 1) * p.row_bytes + (lane & 3) * 16;  // a copy's result is not sent
   QE_UNROLL_BY(1)
   for (int task = warp; task < tiles * parts; task += p.correct_warps) {
-    const int tile = task % tiles, of_k = task / tiles;
+    int tile = task, of_k = 0;
+    while (tile >= tiles) tile -= tiles, ++of_k;
     if (task != warp) load_down_scales(p, tile0 + tile, scales);
-    float acc[1][4] = {{0.f, 0.f, 0.f, 0.f}};
+    float acc[kDownBlocks][1][4];
+    QE_UNROLL
+    for (int i = 0; i < kDownBlocks; ++i)
+      QE_UNROLL
+      for (int j = 0; j < 4; ++j) acc[i][0][j] = 0.f;
+    const auto load = [&](int block, DownWords<Bits>& words) {
+      if constexpr (Own) {
+        load_own_down<Bits>(p, s, tile, block, words);
+      } else {
+        load_down<Bits>(p.down, static_cast<size_t>(tile0 + tile) * blocks + from + block, lane, words);
+      }
+    };
+    int block = of_k;
     QE_UNROLL_BY(1)
-    for (int block = of_k; block < count; block += parts * kDownBlocks) {
+    for (; block + (kDownBlocks - 1) * parts < count; block += parts * kDownBlocks) {  // no branch inside
       DownWords<Bits> words[kDownBlocks];
+      u32x4 x[kDownBlocks][1];
       QE_UNROLL
-      for (int i = 0; i < kDownBlocks; ++i) {
-        const int at = block + i * parts;
-        if (at >= count) continue;
-        if constexpr (Own) {
-          load_own_down<Bits>(p, s, tile, at, words[i]);
-        } else {
-          load_down<Bits>(p.down, static_cast<size_t>(tile0 + tile) * blocks + from + at, lane, words[i]);
-        }
-      }
+      for (int i = 0; i < kDownBlocks; ++i) load(block + i * parts, words[i]);
       QE_UNROLL
-      for (int i = 0; i < kDownBlocks; ++i) {
-        if (block + i * parts >= count) continue;
-        const u32x4 x[1] = {load16(row + (block + i * parts) * 64)};
-        multiply_down<T, Bits>(words[i], x, acc);
-      }
+      for (int i = 0; i < kDownBlocks; ++i) x[i][0] = load16(row + (block + i * parts) * 64);
+      QE_UNROLL
+      for (int i = 0; i < kDownBlocks; ++i) multiply_down<T, Bits>(words[i], x[i], acc[i]);
     }
+    QE_UNROLL_BY(1)
+    for (; block < count; block += parts) {
+      DownWords<Bits> words;
+      load(block, words);
+      const u32x4 x[1] = {load16(row + block * 64)};
+      multiply_down<T, Bits>(words, x, acc[0]);
+    }
+    float sum[4];
+    QE_UNROLL
+    for (int j = 0; j < 4; ++j) sum[j] = (acc[0][0][j] + acc[1][0][j]) + (acc[2][0][j] + acc[3][0][j]);
     QE_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int m = (lane & 3) * 2 + (j & 1);
       if (m >= p.M || (only >= 0 && m != only)) continue;
       float* to = part + ((b.rank * parts + of_k) * p.M + m) * 16 * tiles + tile * 16 + (lane >> 2) * 2 + (j >> 1);
       QE_UNROLL_BY(1)
-      for (int r = 0; r < p.cluster_blocks; ++r) send(to, box, r, acc[0][j] * scales[j >> 1]);
+      for (int r = 0; r < p.cluster_blocks; ++r) send(to, box, r, sum[j] * scales[j >> 1]);
     }
   }
 }
@@ -463,8 +481,14 @@ QE_DEV void load_up_set(const ClusterArgs& p, int step, int columns, UpWords (&w
     load_up(p.up, p.factor_bits, static_cast<size_t>(step) * (p.Np / 16) + columns * 2 + i, thread_id() & 31, words[i]);
 }
 
-// h @ up of the sets that this block owns, a warp a set. `ahead` has the first words of the first one.
+// Some steps of the shared expert; those beyond its last one are the last one.
 constexpr int kUpAhead = 4;
+QE_DEV void load_up_steps(const ClusterArgs& p, int step0, int columns, UpWords (&words)[kUpAhead][kDecodeTiles]) {
+  QE_UNROLL
+  for (int i = 0; i < kUpAhead; ++i) load_up_set(p, step0 + i < p.shared_tiles ? step0 + i : p.shared_tiles - 1, columns, words[i]);
+}
+
+// h @ up of the sets that this block owns, a warp a set. `ahead` has the first words of the first one.
 template <class T>
 QE_DEV void multiply_up_sets(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp,
                              UpWords (&ahead)[kUpAhead][kDecodeTiles]) {
@@ -480,12 +504,12 @@ QE_DEV void multiply_up_sets(const ClusterArgs& p, const ClusterBlock& b, const 
       for (int j = 0; j < 4; ++j) out[i][j] = 0.f;
     QE_UNROLL_BY(1)
     for (int step0 = 0; step0 < p.shared_tiles; step0 += kUpAhead) {
+      if (slot != warp || step0 > 0) load_up_steps(p, step0, columns, ahead);
       QE_UNROLL
-      for (int i = 0; i < kUpAhead; ++i)
-        if ((slot != warp || step0 > 0) && step0 + i < p.shared_tiles) load_up_set(p, step0 + i, columns, ahead[i]);
-      QE_UNROLL
-      for (int i = 0; i < kUpAhead; ++i)
-        if (step0 + i < p.shared_tiles) multiply_up<T>(p, ahead[i], h + (step0 + i) * 16, true, out);
+      for (int i = 0; i < kUpAhead; ++i) {
+        const bool present = step0 + i < p.shared_tiles;
+        multiply_up<T>(p, ahead[i], h + (present ? step0 + i : 0) * 16, present, out);
+      }
     }
     QE_UNROLL_BY(1)
     for (int m = 0; m < (p.E ? p.M : 0); ++m)
@@ -505,32 +529,50 @@ QE_DEV void multiply_up_sets(const ClusterArgs& p, const ClusterBlock& b, const 
   }
 }
 
+// The same by the bits of the factors. Integer ones of the shared expert are in shared memory.
+template <class T>
+QE_DEV void multiply_any_down(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp, int tile0, int tiles,
+                              int parts, int only, float (&scales)[2], float* part, uint64_t* box) {
+  if (only < 0 && p.factor_bits == 4) {
+    multiply_down_slice<T, 4, true>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);
+  } else if (only < 0 && p.factor_bits == 8) {
+    multiply_down_slice<T, 8, true>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);
+  } else if (p.factor_bits == 4) {
+    multiply_down_slice<T, 4, false>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);
+  } else if (p.factor_bits == 8) {
+    multiply_down_slice<T, 8, false>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);
+  } else {
+    multiply_down_slice<T, 16, false>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);
+  }
+}
+
 // The warps of the correction.
-template <class T, int Bits>
+template <class T>
 QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s) {
   const int warp = (thread_id() >> 5) - p.main_warps, thread = thread_id() - p.main_warps * 32;
   const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, rank = shared + routed;
   float scales[2] = {0.f, 0.f};
-  if (p.shared_tiles) load_down_scales(p, warp % p.shared_tiles, scales);
+  if (p.shared_tiles) load_down_scales(p, first_tile(warp, p.shared_tiles), scales);
   wait_for_previous();
   fetch_x(p, b, s, thread);
-  multiply_down_slice<T, Bits, (Bits < 16)>(p, b, s, warp, 0, p.shared_tiles, p.tile_parts, -1, scales, s.part, s.part_box);
-  if (p.E) {
-    score_slice<T>(p, b, s, warp);
-    wait_for_box(s.part_box);
-    choose_experts(p, s, thread);
-    QE_UNROLL_BY(1)
-    for (int m = 0; m < p.M; ++m) {
-      const int tile0 = p.shared_tiles + s.expert[m] * p.routed_tiles;
-      prefetch_up(p, b, tile0, p.routed_tiles, thread);
-      load_down_scales(p, tile0 + warp % p.routed_tiles, scales);
-      multiply_down_slice<T, Bits, false>(p, b, s, warp, tile0, p.routed_tiles, p.routed_parts, m, scales, s.routed_part, s.routed_box);
+  QE_UNROLL_BY(1)
+  for (int m = -1; m < (p.E ? p.M : 0); ++m) {  // the shared expert, then each token's
+    if (m == 0) {
+      score_slice<T>(p, b, s, warp);
+      wait_for_box(s.part_box);
+      choose_experts(p, s, thread);
     }
+    const bool routes = m >= 0;
+    const int tiles = routes ? p.routed_tiles : p.shared_tiles, tile0 = routes ? p.shared_tiles + s.expert[m] * tiles : 0;
+    if (routes) {
+      prefetch_up(p, b, tile0, tiles, thread);
+      load_down_scales(p, tile0 + first_tile(warp, tiles), scales);
+    }
+    multiply_any_down<T>(p, b, s, warp, tile0, tiles, routes ? p.routed_parts : p.tile_parts, m, scales,
+                         routes ? s.routed_part : s.part, routes ? s.routed_box : s.part_box);
   }
   UpWords ahead[kUpAhead][kDecodeTiles];
-  QE_UNROLL
-  for (int i = 0; i < kUpAhead; ++i)
-    if (i < p.shared_tiles && warp < b.owned) load_up_set(p, i, b.owned_columns(p, warp), ahead[i]);
+  if (p.shared_tiles && warp < b.owned) load_up_steps(p, 0, b.owned_columns(p, warp), ahead);
   wait_for_box(s.part_box);
   wait_for_box(s.routed_box);
   QE_UNROLL_BY(1)
@@ -588,12 +630,8 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
   cluster_wait();  // all blocks have begun
   if (multiplies) {
     multiply_weights<T, Bits, Mode, Groups, Zeros>(p, b, s, shared, feed);
-  } else if (p.factor_bits == 4) {
-    correct<T, 4>(p, b, s);
-  } else if (p.factor_bits == 8) {
-    correct<T, 8>(p, b, s);
   } else {
-    correct<T, 16>(p, b, s);
+    correct<T>(p, b, s);
   }
   block_sync();
   wait_for_box(s.result_box);
