@@ -255,7 +255,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   launch.overlaps = 0;  // its blocks would gather on the multiprocessors that are free first
 }
 
-// All of 1 to 8 tokens in one launch of clusters.
+// All of 1 to 4 tokens in one launch of clusters.
 void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const ClusterCut& c, QeLaunch& launch) {
   qe::ClusterArgs a{};
   a.x = At<void>(b.x);
@@ -273,8 +273,8 @@ void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const C
   a.M = p.M, a.N = p.N, a.Np = s.Np, a.K = p.K;
   a.E = s.experts, a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
   a.factor_bits = p.adapter_bits, a.act_max = ActMax(p);
-  a.main_warps = c.main_warps, a.correct_warps = c.correct_warps, a.own_maxima = c.own_maxima, a.pieces = c.pieces;
-  a.ring = c.ring, a.score_warps = c.score_warps, a.tile_parts = c.tile_parts, a.routed_parts = c.routed_parts;
+  a.main_warps = c.main_warps, a.own_maxima = c.own_maxima, a.pieces = c.pieces;
+  a.score_warps = c.score_warps, a.tile_parts = c.tile_parts, a.routed_parts = c.routed_parts;
   a.cluster_blocks = c.blocks, a.cluster_shift = c.shift, a.cluster_sets = c.sets, a.longer_clusters = c.longer;
   a.chunks = s.Kp / 128, a.slice_chunks = c.slice_chunks, a.parts = c.parts, a.part_chunks = c.part_chunks;
   a.parts_factor = Divide(1 << 16, c.parts), a.token_factor = Divide(1 << 16, p.M);

@@ -149,7 +149,7 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 // slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
 struct ClusterCut {
   int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
-  int main_warps, correct_warps, own_maxima, pieces, ring, score_warps, tile_parts, routed_parts;
+  int main_warps, own_maxima, pieces, score_warps, tile_parts, routed_parts;
   int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, score_part_at, routed_part_at, results_at, unit_at, scores_at;
   int expert_at, x_at, router_at, down_at, low_at, h_at, boxes_at, row_bytes, shared;
   int most_sets() const { return sets + (longer ? 1 : 0); }
@@ -165,7 +165,7 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
   };
   take(c.slice_chunks * p.M * 128 * (s.int8 ? 1 : 2));
   c.group_sums_at = take(Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
-  c.ring_at = take(c.main_warps * c.ring * 512 * p.weight_bits);
+  c.ring_at = take(c.main_warps * kClusterRing * 512 * p.weight_bits);
   c.largest_at = take(c.pieces * (c.own_maxima ? 1 : c.blocks) * m4);
   c.slice_sum_at = take(Zeros(p) && !of_group ? c.blocks * c.slice_chunks * m4 : 0);
   c.part_at = take(c.blocks * c.tile_parts * 16 * s.shared_tiles * m4);
@@ -189,22 +189,23 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
 // after the other; its share of x; beside both its share of x @ down; sums over blocks.
 inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) {
   const int rounds = Divide(c.most_sets() * c.parts, c.main_warps);
-  const int units = c.most_sets() * c.slice_chunks - c.main_warps * c.ring;  // that are not on their way before the launch in front ends
+  const int units = c.most_sets() * c.slice_chunks - c.main_warps * kClusterRing;  // that are not on their way before the launch in front ends
   const int stream = std::max(0, units) * 22 * p.weight_bits, steps = rounds * c.part_chunks * 200;
   const int maxima = Divide(c.pieces * p.M, c.main_warps) * 150 + (c.own_maxima ? 0 : 350);
   const int codes = Divide(c.slice_chunks * p.M, c.main_warps) * 200;
   const int blocks = c.slice_chunks * 4, of_block = p.adapter_bits < 16 ? 40 : 100;  // of 32 rows
-  const auto tiles = [&](int tiles, int parts, int time) { return parts ? Divide(tiles * parts, c.correct_warps) * Divide(blocks, parts) * time : 0; };
+  const auto tiles = [&](int tiles, int parts, int time) { return parts ? Divide(tiles * parts, kCorrectWarps) * Divide(blocks, parts) * time : 0; };
   const int shared = tiles(s.shared_tiles, c.tile_parts, of_block);
   const int routed = s.experts ? p.M * (tiles(s.routed_tiles, c.routed_parts, 150) + 300) + 1500 : 0;
   const int sums = Divide(Divide(c.most_sets(), c.blocks) * p.M, kClusterWarps) * c.blocks * c.parts * 8;
   return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 1300 + shared + routed : 0) + sums + 50 * c.shift;
 }
 
-// The fastest cut of 1 to 8 tokens into clusters, or of a given number of blocks each.
+// The fastest cut of 1 to 4 tokens into clusters, or of a given number of blocks each. One token of a layer with a short K and no
+// correction is left to `main`, whose blocks need nothing from each other: an H100 took as long or less.
 inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors) {
   ClusterCut best{};
-  if (p.M > kClusterTokens) return best;
+  if (p.M > kClusterTokens || (t.clusters == 1 && p.M == 1 && !s.lowrank && p.K <= kOwnMaxima)) return best;
   const int all = s.Np / 32, chunks = s.Kp / 128;
   for (int shift = 1; 1 << shift <= kMostCluster; ++shift) {
     ClusterCut c{};
@@ -215,18 +216,15 @@ inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic&
     c.sets = all / c.clusters, c.longer = all % c.clusters;
     c.own_maxima = p.M * p.K <= kOwnMaxima;
     c.pieces = Divide(c.own_maxima ? p.K : c.slice_chunks * 128, 256);
-    for (c.correct_warps = s.lowrank ? 2 : 0; c.correct_warps <= (s.lowrank ? 4 : 0); c.correct_warps += 2) {
-      c.main_warps = kClusterWarps - c.correct_warps;
-      c.ring = c.main_warps <= 4 ? kDeepRing : kClusterRing;
-      c.score_warps = s.experts ? std::min(c.correct_warps, Divide(c.slice_chunks, 2)) : 0;
-      c.tile_parts = s.shared_tiles ? std::max(1, c.correct_warps / s.shared_tiles) : 0;
-      c.routed_parts = s.routed_tiles ? std::max(1, c.correct_warps / s.routed_tiles) : 0;
-      for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
-        c.part_chunks = Divide(c.slice_chunks, c.parts);
-        PlaceClusterShared(p, s, c);
-        if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
-        if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
-      }
+    c.main_warps = kClusterWarps - (s.lowrank ? kCorrectWarps : 0);
+    c.score_warps = s.experts ? std::min(kCorrectWarps, Divide(c.slice_chunks, 2)) : 0;
+    c.tile_parts = s.shared_tiles ? std::max(1, kCorrectWarps / s.shared_tiles) : 0;
+    c.routed_parts = s.routed_tiles ? std::max(1, kCorrectWarps / s.routed_tiles) : 0;
+    for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
+      c.part_chunks = Divide(c.slice_chunks, c.parts);
+      PlaceClusterShared(p, s, c);
+      if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
+      if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
     }
   }
   return best;

@@ -1,4 +1,4 @@
-// The whole operator for 1 to 8 tokens in one launch, on chips with clusters (prim.cuh): a cluster of blocks has some columns,
+// The whole operator for 1 to 4 tokens in one launch, on chips with clusters (prim.cuh): a cluster of blocks has some columns,
 // and each of its blocks has a slice of their K. Some warps of a block multiply the weights, others the factors of the
 // correction. Blocks send each other what all of them need:
 //
@@ -222,7 +222,7 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
   quantize_cluster<T, Mode, Groups, Zeros>(p, b, s, shared);
   group_sync(kMainGroup, p.main_warps * 32);  // the activations are there
 
-  unsigned char *slot = feed.slots, *const last_slot = slot + (p.ring - 1) * kBlockBytes<Bits>;
+  unsigned char *slot = feed.slots, *const last_slot = slot + (kClusterRing - 1) * kBlockBytes<Bits>;
   QE_UNROLL_BY(1)
   for (int task = warp; task < tasks; task += p.main_warps) {
     const int set = divide_small(task, p.parts_factor), part = task - set * p.parts, start = part * p.part_chunks;
@@ -235,11 +235,7 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
     Cursor<Bits, Mode, Groups, 1> at(p, b.columns_of(set), b.first + start, b.first, shared, shared + p.group_sums_at, p.M);
     QE_UNROLL_BY(1)
     for (int chunk = start; chunk < end; ++chunk) {
-      if (p.ring == kDeepRing) {
-        cp_async_wait<kDeepRing - 1>();
-      } else {
-        cp_async_wait<kClusterRing - 1>();
-      }
+      cp_async_wait<kClusterRing - 1>();
       BlockWords<Bits> w;
       QE_UNROLL
       for (int i = 0; i < Bits; ++i) w[i] = load16(slot + i * kPieceBytes);
@@ -268,7 +264,7 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
 // Lines of memory, from all threads of the correction.
 QE_DEV void prefetch_bytes(const ClusterArgs& p, const void* from, size_t bytes, int thread) {
   QE_UNROLL_BY(1)
-  for (size_t at = static_cast<size_t>(thread) * 128; at < bytes; at += p.correct_warps * 32 * 128)
+  for (size_t at = static_cast<size_t>(thread) * 128; at < bytes; at += kCorrectWarps * 32 * 128)
     prefetch_line(static_cast<const uint8_t*>(from) + at);
 }
 
@@ -278,7 +274,7 @@ QE_DEV void prefetch_up(const ClusterArgs& p, const ClusterBlock& b, int first, 
   QE_UNROLL_BY(1)
   for (int slot = 0; slot < b.owned; ++slot)
     QE_UNROLL_BY(1)
-    for (int o = thread; o < steps * lines; o += p.correct_warps * 32) {
+    for (int o = thread; o < steps * lines; o += kCorrectWarps * 32) {
       const int step = o / lines;
       const size_t pair = static_cast<size_t>(first + step) * (p.Np / 16) + b.owned_columns(p, slot) * 2;
       prefetch_line(static_cast<const uint8_t*>(p.up) + pair * p.factor_bits * 32 + (o - step * lines) * 128);
@@ -288,7 +284,7 @@ QE_DEV void prefetch_up(const ClusterArgs& p, const ClusterBlock& b, int first, 
 // Sixteen bytes at a time to shared memory, by all threads of the correction.
 QE_DEV void copy_bytes(const ClusterArgs& p, void* to, const void* from, int bytes, int thread) {
   QE_UNROLL_BY(1)
-  for (int at = thread * 16; at < bytes; at += p.correct_warps * 32 * 16)
+  for (int at = thread * 16; at < bytes; at += kCorrectWarps * 32 * 16)
     cp_async16(static_cast<uint8_t*>(to) + at, static_cast<const uint8_t*>(from) + at);
 }
 
@@ -323,7 +319,7 @@ QE_DEV void fetch_x(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
   }
   cp_async_commit();
   cp_async_wait<0>();
-  group_sync(kCorrectGroup, p.correct_warps * 32);
+  group_sync(kCorrectGroup, kCorrectWarps * 32);
 }
 
 // Where a column of 16 of `down` lies in a part of h.
@@ -361,7 +357,7 @@ QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, con
   const int lane = thread_id() & 31, from = b.first * 4, count = b.end_of_32(p) - from, blocks = (p.K + 31) / 32;
   const uint8_t* row = s.x + ((lane >> 2) < p.M ? lane >> 2 : p.M - 1) * p.row_bytes + (lane & 3) * 16;  // a copy's result is not sent
   QE_UNROLL_BY(1)
-  for (int task = warp; task < tiles * parts; task += p.correct_warps) {
+  for (int task = warp; task < tiles * parts; task += kCorrectWarps) {
     int tile = task, of_k = 0;
     while (tile >= tiles) tile -= tiles, ++of_k;
     if (task != warp) load_down_scales(p, tile0 + tile, scales);
@@ -399,13 +395,22 @@ QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, con
     float sum[4];
     QE_UNROLL
     for (int j = 0; j < 4; ++j) sum[j] = (acc[0][0][j] + acc[1][0][j]) + (acc[2][0][j] + acc[3][0][j]);
+    // Four lanes have the tokens of one column. All of them get a token's sums, and each tells other blocks.
     QE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int m = (lane & 3) * 2 + (j & 1);
+    for (int m = 0; m < kClusterTokens; ++m) {
       if (m >= p.M || (only >= 0 && m != only)) continue;
-      float* to = part + ((b.rank * parts + of_k) * p.M + m) * 16 * tiles + tile * 16 + (lane >> 2) * 2 + (j >> 1);
-      QE_UNROLL_BY(1)
-      for (int r = 0; r < p.cluster_blocks; ++r) send(to, box, r, sum[j] * scales[j >> 1]);
+      float v[2];
+      QE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        v[half] = (lane & 3) == m / 2 ? sum[2 * half + m % 2] * scales[half] : 0.f;
+        v[half] += shuffle_xor(v[half], 1);
+        v[half] += shuffle_xor(v[half], 2);
+      }
+      float* to = part + ((b.rank * parts + of_k) * p.M + m) * 16 * tiles + tile * 16 + (lane >> 2) * 2;
+      for (int r = lane & 3; r < p.cluster_blocks; r += 4) {
+        send(to, box, r, v[0]);
+        send(to + 1, box, r, v[1]);
+      }
     }
   }
 }
@@ -420,7 +425,7 @@ QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, const Clust
   for (int m = 0; m < p.M; ++m)
     QE_UNROLL_BY(1)
     for (int e0 = 0; e0 < p.E; e0 += 4) {
-      float score[4] = {0.f, 0.f, 0.f, 0.f}, own = 0.f;
+      float score[4] = {0.f, 0.f, 0.f, 0.f}, own = 0.f;  // own: of one of them, for one block
       QE_UNROLL_BY(1)
       for (int k = warp * kPiece + lane * 8; k < end; k += p.score_warps * kPiece) {
         const u32x4 x = load16(s.x + m * p.row_bytes + 2 * k);
@@ -435,12 +440,10 @@ QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, const Clust
       for (int e = 0; e < 4; ++e) {
         QE_UNROLL
         for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
-        own = lane == e ? score[e] : own;
+        own = (lane & 3) == e ? score[e] : own;
       }
-      float* to = s.score_part + ((b.rank * p.score_warps + warp) * p.M + m) * kMaxExperts + e0 + lane;
-      QE_UNROLL_BY(1)
-      for (int r = 0; r < p.cluster_blocks; ++r)
-        if (lane < 4) send(to, s.part_box, r, own);
+      float* to = s.score_part + ((b.rank * p.score_warps + warp) * p.M + m) * kMaxExperts + e0 + (lane & 3);
+      if ((lane >> 2) < p.cluster_blocks) send(to, s.part_box, lane >> 2, own);
     }
 }
 
@@ -455,11 +458,11 @@ QE_DEV float sum_of_parts(const float* part, int count, int step) {
 // The experts that the tokens chose. Every block knows the scores.
 QE_DEV void choose_experts(const ClusterArgs& p, const ClusterShared& s, int thread) {
   QE_UNROLL_BY(1)
-  for (int o = thread; o < p.M * kMaxExperts; o += p.correct_warps * 32)
+  for (int o = thread; o < p.M * kMaxExperts; o += kCorrectWarps * 32)
     if (o % kMaxExperts < p.E) s.scores[o] = sum_of_parts(s.score_part + o, p.score_warps << p.cluster_shift, p.M * kMaxExperts);
-  group_sync(kCorrectGroup, p.correct_warps * 32);
+  group_sync(kCorrectGroup, kCorrectWarps * 32);
   if (thread < p.M) s.expert[thread] = choose_expert(s.scores + thread * kMaxExperts, p.E);
-  group_sync(kCorrectGroup, p.correct_warps * 32);
+  group_sync(kCorrectGroup, kCorrectWarps * 32);
 }
 
 // One step of 16 ranks: h of one expert times `up`, for 32 columns.
@@ -495,7 +498,7 @@ QE_DEV void multiply_up_sets(const ClusterArgs& p, const ClusterBlock& b, const 
   const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;
   const uint16_t* h = s.h + token * rank;
   QE_UNROLL_BY(1)
-  for (int slot = warp; slot < b.owned; slot += p.correct_warps) {
+  for (int slot = warp; slot < b.owned; slot += kCorrectWarps) {
     const int columns = b.owned_columns(p, slot);
     float out[kDecodeTiles][4];
     QE_UNROLL
@@ -576,13 +579,13 @@ QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
   wait_for_box(s.part_box);
   wait_for_box(s.routed_box);
   QE_UNROLL_BY(1)
-  for (int o = thread; o < p.M * rank; o += p.correct_warps * 32) {
+  for (int o = thread; o < p.M * rank; o += kCorrectWarps * 32) {
     const int m = p.M == 1 ? 0 : o / rank, r = o - m * rank;
     const float v = r < shared ? sum_of_parts(s.part + m * shared + down_place(r), p.cluster_blocks * p.tile_parts, p.M * shared)
                                : sum_of_parts(s.routed_part + m * routed + down_place(r - shared), p.cluster_blocks * p.routed_parts, p.M * routed);
     store2(s.h + o, from_float<T>(v).bits);
   }
-  group_sync(kCorrectGroup, p.correct_warps * 32);
+  group_sync(kCorrectGroup, kCorrectWarps * 32);
   multiply_up_sets<T>(p, b, s, warp, ahead);
 }
 
@@ -618,10 +621,10 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
     boxes_are_open();
   }
   cluster_arrive();
-  Feed<Bits> feed{nullptr, shared + p.ring_at + warp * (p.ring * kBlockBytes<Bits>) + lane * 16, 0, warp};
+  Feed<Bits> feed{nullptr, shared + p.ring_at + warp * (kClusterRing * kBlockBytes<Bits>) + lane * 16, 0, warp};
   if (multiplies) {
     QE_UNROLL_BY(1)
-    for (int i = 0; i < p.ring; ++i) feed.push(p, b, feed.slots + i * kBlockBytes<Bits>);
+    for (int i = 0; i < kClusterRing; ++i) feed.push(p, b, feed.slots + i * kBlockBytes<Bits>);
   } else {
     fetch_factors(p, b, s, thread_id() - p.main_warps * 32);
   }

@@ -42,8 +42,8 @@ CLUSTER_PLACES = (
     "results_at", "unit_at", "scores_at", "expert_at", "x_at", "router_at", "down_at", "low_at", "h_at", "boxes_at",
 )  # fmt: skip
 _CLUSTER_COUNTS = (
-    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "main_warps", "correct_warps", "own_maxima",
-    "pieces", "ring", "score_warps", "tile_parts", "routed_parts", "cluster_blocks", "cluster_shift", "cluster_sets", "longer_clusters",
+    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "main_warps", "own_maxima",
+    "pieces", "score_warps", "tile_parts", "routed_parts", "cluster_blocks", "cluster_shift", "cluster_sets", "longer_clusters",
     "chunks", "slice_chunks", "parts", "part_chunks", "parts_factor", "token_factor", *CLUSTER_PLACES, "row_bytes",
 )  # fmt: skip
 

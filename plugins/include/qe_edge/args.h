@@ -86,7 +86,7 @@ struct MainArgs {
   int32_t group_sums_at, ring_at, results_at, tokens_at, scores_at, h_at;
 };
 
-// 1 to 8 tokens where blocks form clusters: the whole operator (main_cluster.cuh).
+// 1 to 4 tokens where blocks form clusters: the whole operator (main_cluster.cuh).
 struct ClusterArgs {
   const void *x, *inv_omega, *router;  // of PrepareArgs
   const void* down;                    // of DownArgs, as is down_scale
@@ -100,9 +100,8 @@ struct ClusterArgs {
   uint64_t code_shifts;
   int32_t M, N, Np, K, E, shared_tiles, routed_tiles;
   int32_t factor_bits, act_max;
-  int32_t main_warps, correct_warps;      // of a block: that multiply weights, and that have the correction
+  int32_t main_warps;                     // of a block, that multiply weights; the others have the correction
   int32_t own_maxima, pieces;             // 1: every block reads all of x for the maxima; pieces of 256 rows that it reads
-  int32_t ring;                           // chunks of weights that a warp has in flight
   int32_t score_warps;                    // that find parts of the scores
   int32_t tile_parts, routed_parts;       // parts of K of a tile of `down`, for different warps
   int32_t cluster_blocks, cluster_shift;  // a power of two, and which
