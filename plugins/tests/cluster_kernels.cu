@@ -10,7 +10,7 @@ enum Case {
   kArriveTwice, kWaitAlone, kLeaveArrived, kBlockLeaves, kWarpLeaves, kLaneLeaves, kLanesApart, kSitesApart, kHalfAtBlockBarrier,
   // What is not ordered: messages.
   kNotBegun, kNoFence, kNoBox, kEnds, kReadEarly, kOtherBox, kOneWaits, kOtherGroupWaits, kTwoMessages, kNoRound, kWrite, kWriteLate,
-  kWriteAfter, kRead, kCopy, kCopyLate, kToldOfWait, kToldOfRead,
+  kWriteAfter, kRead, kCopy, kCopyLate, kToldOfWait, kToldOfRead, kToldToSend,
   // Boxes, and what a message says.
   kBoxTwice, kBoxMisaligned, kBoxOutOfBounds, kBoxNegative, kBoxTooLarge, kBoxRead, kWaitNotOpen, kWaitUnordered, kTooMany,
   kNeverFull, kOverBox, kNoSuchBlock, kOutOfBounds, kMisaligned, kMisalignedFour,
@@ -120,10 +120,9 @@ QE_DEV void disorder(const ClusterArgs& p, const Places& s) {
 
 // A message orders its own bytes and nothing else: not the wait, and not the read, that came before it.
 QE_DEV void told(const ClusterArgs& p, const Places& s) {
-  const int t = thread_id(), rank = cluster_rank(), group = 1 + t / 64;
+  const int t = thread_id(), rank = cluster_rank(), group = 1 + t / 64, step = p.reach == 2 ? 0 : 1;
   if (t == 0) {
-    open_box(s.box, 4);
-    open_box(s.box + 1, 4);
+    for (int i = 0; i < 3; ++i) open_box(s.box + i, i < 2 || p.what == kToldToSend ? 4 : 0);
     boxes_are_open();
     put(s.second, 0.f);
   }
@@ -133,12 +132,14 @@ QE_DEV void told(const ClusterArgs& p, const Places& s) {
     send(s.inbox, s.box, rank, 1.f);
     wait_for_box(s.box);
     v = get(s.second);
-    send(s.inbox + 1, s.box + 1, rank, 2.f);
+    send(s.inbox + 1, s.box + 1, (rank + step) % p.blocks, 2.f);
   }
   if (t == 64) {
     wait_for_box(s.box + 1);
-    v = get(p.what == kToldOfWait ? s.inbox : s.second);
+    if (p.what != kToldToSend) v = get(p.what == kToldOfWait ? s.inbox : s.second);
+    if (p.what == kToldToSend) send(s.inbox, s.box + 2, (rank + p.blocks - step) % p.blocks, 3.f);
   }
+  wait_for_box(s.box + 2);
   group_sync(group, 64);
   if (t == 65 && p.what == kToldOfRead) put(s.second, 1.f);
   give_y(p, v);
@@ -289,7 +290,7 @@ QE_KERNEL void cluster_test(qe::ClusterArgs p) {
   if (p.what == qe::kFence || p.what == qe::kFenceEarly) return qe::fence(p, reinterpret_cast<uint32_t*>(shared));
   if (p.what == qe::kOwnMemory || p.what == qe::kOwnMemoryEarly) return qe::own_memory(p, values);
   if (p.what >= qe::kArriveTwice && p.what <= qe::kHalfAtBlockBarrier) return qe::barriers(p);
-  if (p.what == qe::kToldOfWait || p.what == qe::kToldOfRead) return qe::told(p, places);
+  if (p.what >= qe::kToldOfWait && p.what <= qe::kToldToSend) return qe::told(p, places);
   if (p.what >= qe::kNotBegun && p.what <= qe::kCopyLate) return qe::disorder(p, places);
   if (p.what >= qe::kBoxTwice && p.what <= qe::kMisalignedFour) return qe::boxes(p, places);
   if (p.what >= qe::kGroupZero && p.what <= qe::kGroupWaits) return qe::group_barriers(p);
