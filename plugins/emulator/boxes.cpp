@@ -18,9 +18,10 @@ Box* box_at(BlockShadow& block, size_t at) {
 // The thread waited for the box, or a barrier orders it after a thread that did.
 bool knows(Box& box, const Access& a) {
   if (box.known.empty()) box.known.resize(rounds.size() * 32);
-  if (box.known[static_cast<size_t>(a.who)]) return true;
+  const auto thread = static_cast<size_t>(a.who.thread);
+  if (box.known[thread]) return true;
   for (const Wait& wait : box.waits)
-    if (a.after(wait.who, wait.epoch, wait.rounds)) return box.known[static_cast<size_t>(a.who)] = true;
+    if (a.after(wait.who, wait.epoch)) return box.known[thread] = true;
   return false;
 }
 
@@ -28,7 +29,7 @@ bool knows(Box& box, const Access& a) {
 const char* refuse(const BlockShadow& block, const Box& box, const Access& a) {
   const SharedByte& opened = block.bytes[box.at];
   if (!box.fenced) return "message: its box may not be open yet, because no fence came after its opening";
-  const bool sees = &block == here ? opened.writer == a.who || a.after(opened.writer, opened.write_epoch, opened.write_rounds)
+  const bool sees = &block == here ? !a.races_with_write(opened)
                                    : box.fence_rounds < a.waited;
   return sees ? nullptr : "message: its box may not be open yet, because no cluster barrier came after its opening";
 }
@@ -42,14 +43,14 @@ void write_by_message(SharedByte& b, BlockShadow& block, const Access& a, uint8_
   } else if (b.box) {
     const Box& other = block.boxes[b.box - 1u];
     bool read = false;
-    for (const Wait& wait : other.waits) read |= own ? wait.who == a.who || a.after(wait.who, wait.epoch, wait.rounds) : wait.rounds < a.waited;
+    for (const Wait& wait : other.waits) read |= own ? wait.who.thread == a.who.thread || a.after(wait.who, wait.epoch) : wait.who.rounds < a.waited;
     if (!read) report("message: race with another message");
-  } else if (own ? a.races_with_write(b) : b.writer != kNobody && b.write_rounds >= a.waited) {
+  } else if (own ? a.races_with_write(b) : b.writer.thread != kNobody && b.writer.rounds >= a.waited) {
     report("message: race with a write");
   }
-  if (own ? a.races_with_read(b) : b.reader != kNobody && b.read_rounds >= a.waited) report("message: race with a read");
+  if (own ? a.races_with_read(b) : b.reader.thread != kNobody && b.reader.rounds >= a.waited) report("message: race with a read");
   if (b.box == kIsBox) return;
-  b.writer = static_cast<int16_t>(a.who), b.write_epoch = kNoEpoch, b.write_rounds = -1;
+  b.writer = a.who, b.write_epoch = kNoEpoch;
   b.box = box;
 }
 
@@ -80,7 +81,7 @@ bool shadow_open_box(const void* box, int bytes, int who) {
 
 void shadow_fence_boxes(int who) {
   for (Box& box : here->boxes)
-    if (here->bytes[box.at].writer == who && !box.fenced) box.fenced = true, box.fence_rounds = rounds_of(who).arrived;
+    if (here->bytes[box.at].writer.thread == who && !box.fenced) box.fenced = true, box.fence_rounds = rounds_of(who).arrived;
 }
 
 bool shadow_send(Message& message, const void* own, const void* box, int who) {
@@ -130,7 +131,7 @@ void shadow_has_waited(int number, int who) {
   const Access a(who);
   if (knows(box, a)) return;
   box.known[static_cast<size_t>(who)] = true;
-  box.waits.push_back({who, a.epoch, a.arrived});
+  box.waits.push_back({a.who, a.epoch});
 }
 
 }  // namespace qe_emu

@@ -127,7 +127,7 @@ bool shadow_shared(size_t at, size_t bytes, bool write, int who) {
       if (a.races_with_read(b)) report("shared memory: race of a write with a read");
       a.write(b);
     } else {
-      if (b.writer == kNobody) report("shared memory: read of bytes that nobody wrote");
+      if (b.writer.thread == kNobody) report("shared memory: read of bytes that nobody wrote");
       if (a.races_with_write(b)) report("shared memory: race of a read with a write");
       a.read(b);
     }

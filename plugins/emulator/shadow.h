@@ -12,14 +12,17 @@ constexpr uint32_t kNoEpoch = 0;
 constexpr uint8_t kNoBox = 0, kIsBox = 255;
 constexpr size_t kMostBoxes = kIsBox - 1;  // of a block
 
-// Threads are counted in the cluster, warps in the block. Every barrier of a block or of a group begins an epoch; their
-// numbers grow. Rounds: how often the thread had arrived at the cluster's barrier.
+// A thread, counted in the cluster, and how often it had arrived at the cluster's barrier.
+struct Who {
+  int16_t thread, rounds;
+};
+
+// Every barrier of a block or of a group begins an epoch; their numbers grow.
 struct SharedByte {
-  int16_t writer = kNobody, reader = kNobody;
+  Who writer{kNobody, 0}, reader{kNobody, 0};  // of several readers of an epoch the one with the most rounds
   uint32_t write_epoch = kNoEpoch, read_epoch = kNoEpoch;
-  uint32_t readers = 0;  // warps that read since the block's last barrier, with as many rounds as `reader`; bits
-  // Of several readers of an epoch `reader` has the most rounds.
-  int16_t write_rounds = 0, read_rounds = 0, rounds_of_other_readers = -1;
+  uint32_t readers = 0;  // warps of the block that read since its last barrier, with as many rounds as `reader`; bits
+  int16_t rounds_of_other_readers = -1;
   bool copying = false;  // an asynchronous copy owns it
   uint8_t box = kNoBox;  // of the message that wrote it last, counted from 1; or kIsBox
 };
@@ -31,9 +34,8 @@ struct Group {
 
 // A thread waited for a box.
 struct Wait {
-  int who;
+  Who who;
   uint32_t epoch;
-  int16_t rounds;
 };
 
 struct Box {
@@ -73,16 +75,16 @@ inline size_t place_of(const void* p) { return static_cast<size_t>(static_cast<c
 
 // What a thread of the running block does now.
 struct Access {
-  int who;
+  Who who;
+  int16_t waited;  // rounds
   uint32_t epoch;  // that it leaves behind
   // Barriers order it after what has a smaller epoch: of any thread of its block, and of the warps `mates`.
   uint32_t since, mates_since, mates;
   uint32_t warp;  // its own, as a bit
-  int16_t arrived, waited;
 
   explicit Access(int thread)
-      : who(thread), epoch(here->epoch), since(epoch), mates_since(epoch), mates(1u << warp_of(thread)), warp(mates),
-        arrived(rounds_of(who).arrived), waited(rounds_of(who).waited) {
+      : who{static_cast<int16_t>(thread), rounds_of(thread).arrived}, waited(rounds_of(thread).waited), epoch(here->epoch),
+        since(epoch), mates_since(epoch), mates(1u << warp_of(thread)), warp(mates) {
     if (!here->grouped) return;
     if (const int group = here->group_of_warp[warp_of(thread)]) {
       mates = here->groups[group].warps;
@@ -92,32 +94,28 @@ struct Access {
   static int warp_of(int thread) { return thread / 32 - here->first_warp; }
 
   // A barrier of the block, of the group or of the cluster lies between this and what another thread of the block did.
-  bool after(int other, uint32_t then, int16_t its_rounds) const {
-    return then < since || its_rounds < waited || (then < mates_since && mates >> warp_of(other) & 1);
+  bool after(Who other, uint32_t then) const {
+    return then < since || other.rounds < waited || (then < mates_since && mates >> warp_of(other.thread) & 1);
   }
   // Another thread wrote or read the byte, and no barrier came in between.
-  bool races_with_write(const SharedByte& b) const {
-    return b.writer != who && !after(b.writer, b.write_epoch, b.write_rounds);
-  }
+  bool races_with_write(const SharedByte& b) const { return b.writer.thread != who.thread && !after(b.writer, b.write_epoch); }
   bool races_with_read(const SharedByte& b) const {
     if (b.read_epoch < since) return false;
-    if (b.readers & ~mates) return b.read_rounds >= waited;
-    return b.read_epoch >= mates_since && (b.reader == who ? b.rounds_of_other_readers : b.read_rounds) >= waited;
+    if (b.readers & ~mates) return b.reader.rounds >= waited;
+    return b.read_epoch >= mates_since && (b.reader.thread == who.thread ? b.rounds_of_other_readers : b.reader.rounds) >= waited;
   }
 
-  void write(SharedByte& b) const {
-    b.writer = static_cast<int16_t>(who), b.write_epoch = epoch, b.write_rounds = arrived;
-  }
+  void write(SharedByte& b) const { b.writer = who, b.write_epoch = epoch; }
   void read(SharedByte& b) const {
-    const bool known = b.read_epoch >= since && b.read_rounds == arrived;
+    const bool more = b.read_epoch >= since && b.reader.rounds == who.rounds;
     if (b.read_epoch != epoch) {
       b.rounds_of_other_readers = -1;
-    } else if (b.reader != who) {
-      b.rounds_of_other_readers = std::max(b.rounds_of_other_readers, std::min(arrived, b.read_rounds));
-      if (arrived < b.read_rounds) return;
+    } else if (b.reader.thread != who.thread) {
+      b.rounds_of_other_readers = std::max(b.rounds_of_other_readers, std::min(who.rounds, b.reader.rounds));
+      if (who.rounds < b.reader.rounds) return;
     }
-    b.readers = known ? b.readers | warp : warp;
-    b.reader = static_cast<int16_t>(who), b.read_rounds = arrived, b.read_epoch = epoch;
+    b.readers = more ? b.readers | warp : warp;
+    b.reader = who, b.read_epoch = epoch;
   }
 };
 

@@ -9,8 +9,8 @@ enum Case {
   // At the cluster's barrier.
   kArriveTwice, kWaitAlone, kLeaveArrived, kBlockLeaves, kWarpLeaves, kLaneLeaves, kLanesApart, kSitesApart, kHalfAtBlockBarrier,
   // What is not ordered: messages.
-  kNotBegun, kNoFence, kNoBox, kEnds, kReadEarly, kOtherBox, kOneWaits, kOtherGroupWaits, kTwoMessages, kNoRound, kOwnWrite,
-  kWriteLate, kOwnRead, kCopy, kCopyLate,
+  kNotBegun, kNoFence, kNoBox, kEnds, kReadEarly, kOtherBox, kOneWaits, kOtherGroupWaits, kTwoMessages, kNoRound, kWrite, kWriteLate,
+  kWriteAfter, kRead, kCopy, kCopyLate, kToldOfWait, kToldOfRead, kToldToSend,
   // Boxes, and what a message says.
   kBoxTwice, kBoxMisaligned, kBoxOutOfBounds, kBoxNegative, kBoxTooLarge, kBoxRead, kWaitNotOpen, kWaitUnordered, kTooMany,
   kNeverFull, kOverBox, kNoSuchBlock, kOutOfBounds, kMisaligned, kMisalignedFour,
@@ -18,7 +18,8 @@ enum Case {
   kFenceEarly, kOwnMemoryEarly,
   // At a group's barrier, and what it does not order.
   kGroupZero, kGroupSixteen, kGroupHalfWarp, kGroupOfTwoBlocks, kTwoGroups, kGroupDisagrees, kGroupTooLarge, kGroupLanesApart,
-  kGroupsOfLanes, kGroupLaneWaits, kGroupLeft, kGroupWaits, kNoGroupSync, kOtherGroup, kOtherGroupReads,
+  kGroupsOfLanes, kGroupLaneWaits, kGroupLeft, kGroupWaits, kNoGroupSync, kOtherGroup,
+  kOtherGroupReads, kOtherGroupWrote,
 };
 
 struct ClusterArgs {
@@ -27,6 +28,7 @@ struct ClusterArgs {
   float* partial;      // [blocks, threads]
   uint32_t* counter;
   int what, blocks;    // of a cluster
+  int reach;           // of messages: 0 to all blocks of it, 1 to peers, 2 to the own block
 };
 
 // Shared memory of every block.
@@ -75,33 +77,72 @@ QE_DEV void exchange(const ClusterArgs& p, const Places& s) {
   give_y(p, sum + add_up(p, s.inbox));
 }
 
+QE_DEV bool reaches(const ClusterArgs& p, int from, int to) { return p.reach == 0 || (p.reach == 2) == (from == to); }
+
 // One turn, and what may be wrong with it.
 QE_DEV void disorder(const ClusterArgs& p, const Places& s) {
   const int t = thread_id(), threads = block_threads(), rank = cluster_rank(), what = p.what;
-  const int next = (rank + 1) % p.blocks * threads + t, at = (what == kTwoMessages ? 0 : rank * threads) + t;
-  for (int from = 0; from < (what == kOwnRead ? p.blocks : 0); ++from) put(s.inbox + from * threads + t, 0.f);
+  const int at = what == kTwoMessages ? t % 64 : rank * threads + t;
+  const int others = (p.reach == 2 ? rank : (rank + 1) % p.blocks) * threads + (t ^ 1);  // where another thread sends to
+  const int all = 4 * threads * (p.reach == 0 ? p.blocks : p.reach == 1 ? p.blocks - 1 : 1);
+  const auto tell = [&](uint64_t* box) {
+    for (int to = 0; to < p.blocks; ++to)
+      if (reaches(p, rank, to)) send(s.inbox + at, box, to, number());
+  };
+  if (what == kRead) put(s.inbox + others, 0.f);
   if (what == kNotBegun) cluster_arrive();
   if (t == 0 && what != kNoBox) {
-    open_box(s.box, 4 * p.blocks * threads);
+    open_box(s.box, all);
     open_box(s.box + 1, 0);
-    open_box(s.box + 2, what == kNoRound ? 4 * p.blocks * threads : 0);
+    open_box(s.box + 2, what == kNoRound || what == kWriteAfter ? all : 0);
     if (what != kNoFence) boxes_are_open();
   }
   if (what != kNotBegun) cluster_arrive();
   cluster_wait();
-  if (what == kOwnWrite) put(s.inbox + next, 0.f);
-  if (what == kCopy && t % 4 == 0) cp_async16(s.inbox + next, p.x + t);
-  for (int to = 0; to < p.blocks; ++to) send(s.inbox + at, s.box, to, number());
+  if (what == kWrite) put(s.inbox + others, 0.f);
+  if (what == kCopy && t % 4 == 0) cp_async16(s.inbox + others - 1, p.x + t);
+  tell(s.box);
   if (what == kEnds) return;
-  if (what == kOwnRead) give_y(p, get(s.inbox + next));
-  if (what == kWriteLate) put(s.inbox + next, 0.f);
-  if (what == kCopyLate && t % 4 == 0) cp_async16(s.inbox + next, p.x + t);
+  if (what == kRead) give_y(p, get(s.inbox + others));
+  if (what == kWriteLate) put(s.inbox + others, 0.f);
+  if (what == kCopyLate && t % 4 == 0) cp_async16(s.inbox + others - 1, p.x + t);
   if (what == kOtherBox) wait_for_box(s.box + 1);
   if (what == kOneWaits ? t == 0 : what == kOtherGroupWaits ? t < 64 : what != kReadEarly && what != kOtherBox) wait_for_box(s.box);
   if (what == kOtherGroupWaits) group_sync(1 + t / 64, 64);
-  if (what != kOwnRead) give_y(p, what == kTwoMessages ? get(s.inbox + t) : add_up(p, s.inbox));
-  for (int to = 0; to < (what == kNoRound ? p.blocks : 0); ++to) send(s.inbox + at, s.box + 2, to, number());
-  wait_for_box(s.box + (what == kNoRound ? 2 : 0));
+  if (what != kRead && what != kTwoMessages) give_y(p, get(s.inbox + others));
+  if (what == kWriteAfter) {
+    cluster_round();
+    put(s.inbox + others, 0.f);
+  }
+  if (what == kNoRound || what == kWriteAfter) tell(s.box + 2);
+  wait_for_box(s.box + (what == kNoRound || what == kWriteAfter ? 2 : 0));
+}
+
+// A message orders its own bytes and nothing else: not the wait, and not the read, that came before it.
+QE_DEV void told(const ClusterArgs& p, const Places& s) {
+  const int t = thread_id(), rank = cluster_rank(), group = 1 + t / 64, step = p.reach == 2 ? 0 : 1;
+  if (t == 0) {
+    for (int i = 0; i < 3; ++i) open_box(s.box + i, i < 2 || p.what == kToldToSend ? 4 : 0);
+    boxes_are_open();
+    put(s.second, 0.f);
+  }
+  cluster_round();
+  float v = 0.f;
+  if (t == 0) {
+    send(s.inbox, s.box, rank, 1.f);
+    wait_for_box(s.box);
+    v = get(s.second);
+    send(s.inbox + 1, s.box + 1, (rank + step) % p.blocks, 2.f);
+  }
+  if (t == 64) {
+    wait_for_box(s.box + 1);
+    if (p.what != kToldToSend) v = get(p.what == kToldOfWait ? s.inbox : s.second);
+    if (p.what == kToldToSend) send(s.inbox, s.box + 2, (rank + p.blocks - step) % p.blocks, 3.f);
+  }
+  wait_for_box(s.box + 2);
+  group_sync(group, 64);
+  if (t == 65 && p.what == kToldOfRead) put(s.second, 1.f);
+  give_y(p, v);
 }
 
 // One thread sends a 1 at a time to a peer, and one looks for the last of them first.
@@ -204,10 +245,12 @@ QE_DEV void groups(const ClusterArgs& p, float* values) {
     if (p.what == kOtherGroup) sum += get(now + (t ^ 64));
   }
   block_sync();
-  sum += get(values + (t ^ 64));
+  if (p.what != kOtherGroupWrote) sum += get(values + (t ^ 64));
   if (p.what == kOtherGroupReads) sum += get(values);
-  group_sync(group, 64);
+  if (p.what == kOtherGroupWrote && group == 1) put(values + t, 0.f);
+  for (int turn = 0; turn < 3; ++turn) group_sync(group, 64);
   if (p.what == kOtherGroupReads && t == 1) put(values, 0.f);
+  if (p.what == kOtherGroupWrote && group == 2) sum += get(values + (t ^ 64));
   give_y(p, sum);
 }
 
@@ -247,6 +290,7 @@ QE_KERNEL void cluster_test(qe::ClusterArgs p) {
   if (p.what == qe::kFence || p.what == qe::kFenceEarly) return qe::fence(p, reinterpret_cast<uint32_t*>(shared));
   if (p.what == qe::kOwnMemory || p.what == qe::kOwnMemoryEarly) return qe::own_memory(p, values);
   if (p.what >= qe::kArriveTwice && p.what <= qe::kHalfAtBlockBarrier) return qe::barriers(p);
+  if (p.what >= qe::kToldOfWait && p.what <= qe::kToldToSend) return qe::told(p, places);
   if (p.what >= qe::kNotBegun && p.what <= qe::kCopyLate) return qe::disorder(p, places);
   if (p.what >= qe::kBoxTwice && p.what <= qe::kMisalignedFour) return qe::boxes(p, places);
   if (p.what >= qe::kGroupZero && p.what <= qe::kGroupWaits) return qe::group_barriers(p);

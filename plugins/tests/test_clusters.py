@@ -50,7 +50,8 @@ MISTAKES: dict[str, tuple[set[str], set[str]]] = {
     "lanes_apart": ({APART}, set()),
     "sites_apart": ({APART}, set()),
     "half_at_block_barrier": ({"deadlock: a warp collective or barrier that not all threads reach"}, set()),
-    "not_begun": ({NOT_OPEN, NO_BOX}, {UNORDERED, UNOPENED}),
+    "peers:not_begun": ({NOT_OPEN, NO_BOX}, {UNORDERED, UNOPENED}),
+    "own:not_begun": ({NOT_OPEN, NO_BOX}, {UNORDERED, UNOPENED}),
     "no_fence": ({"message: its box may not be open yet, because no fence came after its opening"}, set()),
     "no_box": ({NO_BOX}, set()),
     "ends": ({ENDS}, {ENDED}),
@@ -58,13 +59,23 @@ MISTAKES: dict[str, tuple[set[str], set[str]]] = {
     "other_box": ({UNREAD}, {NOBODY, OVER_READ}),
     "one_waits": ({UNREAD}, {NOBODY, OVER_READ}),
     "other_group_waits": ({UNREAD}, {NOBODY, OVER_READ}),
-    "two_messages": ({TWO_MESSAGES}, set()),
-    "no_round": ({TWO_MESSAGES, OVER_READ}, {UNREAD}),
-    "own_write": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "peers:two_messages": ({TWO_MESSAGES}, set()),
+    "own:two_messages": ({TWO_MESSAGES}, set()),
+    "peers:no_round": ({TWO_MESSAGES, OVER_READ}, {UNREAD}),
+    "own:no_round": ({OVER_READ, UNREAD}, set()),
+    "peers:write": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "own:write": ({OVER_WRITE, OVER_MESSAGE}, set()),
     "write_late": ({OVER_WRITE, OVER_MESSAGE}, set()),
-    "own_read": ({OVER_READ, UNREAD}, set()),
+    "peers:write_after": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "own:write_after": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "peers:read": ({OVER_READ, UNREAD}, set()),
+    "own:read": ({OVER_READ, UNREAD}, set()),
     "copy": ({OVER_COPY, OVER_MESSAGE}, {COPYING}),
     "copy_late": ({OVER_COPY, OVER_MESSAGE}, {COPYING}),
+    "own:told_of_wait": ({UNREAD}, set()),
+    "own:told_of_read": ({OVERREAD}, set()),
+    "own:told_to_send": ({TWO_MESSAGES}, set()),
+    "peers:told_to_send": ({TWO_MESSAGES}, set()),
     "box_twice": ({"box: it is opened twice"}, set()),
     "box_misaligned": ({"box: misaligned"}, set()),
     "box_out_of_bounds": ({"box: out of bounds of shared memory"}, set()),
@@ -96,9 +107,12 @@ MISTAKES: dict[str, tuple[set[str], set[str]]] = {
     "group_waits": ({GROUP_WAITS}, set()),
     "no_group_sync": ({LATE_READ, OVERREAD}, {NOBODY}),
     "other_group": ({LATE_READ, OVERREAD}, {NOBODY}),
-    "other_group_reads": ({LATE_READ, OVERREAD}, set()),
+    "other_group_reads": ({OVERREAD}, {LATE_READ}),
+    "other_group_wrote": ({LATE_READ}, {OVERREAD}),
 }
-CASES = ["right", "fence", "own_memory", "groups", "peek", *MISTAKES]  # as in cluster_kernels.cu
+REACHES = ["", "peers", "own"]  # where messages go
+RIGHT = ["right", "fence", "own_memory", "groups", "peek"]
+CASES = list(dict.fromkeys([*RIGHT, *(name.rpartition(":")[2] for name in MISTAKES)]))  # as in cluster_kernels.cu
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,8 @@ def run(machine: SourceMachine, case: str, seed: int, *, blocks: int = 8, size: 
     y = add(np.full((blocks, THREADS), np.nan, np.float32), "y")
     partial = add(np.zeros((blocks, THREADS), np.float32), "partial")
     counter = add(np.zeros(1, np.uint32), "counter", zeroed=True)
-    args = struct.pack("<4Q2i", x, y, partial, counter, CASES.index(case), size)
+    reach, _, what = case.rpartition(":")
+    args = struct.pack("<4Q4i", x, y, partial, counter, CASES.index(what), size, REACHES.index(reach), 0)
     launch = Launch(
         kernel=b"cluster_test", grid_x=blocks, grid_y=1, threads=THREADS, cluster=size,
         shared_bytes=8 * THREADS * size + 64, args_bytes=len(args), args=(type(Launch().args))(*args),
