@@ -17,15 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulator.plan import Launch
-from emulator.ptx_cluster import MOST_IN_CLUSTER, ClusterMemory
-from emulator.ptx_cluster_ops import cluster, cluster_memory
+from emulator.ptx_barriers import Barriers, deadlock
+from emulator.ptx_clocks import MOST_IN_CLUSTER, Clocks
+from emulator.ptx_cluster import ClusterMemory
+from emulator.ptx_cluster_ops import cluster, cluster_memory, try_box
 from emulator.ptx_collectives import collective
 from emulator.ptx_memory import GlobalMemory, SharedMemory
 from emulator.ptx_memory_ops import memory
 from emulator.ptx_ops import Step, arithmetic
 from emulator.ptx_order import ordering
 from emulator.ptx_text import Instruction, Kernel, PtxError, PtxFile
-from emulator.ptx_warp import LANES, MOST_BLOCKS, DeadlockError, Lanes, Mask, Warp
+from emulator.ptx_warp import BLOCK, BOX, CLUSTER, LANES, MOST_BLOCKS, NOTHING, DeadlockError, Lanes, Mask, Warp, reader
 
 _MOST_ERRORS = 20
 
@@ -46,11 +48,14 @@ class Blocks:
         self.number = y.astype(np.int64) * launch.grid_x + x
         self.errors: list[str] = []
         warps, beside = launch.threads // LANES, max(1, launch.cluster)
+        clocks = Clocks(self.count, warps, beside, self.report) if kernel.needs_clocks else None
         self.shared = (
-            ClusterMemory(launch.shared_bytes, self.count, warps, beside, self.report)
-            if kernel.has_clusters
+            ClusterMemory(launch.shared_bytes, self.count, clocks, self.report)
+            if clocks
             else SharedMemory(launch.shared_bytes, self.count, self.report)
         )
+        self.barriers = Barriers(self.count, warps, clocks, self.report)
+        self.haste = order.choice((0, 0.1, 0.5))  # how likely messages arrive before they must
         same = {"%ntid.x": launch.threads, "%nctaid.x": launch.grid_x}
         self._place: dict[str, Lanes] = {"%ctaid.x": x, "%ctaid.y": y, "%cluster_ctarank": x % np.uint32(beside)} | {
             name: np.full(x.size, value, np.uint32) for name, value in same.items()
@@ -78,37 +83,55 @@ class Blocks:
         if not waited.any(axis=0).all():
             self.report("a block ends before the launch in front has ended")
 
-    def release_barrier(self) -> bool:
-        """Let waiting warps go on. False when there is nobody left.
+    def go_on(self) -> bool:
+        """Let a barrier be passed or messages arrive, as chance has it. False when there is nobody left.
 
-        Only called when no warp can run, so that each is at a barrier or has left. Raises DeadlockError when all wait
-        for others.
+        Only called when no warp can run. Raises DeadlockError when all wait for others.
         """
-        waiting = np.stack([warp.waiting.reshape(-1, LANES).any(axis=1) for warp in self.warps])
-        for_cluster = np.stack([warp.waiting_for_cluster.reshape(-1, LANES).any(axis=1) for warp in self.warps])
-        if self._release_clusters(waiting, for_cluster):
-            return True
-        ready = waiting.any(axis=0) & ~for_cluster.any(axis=0)
-        if not ready.any():
-            if for_cluster.any():
-                raise DeadlockError("deadlock: warps wait at the cluster barrier for others that do not arrive")
+        waits = self._waits()
+        choices = list(self.barriers.complete(waits))
+        messages = self.in_flight
+        if not choices and not messages:
+            if self._wake():
+                return True
+            if (waits != NOTHING).any():
+                raise DeadlockError(deadlock(waits))
             return False
-        if (ready & ~waiting.all(axis=0)).any():
-            self.report("barrier: some warps have already left the kernel")
-        self.shared.epoch += 1
+        choice = self.order.randrange(len(choices) + messages) if len(choices) + messages > 1 else 0
+        if choice == len(choices):
+            self.land()
+            return True
+        code, ready = choices[choice]
+        self.barriers.go_on(code, ready)
+        self.shared.epoch += code == BLOCK
         for warp in self.warps:
-            warp.resume(np.repeat(ready, LANES))
+            warp.resume(np.repeat(ready[:, warp.index], LANES), code)
         return True
 
-    def _release_clusters(self, waiting: NDArray[np.bool_], for_cluster: NDArray[np.bool_]) -> bool:
-        """Let warps go on that wait for a complete round of their cluster's barrier: ``[warps, blocks]``."""
-        if not isinstance(self.shared, ClusterMemory) or not for_cluster.any():
+    @property
+    def in_flight(self) -> bool:
+        """Whether messages are."""
+        return isinstance(self.shared, ClusterMemory) and bool(self.shared.boxes.in_flight)
+
+    def land(self) -> None:
+        """Some messages arrive, and warps go on that wait for a box which they fill."""
+        at = self.shared.land(self.order)
+        if np.stack([warp.left for warp in self.warps])[:, at].all(axis=0).any():
+            self.report("message: its block has already ended")
+        self._wake()
+
+    def _waits(self) -> NDArray[np.int8]:
+        """What each warp waits for: ``[blocks, warps]``."""
+        return np.stack([warp.waiting.reshape(-1, LANES).max(axis=1) for warp in self.warps], axis=1)
+
+    def _wake(self) -> bool:
+        """Warps try again whose block has got a full box."""
+        if not isinstance(self.shared, ClusterMemory) or not self.shared.boxes.filled:
             return False
-        ready = for_cluster.T & (self.shared.waits < self.shared.completed(~(waiting | for_cluster).T)[:, None])
-        self.shared.waits += ready
         for warp in self.warps:
-            warp.resume(np.repeat(ready[:, warp.index], LANES))
-        return bool(ready.any())
+            warp.resume(np.isin(warp.slot, list(self.shared.boxes.filled)), BOX)
+        self.shared.boxes.filled.clear()
+        return True
 
 
 class PtxMachine:
@@ -169,7 +192,9 @@ class PtxMachine:
             runnable = [warp for warp in blocks.warps if warp.can_run]
             if runnable:
                 self._advance(order.choice(runnable), kernel, order.randrange(30, 300))
-            elif not blocks.release_barrier():
+                if blocks.in_flight and order.random() < blocks.haste:
+                    blocks.land()
+            elif not blocks.go_on():
                 return
 
     def _advance(self, warp: Warp, kernel: Kernel, count: int) -> None:
@@ -224,22 +249,55 @@ def _barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask
         return
     if active is not mask:
         warp.goto(pc + 1, mask)
-    warp.wait(pc + 1, active)
+    if instruction.operands == ("0",):
+        warp.wait(pc + 1, active)
+    else:
+        warp.wait(pc + 1, active, _group(warp, kernel, instruction, active))
+
+
+def _group(warp: Warp, kernel: Kernel, instruction: Instruction, active: Mask) -> NDArray[np.int8]:
+    """What lanes wait for at a named barrier."""
+    if instruction.op != ("bar", "sync") or len(instruction.operands) != 2:
+        raise PtxError(f"not modelled: `{instruction.text}`")
+    lanes = warp.lanes_of(active)
+    group, threads = (reader(kernel, each, np.uint32)(warp)[lanes].astype(np.int64) for each in instruction.operands)
+    if ((group < 1) | (group > 15)).any():
+        warp.blocks.report("named barrier: a number that is not 1 to 15")
+        group = np.clip(group, 1, 15)
+    of_warps = np.unique(np.stack([warp.slot[lanes], group, threads]), axis=1)
+    if np.unique(of_warps[0]).size != of_warps.shape[1]:
+        warp.blocks.report("named barrier: lanes of a warp name two")
+    warp.blocks.barriers.come(of_warps[0], warp.index, of_warps[1], of_warps[2])
+    return (group + BLOCK).astype(np.int8)
 
 
 def _cluster_barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
     warp.together(active, "cluster barrier")
     shared, slot = cluster_memory(warp), np.unique(warp.slot[warp.lanes_of(active)])
     if instruction.op == ("barrier", "cluster", "arrive", "release", "aligned"):
-        shared.arrive(slot, warp.index)
+        shared.clocks.arrive(slot, warp.index)
         warp.goto(pc + 1, mask)
         return
     if instruction.op != ("barrier", "cluster", "wait", "acquire", "aligned"):
         raise PtxError(f"not modelled: `{instruction.text}`")
-    shared.start_wait(slot, warp.index)
+    shared.clocks.start_wait(slot, warp.index)
     if active is not mask:
         warp.goto(pc + 1, mask)
-    warp.wait(pc + 1, active, cluster=True)
+    warp.wait(pc + 1, active, CLUSTER)
+
+
+def _box(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
+    """Lanes that see a box which is not full stop until another one of their block is."""
+    if instruction.op[1] != "try_wait":
+        _compile(kernel, pc)(warp, active)
+        warp.goto(pc + 1, mask)
+        return
+    if instruction.op[2:] != ("parity", "shared", "b64") or instruction.operands[2] != "0":
+        raise PtxError(f"not modelled: `{instruction.text}`")
+    missing = try_box(kernel, instruction, warp, active)
+    warp.goto(pc + 1, mask)
+    if missing.any():
+        warp.wait(pc + 1, missing, BOX)
 
 
 # Given the lanes that stand at the instruction and those of them whose guard holds.
@@ -248,6 +306,7 @@ _CONTROL: dict[str, Callable[[Warp, Kernel, Instruction, int, Mask, Mask], None]
     "ret": _return,
     "bar": _barrier,
     "barrier": _cluster_barrier,
+    "mbarrier": _box,
 }
 
 
