@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from emulator.ptx_text import Kernel, PtxError
 
 if TYPE_CHECKING:
-    from emulator.ptx import Blocks
+    from emulator.ptx_blocks import Blocks
 
 LANES = 32
 NOTHING, CLUSTER, BOX, BLOCK = 0, 1, 2, 3  # what a lane waits for; BLOCK + n is the barrier of group n
