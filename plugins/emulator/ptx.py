@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulator.plan import Launch
-from emulator.ptx_blocks import Blocks, Place
+from emulator.ptx_blocks import Blocks
 from emulator.ptx_clocks import MOST_IN_CLUSTER
 from emulator.ptx_cluster_ops import cluster
 from emulator.ptx_collectives import collective
@@ -88,7 +88,7 @@ class PtxMachine:
             runnable = [warp for warp in blocks.warps if warp.can_run]
             if runnable:
                 self._advance(order.choice(runnable), kernel, order.randrange(30, 300))
-                if blocks.in_flight and order.random() < blocks.haste:
+                if blocks.cluster and order.random() < blocks.haste:
                     blocks.land()
             elif not blocks.go_on():
                 return

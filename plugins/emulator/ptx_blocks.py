@@ -37,11 +37,8 @@ class Blocks:
         self.errors: list[str] = []
         warps, beside = launch.threads // LANES, max(1, launch.cluster)
         clocks = Clocks(self.count, warps, beside, self.report) if kernel.needs_clocks else None
-        self.shared = (
-            ClusterMemory(launch.shared_bytes, self.count, clocks, self.report)
-            if clocks
-            else SharedMemory(launch.shared_bytes, self.count, self.report)
-        )
+        self.cluster = ClusterMemory(launch.shared_bytes, self.count, clocks, self.report) if clocks else None
+        self.shared = self.cluster or SharedMemory(launch.shared_bytes, self.count, self.report)
         self.barriers = Barriers(self.count, warps, clocks, self.report)
         self.haste = order.choice((0, 0.1, 0.5))  # how likely messages arrive before they must
         same = {"%ntid.x": launch.threads, "%nctaid.x": launch.grid_x}
@@ -65,8 +62,8 @@ class Blocks:
 
     def check_end(self) -> None:
         """Report blocks that ended without waiting: what follows would not know that the launch in front has ended."""
-        if isinstance(self.shared, ClusterMemory):
-            self.shared.check_end()
+        if self.cluster:
+            self.cluster.check_end()
         waited = np.stack([warp.waited.reshape(-1, LANES).any(axis=1) for warp in self.warps])
         if not waited.any(axis=0).all():
             self.report("a block ends before the launch in front has ended")
@@ -99,11 +96,13 @@ class Blocks:
     @property
     def in_flight(self) -> bool:
         """Whether messages are."""
-        return isinstance(self.shared, ClusterMemory) and bool(self.shared.boxes.in_flight)
+        return self.cluster is not None and bool(self.cluster.boxes.in_flight)
 
     def land(self) -> None:
-        """Some messages arrive, and warps go on that wait for a box which they fill."""
-        at = self.shared.land(self.order)
+        """If messages are in flight, some arrive, and warps go on that wait for a box which they fill."""
+        if self.cluster is None or not self.in_flight:
+            return
+        at = self.cluster.land(self.order)
         if np.stack([warp.left for warp in self.warps])[:, at].all(axis=0).any():
             self.report("message: its block has already ended")
         self._wake()
@@ -114,9 +113,9 @@ class Blocks:
 
     def _wake(self) -> bool:
         """Warps try again whose block has got a full box."""
-        if not isinstance(self.shared, ClusterMemory) or not self.shared.boxes.filled:
+        if self.cluster is None or not self.cluster.boxes.filled:
             return False
         for warp in self.warps:
-            warp.resume(np.isin(warp.slot, list(self.shared.boxes.filled)), BOX)
-        self.shared.boxes.filled.clear()
+            warp.resume(np.isin(warp.slot, list(self.cluster.boxes.filled)), BOX)
+        self.cluster.boxes.filled.clear()
         return True

@@ -1,9 +1,10 @@
 """What warps know of each other, as vector clocks.
 
-A warp counts the barriers that it has passed. Where warps meet, each learns what the others know: up to which of its counts
-the accesses of every warp of the cluster came before. An access that nobody told a warp of is a race. Boxes of messages
-(ptx_boxes.py) have a place among the warps: 1 once it is known that all of a box has come. Not modelled: what all of this
-says of global memory. Another block's writes there need counters and fences, as without clusters.
+A warp counts the barriers that it has passed. Where warps meet, each learns what the others know: up to which of its
+counts the accesses of every warp of the cluster came before. Two accesses are a race where the warp of the second one
+does not know of the first. A box of messages (ptx_boxes.py) has a place among the warps: 1 once it is known that all of
+it has come. Not modelled: what this says of global memory. Another block's writes there need counters and fences, as
+without clusters.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Shared memory of blocks that send each other messages, and of warps that have barriers of their own.
 
-Every byte remembers the clock of its last writer, of its last reader in every warp, and which message's box it belongs to.
-Two accesses are in order only if the warp of the second knows of the first (ptx_clocks.py). A message tells a warp of
-nothing but its own bytes, and only whoever waited for the box, or met a warp that did, may touch them.
+Every byte remembers the clock of its last writer, the clock of every warp when it last read, and the box whose message
+it is of. Two accesses are in order only if the warp of the second knows of the first (ptx_clocks.py). A message tells
+nobody of anything but its own bytes. Whoever waited for its box, or met a warp that did, may touch them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ClusterMemory(SharedMemory):
         super().__init__(size, blocks, report)
         self.clocks, self.boxes = clocks, Boxes(blocks)
         self._reads = np.zeros((clocks.warps, size * blocks), np.int32)  # the clock of each warp when it last read
-        self._box = np.zeros(size * blocks, np.int32)  # 1 + the box whose message has a byte
+        self._box = np.zeros(size * blocks, np.int64)  # 1 + the box whose message has a byte
 
     def check_end(self) -> None:
         """Report what blocks that have ended left undone."""
@@ -41,7 +41,9 @@ class ClusterMemory(SharedMemory):
         index = self._index(at, _BOX_BYTES, slot, "box")
         if np.unique(index).size != index.size:
             self._report("box: two threads make the same one")
-        self._box[index] = np.where(self._box[index] == _WORD, 0, self._box[index])  # making it twice has its own report
+        self._box[index] = np.where(
+            self._box[index] == _WORD, 0, self._box[index]
+        )  # making it twice has its own report
         self.write(at, np.zeros((at.size, _BOX_BYTES), np.uint8), warp, slot)
         self._box[index] = _WORD
         clock = self.clocks.now(slot, warp)
@@ -66,7 +68,7 @@ class ClusterMemory(SharedMemory):
             self.boxes.count(box)
 
     def fence_boxes(self, slot: Ints, thread: Ints) -> None:
-        """`fence.mbarrier_init` by these threads: the boxes that they have made can be seen after a cluster's barrier."""
+        """`fence.mbarrier_init` by these threads: the boxes that they made can be seen after a cluster's barrier."""
         threads = set(zip(slot.tolist(), thread.tolist(), strict=True))
         for box in self.boxes.all:
             if (box.slot, box.thread) in threads and box.fenced is None:

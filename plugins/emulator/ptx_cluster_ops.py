@@ -17,9 +17,9 @@ _SEND = ("st", "async", "shared", "cluster", "mbarrier", "complete_tx", "bytes")
 
 def cluster_memory(warp: Warp) -> ClusterMemory:
     """The shared memory of a kernel that has such instructions."""
-    if not isinstance(warp.blocks.shared, ClusterMemory):
+    if warp.blocks.cluster is None:
         raise PtxError("the kernel has no instruction of clusters")
-    return warp.blocks.shared
+    return warp.blocks.cluster
 
 
 def _map(kernel: Kernel, instruction: Instruction) -> Step:
@@ -108,6 +108,6 @@ def cluster(kernel: Kernel, instruction: Instruction) -> Step | None:
         return _expect(kernel, instruction)
     if op == ("fence", "mbarrier_init", "release", "cluster"):
         return _fence(kernel, instruction)
-    if op[0] in ("mapa", "mbarrier") or op[:2] in (("st", "async"), ("st", "shared")) and "cluster" in op:
+    if op[0] in {"mapa", "mbarrier"} or (op[0] == "st" and "cluster" in op):
         raise PtxError(f"not modelled: `{instruction.text}`")
     return None

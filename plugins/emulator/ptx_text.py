@@ -57,7 +57,7 @@ class Kernel:
 
     @property
     def needs_clocks(self) -> bool:
-        """Whether it has clusters, boxes or groups of warps, so that epochs of its blocks do not say what is in order."""
+        """Whether it has clusters, boxes or groups of warps, where epochs of a block do not say what is in order."""
         return any(
             "cluster" in instruction.op
             or instruction.op[0] == "mbarrier"

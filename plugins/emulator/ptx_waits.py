@@ -14,6 +14,7 @@ from emulator.ptx_warp import BLOCK, BOX, CLUSTER, Mask, Warp, reader
 
 
 def barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
+    """`bar`: of a warp, a block or a group."""
     warp.together(active, "barrier")
     if instruction.op[1] == "warp":  # lanes run in step anyway
         warp.goto(pc + 1, mask)
@@ -43,6 +44,7 @@ def _group(warp: Warp, kernel: Kernel, instruction: Instruction, active: Mask) -
 
 
 def cluster_barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
+    """`barrier.cluster`: an arrival, or the wait for its round."""
     warp.together(active, "cluster barrier")
     shared, slot = cluster_memory(warp), np.unique(warp.slot[warp.lanes_of(active)])
     if instruction.op == ("barrier", "cluster", "arrive", "release", "aligned"):
