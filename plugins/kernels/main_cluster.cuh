@@ -1,41 +1,45 @@
 // The whole operator for 1 to 8 tokens in one launch, on chips with clusters (prim.cuh): a cluster of blocks has some columns,
-// and each of its blocks has a slice of their K. Blocks tell each other what all of them need, through shared memory:
+// and each of its blocks has a slice of their K. Some warps of a block multiply the weights, others the factors of the
+// correction. Blocks send each other what all of them need:
 //
-//   1. the tokens' maxima, each of its slice of x; then a block quantizes its slice;
+//   1. the tokens' maxima, each of its slice of x, unless x is short; then a block quantizes its slice;
 //   2. parts of x @ down of the shared expert and of the router's scores; then, with experts, parts of the chosen ones';
 //   3. what its slice adds to y, to the block that owns the columns: 32 of them in turn, which also adds h @ up and stores y.
 //
-// Weights and factors are on their way before the launch in front ends. All sums have a fixed order. Code that runs once is
-// as slow as it is long, so its loops are not unrolled.
+// Weights and factors are on their way before the launch in front ends. All sums have a fixed order. What happens once takes
+// as long as its longest chain of instructions, so everything is spread over as many warps as there are.
 #pragma once
 #include "../include/qe_edge/args.h"
 #include "main_decode.cuh"
 
 namespace qe {
 
+constexpr int kMainGroup = 1, kCorrectGroup = 2;  // of warps, for group_sync
+constexpr int kPiece = 256;                       // rows of x that a warp reads at once, eight a lane
+
 // Places in shared memory, of all blocks alike. "From" counts the blocks of the cluster.
 struct ClusterShared {
-  float* largest;      // [from][warps][M], or of this block alone
-  float* slice_sum;    // [from][warps][M]: sums of the activations
-  float* part;         // [from][M][columns]: parts of the shared h, and of scores behind them
-  float* routed_part;  // [from][M][routed]: of the chosen experts' h
+  float* largest;      // [from][pieces of the slice][M], or [pieces of x][M] of this block alone
+  float* slice_sum;    // [from][pieces][M]: sums of the activations
+  float* part;         // [from][tile parts][M][16 * shared tiles]: parts of the shared h, columns in the order of down_place
+  float* score_part;   // [from][warps][M][kMaxExperts]
+  float* routed_part;  // [from][routed parts][M][16 * routed tiles]: of the chosen experts' h, in that order
   float* results;      // [sets that this block owns][from][parts][M][32], columns in the order of place_of
-  float* sums;         // [warps][M][columns]: of this block, before they become a part
-  float* scales;       // of all columns of `down`
   float* unit;         // [M]: what one unit of the activations stands for
   float* scores;       // [M][kMaxExperts]
   int32_t* expert;     // [M]
   float* low;          // [sets that this block owns][M][32]: h @ up
   uint16_t* h;         // [M][rank]
-  // What comes from all blocks, in this order: maxima, parts, routed parts; results and sums of activations.
+  // What comes from all blocks: maxima, parts and scores, routed parts, results and sums of activations.
   uint64_t *largest_box, *part_box, *routed_box, *result_box;
   QE_DEV ClusterShared(const ClusterArgs& p, unsigned char* shared) {
     const auto at = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
-    largest = at(p.largest_at), slice_sum = at(p.slice_sum_at), part = at(p.part_at), routed_part = at(p.routed_part_at);
-    results = at(p.results_at), sums = at(p.sums_at), unit = at(p.unit_at), scores = at(p.scores_at), scales = at(p.scales_at), low = at(p.low_at);
+    largest = at(p.largest_at), slice_sum = at(p.slice_sum_at), part = at(p.part_at), score_part = at(p.score_part_at);
+    routed_part = at(p.routed_part_at), results = at(p.results_at), unit = at(p.unit_at), scores = at(p.scores_at);
+    low = at(p.low_at), expert = reinterpret_cast<int32_t*>(shared + p.expert_at);
+    h = reinterpret_cast<uint16_t*>(shared + p.h_at);
     largest_box = reinterpret_cast<uint64_t*>(shared + p.boxes_at);
     part_box = largest_box + 1, routed_box = largest_box + 2, result_box = largest_box + 3;
-    expert = reinterpret_cast<int32_t*>(shared + p.expert_at), h = reinterpret_cast<uint16_t*>(shared + p.h_at);
   }
 };
 
@@ -57,79 +61,262 @@ struct ClusterBlock {
   QE_DEV int owned_columns(const ClusterArgs& p, int slot) const { return columns_of((slot << p.cluster_shift) + rank); }
 };
 
+// Quotient by M or by another small number, whose `factor` is 65536 divided by it and rounded up; of less than 4096.
+QE_DEV int divide_small(int value, int factor) { return (value * factor) >> 16; }
+
 // A warp's weights on their way from memory, of one task after the other. A task is a part of the slice of one set of columns.
 template <int Bits>
 struct Feed {
-  Ring<Bits> ring;
-  int next;  // task
+  const uint8_t* from;
+  unsigned char* slots;
+  int left, next;  // chunks of this task, next task
   QE_DEV void begin(const ClusterArgs& p, const ClusterBlock& b) {
-    const int tasks = b.sets * p.parts, warps = block_threads() >> 5, lane = thread_id() & 31;
-    for (; ring.left <= 0 && next < tasks; next += warps) {
-      const int set = (next * p.parts_factor) >> 16, start = (next - set * p.parts) * p.part_chunks;
-      const int left = b.own - start;
-      ring.left = left < p.part_chunks ? left : p.part_chunks;
-      ring.from = p.weight + (static_cast<size_t>(b.columns_of(set)) * p.chunks + b.first + start) * kBlockBytes<Bits> + lane * 16;
+    const int tasks = b.sets * p.parts;
+    for (; left <= 0 && next < tasks; next += p.main_warps) {
+      const int set = divide_small(next, p.parts_factor), start = (next - set * p.parts) * p.part_chunks, rest = b.own - start;
+      left = rest < p.part_chunks ? rest : p.part_chunks;
+      from = p.weight + (static_cast<size_t>(b.columns_of(set)) * p.chunks + b.first + start) * kBlockBytes<Bits> + (thread_id() & 31) * 16;
     }
   }
   QE_DEV void push(const ClusterArgs& p, const ClusterBlock& b, unsigned char* slot) {
-    if (ring.left <= 0) begin(p, b);
-    ring.push(slot);
+    if (left <= 0) begin(p, b);
+    if (left > 0) {
+      QE_UNROLL
+      for (int i = 0; i < Bits; ++i) cp_async16(slot + i * kPieceBytes, from + i * kPieceBytes);
+      from += kBlockBytes<Bits>;
+      --left;
+    }
+    cp_async_commit();
   }
 };
 
-// Lines of memory, from all threads of a block.
-QE_DEV void prefetch_bytes(const void* from, size_t bytes) {
-  for (size_t at = static_cast<size_t>(thread_id()) * 128; at < bytes; at += static_cast<size_t>(block_threads()) * 128)
-    prefetch_line(static_cast<const uint8_t*>(from) + at);
+// Eight rows of x of one token, with their channel scales.
+struct EightRows {
+  u32x4 x, omega;
+};
+template <class T>
+QE_DEV EightRows load_eight(const ClusterArgs& p, int m, int k) {
+  EightRows r{};
+  if (k < p.K) r.x = load16(static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k);
+  if (k < p.K && p.inv_omega) r.omega = load16(static_cast<const T*>(p.inv_omega) + k);
+  return r;
 }
 
-// The factors of this block's slice and columns, except those of experts, and what belongs to its columns.
-QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b) {
-  const int blocks = (p.K + 31) / 32, from = b.first * 4, mine = b.end_of_32(p) - from;
-  const size_t down_bytes = static_cast<size_t>(p.factor_bits) * 64;  // of 32 rows
-  for (int tile = 0; tile < p.shared_tiles; ++tile)
-    prefetch_bytes(static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes, mine * down_bytes);
-  const int of_step = p.factor_bits / 2, lines = of_step * p.shared_tiles;  // of `up`, in one set of columns
-  for (int o = thread_id(); o < b.owned * lines; o += block_threads()) {
-    const int slot = o / lines, line = o - slot * lines, step = line / of_step, of = line - step * of_step;
-    const size_t pair = static_cast<size_t>(step) * (p.Np / 16) + b.owned_columns(p, slot) * 2;
-    prefetch_line(static_cast<const uint8_t*>(p.up) + pair * p.factor_bits * 32 + of * 128);
-  }
-  if (p.E)
-    for (int e = 0; e < p.E; ++e)
-      prefetch_bytes(static_cast<const uint8_t*>(p.router) + (static_cast<size_t>(e) * p.K + b.first * kChunk) * 2,
-                     static_cast<size_t>(p.K - b.first * kChunk < b.own * kChunk ? p.K - b.first * kChunk : b.own * kChunk) * 2);
-}
-
-// The tokens' maxima, of this warp: of all of x where that is short, or of this block's slice, which all blocks are told.
+// The tokens' maxima of pieces of x: of all of it where it is short, or of this block's slice, which all blocks are told.
 template <class T>
 QE_DEV void find_maxima(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s) {
-  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
-  const int k0 = p.own_maxima ? 0 : b.first * kChunk, end = p.own_maxima ? p.chunks * kChunk : b.own * kChunk;
-  const T* omega = p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr;
+  const int lane = thread_id() & 31, k0 = p.own_maxima ? 0 : b.first * kChunk;
+  const int end = p.own_maxima ? p.K : (b.first + b.own) * kChunk, items = p.pieces * p.M;
+  const auto load = [&](int item) {
+    const int piece = divide_small(item, p.token_factor), k = k0 + piece * kPiece + lane * 8;
+    return load_eight<T>(p, item - piece * p.M, item < items && k < end ? k : p.K);
+  };
+  int item = thread_id() >> 5;
+  EightRows next = load(item);
   QE_UNROLL_BY(1)
-  for (int m = 0; m < p.M; ++m) {
-    const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
-    float largest = 0.f, raw[8], scaled[8];
-    QE_UNROLL_BY(1)
-    for (int k = thread_id() * 8; k < end; k += block_threads() * 8) {
-      load_scaled<T>(omega, p.K - k0, row, k, raw, scaled);
-      QE_UNROLL
-      for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scaled[i]));
-    }
+  for (; item < items; item += p.main_warps) {
+    const EightRows r = next;
+    next = load(item + p.main_warps);
+    float largest = 0.f;
+    QE_UNROLL
+    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(half_of<T>(r.x, i) * (p.inv_omega ? half_of<T>(r.omega, i) : 1.f)));
     QE_UNROLL
     for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
     if (!p.own_maxima) {
-      if (lane < p.cluster_blocks) send(s.largest + (b.rank * warps + warp) * p.M + m, s.largest_box, lane, largest);
+      if (lane < p.cluster_blocks) send(s.largest + b.rank * items + item, s.largest_box, lane, largest);
     } else if (lane == 0) {
-      s.largest[warp * p.M + m] = largest;
+      s.largest[item] = largest;
     }
   }
 }
 
-// Parts of the tokens' scores, of this warp and slice. `sums` is [M][columns].
+// Quantizes this block's slice, a warp 128 rows of int8 activations of one token at once, or 256 of 16-bit ones.
+template <class T, int Mode, int Groups, bool Zeros>
+QE_DEV void quantize_cluster(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, unsigned char* shared) {
+  const int lane = thread_id() & 31, k0 = b.first * kChunk, found = p.pieces * (p.own_maxima ? 1 : p.cluster_blocks);
+  const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
+                  Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
+                  b.own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
+  const int items = p.M * (Mode == kInt8 ? p.slice_chunks : (p.slice_chunks + 1) / 2);
+  float largest = 0.f;
+  QE_UNROLL_BY(1)
+  for (int item = thread_id() >> 5, before = -1; item < items; item += p.main_warps) {
+    const int piece = divide_small(item, p.token_factor), m = item - piece * p.M;
+    const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
+    const int k = piece * (Mode == kInt8 ? kChunk : kPiece) + lane * (Mode == kInt8 ? 4 : 8);
+    u32x2 x{}, omega{};
+    if (Mode == kInt8 && k < rows.K) {
+      x = load8(row + k);
+      if (p.inv_omega) omega = load8(static_cast<const T*>(p.inv_omega) + k0 + k);
+    }
+    if (m != before) {
+      largest = 0.f;
+      QE_UNROLL_BY(1)
+      for (int i = lane; i < found; i += 32) largest = max_f(largest, s.largest[i * p.M + m]);
+      QE_UNROLL
+      for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
+      before = m;
+    }
+    float total;
+    if constexpr (Mode == kInt8) {
+      float scaled[4];
+      scale_four<T>(x, omega, p.inv_omega != nullptr, scaled);
+      total = store_four<Groups, Zeros>(p, rows, m, k, scaled, largest);
+    } else {
+      total = quantize_rows<T>(rows, row, m, k, largest);
+    }
+    if constexpr (Zeros && Groups == 0) {
+      QE_UNROLL
+      for (int step = 16; step > 0; step >>= 1) total += shuffle_xor(total, step);
+      if (lane < p.cluster_blocks) send(s.slice_sum + b.rank * items + item, s.result_box, lane, total);
+    }
+    if (piece == 0 && lane == 0) s.unit[m] = stored_unit(Mode == kInt8 ? p.act_max : 0, largest);
+  }
+}
+
+// Where a column of 32 lies in the results: a lane has four of them, eight apart.
+QE_DEV int place_of(int column) { return (column & 7) * 4 + (column >> 3); }
+
+// The warps that multiply weights.
+template <class T, int Bits, int Mode, int Groups, bool Zeros>
+QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, unsigned char* shared, Feed<Bits>& feed) {
+  const int lane = thread_id() & 31, warp = thread_id() >> 5, tasks = b.sets * p.parts;
+  wait_for_previous();
+  find_maxima<T>(p, b, s);
+  if (p.own_maxima) {
+    group_sync(kMainGroup, p.main_warps * 32);
+  } else {
+    wait_for_box(s.largest_box);
+  }
+  quantize_cluster<T, Mode, Groups, Zeros>(p, b, s, shared);
+  group_sync(kMainGroup, p.main_warps * 32);  // the activations are there
+
+  unsigned char* slot = feed.slots;
+  QE_UNROLL_BY(1)
+  for (int task = warp; task < tasks; task += p.main_warps) {
+    const int set = divide_small(task, p.parts_factor), part = task - set * p.parts, start = part * p.part_chunks;
+    const int end = start + p.part_chunks < b.own ? start + p.part_chunks : b.own;
+    typename Accumulator<Mode == kInt8 && Groups == 0>::type acc[kDecodeTiles][1][4];
+    QE_UNROLL
+    for (int i = 0; i < kDecodeTiles; ++i)
+      QE_UNROLL
+      for (int j = 0; j < 4; ++j) acc[i][0][j] = 0;
+    Cursor<Bits, Mode, Groups, 1> at(p, b.columns_of(set), b.first + start, b.first, shared, shared + p.group_sums_at, p.M);
+    QE_UNROLL_BY(1)
+    for (int chunk = start; chunk < end; ++chunk) {
+      cp_async_wait<kClusterRing - 1>();
+      BlockWords<Bits> w;
+      QE_UNROLL
+      for (int i = 0; i < Bits; ++i) w[i] = load16(slot + i * kPieceBytes);
+      if constexpr (Mode == kInt8 && Groups == 2) {
+        decode_two_groups_s8<Bits, Zeros, 1>(at, w, acc);
+      } else if constexpr (Mode == kInt8) {
+        decode_chunk_s8<Bits, Groups, Zeros, 1>(at, w, acc);
+      } else {
+        decode_chunk_16<Bits, Groups, 1>(at, w, acc);
+      }
+      feed.push(p, b, slot);
+      slot = slot == feed.slots + (kClusterRing - 1) * kBlockBytes<Bits> ? feed.slots : slot + kBlockBytes<Bits>;
+      at.next();
+    }
+    const int owner = set & (p.cluster_blocks - 1), place = ((set >> p.cluster_shift) * p.cluster_blocks + b.rank) * p.parts + part;
+    QE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int m = (lane & 3) * 2 + j;
+      const float v[4] = {static_cast<float>(acc[0][0][j]), static_cast<float>(acc[0][0][j + 2]), static_cast<float>(acc[1][0][j]),
+                          static_cast<float>(acc[1][0][j + 2])};
+      if (m < p.M) send(s.results + (place * p.M + m) * kDecodeColumns + (lane >> 2) * 4, s.result_box, owner, v);
+    }
+  }
+}
+
+// Lines of memory, from all threads of the correction.
+QE_DEV void prefetch_bytes(const void* from, size_t bytes, int thread) {
+  QE_UNROLL_BY(1)
+  for (size_t at = static_cast<size_t>(thread) * 128; at < bytes; at += kCorrectWarps * 32 * 128)
+    prefetch_line(static_cast<const uint8_t*>(from) + at);
+}
+
+// The factors of this block's slice and columns, except those of experts, and the router.
+QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b, int thread) {
+  const int blocks = (p.K + 31) / 32, from = b.first * 4, mine = b.end_of_32(p) - from;
+  const size_t down_bytes = static_cast<size_t>(p.factor_bits) * 64;  // of 32 rows
+  QE_UNROLL_BY(1)
+  for (int tile = 0; tile < p.shared_tiles; ++tile)
+    prefetch_bytes(static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes, mine * down_bytes, thread);
+  QE_UNROLL_BY(1)
+  for (int slot = 0; slot < b.owned; ++slot)  // a step of 16 ranks of `up` has factor_bits / 2 lines in one set of columns
+    for (int o = thread; o < p.shared_tiles * p.factor_bits / 2; o += kCorrectWarps * 32) {
+      const int step = 2 * o / p.factor_bits, line = o - step * p.factor_bits / 2;
+      const size_t pair = static_cast<size_t>(step) * (p.Np / 16) + b.owned_columns(p, slot) * 2;
+      prefetch_line(static_cast<const uint8_t*>(p.up) + pair * p.factor_bits * 32 + line * 128);
+    }
+  const int k0 = b.first * kChunk, rows = p.K - k0 < b.own * kChunk ? p.K - k0 : b.own * kChunk;
+  QE_UNROLL_BY(1)
+  for (int e = 0; e < p.E; ++e)
+    prefetch_bytes(static_cast<const uint8_t*>(p.router) + (static_cast<size_t>(e) * p.K + k0) * 2, static_cast<size_t>(rows) * 2, thread);
+}
+
+// Where a column of 16 of `down` lies in a part of h.
+QE_DEV int down_place(int column) { return (column & ~15) + (column & 7) * 2 + (column >> 3 & 1); }
+
+// The words of `down` that a warp multiplies at once: of blocks of 32 rows that lie `step` apart.
+constexpr int kDownBlocks = 4;
+template <int Bits>
+QE_DEV void load_down_blocks(const ClusterArgs& p, int tile, int block, int step, int end, DownWords<Bits> (&words)[kDownBlocks]) {
+  QE_UNROLL
+  for (int i = 0; i < kDownBlocks; ++i)
+    if (block + i * step < end) load_down<Bits>(p.down, static_cast<size_t>(tile) * ((p.K + 31) / 32) + block + i * step, thread_id() & 31, words[i]);
+}
+
+// Parts of x @ down of this slice in `tiles` of 16 columns from `tile0` on, each cut into `parts` of K for different warps, of
+// all tokens or of one: all blocks are told. `early` has the words that the warp multiplies first.
+template <class T, int Bits>
+QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, int warp, int tile0, int tiles, int parts, int only,
+                                DownWords<Bits> (&early)[kDownBlocks], float* part, uint64_t* box) {
+  const int lane = thread_id() & 31, from = b.first * 4, end = b.end_of_32(p);
+  const int token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;  // the copy's result is not sent
+  const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
+  QE_UNROLL_BY(1)
+  for (int task = warp; task < tiles * parts; task += kCorrectWarps) {
+    const int tile = task % tiles, of_k = task / tiles;
+    const float* scale = p.down_scale + (tile0 + tile) * 16 + (lane >> 2);
+    const float scales[2] = {scale[0], scale[8]};
+    float acc[1][4] = {{0.f, 0.f, 0.f, 0.f}};
+    QE_UNROLL_BY(1)
+    for (int block = from + of_k; block < end; block += parts * kDownBlocks) {
+      if (task != warp || block != from + of_k) load_down_blocks<Bits>(p, tile0 + tile, block, parts, end, early);
+      u32x4 x[kDownBlocks][1] = {};
+      QE_UNROLL
+      for (int i = 0; i < kDownBlocks; ++i) {
+        const int at = block + i * parts, k = at * 32 + (lane & 3) * 8;
+        if (at < end && k < p.K) x[i][0] = load16(row + k);
+      }
+      QE_UNROLL
+      for (int i = 0; i < kDownBlocks; ++i)
+        if (block + i * parts < end) multiply_down<T, Bits>(early[i], x[i], acc);
+    }
+    QE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int m = (lane & 3) * 2 + (j & 1);
+      if (m >= p.M || (only >= 0 && m != only)) continue;
+      float* to = part + ((b.rank * parts + of_k) * p.M + m) * 16 * tiles + tile * 16 + (lane >> 2) * 2 + (j >> 1);
+      QE_UNROLL_BY(1)
+      for (int r = 0; r < p.cluster_blocks; ++r) send(to, box, r, acc[0][j] * scales[j >> 1]);
+    }
+  }
+}
+template <class T, int Bits>
+QE_DEV void multiply_routed(const ClusterArgs& p, const ClusterBlock& b, int warp, int m, int expert, const ClusterShared& s) {
+  const int tile0 = p.shared_tiles + expert * p.routed_tiles;
+  DownWords<Bits> words[kDownBlocks];
+  load_down_blocks<Bits>(p, tile0 + warp % p.routed_tiles, b.first * 4 + warp / p.routed_tiles, p.routed_parts, b.end_of_32(p), words);
+  multiply_down_slice<T, Bits>(p, b, warp, tile0, p.routed_tiles, p.routed_parts, m, words, s.routed_part, s.routed_box);
+}
+
+// Parts of the tokens' scores, of each warp: all blocks are told.
 template <class T>
-QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, int columns, float* sums) {
+QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp) {
   const int lane = thread_id() & 31, k0 = b.first * kChunk, left = p.K - k0, end = left < b.own * kChunk ? left : b.own * kChunk;
   QE_UNROLL_BY(1)
   for (int m = 0; m < p.M; ++m) {
@@ -138,7 +325,7 @@ QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, int columns
     QE_UNROLL
     for (int e = 0; e < kMaxExperts; ++e) score[e] = 0.f;
     QE_UNROLL_BY(1)
-    for (int k = thread_id() * 8; k < end; k += block_threads() * 8) {
+    for (int k = warp * kPiece + lane * 8; k < end; k += kCorrectWarps * kPiece) {
       const u32x4 x = load16(row + k);
       QE_UNROLL
       for (int i = 0; i < 8; ++i) raw[i] = half_of<T>(x, i);
@@ -151,139 +338,28 @@ QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, int columns
       for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
       own = lane == e ? score[e] : own;
     }
-    if (lane < kMaxExperts) sums[m * columns + lane] = own;
-  }
-}
-
-constexpr int kDownAtOnce = 4;  // tiles of 16 columns
-template <int Bits>
-QE_DEV void load_down_tiles(const ClusterArgs& p, int tile0, int tiles, int block, DownWords<Bits> (&words)[kDownAtOnce]) {
-  QE_UNROLL
-  for (int c = 0; c < kDownAtOnce; ++c)
-    load_down<Bits>(p.down, static_cast<size_t>(tile0 + (c < tiles ? c : 0)) * ((p.K + 31) / 32) + block, thread_id() & 31, words[c]);
-}
-
-// The first words are loaded before they can be used where that takes few registers.
-template <int Bits>
-constexpr bool kDownEarly = Bits == 4;
-template <int Bits>
-QE_DEV void load_early(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, DownWords<Bits> (&words)[kDownAtOnce]) {
-  const int from = b.first * 4 + (thread_id() >> 5);
-  if (kDownEarly<Bits> && from < b.end_of_32(p)) load_down_tiles<Bits>(p, tile0, tiles, from, words);
-}
-
-// Parts of x @ down of this warp and slice, in `tiles` of 16 columns from `tile0` on: of all tokens, or of one. `words` has
-// the early ones. `sums` is [M][columns].
-template <class T, int Bits>
-QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, int only, int columns,
-                           DownWords<Bits> (&words)[kDownAtOnce], float* sums) {
-  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
-  const int from = b.first * 4 + warp, end = b.end_of_32(p);
-  const int token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;  // the copy's result is not stored
-  const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
-  QE_UNROLL_BY(1)
-  for (int t0 = 0; t0 < tiles; t0 += kDownAtOnce) {
-    float acc[kDownAtOnce][1][4];
-    QE_UNROLL
-    for (int c = 0; c < kDownAtOnce; ++c)
-      QE_UNROLL
-      for (int i = 0; i < 4; ++i) acc[c][0][i] = 0.f;
     QE_UNROLL_BY(1)
-    for (int block = from; block < end; block += warps) {
-      DownWords<Bits> now[kDownAtOnce];
-      if (kDownEarly<Bits> && t0 == 0 && block == from) {
-        QE_UNROLL
-        for (int c = 0; c < kDownAtOnce; ++c) now[c] = words[c];
-      } else {
-        load_down_tiles<Bits>(p, tile0 + t0, tiles - t0, block, now);
-      }
-      const int k = block * 32 + (lane & 3) * 8;
-      u32x4 x[1] = {};
-      if (k < p.K) x[0] = load16(row + k);
-      QE_UNROLL
-      for (int c = 0; c < kDownAtOnce; ++c) multiply_down<T, Bits>(now[c], x, acc[c]);
-    }
-    QE_UNROLL
-    for (int c = 0; c < kDownAtOnce; ++c)
-      QE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int m = (lane & 3) * 2 + (j & 1), column = (t0 + c) * 16 + (lane >> 2) + 8 * (j >> 1);
-        if (t0 + c < tiles && m < p.M && (only < 0 || m == only)) sums[m * columns + column] = acc[c][0][j];
-      }
-  }
-}
-template <class T, int Bits>
-QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, int only, int columns, float* sums) {
-  DownWords<Bits> words[kDownAtOnce];
-  load_early<Bits>(p, b, tile0, tiles, words);
-  multiply_slice<T, Bits>(p, b, tile0, tiles, only, columns, words, sums);
-}
-template <class T>
-QE_DEV void multiply_slice(const ClusterArgs& p, const ClusterBlock& b, int tile0, int tiles, int only, int columns, float* sums) {
-  if (p.factor_bits == 4) return multiply_slice<T, 4>(p, b, tile0, tiles, only, columns, sums);
-  if (p.factor_bits == 8) return multiply_slice<T, 8>(p, b, tile0, tiles, only, columns, sums);
-  multiply_slice<T, 16>(p, b, tile0, tiles, only, columns, sums);
-}
-
-// Maxima and parts of the shared h. Early words of `down` are on their way before the launch in front ends.
-template <class T, int Bits>
-QE_DEV void begin_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns) {
-  const int warp = thread_id() >> 5;
-  DownWords<Bits> words[kDownAtOnce];
-  load_early<Bits>(p, b, 0, p.shared_tiles, words);
-  wait_for_previous();
-  find_maxima<T>(p, b, s);
-  multiply_slice<T, Bits>(p, b, 0, p.shared_tiles, -1, columns, words, s.sums + warp * p.M * columns);
-}
-
-// Adds up what the warps found of M rows of `columns` and tells all blocks. The first `scaled` are of h, the rest are scores.
-template <class ScalesOf>
-QE_DEV void tell_sums(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns, int scaled,
-                      const ScalesOf& scales_of, float* part, uint64_t* box) {
-  const float* sums = s.sums;
-  const int warps = block_threads() >> 5, all = p.M * columns;
-  QE_UNROLL_BY(1)
-  for (int o = thread_id() * 4; o < all; o += block_threads() * 4) {
-    const int m = o / columns, column = o - m * columns;
-    float v[4] = {0.f, 0.f, 0.f, 0.f};
-    QE_UNROLL_BY(2)
-    for (int w = 0; w < warps; ++w) {
-      const u32x4 four = load16(sums + w * all + o);
-      QE_UNROLL
-      for (int i = 0; i < 4; ++i) v[i] += int_bits_to_float(static_cast<int>(four.v[i]));
-    }
-    if (column < scaled)
-      QE_UNROLL
-      for (int i = 0; i < 4; ++i) v[i] *= s.scales[scales_of(m) + column + i];
-    QE_UNROLL_BY(1)
-    for (int r = 0; r < p.cluster_blocks; ++r) send(part + b.rank * all + o, box, r, v);
+    for (int r = 0; r < p.cluster_blocks; ++r)
+      if (lane < kMaxExperts) send(s.score_part + ((b.rank * kCorrectWarps + warp) * p.M + m) * kMaxExperts + lane, s.part_box, r, own);
   }
 }
 
-// What all blocks told about one value, in their order.
-QE_DEV float sum_of_parts(const ClusterArgs& p, const float* part, int step) {
+// What all blocks sent about one value, in their order.
+QE_DEV float sum_of_parts(const float* part, int count, int step) {
   float v = 0.f;
-  for (int r = 0; r < p.cluster_blocks; ++r) v += part[r * step];
+  QE_UNROLL_BY(4)
+  for (int i = 0; i < count; ++i) v += part[i * step];
   return v;
 }
 
-// The experts that the tokens chose: parts of their h for all blocks. Every block knows the scores.
-template <class T>
-QE_DEV void routed_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int columns) {
-  const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, warp = thread_id() >> 5;
-  for (int o = thread_id(); o < p.M * kMaxExperts; o += block_threads()) {
-    const int m = o / kMaxExperts, e = o - m * kMaxExperts;
-    if (e < p.E) s.scores[o] = sum_of_parts(p, s.part + m * columns + shared + e, p.M * columns);
-  }
-  block_sync();
-  if (thread_id() < p.M) s.expert[thread_id()] = choose_expert(s.scores + thread_id() * kMaxExperts, p.E);
-  block_sync();
+// The experts that the tokens chose. Every block knows the scores.
+QE_DEV void choose_experts(const ClusterArgs& p, const ClusterShared& s, int thread) {
   QE_UNROLL_BY(1)
-  for (int m = 0; m < p.M; ++m)
-    multiply_slice<T>(p, b, p.shared_tiles + s.expert[m] * p.routed_tiles, p.routed_tiles, m, routed, s.sums + warp * p.M * routed);
-  block_sync();
-  const auto scales_of = [&](int m) { return shared + s.expert[m] * routed; };
-  tell_sums(p, b, s, routed, routed, scales_of, s.routed_part, s.routed_box);
+  for (int o = thread; o < p.M * kMaxExperts; o += kCorrectWarps * 32)
+    s.scores[o] = sum_of_parts(s.score_part + o, p.cluster_blocks * kCorrectWarps, p.M * kMaxExperts);
+  group_sync(kCorrectGroup, kCorrectWarps * 32);
+  if (thread < p.M) s.expert[thread] = choose_expert(s.scores + thread * kMaxExperts, p.E);
+  group_sync(kCorrectGroup, kCorrectWarps * 32);
 }
 
 // One step of 16 ranks: h of one expert times `up`, for 32 columns.
@@ -308,36 +384,30 @@ QE_DEV void load_up_set(const ClusterArgs& p, int step, int columns, UpWords (&w
 // h @ up of the sets that this block owns, a warp a set. `ahead` has the first words of the first one.
 constexpr int kUpAhead = 4;
 template <class T>
-QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s,
-                    const UpWords (&ahead)[kUpAhead][kDecodeTiles]) {
-  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
-  const int rank = 16 * (p.shared_tiles + p.routed_tiles), token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;
+QE_DEV void multiply_up_sets(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp,
+                             UpWords (&ahead)[kUpAhead][kDecodeTiles]) {
+  const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;
   const uint16_t* h = s.h + token * rank;
-  for (int slot = warp; slot < b.owned; slot += warps) {
+  QE_UNROLL_BY(1)
+  for (int slot = warp; slot < b.owned; slot += kCorrectWarps) {
     const int columns = b.owned_columns(p, slot);
     float out[kDecodeTiles][4];
     QE_UNROLL
     for (int i = 0; i < kDecodeTiles; ++i)
       QE_UNROLL
       for (int j = 0; j < 4; ++j) out[i][j] = 0.f;
-    QE_UNROLL
-    for (int step = 0; step < kUpAhead; ++step) {
-      if (step >= p.shared_tiles) continue;
-      if (slot == warp) {
-        multiply_up<T>(p, ahead[step], h + step * 16, true, out);
-      } else {
-        UpWords words[kDecodeTiles];
-        load_up_set(p, step, columns, words);
-        multiply_up<T>(p, words, h + step * 16, true, out);
-      }
-    }
-    for (int step = kUpAhead; step < p.shared_tiles; ++step) {
-      UpWords words[kDecodeTiles];
-      load_up_set(p, step, columns, words);
-      multiply_up<T>(p, words, h + step * 16, true, out);
+    QE_UNROLL_BY(1)
+    for (int step0 = 0; step0 < p.shared_tiles; step0 += kUpAhead) {
+      QE_UNROLL
+      for (int i = 0; i < kUpAhead; ++i)
+        if ((slot != warp || step0 > 0) && step0 + i < p.shared_tiles) load_up_set(p, step0 + i, columns, ahead[i]);
+      QE_UNROLL
+      for (int i = 0; i < kUpAhead; ++i)
+        if (step0 + i < p.shared_tiles) multiply_up<T>(p, ahead[i], h + (step0 + i) * 16, true, out);
     }
     QE_UNROLL_BY(1)
     for (int m = 0; m < (p.E ? p.M : 0); ++m)
+      QE_UNROLL_BY(2)
       for (int step = 0; step < p.routed_tiles; ++step) {
         UpWords words[kDecodeTiles];
         load_up_set(p, p.shared_tiles + s.expert[m] * p.routed_tiles + step, columns, words);
@@ -353,35 +423,39 @@ QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
   }
 }
 
-// Quantizes this block's slice; every warp knows all maxima.
-template <class T, int Mode, int Groups, bool Zeros>
-QE_DEV void quantize_cluster(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, unsigned char* shared) {
-  const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5, k0 = b.first * kChunk;
-  const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
-                  Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
-                  b.own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
-  QE_UNROLL_BY(1)
-  for (int m = 0; m < p.M; ++m) {
-    float largest = 0.f;
+// The warps of the correction.
+template <class T, int Bits>
+QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s) {
+  const int warp = (thread_id() >> 5) - p.main_warps, thread = thread_id() - p.main_warps * 32;
+  const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, rank = shared + routed;
+  DownWords<Bits> early[kDownBlocks];
+  if (p.shared_tiles)
+    load_down_blocks<Bits>(p, warp % p.shared_tiles, b.first * 4 + warp / p.shared_tiles, p.tile_parts, b.end_of_32(p), early);
+  wait_for_previous();
+  multiply_down_slice<T, Bits>(p, b, warp, 0, p.shared_tiles, p.tile_parts, -1, early, s.part, s.part_box);
+  if (p.E) {
+    score_slice<T>(p, b, s, warp);
+    wait_for_box(s.part_box);
+    choose_experts(p, s, thread);
     QE_UNROLL_BY(1)
-    for (int i = lane; i < (p.own_maxima ? 1 : p.cluster_blocks) * warps; i += 32) largest = max_f(largest, s.largest[i * p.M + m]);
-    QE_UNROLL
-    for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
-    const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
-    float total = 0.f;
-    QE_UNROLL_BY(1)
-    for (int k = thread_id() * 8; k - lane * 8 < rows.Kp; k += block_threads() * 8) total += quantize_rows<T>(rows, row, m, k, largest);
-    if constexpr (Zeros && Groups == 0) {
-      QE_UNROLL
-      for (int step = 16; step > 0; step >>= 1) total += shuffle_xor(total, step);
-      if (lane < p.cluster_blocks) send(s.slice_sum + (b.rank * warps + warp) * p.M + m, s.result_box, lane, total);
-    }
-    if (thread_id() == block_threads() - 1) s.unit[m] = stored_unit(Mode == kInt8 ? p.act_max : 0, largest);
+    for (int m = 0; m < p.M; ++m) multiply_routed<T, Bits>(p, b, warp, m, s.expert[m], s);
   }
+  UpWords ahead[kUpAhead][kDecodeTiles];
+  QE_UNROLL
+  for (int i = 0; i < kUpAhead; ++i)
+    if (i < p.shared_tiles && warp < b.owned) load_up_set(p, i, b.owned_columns(p, warp), ahead[i]);
+  wait_for_box(s.part_box);
+  wait_for_box(s.routed_box);
+  QE_UNROLL_BY(1)
+  for (int o = thread; o < p.M * rank; o += kCorrectWarps * 32) {
+    const int m = o / rank, r = o - m * rank;
+    const float v = r < shared ? sum_of_parts(s.part + m * shared + down_place(r), p.cluster_blocks * p.tile_parts, p.M * shared)
+                               : sum_of_parts(s.routed_part + m * routed + down_place(r - shared), p.cluster_blocks * p.routed_parts, p.M * routed);
+    store2(s.h + o, from_float<T>(v).bits);
+  }
+  group_sync(kCorrectGroup, kCorrectWarps * 32);
+  multiply_up_sets<T>(p, b, s, warp, ahead);
 }
-
-// Where a column of 32 lies in the results: a lane has four of them, eight apart.
-QE_DEV int place_of(int column) { return (column & 7) * 4 + (column >> 3); }
 
 // Scale, output scale, bias and zero point of one column.
 struct ColumnScales {
@@ -404,132 +478,48 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, warps = block_threads() >> 5;
   const ClusterBlock b(p);
   const ClusterShared s(p, shared);
-  const bool corrects = p.shared_tiles + p.routed_tiles > 0;
-  const int shared_rank = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, columns = shared_rank + (p.E ? kMaxExperts : 0);
+  const bool corrects = p.main_warps < warps, multiplies = warp < p.main_warps;
+  const int sums = p.M * (Mode == kInt8 ? p.slice_chunks : (p.slice_chunks + 1) / 2);  // of activations, from a block
   if (thread_id() == 0) {
     const int of_token = p.cluster_blocks * p.M * 4;  // bytes, of one float from each block
-    open_box(s.largest_box, p.own_maxima ? 0 : warps * of_token);
-    open_box(s.part_box, columns * of_token);
-    open_box(s.routed_box, (p.E ? routed : 0) * of_token);
-    open_box(s.result_box, (b.owned * p.parts * kDecodeColumns + (kWholeColumn ? warps : 0)) * of_token);
+    open_box(s.largest_box, p.own_maxima ? 0 : p.pieces * of_token);
+    open_box(s.part_box, (16 * p.shared_tiles * p.tile_parts + (p.E ? kCorrectWarps * kMaxExperts : 0)) * of_token);
+    open_box(s.routed_box, p.E ? 16 * p.routed_tiles * p.routed_parts * of_token : 0);
+    open_box(s.result_box, b.owned * p.parts * kDecodeColumns * of_token + (kWholeColumn ? p.cluster_blocks * sums * 4 : 0));
     boxes_are_open();
   }
   cluster_arrive();
-  Feed<Bits> feed;
-  feed.ring.slots = shared + p.ring_at + warp * (kRing * kBlockBytes<Bits>) + lane * 16;
-  feed.ring.left = 0, feed.next = warp;
-  QE_UNROLL_BY(1)
-  for (int i = 0; i < kRing; ++i) feed.push(p, b, feed.ring.slots + i * kBlockBytes<Bits>);
+  Feed<Bits> feed{nullptr, shared + p.ring_at + warp * (kClusterRing * kBlockBytes<Bits>) + lane * 16, 0, warp};
+  if (multiplies) {
+    QE_UNROLL_BY(1)
+    for (int i = 0; i < kClusterRing; ++i) feed.push(p, b, feed.slots + i * kBlockBytes<Bits>);
+  } else {
+    prefetch_factors(p, b, thread_id() - p.main_warps * 32);
+  }
   ColumnScales first{};
-  if (warp < b.owned * p.M) first = load_columns<kWholeColumn>(p, b.owned_columns(p, p.M == 1 ? warp : warp / p.M));
-  if (corrects) {
-    QE_UNROLL_BY(1)
-    for (int c = thread_id(); c < shared_rank + p.E * routed; c += block_threads()) s.scales[c] = p.down_scale[c];
-    prefetch_factors(p, b);
-  }
+  if (warp < b.owned * p.M) first = load_columns<kWholeColumn>(p, b.owned_columns(p, divide_small(warp, p.token_factor)));
   cluster_wait();  // all blocks have begun
-  if (p.shared_tiles == 0) {
-    wait_for_previous();
-    find_maxima<T>(p, b, s);
+  if (multiplies) {
+    multiply_weights<T, Bits, Mode, Groups, Zeros>(p, b, s, shared, feed);
   } else if (p.factor_bits == 4) {
-    begin_slice<T, 4>(p, b, s, columns);
+    correct<T, 4>(p, b, s);
   } else if (p.factor_bits == 8) {
-    begin_slice<T, 8>(p, b, s, columns);
+    correct<T, 8>(p, b, s);
   } else {
-    begin_slice<T, 16>(p, b, s, columns);
+    correct<T, 16>(p, b, s);
   }
-  if (p.E) score_slice<T>(p, b, columns, s.sums + warp * p.M * columns + shared_rank);
-  if (p.own_maxima) {
-    block_sync();
-  } else {
-    wait_for_box(s.largest_box);
-  }
-  quantize_cluster<T, Mode, Groups, Zeros>(p, b, s, shared);
-  block_sync();  // the activations and what the warps found are there
-  if (corrects) {
-    const auto scales_of = [](int) { return 0; };
-    tell_sums(p, b, s, columns, shared_rank, scales_of, s.part, s.part_box);
-  }
-  if (p.E) {
-    wait_for_box(s.part_box);
-    block_sync();  // nobody reads the sums any more
-    routed_slice<T>(p, b, s, columns);
-  }
-
-  const int tasks = b.sets * p.parts;
-  unsigned char* slot = feed.ring.slots;
-  for (int task = warp; task < tasks; task += warps) {
-    const int set = (task * p.parts_factor) >> 16, part = task - set * p.parts, start = part * p.part_chunks;
-    const int end = start + p.part_chunks < b.own ? start + p.part_chunks : b.own;
-    typename Accumulator<Mode == kInt8 && Groups == 0>::type acc[kDecodeTiles][1][4];
-    QE_UNROLL
-    for (int i = 0; i < kDecodeTiles; ++i)
-      QE_UNROLL
-      for (int j = 0; j < 4; ++j) acc[i][0][j] = 0;
-    Cursor<Bits, Mode, Groups, 1> at(p, b.columns_of(set), b.first + start, b.first, shared, shared + p.group_sums_at, p.M);
-    QE_UNROLL_BY(1)
-    for (int chunk = start; chunk < end; ++chunk) {
-      cp_async_wait<kRing - 1>();
-      BlockWords<Bits> w;
-      QE_UNROLL
-      for (int i = 0; i < Bits; ++i) w[i] = load16(slot + i * kPieceBytes);
-      if constexpr (Mode == kInt8 && Groups == 2) {
-        decode_two_groups_s8<Bits, Zeros, 1>(at, w, acc);
-      } else if constexpr (Mode == kInt8) {
-        decode_chunk_s8<Bits, Groups, Zeros, 1>(at, w, acc);
-      } else {
-        decode_chunk_16<Bits, Groups, 1>(at, w, acc);
-      }
-      feed.push(p, b, slot);
-      slot = slot == feed.ring.slots + (kRing - 1) * kBlockBytes<Bits> ? feed.ring.slots : slot + kBlockBytes<Bits>;
-      at.next();
-    }
-    const int owner = set & (p.cluster_blocks - 1), place = ((set >> p.cluster_shift) * p.cluster_blocks + b.rank) * p.parts + part;
-    QE_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const int m = (lane & 3) * 2 + j;
-      const float v[4] = {static_cast<float>(acc[0][0][j]), static_cast<float>(acc[0][0][j + 2]), static_cast<float>(acc[1][0][j]),
-                          static_cast<float>(acc[1][0][j + 2])};
-      if (m < p.M) send(s.results + (place * p.M + m) * kDecodeColumns + (lane >> 2) * 4, s.result_box, owner, v);
-    }
-  }
-
-  if (corrects) {
-    UpWords ahead[kUpAhead][kDecodeTiles];
-    QE_UNROLL
-    for (int step = 0; step < kUpAhead; ++step)
-      if (step < p.shared_tiles && warp < b.owned) load_up_set(p, step, b.owned_columns(p, warp), ahead[step]);
-    wait_for_box(s.part_box);
-    wait_for_box(s.routed_box);
-    const int rank = shared_rank + routed;
-    QE_UNROLL_BY(1)
-    for (int o = thread_id(); o < p.M * rank; o += block_threads()) {
-      const int m = o / rank, r = o - m * rank;
-      const float v = r < shared_rank ? sum_of_parts(p, s.part + m * columns + r, p.M * columns)
-                                      : sum_of_parts(p, s.routed_part + m * routed + r - shared_rank, p.M * routed);
-      store2(s.h + o, from_float<T>(v).bits);
-    }
-    block_sync();
-    correct<T>(p, b, s, ahead);
-    block_sync();
-  }
+  block_sync();
   wait_for_box(s.result_box);
 
   const int sources = p.cluster_blocks * p.parts;
   QE_UNROLL_BY(1)
   for (int pair = warp; pair < b.owned * p.M; pair += warps) {
-    const int own = p.M == 1 ? pair : pair / p.M, m = pair - own * p.M, block = b.owned_columns(p, own);
+    const int own = divide_small(pair, p.token_factor), m = pair - own * p.M, block = b.owned_columns(p, own);
     const int n = block * kDecodeColumns + lane;
     const ColumnScales c = pair == warp ? first : load_columns<kWholeColumn>(p, block);
-    const float* from = s.results + (own * sources * p.M + m) * kDecodeColumns + place_of(lane);
-    float v = 0.f;
-    QE_UNROLL_BY(4)
-    for (int i = 0; i < sources; ++i) v += from[i * p.M * kDecodeColumns];
-    if constexpr (kWholeColumn) {
-      float sum = 0.f;
-      for (int i = 0; i < p.cluster_blocks * warps; ++i) sum += s.slice_sum[i * p.M + m];
-      v = without_zero<Mode, true>(v, c.zero, sum);
-    }
+    float v = sum_of_parts(s.results + (own * sources * p.M + m) * kDecodeColumns + place_of(lane), sources, p.M * kDecodeColumns);
+    if constexpr (kWholeColumn)
+      v = without_zero<Mode, true>(v, c.zero, sum_of_parts(s.slice_sum + m, p.cluster_blocks * divide_small(sums, p.token_factor), p.M));
     v *= c.scale * s.unit[m] * kUnit;
     if (corrects) v += s.low[pair * kDecodeColumns + lane];
     if (n < p.N) store2(static_cast<T*>(p.y) + static_cast<size_t>(m) * p.N + n, from_float<T>(v * c.out + c.bias).bits);
