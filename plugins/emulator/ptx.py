@@ -3,7 +3,7 @@
 It covers what the source emulator replaces: the inline PTX of kernels/prim_ptx.cuh and what the compiler made of the
 rest. Warp w of several blocks is one vector, because numpy takes as long for 32 lanes as for a few hundred; the warps
 of a block are interleaved at random, a new order per seed. Not modelled: time, caches, races inside one warp, and weak
-memory order between blocks beyond the rules of ptx_memory.py.
+memory order between blocks beyond the rules of ptx_memory.py and ptx_cluster.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A message lands at a random moment, in any order, at the latest when nothing els
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ class Box:
     expected: int = 0  # bytes
     sent: int = 0
     came: int = 0
+    open_to: set[tuple[int, int]] = field(default_factory=set)  # blocks and warps that know it is open
     waited: bool = False  # somebody has seen it full
 
     @property

@@ -103,9 +103,12 @@ class ClusterMemory(SharedMemory):
 
     def land(self, order: random.Random) -> Ints:
         """Some messages arrive; in the blocks that come back."""
-        messages = self.boxes.land(order)
-        self.data[messages.index] = messages.values
-        return np.unique(messages.index[:, 0] // self._size)
+        blocks = []
+        for _ in range(order.randint(1, len(self.boxes.in_flight))):
+            messages = self.boxes.land(order)
+            self.data[messages.index] = messages.values
+            blocks.append(messages.index[:, 0] // self._size)
+        return np.unique(np.concatenate(blocks))
 
     def _check_box(self, which: int, count: int, warp: int, slot: Ints) -> None:
         if which == NO_BOX:
@@ -118,11 +121,13 @@ class ClusterMemory(SharedMemory):
         if box.fenced is None:
             self._report("message: to a box that no fence shows to other blocks")
             return
-        known = box.opened is not None and all(
-            self._knows(block, warp, box, max(box.fenced, box.opened)) for block in np.unique(slot)
-        )
-        if not known:
-            self._report("message: to a box that may not be open yet")
+        for block in {*slot.tolist()}:
+            if (block, warp) in box.open_to:
+                continue
+            if box.opened is not None and self._knows(block, warp, box, max(box.fenced, box.opened)):
+                box.open_to.add((block, warp))
+            else:
+                self._report("message: to a box that may not be open yet")
 
     def _knows(self, slot: int, warp: int, box: Box, clock: int) -> bool:
         """Whether a warp knows of what the warp of a box did at a clock."""
