@@ -149,7 +149,7 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 // slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
 struct ClusterCut {
   int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
-  int main_warps, own_maxima, pieces, tile_parts, routed_parts;
+  int main_warps, own_maxima, pieces, ring, score_warps, tile_parts, routed_parts;
   int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, score_part_at, routed_part_at, results_at, unit_at, scores_at;
   int expert_at, low_at, h_at, boxes_at, shared;
   int most_sets() const { return sets + (longer ? 1 : 0); }
@@ -165,11 +165,11 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
   };
   take(c.slice_chunks * p.M * 128 * (s.int8 ? 1 : 2));
   c.group_sums_at = take(Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
-  c.ring_at = take(c.main_warps * kClusterRing * 512 * p.weight_bits);
+  c.ring_at = take(c.main_warps * c.ring * 512 * p.weight_bits);
   c.largest_at = take(c.pieces * (c.own_maxima ? 1 : c.blocks) * m4);
   c.slice_sum_at = take(Zeros(p) && !of_group ? c.blocks * c.slice_chunks * m4 : 0);
   c.part_at = take(c.blocks * c.tile_parts * 16 * s.shared_tiles * m4);
-  c.score_part_at = take(s.experts ? c.blocks * kCorrectWarps * kMaxExperts * m4 : 0);
+  c.score_part_at = take(c.blocks * c.score_warps * kMaxExperts * m4);
   c.routed_part_at = take(c.blocks * c.routed_parts * 16 * s.routed_tiles * m4);
   c.results_at = take(owned * c.blocks * c.parts * 32 * m4);
   c.unit_at = take(m4);
@@ -185,12 +185,14 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
 // after the other; its share of x; beside both its share of x @ down; sums over blocks.
 inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) {
   const int rounds = Divide(c.most_sets() * c.parts, c.main_warps);
-  const int stream = c.most_sets() * c.slice_chunks * 22 * p.weight_bits, steps = rounds * c.part_chunks * 200;
+  const int units = c.most_sets() * c.slice_chunks - c.main_warps * c.ring;  // that are not on their way before the launch in front ends
+  const int stream = std::max(0, units) * 22 * p.weight_bits, steps = rounds * c.part_chunks * 200;
   const int maxima = Divide(c.pieces * p.M, c.main_warps) * 150 + (c.own_maxima ? 0 : 350);
   const int codes = Divide(c.slice_chunks * p.M, c.main_warps) * 200;
   const int blocks = c.slice_chunks * 4;  // of 32 rows
-  const int shared = Divide(s.shared_tiles * c.tile_parts, kCorrectWarps) * Divide(blocks, 4 * c.tile_parts) * 250;
-  const int routed = s.experts ? p.M * (Divide(s.routed_tiles * c.routed_parts, kCorrectWarps) * Divide(blocks, 4 * c.routed_parts) * 500 + 300) + 700 : 0;
+  const int at_once = p.adapter_bits == 4 ? 8 : 4;
+  const int shared = Divide(s.shared_tiles * c.tile_parts, kCorrectWarps) * Divide(blocks, at_once * c.tile_parts) * 400;
+  const int routed = s.experts ? p.M * (Divide(s.routed_tiles * c.routed_parts, kCorrectWarps) * Divide(blocks, at_once * c.routed_parts) * 600 + 300) + 700 : 0;
   const int sums = Divide(Divide(c.most_sets(), c.blocks) * p.M, kClusterWarps) * c.blocks * c.parts * 8;
   return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 900 + shared + routed : 0) + sums + 50 * c.shift;
 }
@@ -208,6 +210,8 @@ inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic&
     if (Divide(chunks, c.slice_chunks) != c.blocks || c.clusters < 1 || (t.clusters > 1 && t.clusters != c.blocks)) continue;
     c.sets = all / c.clusters, c.longer = all % c.clusters;
     c.main_warps = kClusterWarps - (s.lowrank ? kCorrectWarps : 0);
+    c.ring = s.lowrank ? kDeepRing : kClusterRing;
+    c.score_warps = s.experts ? std::min(kCorrectWarps, Divide(c.slice_chunks, 2)) : 0;
     c.own_maxima = p.M * p.K <= kOwnMaxima;
     c.pieces = Divide(c.own_maxima ? p.K : c.slice_chunks * 128, 256);
     c.tile_parts = s.shared_tiles ? std::max(1, kCorrectWarps / s.shared_tiles) : 0;

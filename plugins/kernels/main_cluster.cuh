@@ -22,7 +22,7 @@ struct ClusterShared {
   float* largest;      // [from][pieces of the slice][M], or [pieces of x][M] of this block alone
   float* slice_sum;    // [from][pieces][M]: sums of the activations
   float* part;         // [from][tile parts][M][16 * shared tiles]: parts of the shared h, columns in the order of down_place
-  float* score_part;   // [from][warps][M][kMaxExperts]
+  float* score_part;   // [from][score warps][M][kMaxExperts]
   float* routed_part;  // [from][routed parts][M][16 * routed tiles]: of the chosen experts' h, in that order
   float* results;      // [sets that this block owns][from][parts][M][32], columns in the order of place_of
   float* unit;         // [M]: what one unit of the activations stands for
@@ -90,50 +90,68 @@ struct Feed {
   }
 };
 
-// Eight rows of x of one token, with their channel scales.
-struct EightRows {
-  u32x4 x, omega;
+// What a warp reads for the tokens' maxima: pieces of all of x where it is short, or of this block's slice.
+struct Pieces {
+  int k0, end, items;
+  QE_DEV Pieces(const ClusterArgs& p, const ClusterBlock& b) {
+    k0 = p.own_maxima ? 0 : b.first * kChunk, end = p.own_maxima ? p.chunks * kChunk : (b.first + b.own) * kChunk, items = p.pieces * p.M;
+    if (end > p.K) end = p.K;
+  }
+  QE_DEV int token(const ClusterArgs& p, int item) const { return item - divide_small(item, p.token_factor) * p.M; }
+  QE_DEV int row(const ClusterArgs& p, int item) const {  // of this lane's eight; `end` where there are none
+    const int k = k0 + divide_small(item, p.token_factor) * kPiece + (thread_id() & 31) * 8;
+    return item < items && k < end ? k : end;
+  }
 };
 template <class T>
-QE_DEV EightRows load_eight(const ClusterArgs& p, int m, int k) {
-  EightRows r{};
-  if (k < p.K) r.x = load16(static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k);
-  if (k < p.K && p.inv_omega) r.omega = load16(static_cast<const T*>(p.inv_omega) + k);
-  return r;
+QE_DEV u32x4 load_eight(const void* from, int k, int end) {
+  u32x4 v{};
+  if (k < end) v = load16(static_cast<const T*>(from) + k);
+  return v;
 }
 
-// The tokens' maxima of pieces of x: of all of it where it is short, or of this block's slice, which all blocks are told.
+// The tokens' maxima of pieces of x. All blocks are told those of a slice. `omega` has the channel scales of the first piece.
 template <class T>
-QE_DEV void find_maxima(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s) {
-  const int lane = thread_id() & 31, k0 = p.own_maxima ? 0 : b.first * kChunk;
-  const int end = p.own_maxima ? p.K : (b.first + b.own) * kChunk, items = p.pieces * p.M;
-  const auto load = [&](int item) {
-    const int piece = divide_small(item, p.token_factor), k = k0 + piece * kPiece + lane * 8;
-    return load_eight<T>(p, item - piece * p.M, item < items && k < end ? k : p.K);
+QE_DEV void find_maxima(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, const Pieces& pieces, u32x4 omega) {
+  const int lane = thread_id() & 31;
+  const auto load_x = [&](int item) {
+    return load_eight<T>(static_cast<const T*>(p.x) + static_cast<size_t>(pieces.token(p, item)) * p.K, pieces.row(p, item), pieces.end);
   };
   int item = thread_id() >> 5;
-  EightRows next = load(item);
+  u32x4 next = load_x(item), next_omega = omega;
   QE_UNROLL_BY(1)
-  for (; item < items; item += p.main_warps) {
-    const EightRows r = next;
-    next = load(item + p.main_warps);
+  for (; item < pieces.items; item += p.main_warps) {
+    const u32x4 x = next, scale = next_omega;
+    next = load_x(item + p.main_warps);
+    if (p.inv_omega) next_omega = load_eight<T>(p.inv_omega, pieces.row(p, item + p.main_warps), pieces.end);
     float largest = 0.f;
     QE_UNROLL
-    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(half_of<T>(r.x, i) * (p.inv_omega ? half_of<T>(r.omega, i) : 1.f)));
+    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(half_of<T>(x, i) * (p.inv_omega ? half_of<T>(scale, i) : 1.f)));
     QE_UNROLL
     for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
     if (!p.own_maxima) {
-      if (lane < p.cluster_blocks) send(s.largest + b.rank * items + item, s.largest_box, lane, largest);
+      if (lane < p.cluster_blocks) send(s.largest + b.rank * pieces.items + item, s.largest_box, lane, largest);
     } else if (lane == 0) {
       s.largest[item] = largest;
     }
   }
 }
 
+// A token's maximum, known to every lane.
+QE_DEV float maximum_of(const ClusterArgs& p, const ClusterShared& s, int m) {
+  const int found = p.own_maxima ? p.pieces : p.pieces << p.cluster_shift;
+  float largest = 0.f;
+  QE_UNROLL_BY(1)
+  for (int i = thread_id() & 31; i < found; i += 32) largest = max_f(largest, s.largest[i * p.M + m]);
+  QE_UNROLL
+  for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
+  return largest;
+}
+
 // Quantizes this block's slice, a warp 128 rows of int8 activations of one token at once, or 256 of 16-bit ones.
 template <class T, int Mode, int Groups, bool Zeros>
 QE_DEV void quantize_cluster(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, unsigned char* shared) {
-  const int lane = thread_id() & 31, k0 = b.first * kChunk, found = p.pieces * (p.own_maxima ? 1 : p.cluster_blocks);
+  const int lane = thread_id() & 31, k0 = b.first * kChunk;
   const Rows rows{p.inv_omega ? static_cast<const T*>(p.inv_omega) + k0 : nullptr, shared,
                   Zeros && Groups != 0 ? reinterpret_cast<uint32_t*>(shared + p.group_sums_at) : nullptr, p.K - k0,
                   b.own * kChunk, p.M, p.M, Mode == kInt8 ? p.act_max : 0, Groups == 0 ? 0 : kChunk / Groups, p.code_shifts};
@@ -150,11 +168,7 @@ QE_DEV void quantize_cluster(const ClusterArgs& p, const ClusterBlock& b, const 
       if (p.inv_omega) omega = load8(static_cast<const T*>(p.inv_omega) + k0 + k);
     }
     if (m != before) {
-      largest = 0.f;
-      QE_UNROLL_BY(1)
-      for (int i = lane; i < found; i += 32) largest = max_f(largest, s.largest[i * p.M + m]);
-      QE_UNROLL
-      for (int step = 16; step > 0; step >>= 1) largest = max_f(largest, shuffle_xor(largest, step));
+      largest = maximum_of(p, s, m);
       before = m;
     }
     float total;
@@ -170,7 +184,12 @@ QE_DEV void quantize_cluster(const ClusterArgs& p, const ClusterBlock& b, const 
       for (int step = 16; step > 0; step >>= 1) total += shuffle_xor(total, step);
       if (lane < p.cluster_blocks) send(s.slice_sum + b.rank * items + item, s.result_box, lane, total);
     }
-    if (piece == 0 && lane == 0) s.unit[m] = stored_unit(Mode == kInt8 ? p.act_max : 0, largest);
+  }
+  if ((thread_id() >> 5) != p.main_warps - 1) return;  // that warp has least to quantize
+  QE_UNROLL_BY(1)
+  for (int m = 0; m < p.M; ++m) {
+    largest = maximum_of(p, s, m);
+    if (lane == 0) s.unit[m] = stored_unit(Mode == kInt8 ? p.act_max : 0, largest);
   }
 }
 
@@ -181,8 +200,16 @@ QE_DEV int place_of(int column) { return (column & 7) * 4 + (column >> 3); }
 template <class T, int Bits, int Mode, int Groups, bool Zeros>
 QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, unsigned char* shared, Feed<Bits>& feed) {
   const int lane = thread_id() & 31, warp = thread_id() >> 5, tasks = b.sets * p.parts;
+  const Pieces pieces(p, b);
+  u32x4 omega{};
+  if (p.inv_omega) {
+    omega = load_eight<T>(p.inv_omega, pieces.row(p, warp), pieces.end);
+    QE_UNROLL_BY(1)
+    for (int item = warp + p.main_warps; item < pieces.items; item += p.main_warps)
+      if (lane % 8 == 0 && pieces.row(p, item) < pieces.end) prefetch_line(static_cast<const T*>(p.inv_omega) + pieces.row(p, item));
+  }
   wait_for_previous();
-  find_maxima<T>(p, b, s);
+  find_maxima<T>(p, b, s, pieces, omega);
   if (p.own_maxima) {
     group_sync(kMainGroup, p.main_warps * 32);
   } else {
@@ -191,7 +218,7 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
   quantize_cluster<T, Mode, Groups, Zeros>(p, b, s, shared);
   group_sync(kMainGroup, p.main_warps * 32);  // the activations are there
 
-  unsigned char* slot = feed.slots;
+  unsigned char *slot = feed.slots, *const last_slot = slot + (p.ring - 1) * kBlockBytes<Bits>;
   QE_UNROLL_BY(1)
   for (int task = warp; task < tasks; task += p.main_warps) {
     const int set = divide_small(task, p.parts_factor), part = task - set * p.parts, start = part * p.part_chunks;
@@ -204,7 +231,11 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
     Cursor<Bits, Mode, Groups, 1> at(p, b.columns_of(set), b.first + start, b.first, shared, shared + p.group_sums_at, p.M);
     QE_UNROLL_BY(1)
     for (int chunk = start; chunk < end; ++chunk) {
-      cp_async_wait<kClusterRing - 1>();
+      if (p.ring == kDeepRing) {
+        cp_async_wait<kDeepRing - 1>();
+      } else {
+        cp_async_wait<kClusterRing - 1>();
+      }
       BlockWords<Bits> w;
       QE_UNROLL
       for (int i = 0; i < Bits; ++i) w[i] = load16(slot + i * kPieceBytes);
@@ -216,7 +247,7 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
         decode_chunk_16<Bits, Groups, 1>(at, w, acc);
       }
       feed.push(p, b, slot);
-      slot = slot == feed.slots + (kClusterRing - 1) * kBlockBytes<Bits> ? feed.slots : slot + kBlockBytes<Bits>;
+      slot = slot == last_slot ? feed.slots : slot + kBlockBytes<Bits>;
       at.next();
     }
     const int owner = set & (p.cluster_blocks - 1), place = ((set >> p.cluster_shift) * p.cluster_blocks + b.rank) * p.parts + part;
@@ -237,6 +268,19 @@ QE_DEV void prefetch_bytes(const void* from, size_t bytes, int thread) {
     prefetch_line(static_cast<const uint8_t*>(from) + at);
 }
 
+// Steps of 16 ranks of `up` in the columns that this block owns.
+QE_DEV void prefetch_up(const ClusterArgs& p, const ClusterBlock& b, int first, int steps, int thread) {
+  const int lines = p.factor_bits / 2;  // of a step, in one set of columns
+  QE_UNROLL_BY(1)
+  for (int slot = 0; slot < b.owned; ++slot)
+    QE_UNROLL_BY(1)
+    for (int o = thread; o < steps * lines; o += kCorrectWarps * 32) {
+      const int step = o / lines;
+      const size_t pair = static_cast<size_t>(first + step) * (p.Np / 16) + b.owned_columns(p, slot) * 2;
+      prefetch_line(static_cast<const uint8_t*>(p.up) + pair * p.factor_bits * 32 + (o - step * lines) * 128);
+    }
+}
+
 // The factors of this block's slice and columns, except those of experts, and the router.
 QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b, int thread) {
   const int blocks = (p.K + 31) / 32, from = b.first * 4, mine = b.end_of_32(p) - from;
@@ -244,13 +288,7 @@ QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b, int th
   QE_UNROLL_BY(1)
   for (int tile = 0; tile < p.shared_tiles; ++tile)
     prefetch_bytes(static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes, mine * down_bytes, thread);
-  QE_UNROLL_BY(1)
-  for (int slot = 0; slot < b.owned; ++slot)  // a step of 16 ranks of `up` has factor_bits / 2 lines in one set of columns
-    for (int o = thread; o < p.shared_tiles * p.factor_bits / 2; o += kCorrectWarps * 32) {
-      const int step = 2 * o / p.factor_bits, line = o - step * p.factor_bits / 2;
-      const size_t pair = static_cast<size_t>(step) * (p.Np / 16) + b.owned_columns(p, slot) * 2;
-      prefetch_line(static_cast<const uint8_t*>(p.up) + pair * p.factor_bits * 32 + line * 128);
-    }
+  prefetch_up(p, b, 0, p.shared_tiles, thread);
   const int k0 = b.first * kChunk, rows = p.K - k0 < b.own * kChunk ? p.K - k0 : b.own * kChunk;
   QE_UNROLL_BY(1)
   for (int e = 0; e < p.E; ++e)
@@ -261,40 +299,49 @@ QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b, int th
 QE_DEV int down_place(int column) { return (column & ~15) + (column & 7) * 2 + (column >> 3 & 1); }
 
 // The words of `down` that a warp multiplies at once: of blocks of 32 rows that lie `step` apart.
-constexpr int kDownBlocks = 4;
 template <int Bits>
-QE_DEV void load_down_blocks(const ClusterArgs& p, int tile, int block, int step, int end, DownWords<Bits> (&words)[kDownBlocks]) {
+constexpr int kDownBlocks = Bits == 4 ? 8 : 4;
+constexpr int kXBlocks = 4;  // whose x it has at once
+template <int Bits>
+QE_DEV void load_down_blocks(const ClusterArgs& p, int tile, int block, int step, int end, DownWords<Bits> (&words)[kDownBlocks<Bits>]) {
   QE_UNROLL
-  for (int i = 0; i < kDownBlocks; ++i)
+  for (int i = 0; i < kDownBlocks<Bits>; ++i)
     if (block + i * step < end) load_down<Bits>(p.down, static_cast<size_t>(tile) * ((p.K + 31) / 32) + block + i * step, thread_id() & 31, words[i]);
 }
 
+QE_DEV void load_down_scales(const ClusterArgs& p, int tile, float (&scales)[2]) {  // of a lane's columns
+  const float* from = p.down_scale + tile * 16 + ((thread_id() & 31) >> 2);
+  scales[0] = from[0], scales[1] = from[8];
+}
+
 // Parts of x @ down of this slice in `tiles` of 16 columns from `tile0` on, each cut into `parts` of K for different warps, of
-// all tokens or of one: all blocks are told. `early` has the words that the warp multiplies first.
+// all tokens or of one: all blocks are told. `early` and `scales` have the words that the warp multiplies first and their scales.
 template <class T, int Bits>
 QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, int warp, int tile0, int tiles, int parts, int only,
-                                DownWords<Bits> (&early)[kDownBlocks], float* part, uint64_t* box) {
+                                DownWords<Bits> (&early)[kDownBlocks<Bits>], float (&scales)[2], float* part, uint64_t* box) {
   const int lane = thread_id() & 31, from = b.first * 4, end = b.end_of_32(p);
   const int token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;  // the copy's result is not sent
   const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
   QE_UNROLL_BY(1)
   for (int task = warp; task < tiles * parts; task += kCorrectWarps) {
     const int tile = task % tiles, of_k = task / tiles;
-    const float* scale = p.down_scale + (tile0 + tile) * 16 + (lane >> 2);
-    const float scales[2] = {scale[0], scale[8]};
+    if (task != warp) load_down_scales(p, tile0 + tile, scales);
     float acc[1][4] = {{0.f, 0.f, 0.f, 0.f}};
     QE_UNROLL_BY(1)
-    for (int block = from + of_k; block < end; block += parts * kDownBlocks) {
+    for (int block = from + of_k; block < end; block += parts * kDownBlocks<Bits>) {
       if (task != warp || block != from + of_k) load_down_blocks<Bits>(p, tile0 + tile, block, parts, end, early);
-      u32x4 x[kDownBlocks][1] = {};
       QE_UNROLL
-      for (int i = 0; i < kDownBlocks; ++i) {
-        const int at = block + i * parts, k = at * 32 + (lane & 3) * 8;
-        if (at < end && k < p.K) x[i][0] = load16(row + k);
+      for (int i0 = 0; i0 < kDownBlocks<Bits>; i0 += kXBlocks) {
+        u32x4 x[kXBlocks][1] = {};
+        QE_UNROLL
+        for (int i = 0; i < kXBlocks; ++i) {
+          const int at = block + (i0 + i) * parts, k = at * 32 + (lane & 3) * 8;
+          if (at < end && k < p.K) x[i][0] = load16(row + k);
+        }
+        QE_UNROLL
+        for (int i = 0; i < kXBlocks; ++i)
+          if (block + (i0 + i) * parts < end) multiply_down<T, Bits>(early[i0 + i], x[i], acc);
       }
-      QE_UNROLL
-      for (int i = 0; i < kDownBlocks; ++i)
-        if (block + i * parts < end) multiply_down<T, Bits>(early[i], x[i], acc);
     }
     QE_UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -309,39 +356,50 @@ QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, int
 template <class T, int Bits>
 QE_DEV void multiply_routed(const ClusterArgs& p, const ClusterBlock& b, int warp, int m, int expert, const ClusterShared& s) {
   const int tile0 = p.shared_tiles + expert * p.routed_tiles;
-  DownWords<Bits> words[kDownBlocks];
+  DownWords<Bits> words[kDownBlocks<Bits>];
   load_down_blocks<Bits>(p, tile0 + warp % p.routed_tiles, b.first * 4 + warp / p.routed_tiles, p.routed_parts, b.end_of_32(p), words);
-  multiply_down_slice<T, Bits>(p, b, warp, tile0, p.routed_tiles, p.routed_parts, m, words, s.routed_part, s.routed_box);
+  float scales[2];
+  load_down_scales(p, tile0 + warp % p.routed_tiles, scales);
+  multiply_down_slice<T, Bits>(p, b, warp, tile0, p.routed_tiles, p.routed_parts, m, words, scales, s.routed_part, s.routed_box);
 }
 
-// Parts of the tokens' scores, of each warp: all blocks are told.
+// Parts of the tokens' scores, of as many warps as there are pieces: all blocks are told. Eight experts' weights are on their way
+// at once; those of experts that are not there are the last one's, and nobody reads what becomes of them.
 template <class T>
 QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp) {
+  if (warp >= p.score_warps) return;
   const int lane = thread_id() & 31, k0 = b.first * kChunk, left = p.K - k0, end = left < b.own * kChunk ? left : b.own * kChunk;
+  const T* router = static_cast<const T*>(p.router) + k0;
   QE_UNROLL_BY(1)
-  for (int m = 0; m < p.M; ++m) {
-    const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
-    float score[kMaxExperts], own = 0.f, raw[8];
-    QE_UNROLL
-    for (int e = 0; e < kMaxExperts; ++e) score[e] = 0.f;
+  for (int m = 0; m < p.M; ++m)
     QE_UNROLL_BY(1)
-    for (int k = warp * kPiece + lane * 8; k < end; k += kCorrectWarps * kPiece) {
-      const u32x4 x = load16(row + k);
+    for (int e0 = 0; e0 < p.E; e0 += 8) {
+      const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
+      float score[8], own = 0.f;
       QE_UNROLL
-      for (int i = 0; i < 8; ++i) raw[i] = half_of<T>(x, i);
-      add_scores<T>(static_cast<const T*>(p.router) + k0, p.E, p.K, k, raw, score);
-    }
-    QE_UNROLL
-    for (int e = 0; e < kMaxExperts; ++e) {
-      if (e >= p.E) continue;
+      for (int e = 0; e < 8; ++e) score[e] = 0.f;
+      QE_UNROLL_BY(1)
+      for (int k = warp * kPiece + lane * 8; k < end; k += p.score_warps * kPiece) {
+        u32x4 weight[8];
+        QE_UNROLL
+        for (int e = 0; e < 8; ++e) weight[e] = load16(router + static_cast<size_t>(e0 + e < p.E ? e0 + e : p.E - 1) * p.K + k);
+        const u32x4 x = load16(row + k);
+        QE_UNROLL
+        for (int e = 0; e < 8; ++e)
+          QE_UNROLL
+          for (int i = 0; i < 8; ++i) score[e] += abs_f(half_of<T>(x, i)) * half_of<T>(weight[e], i);
+      }
       QE_UNROLL
-      for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
-      own = lane == e ? score[e] : own;
+      for (int e = 0; e < 8; ++e) {
+        QE_UNROLL
+        for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
+        own = lane == e ? score[e] : own;
+      }
+      float* to = s.score_part + ((b.rank * p.score_warps + warp) * p.M + m) * kMaxExperts + e0 + lane;
+      QE_UNROLL_BY(1)
+      for (int r = 0; r < p.cluster_blocks; ++r)
+        if (lane < 8) send(to, s.part_box, r, own);
     }
-    QE_UNROLL_BY(1)
-    for (int r = 0; r < p.cluster_blocks; ++r)
-      if (lane < kMaxExperts) send(s.score_part + ((b.rank * kCorrectWarps + warp) * p.M + m) * kMaxExperts + lane, s.part_box, r, own);
-  }
 }
 
 // What all blocks sent about one value, in their order.
@@ -356,7 +414,7 @@ QE_DEV float sum_of_parts(const float* part, int count, int step) {
 QE_DEV void choose_experts(const ClusterArgs& p, const ClusterShared& s, int thread) {
   QE_UNROLL_BY(1)
   for (int o = thread; o < p.M * kMaxExperts; o += kCorrectWarps * 32)
-    s.scores[o] = sum_of_parts(s.score_part + o, p.cluster_blocks * kCorrectWarps, p.M * kMaxExperts);
+    if (o % kMaxExperts < p.E) s.scores[o] = sum_of_parts(s.score_part + o, p.score_warps << p.cluster_shift, p.M * kMaxExperts);
   group_sync(kCorrectGroup, kCorrectWarps * 32);
   if (thread < p.M) s.expert[thread] = choose_expert(s.scores + thread * kMaxExperts, p.E);
   group_sync(kCorrectGroup, kCorrectWarps * 32);
@@ -428,15 +486,20 @@ template <class T, int Bits>
 QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s) {
   const int warp = (thread_id() >> 5) - p.main_warps, thread = thread_id() - p.main_warps * 32;
   const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, rank = shared + routed;
-  DownWords<Bits> early[kDownBlocks];
-  if (p.shared_tiles)
+  DownWords<Bits> early[kDownBlocks<Bits>];
+  float scales[2] = {0.f, 0.f};
+  if (p.shared_tiles) {
     load_down_blocks<Bits>(p, warp % p.shared_tiles, b.first * 4 + warp / p.shared_tiles, p.tile_parts, b.end_of_32(p), early);
+    load_down_scales(p, warp % p.shared_tiles, scales);
+  }
   wait_for_previous();
-  multiply_down_slice<T, Bits>(p, b, warp, 0, p.shared_tiles, p.tile_parts, -1, early, s.part, s.part_box);
+  multiply_down_slice<T, Bits>(p, b, warp, 0, p.shared_tiles, p.tile_parts, -1, early, scales, s.part, s.part_box);
   if (p.E) {
     score_slice<T>(p, b, s, warp);
     wait_for_box(s.part_box);
     choose_experts(p, s, thread);
+    QE_UNROLL_BY(1)
+    for (int m = 0; m < p.M; ++m) prefetch_up(p, b, p.shared_tiles + s.expert[m] * p.routed_tiles, p.routed_tiles, thread);
     QE_UNROLL_BY(1)
     for (int m = 0; m < p.M; ++m) multiply_routed<T, Bits>(p, b, warp, m, s.expert[m], s);
   }
@@ -448,7 +511,7 @@ QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
   wait_for_box(s.routed_box);
   QE_UNROLL_BY(1)
   for (int o = thread; o < p.M * rank; o += kCorrectWarps * 32) {
-    const int m = o / rank, r = o - m * rank;
+    const int m = p.M == 1 ? 0 : o / rank, r = o - m * rank;
     const float v = r < shared ? sum_of_parts(s.part + m * shared + down_place(r), p.cluster_blocks * p.tile_parts, p.M * shared)
                                : sum_of_parts(s.routed_part + m * routed + down_place(r - shared), p.cluster_blocks * p.routed_parts, p.M * routed);
     store2(s.h + o, from_float<T>(v).bits);
@@ -483,16 +546,16 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
   if (thread_id() == 0) {
     const int of_token = p.cluster_blocks * p.M * 4;  // bytes, of one float from each block
     open_box(s.largest_box, p.own_maxima ? 0 : p.pieces * of_token);
-    open_box(s.part_box, (16 * p.shared_tiles * p.tile_parts + (p.E ? kCorrectWarps * kMaxExperts : 0)) * of_token);
+    open_box(s.part_box, (16 * p.shared_tiles * p.tile_parts + p.score_warps * ((p.E + 7) & ~7)) * of_token);
     open_box(s.routed_box, p.E ? 16 * p.routed_tiles * p.routed_parts * of_token : 0);
     open_box(s.result_box, b.owned * p.parts * kDecodeColumns * of_token + (kWholeColumn ? p.cluster_blocks * sums * 4 : 0));
     boxes_are_open();
   }
   cluster_arrive();
-  Feed<Bits> feed{nullptr, shared + p.ring_at + warp * (kClusterRing * kBlockBytes<Bits>) + lane * 16, 0, warp};
+  Feed<Bits> feed{nullptr, shared + p.ring_at + warp * (p.ring * kBlockBytes<Bits>) + lane * 16, 0, warp};
   if (multiplies) {
     QE_UNROLL_BY(1)
-    for (int i = 0; i < kClusterRing; ++i) feed.push(p, b, feed.slots + i * kBlockBytes<Bits>);
+    for (int i = 0; i < p.ring; ++i) feed.push(p, b, feed.slots + i * kBlockBytes<Bits>);
   } else {
     prefetch_factors(p, b, thread_id() - p.main_warps * 32);
   }
