@@ -149,9 +149,9 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 // slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
 struct ClusterCut {
   int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
-  int main_warps, own_maxima, pieces, ring, score_warps, tile_parts, routed_parts;
+  int main_warps, correct_warps, own_maxima, pieces, ring, score_warps, tile_parts, routed_parts;
   int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, score_part_at, routed_part_at, results_at, unit_at, scores_at;
-  int expert_at, low_at, h_at, boxes_at, shared;
+  int expert_at, x_at, router_at, down_at, low_at, h_at, boxes_at, row_bytes, shared;
   int most_sets() const { return sets + (longer ? 1 : 0); }
 };
 
@@ -175,6 +175,10 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
   c.unit_at = take(m4);
   c.scores_at = take(s.experts ? kMaxExperts * m4 : 0);
   c.expert_at = take(s.experts ? m4 : 0);
+  c.row_bytes = c.slice_chunks * 256 + 64;  // so that two tokens' rows lie in different banks
+  c.x_at = take(s.lowrank ? p.M * c.row_bytes : 0);
+  c.router_at = take(s.experts * c.row_bytes);
+  c.down_at = take(p.adapter_bits < 16 ? s.shared_tiles * c.slice_chunks * 4 * p.adapter_bits * 64 : 0);
   c.low_at = take(s.lowrank ? owned * 32 * m4 : 0);
   c.h_at = take(p.M * s.rank() * 2);
   c.boxes_at = take(4 * 8);
@@ -189,12 +193,12 @@ inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) 
   const int stream = std::max(0, units) * 22 * p.weight_bits, steps = rounds * c.part_chunks * 200;
   const int maxima = Divide(c.pieces * p.M, c.main_warps) * 150 + (c.own_maxima ? 0 : 350);
   const int codes = Divide(c.slice_chunks * p.M, c.main_warps) * 200;
-  const int blocks = c.slice_chunks * 4;  // of 32 rows
-  const int at_once = p.adapter_bits == 4 ? 8 : 4;
-  const int shared = Divide(s.shared_tiles * c.tile_parts, kCorrectWarps) * Divide(blocks, at_once * c.tile_parts) * 400;
-  const int routed = s.experts ? p.M * (Divide(s.routed_tiles * c.routed_parts, kCorrectWarps) * Divide(blocks, at_once * c.routed_parts) * 600 + 300) + 700 : 0;
+  const int blocks = c.slice_chunks * 4, of_block = p.adapter_bits < 16 ? 35 : 150;  // of 32 rows
+  const auto tiles = [&](int tiles, int parts, int time) { return parts ? Divide(tiles * parts, c.correct_warps) * Divide(blocks, parts) * time : 0; };
+  const int shared = tiles(s.shared_tiles, c.tile_parts, of_block);
+  const int routed = s.experts ? p.M * (tiles(s.routed_tiles, c.routed_parts, 150) + 300) + 1500 : 0;
   const int sums = Divide(Divide(c.most_sets(), c.blocks) * p.M, kClusterWarps) * c.blocks * c.parts * 8;
-  return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 900 + shared + routed : 0) + sums + 50 * c.shift;
+  return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 1500 + shared + routed : 0) + sums + 50 * c.shift;
 }
 
 // The fastest cut of 1 to 8 tokens into clusters, or of a given number of blocks each.
@@ -209,18 +213,20 @@ inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic&
     c.clusters = std::min(multiprocessors / c.blocks, all);
     if (Divide(chunks, c.slice_chunks) != c.blocks || c.clusters < 1 || (t.clusters > 1 && t.clusters != c.blocks)) continue;
     c.sets = all / c.clusters, c.longer = all % c.clusters;
-    c.main_warps = kClusterWarps - (s.lowrank ? kCorrectWarps : 0);
-    c.ring = s.lowrank ? kDeepRing : kClusterRing;
-    c.score_warps = s.experts ? std::min(kCorrectWarps, Divide(c.slice_chunks, 2)) : 0;
     c.own_maxima = p.M * p.K <= kOwnMaxima;
     c.pieces = Divide(c.own_maxima ? p.K : c.slice_chunks * 128, 256);
-    c.tile_parts = s.shared_tiles ? std::max(1, kCorrectWarps / s.shared_tiles) : 0;
-    c.routed_parts = s.routed_tiles ? std::max(1, kCorrectWarps / s.routed_tiles) : 0;
-    for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
-      c.part_chunks = Divide(c.slice_chunks, c.parts);
-      PlaceClusterShared(p, s, c);
-      if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
-      if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
+    for (c.correct_warps = s.lowrank ? 2 : 0; c.correct_warps <= (s.lowrank ? 4 : 0); c.correct_warps += 2) {
+      c.main_warps = kClusterWarps - c.correct_warps;
+      c.ring = c.main_warps <= 4 ? kDeepRing : kClusterRing;
+      c.score_warps = s.experts ? std::min(c.correct_warps, Divide(c.slice_chunks, 2)) : 0;
+      c.tile_parts = s.shared_tiles ? std::max(1, c.correct_warps / s.shared_tiles) : 0;
+      c.routed_parts = s.routed_tiles ? std::max(1, c.correct_warps / s.routed_tiles) : 0;
+      for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
+        c.part_chunks = Divide(c.slice_chunks, c.parts);
+        PlaceClusterShared(p, s, c);
+        if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
+        if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
+      }
     }
   }
   return best;

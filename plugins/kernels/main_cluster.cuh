@@ -28,6 +28,9 @@ struct ClusterShared {
   float* unit;         // [M]: what one unit of the activations stands for
   float* scores;       // [M][kMaxExperts]
   int32_t* expert;     // [M]
+  uint8_t* x;          // [M][row_bytes]: this block's slice, as it is
+  uint8_t* router;     // [E][row_bytes]: of this block's slice
+  uint8_t* down;       // [shared tiles][blocks of 32 rows of the slice]: of integer factors
   float* low;          // [sets that this block owns][M][32]: h @ up
   uint16_t* h;         // [M][rank]
   // What comes from all blocks: maxima, parts and scores, routed parts, results and sums of activations.
@@ -37,6 +40,7 @@ struct ClusterShared {
     largest = at(p.largest_at), slice_sum = at(p.slice_sum_at), part = at(p.part_at), score_part = at(p.score_part_at);
     routed_part = at(p.routed_part_at), results = at(p.results_at), unit = at(p.unit_at), scores = at(p.scores_at);
     low = at(p.low_at), expert = reinterpret_cast<int32_t*>(shared + p.expert_at);
+    x = shared + p.x_at, router = shared + p.router_at, down = shared + p.down_at;
     h = reinterpret_cast<uint16_t*>(shared + p.h_at);
     largest_box = reinterpret_cast<uint64_t*>(shared + p.boxes_at);
     part_box = largest_box + 1, routed_box = largest_box + 2, result_box = largest_box + 3;
@@ -262,9 +266,9 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
 }
 
 // Lines of memory, from all threads of the correction.
-QE_DEV void prefetch_bytes(const void* from, size_t bytes, int thread) {
+QE_DEV void prefetch_bytes(const ClusterArgs& p, const void* from, size_t bytes, int thread) {
   QE_UNROLL_BY(1)
-  for (size_t at = static_cast<size_t>(thread) * 128; at < bytes; at += kCorrectWarps * 32 * 128)
+  for (size_t at = static_cast<size_t>(thread) * 128; at < bytes; at += p.correct_warps * 32 * 128)
     prefetch_line(static_cast<const uint8_t*>(from) + at);
 }
 
@@ -274,73 +278,107 @@ QE_DEV void prefetch_up(const ClusterArgs& p, const ClusterBlock& b, int first, 
   QE_UNROLL_BY(1)
   for (int slot = 0; slot < b.owned; ++slot)
     QE_UNROLL_BY(1)
-    for (int o = thread; o < steps * lines; o += kCorrectWarps * 32) {
+    for (int o = thread; o < steps * lines; o += p.correct_warps * 32) {
       const int step = o / lines;
       const size_t pair = static_cast<size_t>(first + step) * (p.Np / 16) + b.owned_columns(p, slot) * 2;
       prefetch_line(static_cast<const uint8_t*>(p.up) + pair * p.factor_bits * 32 + (o - step * lines) * 128);
     }
 }
 
-// The factors of this block's slice and columns, except those of experts, and the router.
-QE_DEV void prefetch_factors(const ClusterArgs& p, const ClusterBlock& b, int thread) {
-  const int blocks = (p.K + 31) / 32, from = b.first * 4, mine = b.end_of_32(p) - from;
-  const size_t down_bytes = static_cast<size_t>(p.factor_bits) * 64;  // of 32 rows
+// Sixteen bytes at a time to shared memory, by all threads of the correction.
+QE_DEV void copy_bytes(const ClusterArgs& p, void* to, const void* from, int bytes, int thread) {
   QE_UNROLL_BY(1)
-  for (int tile = 0; tile < p.shared_tiles; ++tile)
-    prefetch_bytes(static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes, mine * down_bytes, thread);
+  for (int at = thread * 16; at < bytes; at += p.correct_warps * 32 * 16)
+    cp_async16(static_cast<uint8_t*>(to) + at, static_cast<const uint8_t*>(from) + at);
+}
+
+// The factors of this block's slice and columns, except those of experts, and the router: integer factors of the slice and the
+// router to shared memory, the rest on its way from memory.
+QE_DEV void fetch_factors(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int thread) {
+  const int blocks = (p.K + 31) / 32, from = b.first * 4, mine = b.end_of_32(p) - from, down_bytes = p.factor_bits * 64;  // of 32 rows
+  QE_UNROLL_BY(1)
+  for (int tile = 0; tile < p.shared_tiles; ++tile) {
+    const uint8_t* down = static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes;
+    if (p.factor_bits < 16) {
+      copy_bytes(p, s.down + tile * p.slice_chunks * 4 * down_bytes, down, mine * down_bytes, thread);
+    } else {
+      prefetch_bytes(p, down, static_cast<size_t>(mine) * down_bytes, thread);
+    }
+  }
   prefetch_up(p, b, 0, p.shared_tiles, thread);
   const int k0 = b.first * kChunk, rows = p.K - k0 < b.own * kChunk ? p.K - k0 : b.own * kChunk;
   QE_UNROLL_BY(1)
   for (int e = 0; e < p.E; ++e)
-    prefetch_bytes(static_cast<const uint8_t*>(p.router) + (static_cast<size_t>(e) * p.K + k0) * 2, static_cast<size_t>(rows) * 2, thread);
+    copy_bytes(p, s.router + e * p.row_bytes, static_cast<const uint8_t*>(p.router) + (static_cast<size_t>(e) * p.K + k0) * 2, rows * 2, thread);
+}
+
+// This block's slice of x in shared memory, with zeros up to a whole block of 32 rows.
+QE_DEV void fetch_x(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int thread) {
+  const int k0 = b.first * kChunk, left = p.K - k0, rows = left < b.own * kChunk ? left : b.own * kChunk;
+  QE_UNROLL_BY(1)
+  for (int m = 0; m < p.M; ++m) {
+    uint8_t* row = s.x + m * p.row_bytes;
+    copy_bytes(p, row, static_cast<const uint8_t*>(p.x) + (static_cast<size_t>(m) * p.K + k0) * 2, rows * 2, thread);
+    if (rows * 2 + thread * 16 < (b.end_of_32(p) - b.first * 4) * 64) store16(row + rows * 2 + thread * 16, u32x4{});
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  group_sync(kCorrectGroup, p.correct_warps * 32);
 }
 
 // Where a column of 16 of `down` lies in a part of h.
 QE_DEV int down_place(int column) { return (column & ~15) + (column & 7) * 2 + (column >> 3 & 1); }
 
-// The words of `down` that a warp multiplies at once: of blocks of 32 rows that lie `step` apart.
-template <int Bits>
-constexpr int kDownBlocks = Bits == 4 ? 8 : 4;
-constexpr int kXBlocks = 4;  // whose x it has at once
-template <int Bits>
-QE_DEV void load_down_blocks(const ClusterArgs& p, int tile, int block, int step, int end, DownWords<Bits> (&words)[kDownBlocks<Bits>]) {
-  QE_UNROLL
-  for (int i = 0; i < kDownBlocks<Bits>; ++i)
-    if (block + i * step < end) load_down<Bits>(p.down, static_cast<size_t>(tile) * ((p.K + 31) / 32) + block + i * step, thread_id() & 31, words[i]);
-}
-
 QE_DEV void load_down_scales(const ClusterArgs& p, int tile, float (&scales)[2]) {  // of a lane's columns
   const float* from = p.down_scale + tile * 16 + ((thread_id() & 31) >> 2);
   scales[0] = from[0], scales[1] = from[8];
 }
+// Words of `down` in shared memory, of block `block` of the slice.
+template <int Bits>
+QE_DEV void load_own_down(const ClusterArgs& p, const ClusterShared& s, int tile, int block, DownWords<Bits>& words) {
+  const uint8_t* at = s.down + (tile * p.slice_chunks * 4 + block) * DownWords<Bits>::kBytes;
+  const int lane = thread_id() & 31;
+  if constexpr (Bits == 4) {
+    const u32x2 w = load8(at + lane * 8);
+    words.v[0] = w.v[0], words.v[1] = w.v[1];
+  } else {
+    const u32x4 w = load16(at + lane * 16);
+    QE_UNROLL
+    for (int i = 0; i < Bits / 2; ++i) words.v[i] = w.v[i & 3];
+  }
+}
 
 // Parts of x @ down of this slice in `tiles` of 16 columns from `tile0` on, each cut into `parts` of K for different warps, of
-// all tokens or of one: all blocks are told. `early` and `scales` have the words that the warp multiplies first and their scales.
-template <class T, int Bits>
-QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, int warp, int tile0, int tiles, int parts, int only,
-                                DownWords<Bits> (&early)[kDownBlocks<Bits>], float (&scales)[2], float* part, uint64_t* box) {
-  const int lane = thread_id() & 31, from = b.first * 4, end = b.end_of_32(p);
-  const int token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;  // the copy's result is not sent
-  const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(token) * p.K;
+// all tokens or of one: all blocks are told. `scales` has those of the first task. Shared integer factors are in shared memory.
+constexpr int kDownBlocks = 4;  // of 32 rows, at once
+template <class T, int Bits, bool Own>
+QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp, int tile0, int tiles,
+                                int parts, int only, float (&scales)[2], float* part, uint64_t* box) {
+  const int lane = thread_id() & 31, from = b.first * 4, count = b.end_of_32(p) - from, blocks = (p.K + 31) / 32;
+  const uint8_t* row = s.x + ((lane >> 2) < p.M ? lane >> 2 : p.M - 1) * p.row_bytes + (lane & 3) * 16;  // a copy's result is not sent
   QE_UNROLL_BY(1)
-  for (int task = warp; task < tiles * parts; task += kCorrectWarps) {
+  for (int task = warp; task < tiles * parts; task += p.correct_warps) {
     const int tile = task % tiles, of_k = task / tiles;
     if (task != warp) load_down_scales(p, tile0 + tile, scales);
     float acc[1][4] = {{0.f, 0.f, 0.f, 0.f}};
     QE_UNROLL_BY(1)
-    for (int block = from + of_k; block < end; block += parts * kDownBlocks<Bits>) {
-      if (task != warp || block != from + of_k) load_down_blocks<Bits>(p, tile0 + tile, block, parts, end, early);
+    for (int block = of_k; block < count; block += parts * kDownBlocks) {
+      DownWords<Bits> words[kDownBlocks];
       QE_UNROLL
-      for (int i0 = 0; i0 < kDownBlocks<Bits>; i0 += kXBlocks) {
-        u32x4 x[kXBlocks][1] = {};
-        QE_UNROLL
-        for (int i = 0; i < kXBlocks; ++i) {
-          const int at = block + (i0 + i) * parts, k = at * 32 + (lane & 3) * 8;
-          if (at < end && k < p.K) x[i][0] = load16(row + k);
+      for (int i = 0; i < kDownBlocks; ++i) {
+        const int at = block + i * parts;
+        if (at >= count) continue;
+        if constexpr (Own) {
+          load_own_down<Bits>(p, s, tile, at, words[i]);
+        } else {
+          load_down<Bits>(p.down, static_cast<size_t>(tile0 + tile) * blocks + from + at, lane, words[i]);
         }
-        QE_UNROLL
-        for (int i = 0; i < kXBlocks; ++i)
-          if (block + (i0 + i) * parts < end) multiply_down<T, Bits>(early[i0 + i], x[i], acc);
+      }
+      QE_UNROLL
+      for (int i = 0; i < kDownBlocks; ++i) {
+        if (block + i * parts >= count) continue;
+        const u32x4 x[1] = {load16(row + (block + i * parts) * 64)};
+        multiply_down<T, Bits>(words[i], x, acc);
       }
     }
     QE_UNROLL
@@ -353,44 +391,30 @@ QE_DEV void multiply_down_slice(const ClusterArgs& p, const ClusterBlock& b, int
     }
   }
 }
-template <class T, int Bits>
-QE_DEV void multiply_routed(const ClusterArgs& p, const ClusterBlock& b, int warp, int m, int expert, const ClusterShared& s) {
-  const int tile0 = p.shared_tiles + expert * p.routed_tiles;
-  DownWords<Bits> words[kDownBlocks<Bits>];
-  load_down_blocks<Bits>(p, tile0 + warp % p.routed_tiles, b.first * 4 + warp / p.routed_tiles, p.routed_parts, b.end_of_32(p), words);
-  float scales[2];
-  load_down_scales(p, tile0 + warp % p.routed_tiles, scales);
-  multiply_down_slice<T, Bits>(p, b, warp, tile0, p.routed_tiles, p.routed_parts, m, words, scales, s.routed_part, s.routed_box);
-}
 
-// Parts of the tokens' scores, of as many warps as there are pieces: all blocks are told. Eight experts' weights are on their way
-// at once; those of experts that are not there are the last one's, and nobody reads what becomes of them.
+// Parts of the tokens' scores, of as many warps as there are pieces: all blocks are told. Four experts at once; what becomes of
+// those that are not there nobody reads.
 template <class T>
 QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp) {
   if (warp >= p.score_warps) return;
-  const int lane = thread_id() & 31, k0 = b.first * kChunk, left = p.K - k0, end = left < b.own * kChunk ? left : b.own * kChunk;
-  const T* router = static_cast<const T*>(p.router) + k0;
+  const int lane = thread_id() & 31, left = p.K - b.first * kChunk, end = left < b.own * kChunk ? left : b.own * kChunk;
   QE_UNROLL_BY(1)
   for (int m = 0; m < p.M; ++m)
     QE_UNROLL_BY(1)
-    for (int e0 = 0; e0 < p.E; e0 += 8) {
-      const T* row = static_cast<const T*>(p.x) + static_cast<size_t>(m) * p.K + k0;
-      float score[8], own = 0.f;
-      QE_UNROLL
-      for (int e = 0; e < 8; ++e) score[e] = 0.f;
+    for (int e0 = 0; e0 < p.E; e0 += 4) {
+      float score[4] = {0.f, 0.f, 0.f, 0.f}, own = 0.f;
       QE_UNROLL_BY(1)
       for (int k = warp * kPiece + lane * 8; k < end; k += p.score_warps * kPiece) {
-        u32x4 weight[8];
+        const u32x4 x = load16(s.x + m * p.row_bytes + 2 * k);
         QE_UNROLL
-        for (int e = 0; e < 8; ++e) weight[e] = load16(router + static_cast<size_t>(e0 + e < p.E ? e0 + e : p.E - 1) * p.K + k);
-        const u32x4 x = load16(row + k);
-        QE_UNROLL
-        for (int e = 0; e < 8; ++e)
+        for (int e = 0; e < 4; ++e) {
+          const u32x4 weight = load16(s.router + (e0 + e < p.E ? e0 + e : e0) * p.row_bytes + 2 * k);
           QE_UNROLL
-          for (int i = 0; i < 8; ++i) score[e] += abs_f(half_of<T>(x, i)) * half_of<T>(weight[e], i);
+          for (int i = 0; i < 8; ++i) score[e] += abs_f(half_of<T>(x, i)) * half_of<T>(weight, i);
+        }
       }
       QE_UNROLL
-      for (int e = 0; e < 8; ++e) {
+      for (int e = 0; e < 4; ++e) {
         QE_UNROLL
         for (int step = 16; step > 0; step >>= 1) score[e] += shuffle_xor(score[e], step);
         own = lane == e ? score[e] : own;
@@ -398,7 +422,7 @@ QE_DEV void score_slice(const ClusterArgs& p, const ClusterBlock& b, const Clust
       float* to = s.score_part + ((b.rank * p.score_warps + warp) * p.M + m) * kMaxExperts + e0 + lane;
       QE_UNROLL_BY(1)
       for (int r = 0; r < p.cluster_blocks; ++r)
-        if (lane < 8) send(to, s.part_box, r, own);
+        if (lane < 4) send(to, s.part_box, r, own);
     }
 }
 
@@ -413,11 +437,11 @@ QE_DEV float sum_of_parts(const float* part, int count, int step) {
 // The experts that the tokens chose. Every block knows the scores.
 QE_DEV void choose_experts(const ClusterArgs& p, const ClusterShared& s, int thread) {
   QE_UNROLL_BY(1)
-  for (int o = thread; o < p.M * kMaxExperts; o += kCorrectWarps * 32)
+  for (int o = thread; o < p.M * kMaxExperts; o += p.correct_warps * 32)
     if (o % kMaxExperts < p.E) s.scores[o] = sum_of_parts(s.score_part + o, p.score_warps << p.cluster_shift, p.M * kMaxExperts);
-  group_sync(kCorrectGroup, kCorrectWarps * 32);
+  group_sync(kCorrectGroup, p.correct_warps * 32);
   if (thread < p.M) s.expert[thread] = choose_expert(s.scores + thread * kMaxExperts, p.E);
-  group_sync(kCorrectGroup, kCorrectWarps * 32);
+  group_sync(kCorrectGroup, p.correct_warps * 32);
 }
 
 // One step of 16 ranks: h of one expert times `up`, for 32 columns.
@@ -447,7 +471,7 @@ QE_DEV void multiply_up_sets(const ClusterArgs& p, const ClusterBlock& b, const 
   const int lane = thread_id() & 31, rank = 16 * (p.shared_tiles + p.routed_tiles), token = (lane >> 2) < p.M ? lane >> 2 : p.M - 1;
   const uint16_t* h = s.h + token * rank;
   QE_UNROLL_BY(1)
-  for (int slot = warp; slot < b.owned; slot += kCorrectWarps) {
+  for (int slot = warp; slot < b.owned; slot += p.correct_warps) {
     const int columns = b.owned_columns(p, slot);
     float out[kDecodeTiles][4];
     QE_UNROLL
@@ -486,22 +510,22 @@ template <class T, int Bits>
 QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s) {
   const int warp = (thread_id() >> 5) - p.main_warps, thread = thread_id() - p.main_warps * 32;
   const int shared = 16 * p.shared_tiles, routed = 16 * p.routed_tiles, rank = shared + routed;
-  DownWords<Bits> early[kDownBlocks<Bits>];
   float scales[2] = {0.f, 0.f};
-  if (p.shared_tiles) {
-    load_down_blocks<Bits>(p, warp % p.shared_tiles, b.first * 4 + warp / p.shared_tiles, p.tile_parts, b.end_of_32(p), early);
-    load_down_scales(p, warp % p.shared_tiles, scales);
-  }
+  if (p.shared_tiles) load_down_scales(p, warp % p.shared_tiles, scales);
   wait_for_previous();
-  multiply_down_slice<T, Bits>(p, b, warp, 0, p.shared_tiles, p.tile_parts, -1, early, scales, s.part, s.part_box);
+  fetch_x(p, b, s, thread);
+  multiply_down_slice<T, Bits, (Bits < 16)>(p, b, s, warp, 0, p.shared_tiles, p.tile_parts, -1, scales, s.part, s.part_box);
   if (p.E) {
     score_slice<T>(p, b, s, warp);
     wait_for_box(s.part_box);
     choose_experts(p, s, thread);
     QE_UNROLL_BY(1)
-    for (int m = 0; m < p.M; ++m) prefetch_up(p, b, p.shared_tiles + s.expert[m] * p.routed_tiles, p.routed_tiles, thread);
-    QE_UNROLL_BY(1)
-    for (int m = 0; m < p.M; ++m) multiply_routed<T, Bits>(p, b, warp, m, s.expert[m], s);
+    for (int m = 0; m < p.M; ++m) {
+      const int tile0 = p.shared_tiles + s.expert[m] * p.routed_tiles;
+      prefetch_up(p, b, tile0, p.routed_tiles, thread);
+      load_down_scales(p, tile0 + warp % p.routed_tiles, scales);
+      multiply_down_slice<T, Bits, false>(p, b, s, warp, tile0, p.routed_tiles, p.routed_parts, m, scales, s.routed_part, s.routed_box);
+    }
   }
   UpWords ahead[kUpAhead][kDecodeTiles];
   QE_UNROLL
@@ -510,13 +534,13 @@ QE_DEV void correct(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
   wait_for_box(s.part_box);
   wait_for_box(s.routed_box);
   QE_UNROLL_BY(1)
-  for (int o = thread; o < p.M * rank; o += kCorrectWarps * 32) {
+  for (int o = thread; o < p.M * rank; o += p.correct_warps * 32) {
     const int m = p.M == 1 ? 0 : o / rank, r = o - m * rank;
     const float v = r < shared ? sum_of_parts(s.part + m * shared + down_place(r), p.cluster_blocks * p.tile_parts, p.M * shared)
                                : sum_of_parts(s.routed_part + m * routed + down_place(r - shared), p.cluster_blocks * p.routed_parts, p.M * routed);
     store2(s.h + o, from_float<T>(v).bits);
   }
-  group_sync(kCorrectGroup, kCorrectWarps * 32);
+  group_sync(kCorrectGroup, p.correct_warps * 32);
   multiply_up_sets<T>(p, b, s, warp, ahead);
 }
 
@@ -546,7 +570,7 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
   if (thread_id() == 0) {
     const int of_token = p.cluster_blocks * p.M * 4;  // bytes, of one float from each block
     open_box(s.largest_box, p.own_maxima ? 0 : p.pieces * of_token);
-    open_box(s.part_box, (16 * p.shared_tiles * p.tile_parts + p.score_warps * ((p.E + 7) & ~7)) * of_token);
+    open_box(s.part_box, (16 * p.shared_tiles * p.tile_parts + p.score_warps * ((p.E + 3) & ~3)) * of_token);
     open_box(s.routed_box, p.E ? 16 * p.routed_tiles * p.routed_parts * of_token : 0);
     open_box(s.result_box, b.owned * p.parts * kDecodeColumns * of_token + (kWholeColumn ? p.cluster_blocks * sums * 4 : 0));
     boxes_are_open();
@@ -557,7 +581,7 @@ QE_DEV void main_cluster(const ClusterArgs& p) {
     QE_UNROLL_BY(1)
     for (int i = 0; i < p.ring; ++i) feed.push(p, b, feed.slots + i * kBlockBytes<Bits>);
   } else {
-    prefetch_factors(p, b, thread_id() - p.main_warps * 32);
+    fetch_factors(p, b, s, thread_id() - p.main_warps * 32);
   }
   ColumnScales first{};
   if (warp < b.owned * p.M) first = load_columns<kWholeColumn>(p, b.owned_columns(p, divide_small(warp, p.token_factor)));

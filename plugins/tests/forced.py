@@ -39,12 +39,12 @@ _CLUSTER_POINTERS = (
 )  # fmt: skip
 CLUSTER_PLACES = (
     "group_sums_at", "ring_at", "largest_at", "slice_sum_at", "part_at", "score_part_at", "routed_part_at",
-    "results_at", "unit_at", "scores_at", "expert_at", "low_at", "h_at", "boxes_at",
+    "results_at", "unit_at", "scores_at", "expert_at", "x_at", "router_at", "down_at", "low_at", "h_at", "boxes_at",
 )  # fmt: skip
 _CLUSTER_COUNTS = (
-    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "main_warps", "own_maxima",
+    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "main_warps", "correct_warps", "own_maxima",
     "pieces", "ring", "score_warps", "tile_parts", "routed_parts", "cluster_blocks", "cluster_shift", "cluster_sets", "longer_clusters",
-    "chunks", "slice_chunks", "parts", "part_chunks", "parts_factor", "token_factor", *CLUSTER_PLACES,
+    "chunks", "slice_chunks", "parts", "part_chunks", "parts_factor", "token_factor", *CLUSTER_PLACES, "row_bytes",
 )  # fmt: skip
 
 

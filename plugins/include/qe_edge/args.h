@@ -100,7 +100,7 @@ struct ClusterArgs {
   uint64_t code_shifts;
   int32_t M, N, Np, K, E, shared_tiles, routed_tiles;
   int32_t factor_bits, act_max;
-  int32_t main_warps;                     // that multiply weights; the others have the correction
+  int32_t main_warps, correct_warps;      // of a block: that multiply weights, and that have the correction
   int32_t own_maxima, pieces;             // 1: every block reads all of x for the maxima; pieces of 256 rows that it reads
   int32_t ring;                           // chunks of weights that a warp has in flight
   int32_t score_warps;                    // that find parts of the scores
@@ -113,7 +113,8 @@ struct ClusterArgs {
   int32_t parts_factor, token_factor;     // 65536 / parts and 65536 / M, rounded up
   // Where things begin in shared memory, in bytes; the activations are at 0.
   int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, score_part_at, routed_part_at, results_at, unit_at, scores_at;
-  int32_t expert_at, low_at, h_at, boxes_at;
+  int32_t expert_at, x_at, router_at, down_at, low_at, h_at, boxes_at;
+  int32_t row_bytes;                      // of one token's slice of x in shared memory
 };
 
 }  // namespace qe

@@ -20,7 +20,7 @@ constexpr int kGroupTokens = 16;  // of one block, where it does not
 constexpr int kDecodeWarps = 12;  // of a block, at most
 constexpr int kRing = 3;          // chunks of weights that a warp has in flight
 
-constexpr int kClusterWarps = 8, kCorrectWarps = 4;  // of a block of a cluster; of them for a correction
+constexpr int kClusterWarps = 8;  // of a block of a cluster
 constexpr int kClusterRing = 4, kDeepRing = 8;  // as kRing, of many warps and of few
 constexpr int kMostCluster = 8;   // blocks, on every chip that has clusters
 constexpr int kClusterTokens = 8;
