@@ -274,7 +274,7 @@ void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const C
   a.E = s.experts, a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
   a.factor_bits = p.adapter_bits, a.act_max = ActMax(p);
   a.main_warps = c.main_warps, a.own_maxima = c.own_maxima, a.pieces = c.pieces;
-  a.score_warps = c.score_warps, a.tile_parts = c.tile_parts, a.routed_parts = c.routed_parts;
+  a.copies_down = c.copies_down, a.score_warps = c.score_warps, a.tile_parts = c.tile_parts, a.routed_parts = c.routed_parts;
   a.cluster_blocks = c.blocks, a.cluster_shift = c.shift, a.cluster_sets = c.sets, a.longer_clusters = c.longer;
   a.chunks = s.Kp / 128, a.slice_chunks = c.slice_chunks, a.parts = c.parts, a.part_chunks = c.part_chunks;
   a.parts_factor = Divide(1 << 16, c.parts), a.token_factor = Divide(1 << 16, p.M);

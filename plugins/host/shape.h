@@ -149,7 +149,7 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 // slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
 struct ClusterCut {
   int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
-  int main_warps, own_maxima, pieces, score_warps, tile_parts, routed_parts;
+  int main_warps, own_maxima, pieces, copies_down, score_warps, tile_parts, routed_parts;
   int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, score_part_at, routed_part_at, results_at, unit_at, scores_at;
   int expert_at, x_at, router_at, down_at, low_at, h_at, boxes_at, row_bytes, shared;
   int most_sets() const { return sets + (longer ? 1 : 0); }
@@ -178,7 +178,7 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
   c.row_bytes = c.slice_chunks * 256 + 64;  // so that two tokens' rows lie in different banks
   c.x_at = take(s.lowrank ? p.M * c.row_bytes : 0);
   c.router_at = take(s.experts * c.row_bytes);
-  c.down_at = take(p.adapter_bits < 16 ? s.shared_tiles * c.slice_chunks * 4 * p.adapter_bits * 64 : 0);
+  c.down_at = take(c.copies_down ? s.shared_tiles * c.slice_chunks * 4 * p.adapter_bits * 64 : 0);
   c.low_at = take(s.lowrank ? owned * 32 * m4 : 0);
   c.h_at = take(p.M * s.rank() * 2);
   c.boxes_at = take(4 * 8);
@@ -193,7 +193,7 @@ inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) 
   const int stream = std::max(0, units) * 22 * p.weight_bits, steps = rounds * c.part_chunks * 200;
   const int maxima = Divide(c.pieces * p.M, c.main_warps) * 150 + (c.own_maxima ? 0 : 350);
   const int codes = Divide(c.slice_chunks * p.M, c.main_warps) * 200;
-  const int blocks = c.slice_chunks * 4, of_block = p.adapter_bits < 16 ? 40 : 100;  // of 32 rows
+  const int blocks = c.slice_chunks * 4, of_block = c.copies_down ? 40 : 100;  // of 32 rows
   const auto tiles = [&](int tiles, int parts, int time) { return parts ? Divide(tiles * parts, kCorrectWarps) * Divide(blocks, parts) * time : 0; };
   const int shared = tiles(s.shared_tiles, c.tile_parts, of_block);
   const int routed = s.experts ? p.M * (tiles(s.routed_tiles, c.routed_parts, 150) + 300) + 1500 : 0;
@@ -201,11 +201,10 @@ inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) 
   return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 1300 + shared + routed : 0) + sums + 50 * c.shift;
 }
 
-// The fastest cut of 1 to 4 tokens into clusters, or of a given number of blocks each. One token of a layer with a short K and no
-// correction is left to `main`, whose blocks need nothing from each other: an H100 took as long or less.
+// The fastest cut of 1 to 4 tokens into clusters, or of a given number of blocks each.
 inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors) {
   ClusterCut best{};
-  if (p.M > kClusterTokens || (t.clusters == 1 && p.M == 1 && !s.lowrank && p.K <= kOwnMaxima)) return best;
+  if (p.M > kClusterTokens) return best;
   const int all = s.Np / 32, chunks = s.Kp / 128;
   for (int shift = 1; 1 << shift <= kMostCluster; ++shift) {
     ClusterCut c{};
@@ -220,12 +219,13 @@ inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic&
     c.score_warps = s.experts ? std::min(kCorrectWarps, Divide(c.slice_chunks, 2)) : 0;
     c.tile_parts = s.shared_tiles ? std::max(1, kCorrectWarps / s.shared_tiles) : 0;
     c.routed_parts = s.routed_tiles ? std::max(1, kCorrectWarps / s.routed_tiles) : 0;
-    for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
-      c.part_chunks = Divide(c.slice_chunks, c.parts);
-      PlaceClusterShared(p, s, c);
-      if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
-      if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
-    }
+    for (c.copies_down = 0; c.copies_down <= (s.shared_tiles && p.adapter_bits < 16); ++c.copies_down)
+      for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
+        c.part_chunks = Divide(c.slice_chunks, c.parts);
+        PlaceClusterShared(p, s, c);
+        if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
+        if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
+      }
   }
   return best;
 }

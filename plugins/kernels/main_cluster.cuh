@@ -288,14 +288,14 @@ QE_DEV void copy_bytes(const ClusterArgs& p, void* to, const void* from, int byt
     cp_async16(static_cast<uint8_t*>(to) + at, static_cast<const uint8_t*>(from) + at);
 }
 
-// The factors of this block's slice and columns, except those of experts, and the router: integer factors of the slice and the
-// router to shared memory, the rest on its way from memory.
+// The factors of this block's slice and columns, except those of experts, and the router: integer factors of the slice, where they
+// fit, and the router to shared memory, the rest on its way from memory.
 QE_DEV void fetch_factors(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int thread) {
   const int blocks = (p.K + 31) / 32, from = b.first * 4, mine = b.end_of_32(p) - from, down_bytes = p.factor_bits * 64;  // of 32 rows
   QE_UNROLL_BY(1)
   for (int tile = 0; tile < p.shared_tiles; ++tile) {
     const uint8_t* down = static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes;
-    if (p.factor_bits < 16) {
+    if (p.copies_down) {
       copy_bytes(p, s.down + tile * p.slice_chunks * 4 * down_bytes, down, mine * down_bytes, thread);
     } else {
       prefetch_bytes(p, down, static_cast<size_t>(mine) * down_bytes, thread);
@@ -532,13 +532,14 @@ QE_DEV void multiply_up_sets(const ClusterArgs& p, const ClusterBlock& b, const 
   }
 }
 
-// The same by the bits of the factors. Integer ones of the shared expert are in shared memory.
+// The same by the bits of the factors and where they are.
 template <class T>
 QE_DEV void multiply_any_down(const ClusterArgs& p, const ClusterBlock& b, const ClusterShared& s, int warp, int tile0, int tiles,
                               int parts, int only, float (&scales)[2], float* part, uint64_t* box) {
-  if (only < 0 && p.factor_bits == 4) {
+  const bool own = only < 0 && p.copies_down;
+  if (own && p.factor_bits == 4) {
     multiply_down_slice<T, 4, true>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);
-  } else if (only < 0 && p.factor_bits == 8) {
+  } else if (own) {
     multiply_down_slice<T, 8, true>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);
   } else if (p.factor_bits == 4) {
     multiply_down_slice<T, 4, false>(p, b, s, warp, tile0, tiles, parts, only, scales, part, box);

@@ -102,6 +102,7 @@ struct ClusterArgs {
   int32_t factor_bits, act_max;
   int32_t main_warps;                     // of a block, that multiply weights; the others have the correction
   int32_t own_maxima, pieces;             // 1: every block reads all of x for the maxima; pieces of 256 rows that it reads
+  int32_t copies_down;                    // 1: integer factors of the shared expert are copied to shared memory
   int32_t score_warps;                    // that find parts of the scores
   int32_t tile_parts, routed_parts;       // parts of K of a tile of `down`, for different warps
   int32_t cluster_blocks, cluster_shift;  // a power of two, and which
