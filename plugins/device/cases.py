@@ -18,7 +18,7 @@ from prepack.reference import qe_linear
 from tests.cases import Mode, random_layer, random_tokens
 from tests.modes import COMBINATIONS, MODES, TOKENS, shape_for
 
-_MOST_CLUSTER_TOKENS = 8  # kClusterTokens of include/qe_edge/sizes.h
+_MOST_CLUSTER_TOKENS = 4  # kClusterTokens of include/qe_edge/sizes.h
 
 REAL_SIZES = [(1536, 2048), (8960, 1536), (1536, 17920)]
 REAL_TOKENS = (1, 3, 8, 9, 17, 64, 65, 300)

@@ -74,8 +74,8 @@ def source_emulator(root: Path = ROOT) -> Path:
         # -O1: higher levels duplicate calls, and a warp collective is recognised by the place that calls it.
         _object(root / "emulator/entry.cpp", every, ["-O1", "-DQE_EMULATE", "-fsanitize=thread", "-Wno-tsan"]),
         *(
-            _object(root / f"emulator/{name}.cpp", emulator, plain)
-            for name in ("simt", "fiber", "shadow", "collectives")
+            _object(root / f"emulator/{name}.cpp", emulator, [*plain, "-fvisibility=hidden"])
+            for name in ("simt", "meet", "fiber", "shadow", "boxes", "collectives")
         ),
         *(_object(root / f"host/{name}.cpp", host, plain) for name in ("plan", "self_test")),
     ]

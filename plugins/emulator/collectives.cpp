@@ -104,6 +104,7 @@ void run_collective(Collective kind, const void* const (&in)[32], void* const (&
     }
     case Collective::kClusterArrive:
     case Collective::kClusterWait:
+    case Collective::kGroupSync:
       return;  // the scheduler's
   }
 }

@@ -186,6 +186,10 @@ QE_DEV uint32_t ballot(bool v) {
 }
 QE_DEV void warp_sync() {}  // it only keeps ptxas from moving loads: no kernel relies on it
 QE_EMU_OUT inline void block_sync() { qe_emu::barrier(QE_EMU_SITE); }
+QE_EMU_OUT inline void group_sync(int group, int threads) {
+  const qe_emu::GroupIn in{group, threads};
+  qe_emu::collective(qe_emu::Collective::kGroupSync, &in, nullptr, QE_EMU_SITE);
+}
 
 QE_EMU_OUT inline int cluster_rank() { return qe_emu::now.rank; }
 QE_EMU_OUT inline void cluster_arrive() {
@@ -194,6 +198,10 @@ QE_EMU_OUT inline void cluster_arrive() {
 QE_EMU_OUT inline void cluster_wait() {
   qe_emu::collective(qe_emu::Collective::kClusterWait, nullptr, nullptr, QE_EMU_SITE);
 }
-QE_EMU_OUT inline void store_peer(float* own, int rank, float v) { qe_emu::store_peer(own, rank, v); }
+QE_EMU_OUT inline void open_box(uint64_t* box, int bytes) { qe_emu::open_box(box, bytes); }
+QE_EMU_OUT inline void boxes_are_open() { qe_emu::boxes_are_open(); }
+QE_EMU_OUT inline void send(float* own, uint64_t* box, int rank, float v) { qe_emu::send(own, box, rank, &v, 1); }
+QE_EMU_OUT inline void send(float* own, uint64_t* box, int rank, const float (&v)[4]) { qe_emu::send(own, box, rank, v, 4); }
+QE_EMU_OUT inline void wait_for_box(uint64_t* box) { qe_emu::wait_for_box(box); }
 
 }  // namespace qe

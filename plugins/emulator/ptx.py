@@ -3,7 +3,7 @@
 It covers what the source emulator replaces: the inline PTX of kernels/prim_ptx.cuh and what the compiler made of the
 rest. Warp w of several blocks is one vector, because numpy takes as long for 32 lanes as for a few hundred; the warps
 of a block are interleaved at random, a new order per seed. Not modelled: time, caches, races inside one warp, and weak
-memory order between blocks beyond the rules of ptx_memory.py.
+memory order between blocks beyond the rules of ptx_memory.py and ptx_cluster.py.
 """
 
 from __future__ import annotations
@@ -17,98 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulator.plan import Launch
-from emulator.ptx_cluster import MOST_IN_CLUSTER, ClusterMemory
-from emulator.ptx_cluster_ops import cluster, cluster_memory
+from emulator.ptx_blocks import Blocks
+from emulator.ptx_clocks import MOST_IN_CLUSTER
+from emulator.ptx_cluster_ops import cluster
 from emulator.ptx_collectives import collective
-from emulator.ptx_memory import GlobalMemory, SharedMemory
+from emulator.ptx_memory import GlobalMemory
 from emulator.ptx_memory_ops import memory
 from emulator.ptx_ops import Step, arithmetic
 from emulator.ptx_order import ordering
 from emulator.ptx_text import Instruction, Kernel, PtxError, PtxFile
-from emulator.ptx_warp import LANES, MOST_BLOCKS, DeadlockError, Lanes, Mask, Warp
-
-_MOST_ERRORS = 20
-
-
-Place = tuple[int, int]
-
-
-class Blocks:
-    """Thread blocks that run in step: their warps, their shared memory and the errors seen in them."""
-
-    def __init__(
-        self, machine: PtxMachine, launch: Launch, kernel: Kernel, places: list[Place], order: random.Random
-    ) -> None:
-        self.memory, self.order, self.overlap = machine.memory, order, machine.sm_90
-        self.parameters = bytes(launch.args)[: launch.args_bytes]
-        self.count = len(places)
-        x, y = (np.repeat(np.array(place, np.uint32), LANES) for place in zip(*places, strict=True))
-        self.number = y.astype(np.int64) * launch.grid_x + x
-        self.errors: list[str] = []
-        warps, beside = launch.threads // LANES, max(1, launch.cluster)
-        self.shared = (
-            ClusterMemory(launch.shared_bytes, self.count, warps, beside, self.report)
-            if kernel.has_clusters
-            else SharedMemory(launch.shared_bytes, self.count, self.report)
-        )
-        same = {"%ntid.x": launch.threads, "%nctaid.x": launch.grid_x}
-        self._place: dict[str, Lanes] = {"%ctaid.x": x, "%ctaid.y": y, "%cluster_ctarank": x % np.uint32(beside)} | {
-            name: np.full(x.size, value, np.uint32) for name, value in same.items()
-        }
-        self.warps = [Warp(self, i) for i in range(warps)]
-
-    def report(self, what: str) -> None:
-        """Note an error, once, with a limit on how many."""
-        if what not in self.errors and len(self.errors) < _MOST_ERRORS:
-            self.errors.append(what)
-
-    def special(self, register: str, warp: Warp) -> Lanes:
-        """The value of a special register such as ``%tid.x`` in every lane."""
-        if register == "%tid.x":
-            return warp.thread.astype(np.uint32)
-        if register not in self._place:
-            raise PtxError(f"special register {register}")
-        return self._place[register]
-
-    def check_end(self) -> None:
-        """Report blocks that ended without waiting: what follows would not know that the launch in front has ended."""
-        if isinstance(self.shared, ClusterMemory):
-            self.shared.check_end()
-        waited = np.stack([warp.waited.reshape(-1, LANES).any(axis=1) for warp in self.warps])
-        if not waited.any(axis=0).all():
-            self.report("a block ends before the launch in front has ended")
-
-    def release_barrier(self) -> bool:
-        """Let waiting warps go on. False when there is nobody left.
-
-        Only called when no warp can run, so that each is at a barrier or has left. Raises DeadlockError when all wait
-        for others.
-        """
-        waiting = np.stack([warp.waiting.reshape(-1, LANES).any(axis=1) for warp in self.warps])
-        for_cluster = np.stack([warp.waiting_for_cluster.reshape(-1, LANES).any(axis=1) for warp in self.warps])
-        if self._release_clusters(waiting, for_cluster):
-            return True
-        ready = waiting.any(axis=0) & ~for_cluster.any(axis=0)
-        if not ready.any():
-            if for_cluster.any():
-                raise DeadlockError("deadlock: warps wait at the cluster barrier for others that do not arrive")
-            return False
-        if (ready & ~waiting.all(axis=0)).any():
-            self.report("barrier: some warps have already left the kernel")
-        self.shared.epoch += 1
-        for warp in self.warps:
-            warp.resume(np.repeat(ready, LANES))
-        return True
-
-    def _release_clusters(self, waiting: NDArray[np.bool_], for_cluster: NDArray[np.bool_]) -> bool:
-        """Let warps go on that wait for a complete round of their cluster's barrier: ``[warps, blocks]``."""
-        if not isinstance(self.shared, ClusterMemory) or not for_cluster.any():
-            return False
-        ready = for_cluster.T & (self.shared.waits < self.shared.completed(~(waiting | for_cluster).T)[:, None])
-        self.shared.waits += ready
-        for warp in self.warps:
-            warp.resume(np.repeat(ready[:, warp.index], LANES))
-        return bool(ready.any())
+from emulator.ptx_waits import barrier, box, cluster_barrier
+from emulator.ptx_warp import MOST_BLOCKS, DeadlockError, Mask, Warp
 
 
 class PtxMachine:
@@ -169,7 +88,9 @@ class PtxMachine:
             runnable = [warp for warp in blocks.warps if warp.can_run]
             if runnable:
                 self._advance(order.choice(runnable), kernel, order.randrange(30, 300))
-            elif not blocks.release_barrier():
+                if blocks.cluster and order.random() < blocks.haste:
+                    blocks.land()
+            elif not blocks.go_on():
                 return
 
     def _advance(self, warp: Warp, kernel: Kernel, count: int) -> None:
@@ -217,37 +138,13 @@ def _return(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask:
     warp.stop(active)
 
 
-def _barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
-    warp.together(active, "barrier")
-    if instruction.op[1] == "warp":  # lanes run in step anyway
-        warp.goto(pc + 1, mask)
-        return
-    if active is not mask:
-        warp.goto(pc + 1, mask)
-    warp.wait(pc + 1, active)
-
-
-def _cluster_barrier(warp: Warp, kernel: Kernel, instruction: Instruction, pc: int, mask: Mask, active: Mask) -> None:
-    warp.together(active, "cluster barrier")
-    shared, slot = cluster_memory(warp), np.unique(warp.slot[warp.lanes_of(active)])
-    if instruction.op == ("barrier", "cluster", "arrive", "release", "aligned"):
-        shared.arrive(slot, warp.index)
-        warp.goto(pc + 1, mask)
-        return
-    if instruction.op != ("barrier", "cluster", "wait", "acquire", "aligned"):
-        raise PtxError(f"not modelled: `{instruction.text}`")
-    shared.start_wait(slot, warp.index)
-    if active is not mask:
-        warp.goto(pc + 1, mask)
-    warp.wait(pc + 1, active, cluster=True)
-
-
 # Given the lanes that stand at the instruction and those of them whose guard holds.
 _CONTROL: dict[str, Callable[[Warp, Kernel, Instruction, int, Mask, Mask], None]] = {
     "bra": _branch,
     "ret": _return,
-    "bar": _barrier,
-    "barrier": _cluster_barrier,
+    "bar": barrier,
+    "barrier": cluster_barrier,
+    "mbarrier": box,
 }
 
 

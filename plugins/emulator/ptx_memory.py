@@ -23,7 +23,7 @@ Report = Callable[[str], None]
 _GAP = 1 << 20  # between buffers, so that a stray address falls into no other one
 _NOBODY, _SEVERAL = -1, -2
 _SEVERAL_WARPS = 255  # a block has at most 32
-EPOCH_AT = 24  # bits of what a byte of shared memory remembers: epoch, rounds of a cluster (ptx_cluster.py), warp
+EPOCH_AT, WARP = 8, 0xFF  # bits of what a byte of shared memory remembers: epoch, warp
 
 
 @dataclass
@@ -213,7 +213,7 @@ class SharedMemory:
         if self._copied[index].any():
             self._report("shared memory: access to bytes that an asynchronous copy still owns")
 
-    def _check_peers(self, index: Ints, warp: int, slot: Ints) -> None:
+    def _check_messages(self, index: Ints, warp: int, slot: Ints) -> None:
         """Without clusters no other block reaches these bytes."""
 
     def _stamp(self, warp: int, slot: Ints) -> int | Ints:
@@ -222,29 +222,35 @@ class SharedMemory:
     def _by_other(self, last: Ints, warp: int, slot: Ints) -> NDArray[np.bool_]:
         return np.asarray((last >> EPOCH_AT == self.epoch) & (last != self._stamp(warp, slot)))
 
+    def _read_by_other(self, index: Ints, warp: int, slot: Ints) -> bool:
+        return bool(self._by_other(self._reader[index], warp, slot).any())
+
+    def _note_read(self, index: Ints, warp: int, slot: Ints) -> None:
+        reader, stamp = self._reader[index], self._stamp(warp, slot)
+        several = self._by_other(reader, warp, slot)
+        self._reader[index] = np.where(several, np.maximum(reader, stamp) | _SEVERAL_WARPS, stamp)
+
     def read(self, at: Ints, size: int, warp: int, slot: Ints) -> Bytes:
         """Bytes ``[lanes, size]`` at these offsets."""
         index = self._index(at, size, slot, "read")
         self._check_owner(index)
-        self._check_peers(index, warp, slot)
+        self._check_messages(index, warp, slot)
         writer = self._writer[index]
         if not writer.all():
             self._report("shared memory: read of bytes that nobody wrote")
         if self._by_other(writer, warp, slot).any():
             self._report("shared memory: race of a read with a write")
-        reader, stamp = self._reader[index], self._stamp(warp, slot)
-        several = self._by_other(reader, warp, slot)
-        self._reader[index] = np.where(several, np.maximum(reader, stamp) | _SEVERAL_WARPS, stamp)
+        self._note_read(index, warp, slot)
         return self.data[index]
 
     def write(self, at: Ints, values: Bytes, warp: int, slot: Ints) -> None:
         """Store one row of bytes per offset."""
         index = self._index(at, values.shape[1], slot, "write")
         self._check_owner(index)
-        self._check_peers(index, warp, slot)
+        self._check_messages(index, warp, slot)
         if self._by_other(self._writer[index], warp, slot).any():
             self._report("shared memory: race of two writes")
-        if self._by_other(self._reader[index], warp, slot).any():
+        if self._read_by_other(index, warp, slot):
             self._report("shared memory: race of a write with a read")
         self._writer[index] = self._stamp(warp, slot)
         self.data[index] = values
@@ -254,11 +260,11 @@ class SharedMemory:
         index = self._index(at, size, slot, "asynchronous copy")
         if self._copied[index].any():
             self._report("asynchronous copy: over bytes of another one in flight")
-        if self._by_other(self._reader[index], warp, slot).any():
+        if self._read_by_other(index, warp, slot):
             self._report("asynchronous copy: over bytes that another thread may still read")
         if self._by_other(self._writer[index], warp, slot).any():
             self._report("asynchronous copy: over bytes that another thread writes")
-        self._check_peers(index, warp, slot)
+        self._check_messages(index, warp, slot)
         self._copied[index] = True
 
     def land_copy(self, at: Ints, values: Bytes, warp: int, slot: Ints) -> None:

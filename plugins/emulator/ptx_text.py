@@ -56,9 +56,14 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
 
     @property
-    def has_clusters(self) -> bool:
-        """Whether it has instructions of clusters."""
-        return any("cluster" in instruction.op for instruction in self.code)
+    def needs_clocks(self) -> bool:
+        """Whether it has clusters, boxes or groups of warps, where epochs of a block do not say what is in order."""
+        return any(
+            "cluster" in instruction.op
+            or instruction.op[0] == "mbarrier"
+            or (instruction.op == ("bar", "sync") and instruction.operands != ("0",))
+            for instruction in self.code
+        )
 
 
 CLUSTER_KERNELS = "qe_cluster_"  # names of kernels that only chips from 9.0 on have begin so
@@ -66,7 +71,8 @@ _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(\s*\.param\s+\.align\s+\d+\s+\.b8\s+(\
 _SHARED = re.compile(r"\.extern\s+\.shared\s+[^;]*?(\w+)\[\]")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>\s*;")
 _LABEL = re.compile(r"^\s*(\$\w+):", re.M)
-_SCOPE = re.compile(r"\{\s*\.reg \.b64 %tmp;(.*?)\}", re.S)  # around what makes a generic address of a shared one
+# Around what makes a generic address of a shared one, or in our own asm statements.
+_SCOPE = re.compile(r"\{\s*\.reg \.(\w+) (%?\w+);((?:[^{}]|\{[^{}]*\})*)\}")
 _DIRECTIVE = re.compile(r"^\s*\.(maxntid|minnctapersm|maxnreg|pragma)[^\n]*$", re.M)
 
 
@@ -108,9 +114,9 @@ def _kernel(match: re.Match[str], symbols: frozenset[str]) -> Kernel:
         f"{prefix}{i}": REGISTER_TYPES[kind]
         for kind, prefix, count in _REGISTERS.findall(body)
         for i in range(int(count))
-    } | {"%tmp": np.uint64}
+    } | {name: REGISTER_TYPES[kind] for kind, name, _ in _SCOPE.findall(body)}
     kernel = Kernel(name, parameter, int(size), registers, symbols)
-    body = _DIRECTIVE.sub("", _REGISTERS.sub("", _SCOPE.sub(r"\1", body))).replace("{\n", "\n", 1)
+    body = _DIRECTIVE.sub("", _REGISTERS.sub("", _SCOPE.sub(r"\3", body))).replace("{\n", "\n", 1)
     for piece in _LABEL.sub(r"\1:;", body).split(";"):
         statement = " ".join(piece.split())
         if statement.endswith(":"):

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from emulator.ptx_text import Kernel, PtxError
 
 if TYPE_CHECKING:
-    from emulator.ptx import Blocks
+    from emulator.ptx_blocks import Blocks
 
 LANES = 32
+NOTHING, CLUSTER, BOX, BLOCK = 0, 1, 2, 3  # what a lane waits for; BLOCK + n is the barrier of group n
 MOST_BLOCKS = 16  # that run in step: beyond it the work grows with the lanes
 _MOST_LOOKS = 4096
 
@@ -45,13 +46,18 @@ class Warp:
         self.lane_pc: NDArray[np.int64] | None = None
         self.running: Mask = None  # neither returned nor at a barrier
         self.can_run = True
-        self.waiting = np.zeros(self.lanes.size, bool)  # at the barrier of their block
-        self.waiting_for_cluster = np.zeros(self.lanes.size, bool)
+        self.waiting = np.zeros(self.lanes.size, np.int8)  # for what
         self._resume_at = np.zeros(self.lanes.size, np.int64)
         self.committed = np.zeros(self.lanes.size, np.int64)  # groups of asynchronous copies
         self.copies: list[Copies] = []
         self.waited = np.full(self.lanes.size, not blocks.overlap)  # for the launch in front
         self._looks = 0
+
+    @property
+    def left(self) -> NDArray[np.bool_]:
+        """In which blocks all lanes have returned."""
+        here = np.ones(self.lanes.size, bool) if self.running is None else self.running | (self.waiting != NOTHING)
+        return np.asarray(~here.reshape(-1, LANES).any(axis=1))
 
     def look(self) -> None:
         """Count looks at what other blocks write. A thread that looks often waits for a block that may not run yet.
@@ -95,20 +101,23 @@ class Warp:
         if self.can_run and self.lane_pc is not None:
             self._reconverge()
 
-    def wait(self, target: int, mask: Mask, *, cluster: bool = False) -> None:
-        """These lanes stop at a barrier until `resume`, and go on at the target then."""
+    def wait(self, target: int, mask: Mask, what: int | NDArray[np.int8] = BLOCK) -> None:
+        """These lanes stop until `resume`, and go on at the target then."""
         lanes = self.lanes_of(mask)
-        (self.waiting_for_cluster if cluster else self.waiting)[lanes] = True
+        self.waiting[lanes] = what
         self._resume_at[lanes] = target
         self.stop(mask)
 
-    def resume(self, lanes: NDArray[np.bool_]) -> None:
-        """Those of these lanes that wait go on. Nobody may be running."""
-        lanes = lanes & (self.waiting | self.waiting_for_cluster)
+    def resume(self, lanes: NDArray[np.bool_], what: int) -> None:
+        """Those of these lanes that wait for this go on."""
+        lanes = lanes & (self.waiting == what)
         if lanes.any():
-            self.running, self.can_run = None if lanes.all() else lanes, True
-            self.lane_pc = self._resume_at.copy()
-            self.waiting, self.waiting_for_cluster = self.waiting & ~lanes, self.waiting_for_cluster & ~lanes
+            if self.lane_pc is None:
+                self.lane_pc = np.full(self.lanes.size, self.pc)
+            self.lane_pc[lanes] = self._resume_at[lanes]
+            self.waiting[lanes] = NOTHING
+            running = lanes if self.running is None else lanes | self.running
+            self.running, self.can_run = None if running.all() else running, True
             self._reconverge()
 
     def _reconverge(self) -> None:

@@ -1,30 +1,19 @@
 // What every byte remembers, and the rules that its next access must keep.
+#include "shadow.h"
+
 #include <string.h>
-
-#include <algorithm>
-#include <map>
-
-#include "simt.h"
 
 namespace qe_emu {
 
 std::vector<Rounds> rounds;
 unsigned char* shared_memory;
+std::vector<BlockShadow> blocks(1);
+BlockShadow* here = blocks.data();
+size_t shared_limit = 0;
 
 namespace {
 
 alignas(128) unsigned char memory_of_blocks[kMostClusterBlocks * kSharedBytes];
-
-constexpr int kNobody = -1;
-constexpr uint32_t kNoEpoch = 0, kByPeer = ~0u;
-
-// Rounds: how often the thread had arrived at the cluster's barrier. Of several readers of an epoch `reader` has the most.
-struct SharedByte {
-  int writer = kNobody, reader = kNobody;
-  uint32_t write_epoch = kNoEpoch, read_epoch = kNoEpoch;
-  int16_t write_rounds = 0, read_rounds = 0, rounds_of_other_readers = -1;
-  bool copying = false;  // an asynchronous copy owns it
-};
 
 struct Buffer {
   const char* p;
@@ -37,65 +26,18 @@ struct Buffer {
   std::vector<int16_t> rounds;   // that the writer had arrived at then
 };
 
-// Of the blocks of this launch: until which epoch or round what they wrote was fenced off.
-struct Until {
-  uint32_t epoch = 0;
-  int16_t rounds = 0;
-};
-using Released = std::map<int64_t, Until>;
 std::map<const void*, Released> counted;  // what each counter's arrivals had fenced off
 Released fenced;
-
-struct BlockShadow {
-  SharedByte* bytes;
-  uint32_t epoch;
-  Released seen, acquired;  // at a counter, and after its next fence
-  bool ended = false;
-  int stored_rounds = -1;   // the most that a peer had arrived at when it stored into this block
-};
-std::vector<BlockShadow> blocks(1);
-BlockShadow* here = blocks.data();  // the running one
 
 std::vector<SharedByte> shared_bytes;
 std::vector<Buffer> buffers;
 std::set<std::string> errors;
-size_t shared_limit = 0;
 uint32_t last_epoch = kNoEpoch;
 int block_threads = 0;
 
 int64_t whoami() { return (static_cast<int64_t>(now.block_y) << 40) | (static_cast<int64_t>(now.block_x) << 12) | now.thread; }
 int64_t block_of(int64_t who) { return who >> 12; }
 int in_cluster() { return now.rank * block_threads + now.thread; }
-const Rounds& rounds_of(int who) { return rounds[static_cast<size_t>(who) / 32]; }
-
-// A thread of the running block, now.
-struct Access {
-  int who;
-  uint32_t epoch;
-  int16_t arrived, waited;
-  explicit Access(int thread) : who(thread), epoch(here->epoch), arrived(rounds_of(who).arrived), waited(rounds_of(who).waited) {}
-};
-
-// Another thread wrote or read the byte, and neither a barrier of the block nor one of the cluster came in between.
-bool written_now(const SharedByte& b, const Access& a) {
-  return (b.write_epoch == a.epoch || b.write_epoch == kByPeer) && b.writer != a.who && b.write_rounds >= a.waited;
-}
-bool read_now(const SharedByte& b, const Access& a) {
-  return b.read_epoch == a.epoch && (b.reader == a.who ? b.rounds_of_other_readers : b.read_rounds) >= a.waited;
-}
-
-void note_write(SharedByte& b, const Access& a, uint32_t epoch) {
-  b.writer = a.who, b.write_epoch = epoch, b.write_rounds = a.arrived;
-}
-void note_read(SharedByte& b, const Access& a) {
-  if (b.read_epoch != a.epoch) {
-    b.rounds_of_other_readers = -1;
-  } else if (b.reader != a.who) {
-    b.rounds_of_other_readers = std::max(b.rounds_of_other_readers, std::min(a.arrived, b.read_rounds));
-    if (a.arrived < b.read_rounds) return;
-  }
-  b.reader = a.who, b.read_rounds = a.arrived, b.read_epoch = a.epoch;
-}
 
 Buffer* find(const void* p, size_t slack = 0) {
   const char* c = static_cast<const char*>(p);
@@ -125,28 +67,38 @@ void shadow_start_cluster(int count, int threads) {
   block_threads = threads;
   rounds.assign(static_cast<size_t>(count) * static_cast<size_t>(threads) / 32, Rounds{});
   shared_bytes.resize(std::max(shared_bytes.size(), static_cast<size_t>(count) * kSharedBytes));
-  blocks.clear();
-  for (size_t rank = 0; rank < static_cast<size_t>(count); ++rank) {
-    SharedByte* const bytes = shared_bytes.data() + rank * kSharedBytes;
-    std::fill(bytes, bytes + shared_limit, SharedByte{});
-    memset(memory_of_blocks + rank * kSharedBytes, 0xA5, shared_limit);
-    blocks.push_back({bytes, ++last_epoch, {}, {}});
+  blocks.assign(static_cast<size_t>(count), BlockShadow{});
+  for (size_t rank = 0; rank < blocks.size(); ++rank) {
+    BlockShadow& block = blocks[rank];
+    block.bytes = shared_bytes.data() + rank * kSharedBytes;
+    block.memory = memory_of_blocks + rank * kSharedBytes;
+    block.epoch = ++last_epoch;
+    block.first_warp = static_cast<int>(rank) * threads / 32;
+    std::fill(block.bytes, block.bytes + shared_limit, SharedByte{});
+    memset(block.memory, 0xA5, shared_limit);
   }
 }
 
 void shadow_enter_block(int rank) {
   here = &blocks[static_cast<size_t>(rank)];
-  shared_memory = memory_of_blocks + static_cast<size_t>(rank) * kSharedBytes;
+  shared_memory = here->memory;
 }
 
 void shadow_next_epoch() { here->epoch = ++last_epoch; }
-void shadow_end_block() { here->ended = true; }
 
-// A block that waits for a round has not ended before it; a store that came before an arrival at that round is safe.
-void shadow_end_cluster() {
-  for (size_t rank = 0; rank < blocks.size(); ++rank)
-    if (blocks[rank].stored_rounds >= rounds_of(static_cast<int>(rank) * block_threads).waited)
-      report("store to a peer: no cluster barrier afterwards keeps it from ending before");
+void shadow_join_group(int who, int group) {
+  const int warp = Access::warp_of(who);
+  here->grouped = true;
+  here->group_of_warp[warp] = static_cast<uint8_t>(group);
+  here->groups[group].warps |= 1u << warp;
+}
+void shadow_next_group_epoch(int group) { here->groups[group].epoch = ++last_epoch; }
+
+void shadow_end_block() {
+  here->ended = true;
+  for (const Box& box : here->boxes)
+    if (box.expected && box.waits.empty())
+      report("box: its block ends without a wait for it, and peers may still write into the block");
 }
 
 void shadow_count(const void* counter) {
@@ -169,44 +121,18 @@ bool shadow_shared(size_t at, size_t bytes, bool write, int who) {
   for (size_t i = at; i < at + bytes; ++i) {
     SharedByte& b = all[i];
     if (b.copying) report("shared memory: access to bytes that an asynchronous copy still owns");
+    if (b.box) on_mail(b, who, write);
     if (write) {
-      if (written_now(b, a)) report("shared memory: race of two writes");
-      if (read_now(b, a)) report("shared memory: race of a write with a read");
-      note_write(b, a, a.epoch);
+      if (a.races_with_write(b)) report("shared memory: race of two writes");
+      if (a.races_with_read(b)) report("shared memory: race of a write with a read");
+      a.write(b);
     } else {
-      if (b.writer == kNobody) report("shared memory: read of bytes that nobody wrote");
-      if (written_now(b, a))
-        report(b.write_epoch == kByPeer ? "shared memory: race of a read with a peer's store"
-                                        : "shared memory: race of a read with a write");
-      note_read(b, a);
+      if (b.writer.thread == kNobody) report("shared memory: read of bytes that nobody wrote");
+      if (a.races_with_write(b)) report("shared memory: race of a read with a write");
+      a.read(b);
     }
   }
   return true;
-}
-
-void* shadow_store_peer(const void* own, int rank, int who) {
-  const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(own) - shared_memory);
-  if (rank < 0 || rank >= static_cast<int>(blocks.size()))
-    return report("store to a peer: the cluster has no such block"), nullptr;
-  if (!in_shared(own) || at + sizeof(float) > shared_limit)
-    return report("store to a peer: out of bounds of shared memory"), nullptr;
-  if (at % sizeof(float)) report("store to a peer: misaligned");
-  void* const there = memory_of_blocks + static_cast<size_t>(rank) * kSharedBytes + at;
-  if (rank == now.rank) return shadow_shared(at, sizeof(float), true, who), there;
-  BlockShadow& peer = blocks[static_cast<size_t>(rank)];
-  const Access a(who);
-  if (!a.waited) report("store to a peer: no cluster barrier before it shows that the peer has begun");
-  if (peer.ended) report("store to a peer: the peer has ended");
-  peer.stored_rounds = std::max(peer.stored_rounds, static_cast<int>(a.arrived));
-  for (size_t i = at; i < at + sizeof(float); ++i) {
-    SharedByte& b = peer.bytes[i];
-    if (b.copying) report("store to a peer: over bytes that an asynchronous copy still owns");
-    if (b.writer != who && b.writer != kNobody && b.write_rounds >= a.waited)
-      report("store to a peer: race with another write");
-    if (b.reader != kNobody && b.read_rounds >= a.waited) report("store to a peer: race with a read of the peer");
-    note_write(b, a, kByPeer);
-  }
-  return there;
 }
 
 bool shadow_issue_copy(const PendingCopy& copy, int who) {
@@ -218,8 +144,9 @@ bool shadow_issue_copy(const PendingCopy& copy, int who) {
   for (size_t i = at; i < at + 16; ++i) {
     SharedByte& b = here->bytes[i];
     if (b.copying) report("asynchronous copy: over bytes of another one in flight");
-    if (read_now(b, a)) report("asynchronous copy: over bytes that another thread may still read");
-    if (written_now(b, a)) report("asynchronous copy: over bytes that another thread writes");
+    if (b.box) on_mail(b, who, true);
+    if (a.races_with_read(b)) report("asynchronous copy: over bytes that another thread may still read");
+    if (a.races_with_write(b)) report("asynchronous copy: over bytes that another thread writes");
     b.copying = true;
   }
   return shadow_global(copy.from, 16, false);

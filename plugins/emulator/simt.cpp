@@ -1,47 +1,23 @@
-// The scheduler, and what it does where threads meet. Compiled without -fsanitize=thread.
+// The scheduler, and what threads ask of it. Compiled without -fsanitize=thread.
 #include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
 
-#include "fiber.h"
-#include "simt.h"
+#include "scheduler.h"
 
 namespace qe_emu {
 
 ThreadIndex now;
+std::vector<Fiber> fibers;
+std::vector<Block> running_blocks;
 
 namespace {
 
-enum class State { kRunnable, kAtBarrier, kInCollective, kAtClusterBarrier, kDone };
-
-struct Fiber {
-  Context context;
-  State state = State::kRunnable;
-  int who = 0, thread = 0, rank = 0;  // in the cluster, in its block; and its block in the cluster
-  Collective kind{};
-  const void* in = nullptr;
-  void* out = nullptr;
-  const void* site = nullptr;
-  bool waited = false;  // for the launch in front
-  int looks = 0;        // at what other blocks write
-  std::vector<std::vector<PendingCopy>> groups;
-  std::vector<PendingCopy> open_group;
-};
-
-struct Block {
-  std::vector<int> ready;  // threads of the cluster
-  int waiting = 0, done = 0;
-};
-
-std::vector<Fiber> fibers;        // of the cluster that runs
-std::vector<Block> blocks;        // of it
-std::vector<int> in_collective;   // lanes of each warp that wait for one
-std::vector<int> parked;          // first threads of the warps that wait for a round of the cluster's barrier
-size_t arrived_threads = 0;       // in the round that is not complete
-int complete_rounds = 0;
+std::vector<Message> flying;
+int calm = 0;  // steps until messages land
 int first_block_x = 0;
-int favourite = 0, favours = 0;   // the block that runs, and how often more it does
+int favourite = 0, favours = 0;  // the block that runs, and how often more it does
 Fiber* running = nullptr;
 std::function<void()> body;
 uint64_t random_state = 1;
@@ -62,123 +38,34 @@ void fiber_main() {
   abort();  // a finished fiber is never entered again
 }
 
-void make_ready(Fiber& f) {
-  f.state = State::kRunnable;
-  blocks[static_cast<size_t>(f.rank)].ready.push_back(f.who);
+// Any of those on their way. Who waits for the box that it fills can go on.
+void land_message() {
+  const size_t pick = random_number() % flying.size();
+  const Message message = flying[pick];
+  flying[pick] = flying.back();
+  flying.pop_back();
+  if (!shadow_land_message(message)) return;
+  for (Fiber& f : fibers)
+    if (f.state == State::kAtBox && f.rank == message.rank && f.box == message.box) make_ready(f);
 }
 
-void make_ready_warp(int first) {
-  for (int l = 0; l < 32; ++l) make_ready(fibers[static_cast<size_t>(first + l)]);
+// Messages stay on their way for some steps, or until nothing else can run.
+void choose_calm() {
+  const uint32_t steps = random_number() % 16;
+  calm = steps < 8 ? 1 << steps : 1 << 30;
 }
 
-// The last arrival of a round lets everybody go who waits for it.
-bool cluster_arrive(int first) {
-  Rounds& warp = rounds[static_cast<size_t>(first) / 32];
-  if (warp.arrived != warp.waited) return report("cluster barrier: a thread arrives twice without a wait in between"), false;
-  ++warp.arrived;
-  make_ready_warp(first);
-  arrived_threads += 32;
-  if (arrived_threads < fibers.size()) return true;
-  arrived_threads = 0;
-  ++complete_rounds;
-  for (int other : parked) {
-    ++rounds[static_cast<size_t>(other) / 32].waited;
-    make_ready_warp(other);
-  }
-  parked.clear();
-  return true;
-}
-
-bool cluster_wait(int first) {
-  Rounds& warp = rounds[static_cast<size_t>(first) / 32];
-  if (warp.arrived == warp.waited) return report("cluster barrier: a thread waits that did not arrive"), false;
-  if (complete_rounds >= warp.arrived) {
-    ++warp.waited;
-    make_ready_warp(first);
-    return true;
-  }
-  for (int l = 0; l < 32; ++l) fibers[static_cast<size_t>(first + l)].state = State::kAtClusterBarrier;
-  parked.push_back(first);
-  return true;
-}
-
-bool of_cluster(const Fiber& f) {
-  return f.state == State::kInCollective && (f.kind == Collective::kClusterArrive || f.kind == Collective::kClusterWait);
-}
-
-const char* const kLanesApart = "cluster barrier: the lanes of a warp are at different barriers";
-
-// All 32 lanes wait: run the collective for them. False after an error.
-bool finish_collective(int first) {
-  const void* in[32];
-  void* out[32];
-  Fiber* warp = &fibers[static_cast<size_t>(first)];
-  for (int l = 0; l < 32; ++l) {
-    if (warp[l].kind != warp->kind || warp[l].site != warp->site) {
-      const bool cluster = of_cluster(*warp) || of_cluster(warp[l]);
-      return report(cluster ? kLanesApart : "warp collective: lanes wait at different places"), false;
-    }
-    in[l] = warp[l].in;
-    out[l] = warp[l].out;
-  }
-  if (warp->kind == Collective::kClusterArrive) return cluster_arrive(first);
-  if (warp->kind == Collective::kClusterWait) return cluster_wait(first);
-  if (warp->kind == Collective::kLoadMatrix)
-    for (int l = 0; l < 32; ++l) {
-      const auto* row = *static_cast<const unsigned char* const*>(in[l]);
-      if (!in_shared(row)) return report("ldmatrix: row outside shared memory"), false;
-      if (reinterpret_cast<uintptr_t>(row) % 16) report("ldmatrix: misaligned row");
-      shadow_shared(static_cast<size_t>(row - shared_memory), 16, false, warp[l].who);
-    }
-  run_collective(warp->kind, in, out);
-  make_ready_warp(first);
-  return true;
-}
-
-// A thread of the running block cannot go on by itself. False after an error that leaves nothing to schedule.
-bool settle(Fiber& f) {
-  Block& block = blocks[static_cast<size_t>(f.rank)];
-  if (f.state == State::kInCollective) {
-    int& lanes = in_collective[static_cast<size_t>(f.who) / 32];
-    if (++lanes < 32) return true;
-    lanes = 0;
-    return finish_collective(f.who / 32 * 32);
-  }
-  if (f.state == State::kDone) {
-    const Rounds& warp = rounds[static_cast<size_t>(f.who) / 32];
-    if (warp.arrived != warp.waited) report("cluster barrier: a thread leaves the kernel without the wait for its arrival");
-  }
-  ++(f.state == State::kDone ? block.done : block.waiting);
-  if (block.done == now.threads) shadow_end_block();
-  if (!block.waiting || block.waiting + block.done < now.threads) return true;
-  if (block.done) report("barrier: some threads have already left the kernel");
-  shadow_next_epoch();
-  block.waiting = 0;
-  for (int t = 0; t < now.threads; ++t)
-    if (Fiber& other = fibers[static_cast<size_t>(f.rank * now.threads + t)]; other.state == State::kAtBarrier) make_ready(other);
-  return true;
-}
-
-// Why nothing runs any more although not all threads are done.
-void report_deadlock() {
-  for (const Fiber& f : fibers) {
-    if (f.state == State::kAtClusterBarrier)
-      for (const Fiber& other : fibers)
-        if (other.state == State::kDone) return report("cluster barrier: some threads have already left the kernel");
-    if (!of_cluster(f)) continue;
-    for (int l = 0; l < 32; ++l) {
-      const State lane = fibers[static_cast<size_t>(f.who / 32 * 32 + l)].state;
-      if (lane == State::kDone) return report("cluster barrier: some threads have already left the kernel");
-      if (lane == State::kAtBarrier) return report(kLanesApart);
-    }
-  }
-  report("deadlock: a warp collective or barrier that not all threads reach");
+// One of them lands, or several, or all.
+void land_messages() {
+  const size_t most = random_number() % 2 ? flying.size() : random_number() % flying.size() + 1;
+  for (size_t i = random_number() % 2 ? most : 1; i > 0; --i) land_message();
+  choose_calm();
 }
 
 // The block that runs next, -1 if none can. One of a cluster keeps running for a while, between one step and thousands.
 int choose_block() {
-  const auto can_run = [](int rank) { return !blocks[static_cast<size_t>(rank)].ready.empty(); };
-  const int count = static_cast<int>(blocks.size());
+  const auto can_run = [](int rank) { return !running_blocks[static_cast<size_t>(rank)].ready.empty(); };
+  const int count = static_cast<int>(running_blocks.size());
   if (count == 1) return can_run(0) ? 0 : -1;
   if (favours-- > 0 && can_run(favourite)) return favourite;
   const int start = static_cast<int>(random_number() % static_cast<uint32_t>(count));
@@ -198,9 +85,16 @@ void enter_block(int rank) {
 
 // Runs the blocks of one cluster. False after an error that leaves nothing to schedule.
 bool run_cluster() {
-  for (int rank; (rank = choose_block()) >= 0;) {
+  for (;;) {
+    if (!flying.empty() && calm-- <= 0) land_messages();
+    const int rank = choose_block();
+    if (rank < 0) {
+      if (flying.empty()) break;
+      calm = 0;
+      continue;
+    }
     if (rank != now.rank) enter_block(rank);
-    std::vector<int>& ready = blocks[static_cast<size_t>(rank)].ready;
+    std::vector<int>& ready = running_blocks[static_cast<size_t>(rank)].ready;
     const size_t pick = random_number() % ready.size();
     Fiber& f = fibers[static_cast<size_t>(ready[pick])];
     running = &f;
@@ -215,7 +109,6 @@ bool run_cluster() {
   }
   for (const Fiber& f : fibers)
     if (f.state != State::kDone) return report_deadlock(), false;
-  shadow_end_cluster();
   return true;
 }
 
@@ -226,11 +119,10 @@ void start_cluster(const Shape& shape, int first) {
   shadow_start_cluster(shape.cluster, shape.threads);
   enter_block(0);
   fibers.assign(threads, Fiber{});
-  blocks.assign(static_cast<size_t>(shape.cluster), Block{});
-  in_collective.assign(threads / 32, 0);
-  parked.clear();
-  arrived_threads = 0;
-  complete_rounds = favours = 0;
+  running_blocks.assign(static_cast<size_t>(shape.cluster), Block{});
+  start_meetings();
+  flying.clear();
+  favours = 0;
   for (size_t i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     f.who = static_cast<int>(i);
@@ -336,11 +228,31 @@ void copy_wait(int pending) {
   }
 }
 
-void store_peer(float* own, int rank, float v) {
-  void* const there = shadow_store_peer(own, rank, running->who);
-  if (!there) stop();
-  memcpy(there, &v, sizeof v);
+void open_box(uint64_t* box, int bytes) {
+  if (!shadow_open_box(box, bytes, running->who)) stop();
+}
+
+void boxes_are_open() { shadow_fence_boxes(running->who); }
+
+// It lands when the scheduler chooses.
+void send(float* own, uint64_t* box, int rank, const float* values, int count) {
+  Message message{rank, 0, 0, sizeof(float) * static_cast<size_t>(count), {}};
+  memcpy(message.data, values, message.bytes);
+  if (!shadow_send(message, own, box, running->who)) stop();
+  if (flying.empty()) choose_calm();
+  flying.push_back(message);
   if (preempt && random_number() % static_cast<uint32_t>(preempt) == 0) leave(running->context);
+}
+
+void wait_for_box(const uint64_t* box) {
+  const int number = shadow_find_box(box, running->who);
+  if (number < 0) stop();
+  if (!shadow_box_is_full(number)) {
+    running->state = State::kAtBox;
+    running->box = number;
+    leave(running->context);
+  }
+  shadow_has_waited(number, running->who);
 }
 
 std::set<std::string> launch(const Shape& shape, uint64_t seed, int preempt_every, const std::function<void()>& kernel) {

@@ -30,6 +30,7 @@ namespace qe_emu {
 
 constexpr size_t kSharedBytes = 232448;  // the most any supported chip has
 constexpr int kMostClusterBlocks = 8;    // the most that every chip with clusters has without a special attribute
+constexpr int kMostGroups = 15;          // of warps, in a block
 extern unsigned char* shared_memory;     // of the running block
 
 struct ThreadIndex {
@@ -37,7 +38,7 @@ struct ThreadIndex {
 };
 extern ThreadIndex now;  // of the running fiber
 
-enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuffleXor, kBallot, kClusterArrive, kClusterWait };
+enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuffleXor, kBallot, kClusterArrive, kClusterWait, kGroupSync };
 
 // Called by the primitives, from a fiber.
 void on_access(const void* p, size_t bytes, bool write, size_t alignment);
@@ -51,7 +52,10 @@ void wait_for_previous();
 void copy_async(void* to, const void* from);
 void copy_commit();
 void copy_wait(int pending);
-void store_peer(float* own, int rank, float v);
+void open_box(uint64_t* box, int bytes);
+void boxes_are_open();
+void send(float* own, uint64_t* box, int rank, const float* values, int count);
+void wait_for_box(const uint64_t* box);
 
 // Operands of the collectives, per lane.
 struct MmaIn {
@@ -64,6 +68,9 @@ struct MmaIn {
 struct ShuffleIn {
   float value;
   int mask;
+};
+struct GroupIn {
+  int group, threads;
 };
 void run_collective(Collective kind, const void* const (&in)[32], void* const (&out)[32]);
 
@@ -85,7 +92,7 @@ struct PendingCopy {
   void* to;
   const void* from;
 };
-void report(const std::string& what);
+[[gnu::cold]] void report(const std::string& what);
 const std::set<std::string>& reports();
 // Of the cluster's barrier: which round a warp arrives at next, and which one it waits for next.
 struct Rounds {
@@ -97,12 +104,26 @@ void shadow_start_launch(size_t shared_bytes);
 void shadow_start_cluster(int blocks, int threads);
 void shadow_enter_block(int rank);
 void shadow_next_epoch();
+void shadow_join_group(int who, int group);
+void shadow_next_group_epoch(int group);
 void shadow_end_block();
-void shadow_end_cluster();
 // False: the access is out of bounds and must not be carried out.
 bool shadow_shared(size_t at, size_t bytes, bool write, int who);
-// Where the store goes; null if it must not be carried out.
-void* shadow_store_peer(const void* own, int rank, int who);
+// A message on its way. False: it must not be sent.
+struct Message {
+  int rank, box;  // of the block that gets it, and which of its boxes
+  size_t at, bytes;
+  unsigned char data[16];
+};
+bool shadow_open_box(const void* box, int bytes, int who);
+void shadow_fence_boxes(int who);
+bool shadow_send(Message& message, const void* own, const void* box, int who);
+// True when its box has all bytes now.
+bool shadow_land_message(const Message& message);
+// Which of the block's boxes it is; -1 if the thread must not wait.
+int shadow_find_box(const void* box, int who);
+bool shadow_box_is_full(int box);
+void shadow_has_waited(int box, int who);
 bool shadow_global(const void* p, size_t bytes, bool write, bool fresh = false);
 void shadow_count(const void* counter);
 void shadow_fence();

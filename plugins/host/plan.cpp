@@ -255,7 +255,7 @@ void PlanMain(const QeProblem& p, const Shape& s, const QeBuffers& b, const Work
   launch.overlaps = 0;  // its blocks would gather on the multiprocessors that are free first
 }
 
-// All of 1 to 8 tokens in one launch of clusters.
+// All of 1 to 4 tokens in one launch of clusters.
 void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const ClusterCut& c, QeLaunch& launch) {
   qe::ClusterArgs a{};
   a.x = At<void>(b.x);
@@ -273,12 +273,15 @@ void PlanCluster(const QeProblem& p, const Shape& s, const QeBuffers& b, const C
   a.M = p.M, a.N = p.N, a.Np = s.Np, a.K = p.K;
   a.E = s.experts, a.shared_tiles = s.shared_tiles, a.routed_tiles = s.routed_tiles;
   a.factor_bits = p.adapter_bits, a.act_max = ActMax(p);
+  a.main_warps = c.main_warps, a.own_maxima = c.own_maxima, a.pieces = c.pieces;
+  a.copies_down = c.copies_down, a.score_warps = c.score_warps, a.tile_parts = c.tile_parts, a.routed_parts = c.routed_parts;
   a.cluster_blocks = c.blocks, a.cluster_shift = c.shift, a.cluster_sets = c.sets, a.longer_clusters = c.longer;
   a.chunks = s.Kp / 128, a.slice_chunks = c.slice_chunks, a.parts = c.parts, a.part_chunks = c.part_chunks;
-  a.parts_factor = Divide(1 << 16, c.parts);
+  a.parts_factor = Divide(1 << 16, c.parts), a.token_factor = Divide(1 << 16, p.M);
   a.group_sums_at = c.group_sums_at, a.ring_at = c.ring_at, a.largest_at = c.largest_at, a.slice_sum_at = c.slice_sum_at;
-  a.part_at = c.part_at, a.routed_part_at = c.routed_part_at, a.results_at = c.results_at, a.sums_at = c.sums_at;
+  a.part_at = c.part_at, a.score_part_at = c.score_part_at, a.routed_part_at = c.routed_part_at, a.results_at = c.results_at;
   a.unit_at = c.unit_at, a.scores_at = c.scores_at, a.expert_at = c.expert_at, a.low_at = c.low_at, a.h_at = c.h_at;
+  a.x_at = c.x_at, a.router_at = c.router_at, a.down_at = c.down_at, a.boxes_at = c.boxes_at, a.row_bytes = c.row_bytes;
   char name[48];
   snprintf(name, sizeof name, "qe_cluster_%s_%s", Variant(p), Tag(p));
   Fill(launch, name, c.clusters * c.blocks, 1, kClusterWarps * 32, c.shared, a);

@@ -17,6 +17,7 @@ constexpr int kMostMultiprocessors = 192;  // of any GPU, for the workspace
 constexpr int kSharedBytes = 96 << 10;     // that a block of decode may take, on every chip
 constexpr int kMaxRank = 128;
 constexpr int kMaxSlices = 8;         // of K in `main`
+constexpr int kOwnMaxima = 2048;      // values of x whose maxima blocks of a cluster find each on its own
 constexpr int64_t kMaxK = 131072;     // int32 sums of 16 * q * xq and of 8 * code * xq stay exact up to it
 constexpr int64_t kMaxPieces = int64_t{1} << 32;
 
@@ -148,14 +149,14 @@ inline Cut CutDecode(const QeProblem& p, const Shape& s, const QeTactic& t, int 
 // slice, for different warps; and where shared memory has what. blocks is 0 where no cut fits.
 struct ClusterCut {
   int blocks, shift, clusters, sets, longer, slice_chunks, parts, part_chunks;
-  int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, expert_at, low_at, h_at;
-  int shared;
+  int main_warps, own_maxima, pieces, copies_down, score_warps, tile_parts, routed_parts;
+  int group_sums_at, ring_at, largest_at, slice_sum_at, part_at, score_part_at, routed_part_at, results_at, unit_at, scores_at;
+  int expert_at, x_at, router_at, down_at, low_at, h_at, boxes_at, row_bytes, shared;
   int most_sets() const { return sets + (longer ? 1 : 0); }
 };
 
 inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c) {
   const int of_group = p.group_size < 0 ? 0 : 128 / p.group_size, owned = Divide(c.most_sets(), c.blocks), m4 = p.M * 4;
-  const int columns = 16 * s.shared_tiles + (s.experts ? kMaxExperts : 0), routed = 16 * s.routed_tiles;
   int at = 0;
   const auto take = [&](int bytes) {
     const int here = at;
@@ -164,33 +165,43 @@ inline void PlaceClusterShared(const QeProblem& p, const Shape& s, ClusterCut& c
   };
   take(c.slice_chunks * p.M * 128 * (s.int8 ? 1 : 2));
   c.group_sums_at = take(Zeros(p) ? c.slice_chunks * of_group * kGroupTokens * 4 : 0);
-  c.ring_at = take(kClusterWarps * kRing * 512 * p.weight_bits);
-  c.largest_at = take(c.blocks * kClusterWarps * m4);
-  c.slice_sum_at = take(Zeros(p) && !of_group ? c.blocks * kClusterWarps * m4 : 0);
-  c.part_at = take(c.blocks * columns * m4);
-  c.routed_part_at = take(c.blocks * routed * m4);
+  c.ring_at = take(c.main_warps * kClusterRing * 512 * p.weight_bits);
+  c.largest_at = take(c.pieces * (c.own_maxima ? 1 : c.blocks) * m4);
+  c.slice_sum_at = take(Zeros(p) && !of_group ? c.blocks * c.slice_chunks * m4 : 0);
+  c.part_at = take(c.blocks * c.tile_parts * 16 * s.shared_tiles * m4);
+  c.score_part_at = take(c.blocks * c.score_warps * kMaxExperts * m4);
+  c.routed_part_at = take(c.blocks * c.routed_parts * 16 * s.routed_tiles * m4);
   c.results_at = take(owned * c.blocks * c.parts * 32 * m4);
-  c.sums_at = take(kClusterWarps * std::max(columns, routed) * m4);
   c.unit_at = take(m4);
   c.scores_at = take(s.experts ? kMaxExperts * m4 : 0);
   c.expert_at = take(s.experts ? m4 : 0);
+  c.row_bytes = c.slice_chunks * 256 + 64;  // so that two tokens' rows lie in different banks
+  c.x_at = take(s.lowrank ? p.M * c.row_bytes : 0);
+  c.router_at = take(s.experts * c.row_bytes);
+  c.down_at = take(c.copies_down ? s.shared_tiles * c.slice_chunks * 4 * p.adapter_bits * 64 : 0);
   c.low_at = take(s.lowrank ? owned * 32 * m4 : 0);
   c.h_at = take(p.M * s.rank() * 2);
+  c.boxes_at = take(4 * 8);
   c.shared = at;
 }
 
 // Nanoseconds of a cut, nearly, on an H100: enough to choose between cuts. Weights of a block from memory, or of a warp one ring
-// after the other; its share of x and of x @ down; sums over blocks.
+// after the other; its share of x; beside both its share of x @ down; sums over blocks.
 inline int ClusterTime(const QeProblem& p, const Shape& s, const ClusterCut& c) {
-  const int rounds = Divide(c.most_sets() * c.parts, kClusterWarps);
-  const int stream = c.most_sets() * c.slice_chunks * 22 * p.weight_bits, steps = rounds * c.part_chunks * 250;
-  const int own_x = Divide(c.slice_chunks * 128 * p.M, 8 * 32 * kClusterWarps) * 150;
-  const int down = Divide(c.slice_chunks * 4, kClusterWarps) * (Divide(s.shared_tiles, 4) + p.M * Divide(s.routed_tiles, 4)) * 250;
-  const int sums = Divide(Divide(c.most_sets(), c.blocks) * p.M, kClusterWarps) * c.blocks * c.parts * 10;
-  return std::max(stream, steps) + own_x + down + sums + 100 * c.shift;
+  const int rounds = Divide(c.most_sets() * c.parts, c.main_warps);
+  const int units = c.most_sets() * c.slice_chunks - c.main_warps * kClusterRing;  // that are not on their way before the launch in front ends
+  const int stream = std::max(0, units) * 22 * p.weight_bits, steps = rounds * c.part_chunks * 200;
+  const int maxima = Divide(c.pieces * p.M, c.main_warps) * 150 + (c.own_maxima ? 0 : 350);
+  const int codes = Divide(c.slice_chunks * p.M, c.main_warps) * 200;
+  const int blocks = c.slice_chunks * 4, of_block = c.copies_down ? 40 : 100;  // of 32 rows
+  const auto tiles = [&](int tiles, int parts, int time) { return parts ? Divide(tiles * parts, kCorrectWarps) * Divide(blocks, parts) * time : 0; };
+  const int shared = tiles(s.shared_tiles, c.tile_parts, of_block);
+  const int routed = s.experts ? p.M * (tiles(s.routed_tiles, c.routed_parts, 150) + 300) + 1500 : 0;
+  const int sums = Divide(Divide(c.most_sets(), c.blocks) * p.M, kClusterWarps) * c.blocks * c.parts * 8;
+  return std::max(maxima + codes + std::max(stream, steps), s.lowrank ? 1300 + shared + routed : 0) + sums + 50 * c.shift;
 }
 
-// The fastest cut of 1 to 8 tokens into clusters, or of a given number of blocks each.
+// The fastest cut of 1 to 4 tokens into clusters, or of a given number of blocks each.
 inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic& t, int multiprocessors) {
   ClusterCut best{};
   if (p.M > kClusterTokens) return best;
@@ -202,12 +213,19 @@ inline ClusterCut CutCluster(const QeProblem& p, const Shape& s, const QeTactic&
     c.clusters = std::min(multiprocessors / c.blocks, all);
     if (Divide(chunks, c.slice_chunks) != c.blocks || c.clusters < 1 || (t.clusters > 1 && t.clusters != c.blocks)) continue;
     c.sets = all / c.clusters, c.longer = all % c.clusters;
-    for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
-      c.part_chunks = Divide(c.slice_chunks, c.parts);
-      PlaceClusterShared(p, s, c);
-      if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
-      if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
-    }
+    c.own_maxima = p.M * p.K <= kOwnMaxima;
+    c.pieces = Divide(c.own_maxima ? p.K : c.slice_chunks * 128, 256);
+    c.main_warps = kClusterWarps - (s.lowrank ? kCorrectWarps : 0);
+    c.score_warps = s.experts ? std::min(kCorrectWarps, Divide(c.slice_chunks, 2)) : 0;
+    c.tile_parts = s.shared_tiles ? std::max(1, kCorrectWarps / s.shared_tiles) : 0;
+    c.routed_parts = s.routed_tiles ? std::max(1, kCorrectWarps / s.routed_tiles) : 0;
+    for (c.copies_down = 0; c.copies_down <= (s.shared_tiles && p.adapter_bits < 16); ++c.copies_down)
+      for (c.parts = 1; c.parts <= std::min(kClusterWarps, c.slice_chunks); ++c.parts) {
+        c.part_chunks = Divide(c.slice_chunks, c.parts);
+        PlaceClusterShared(p, s, c);
+        if (c.shared > kSharedBytes || c.most_sets() * c.parts > 4096) break;
+        if (!best.blocks || ClusterTime(p, s, c) < ClusterTime(p, s, best)) best = c;
+      }
   }
   return best;
 }

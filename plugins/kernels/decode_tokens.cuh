@@ -103,8 +103,8 @@ QE_DEV void load_first_scales(const MainArgs& p, u32x2& factor) {
     for (int k = start + block_threads() * 4; k < p.K; k += block_threads() * 4) prefetch_line(omega + k);
 }
 // Four codes of one token in their place, with the sums of their groups; k is a row of the slice.
-template <int Groups, bool Zeros>
-QE_DEV float store_four(const MainArgs& p, const Rows& rows, int m, int k, const float (&scaled)[4], float largest) {
+template <int Groups, bool Zeros, class Args>
+QE_DEV float store_four(const Args& p, const Rows& rows, int m, int k, const float (&scaled)[4], float largest) {
   const int lane = thread_id() & 31;
   float sum = 0.f;
   const uint32_t word = int8_codes(p.act_max, scaled, largest, inverse_unit(p.act_max, largest), sum);

@@ -237,8 +237,7 @@ QE_DEV int cluster_rank() {  // of this block in its cluster
   asm volatile("mov.u32 %0, 0;\n\t// sm_90: mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of all blocks of the cluster arrive and then wait. What they wrote to shared memory before they arrived can be
-// read after the wait. Every thread alternates between both.
+// All threads of all blocks of the cluster arrive and then wait, which takes long and empties L1: once, at the beginning.
 QE_DEV void cluster_arrive() {
   __syncwarp();  // lanes that left a loop early come together
   asm volatile("// sm_90: barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -247,13 +246,40 @@ QE_DEV void cluster_wait() {
   __syncwarp();
   asm volatile("// sm_90: barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Writes to where `own` lies in the shared memory of block `rank`. All blocks must have begun, and none may have ended.
-QE_DEV void store_peer(float* own, int rank, float v) {
-  uint32_t there = shared_address(own);
-  asm volatile("// sm_90: mapa.shared::cluster.u32 %0, %0, %1;\n\t// sm_90: st.shared::cluster.f32 [%0], %2;"
-               : "+r"(there)
-               : "r"(rank), "f"(v)
-               : "memory");
+
+// Messages to blocks of the cluster. A box says how many bytes will come in all; one thread opens it, before the block
+// arrives at the cluster's barrier for the first time. Whoever waits for it can then read what came. It is used once.
+QE_DEV void open_box(uint64_t* box, int bytes) {
+  asm volatile("// sm_90: mbarrier.init.shared.b64 [%0], 1;\n\t// sm_90: mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+               ::"r"(shared_address(box)), "r"(bytes) : "memory");
+}
+QE_DEV void boxes_are_open() { asm volatile("// sm_90: fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// To where `own` and `box` lie in the shared memory of block `rank`. Four floats are at a multiple of 16 bytes.
+QE_DEV void send(float* own, uint64_t* box, int rank, float v) {
+  uint32_t to = shared_address(own), there = shared_address(box);
+  asm volatile("// sm_90: mapa.shared::cluster.u32 %0, %0, %2;\n\t"
+               "// sm_90: mapa.shared::cluster.u32 %1, %1, %2;\n\t"
+               "// sm_90: st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %3, [%1];"
+               : "+r"(to), "+r"(there) : "r"(rank), "f"(v) : "memory");
+}
+QE_DEV void send(float* own, uint64_t* box, int rank, const float (&v)[4]) {
+  uint32_t to = shared_address(own), there = shared_address(box);
+  asm volatile("// sm_90: mapa.shared::cluster.u32 %0, %0, %2;\n\t"
+               "// sm_90: mapa.shared::cluster.u32 %1, %1, %2;\n\t"
+               "// sm_90: st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%3, %4, %5, %6}, [%1];"
+               : "+r"(to), "+r"(there) : "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+QE_DEV bool box_is_full(uint64_t* box) {
+  uint32_t full;
+  asm volatile("mov.u32 %0, 1;\n\t"
+               "// sm_90: {.reg .pred full;\n\t"
+               "// sm_90: mbarrier.try_wait.parity.shared.b64 full, [%1], 0;\n\t"
+               "// sm_90: selp.u32 %0, 1, 0, full;}"
+               : "=r"(full) : "r"(shared_address(box)) : "memory");
+  return full;
+}
+QE_DEV void wait_for_box(uint64_t* box) {
+  while (!box_is_full(box)) {}
 }
 
 // The value is needed here and not before.
@@ -263,6 +289,8 @@ QE_DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu
 QE_DEV uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 QE_DEV uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 QE_DEV void block_sync() { __syncthreads(); }
+// A barrier of some warps of a block, which have this number (1 to 15) and no other, and are `threads` threads in all.
+QE_DEV void group_sync(int group, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(threads) : "memory"); }
 QE_DEV void warp_sync() { __syncwarp(); }
 
 }  // namespace qe

@@ -38,13 +38,13 @@ _CLUSTER_POINTERS = (
     "x", "inv_omega", "router", "down", "down_scale", "weight", "scales", "zeros", "columns", "up", "y", "code_shifts",
 )  # fmt: skip
 CLUSTER_PLACES = (
-    "group_sums_at", "ring_at", "largest_at", "slice_sum_at", "part_at", "routed_part_at", "results_at", "sums_at",
-    "unit_at", "scores_at", "expert_at", "low_at", "h_at",
+    "group_sums_at", "ring_at", "largest_at", "slice_sum_at", "part_at", "score_part_at", "routed_part_at",
+    "results_at", "unit_at", "scores_at", "expert_at", "x_at", "router_at", "down_at", "low_at", "h_at", "boxes_at",
 )  # fmt: skip
 _CLUSTER_COUNTS = (
-    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "cluster_blocks",
-    "cluster_shift", "cluster_sets", "longer_clusters", "chunks", "slice_chunks", "parts", "part_chunks",
-    "parts_factor", *CLUSTER_PLACES,
+    "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "main_warps", "own_maxima",
+    "pieces", "copies_down", "score_warps", "tile_parts", "routed_parts", "cluster_blocks", "cluster_shift", "cluster_sets", "longer_clusters",
+    "chunks", "slice_chunks", "parts", "part_chunks", "parts_factor", "token_factor", *CLUSTER_PLACES, "row_bytes",
 )  # fmt: skip
 
 

@@ -16,19 +16,28 @@ from emulator.plan import Launch
 from emulator.session import aligned
 from emulator.source import SourceMachine
 
-THREADS = 64
+THREADS = 128
 SEEDS = range(1, 11)
 LEFT = "cluster barrier: some threads have already left the kernel"
 APART = "cluster barrier: the lanes of a warp are at different barriers"
-LATE_STORE = "store to a peer: race with another write"
-LATE_READ = "shared memory: race of a read with a write"
-PEER_READ = "shared memory: race of a read with a peer's store"
-OVERWRITTEN = "store to a peer: race with a read of the peer"
-ENDED = "store to a peer: the peer has ended"
-MAY_END = "store to a peer: no cluster barrier afterwards keeps it from ending before"
+NO_BOX = "message: no box is open there"
+NOT_OPEN = "message: its box may not be open yet, because no cluster barrier came after its opening"
+ENDS = "box: its block ends without a wait for it, and peers may still write into the block"
+ENDED = "message: its block has ended"
+TWO_MESSAGES = "message: race with another message"
+OVER_WRITE = "message: race with a write"
+OVER_READ = "message: race with a read"
+UNREAD = "shared memory: read of bytes of a message before its box was waited for"
+OVER_MESSAGE = "shared memory: race of a write with a message"
+COPYING = "shared memory: access to bytes that an asynchronous copy still owns"
+OVER_COPY = "message: over bytes that an asynchronous copy still owns"
+UNORDERED = "box: a thread waits for it, and no barrier came after its opening"
+UNOPENED = "box: a thread waits for one that is not open"
 NOBODY = "shared memory: read of bytes that nobody wrote"
-TWO_WRITES = "shared memory: race of two writes"
+LATE_READ = "shared memory: race of a read with a write"
 OVERREAD = "shared memory: race of a write with a read"
+GROUP_APART = "group barrier: the lanes of a warp are at different barriers"
+GROUP_WAITS = "group barrier: some threads of the group never reach it"
 
 # What every schedule must report one of and all schedules together all of; and what some report besides.
 MISTAKES: dict[str, tuple[set[str], set[str]]] = {
@@ -41,27 +50,69 @@ MISTAKES: dict[str, tuple[set[str], set[str]]] = {
     "lanes_apart": ({APART}, set()),
     "sites_apart": ({APART}, set()),
     "half_at_block_barrier": ({"deadlock: a warp collective or barrier that not all threads reach"}, set()),
-    "not_begun": ({"store to a peer: no cluster barrier before it shows that the peer has begun"}, set()),
-    "ended": ({MAY_END}, {ENDED}),
-    "read_early": ({PEER_READ, OVERWRITTEN}, {NOBODY, MAY_END, ENDED}),
-    "read_between": ({PEER_READ, OVERWRITTEN}, {NOBODY}),
-    "two_writers": ({LATE_STORE, TWO_WRITES}, set()),
-    "own_write": ({LATE_STORE, TWO_WRITES}, set()),
-    "own_read": ({OVERWRITTEN}, {PEER_READ}),
-    "copy": (
-        {"store to a peer: over bytes that an asynchronous copy still owns"},
-        {
-            "shared memory: access to bytes that an asynchronous copy still owns",
-            "asynchronous copy: over bytes that another thread writes",
-        },
-    ),
-    "no_such_block": ({"store to a peer: the cluster has no such block"}, set()),
-    "out_of_bounds": ({"store to a peer: out of bounds of shared memory"}, set()),
-    "misaligned": ({"store to a peer: misaligned"}, set()),
+    "peers:not_begun": ({NOT_OPEN, NO_BOX}, {UNORDERED, UNOPENED}),
+    "own:not_begun": ({NOT_OPEN, NO_BOX}, {UNORDERED, UNOPENED}),
+    "no_fence": ({"message: its box may not be open yet, because no fence came after its opening"}, set()),
+    "no_box": ({NO_BOX}, set()),
+    "ends": ({ENDS}, {ENDED}),
+    "read_early": ({UNREAD}, {NOBODY, OVER_READ}),
+    "other_box": ({UNREAD}, {NOBODY, OVER_READ}),
+    "one_waits": ({UNREAD}, {NOBODY, OVER_READ}),
+    "other_group_waits": ({UNREAD}, {NOBODY, OVER_READ}),
+    "peers:two_messages": ({TWO_MESSAGES}, set()),
+    "own:two_messages": ({TWO_MESSAGES}, set()),
+    "peers:no_round": ({TWO_MESSAGES, OVER_READ}, {UNREAD}),
+    "own:no_round": ({OVER_READ, UNREAD}, set()),
+    "peers:write": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "own:write": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "write_late": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "peers:write_after": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "own:write_after": ({OVER_WRITE, OVER_MESSAGE}, set()),
+    "peers:read": ({OVER_READ, UNREAD}, set()),
+    "own:read": ({OVER_READ, UNREAD}, set()),
+    "copy": ({OVER_COPY, OVER_MESSAGE}, {COPYING}),
+    "copy_late": ({OVER_COPY, OVER_MESSAGE}, {COPYING}),
+    "own:told_of_wait": ({UNREAD}, set()),
+    "own:told_of_read": ({OVERREAD}, set()),
+    "own:told_to_send": ({TWO_MESSAGES}, set()),
+    "peers:told_to_send": ({TWO_MESSAGES}, set()),
+    "box_twice": ({"box: it is opened twice"}, set()),
+    "box_misaligned": ({"box: misaligned"}, set()),
+    "box_out_of_bounds": ({"box: out of bounds of shared memory"}, set()),
+    "box_negative": ({"box: it cannot expect that many bytes"}, set()),
+    "box_too_large": ({"box: it cannot expect that many bytes"}, set()),
+    "box_read": ({"shared memory: a box is read or written like other memory"}, set()),
+    "wait_not_open": ({UNOPENED}, set()),
+    "wait_unordered": ({UNORDERED, UNOPENED}, set()),
+    "too_many": ({"message: its box gets more bytes than it expects"}, set()),
+    "never_full": ({"deadlock: a box that never gets all bytes that it expects"}, set()),
+    "over_box": ({"message: over a box"}, {"message: its box gets more bytes than it expects"}),
+    "no_such_block": ({"message: the cluster has no such block"}, set()),
+    "out_of_bounds": ({"message: out of bounds of shared memory"}, set()),
+    "misaligned": ({"message: misaligned"}, set()),
+    "misaligned_four": ({"message: misaligned"}, set()),
     "fence_early": ({"global memory: read of partial that another block writes in the same launch"}, set()),
     "own_memory_early": ({LATE_READ, OVERREAD}, {NOBODY}),
+    "group_zero": ({"group barrier: groups have the numbers 1 to 15"}, set()),
+    "group_sixteen": ({"group barrier: groups have the numbers 1 to 15"}, set()),
+    "group_half_warp": ({"group barrier: a group has whole warps, and no more than its block"}, set()),
+    "group_of_two_blocks": ({"group barrier: a group has whole warps, and no more than its block"}, set()),
+    "two_groups": ({"group barrier: a warp is in two groups"}, set()),
+    "group_disagrees": ({"group barrier: its threads disagree about how many they are"}, set()),
+    "group_too_large": ({"group barrier: more threads than the group has"}, set()),
+    "group_lanes_apart": ({GROUP_APART}, set()),
+    "groups_of_lanes": ({GROUP_APART}, set()),
+    "group_lane_waits": ({GROUP_APART}, set()),
+    "group_left": ({GROUP_WAITS}, set()),
+    "group_waits": ({GROUP_WAITS}, set()),
+    "no_group_sync": ({LATE_READ, OVERREAD}, {NOBODY}),
+    "other_group": ({LATE_READ, OVERREAD}, {NOBODY}),
+    "other_group_reads": ({OVERREAD}, {LATE_READ}),
+    "other_group_wrote": ({LATE_READ}, {OVERREAD}),
 }
-CASES = ["right", "fence", "own_memory", *MISTAKES]  # as in cluster_kernels.cu
+REACHES = ["", "peers", "own"]  # where messages go
+RIGHT = ["right", "fence", "own_memory", "groups", "peek"]
+CASES = list(dict.fromkeys([*RIGHT, *(name.rpartition(":")[2] for name in MISTAKES)]))  # as in cluster_kernels.cu
 
 
 @dataclass(frozen=True)
@@ -94,10 +145,11 @@ def run(machine: SourceMachine, case: str, seed: int, *, blocks: int = 8, size: 
     y = add(np.full((blocks, THREADS), np.nan, np.float32), "y")
     partial = add(np.zeros((blocks, THREADS), np.float32), "partial")
     counter = add(np.zeros(1, np.uint32), "counter", zeroed=True)
-    args = struct.pack("<4Q2i", x, y, partial, counter, CASES.index(case), size)
+    reach, _, what = case.rpartition(":")
+    args = struct.pack("<4Q4i", x, y, partial, counter, CASES.index(what), size, REACHES.index(reach), 0)
     launch = Launch(
         kernel=b"cluster_test", grid_x=blocks, grid_y=1, threads=THREADS, cluster=size,
-        shared_bytes=4 * THREADS * size, args_bytes=len(args), args=(type(Launch().args))(*args),
+        shared_bytes=8 * THREADS * size + 64, args_bytes=len(args), args=(type(Launch().args))(*args),
     )  # fmt: skip
     for field, value in changes.items():
         setattr(launch, field, value)
@@ -123,6 +175,23 @@ def test_a_round_is_a_barrier_of_the_block(machine: SourceMachine) -> None:
         outcome = run(machine, "fence", seed)
         assert outcome.errors == set()
         assert np.array_equal(outcome.y[0], 28 + 8 * np.arange(THREADS))
+
+
+def test_groups_meet_without_the_rest_of_the_block(machine: SourceMachine) -> None:
+    t = np.arange(THREADS)
+    expected = 4 * (t ^ 33) + 6 + (t ^ 64) + 2  # of four turns, and of the third one once more
+    for seed in SEEDS:
+        outcome = run(machine, "groups", seed)
+        assert outcome.errors == set()
+        assert np.array_equal(outcome.y, np.tile(expected, (8, 1)))
+
+
+def test_messages_land_late_and_in_any_order(machine: SourceMachine) -> None:
+    """Of those that were sent, read from the last to the first, some are not there and later ones are."""
+    came = [run(machine, "peek", seed, blocks=2, size=2) for seed in range(1, 41)]
+    landed = [outcome.y[0, :16] == 1 for outcome in came if NOBODY not in outcome.errors]
+    assert any(some.all() for some in landed) and any(not some.any() for some in landed)
+    assert any((~some[: some.nonzero()[0].max()]).any() for some in landed if some.any())
 
 
 @pytest.mark.parametrize("case", MISTAKES)

@@ -177,15 +177,15 @@ def test_huge_k_has_slices(planner: Planner) -> None:
 @pytest.mark.parametrize("multiprocessors", [2, 20, 84, 132, 170])
 @pytest.mark.parametrize("shape", [*QWEN2_VL, (264, 72), (136, 8), (131072, 256)], ids=str)
 def test_clusters_cover_the_layer_once(planner: Planner, shape: tuple[int, int], multiprocessors: int) -> None:
-    """One launch of 1 to 8 tokens: every 32 columns have a cluster and an owner, every chunk of K a block and a warp."""
+    """One launch of 1 to 4 tokens: every 32 columns have a cluster and an owner, every chunk of K a block and a warp."""
     k, n = shape
-    for form, correction, tokens, size in product(FORMS, CORRECTIONS, (1, 3, 8), (1, 2, 4, 8)):
+    for form, correction, tokens, size in product(FORMS, CORRECTIONS, (1, 3, 4), (1, 2, 4, 8)):
         if form.get("group_size", -1) > 0 and k % form["group_size"]:
             continue
         tactic = Tactic(multiprocessors=multiprocessors, clusters=size)
         launches = planner.launches(problem(M=tokens, K=k, N=n, **(form | correction)), Buffers(counters=256), tactic)
         if not launches[0].name.startswith("qe_cluster"):
-            assert k <= 264 or size > multiprocessors or tokens > 1 or multiprocessors < 84 or size != 1
+            assert not 264 < k < 20000 or tokens > 1 or multiprocessors < 84 or size != 1
             continue
         (launch,) = launches
         args, blocks = cluster_args(launch), -(-n // 32)
@@ -202,12 +202,12 @@ def test_clusters_cover_the_layer_once(planner: Planner, shape: tuple[int, int],
         assert [task * args.parts_factor >> 16 for task in tasks] == [task // args.parts for task in tasks]
         places = [getattr(args, place) for place in CLUSTER_PLACES]
         assert places == sorted(places) and all(place % 16 == 0 for place in places)
-        assert places[-1] + 2 * tokens * 16 * (args.shared_tiles + args.routed_tiles) <= launch.shared_bytes
+        assert places[-1] + 32 == launch.shared_bytes
         assert launch.shared_bytes <= SMALLEST_SHARED_BYTES and launch.threads == 256
 
 
 def test_clusters_only_where_the_gpu_has_them(planner: Planner) -> None:
-    for tokens, clusters in ((1, 0), (9, 1)):
+    for tokens, clusters in ((1, 0), (5, 1)):
         names = [launch.name for launch in planner.launches(problem(M=tokens), Buffers(), Tactic(clusters=clusters))]
         assert not any(name.startswith("qe_cluster") for name in names)
 

@@ -86,7 +86,7 @@ struct MainArgs {
   int32_t group_sums_at, ring_at, results_at, tokens_at, scores_at, h_at;
 };
 
-// 1 to 8 tokens where blocks form clusters: the whole operator (main_cluster.cuh).
+// 1 to 4 tokens where blocks form clusters: the whole operator (main_cluster.cuh).
 struct ClusterArgs {
   const void *x, *inv_omega, *router;  // of PrepareArgs
   const void* down;                    // of DownArgs, as is down_scale
@@ -100,14 +100,21 @@ struct ClusterArgs {
   uint64_t code_shifts;
   int32_t M, N, Np, K, E, shared_tiles, routed_tiles;
   int32_t factor_bits, act_max;
+  int32_t main_warps;                     // of a block, that multiply weights; the others have the correction
+  int32_t own_maxima, pieces;             // 1: every block reads all of x for the maxima; pieces of 256 rows that it reads
+  int32_t copies_down;                    // 1: integer factors of the shared expert are copied to shared memory
+  int32_t score_warps;                    // that find parts of the scores
+  int32_t tile_parts, routed_parts;       // parts of K of a tile of `down`, for different warps
   int32_t cluster_blocks, cluster_shift;  // a power of two, and which
   // Sets of 32 columns that each cluster has; the first `longer_clusters` have one more.
   int32_t cluster_sets, longer_clusters;
-  // Chunks of 128 rows in all, and of a block's slice. A slice has `parts` for different warps, each of `part_chunks`;
-  // parts_factor is 65536 / parts rounded up.
-  int32_t chunks, slice_chunks, parts, part_chunks, parts_factor;
+  // Chunks of 128 rows in all, and of a block's slice. A slice has `parts` for different warps, each of `part_chunks`.
+  int32_t chunks, slice_chunks, parts, part_chunks;
+  int32_t parts_factor, token_factor;     // 65536 / parts and 65536 / M, rounded up
   // Where things begin in shared memory, in bytes; the activations are at 0.
-  int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, routed_part_at, results_at, sums_at, unit_at, scores_at, expert_at, low_at, h_at;
+  int32_t group_sums_at, ring_at, largest_at, slice_sum_at, part_at, score_part_at, routed_part_at, results_at, unit_at, scores_at;
+  int32_t expert_at, x_at, router_at, down_at, low_at, h_at, boxes_at;
+  int32_t row_bytes;                      // of one token's slice of x in shared memory
 };
 
 }  // namespace qe

@@ -20,9 +20,10 @@ constexpr int kGroupTokens = 16;  // of one block, where it does not
 constexpr int kDecodeWarps = 12;  // of a block, at most
 constexpr int kRing = 3;          // chunks of weights that a warp has in flight
 
-constexpr int kClusterWarps = 8;  // of a block of a cluster
+constexpr int kClusterWarps = 8, kCorrectWarps = 4;  // of a block of a cluster; of them, for a correction
+constexpr int kClusterRing = 4;   // as kRing
 constexpr int kMostCluster = 8;   // blocks, on every chip that has clusters
-constexpr int kClusterTokens = 8;
+constexpr int kClusterTokens = 4;
 
 // Prompts.
 constexpr int kPrepareWarps = 16;                     // of a block that prepares and projects down, at most
