@@ -86,6 +86,29 @@ def check_size(size: tuple[int, int], name: str) -> None:
         raise InputError(f"{name} has no pixels.", "Replace the picture.")
 
 
+def count_pixels(source: Picture) -> int:
+    """How many pixels a picture will have, from a file's header alone.
+
+    Returns:
+        Width times height; 0 for what `open_image` refuses.
+
+    Example:
+        >>> count_pixels(np.zeros((2, 3, 3), np.uint8))
+        6
+    """
+    if isinstance(source, np.ndarray):
+        return source.shape[0] * source.shape[1] if source.ndim > 1 else 0
+    if isinstance(source, Image.Image):
+        return source.width * source.height
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                return image.width * image.height
+    except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE):
+        return 0
+
+
 def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():

@@ -22,7 +22,7 @@ from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.server.errors import RequestError
 from qe_edge.server.jobs import Job, Jobs
 from qe_edge.server.metrics import Metrics
-from qe_edge.server.pictures import picture_source
+from qe_edge.server.pictures import bounded, picture_source
 from qe_edge.server.schema import ChatRequest, choice, conversation, read_request, usage
 from qe_edge.server.settings import ServerSettings
 from qe_edge.system.errors import InputError
@@ -148,7 +148,8 @@ class ChatServer:
         count, most = len(named), self._settings.max_pictures
         if count > most:
             raise InputError(f"The request has {count} pictures.", f"Send at most {most}.")
-        sample = read_messages(messages, open_source=self._open_source)
+        open_source = bounded(self._open_source, self._settings.max_pixels)
+        sample = read_messages(messages, open_source=open_source)
         return self._pipeline(sample, stream=True, **asked.options)
 
     async def _whole(

@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from qe_edge.models.images import Picture
+from qe_edge.models.images import Picture, count_pixels
 from qe_edge.models.messages import data_bytes
 from qe_edge.models.texts import shortened
 from qe_edge.server.settings import ServerSettings
@@ -35,6 +35,28 @@ def picture_source(settings: ServerSettings) -> Callable[[Any], Picture]:
         return _file(parts, source, settings)
 
     return open_source
+
+
+def bounded(open_source: Callable[[Any], Picture], most: int) -> Callable[[Any], Picture]:
+    """The same for the pictures of one request, which may have so many pixels in all: their memory is that of the pixels.
+
+    Raises:
+        InputError: By what is returned, before a picture is decoded, if there are more.
+    """
+    left = most
+
+    def open_counted(source: object) -> Picture:
+        nonlocal left
+        picture = open_source(source)
+        left -= count_pixels(picture)
+        if left < 0:
+            raise InputError(
+                f"The pictures of the request have more than {most} pixels in all.",
+                "Scale them down, or send fewer.",
+            )
+        return picture
+
+    return open_counted
 
 
 def _split(source: str) -> urllib.parse.SplitResult:

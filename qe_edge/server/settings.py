@@ -20,6 +20,7 @@ class ServerSettings:
         queue: Requests that may wait while others are answered; more are refused with 429.
         max_request_bytes: Size of a request.
         max_pictures: Pictures of a request.
+        max_pixels: Pixels of all of them together.
         request_seconds: Seconds until a request must have arrived.
         answer_seconds: Seconds after which an answer is given up, waiting included.
         grace_seconds: Seconds that running answers have after the server was asked to stop.
@@ -32,6 +33,7 @@ class ServerSettings:
     queue: int = 32
     max_request_bytes: int = 32 << 20
     max_pictures: int = 16
+    max_pixels: int = 1 << 27
     request_seconds: float = 30.0
     answer_seconds: float = 300.0
     grace_seconds: float = 30.0

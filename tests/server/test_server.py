@@ -17,12 +17,14 @@ from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
 from qe_edge.calibration.sources import load_evaluation
 from qe_edge.models.family import Sample
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.server.jobs import Jobs
+from qe_edge.server.pictures import bounded, picture_source
 from qe_edge.server.settings import ServerSettings, read_api_key
 from qe_edge.system.errors import InputError
 from tests.server.conftest import MODEL, Served, serving
@@ -166,6 +168,17 @@ def test_pictures_that_are_refused(served: Served, url: object, words: str) -> N
     found, body = get(served.port, "/v1/chat/completions", "POST", request, Content_Type="application/json")
     assert found == 400, body
     assert words in json.loads(body)["error"]["message"]
+
+
+def test_the_pixels_of_a_request_are_bounded(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    settings = ServerSettings(MODEL, picture_folder=tmp_path)
+    first, second = (bounded(picture_source(settings), 500) for _ in range(2))
+    for open_source in (first, second):  # each request has its own bound
+        open_source("a.png")
+        open_source("a.png")
+    with pytest.raises(InputError, match="more than 500 pixels in all"):
+        first("a.png")
 
 
 def test_bodies_that_are_refused(engine: VisionLanguageEngine) -> None:
