@@ -51,7 +51,7 @@ class Request:
     real: bool
 
     def tactics(self, tokens: int, multiprocessors: int, clusters: int) -> list[Tactic]:
-        """What the plan chooses on this GPU and on one that it knows nothing about, both tiles of the GEMM, and clusters."""
+        """What the plan chooses here and for a GPU it knows nothing of, both tiles of the GEMM, and clusters."""
         if tokens > 64:
             rows = (0, 128) if self.mode.act_bits else (0,)
             return [Tactic(height, 0, multiprocessors) for height in rows]

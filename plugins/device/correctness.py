@@ -126,7 +126,8 @@ class Checker:
         zero, in_bounds = (all(run[i] for run in runs) for i in (1, 2))
         return Result(
             mode.name, case.request.k, n, tokens, tactic.block_rows, tactic.decode_warps, tactic.multiprocessors,
-            tactic.clusters, error, rerouted, same, zero, in_bounds, error <= LIMIT[mode.dtype] and same and zero and in_bounds,
+            tactic.clusters, error, rerouted, same, zero, in_bounds,
+            error <= LIMIT[mode.dtype] and same and zero and in_bounds,
         )  # fmt: skip
 
     def _run(self, case: Case, tokens: int, tactic: Tactic, buffers: Buffers) -> tuple[NDArray[np.uint8], bool, bool]:

@@ -88,7 +88,11 @@ class Gpu:
 
     def _has_clusters(self) -> int:
         """As host/contexts.cpp asks."""
-        if self._module is None or self.capability < _FIRST_CHIP_THAT_OVERLAPS or self.cuda < _FIRST_DRIVER_THAT_OVERLAPS:
+        if (
+            self._module is None
+            or self.capability < _FIRST_CHIP_THAT_OVERLAPS
+            or self.cuda < _FIRST_DRIVER_THAT_OVERLAPS
+        ):
             return 0
         try:
             self.driver.handle("cuModuleGetFunction", self._module, b"qe_cluster_s8_c_f16")

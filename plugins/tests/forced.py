@@ -43,8 +43,9 @@ CLUSTER_PLACES = (
 )  # fmt: skip
 _CLUSTER_COUNTS = (
     "M", "N", "Np", "K", "E", "shared_tiles", "routed_tiles", "factor_bits", "act_max", "main_warps", "own_maxima",
-    "pieces", "copies_down", "score_warps", "tile_parts", "routed_parts", "cluster_blocks", "cluster_shift", "cluster_sets", "longer_clusters",
-    "chunks", "slice_chunks", "parts", "part_chunks", "parts_factor", "token_factor", *CLUSTER_PLACES, "row_bytes",
+    "pieces", "copies_down", "score_warps", "tile_parts", "routed_parts", "cluster_blocks", "cluster_shift",
+    "cluster_sets", "longer_clusters", "chunks", "slice_chunks", "parts", "part_chunks", "parts_factor",
+    "token_factor", *CLUSTER_PLACES, "row_bytes",
 )  # fmt: skip
 
 

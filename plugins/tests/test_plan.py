@@ -245,7 +245,8 @@ def test_prepack_knows_which_kernels_read_3_bits(
 
 
 @pytest.mark.parametrize(
-    "tactic", [Tactic(block_rows=32), Tactic(block_rows=192), Tactic(decode_warps=3), Tactic(-64, 0), Tactic(clusters=3)]
+    "tactic",
+    [Tactic(block_rows=32), Tactic(block_rows=192), Tactic(decode_warps=3), Tactic(-64, 0), Tactic(clusters=3)],
 )
 def test_refuses_unknown_tactics(planner: Planner, tactic: Tactic) -> None:
     with pytest.raises(PlanError, match="tactic"):
