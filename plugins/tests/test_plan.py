@@ -177,7 +177,7 @@ def test_huge_k_has_slices(planner: Planner) -> None:
 @pytest.mark.parametrize("multiprocessors", [2, 20, 84, 132, 170])
 @pytest.mark.parametrize("shape", [*QWEN2_VL, (264, 72), (136, 8), (131072, 256)], ids=str)
 def test_clusters_cover_the_layer_once(planner: Planner, shape: tuple[int, int], multiprocessors: int) -> None:
-    """One launch of 1 to 4 tokens: every 32 columns have a cluster and an owner, every chunk of K a block and a warp."""
+    """One launch of 1 to 4 tokens: all columns have a cluster and an owner, every chunk of K has a block and a warp."""
     k, n = shape
     for form, correction, tokens, size in product(FORMS, CORRECTIONS, (1, 3, 4), (1, 2, 4, 8)):
         if form.get("group_size", -1) > 0 and k % form["group_size"]:
