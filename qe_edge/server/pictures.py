@@ -38,7 +38,7 @@ def picture_source(settings: ServerSettings) -> Callable[[Any], Picture]:
 
 
 def bounded(open_source: Callable[[Any], Picture], most: int) -> Callable[[Any], Picture]:
-    """The same for the pictures of one request, which may have so many pixels in all: their memory is that of the pixels.
+    """The same for the pictures of one request, which may have so many pixels in all: memory goes with the pixels.
 
     Raises:
         InputError: By what is returned, before a picture is decoded, if there are more.
