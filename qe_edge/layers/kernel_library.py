@@ -1,6 +1,6 @@
 """The functions of `libqe_plugin.so` that run one layer on a GPU (plugins/include/qe_edge/layer.h), without TensorRT.
 
-Not yet run on hardware: tests call them with a stand-in for CUDA's driver.
+Run on one GPU, an H100; tests call them with a stand-in for CUDA's driver.
 """
 
 from __future__ import annotations

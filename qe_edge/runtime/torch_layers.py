@@ -21,7 +21,7 @@ def load_quantized(folder: str | Path, device: str = CPU, *, plugin_library: Pat
 
     On a GPU the layers run the kernels of `libqe_plugin.so`, in float16 or bfloat16 as the model is stored (float16 for
     a model in float32). The model works with `generate`, torch.compile and CUDA graphs; run it once before a capture,
-    and on one stream at a time. Not yet run on hardware.
+    and on one stream at a time. Run on one GPU, an H100 (docs/results.md).
 
     Args:
         folder: Output of `qe-edge quantize`.
