@@ -29,9 +29,16 @@ bool knows(Box& box, const Access& a) {
 const char* refuse(const BlockShadow& block, const Box& box, const Access& a) {
   const SharedByte& opened = block.bytes[box.at];
   if (!box.fenced) return "message: its box may not be open yet, because no fence came after its opening";
-  const bool sees = &block == here ? !a.races_with_write(opened)
-                                   : box.fence_rounds < a.waited;
+  const bool sees = &block == here ? !a.races_with_write(opened) : box.fence_rounds < a.waited;
   return sees ? nullptr : "message: its box may not be open yet, because no cluster barrier came after its opening";
+}
+
+// All bytes of the box had come, and a barrier orders the thread after one that waited for them.
+bool may_overwrite(const Box& box, const Access& a, bool own) {
+  for (const Wait& wait : box.waits) {
+    if (own ? wait.who.thread == a.who.thread || a.after(wait.who, wait.epoch) : wait.who.rounds < a.waited) return true;
+  }
+  return false;
 }
 
 // A message to one byte. To a peer only rounds of the cluster's barrier order it after what others did there.
@@ -41,14 +48,12 @@ void write_by_message(SharedByte& b, BlockShadow& block, const Access& a, uint8_
   if (b.box == kIsBox) {
     report("message: over a box");
   } else if (b.box) {
-    const Box& other = block.boxes[b.box - 1u];
-    bool read = false;
-    for (const Wait& wait : other.waits) read |= own ? wait.who.thread == a.who.thread || a.after(wait.who, wait.epoch) : wait.who.rounds < a.waited;
-    if (!read) report("message: race with another message");
+    if (!may_overwrite(block.boxes[b.box - 1u], a, own)) report("message: race with another message");
   } else if (own ? a.races_with_write(b) : b.writer.thread != kNobody && b.writer.rounds >= a.waited) {
     report("message: race with a write");
   }
-  if (own ? a.races_with_read(b) : b.reader.thread != kNobody && b.reader.rounds >= a.waited) report("message: race with a read");
+  if (own ? a.races_with_read(b) : b.reader.thread != kNobody && b.reader.rounds >= a.waited)
+    report("message: race with a read");
   if (b.box == kIsBox) return;
   b.writer = a.who, b.write_epoch = kNoEpoch;
   b.box = box;

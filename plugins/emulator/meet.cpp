@@ -66,7 +66,8 @@ const char* refuse(const Block& block, const GroupIn& in, int first) {
   }
   const WarpGroup& group = block.groups[in.group];
   if (group.threads && group.threads != in.threads) return "group barrier: its threads disagree about how many they are";
-  if (!std::count(group.members.begin(), group.members.end(), first) && group.members.size() * 32 == static_cast<size_t>(in.threads))
+  const bool complete = group.members.size() * 32 == static_cast<size_t>(in.threads);
+  if (complete && !std::count(group.members.begin(), group.members.end(), first))
     return "group barrier: more threads than the group has";
   return nullptr;
 }
@@ -176,7 +177,8 @@ bool settle(Fiber& f) {
   shadow_next_epoch();
   block.waiting = 0;
   for (int t = 0; t < now.threads; ++t)
-    if (Fiber& other = fibers[static_cast<size_t>(f.rank * now.threads + t)]; other.state == State::kAtBarrier) make_ready(other);
+    if (Fiber& other = fibers[static_cast<size_t>(f.rank * now.threads + t)]; other.state == State::kAtBarrier)
+      make_ready(other);
   return true;
 }
 

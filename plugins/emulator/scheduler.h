@@ -12,10 +12,10 @@ struct Fiber {
   State state = State::kRunnable;
   int who = 0, thread = 0, rank = 0;  // in the cluster, in its block; and its block in the cluster
   Collective kind{};
+  int box = 0;  // of its block, that it waits for
   const void* in = nullptr;
   void* out = nullptr;
   const void* site = nullptr;
-  int box = 0;          // of its block, that it waits for
   bool waited = false;  // for the launch in front
   int looks = 0;        // at what other blocks write
   std::vector<std::vector<PendingCopy>> groups;
@@ -35,7 +35,7 @@ struct Block {
   WarpGroup groups[kMostGroups + 1];
 };
 
-extern std::vector<Fiber> fibers;  // of the cluster that runs
+extern std::vector<Fiber> fibers;          // of the cluster that runs
 extern std::vector<Block> running_blocks;  // of it
 
 inline void make_ready(Fiber& f) {

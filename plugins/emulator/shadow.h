@@ -102,7 +102,8 @@ struct Access {
   bool races_with_read(const SharedByte& b) const {
     if (b.read_epoch < since) return false;
     if (b.readers & ~mates) return b.reader.rounds >= waited;
-    return b.read_epoch >= mates_since && (b.reader.thread == who.thread ? b.rounds_of_other_readers : b.reader.rounds) >= waited;
+    const int16_t last = b.reader.thread == who.thread ? b.rounds_of_other_readers : b.reader.rounds;
+    return b.read_epoch >= mates_since && last >= waited;
   }
 
   void write(SharedByte& b) const { b.writer = who, b.write_epoch = epoch; }

@@ -9,11 +9,20 @@
 // block that waits for one that was not scheduled yet never ends, which is reported.
 //
 // Blocks of a cluster run at the same time, each with shared memory of its own; now and then one of them runs far ahead. A
-// round of the cluster's barrier is what all threads arrive at and wait for. It orders accesses to shared memory, of the own
-// block and of a peer: what came before a thread's arrival is ordered before what comes after another thread's wait. What
-// comes between a thread's arrival and its wait is not ordered yet, and a round counts for a thread once it waited itself. A
-// store to a peer needs a round before it, so that the peer has begun, and one after it, so that the peer has not ended.
-// Barriers of clusters are aligned: the lanes of a warp reach them together.
+// round of the cluster's barrier is what all threads arrive at and wait for. It orders accesses to shared memory: what came
+// before a thread's arrival is ordered before what comes after another thread's wait. What comes between a thread's arrival
+// and its wait is not ordered yet, and a round counts for a thread once it waited itself. Barriers of clusters are aligned:
+// the lanes of a warp reach them together.
+//
+// Blocks write into each other's shared memory by messages. A message lands, data and count of bytes together, when the
+// scheduler chooses: in any order, and at the latest when nothing else can run. It needs a box that its block opened and
+// fenced before a round. Its bytes belong to nobody until the box has all bytes that it expects. Then they may be read or
+// written by a thread that waited for the box, and by a thread that a barrier orders after one that did. A message orders
+// nothing but its own bytes. A block with a box must not end before one of its threads waited for it.
+//
+// A named barrier is met by warps that are one group during the whole block, and it is aligned. It orders what the threads of
+// the group do; only barriers of the block and rounds of the cluster order what threads of different groups do. Of reads of
+// the same byte before and after a thread's arrival at a round, by different groups, the shadow remembers the later ones.
 //
 // Plain loads and stores of the kernels reach `on_access` through the hooks that -fsanitize=thread plants; the
 // sanitizer's own runtime is not linked.
@@ -38,7 +47,9 @@ struct ThreadIndex {
 };
 extern ThreadIndex now;  // of the running fiber
 
-enum class Collective { kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuffleXor, kBallot, kClusterArrive, kClusterWait, kGroupSync };
+enum class Collective {
+  kLoadMatrix, kMmaS8, kMmaF16, kMmaBf16, kMmaF16K8, kShuffleXor, kBallot, kClusterArrive, kClusterWait, kGroupSync
+};
 
 // Called by the primitives, from a fiber.
 void on_access(const void* p, size_t bytes, bool write, size_t alignment);
