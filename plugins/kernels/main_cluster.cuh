@@ -262,7 +262,7 @@ QE_DEV void multiply_weights(const ClusterArgs& p, const ClusterBlock& b, const 
 }
 
 // Lines of memory, from all threads of the correction.
-QE_DEV void prefetch_bytes(const ClusterArgs& p, const void* from, size_t bytes, int thread) {
+QE_DEV void prefetch_bytes(const void* from, size_t bytes, int thread) {
   QE_UNROLL_BY(1)
   for (size_t at = static_cast<size_t>(thread) * 128; at < bytes; at += kCorrectWarps * 32 * 128)
     prefetch_line(static_cast<const uint8_t*>(from) + at);
@@ -282,7 +282,7 @@ QE_DEV void prefetch_up(const ClusterArgs& p, const ClusterBlock& b, int first, 
 }
 
 // Sixteen bytes at a time to shared memory, by all threads of the correction.
-QE_DEV void copy_bytes(const ClusterArgs& p, void* to, const void* from, int bytes, int thread) {
+QE_DEV void copy_bytes(void* to, const void* from, int bytes, int thread) {
   QE_UNROLL_BY(1)
   for (int at = thread * 16; at < bytes; at += kCorrectWarps * 32 * 16)
     cp_async16(static_cast<uint8_t*>(to) + at, static_cast<const uint8_t*>(from) + at);
@@ -296,16 +296,16 @@ QE_DEV void fetch_factors(const ClusterArgs& p, const ClusterBlock& b, const Clu
   for (int tile = 0; tile < p.shared_tiles; ++tile) {
     const uint8_t* down = static_cast<const uint8_t*>(p.down) + (static_cast<size_t>(tile) * blocks + from) * down_bytes;
     if (p.copies_down) {
-      copy_bytes(p, s.down + tile * p.slice_chunks * 4 * down_bytes, down, mine * down_bytes, thread);
+      copy_bytes(s.down + tile * p.slice_chunks * 4 * down_bytes, down, mine * down_bytes, thread);
     } else {
-      prefetch_bytes(p, down, static_cast<size_t>(mine) * down_bytes, thread);
+      prefetch_bytes(down, static_cast<size_t>(mine) * down_bytes, thread);
     }
   }
   prefetch_up(p, b, 0, p.shared_tiles, thread);
   const int k0 = b.first * kChunk, rows = p.K - k0 < b.own * kChunk ? p.K - k0 : b.own * kChunk;
   QE_UNROLL_BY(1)
   for (int e = 0; e < p.E; ++e)
-    copy_bytes(p, s.router + e * p.row_bytes, static_cast<const uint8_t*>(p.router) + (static_cast<size_t>(e) * p.K + k0) * 2, rows * 2, thread);
+    copy_bytes(s.router + e * p.row_bytes, static_cast<const uint8_t*>(p.router) + (static_cast<size_t>(e) * p.K + k0) * 2, rows * 2, thread);
 }
 
 // This block's slice of x in shared memory, with zeros up to a whole block of 32 rows.
@@ -314,7 +314,7 @@ QE_DEV void fetch_x(const ClusterArgs& p, const ClusterBlock& b, const ClusterSh
   QE_UNROLL_BY(1)
   for (int m = 0; m < p.M; ++m) {
     uint8_t* row = s.x + m * p.row_bytes;
-    copy_bytes(p, row, static_cast<const uint8_t*>(p.x) + (static_cast<size_t>(m) * p.K + k0) * 2, rows * 2, thread);
+    copy_bytes(row, static_cast<const uint8_t*>(p.x) + (static_cast<size_t>(m) * p.K + k0) * 2, rows * 2, thread);
     if (rows * 2 + thread * 16 < (b.end_of_32(p) - b.first * 4) * 64) store16(row + rows * 2 + thread * 16, u32x4{});
   }
   cp_async_commit();
