@@ -77,13 +77,15 @@ def command(
     from qe_edge.runtime.pipeline import Pipeline
 
     engine = VisionLanguageEngine.load(found, accuracy_level=int(accuracy_level), **opening)
+    pipeline = Pipeline(engine)
     timings: Timings | None = None
-    for piece in Pipeline(engine)(sample, stream=True, max_new_tokens=max_tokens, temperature=0):
+    for piece in pipeline(sample, stream=True, max_new_tokens=max_tokens, temperature=0):
         click.echo(piece.text, nl=False)
         timings = piece.timings
     click.echo()
     if timings is not None:
-        click.echo(f"{found}: {', '.join(_spent(timings, len(sample.pictures)))}", err=True)
+        cache = f"KV cache for {pipeline.slot_tokens} tokens {pipeline.slot_bytes / 2**20:.1f} MiB"
+        click.echo(f"{found}: {', '.join([*_spent(timings, len(sample.pictures)), cache])}", err=True)
 
 
 def _spent(timings: Timings, pictures: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_run_without_a_picture_and_with_a_short_answer(cli: Run, folder: Path) -
     outcome = cli("run", folder / "onnx", "--prompt", "what color is it?", "--max-tokens", "1")
     assert outcome.code == 0, outcome.err
     assert ", 1 tokens" in outcome.err
+    assert re.search(r"KV cache for \d+ tokens \d+\.\d MiB", outcome.err)
     short = cli("run", folder / "onnx", "--prompt", "what color is it?", "--max-context", "9")
     assert short.code == 2
     assert "together at most 9 fit" in short.err
