@@ -5,8 +5,8 @@
     python benchmarks/predict_error.py --fit           # writes qe_edge/predict/timing.yaml and accuracy.json
 
 A measured row is one linear layer at one number of tokens, or the linears of all layers of a model in a row, in a CUDA
-graph with cold weights. `--fit` fits to a random half of the linears and of the steps; the limits hold for the others
-too.
+graph with cold weights. Rows of "without_clusters" are 1 to 4 tokens by the kernels that chips below 9.0 run. `--fit`
+fits to a random half of the linears and of the steps; the limits hold for the others too.
 Exit code 1 if a step is off by more than 1.33 times, or more than one of ten linears by more than 1.5 times.
 """
 
@@ -26,10 +26,10 @@ import yaml
 from scipy.optimize import least_squares
 
 from qe_edge.numerics.schemes import SCHEMES, Scheme, WeightGrid
-from qe_edge.predict.kernels import Kernel
 from qe_edge.predict.shapes import Linear, block_linears, find_model
-from qe_edge.predict.tables import Timing, device_table, get_device, instruction_table, timing_table
+from qe_edge.predict.tables import Device, Timing, device_table, get_device, instruction_table, timing_table
 from qe_edge.predict.variants import Adapters, Tables, Way, linear_kernels
+from qe_edge.predict.work import Kernel
 
 RESULTS = Path(__file__).resolve().parent / "results" / "h100.json"
 DATA = Path(sys.modules["qe_edge.predict.tables"].__file__ or "").parent
@@ -80,7 +80,11 @@ class Row:
 def read_rows(measured: dict[str, Any], device: str) -> tuple[list[Row], list[Row]]:
     """Rows of single linears, with those of a linear's first launches, and rows of steps."""
     linears, steps = [], []
-    for entry in measured["linears"]:
+    chosen = get_device(device)
+    older = chosen.model_copy(update={"clusters": False})
+    entries = [(entry, chosen) for entry in measured["linears"]]
+    entries += [(entry, older) for entry in measured.get("without_clusters", [])]
+    for entry, on in entries:
         k, n, tokens = entry["k"], entry["n"], entry["tokens"]
         for name, value in entry.items():
             kind, _, launches = name.partition(" launches ")
@@ -90,13 +94,11 @@ def read_rows(measured: dict[str, Any], device: str) -> tuple[list[Row], list[Ro
                     if launches
                     else None
                 )
-                linears.append(
-                    Row(name, f"{k} x {n}, {tokens}", value, _one(kind, Linear(k, (n,)), tokens, device, count))
-                )
+                linears.append(Row(name, f"{k} x {n}, {tokens}", value, _one(kind, Linear(k, (n,)), tokens, on, count)))
     for entry in measured["steps"]:
         if entry["kind"] in KINDS:
             stack = find_model(MODELS[entry["model"]]).text
-            parts = [_one(entry["kind"], linear, entry["tokens"], device, None) for linear in block_linears(stack)]
+            parts = [_one(entry["kind"], linear, entry["tokens"], chosen, None) for linear in block_linears(stack)]
             steps.append(
                 Row(
                     entry["kind"],
@@ -108,9 +110,8 @@ def read_rows(measured: dict[str, Any], device: str) -> tuple[list[Row], list[Ro
     return linears, steps
 
 
-def _one(kind: str, linear: Linear, tokens: int, device: str, launches: int | None) -> Callable[[Timing], float]:
+def _one(kind: str, linear: Linear, tokens: int, chosen: Device, launches: int | None) -> Callable[[Timing], float]:
     way, scheme, adapters = KINDS[kind]
-    chosen = get_device(device)
 
     def predict(timing: Timing) -> float:
         tables = Tables(chosen, instruction_table(), timing, device_table().other_cycles)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from emulator.ptx_text import CLUSTER_KERNELS
 from gates.cubins import CHIPS, Cubin, cubin, disassemble
 from gates.limits import loop_of, variant
 
@@ -31,11 +30,10 @@ def instruction_costs() -> dict[str, Any]:
 
 
 def chip_costs(shipped: Cubin, code: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """One chip's part of `instruction_costs`. Kernels of clusters are left out: predictions know the others."""
+    """One chip's part of `instruction_costs`."""
     prefill: dict[str, float] = {}
     decode: dict[str, float] = {}
-    counted = (name for name in shipped.usage if name.endswith("_f16") and not name.startswith(CLUSTER_KERNELS))
-    for kernel in sorted(counted):
+    for kernel in sorted(name for name in shipped.usage if name.endswith("_f16")):
         loop = loop_of(kernel, code[kernel])
         if loop is None:
             continue

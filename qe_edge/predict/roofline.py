@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qe_edge.numerics.schemes import Scheme
-from qe_edge.predict.kernels import Kernel, Work
 from qe_edge.predict.shapes import Linear, ModelShape, Stack, block_linears
 from qe_edge.predict.tables import Device, device_table, instruction_table, timing_table
 from qe_edge.predict.variants import WAYS, Adapters, Tables, Way, linear_kernels, linear_work
+from qe_edge.predict.work import Kernel, Work
 
 Launches = Literal["stream", "graph"]
 PHASES = ("visual", "prefill", "decode")

@@ -42,7 +42,13 @@ class Device(_Strict):
     library_fp16_macs: int | None = Field(None, gt=0)
     launch_us: LaunchTime
     measured: bool = False
+    clusters: bool = True
     source: str
+
+    @property
+    def from_sm_90(self) -> bool:
+        """Whether launches overlap and blocks may form clusters, as from compute capability 9.0 on."""
+        return int(self.chip.removeprefix("sm_")) >= 90
 
     def per_second(self, per_cycle: float) -> float:
         """What all multiprocessors do in a second that one does `per_cycle` of in a cycle."""
@@ -152,6 +158,40 @@ class MainDecodeTiming(_Strict):
     instructions_per_cycle: float
 
 
+class ClusterTiming(_Strict):
+    """The launch of clusters for 1 to 4 tokens: weights, and beside them the correction.
+
+    Attributes:
+        fixed: Cycles of every launch.
+        per_token: Cycles that a token adds.
+        quantize: Cycles that a warp takes for 128 channels of a token.
+        float_factor: What 16-bit activations cost in both relative to INT8.
+        step: Cycles that a warp takes for 128 channels of 32 outputs in 4 bits.
+        step_per_instruction: What an instruction per 2048 weights adds to a step.
+        correction: Cycles of a correction besides its products.
+        per_set: Cycles of 16 ranks of the shared expert for 32 of a block's own outputs.
+        choose: Cycles that routing takes besides its products.
+        per_expert: Cycles of a token's expert besides its products.
+        per_expert_rows: Cycles of a product of 32 channels and 16 ranks of a token's expert.
+        per_sum: Cycles of what one slice adds to 32 of a block's own outputs.
+        instructions_per_cycle: Warp instructions that a full multiprocessor issues.
+    """
+
+    fixed: float
+    per_token: float
+    quantize: float
+    float_factor: float
+    step: float
+    step_per_instruction: float
+    correction: float
+    per_set: float
+    choose: float
+    per_expert: float
+    per_expert_rows: float
+    per_sum: float
+    instructions_per_cycle: float
+
+
 class MainPrefillTiming(_Strict):
     """The product for many tokens.
 
@@ -214,6 +254,9 @@ class Timing(_Strict):
         down_integer_factor: By their bits, what integer factors cost in it relative to 16-bit ones.
         main_decode: Of its last, for few tokens.
         main_prefill: Of its last, for many tokens.
+        cluster: Of the one launch of clusters, for 1 to 4 tokens.
+        cluster_per_rows: By the bits of its factors, cycles of a product of 32 channels and 16 ranks of the shared
+            expert in it. 8 bits were not measured: the geometric mean of the others.
         library_gemm: Of cuBLAS.
         edge_decode: Of TensorRT Edge-LLM, for few tokens.
         edge_gemm: Of TensorRT Edge-LLM, for many tokens.
@@ -229,6 +272,8 @@ class Timing(_Strict):
     down_integer_factor: dict[int, float]
     main_decode: MainDecodeTiming
     main_prefill: MainPrefillTiming
+    cluster: ClusterTiming
+    cluster_per_rows: dict[int, float]
     library_gemm: LibraryTiming
     edge_decode: EdgeDecodeTiming
     edge_gemm: TiledTiming
@@ -270,8 +315,8 @@ class InstructionTable(_Strict):
 
     Attributes:
         prefill_per_1000_mac: By chip and kernel variant.
-        decode_per_kib: By chip and kernel variant, whose ending t8 or t16 is the largest number of tokens; for 2048
-            weights, which are a KiB when they have 4 bits.
+        decode_per_kib: By chip and kernel variant, whose ending t8 or t16 is the largest number of tokens, and cluster
+            names the kernel of clusters; for 2048 weights, which are a KiB when they have 4 bits.
         edge_llm: The same of the kernels that ours are compared with.
     """
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from benchmarks.predict_error import LINEAR_LIMIT, RESULTS, SHARE, STEP_LIMIT, halves, read_rows, spread
 from qe_edge.demo import model_path
 from qe_edge.numerics.schemes import SCHEMES, get_scheme
-from qe_edge.predict.kernels import Kernel, Work
 from qe_edge.predict.roofline import PHASES, Request, look_up, predict, weight_bytes
-from qe_edge.predict.shapes import block_linears, find_model
+from qe_edge.predict.shapes import Linear, block_linears, find_model
 from qe_edge.predict.tables import (
     Device,
     accuracy,
@@ -26,7 +25,8 @@ from qe_edge.predict.tables import (
     model_table,
     timing_table,
 )
-from qe_edge.predict.variants import WAYS, Adapters, kernel_variant, linear_work
+from qe_edge.predict.variants import WAYS, Adapters, kernel_variant, linear_kernels, linear_work
+from qe_edge.predict.work import Kernel, Work
 from qe_edge.system.errors import ModelError, UnknownNameError
 
 DEVICES, MODELS = sorted(device_table().devices), sorted(model_table())
@@ -124,6 +124,26 @@ def test_a_small_grid_leaves_a_large_device_empty() -> None:
     assert predict(request(device="h100"))["decode"]["plugin"].milliseconds < slow.milliseconds
     assert h100.measured
     assert not orin.measured
+
+
+@pytest.mark.parametrize("factors", [Adapters(0, 0, 0), Adapters(64, 0, 0, 0.5), Adapters(64, 32, 8, 2)])
+def test_clusters_are_one_launch_whose_tokens_and_correction_cost_something(factors: Adapters) -> None:
+    def kernels(device: Device, tokens: int) -> list[Kernel]:
+        linear = Linear(3584, (4608,))
+        return linear_kernels("plugin", linear, tokens, get_scheme("w4a8"), factors, look_up(device))
+
+    h100, orin = get_device("h100"), get_device("orin-agx")
+    times = []
+    for tokens in (1, 2, 4):
+        (launch,) = kernels(h100, tokens)
+        assert launch.name == "cluster"
+        times.append(launch.total(h100, timing_table(), 1.0))
+        assert "cluster" not in {each.name for each in kernels(orin, tokens)}
+        assert "cluster" not in {each.name for each in kernels(h100.model_copy(update={"clusters": False}), tokens)}
+    assert times[0] < times[1] < times[2]
+    bare = linear_kernels("plugin", Linear(3584, (4608,)), 1, get_scheme("w4a8"), Adapters(0, 0, 0), look_up(h100))
+    assert factors.shared == 0 or times[0] > bare[0].total(h100, timing_table(), 1.0)
+    assert "cluster" not in {each.name for each in kernels(h100, 5)}
 
 
 def test_the_stored_accuracy_is_what_the_benchmark_finds() -> None:
