@@ -1,7 +1,8 @@
-"""Targets: reports, ledgers of deployments, recipes and samples."""
+"""Targets: reports, ledgers of deployments, recipes, samples and requests to a server."""
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,8 +14,16 @@ from qe_edge.cli.recipes import read_recipe
 from qe_edge.demo import calibration_path
 from qe_edge.deploy.layout import Layout, is_deployment
 from qe_edge.deploy.ledger import Ledger
+from qe_edge.models.images import open_image
+from qe_edge.models.messages import plain_text, read_messages, read_turns
 from qe_edge.recipes.recipe import make_recipe
-from qe_edge.system.errors import QEError
+from qe_edge.runtime.answer_options import answer_options
+from qe_edge.runtime.generation import GenerationSettings
+from qe_edge.server.errors import RequestError
+from qe_edge.server.pictures import bounded, picture_source
+from qe_edge.server.schema import conversation, read_request
+from qe_edge.server.settings import ServerSettings
+from qe_edge.system.errors import InputError, QEError
 from qe_edge.system.json_files import read_json_table
 from tests.fuzz.target import Target, digest
 from tests.report.conftest import make_report
@@ -93,7 +102,36 @@ def _read_samples(folder: Path) -> str:
     return ""
 
 
+def _prepare_request(folder: Path, _sound: Mapping[str, Path]) -> None:
+    png = sorted((calibration_path().parent / "images" / "calibration").iterdir())[0].read_bytes()
+    url = {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
+    parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": url}]
+    said = (("system", "be short"), ("user", parts), ("assistant", "a circle"), ("user", "and its color?"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    options = {"max_tokens": 8, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["."], "n": 1, "stream": True}
+    (folder / "request.json").write_text(json.dumps({"model": "m", "messages": messages} | options), encoding="utf-8")
+
+
+def _read_request(folder: Path) -> str:
+    """As the server does, up to the model."""
+    settings, file = ServerSettings("m", picture_folder=folder), folder / "request.json"
+    if not file.is_file():  # it stands for a body, which is there
+        raise InputError("There is no request.", "Send one.")
+    try:
+        asked = read_request(file.read_bytes())
+    except RequestError as error:
+        raise InputError(error.message, "Correct the request.") from error
+    messages = conversation(asked)
+    read_turns(messages, "messages", plain_text)
+    sample = read_messages(messages, open_source=bounded(picture_source(settings), settings.max_pixels))
+    answer_options(GenerationSettings(eos_token_ids=(0,), pad_token_id=0), asked.options)
+    for picture in sample.pictures:
+        open_image(picture)
+    return ""
+
+
 TARGETS = (
+    Target("request", _prepare_request, _read_request, ("request.json",)),
     Target("report", _prepare_report, _read_report, ("*.json",)),
     Target("deployment", _prepare_deployment, _read_deployment, ("deploy.json",)),
     Target("recipe", _prepare_recipe, _read_recipe, ("recipe.*", "settings.json")),
