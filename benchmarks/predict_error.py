@@ -61,7 +61,7 @@ class Row:
     """A measurement beside its prediction.
 
     Attributes:
-        kind: What ran, as in the file.
+        kind: What ran, as in the file, and whether without clusters.
         what: Widths and tokens, or model and tokens.
         microseconds: Measured.
         predict: Predicted, of a timing.
@@ -79,34 +79,25 @@ class Row:
 
 def read_rows(measured: dict[str, Any], device: str) -> tuple[list[Row], list[Row]]:
     """Rows of single linears, with those of a linear's first launches, and rows of steps."""
-    linears, steps = [], []
     chosen = get_device(device)
-    older = chosen.model_copy(update={"clusters": False})
-    entries = [(entry, chosen) for entry in measured["linears"]]
-    entries += [(entry, older) for entry in measured.get("without_clusters", [])]
-    for entry, on in entries:
-        k, n, tokens = entry["k"], entry["n"], entry["tokens"]
-        for name, value in entry.items():
-            kind, _, launches = name.partition(" launches ")
-            if kind in KINDS and value is not None:
-                count = (
-                    len(json.loads(launches.replace("(", "[").replace(",)", "]").replace(")", "]")))
-                    if launches
-                    else None
-                )
-                linears.append(Row(name, f"{k} x {n}, {tokens}", value, _one(kind, Linear(k, (n,)), tokens, on, count)))
-    for entry in measured["steps"]:
-        if entry["kind"] in KINDS:
-            stack = find_model(MODELS[entry["model"]]).text
-            parts = [_one(entry["kind"], linear, entry["tokens"], chosen, None) for linear in block_linears(stack)]
-            steps.append(
-                Row(
-                    entry["kind"],
-                    f"{entry['model']}, {entry['tokens']}",
-                    entry["microseconds"],
-                    _all(parts, stack.layers),
-                )
-            )
+    without = measured.get("without_clusters", {"linears": [], "steps": []})
+    tables = ((measured, chosen, ""), (without, chosen.model_copy(update={"clusters": False}), ", no clusters"))
+    linears, steps = [], []
+    for table, on, note in tables:
+        for entry in table["linears"]:
+            k, n, tokens = entry["k"], entry["n"], entry["tokens"]
+            for name, value in entry.items():
+                kind, _, launches = name.partition(" launches ")
+                if kind in KINDS and value is not None:
+                    count = len(launches.strip("(,)").split(",")) if launches else None
+                    predict = _one(kind, Linear(k, (n,)), tokens, on, count)
+                    linears.append(Row(kind + note, f"{k} x {n}, {tokens}", value, predict))
+        for entry in table["steps"]:
+            if entry["kind"] in KINDS:
+                stack = find_model(MODELS[entry["model"]]).text
+                parts = [_one(entry["kind"], linear, entry["tokens"], on, None) for linear in block_linears(stack)]
+                what = f"{entry['model']}, {entry['tokens']}"
+                steps.append(Row(entry["kind"] + note, what, entry["microseconds"], _all(parts, stack.layers)))
     return linears, steps
 
 
@@ -192,20 +183,20 @@ def main() -> int:
     timing = fit(fitted, fitted_steps) if arguments.fit else timing_table()
     by_kind: dict[str, list[Row]] = defaultdict(list)
     for row in checked:
-        by_kind[row.kind.partition(" launches ")[0]].append(row)
+        by_kind[row.kind].append(row)
     print(f"{measured['device']}, commit {measured['commit']}: factor between prediction and measurement\n")
-    print(f"{'linears not used for the fit':32}{'rows':>6}{'median':>8}{'9 of 10':>9}{'worst':>8}")
+    print(f"{'linears not used for the fit':36}{'rows':>6}{'median':>8}{'9 of 10':>9}{'worst':>8}")
     for kind, rows in by_kind.items():
         factors = spread(rows, timing)
-        print(f"{kind:32}{len(rows):6}{np.median(factors):8.2f}{np.quantile(factors, SHARE):9.2f}{factors.max():8.2f}")
+        print(f"{kind:36}{len(rows):6}{np.median(factors):8.2f}{np.quantile(factors, SHARE):9.2f}{factors.max():8.2f}")
     factors, all_steps = spread(checked, timing), spread(steps, timing)
     print(
-        f"{'all':32}{len(checked):6}{np.median(factors):8.2f}{np.quantile(factors, SHARE):9.2f}{factors.max():8.2f}\n"
+        f"{'all':36}{len(checked):6}{np.median(factors):8.2f}{np.quantile(factors, SHARE):9.2f}{factors.max():8.2f}\n"
     )
-    print(f"{'step of 28 layers':36}{'measured us':>12}{'predicted':>11}{'ratio':>7}  used for the fit")
+    print(f"{'step of 28 layers':44}{'measured us':>12}{'predicted':>11}{'ratio':>7}  used for the fit")
     for row in steps:
         numbers = f"{row.microseconds:12.0f}{row.predict(timing):11.0f}{row.factor(timing):7.2f}"
-        print(f"{row.what + ', ' + row.kind:36}{numbers}  {'yes' if row in fitted_steps else ''}")
+        print(f"{row.what + ', ' + row.kind:44}{numbers}  {'yes' if row in fitted_steps else ''}")
     accuracy = {
         "device": measured["device"].partition(",")[0],
         "rows": len(checked),

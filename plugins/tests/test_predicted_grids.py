@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 from qe_edge.predict.clusters import cut_clusters
+from qe_edge.predict.decode import cut_decode
 from qe_edge.predict.kernels import plugin_kernels
 from qe_edge.predict.problem import Correction, Problem
 from qe_edge.predict.shapes import Linear
@@ -25,14 +26,18 @@ def test_grids(planner: Planner, tokens: int, correction: tuple[int, int, int, i
     for k, n in ((1536, 2048), (8960, 1536), (264, 72), (18944, 3584)):
         planned = planner.launches(
             problem(M=tokens, K=k, N=n, rank_shared=shared, rank_routed=routed, num_experts=experts, adapter_bits=bits),
-            Buffers(),
+            Buffers(counters=1),
             Tactic(),
         )
-        timed = plugin_kernels(
+        asked, orin = (
             Problem(Linear(k, (n,)), tokens, "s8_c", Correction(*correction), k * n / 2),
-            get_device("orin-agx"), instruction_table(), timing_table(),
-        )  # fmt: skip
+            get_device("orin-agx"),
+        )
+        timed = plugin_kernels(asked, orin, instruction_table(), timing_table())
         assert [kernel.blocks for kernel in timed] == [launch.grid_x * launch.grid_y for launch in planned]
+        if asked.decode(orin.multiprocessors):
+            cut = cut_decode(asked, orin.multiprocessors)
+            assert 32 * cut.sets * cut.warps == planned[-1].threads
 
 
 FORMS = {"s8_c": (8, -1, 0, 4), "s8_g64z": (8, 64, 1, 4), "s8w3_c": (8, -1, 0, 3), "h_g128z": (0, 128, 1, 4)}

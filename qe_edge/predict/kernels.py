@@ -7,9 +7,9 @@ those of `plugins/host/plan.cpp`; a test of the plugin compares them.
 from __future__ import annotations
 
 from qe_edge.predict.clusters import cluster_kernel, cut_clusters
+from qe_edge.predict.decode import DecodeCut, cut_decode
 from qe_edge.predict.problem import (
     DECODE_COLUMNS,
-    DECODE_WARPS,
     GROUP_TOKENS,
     LONE_TOKENS,
     STEP,
@@ -26,7 +26,6 @@ from qe_edge.predict.work import Kernel, Work
 
 # of a block that prepares and projects down; twice the tokens with 16-bit factors
 PREPARE_TOKENS, PREPARE_WARPS = 8, 16
-DECODE_SETS = 8
 LIBRARY_TILE, SMALLEST_TILE, EDGE_TILE = 128, 16, 64
 
 
@@ -39,14 +38,15 @@ def plugin_kernels(problem: Problem, device: Device, table: InstructionTable, ti
             return [_prepare_down(problem, device, timing), main]
         middle = [_down_prefill(problem, device, timing)] if corrected else []
         return [_prepare(problem, device, timing), *middle, main]
-    if device.from_sm_90 and device.clusters and (cut := cut_clusters(problem, device.multiprocessors)):
-        return [cluster_kernel(problem, cut, device, table, timing)]
-    main = _main_decode(problem, device, table, timing)
-    if problem.lone:
-        return [_down_decode(problem, timing), main] if corrected else [main]
+    if device.from_sm_90 and device.clusters and (clusters := cut_clusters(problem, device.multiprocessors)):
+        return [cluster_kernel(problem, clusters, device, table, timing)]
+    cut = cut_decode(problem, device.multiprocessors)
+    main = _main_decode(problem, cut, device, table, timing)
+    if cut.lone:
+        return [_down_decode(problem, timing, lone=True), main] if corrected else [main]
     first = _prepare(problem, device, timing)
     if corrected:
-        first = _side_by_side(first, _down_decode(problem, timing))
+        first = _side_by_side(first, _down_decode(problem, timing, lone=False))
     return [first, main]
 
 
@@ -124,7 +124,7 @@ def _side_by_side(prepare: Kernel, down: Kernel) -> Kernel:
     )  # fmt: skip
 
 
-def _down_decode(problem: Problem, timing: Timing) -> Kernel:
+def _down_decode(problem: Problem, timing: Timing, *, lone: bool) -> Kernel:
     """X @ down of all experts: which of them the tokens use is known later."""
     k, tokens, correction, cost = problem.linear.in_features, problem.tokens, problem.correction, timing.down_decode
     routed = correction.experts * correction.routed_tiles
@@ -135,9 +135,10 @@ def _down_decode(problem: Problem, timing: Timing) -> Kernel:
         fp16_macs=16.0 * tokens * tiles * k,
     )  # fmt: skip
     latency = timing.down_integer_factor.get(correction.bits, 1.0) * k / splits * cost.per_channel
-    latency += k / splits * cost.per_channel_and_token * tokens
-    blocks = tiles * splits * (1 if problem.lone else divide(tokens, GROUP_TOKENS))
-    scores = splits if problem.lone and routed else 0
+    scores = splits if lone and routed else 0
+    if scores:
+        latency += cost.scores * tokens
+    blocks = tiles * splits * (1 if lone else divide(tokens, GROUP_TOKENS))
     return Kernel("down", work, cost.fixed, latency, blocks=blocks + scores, overlaps=True)
 
 
@@ -158,32 +159,28 @@ def _down_prefill(problem: Problem, device: Device, timing: Timing) -> Kernel:
     return Kernel("down", work, tile.fixed, latency, blocks=blocks * splits, overlaps=True)
 
 
-def _main_decode(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> Kernel:
+def _main_decode(problem: Problem, cut: DecodeCut, device: Device, table: InstructionTable, timing: Timing) -> Kernel:
     k, n, tokens, cost = problem.linear.in_features, problem.linear.out_features, problem.tokens, timing.main_decode
-    correction, lone = problem.correction, problem.lone
-    per_kib = table.decode_per_kib[device.chip][f"{problem.variant}_t{8 if lone else 16}"]
-    groups = 1 if tokens <= LONE_TOKENS else divide(tokens, GROUP_TOKENS)
-    issued = k * n / 2048 * per_kib * (1 if lone else groups)
-    columns, beside = divide(n, DECODE_COLUMNS), max(1, device.multiprocessors // (1 if lone else groups))
-    sets = min(DECODE_SETS, divide(columns, beside))
-    chunks = divide(k, STEP)
-    warps = min(max(1, DECODE_WARPS // sets), chunks)
-    blocks = min(columns, beside)
-    rounds = divide(columns, blocks * sets)
+    correction = problem.correction
+    per_kib = table.decode_per_kib[device.chip][f"{problem.variant}_t{8 if cut.lone else 16}"]
+    issued = k * n / 2048 * per_kib * cut.groups
+    rounds = divide(divide(n, DECODE_COLUMNS), cut.blocks * cut.sets)
     # what a block does in every round of columns, and once: its tokens
-    read = problem.bits / 4  # of the bytes of 4-bit weights
-    step = cost.step * read + cost.step_per_instruction * per_kib
-    block = rounds * (cost.block + divide(chunks, warps) * step)
-    threads = 32 * warps * sets
-    if lone:
-        block += tokens * (cost.quantize + cost.quantize_per_thread_channel * k / threads)
+    step = cost.step * problem.bits / 4 + cost.step_per_instruction * per_kib
+    block = rounds * (cost.block + divide(cut.steps, cut.warps) * step)
+    if cut.lone:
+        channels = min(k, cut.steps * STEP) / (32 * cut.warps * cut.sets)
+        factor = 1.0 if problem.int8 else cost.float_factor
+        block += tokens * (cost.quantize + cost.quantize_per_thread_channel * channels * factor)
     if correction.rank:
         block += cost.correction + rounds * cost.per_rank * correction.rank * min(tokens, GROUP_TOKENS) ** 0.5
         if correction.routed_tiles:
-            block += (cost.per_routed_token + (cost.choose if lone else 0)) * min(tokens, GROUP_TOKENS)
+            block += (cost.per_routed_token + (cost.choose if cut.lone else 0)) * min(tokens, GROUP_TOKENS)
+    if cut.slices > 1:
+        block *= divide(cut.blocks * cut.slices, device.multiprocessors)
     busy = issued / cost.instructions_per_cycle / device.multiprocessors
     return Kernel(
-        "main", main_work(problem, issued), cost.fixed, block, busy, blocks=blocks * (1 if lone else groups),
+        "main", main_work(problem, issued), cost.fixed, block, busy, blocks=cut.blocks * cut.slices * cut.groups,
         overlaps=True,
     )  # fmt: skip
 

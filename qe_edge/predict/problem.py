@@ -13,7 +13,7 @@ DECODE_LIMIT, LONG_DECODE_LIMIT, LONE_TOKENS, GROUP_TOKENS = 16, 64, 4, 16
 TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, outputs, and channels of a step
 # its other tile: tokens, and from how many channels and rounds on it runs
 WIDE_ROWS, WIDE_CHANNELS, WIDE_ROUNDS = 128, 3072, 4
-DECODE_COLUMNS, DECODE_WARPS, DECODE_SHARED = 32, 12, 96 << 10
+DECODE_COLUMNS, DECODE_SHARED = 32, 96 << 10  # of a block: outputs that it has at once, and bytes
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,6 @@ class Problem:
         tiles = divide(self.linear.out_features, TILE_COLUMNS) * divide(self.tokens, WIDE_ROWS)
         per_channel = self.variant in ("s8_c", "s8_cz", "s8w3_c")
         return per_channel and self.linear.in_features >= WIDE_CHANNELS and tiles >= WIDE_ROUNDS * multiprocessors
-
-    @property
-    def lone(self) -> bool:
-        """Whether `main` quantizes its tokens itself: few of them, which fit its shared memory."""
-        channels = STEP * divide(self.linear.in_features, STEP)
-        sums = self.groups * 64 if self.zeros else 0
-        held = channels * self.tokens * (1 if self.int8 else 2) + channels // STEP * sums
-        extras = 208 + 8 * self.tokens * DECODE_WARPS + self.tokens * (2 * self.correction.rank + 64)
-        warp = 1024 + 1536 * self.bits
-        return self.tokens <= LONE_TOKENS and held + extras + warp <= DECODE_SHARED
 
 
 def main_work(problem: Problem, issued: float) -> Work:

@@ -106,12 +106,12 @@ class DownDecodeTiming(_Strict):
     Attributes:
         fixed: Cycles of every launch.
         per_channel: Cycles of a block for one of its channels.
-        per_channel_and_token: What each token adds to it.
+        scores: Cycles that the router's scores of a token add to it, where this kernel finds them.
     """
 
     fixed: float
     per_channel: float
-    per_channel_and_token: float
+    scores: float
 
 
 class TiledTiming(_Strict):
@@ -142,6 +142,7 @@ class MainDecodeTiming(_Strict):
         choose: What choosing a token's expert adds to that, where this kernel does it.
         quantize: Cycles that a token takes to quantize, where this kernel does it.
         quantize_per_thread_channel: What every channel of a thread adds to that.
+        float_factor: What 16-bit activations cost in that relative to INT8.
         instructions_per_cycle: Warp instructions that a full multiprocessor issues.
     """
 
@@ -155,6 +156,7 @@ class MainDecodeTiming(_Strict):
     choose: float
     quantize: float
     quantize_per_thread_channel: float
+    float_factor: float
     instructions_per_cycle: float
 
 
