@@ -176,7 +176,7 @@ class Gpu:
         function, may_overlap = self._function(bytes(launch.kernel).rstrip(b"\0"), launch.shared_bytes)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(launch.args))
         grid = (launch.grid_x, launch.grid_y, 1, launch.threads, 1, 1, launch.shared_bytes)
-        values = []
+        values: list[tuple[int, tuple[int, ...]]] = []
         if may_overlap and launch.overlaps:
             values.append((cuda.PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
         if launch.cluster > 1:
@@ -185,7 +185,8 @@ class Gpu:
             self.driver.call("cuLaunchKernel", function, *grid, self.stream, arguments, None)
             return
         attributes = (cuda.LaunchAttribute * len(values))()
-        for attribute, (attribute.id, value) in zip(attributes, values, strict=True):
+        for attribute, (kind, value) in zip(attributes, values, strict=True):
+            attribute.id = kind
             attribute.value[: len(value)] = value
         config = cuda.LaunchConfig(*grid, self.stream, attributes, len(values))
         self.driver.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments, None)

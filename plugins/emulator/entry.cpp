@@ -73,7 +73,7 @@ namespace {
 // The self-test's device, emulated.
 class EmulatedDevice final : public qe::Device {
  public:
-  EmulatedDevice() { qe_emu::clear_buffers(); }
+  explicit EmulatedDevice(bool clusters) : clusters_(clusters) { qe_emu::clear_buffers(); }
   ~EmulatedDevice() override {
     qe_emu::clear_buffers();
     for (void* p : memory_) free(p);
@@ -93,6 +93,7 @@ class EmulatedDevice final : public qe::Device {
     return reinterpret_cast<uintptr_t>(p);
   }
   int Multiprocessors() override { return 132; }
+  bool Clusters() override { return clusters_; }
   const char* Run(const QePlan& plan) override {
     for (int i = 0; i < plan.count; ++i)
       if (qe_emu_launch(&plan.launch[i], 1, 0, errors_, sizeof errors_)) return errors_;
@@ -104,6 +105,7 @@ class EmulatedDevice final : public qe::Device {
   }
 
  private:
+  const bool clusters_;
   std::vector<void*> memory_;
   static char errors_[4096];
 };
@@ -111,8 +113,8 @@ char EmulatedDevice::errors_[4096];
 
 }  // namespace
 
-// Null when the self-test passes on the emulator.
-extern "C" const char* qe_emu_self_test() {
-  EmulatedDevice device;
+// Null when the self-test passes on the emulator, as a GPU with clusters or without.
+extern "C" const char* qe_emu_self_test(int clusters) {
+  EmulatedDevice device(clusters != 0);
   return qe::SelfTest(device);
 }

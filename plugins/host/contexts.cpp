@@ -87,7 +87,8 @@ void AskForClusters(const Driver& driver, Loaded& loaded, void* stream) {
   if (driver.Captures(stream)) return;
   Function found = nullptr;
   if (!loaded.module && LoadModule(driver, loaded.module)) return;
-  loaded.clusters = driver.get_function(&found, loaded.module, "qe_cluster_s8_c_f16") == kSuccess;
+  const Result result = driver.get_function(&found, loaded.module, "qe_cluster_s8_c_f16");
+  if (!IsCaptureError(result)) loaded.clusters = result == kSuccess;
 }
 
 const char* FindKernel(const Driver& driver, Loaded& loaded, const QeLaunch& launch, void* stream, Kernel& found) {

@@ -297,6 +297,74 @@ void Overlaps() {
   EXPECT(standin_counts().launches == 7 * 6 && standin_counts().dead_memory == 0);
 }
 
+QePlan ClusterPlan(unsigned blocks, bool overlaps) {
+  QePlan plan = Plan("qe_cluster_s8_c_f16", 1024, 1);
+  plan.launch[0].grid_x = 2 * blocks, plan.launch[0].cluster = blocks, plan.launch[0].overlaps = overlaps;
+  return plan;
+}
+
+// A context has clusters where its chip, its driver and its code know them. Their launches may overlap besides.
+void Clusters() {
+  constexpr struct {
+    int capability, ptx_version;
+    bool has;
+  } kChips[] = {{90, 90, true}, {120, 90, true}, {89, 80, false}, {80, 80, false}, {90, 80, false}, {89, 90, false}};
+  StandinCounts expected;
+  for (const auto& chip : kChips) {
+    standin_chip(chip.capability, chip.ptx_version);
+    void* context = NewContext(0);
+    qe::Launcher launcher;
+    EXPECT(!launcher.clusters());  // nobody asked yet
+    EXPECT(!Run(launcher, Plan("main")));
+    EXPECT(launcher.clusters() == (chip.has && standin_has_ids()));
+    if (launcher.clusters()) {
+      for (const unsigned blocks : {2u, 8u})
+        for (const bool overlaps : {true, false}) {
+          EXPECT(!Run(launcher, ClusterPlan(blocks, overlaps)));
+          ++expected.clusters, expected.overlapped += overlaps;
+        }
+      ++expected.overlapped;  // of the plan with `main`
+    }
+    EXPECT(standin_counts().clusters == expected.clusters && standin_counts().overlapped == expected.overlapped);
+    standin_destroy(context);
+  }
+  EXPECT(expected.clusters == (standin_has_ids() ? 8 : 0) && standin_counts().dead_memory == 0);
+}
+
+// While a stream is captured nobody asks, and a plan has none; what is known stays known. A launcher that goes from one
+// context to another has what that one has.
+void ClustersOfContexts() {
+  void *one = NewContext(0), *two = standin_create(1);
+  qe::Launcher launcher, second;
+  standin_capture(kStream, 1);
+  launcher.Enter(0, kStream);
+  EXPECT(!launcher.clusters() && standin_counts().loads == 0 && standin_counts().lookups == 0);
+  standin_capture(kStream, 0);
+  const QePlan plan = ClusterPlan(4, true);
+  const bool has = standin_has_ids();
+  launcher.Enter(0, kStream);
+  EXPECT(launcher.clusters() == has);
+  if (has) EXPECT(!launcher.Load(plan, kStream));
+  standin_capture(kStream, 1);
+  for (qe::Launcher* each : {&launcher, &second}) {
+    each->Enter(0, kStream);
+    EXPECT(each->clusters() == has);
+    if (has) EXPECT(!each->Run(plan, kStream));
+  }
+  EXPECT(standin_counts().clusters == (has ? 2 : 0) && standin_counts().spoilt_captures == 0);
+  standin_capture(kStream, 0);
+  standin_make_current(two);
+  standin_chip(80, 80);
+  launcher.Enter(0, kStream);
+  EXPECT(!launcher.clusters() && !launcher.Run(Plan("main"), kStream));
+  standin_make_current(one);
+  standin_chip(90, 90);
+  launcher.Enter(0, kStream);
+  EXPECT(launcher.clusters() == has);
+  if (has) EXPECT(!launcher.Run(plan, kStream));
+  EXPECT(standin_counts().clusters == (has ? 3 : 0) && standin_counts().dead_launches == 0);
+}
+
 void Counters() {
   NewContext(0);
   void* const stream_that_waits_for_nobody = reinterpret_cast<void*>(128);
@@ -329,7 +397,8 @@ constexpr struct {
                   {"two_contexts", TwoContexts}, {"destroyed", Destroyed},      {"two_threads", TwoThreads},
                   {"loads_aside", LoadsAside},   {"many_threads", OneContextManyThreads},
                   {"capture", Capture},          {"no_context", NoContext},     {"steady", Steady},
-                  {"overlaps", Overlaps},        {"counters", Counters}};
+                  {"overlaps", Overlaps},        {"counters", Counters},      {"clusters", Clusters},
+                  {"clusters_of_contexts", ClustersOfContexts}};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 from emulator.plan import Tactic
 from prepack.floats import Dtype
@@ -140,8 +141,20 @@ def tactic_for(tokens: int) -> Tactic:
     return Tactic(multiprocessors={3: 1, 16: 1, 17: 4}.get(tokens, 16))
 
 
+_CORRECTIONS: tuple[dict[str, Any], ...] = (
+    {"experts": 8},
+    {"experts": 0, "rank_shared": 0},
+    {"experts": 16, "rank_shared": 24, "rank_routed": 32, "adapter_bits": 8},
+    {"experts": 0, "rank_shared": 16, "adapter_bits": 4},
+    {"experts": 2, "rank_shared": 0, "rank_routed": 32},
+    {"experts": 1, "adapter_bits": 4},
+    {"experts": 0, "rank_shared": 128, "adapter_bits": 8},
+    {"experts": 4, "adapter_bits": 4},
+)
+
+
 def _cluster_cases() -> list[tuple[Mode, int]]:
-    """Every kernel of clusters at three of four numbers of tokens; experts, adapters and widths of x rotate."""
+    """Every kernel of clusters at every number of tokens; corrections and widths of x rotate."""
     kinds = [
         *product((4,), (8, 0), _DTYPES, (-1, 128, 64), (False, True)),
         *product((3,), (8, 0), _DTYPES[:1], (-1, 128, 64), (False, True)),
@@ -149,17 +162,16 @@ def _cluster_cases() -> list[tuple[Mode, int]]:
     kinds = [kind for kind in kinds if (kind[4] if kind[1] == 0 else kind[0] == 4 or not kind[4])]  # as kernels are
     cases = []
     for i, (weight_bits, act_bits, dtype, group_size, zeros) in enumerate(kinds):
-        for j, tokens in enumerate((1, 3, 4, 8)):
-            if j == i % 4:
-                continue
-            bits = act_bits and (8, 6)[(i + i // 3 + j) % 2]
-            experts, adapter_bits = EXPERTS[(i + j) % 4], (16, 8, 4)[(i + i // 3 + j) % 3]
+        for tokens in range(1, 5):
+            bits = act_bits and (8, 6)[(i + i // 3 + tokens) % 2]
+            correction = _CORRECTIONS[(i + i // 4 + 2 * tokens) % len(_CORRECTIONS)]
             group = "channel" if group_size < 0 else f"g{group_size}"
-            name = f"w{weight_bits}-a{bits or 16}-{dtype}-{group}-{'asym' if zeros else 'sym'}-e{experts}"
-            mode = Mode(
-                name, bits, group_size, zeros, weight_bits, dtype, adapter_bits, experts=experts, inv_omega=j % 2 == 0
+            kind = f"w{weight_bits}-a{bits or 16}-{dtype}-{group}-{'asym' if zeros else 'sym'}"
+            name = f"{kind}-r{correction.get('rank_shared', 32)}-e{correction['experts']}"
+            omega = (i + tokens) % 3 != 0
+            cases.append(
+                (Mode(name, bits, group_size, zeros, weight_bits, dtype, inv_omega=omega, **correction), tokens)
             )
-            cases.append((mode, tokens))
     return cases
 
 
@@ -168,12 +180,18 @@ CLUSTER_IDS = [f"{mode.name}-{tokens}" for mode, tokens in CLUSTER_CASES]
 
 
 def cluster_shape(mode: Mode, tokens: int) -> tuple[int, int]:
-    """K and N with tails. Of 3 and 5 chunks of K the last slice is shorter; of 4 and 8 every block has one."""
-    tail = {-1: 120, 64: 64, 128: 0}[mode.group_size]
-    return {1: 3, 3: 5, 4: 4, 8: 8}[tokens] * 128 - tail, {1: 40, 3: 296, 4: 72, 8: 40}[tokens]
+    """K and N with tails: the last slice has fewer chunks or rows.
+
+    Of 16 ranks a slice is long enough to be cut into parts for several warps, of 128 too long for its factors to be
+    copied to shared memory; another lone token has clusters of eight blocks.
+    """
+    chunks = {16: 15, 128: 8}.get(mode.rank_shared, {1: 8 if mode.experts else 3, 2: 5, 3: 8, 4: 5}[tokens])
+    return chunks * 128 - {-1: 120, 64: 64, 128: 0}[mode.group_size], {1: 72, 2: 200, 3: 168, 4: 72}[tokens]
 
 
-def cluster_tactic(tokens: int) -> Tactic:
-    """Of 1 token the plan's choice; at 3 tokens a cluster has several sets of columns, and one of them another set."""
-    blocks, multiprocessors = {1: (1, 132), 3: (2, 6), 4: (4, 132), 8: (8, 16)}[tokens]
+def cluster_tactic(mode: Mode, tokens: int) -> Tactic:
+    """At 2 tokens two clusters, of which one has another set of columns; then one with more sets than blocks."""
+    if mode.rank_shared in (16, 128):
+        return Tactic(multiprocessors=4, clusters=2)
+    blocks, multiprocessors = {1: (8 if mode.experts else 1, 132), 2: (2, 4), 3: (4, 4), 4: (2, 2)}[tokens]
     return Tactic(multiprocessors=multiprocessors, clusters=blocks)

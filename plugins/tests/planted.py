@@ -12,8 +12,8 @@ from tests.cases import Mode
 class Planted:
     """Replace `before`, which occurs exactly once in `file`, with `after`; `tokens` and `mode` show it.
 
-    Where `slices` are given, blocks share the K of their columns; `shape`, K and N, is not the usual one; `rows` are those of a
-    GEMM's block.
+    Where `slices` are given, blocks share the K of their columns; `shape`, K and N, is not the usual one; `rows` are those
+    of a GEMM's block; `clusters` are blocks of a cluster, of which there are two.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Planted:
     slices: int = 0
     shape: tuple[int, int] | None = None
     rows: int = 0
+    clusters: int = 0
 
 
 INT8 = Mode("w4a8", experts=4)
@@ -41,6 +42,8 @@ HALF_W3 = Mode("w3a16_g128", weight_bits=3, act_bits=0, group_size=128, zeros=Tr
 
 MANY_RANKS = Mode("w4a8_128", experts=0, rank_shared=128, adapter_bits=4)
 PLAIN = Mode("w4a8_plain", experts=0, rank_shared=0)
+CHANNEL_ZEROS = Mode("w4a8_asym", zeros=True, experts=0)
+ROUTED = Mode("w4a8_routed", experts=4, rank_shared=0)
 INT4_FACTORS = Mode("w4a8_int4_factors", adapter_bits=4, experts=4)
 
 PREFILL, DECODE = "kernels/main_prefill.cuh", "kernels/main_decode.cuh"
@@ -48,6 +51,7 @@ LOADER, WIDE = "kernels/prefill_loader.cuh", "kernels/main_prefill_wide.cuh"
 AT_ONCE, EPILOGUE = "kernels/prepare_prefill.cuh", "kernels/prefill_epilogue.cuh"
 CHUNK, TOKENS = "kernels/decode_chunk.cuh", "kernels/decode_tokens.cuh"
 PLAN = "host/plan.cpp"
+CLUSTER, PTX_PRIMITIVES = "kernels/main_cluster.cuh", "kernels/prim_ptx.cuh"
 DOWN, PREPARE, UNPACK = "kernels/lowrank_down.cuh", "kernels/prepare.cuh", "kernels/unpack.cuh"
 
 PLANTED = [
@@ -255,5 +259,52 @@ PLANTED = [
             4, PLAIN, "ptx", slices=3),
     Planted("PTX: no fence before the counter", DOWN, "    device_fence();\n    *flag", "    *flag", 4, PLAIN, "ptx", slices=3),
     Planted("PTX: weights fetched ahead from beyond their end", PLAN, "int64_t{s.Np} * s.Kp * p.weight_bits / 8", "int64_t{s.Np} * s.Kp * p.weight_bits / 4", 3, LONE, "ptx"),
+    Planted("cluster: nobody waits until all blocks have begun", CLUSTER, "  cluster_wait();  // all blocks have begun\n", "", 1, PLAIN, clusters=2),
+    Planted("cluster: boxes that others may not see yet", CLUSTER, "    boxes_are_open();\n  }", "  }", 1, PLAIN, clusters=2),
+    Planted("cluster: multiplies x that other warps still quantize", CLUSTER,
+            "  group_sync(kMainGroup, p.main_warps * 32);  // the activations are there\n", "", 4, LONE, clusters=2),
+    Planted("cluster: a block's own maxima without a barrier", CLUSTER,
+            "    group_sync(kMainGroup, p.main_warps * 32);\n  } else {", "  } else {", 1, LONE, clusters=2),
+    Planted("cluster: does not wait for the maxima", CLUSTER, "    wait_for_box(s.largest_box);\n", "", 4, LONE, clusters=2),
+    Planted("cluster: does not wait for the parts of h", CLUSTER,
+            "  wait_for_box(s.part_box);\n  wait_for_box(s.routed_box);", "  wait_for_box(s.routed_box);", 2, LONE, clusters=2),
+    Planted("cluster: does not wait for the experts' parts", CLUSTER, "  wait_for_box(s.routed_box);\n", "", 2, ROUTED, clusters=2),
+    Planted("cluster: does not wait for the results", CLUSTER, "  wait_for_box(s.result_box);\n", "", 2, PLAIN, clusters=2),
+    Planted("cluster: the correction without a barrier", CLUSTER,
+            "  block_sync();\n  wait_for_box(s.result_box);", "  wait_for_box(s.result_box);", 2, LONE, clusters=2),
+    Planted("cluster: h that other warps still add up", CLUSTER,
+            "  group_sync(kCorrectGroup, kCorrectWarps * 32);\n  multiply_up_sets", "  multiply_up_sets", 2, LONE, clusters=2),
+    Planted("cluster: x that other warps still copy", CLUSTER,
+            "  cp_async_wait<0>();\n  group_sync(kCorrectGroup, kCorrectWarps * 32);\n", "  cp_async_wait<0>();\n", 2, LONE, clusters=2),
+    Planted("cluster: experts before they are chosen", CLUSTER,
+            "p.E);\n  group_sync(kCorrectGroup, kCorrectWarps * 32);\n}", "p.E);\n}", 2, ROUTED, clusters=2),
+    Planted("cluster: a box for results of all sets", CLUSTER, "b.owned * p.parts * kDecodeColumns", "b.sets * p.parts * kDecodeColumns", 2, PLAIN, clusters=2),
+    Planted("cluster: a box for results of one part", CLUSTER, "b.owned * p.parts * kDecodeColumns", "b.owned * kDecodeColumns", 2, PLAIN, clusters=2),
+    Planted("cluster: columns of another owner", CLUSTER, "owner = set & (p.cluster_blocks - 1)", "owner = (set + 1) & (p.cluster_blocks - 1)", 2, PLAIN,
+            shape=(648, 128), clusters=2),
+    Planted("cluster: results of all blocks in one place", CLUSTER, "p.cluster_blocks + b.rank) * p.parts + part;", "p.cluster_blocks) * p.parts + part;", 2, PLAIN, clusters=2),
+    Planted("cluster: parts of a tile in one place", CLUSTER, "part + ((b.rank * parts + of_k)", "part + ((b.rank * parts)", 2, LONE, clusters=2),
+    Planted("cluster: sums of activations of one block", CLUSTER,
+            "p.cluster_blocks * divide_small(sums, p.token_factor)", "divide_small(sums, p.token_factor)", 2, CHANNEL_ZEROS, clusters=2),
+    Planted("cluster: maxima of one block", CLUSTER, "p.own_maxima ? p.pieces : p.pieces << p.cluster_shift", "p.pieces", 4, PLAIN,
+            shape=(1160, 40), clusters=2),
+    Planted("cluster: scores of one block", CLUSTER, "p.score_warps << p.cluster_shift", "p.score_warps", 2, ROUTED, clusters=2),
+    Planted("cluster: the first token's expert", CLUSTER, "p.shared_tiles + s.expert[m] * tiles", "p.shared_tiles + s.expert[0] * tiles", 4, ROUTED, clusters=2),
+    Planted("cluster: copied factors of the first tile", CLUSTER, "s.down + tile * p.slice_chunks * 4 * down_bytes", "s.down", 2, MANY_RANKS,
+            shape=(1016, 40), clusters=4),
+    Planted("cluster: a part's start rounded down", PLAN, "Divide(1 << 16, c.parts)", "(1 << 16) / c.parts", 2, PLAIN,
+            shape=(648, 128), clusters=2),
+    Planted("cluster: a slice from the start of K", CLUSTER, "(tile0 + tile) * blocks + from + block", "(tile0 + tile) * blocks + block", 2, LONE, clusters=2),
+    Planted("cluster: rows of x beyond the last one", CLUSTER,
+            "    if (rows * 2 + thread * 16 < (b.end_of_32(p) - b.first * 4) * 64) store16(row + rows * 2 + thread * 16, u32x4{});\n", "", 2, LONE, clusters=2),
+    Planted("cluster: x before the launch in front has ended", CLUSTER, "  wait_for_previous();\n  fetch_x(p", "  fetch_x(p", 2, LONE, clusters=2),
+    Planted("cluster: ring: waits for one chunk too few", CLUSTER, "cp_async_wait<kClusterRing - 1>", "cp_async_wait<kClusterRing>", 2, PLAIN, clusters=2),
+    Planted("PTX: cluster: boxes that others may not see yet", PTX_PRIMITIVES, "// sm_90: fence.mbarrier_init.release.cluster;", "", 1, PLAIN, "ptx", clusters=2),
+    Planted("PTX: cluster: a box in the own block", PTX_PRIMITIVES,
+            "\"// sm_90: mapa.shared::cluster.u32 %1, %1, %2;\\n\\t\"\n               \"// sm_90: st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 ",
+            "\"// sm_90: st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 ", 4, PLAIN, "ptx", clusters=2),
+    Planted("PTX: cluster: the correction without a barrier", CLUSTER,
+            "  block_sync();\n  wait_for_box(s.result_box);", "  wait_for_box(s.result_box);", 2, LONE, "ptx", clusters=2),
+    Planted("asm: a barrier of too few warps", PTX_PRIMITIVES, '"r"(threads) : "memory"', '"r"(threads - 32) : "memory"', 4, LONE, "ptx", clusters=2),
     Planted("asm: nothing waits", "kernels/prim_ptx.cuh", "// sm_90: griddepcontrol.wait;", "", 3, LONE, "ptx"),
 ]  # fmt: skip

@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNoMemory = 2, kInvalidContext = 201, kInvalidHandle = 400,
-              kOutOfResources = 701, kUnsupportedInCapture = 900, kImplicitCapture = 906;
+              kNotFound = 500, kOutOfResources = 701, kUnsupportedInCapture = 900, kImplicitCapture = 906;
 
 struct Context {
   bool alive = false;
@@ -86,11 +86,16 @@ void Wait(std::unique_lock<std::mutex>& lock, bool& wait) {  // until another th
   if (!launched.wait_for(lock, std::chrono::seconds(10), [&] { return counts.launches > before; })) ++counts.timeouts;
 }
 
-int Launch(void* function, void* stream, bool overlaps) {
+bool KnowsClusters() { return capability >= 90 && ptx_version >= 90; }
+bool IsOfClusters(const std::string& kernel) { return !kernel.compare(0, 11, "qe_cluster_"); }
+
+int Launch(void* function, void* stream, bool overlaps, unsigned cluster = 1) {
   auto* one = static_cast<Function*>(function);
   if (!functions.count(one) || one->module->context != current->id) return ++counts.dead_launches, kInvalidHandle;
+  if (IsOfClusters(one->name) != (cluster > 1)) return kInvalidValue;
   if (launch_to_fail > 0 && --launch_to_fail == 0) return kOutOfResources;
   ++counts.launches;
+  if (cluster > 1) ++counts.clusters;
   if (overlaps) ++counts.overlapped, ++overlapped[one->name];
   if (!captured.count(stream)) Catch(stream);
   launched.notify_all();
@@ -163,17 +168,27 @@ struct LaunchConfig {  // CUlaunchConfig, once more
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
   const struct {
-    int id, padding, value, rest[15];
+    int id, padding;
+    unsigned value[16];
   } * attributes;
   unsigned attribute_count;
 };
 int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void** extra) {
   const std::lock_guard<std::mutex> lock(mutex);
   const bool plain = config->grid[2] == 1 && config->block[1] == 1 && config->block[2] == 1 && parameters && !extra;
-  if (!plain || config->attribute_count != 1 || config->attributes->id != 6 || config->attributes->value != 1 ||
-      capability < 90 || ptx_version < 90)
-    return kInvalidValue;
-  return Launch(function, config->stream, true);
+  bool overlaps = false;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->attribute_count; ++i) {
+    const unsigned* value = config->attributes[i].value;
+    if (config->attributes[i].id == 6 && !overlaps && value[0] == 1)
+      overlaps = true;
+    else if (config->attributes[i].id == 4 && cluster == 1 && value[0] > 1 && value[0] <= 8 && value[1] == 1 && value[2] == 1)
+      cluster = value[0];
+    else
+      return kInvalidValue;
+  }
+  if (!plain || !KnowsClusters() || (!overlaps && cluster == 1) || config->grid[0] % cluster) return kInvalidValue;
+  return Launch(function, config->stream, overlaps, cluster);
 }
 int cuCtxGetId(void* context, unsigned long long* id) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -203,7 +218,8 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   for (Function* f : functions)
     if (f->module == owner && f->name == name) return *function = f, kSuccess;
   if (Unsafe()) return kUnsupportedInCapture;
-  Wait(lock, wait_in_lookup);
+  if (IsOfClusters(name) && !KnowsClusters()) return kNotFound;
+  if (!IsOfClusters(name)) Wait(lock, wait_in_lookup);
   auto* one = new Function{owner, name};
   functions.insert(one);
   return *function = one, kSuccess;

@@ -6,6 +6,7 @@
 struct StandinCounts {
   long loads = 0, launches = 0;
   long overlapped = 0;       // launches that may start before the one in front of them ends
+  long clusters = 0;         // launches of clusters
   long lookups = 0;          // of kernels by name
   long attributes = 0;       // questions and settings of devices and functions
   long dead_launches = 0;    // of functions that are not of the current context

@@ -84,14 +84,17 @@ CUresult Run(const Node& node) {
 CUresult Do(const Node& node) { return captured ? (captured->push_back(node), CUDA_SUCCESS) : Run(node); }
 
 CUresult Launch(CUfunction function, unsigned x, unsigned y, unsigned z, const unsigned (&block)[3], unsigned shared,
-                void** parameters, void** extra) {
+                void** parameters, void** extra, unsigned cluster = 1) {
   const char* name = reinterpret_cast<const char*>(function);
   if (getenv("STANDIN_FAIL")) return CUDA_ERROR_LAUNCH_FAILED;
-  if (z != 1 || block[1] != 1 || block[2] != 1 || !parameters || extra || (shared && !granted[name]))
+  const bool needs_cluster = !strncmp(name, "qe_cluster_", 11);
+  if (z != 1 || block[1] != 1 || block[2] != 1 || !parameters || extra || (shared && !granted[name]) ||
+      x % cluster || needs_cluster != (cluster > 1))
     return CUDA_ERROR_INVALID_VALUE;
   Node node{};
   snprintf(node.launch.kernel, sizeof node.launch.kernel, "%s", name);
   node.launch.grid_x = x, node.launch.grid_y = y, node.launch.threads = block[0], node.launch.shared_bytes = shared;
+  node.launch.cluster = cluster;
   memcpy(node.launch.args, parameters[0], sizeof node.launch.args);
   return Do(node);
 }
@@ -137,11 +140,21 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
   return Launch(function, gx, gy, gz, {bx, by, bz}, shared, parameters, extra);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** parameters, void** extra) {
-  if (c->numAttrs != 1 || c->attrs->id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION ||
-      c->attrs->value.programmaticStreamSerializationAllowed != 1)
-    return CUDA_ERROR_INVALID_VALUE;
+  unsigned cluster = 1;
+  bool overlaps = false;
+  for (unsigned i = 0; i < c->numAttrs; ++i) {
+    const CUlaunchAttribute& one = c->attrs[i];
+    if (one.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && cluster == 1 && one.value.clusterDim.y == 1 &&
+        one.value.clusterDim.z == 1 && one.value.clusterDim.x > 1 && one.value.clusterDim.x <= 8)
+      cluster = one.value.clusterDim.x;
+    else if (one.id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION && !overlaps &&
+             one.value.programmaticStreamSerializationAllowed == 1)
+      overlaps = true;
+    else
+      return CUDA_ERROR_INVALID_VALUE;
+  }
   return Launch(function, c->gridDimX, c->gridDimY, c->gridDimZ, {c->blockDimX, c->blockDimY, c->blockDimZ},
-                c->sharedMemBytes, parameters, extra);
+                c->sharedMemBytes, parameters, extra, cluster);
 }
 CUresult cuMemAlloc(CUdeviceptr* address, size_t bytes) {
   if (bytes > size_t{1} << 30) return CUDA_ERROR_OUT_OF_MEMORY;

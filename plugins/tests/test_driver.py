@@ -18,7 +18,8 @@ from emulator.build import ROOT
 
 SCENARIOS = [
     "made_anew", "tested_again", "no_memory", "two_contexts", "destroyed", "two_threads", "loads_aside", "many_threads",
-    "capture", "no_context", "steady", "overlaps", "counters",
+    "capture", "no_context", "steady", "overlaps", "counters", "clusters",
+    "clusters_of_contexts",
 ]  # fmt: skip
 
 

@@ -34,6 +34,8 @@ def example(bug: Planted) -> tuple[CanonicalLinear, NDArray[np.float32]]:
 
 def planned(planner: Planner, bug: Planted) -> tuple[Planner, Tactic]:
     """The planner and the tactic for that layer."""
+    if bug.clusters:
+        return planner, Tactic(multiprocessors=2 * bug.clusters, clusters=bug.clusters)
     planner = forced_slices(planner, bug.slices) if bug.slices else planner
     return planner, Tactic(bug.rows, 0, 192) if bug.slices or bug.rows else tactic_for(bug.tokens)
 
@@ -76,7 +78,7 @@ def machine_of(root: Path, rung: str) -> Machine:
     return SourceMachine(source_emulator(root)) if rung == "source" else PtxMachine(ptx(root), sm_90=True)
 
 
-CASES = {(bug.mode.name, bug.tokens, bug.slices, bug.shape, bug.rows): bug for bug in PLANTED}
+CASES = {(bug.mode.name, bug.tokens, bug.slices, bug.shape, bug.rows, bug.clusters): bug for bug in PLANTED}
 
 
 @pytest.mark.parametrize("rung", ["source", "ptx"])

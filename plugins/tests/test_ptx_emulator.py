@@ -18,7 +18,6 @@ from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
 from tests.forced import forced_slices
 from tests.modes import (
     CLUSTER_CASES,
-    CLUSTER_IDS,
     COMBINATION_IDS,
     COMBINATIONS,
     MODES,
@@ -73,28 +72,34 @@ def machine_90() -> PtxMachine:
     return PtxMachine(ptx(), sm_90=True)
 
 
-@pytest.mark.parametrize(("mode", "tokens"), CLUSTER_CASES, ids=CLUSTER_IDS)
+# Every kernel at two numbers of tokens: the cases alternate between 1 and 3, and 2 and 4.
+SOME_CLUSTERS = [case for i, case in enumerate(CLUSTER_CASES) if (i // 4 + i) % 2 == 0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "tokens"), SOME_CLUSTERS, ids=[f"{mode.name}-{tokens}" for mode, tokens in SOME_CLUSTERS]
+)
 def test_clusters(mode: Mode, tokens: int, planner: Planner, machine_90: PtxMachine) -> None:
     layer = random_layer(mode, *cluster_shape(mode, tokens), seed=tokens)
     x = random_tokens(mode, tokens, layer.in_features)
-    outcome = run_linear(machine_90, planner, layer, x, mode.dtype, seed=tokens, tactic=cluster_tactic(tokens))
+    outcome = run_linear(machine_90, planner, layer, x, mode.dtype, seed=tokens, tactic=cluster_tactic(mode, tokens))
     assert outcome.errors == []
     assert [name.startswith(CLUSTER_KERNELS) for name in outcome.kernels] == [True]
     assert relative_error(outcome.y, qe_linear(layer, x, mode.dtype)) <= LIMIT[mode.dtype]
 
 
 def test_every_kernel_of_clusters_runs(planner: Planner, machine_90: PtxMachine) -> None:
-    """At three numbers of tokens."""
+    """At two numbers of tokens."""
     found = Counter(
         launch.name
-        for mode, tokens in CLUSTER_CASES
+        for mode, tokens in SOME_CLUSTERS
         for launch in planner.launches(
             problem_of(random_layer(mode, *cluster_shape(mode, tokens)), tokens, mode.dtype),
             Buffers(),
-            cluster_tactic(tokens),
+            cluster_tactic(mode, tokens),
         )
     )
-    assert found == {name: 3 for name in machine_90.file.names if name.startswith(CLUSTER_KERNELS)}
+    assert found == {name: 2 for name in machine_90.file.names if name.startswith(CLUSTER_KERNELS)}
 
 
 def test_every_kernel_where_launches_overlap(planner: Planner, machine_90: PtxMachine) -> None:

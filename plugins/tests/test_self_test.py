@@ -11,15 +11,16 @@ import pytest
 from emulator.build import ROOT, keep_kernels, source_emulator
 
 
-def self_test(library: Path) -> str | None:
+def self_test(library: Path, *, clusters: bool = False) -> str | None:
     function = ctypes.CDLL(str(library)).qe_emu_self_test
     function.restype = ctypes.c_char_p
-    why: bytes | None = function()
+    why: bytes | None = function(ctypes.c_int(clusters))
     return None if why is None else why.decode()
 
 
-def test_passes_on_right_kernels() -> None:
-    assert self_test(source_emulator()) is None
+@pytest.mark.parametrize("clusters", [False, True])
+def test_passes_on_right_kernels(clusters: bool) -> None:
+    assert self_test(source_emulator(), clusters=clusters) is None
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,19 @@ from emulator.source import SourceMachine
 from prepack.floats import Dtype, rounded
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
-from tests.forced import forced_slices, main_args
-from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for, tactic_for
+from tests.forced import cluster_args, forced_slices, main_args
+from tests.modes import (
+    CLUSTER_CASES,
+    CLUSTER_IDS,
+    COMBINATION_IDS,
+    COMBINATIONS,
+    MODES,
+    TOKENS,
+    cluster_shape,
+    cluster_tactic,
+    shape_for,
+    tactic_for,
+)
 
 SEEDS = range(1, 21)
 THREE_BITS = [mode for mode in MODES if mode.name in ("w3a8", "w3a8_g64")]
@@ -29,13 +40,22 @@ def few_seeds(mode: Mode) -> range:
     return range(1, 11 if mode.weight_bits == 3 else 6)
 
 
-def check(mode: Mode, tokens: int, seeds: range, planner: Planner, machine: SourceMachine) -> None:
+def check(
+    mode: Mode,
+    tokens: int,
+    seeds: range,
+    planner: Planner,
+    machine: SourceMachine,
+    *,
+    shape: tuple[int, int] | None = None,
+    tactic: Tactic | None = None,
+) -> None:
     """Right under one schedule, and the same bits under all others."""
-    k, n = shape_for(mode, tokens)
+    k, n = shape or shape_for(mode, tokens)
     layer, x = random_layer(mode, k, n, seed=tokens), random_tokens(mode, tokens, k)
     first: NDArray[np.float32] | None = None
     for seed in seeds:
-        outcome = run_linear(machine, planner, layer, x, mode.dtype, seed=seed, tactic=tactic_for(tokens))
+        outcome = run_linear(machine, planner, layer, x, mode.dtype, seed=seed, tactic=tactic or tactic_for(tokens))
         assert outcome.errors == []
         if first is None:
             first = outcome.y
@@ -77,6 +97,44 @@ def test_every_product_meets_factors_of_every_width(planner: Planner) -> None:
         assert len(widths) >= (2 if "w3" in kernel else 3), (kernel, tokens)
     for kernel in {kernel for kernel, _ in met}:
         assert 4 in set().union(*(widths for (name, _), widths in met.items() if name == kernel))
+
+
+CLUSTER_SEEDS = range(1, 6)  # a kernel has four numbers of tokens: 20 schedules
+
+
+@pytest.mark.parametrize(("mode", "tokens"), CLUSTER_CASES, ids=CLUSTER_IDS)
+def test_clusters(mode: Mode, tokens: int, planner: Planner, preempting_machine: SourceMachine) -> None:
+    shape, tactic = cluster_shape(mode, tokens), cluster_tactic(mode, tokens)
+    check(mode, tokens, CLUSTER_SEEDS, planner, preempting_machine, shape=shape, tactic=tactic)
+
+
+def test_the_cases_of_clusters_reach_every_branch(planner: Planner) -> None:
+    """Every one is a single launch of clusters, every kernel has 20 schedules, and every way to cut a layer occurs."""
+    schedules, cuts = Counter[str](), set[tuple[str, int]]()
+    for mode, tokens in CLUSTER_CASES:
+        problem = problem_of(random_layer(mode, *cluster_shape(mode, tokens)), tokens, mode.dtype)
+        (launch,) = planner.launches(problem, Buffers(), cluster_tactic(mode, tokens))
+        schedules[launch.name] += len(CLUSTER_SEEDS)
+        args = cluster_args(launch)
+        corrects = args.shared_tiles + args.routed_tiles > 0
+        copies = 10 * args.factor_bits + args.copies_down if args.shared_tiles else 0
+        cuts |= {
+            ("blocks", launch.cluster), ("tokens", args.M), ("experts", args.E), ("own maxima", args.own_maxima),
+            ("score warps", args.score_warps), ("parts of a tile", args.tile_parts), ("copies of factors", copies),
+            ("parts with a correction" if corrects else "parts", min(args.parts, 2)),
+            ("sets of a block", -(-args.cluster_sets // launch.cluster)), ("longer clusters", args.longer_clusters),
+            ("a shorter last slice", args.chunks % args.slice_chunks > 0),
+            ("several sets of a warp", args.cluster_sets * args.parts > args.main_warps),
+        }  # fmt: skip
+    assert len(schedules) == 24
+    assert min(schedules.values()) >= len(SEEDS)
+    wanted = {
+        "blocks": (2, 4, 8), "tokens": (1, 2, 3, 4), "experts": (0, 2, 4, 8, 16), "own maxima": (0, 1),
+        "score warps": (1, 2), "parts of a tile": (1, 2, 4), "copies of factors": (40, 41, 80, 81, 160),
+        "parts": (1, 2), "parts with a correction": (1, 2), "sets of a block": (1, 2), "longer clusters": (0, 1),
+        "a shorter last slice": (False, True), "several sets of a warp": (False, True),
+    }  # fmt: skip
+    assert cuts >= {(what, value) for what, values in wanted.items() for value in values}
 
 
 @pytest.mark.parametrize(("tokens", "slices"), [(1, 8), (4, 3), (16, 2), (40, 3)])
