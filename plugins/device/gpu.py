@@ -18,6 +18,7 @@ from emulator.plan import Launch
 ALIGNMENT = 256
 _FIRST_CHIP_THAT_OVERLAPS = 90  # code for older ones does not wait for the launch in front of it
 _FIRST_DRIVER_THAT_OVERLAPS = 12030  # graphs of older ones do not keep it
+_MOST_CLUSTER, _CLUSTER_THREADS, _CLUSTER_SHARED_BYTES = 8, 256, 96 << 10  # the largest of host/shape.h
 
 
 def round_up(value: int, step: int) -> int:
@@ -94,11 +95,14 @@ class Gpu:
             or self.cuda < _FIRST_DRIVER_THAT_OVERLAPS
         ):
             return 0
+        config = cuda.LaunchConfig(_MOST_CLUSTER, 1, 1, _CLUSTER_THREADS, 1, 1, _CLUSTER_SHARED_BYTES)
         try:
-            self.driver.handle("cuModuleGetFunction", self._module, b"qe_cluster_s8_c_f16")
+            kernel = self.driver.handle("cuModuleGetFunction", self._module, b"qe_cluster_s8_c_f16")
+            self.driver.call("cuFuncSetAttribute", kernel, cuda.MAX_DYNAMIC_SHARED_BYTES, _CLUSTER_SHARED_BYTES)
+            largest = self.driver.integer("cuOccupancyMaxPotentialClusterSize", kernel, ctypes.byref(config))
         except DeviceError:
             return 0
-        return 1
+        return int(largest >= _MOST_CLUSTER)
 
     def allocate(self, size: int) -> int:
         """The address of new memory. Raises NoMemoryError."""

@@ -1,5 +1,7 @@
 #include "contexts.h"
 
+#include "shape.h"
+
 // payload.S: one fatbin per CUDA major version. The driver of JetPack 6 (CUDA 12) cannot read what CUDA 13 writes.
 extern "C" {
 extern const unsigned char qe_fatbin_cuda12[], qe_fatbin_cuda13[];
@@ -76,7 +78,16 @@ void Forget(const std::shared_ptr<Loaded>& loaded) {
   if (entry != Contexts().end() && entry->second == loaded) Contexts().erase(entry);
 }
 
-// Code for older chips has none of them, also where it runs on newer ones.
+// Whether blocks of the largest size fit into clusters of the largest size: a part of a GPU may have too few multiprocessors
+// beside each other.
+bool FitsClusters(const Driver& driver, Function kernel) {
+  if (!driver.largest_cluster || driver.set_attribute(kernel, kMaxDynamicSharedBytes, kSharedBytes) != kSuccess) return false;
+  const LaunchConfig config{kMostCluster, 1, 1, kClusterWarps * 32, 1, 1, kSharedBytes, nullptr, nullptr, 0};
+  int blocks = 0;
+  return driver.largest_cluster(&blocks, kernel, &config) == kSuccess && blocks >= kMostCluster;
+}
+
+// Code for older chips has no kernels of clusters, also where it runs on newer ones.
 void AskForClusters(const Driver& driver, Loaded& loaded, void* stream) {
   const std::lock_guard<std::mutex> lock(loaded.mutex);
   if (loaded.clusters >= 0) return;
@@ -88,7 +99,7 @@ void AskForClusters(const Driver& driver, Loaded& loaded, void* stream) {
   Function found = nullptr;
   if (!loaded.module && LoadModule(driver, loaded.module)) return;
   const Result result = driver.get_function(&found, loaded.module, "qe_cluster_s8_c_f16");
-  if (!IsCaptureError(result)) loaded.clusters = result == kSuccess;
+  if (!IsCaptureError(result)) loaded.clusters = result == kSuccess && FitsClusters(driver, found);
 }
 
 const char* FindKernel(const Driver& driver, Loaded& loaded, const QeLaunch& launch, void* stream, Kernel& found) {

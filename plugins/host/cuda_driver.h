@@ -64,6 +64,7 @@ struct Driver {
   Result (*capture_status)(void*, int*) = nullptr;                                    // CUDA 10.0
   Result (*exchange_capture_mode)(int*) = nullptr;                                    // CUDA 10.1
   Result (*launch_extended)(const LaunchConfig*, Function, void**, void**) = nullptr;  // CUDA 11.8
+  Result (*largest_cluster)(int*, Function, const LaunchConfig*) = nullptr;             // CUDA 11.8
   bool usable = false;
   bool overlaps = false;  // launches may overlap, also while they are captured: CUDA 12.3
 
@@ -82,6 +83,7 @@ struct Driver {
     Find(library, "cuCtxGetId", get_id);
     Find(library, "cuStreamIsCapturing", capture_status);
     Find(library, "cuThreadExchangeStreamCaptureMode", exchange_capture_mode);
+    Find(library, "cuOccupancyMaxPotentialClusterSize", largest_cluster);
     int version = 0;
     overlaps = Find(library, "cuLaunchKernelEx", launch_extended) && usable && get_version(&version) == kSuccess &&
                version >= 12030;

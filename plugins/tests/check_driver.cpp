@@ -329,6 +329,15 @@ void Clusters() {
     standin_destroy(context);
   }
   EXPECT(expected.clusters == (standin_has_ids() ? 8 : 0) && standin_counts().dead_memory == 0);
+  standin_chip(90, 90);
+  for (const int blocks : {0, 4, 8, 16}) {  // a part of a GPU may have too few multiprocessors beside each other
+    standin_largest_cluster(blocks);
+    void* context = NewContext(0);
+    qe::Launcher launcher;
+    EXPECT(!Run(launcher, Plan("main")));
+    EXPECT(launcher.clusters() == (blocks >= 8 && standin_has_ids()));
+    standin_destroy(context);
+  }
 }
 
 // While a stream is captured nobody asks, and a plan has none; what is known stays known. A launcher that goes from one

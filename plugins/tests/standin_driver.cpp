@@ -54,7 +54,7 @@ std::map<uint64_t, Memory> memory;
 std::map<void*, std::vector<Filling>> queued;  // of each stream, not done yet
 std::map<std::string, long> overlapped;
 StandinCounts counts;
-int allocations_to_fail = 0, launch_to_fail = 0, capability = 90, ptx_version = 90;
+int allocations_to_fail = 0, launch_to_fail = 0, capability = 90, ptx_version = 90, largest_cluster = 8;
 bool wait_in_load = false, wait_in_lookup = false;
 thread_local Context* current = nullptr;
 thread_local Context* below = nullptr;  // one that another was pushed upon
@@ -138,6 +138,7 @@ void standin_fail_launch(int number) { launch_to_fail = number; }
 void standin_wait_in_load(int wait) { wait_in_load = wait != 0; }
 void standin_wait_in_lookup(int wait) { wait_in_lookup = wait != 0; }
 void standin_chip(int of_device, int of_code) { capability = of_device, ptx_version = of_code; }
+void standin_largest_cluster(int blocks) { largest_cluster = blocks; }
 long standin_overlapped(const char* kernel) {
   const std::lock_guard<std::mutex> lock(mutex);
   return overlapped[kernel];
@@ -189,6 +190,11 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** paramete
   }
   if (!plain || !KnowsClusters() || (!overlaps && cluster == 1) || config->grid[0] % cluster) return kInvalidValue;
   return Launch(function, config->stream, overlaps, cluster);
+}
+int cuOccupancyMaxPotentialClusterSize(int* blocks, void* function, const LaunchConfig* config) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const bool whole = config->grid[0] && config->block[0] % 32 == 0 && !config->attribute_count;
+  return whole && functions.count(static_cast<Function*>(function)) ? (*blocks = largest_cluster, kSuccess) : kInvalidValue;
 }
 int cuCtxGetId(void* context, unsigned long long* id) {
   const std::lock_guard<std::mutex> lock(mutex);

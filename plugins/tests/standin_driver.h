@@ -25,6 +25,7 @@ void standin_fail_allocations(int number);
 void standin_fail_launch(int number);      // this one, counted from 1, fails
 void standin_wait_in_load(int wait);       // the next load waits until another thread has launched something
 void standin_wait_in_lookup(int wait);     // likewise the next look-up of a kernel that was never looked up
+void standin_largest_cluster(int blocks);
 void standin_chip(int capability, int ptx_version);  // 90 is 9.0; of the code that a module has for the chip
 int standin_has_ids();
 long standin_overlapped(const char* kernel);  // launches of this kernel

@@ -156,6 +156,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** p
   return Launch(function, c->gridDimX, c->gridDimY, c->gridDimZ, {c->blockDimX, c->blockDimY, c->blockDimZ},
                 c->sharedMemBytes, parameters, extra, cluster);
 }
+CUresult cuOccupancyMaxPotentialClusterSize(int* blocks, CUfunction, const CUlaunchConfig* c) {
+  return c->numAttrs ? CUDA_ERROR_INVALID_VALUE : (*blocks = 8, CUDA_SUCCESS);
+}
 CUresult cuMemAlloc(CUdeviceptr* address, size_t bytes) {
   if (bytes > size_t{1} << 30) return CUDA_ERROR_OUT_OF_MEMORY;
   void* p = aligned_alloc(256, (bytes + 255) / 256 * 256);

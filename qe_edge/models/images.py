@@ -97,14 +97,14 @@ def count_pixels(source: Picture) -> int:
         6
     """
     if isinstance(source, np.ndarray):
-        return source.shape[0] * source.shape[1] if source.ndim > 1 else 0
+        return int(source.shape[0] * source.shape[1]) if source.ndim > 1 else 0
     if isinstance(source, Image.Image):
-        return source.width * source.height
+        return int(source.width * source.height)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                return image.width * image.height
+                return int(image.width * image.height)
     except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE):
         return 0
 
