@@ -68,21 +68,21 @@ def _branches(code: list[str]) -> list[tuple[int, int]]:
     return [(i, target) for i, target in targets if target is not None]
 
 
-def loops(code: list[str]) -> list[tuple[int, int]]:
+def _loops(branches: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Index ranges of the backward branches."""
-    return [(target, i) for i, target in _branches(code) if target < i]
+    return [(target, i) for i, target in branches if target < i]
 
 
-def _of_a_pass(code: list[str], first: int, last: int) -> list[int]:
+def _of_a_pass(branches: list[tuple[int, int]], first: int, last: int) -> list[int]:
     """The instructions of a usual pass of a loop.
 
     Left out is what a branch skips and what has a loop of its own: it finds where the next part begins, which comes
     once in a part of K and not in every pass.
     """
-    inner = [(start, end) for start, end in loops(code) if first < start and end < last]
+    inner = [(start, end) for start, end in _loops(branches) if first < start and end < last]
     skipped = [
         (i + 1, target)
-        for i, target in _branches(code)
+        for i, target in branches
         if first <= i < target <= last and any(i < start and end < target for start, end in inner)
     ]
     return [i for i in range(first, last + 1) if not any(start <= i < end for start, end in skipped)]
@@ -91,20 +91,18 @@ def _of_a_pass(code: list[str], first: int, last: int) -> list[int]:
 def hot_loop(code: list[str], weight_bits: int = 4) -> Loop:
     """The loop over K: the smallest that brings weights in (LDGSTS) and multiplies."""
     bodies = [line.split(" ", 1)[1] for line in code]
-    candidates = []
-    for first, last in loops(code):
-        loop = _count([bodies[i] for i in _of_a_pass(code, first, last)], weight_bits)
+    branches = _branches(code)
+    for first, last in sorted(_loops(branches), key=lambda each: each[1] - each[0]):
+        loop = _count([bodies[i] for i in _of_a_pass(branches, first, last)], weight_bits)
         if loop.mma >= 8 and loop.async_copies >= weight_bits:
-            candidates.append((last - first, loop))
-    if not candidates:
-        raise ValueError("no loop with both matrix instructions and weight loads. Look at the SASS.")
-    return min(candidates, key=lambda each: each[0])[1]
+            return loop
+    raise ValueError("no loop with both matrix instructions and weight loads. Look at the SASS.")
 
 
 def down_loop(code: list[str]) -> Loop:
     """The loop over K of a down-projection: the smallest that multiplies; one pass is 32 rows."""
     bodies = [line.split(" ", 1)[1] for line in code]
-    found = [loop for first, last in loops(code) if (loop := _count(bodies[first : last + 1], 4)).mma]
+    found = [loop for first, last in _loops(_branches(code)) if (loop := _count(bodies[first : last + 1], 4)).mma]
     if not found:
         raise ValueError("no loop with matrix instructions. Look at the SASS.")
     return min(found, key=lambda loop: loop.instructions)
