@@ -23,33 +23,30 @@ The parts, in this order:
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_decoder
 import numpy as np
 import torch
+from child_parts import run_part
+from gpu_bench import Bench, compare, inputs_on, logits_of, pictures, prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import StaticCache
 
-from qe_edge.calibration.sources import load_evaluation
 from qe_edge.demo import model_path
-from qe_edge.layers.packed_linear import PackedQELinear, pack_layers
+from qe_edge.layers.packed_linear import PackedQELinear
 from qe_edge.models import quantized
-from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel
 from qe_edge.runtime.torch_layers import load_quantized
 from qe_edge.validate.subjects import in_float32
@@ -61,76 +58,11 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "w4a16": ("w4a16", {}, "float16"),
     "w3a16": ("w3a16", {}, "float16"),
 }
-TOKENS = (1, 2, 5, 9, 16, 17, 40, 64, 65, 150, 300)
 STEPS = 8  # tokens that are decoded step by step
 CAPACITY = 384
 TIMES = 12  # that a thread runs its prompt
 NOISE = 3.0  # times the divergence of 16-bit numbers alone, within which a model counts as right
 FLOOR = 1e-6  # nats
-
-
-class Bench:
-    """Where and with what it runs."""
-
-    def __init__(self, folder: Path, device: str, library: Path, questions: int) -> None:
-        self.folder, self.device, self.library = folder, device, library
-        self.on_gpu = device.startswith("cuda")
-        self.questions = questions
-
-    def load(self, name: str) -> LoadedModel:
-        """A checkpoint with the kernels."""
-        if self.on_gpu:
-            return load_quantized(self.folder / name, self.device, plugin_library=self.library)
-        loaded = load_quantized(self.folder / name)
-        pack_layers(loaded.model, loaded.model.dtype, str(self.library))
-        return loaded
-
-    def stream(self) -> Any:  # noqa: ANN401 - a context
-        """A stream of one's own that waits for nothing."""
-        return torch.cuda.stream(torch.cuda.Stream()) if self.on_gpu else nullcontext()
-
-    def synchronize(self) -> None:
-        """Wait for the GPU."""
-        gpu_decoder.synchronize(self.device)
-
-
-def pictures(loaded: LoadedModel, count: int) -> Encoded:
-    """A batch of questions with pictures."""
-    return loaded.family.encode(loaded.processor, load_evaluation("demo")[:count])
-
-
-def inputs_on(loaded: LoadedModel, encoded: Encoded) -> dict[str, Tensor]:
-    """Inputs of a model where the model is, pictures in its precision."""
-    found = {}
-    for name, tensor in loaded.family.torch_inputs(encoded).items():
-        dtype = loaded.model.dtype if tensor.is_floating_point() else tensor.dtype
-        found[name] = tensor.to(device=loaded.model.device, dtype=dtype)
-    return found
-
-
-def prompts(loaded: LoadedModel, count: int) -> dict[str, dict[str, Tensor]]:
-    """Inputs by a name: questions with pictures, and texts of `TOKENS` tokens."""
-    encoded = pictures(loaded, count)
-    found = {f"{count} pictures": inputs_on(loaded, encoded), "1 picture": inputs_on(loaded, pictures(loaded, 1))}
-    text = loaded.processor.tokenizer(" ".join(sample.question for sample in load_evaluation("demo")[:60]))["input_ids"]
-    for tokens in TOKENS:
-        ids = torch.tensor([text[:tokens]], device=loaded.model.device)
-        found[f"{tokens} tokens"] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return found
-
-
-def logits_of(loaded: LoadedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits float32 `[tokens, vocabulary]` of all tokens that are no padding, on the CPU."""
-    logits: Tensor = loaded.model(**inputs, use_cache=False).logits
-    return logits[inputs["attention_mask"].bool()].float().cpu()
-
-
-def compare(wanted: Tensor, found: Tensor) -> dict[str, float]:
-    """Divergence in nats and agreement of the likeliest token."""
-    one, other = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
-    divergence = (one.exp() * (one - other)).sum(-1)
-    same = (wanted.argmax(-1) == found.argmax(-1)).double().mean()
-    return {"kl": float(divergence.mean()), "worst": float(divergence.max()), "same": float(same)}
 
 
 def right(bench: Bench) -> dict[str, Any]:
@@ -346,53 +278,6 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def in_child(part: str, bench: Bench, sender: Any) -> None:  # noqa: ANN401 - a connection
-    """Run a part and send its result, or the end of its traceback."""
-    try:
-        # inference_mode is left out where torch.compile has to see plain tensors
-        with torch.no_grad():
-            sender.send(PARTS[part](bench))
-    except BaseException:  # noqa: BLE001 - a benchmark shows what happened
-        lines = traceback.format_exc().strip().splitlines()
-        print(f"FAILED {part}: " + "\n    ".join(lines[-6:]), flush=True)
-        sender.send({"failed": lines[-12:]})
-    sys.stdout.flush()
-
-
-def can_fork() -> bool:
-    """Whether CUDA has not started here, so that it can in a forked process, which imports nothing again."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return True
-    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())))
-
-
-def run_part(part: str, bench: Bench, seconds: float) -> dict[str, Any]:
-    """A part in a process of its own, which is ended when its time is over."""
-    print(f"== {part}, {seconds:.0f} s left", flush=True)
-    context = multiprocessing.get_context("fork" if can_fork() else "spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    started = time.perf_counter()
-    child = context.Process(target=in_child, args=(part, bench, sender))
-    child.start()
-    sender.close()
-    found: dict[str, Any] = {"failed": ["out of time"]}
-    try:
-        if receiver.poll(seconds):
-            found = receiver.recv()
-        else:
-            print(f"FAILED {part}: out of time", flush=True)
-    except EOFError:
-        print(f"FAILED {part}: its process ended", flush=True)
-        found = {"failed": ["its process ended"]}
-    child.join(5 if "failed" not in found else 0)
-    child.kill()
-    found["part_s"] = time.perf_counter() - started
-    print(f"   {part} took {found['part_s']:.1f} s", flush=True)
-    return found
-
-
 def make(folder: Path) -> None:
     """Quantize the demo to every checkpoint."""
     from qe_edge.quantization.quantizer import quantize
@@ -476,7 +361,7 @@ def main() -> int:
     print(" ".join(f"{name} {value}" for name, value in results["machine"].items()), flush=True)
     for part in options.parts:
         left = end - time.perf_counter()
-        results[part] = run_part(part, bench, left) if left > 1 else {"failed": ["out of time"]}
+        results[part] = run_part(part, partial(PARTS[part], bench), left) if left > 1 else {"failed": ["out of time"]}
         if options.out:
             options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     failed = [part for part in options.parts if "failed" in results[part]]

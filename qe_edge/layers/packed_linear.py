@@ -90,7 +90,7 @@ def _queue(call: _Call, device: int, x: Tensor, rest: tuple[Any, ...], y: Tensor
     """Launch the kernels on the current stream of the current device, whose index is given."""
     weight, columns, scales, zeros, inv_omega, down, down_scale, up, router, counters, _, _ = rest
     if getattr(THREAD, "device", None) != device:  # a thread that has called nothing of CUDA has no context yet
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch has no types here
         event.record()  # makes one current, also while a graph is captured
         THREAD.device = device
     # Of the caching allocator, which knows streams and graphs: whoever kept a workspace would have to.
@@ -109,7 +109,7 @@ def _shape(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
 
 THREAD = threading.local()
 # Not torch.library.custom_op, whose wrappers take 3 to 7 us of every call.
-LIBRARY: Any = torch.library.Library("qe_edge", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("qe_edge", "DEF")  # type: ignore[no-untyped-call] # torch has no types here
 LIBRARY.define("packed_linear" + SCHEMA, tags=torch.Tag.pt2_compliant_tag)
 LIBRARY.impl("packed_linear", packed_linear, "CPU")
 LIBRARY.impl("packed_linear", _on_gpu, "CUDA")
