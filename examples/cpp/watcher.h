@@ -23,7 +23,8 @@ class Watcher {
   using Listener = std::function<void(const Frame& frame, const qe::Piece& piece)>;
   using Failed = std::function<void(const Frame& frame, const qe::Error& error)>;
 
-  // `listener` and `failed` are called by the watcher's thread. The model has to outlive the watcher.
+  // `listener` and `failed` are called by the watcher's thread. `failed` also gets what `listener` throws, and throws
+  // nothing itself. The model has to outlive the watcher.
   Watcher(const qe::Model& model, std::string question, qe::Options options, Listener listener, Failed failed)
       : model_(model),
         question_(std::move(question)),
@@ -96,6 +97,8 @@ class Watcher {
       Hold(nullptr);
     } catch (const qe::Error& error) {
       failed_(frame, error);
+    } catch (const std::exception& error) {  // of the listener, or no memory: a thread that throws ends the program
+      failed_(frame, qe::Error(QE_ERROR_INTERNAL, error.what()));
     }
   }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qe_edge.system.errors import InputError
+from qe_edge.system.errors import InputError, shown
 
 SHOWN = 200  # characters of a user's text in a message
 
@@ -18,7 +18,7 @@ def check_text(text: object, what: str) -> None:
         InputError: If it is no text, holds half of a surrogate pair, or a NUL character.
     """
     if not isinstance(text, str):
-        raise InputError(f"{what} is a {type(text).__name__}, not a text.", "Give a str.")
+        raise InputError(f"{what} is {shown(text)}, not a text.", "Give a str.")
     if not is_unicode(text):
         raise InputError(f"{what} is not valid Unicode.", "Write it as UTF-8; half a surrogate pair is no character.")
     if "\0" in text:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from qe_edge.runtime.detokenizer import StopStrings
-from qe_edge.runtime.generation import GenerationSettings
+from qe_edge.runtime.generation import MAX_PENALTY, MIN_PENALTY, GenerationSettings
 from qe_edge.runtime.sampling import Random, Sampling, check_count
 from qe_edge.system.errors import InputError, UnknownNameError, shown
 
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")
-MAX_PENALTY = 100
 
 
 class Options(TypedDict, total=False):
@@ -94,8 +93,9 @@ def answer_options(settings: GenerationSettings, options: Options) -> AnswerOpti
 
 
 def _penalty(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_PENALTY:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_PENALTY <= value <= MAX_PENALTY:
         raise InputError(
-            f"repetition_penalty is {shown(value)}.", f"Give a number above 0, up to {MAX_PENALTY}; 1 has no effect."
+            f"repetition_penalty is {shown(value)}.",
+            f"Give a number from {MIN_PENALTY} to {MAX_PENALTY}; 1 has no effect.",
         )
     return float(value)

@@ -18,6 +18,7 @@ from qe_edge.system.errors import CommonNotice, InputError, ModelError, Numerica
 from qe_edge.system.json_files import read_json_table
 
 GENERATION_CONFIG = "generation_config.json"
+MIN_PENALTY, MAX_PENALTY = 0.01, 100  # repetition_penalty: beyond them logits in float32 overflow
 EDIT = f"Mend it in {GENERATION_CONFIG}."
 # settings that change which token a greedy decoder takes and that an engine cannot do, with the values of no effect
 REFUSED: dict[str, tuple[object, ...]] = {
@@ -72,7 +73,7 @@ class GenerationSettings(BaseModel):
 
     eos_token_ids: TokenIds = Field(min_length=1)
     pad_token_id: Annotated[StrictInt, Field(ge=0)]
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, ge=MIN_PENALTY, le=MAX_PENALTY)
     no_repeat_ngram_size: Count = 0
     min_length: Count = 0
     min_new_tokens: Count = 0

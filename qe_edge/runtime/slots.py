@@ -10,6 +10,7 @@ import numpy as np
 
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.prompts import Prompt
+from qe_edge.system.errors import QEError
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,15 @@ class Slot:
             InputError: If they do not fit into the model's context.
             ResourceError: If memory does not suffice.
         """
-        if tokens > self.capacity:
-            self._begin(max(tokens, min(2 * self.capacity, self._engine.max_context)))
+        if tokens <= self.capacity:
+            return
+        larger = max(tokens, min(2 * self.capacity, self._engine.max_context))
+        del self._cache  # both would not fit into a small device's memory
+        try:
+            self._begin(larger)
+        except QEError:
+            self._begin(None)
+            raise
 
     def shared(self, prompt: Prompt) -> tuple[int, int]:
         """How many tokens and pictures at the beginning of a prompt the cache holds; never all of the tokens."""

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 #include <random>
+#include <sstream>
 
 #include "base/text.h"
 #include "model/conversation.h"
@@ -32,7 +33,7 @@ namespace {
 
 using namespace qe_edge;
 
-constexpr double kMaxTemperature = 100, kMaxPenalty = 100;
+constexpr double kMaxTemperature = 100;
 constexpr int64_t kMaxCount = int64_t{1} << 31;
 
 qe_status Fail(qe_status status, const char* text, qe_error** error) {
@@ -74,10 +75,11 @@ std::string GivenText(const char* text, const char* what) {
   return found;
 }
 
-void CheckNumber(const char* name, double value, double most) {
-  if (!(value >= 0 && value <= most)) {
-    throw InputError(std::string(name) + " is " + std::to_string(value) + ".",
-                     "Give a number from 0 to " + std::to_string(static_cast<int>(most)) + ".");
+void CheckNumber(const char* name, double value, double least, double most) {
+  if (!(value >= least && value <= most)) {
+    std::ostringstream remedy;
+    remedy << "Give a number from " << least << " to " << most << ".";
+    throw InputError(std::string(name) + " is " + std::to_string(value) + ".", remedy.str());
   }
 }
 
@@ -104,11 +106,11 @@ AnswerOptions ReadOptions(const Manifest& manifest, const qe_answer_options* giv
                        int{Choose(values.top_p, sampling.top_p)} + int{Choose(values.min_p, sampling.min_p)} > 0;
   if (any || options.rules.do_sample || std::isnan(values.temperature)) options.sampling = sampling;
   Choose(values.repetition_penalty, options.rules.repetition_penalty);
-  CheckNumber("temperature", std::isnan(values.temperature) ? NAN : sampling.temperature, kMaxTemperature);
-  CheckNumber("top_p", std::isnan(values.top_p) ? NAN : sampling.top_p, 1);
-  CheckNumber("min_p", std::isnan(values.min_p) ? NAN : sampling.min_p, 1);
-  CheckNumber("repetition_penalty", std::isnan(values.repetition_penalty) ? NAN : options.rules.repetition_penalty, kMaxPenalty);
-  if (options.rules.repetition_penalty == 0) throw InputError("repetition_penalty is 0.", "Give a number above 0; 1 has no effect.");
+  CheckNumber("temperature", std::isnan(values.temperature) ? NAN : sampling.temperature, 0, kMaxTemperature);
+  CheckNumber("top_p", std::isnan(values.top_p) ? NAN : sampling.top_p, 0, 1);
+  CheckNumber("min_p", std::isnan(values.min_p) ? NAN : sampling.min_p, 0, 1);
+  CheckNumber("repetition_penalty", std::isnan(values.repetition_penalty) ? NAN : options.rules.repetition_penalty,
+              kMinPenalty, kMaxPenalty);
   if (values.max_new_tokens == 0 || values.max_new_tokens > kMaxCount)
     throw InputError("An answer cannot have " + std::to_string(values.max_new_tokens) + " tokens.", "Ask for at least 1.");
   if (values.max_new_tokens > 0) options.max_new_tokens = values.max_new_tokens;

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,25 @@ def edit(folder: Path, key: str, value: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
-def leave_out(folder: Path, name: str) -> None:
-    table = json.loads((folder / "manifest.json").read_text())
-    del table["files"][name], table["digest"]
+def edit_and_seal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "manifest.json"
+    table = json.loads(path.read_text())
+    del table["digest"]
+    change(table)
     content = json.dumps(table, sort_keys=True, separators=(",", ":"))
-    edit(folder, "files", table["files"])
-    edit(folder, "digest", hashlib.sha256(content.encode()).hexdigest())
+    path.write_text(json.dumps(table | {"digest": hashlib.sha256(content.encode()).hexdigest()}))
+
+
+def leave_out(folder: Path, name: str) -> None:
+    edit_and_seal(folder, lambda table: table["files"].pop(name))
+
+
+def penalize(folder: Path, value: float) -> None:
+    edit_and_seal(folder, lambda table: table["generation"].update(repetition_penalty=value))
+
+
+def take_outputs(folder: Path) -> None:
+    edit_and_seal(folder, lambda table: table["graphs"]["language"].update(outputs=[]))
 
 
 def flip(folder: Path) -> None:
@@ -52,6 +66,8 @@ CASES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
     (lambda folder: (folder / "manifest.json").write_text("{"), "is not valid JSON"),
     (lambda folder: leave_out(folder, "chat.json"), "manifest.json lists no file 'chat.json'"),
+    (lambda folder: penalize(folder, 1e-50), "repetition_penalty is 0.000000"),
+    (take_outputs, "'language.onnx' has no inputs or no outputs"),
     (lambda folder: edit(folder, "hidden_size", 128), "was changed after it was written"),
     (lambda folder: edit(folder, "format_version", 99), "has another format version than 3"),
 ]
@@ -74,3 +90,10 @@ def test_a_library_that_is_no_onnxruntime_is_said(library: str, build: Path, fol
     done = subprocess.run([build / "tests/answer", folder, library], input=b"", capture_output=True, check=False)
     assert done.returncode == 1, done.stderr.decode()[-2000:]
     assert "1.21 or later" in done.stderr.decode()
+
+
+def test_a_folder_that_cannot_be_read_is_said(build: Path, onnxruntime: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 300)  # longer than a name may be
+    done = subprocess.run([build / "tests/answer", folder, onnxruntime], input=b"", capture_output=True, check=False)
+    assert done.returncode == 1, done.stderr.decode()[-2000:]
+    assert "cannot be read: File name too long." in done.stderr.decode()

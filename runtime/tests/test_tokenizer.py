@@ -175,3 +175,14 @@ def test_text_that_is_not_utf8_is_refused(build: Path) -> None:
     done = subprocess.run(command, input=b"a\xff", capture_output=True, check=False)
     assert done.returncode == 1
     assert "A text is not UTF-8: byte 1 is wrong." in done.stderr.decode()
+
+
+def test_a_normalizer_that_fills_the_memory_is_refused(build: Path, tmp_path: Path) -> None:
+    table = json.loads((demo.model_path() / "tokenizer.json").read_text())
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 200}
+    table["normalizer"] = {"type": "Sequence", "normalizers": [grow] * 8}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(table))
+    done = subprocess.run([build / "tests/tokenize", path, "raw"], input=b"a", capture_output=True, check=False)
+    assert done.returncode == 1
+    assert "becomes longer than 67108864 bytes when it is normalized" in done.stderr.decode()

@@ -297,9 +297,9 @@ def test_a_sample_takes_pictures_only(image: Any) -> None:  # noqa: ANN401 - wro
 
 def test_a_sample_says_what_is_wrong_with_its_texts() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"question": None}, "A question is a NoneType, not a text"),
+        ({"question": None}, "A question is None, not a text"),
         ({"question": "half \ud83d"}, "A question is not valid Unicode"),
-        ({"answer": True}, "An answer is a bool"),
+        ({"answer": True}, "An answer is True, not a text"),
         ({"answers": "yes"}, "answers of a sample are no list"),
         ({"answers": ("yes", 1)}, "An answer is a int"),
         ({"kind": 3}, "The kind of a sample is no text"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
 from qe_edge.models.family import Sample
 from qe_edge.runtime.cache import right_places, take_tokens
 from qe_edge.runtime.engine import VisionLanguageEngine
-from qe_edge.system.errors import InputError
+from qe_edge.runtime.slots import Slot
+from qe_edge.system.errors import InputError, ResourceError
 from tests.conftest import Exports
 
 PROMPTS = [Sample(None, "is there a red shape in the image? " * 2), Sample(None, "why?")]
@@ -107,3 +111,23 @@ def test_a_smaller_context_is_obeyed(exports: Exports) -> None:
     assert engine.generate(PROMPTS[:1], 2) == VisionLanguageEngine.load(folder, threads=1).generate(PROMPTS[:1], 2)
     with pytest.raises(InputError, match="attends to 2 to 1024 tokens, 2000 are asked for"):
         VisionLanguageEngine.load(folder, max_context=2000)
+
+
+def test_a_slot_gives_its_cache_back_before_it_takes_a_larger_one(
+    engine: VisionLanguageEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot, make = Slot(engine, nullcontext()), engine.new_cache
+    first, small = weakref.ref(slot._cache), slot.capacity
+    held = []
+
+    def too_large(batch: int, capacity: int | None) -> object:
+        held.append(first())
+        if capacity is not None:
+            raise ResourceError("No memory.", "Ask for less.")
+        return make(batch, capacity)
+
+    monkeypatch.setattr(engine, "new_cache", too_large)
+    with pytest.raises(ResourceError):
+        slot.make_room(small + 1)
+    assert held == [None, None]
+    assert slot.capacity == small

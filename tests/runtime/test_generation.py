@@ -82,6 +82,7 @@ def test_a_batch_decodes_as_its_rows_do(llama: LoadedModel) -> None:
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
         ({"repetition_penalty": -1.0}, "repetition_penalty in generation_config.json is wrong"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty in generation_config.json is wrong"),
         ({"min_new_tokens": 2.5}, "min_new_tokens"),
         ({"temperature": -1.0}, "temperature in generation_config.json is wrong"),
         ({"top_p": 1.5}, "top_p"),

@@ -283,6 +283,7 @@ def test_the_models_own_settings_count(engine: VisionLanguageEngine, questions: 
         ("?", None, {"stop": 5}, "stop is 5"),
         ("?", None, {"stop": 0}, "stop is 0"),
         ("?", None, {"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ("?", None, {"repetition_penalty": 1e-50}, "repetition_penalty is 1e-50"),
         ("a " * 300, None, {}, "The prompt has"),
         ("?", "nowhere.png", {}, "no picture 'nowhere.png'"),
         ("?", "http://a/b.png", {}, "is an address"),

@@ -53,6 +53,8 @@ void ReadGraph(const Json& entry, GraphFile& graph) {
   if (!IsFileName(graph.file)) throw ArtifactError("A manifest's graph has no plain file name.", kAgain);
   graph.inputs = Specs(entry.at("inputs"));
   graph.outputs = Specs(entry.at("outputs"));
+  if (graph.inputs.empty() || graph.outputs.empty())
+    throw ArtifactError("A manifest's graph '" + graph.file + "' has no inputs or no outputs.", kAgain);
 }
 
 std::vector<int64_t> Ids(const Json& table, const char* key, int64_t vocabulary) {
@@ -72,7 +74,9 @@ GenerationSettings Settings(const Json& table, int64_t vocabulary) {
   found.begin_suppress_tokens = Ids(table, "begin_suppress_tokens", vocabulary);
   if (found.eos_token_ids.empty()) throw ArtifactError("A manifest names no token that ends an answer.", kAgain);
   found.repetition_penalty = table.at("repetition_penalty").get<double>();
-  if (!(found.repetition_penalty > 0)) throw ArtifactError("A manifest's repetition_penalty is not above 0.", kAgain);
+  if (!(found.repetition_penalty >= kMinPenalty && found.repetition_penalty <= kMaxPenalty)) {
+    throw ArtifactError("A manifest's repetition_penalty is " + std::to_string(found.repetition_penalty) + ".", kAgain);
+  }
   constexpr int64_t most = 1 << 24;
   found.no_repeat_ngram_size = Within(table, "no_repeat_ngram_size", 0, most);
   found.min_length = Within(table, "min_length", 0, most);
@@ -173,7 +177,10 @@ Manifest ParseManifest(const std::string& text, const std::string& where) {
 
 Manifest ReadManifest(const fs::path& folder) {
   const fs::path path = folder / "manifest.json";
-  if (!fs::is_regular_file(path)) {
+  std::error_code failed;
+  if (!fs::is_regular_file(path, failed)) {
+    if (failed && failed != std::errc::no_such_file_or_directory && failed != std::errc::not_a_directory)
+      throw ArtifactError("'" + folder.string() + "' cannot be read: " + failed.message() + ".", "Check who may read it.");
     throw ArtifactError("'" + folder.string() + "' is not an ONNX or engine folder: manifest.json is missing.",
                         "Give the output folder of 'qe-edge export' or 'qe-edge build'.");
   }

@@ -26,6 +26,8 @@ struct PictureFile : GraphFile {
   std::optional<int64_t> max_aspect;
 };
 
+constexpr double kMinPenalty = 0.01, kMaxPenalty = 100;  // beyond them logits in float32 overflow
+
 // How answers are decoded where a caller says nothing else.
 struct GenerationSettings {
   std::vector<int64_t> eos_token_ids, suppress_tokens, begin_suppress_tokens;

@@ -1,5 +1,6 @@
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
@@ -10,10 +11,22 @@
 namespace qe_edge {
 namespace {
 
-constexpr size_t kMaxGrowth = 256;  // how many times longer a replacement may make a text
+constexpr size_t kMaxGrowth = 256;       // how many times longer a replacement may make a text
+constexpr size_t kMaxBytes = 64 << 20;  // of a text after any step
+
+constexpr size_t kMaxUnicodeGrowth = 18;  // bytes of a compatibility decomposition for a byte, at most
+
+// Steps multiply: without a bound a short file and a short text fill the memory.
+void CheckGrowth(size_t bytes, size_t times) {
+  if (bytes > kMaxBytes / times) {
+    throw InputError("A text becomes longer than " + std::to_string(kMaxBytes) + " bytes when it is normalized.",
+                     "Ask a shorter question, or use the tokenizer of the original model.");
+  }
+}
 
 Normalizer UnicodeForm(int options) {
   return [options](std::string text) {
+    CheckGrowth(text.size(), kMaxUnicodeGrowth);
     utf8proc_uint8_t* mapped = nullptr;
     const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
     const utf8proc_ssize_t size = utf8proc_map(bytes, static_cast<utf8proc_ssize_t>(text.size()), &mapped,
@@ -52,12 +65,16 @@ Normalizer MakeNormalizer(const Json& step) {
   if (type == "Strip") return Strip(step.at("strip_left").get<bool>(), step.at("strip_right").get<bool>());
   if (type == "Prepend") {
     const auto before = step.at("prepend").get<std::string>();
-    return [before](const std::string& text) { return text.empty() ? text : before + text; };
+    return [before](const std::string& text) {
+      CheckGrowth(before.size() + text.size(), 1);
+      return text.empty() ? text : before + text;
+    };
   }
   if (type == "Replace") {
     const auto content = step.at("content").get<std::string>();
     if (content.size() > kMaxGrowth) RefuseStep("normalizer", step);
     return [pattern = MakePattern(step.at("pattern")), content](const std::string& text) {
+      CheckGrowth(text.size(), std::max<size_t>(content.size(), 1));
       return pattern.Replace(text, content);
     };
   }
