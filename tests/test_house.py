@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -22,6 +24,9 @@ SOURCES = [  # each file once, whatever Python thinks of links
     for path in sorted((ROOT / room).rglob("*.py"))
     if not any(parent.is_symlink() for parent in path.parents)
 ]
+# Rooms whose public functions and classes all show their use; a new room is added when it is complete.
+SHOWN = ("system",)
+RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Error")
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 
 
@@ -66,13 +71,43 @@ def test_no_function_is_longer_than_a_page() -> None:
     assert long == []
 
 
-def test_examples_in_docstrings_do_what_they_show() -> None:
+def test_examples_in_docstrings_do_what_they_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [path for path in SOURCES if ">>> " in path.read_text(encoding="utf-8")]
     assert len(files) > 15
-    for path in files:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE  # so that a long line of output may be broken
+    for number, path in enumerate(files):
         module = importlib.import_module(_dotted(path))
-        found = doctest.testmod(module)
+        folder = tmp_path / str(number)  # the current folder of a module's examples
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with patch.object(sys, "path", [*sys.path]), patch.dict(os.environ):
+            found = doctest.testmod(module, optionflags=flags)
         assert found.failed == 0, path
+
+
+def test_public_names_have_an_example() -> None:
+    without = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in SOURCES
+        if _room(path) in SHOWN
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        if not _is_record(node) and "Example:" not in (ast.get_docstring(node) or "")
+    ]
+    assert without == []
+
+
+def _is_record(node: ast.stmt) -> bool:
+    """Whether a class only holds values, is an error or a protocol: functions that make or take it show it."""
+    if not isinstance(node, ast.ClassDef):
+        return False
+    names = [ast.unparse(part) for part in (*node.bases, *node.decorator_list)]
+    return any(name.partition("(")[0].endswith(RECORDS) for name in names)
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if parts[0] == "qe_edge" and len(parts) > 2 else parts[0]
 
 
 def _dotted(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Writing files and folders under a temporary name and renaming them when they are complete and on the disk.
 
 Temporary names beside the output, `.NAME.RANDOM.part`, cannot be guessed, and links are never opened. A lock tells
-other processes whether somebody still writes there: what a killed process has left is removed by the next one, and an
-old folder that it had moved away is put back.
+other processes whether somebody still writes there. The next process removes what a killed one has left, and puts back
+an old folder that the killed one had moved away.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         InputError: If `path` names no file, or is a folder.
         ResourceError: If the disk is full, or the system reports another failure of it.
+
+    Example:
+        >>> with atomic_file(Path("report.json")) as part:
+        ...     print(Path("report.json").exists(), part.write_text("{}"))
+        False 2
+        >>> Path("report.json").read_text()
+        '{}'
     """
     if path.is_dir() and not path.is_symlink():
         raise InputError(f"'{path}' is a folder, and is to be a file.", "Choose another name, or rename the folder.")
@@ -66,6 +73,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: If `path` is a link or a file, or holds files that QE-Edge did not write.
         ResourceError: If the disk is full, or the system reports another failure of it.
+
+    Example:
+        >>> with atomic_folder(Path("out/engines")) as part:
+        ...     _ = (part / "manifest.json").write_text("{}")
+        >>> [path.as_posix() for path in Path("out/engines").iterdir()]
+        ['out/engines/manifest.json']
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"'{path}' is a link or a file, and is to be a folder.", "Choose another folder.")
@@ -88,7 +101,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def restore(path: Path) -> None:
-    """Remove what killed processes left beside `path`; a folder that one had moved away from `path` is put back."""
+    """Remove what killed processes left beside `path`, and put back a folder that one had moved away from `path`.
+
+    Example:
+        >>> left = Path(".report.json.a1b2c3d4.part")
+        >>> _ = left.write_text("half a report of a killed process")
+        >>> restore(Path("report.json"))
+        >>> left.exists()
+        False
+    """
     name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         if name.fullmatch(left.name) is None or left.is_symlink():

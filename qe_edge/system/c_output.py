@@ -17,6 +17,10 @@ def silent_c_stdout() -> Iterator[None]:
     """Throw away what is written to file descriptor 1 while the context is open; nothing else may print meanwhile.
 
     C's own buffer is emptied before and after, or what was printed inside would come out later.
+
+    Example:
+        >>> with silent_c_stdout():
+        ...     _ = ctypes.CDLL(None).puts(b"a library's banner, which nobody sees")
     """
     sys.stdout.flush()
     _flush_c()
@@ -41,6 +45,13 @@ def without_panic_report() -> Iterator[None]:
     """Hold back what is written to file descriptor 2; where a Rust library panics, its own report is thrown away.
 
     The exception says the same. Everything else that was written comes out when the context is left.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> with without_panic_report():
+        ...     words = Tokenizer(models.WordLevel({"cat": 0}, unk_token="cat"))
+        >>> words.encode("cat").ids
+        [0]
     """
     panicked = False
     said = b""
@@ -65,6 +76,12 @@ def held_stderr() -> Iterator[Callable[[], bytes]]:
 
     Yields:
         What was written so far, at most 64 KiB of it; only inside the context.
+
+    Example:
+        >>> with held_stderr() as held:
+        ...     _ = os.write(2, b"a library's warning")
+        ...     print(held())
+        b"a library's warning"
     """
     sys.stderr.flush()
     try:

@@ -1,4 +1,4 @@
-"""Starting helpers and other programs so that nothing of the current folder is run in their stead.
+"""Starting helpers and other programs so that no file of the current folder runs in their place.
 
 `python -m` and `python -c` put the current folder first on `sys.path`, and an empty entry of PATH, LD_LIBRARY_PATH or
 PYTHONPATH means that folder too: a `json.py` or a `cmake` among somebody's downloads would be executed.
@@ -32,12 +32,26 @@ def isolated_code(code: str) -> list[str]:
 
 
 def isolated_module(module: str) -> list[str]:
-    """Command line that runs a module as `python -m` does, without the current folder on `sys.path`."""
+    """Command line that runs a module as `python -m` does, without the current folder on `sys.path`.
+
+    Example:
+        >>> import subprocess
+        >>> command = isolated_module("this")
+        >>> done = subprocess.run(command, env=safe_environment(), capture_output=True, text=True, check=True)
+        >>> done.stdout.splitlines()[0]
+        'The Zen of Python, by Tim Peters'
+    """
     return isolated_code(f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
 
 
 def safe_environment() -> dict[str, str]:
-    """This process's environment; its search paths lack what stands for the current folder."""
+    """This process's environment, without the entries of its search paths that stand for the current folder.
+
+    Example:
+        >>> environment = safe_environment()
+        >>> [entry for entry in environment["PATH"].split(os.pathsep) if entry in ("", ".")]
+        []
+    """
     cleaned = {name: without_current_folder(os.environ.get(name, "")) for name in SEARCH_PATHS}
     others = {name: value for name, value in os.environ.items() if name not in SEARCH_PATHS}
     return {**others, **{name: value for name, value in cleaned.items() if value}}  # an empty PATH is that folder too
@@ -54,7 +68,12 @@ def without_current_folder(paths: str) -> str:
 
 
 def find_program(name: str) -> str | None:
-    """Absolute path of a program on PATH, None if there is none; the current folder is not looked at."""
+    """Absolute path of a program on PATH, None if there is none; the current folder is not looked at.
+
+    Example:
+        >>> find_program("sh").endswith("/sh"), find_program("no-such-program")
+        (True, None)
+    """
     found = shutil.which(name, path=without_current_folder(os.environ.get("PATH", "")) or os.defpath)
     return None if found is None else str(Path(found).absolute())
 
@@ -66,7 +85,14 @@ def forget_current_folder() -> list[str]:
     be.
 
     Returns:
-        Files of the current folder that Python itself ran before any line of ours, for want of a name in PYTHONPATH.
+        Files of the current folder that Python itself ran before any line of ours, because of an empty entry in
+        PYTHONPATH.
+
+    Example:
+        >>> forget_current_folder()
+        []
+        >>> "" in sys.path
+        False
     """
     ran: list[str] = []
     with suppress(FileNotFoundError):  # the folder was deleted, so nothing is in it

@@ -25,6 +25,15 @@ def choose_device(name: str) -> torch.device:
 
     Raises:
         ResourceError: If torch does not see that GPU.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+        >>> choose_device("tpu")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ResourceError: There is no device 'tpu'. Choose auto, cpu, cuda or, for the second
+        GPU, cuda:1.
     """
     if name == "auto":
         return _initialised(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -53,15 +62,23 @@ def _initialised(device: torch.device) -> torch.device:
 
 @contextmanager
 def fitting(device: torch.device, what: str, remedy: str) -> Iterator[None]:
-    """What computes on a device inside says so in a sentence where its memory does not suffice.
+    """Turn an out-of-memory error of a device into one sentence.
 
     Args:
-        device: The device.
-        what: That its memory should hold.
-        remedy: What to choose instead.
+        device: The device that computes inside the context.
+        what: The data that its memory should hold, for the message.
+        remedy: The second sentence of the message: what to choose instead.
 
     Raises:
         ResourceError: In place of torch's errors.
+
+    Example:
+        >>> gpu = torch.device("cuda", 0)
+        >>> with fitting(gpu, "this layer", "Choose --device cpu."):
+        ...     raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ResourceError: The memory of cuda:0 does not hold this layer. Choose --device cpu.
     """
     try:
         yield
@@ -77,6 +94,12 @@ def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
 
     Raises:
         ResourceError: If the device's memory does not suffice.
+
+    Example:
+        >>> block = nn.Linear(4, 4)
+        >>> with moved(block, CPU):  # on "cuda" its tensors lie in the GPU's memory inside
+        ...     print(block.weight.device)
+        cpu
     """
     if device == CPU:
         yield
@@ -94,7 +117,14 @@ def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - arguments of any block
-    """A value with all tensors in its tuples, lists and mappings on a device."""
+    """A value with all tensors in its tuples, lists and mappings on a device.
+
+    Example:
+        >>> arguments = {"hidden": torch.ones(2, 3), "masks": [torch.ones(2)], "causal": True}
+        >>> there = to_device(arguments, torch.device("meta"))
+        >>> there["hidden"].device, there["masks"][0].device, there["causal"]
+        (device(type='meta'), device(type='meta'), True)
+    """
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -105,12 +135,20 @@ def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - argume
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16, as far as torch can tell; older ones cannot."""
+    """Whether the processor has instructions for products of bfloat16; False where torch does not say.
+
+    Example:
+        >>> dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    """
     return bool({"avx512_bf16", "amx_bf16"} & _instructions())
 
 
 def multiplies_int8() -> bool:
-    """Whether the processor has instructions for products of int8 that torch uses, as far as torch can tell."""
+    """Whether the processor has instructions for products of int8 that torch uses; False where torch does not say.
+
+    Example:
+        >>> kind = "int8 products" if multiplies_int8() else "float32 products"
+    """
     return hasattr(torch, "_int_mm") and bool({"avx512_vnni", "amx_int8"} & _instructions())
 
 

@@ -44,7 +44,14 @@ class FileDigest:
 
 
 def file_digest(path: Path) -> FileDigest:
-    """Size and hash of a file, read in pieces of 1 MiB."""
+    """Size and hash of a file, read in pieces of 1 MiB.
+
+    Example:
+        >>> _ = Path("empty.bin").write_bytes(b"")
+        >>> digest = file_digest(Path("empty.bin"))
+        >>> digest.size, digest.sha256[:16]
+        (0, 'e3b0c44298fc1c14')
+    """
     found, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
@@ -55,11 +62,25 @@ def file_digest(path: Path) -> FileDigest:
 
 
 def folder_digests(folder: Path) -> dict[str, FileDigest]:
-    """Size and hash of every file below a folder, by its name relative to the folder."""
+    """Size and hash of every file below a folder, by its name relative to the folder.
+
+    Example:
+        >>> Path("sums/inner").mkdir(parents=True)
+        >>> _ = Path("sums/inner/a.txt").write_text("abc")
+        >>> {name: digest.size for name, digest in folder_digests(Path("sums")).items()}
+        {'inner/a.txt': 3}
+    """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: file_digest(folder / name) for name in names}
 
 
 def hash_parts(*parts: object) -> str:
-    """One hash of several values, each of which JSON can hold."""
+    """One hash of several values, each of which JSON can hold.
+
+    Example:
+        >>> hash_parts("gptq", {"bits": 4})[:16]
+        '072b374f2b67be17'
+        >>> hash_parts("gptq", {"bits": 4}) == hash_parts("gptq", {"bits": 3})
+        False
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

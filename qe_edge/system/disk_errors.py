@@ -32,6 +32,14 @@ def disk_explained(path: Path) -> Iterator[None]:
 
     Raises:
         ResourceError: For a full disk, and for what `explain_disk` knows.
+
+    Example:
+        >>> with disk_explained(Path("out")):
+        ...     raise OSError(errno.ENOSPC, "No space left on device")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ResourceError: The disk is full; 'out' could not be written. Free some space or
+        choose another output folder.
     """
     try:
         yield

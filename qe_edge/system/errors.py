@@ -11,7 +11,12 @@ REASON_LENGTH = 300  # of what a library says
 
 
 def printable(text: str) -> str:
-    """The text with control characters and lone surrogates written as escapes."""
+    r"""The text with control characters and lone surrogates written as escapes.
+
+    Example:
+        >>> print(printable("a\x1b[31mred"))
+        a\x1b[31mred
+    """
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -30,12 +35,22 @@ def shown(value: object, length: int = VALUE_LENGTH) -> str:
 
 
 def shown_name(name: object, length: int = VALUE_LENGTH) -> str:
-    """A stranger's name without quotes, printable and cut off after `length` characters."""
+    """A stranger's name without quotes, printable and cut off after `length` characters.
+
+    Example:
+        >>> shown_name("model.layers.0"), shown_name("x" * 100, 8), shown_name(["no", "name"])
+        ('model.layers.0', 'xxxxxxxx...', "['no', 'name']")
+    """
     return _cut(printable(name[: length + 1]), length) if isinstance(name, str) else shown(name, length)
 
 
 def reason(error: BaseException) -> str:
-    """One printable line about an exception, with its class where the message alone says little."""
+    r"""One printable line about an exception, with its class where the message alone says little.
+
+    Example:
+        >>> reason(KeyError("weight")), reason(ValueError("not\n  a number."))
+        ("KeyError: 'weight'", 'not a number')
+    """
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | MemoryError | TypeError):
         text = f"{type(error).__name__}: {text}"
@@ -52,6 +67,13 @@ class QEError(Exception):
     Args:
         problem: One sentence saying what is wrong.
         remedy: One sentence saying what the user can do about it.
+
+    Example:
+        >>> error = InputError("'cat.txt' is no picture.", "Give a PNG or a JPEG file.")
+        >>> error.problem, error.remedy, error.exit_code
+        ("'cat.txt' is no picture.", 'Give a PNG or a JPEG file.', 2)
+        >>> print(error)
+        'cat.txt' is no picture. Give a PNG or a JPEG file.
     """
 
     exit_code = 2
@@ -66,15 +88,38 @@ class QEError(Exception):
 
 
 class QENotice(UserWarning):
-    """Something that a user should know, in one line; the command line prints it, elsewhere Python warns."""
+    """Something that a user should know, in one line; the command line prints it, elsewhere Python warns.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as notices:
+        ...     warnings.warn("The picture is scaled to 448 x 448.", QENotice)
+        >>> str(notices[0].message)
+        'The picture is scaled to 448 x 448.'
+    """
 
 
 class CommonNotice(QENotice):
-    """A notice that many inputs of one kind cause; the command line prints the same words once."""
+    """A notice that many inputs of one kind cause; the command line prints the same words once.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as notices:
+        ...     warnings.simplefilter("always")
+        ...     for picture in ("0001.png", "0002.png"):
+        ...         warnings.warn("A picture has no colours.", CommonNotice)
+        >>> len({str(notice.message) for notice in notices})
+        1
+    """
 
 
 class UnknownNameError(QEError):
-    """A method, scheme, module, model family, target or recipe key that does not exist."""
+    """A method, scheme, module, model family, target or recipe key that does not exist.
+
+    Example:
+        >>> print(UnknownNameError("method", "gtpq", ["awq", "gptq", "rtn"]))
+        There is no method 'gtpq'. Did you mean 'gptq'? Known: awq, gptq, rtn.
+    """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names, name = sorted(known), shown_name(name)

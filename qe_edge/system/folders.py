@@ -1,4 +1,4 @@
-"""Folders around an output: those above it, made for it alone, and getting what they hold onto the disk."""
+"""Makes the folders above an output, and flushes files and folders to the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ NO_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP)  # file syste
 
 @contextmanager
 def parents_of(path: Path) -> Iterator[None]:
-    """The folders above `path` exist inside the context; those made for it vanish if it fails and leaves them empty."""
+    """Make the folders above `path` for the context; if it fails, the new ones that are still empty are removed.
+
+    Example:
+        >>> with parents_of(Path("new/inner/file")):
+        ...     print(Path("new/inner").is_dir())
+        True
+    """
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in made:
@@ -28,7 +34,13 @@ def parents_of(path: Path) -> Iterator[None]:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush all files below a folder, then the folders, so that a power cut after this loses none of them."""
+    """Flush all files below a folder, then the folders, so that a power cut after this loses none of them.
+
+    Example:
+        >>> Path("kept").mkdir()
+        >>> _ = Path("kept/a.txt").write_text("abc")
+        >>> sync_tree(Path("kept"))  # a power cut loses nothing of it now
+    """
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not (Path(place) / name).is_symlink():
@@ -37,7 +49,12 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file's content."""
+    """Flush a file's content.
+
+    Example:
+        >>> _ = Path("a.txt").write_text("abc")
+        >>> sync_file(Path("a.txt"))
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -46,7 +63,11 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush which names a folder holds, where its file system can do that."""
+    """Flush the names in a folder, where its file system can do that.
+
+    Example:
+        >>> sync_folder(Path())  # after a file in it was renamed
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # or a link to one
         try:

@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed: keep it for the next array, or give it back to the system."""
+"""Tells the C library to keep freed memory for the next array, or to give it back to the system."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ _EVERYTHING = (1 << 31) - 1
 def reused_memory() -> Iterator[None]:
     """While the context is open, freed memory of any size is kept for the next array; afterwards it is given back.
 
-    glibc maps large arrays one by one, and the system fills every page of them with zeros again: a tenth of the time
-    of a block's products. Memory between what outlives the context is given back too. Threads share the setting.
+    glibc maps large arrays one by one, and the system fills every page of them with zeros again. That takes a tenth of
+    the time of a block's products. All threads share the setting.
+
+    Example:
+        >>> import numpy as np
+        >>> with reused_memory():
+        ...     total = sum(np.ones((1000, 1000)).sum() for _ in range(3))  # the three arrays share one place
+        >>> int(total)
+        3000000
     """
     library = _glibc()
     if library is None:
@@ -36,7 +43,14 @@ def reused_memory() -> Iterator[None]:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system. glibc keeps what lies between live blocks of its heap; others need no help."""
+    """Return freed memory to the system. glibc keeps freed memory between live blocks; other libraries need no help.
+
+    Example:
+        >>> import numpy as np
+        >>> large = np.ones((1000, 1000))
+        >>> del large
+        >>> trim_heap()
+    """
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

@@ -47,10 +47,15 @@ def read_json_table(
 def read_bounded_text(
     path: Path, *, error: type[QEError] = ArtifactError, remedy: str = "Get the file again.", limit: int = MAX_BYTES
 ) -> str:
-    """The text of a UTF-8 file, without a byte order mark; arguments are those of `read_bounded_bytes`.
+    r"""The text of a UTF-8 file, without a byte order mark. `read_bounded_bytes` describes the arguments.
 
     Raises:
         QEError: Of the class `error`, for a file that is missing, no regular file, too large or not UTF-8.
+
+    Example:
+        >>> _ = Path("labels.txt").write_bytes(b"\xef\xbb\xbfcat")
+        >>> read_bounded_text(Path("labels.txt"))
+        'cat'
     """
     data = read_bounded_bytes(path, error=error, remedy=remedy, limit=limit)
     try:
@@ -70,6 +75,13 @@ def read_bounded_bytes(path: Path, *, error: type[QEError], remedy: str, limit: 
 
     Raises:
         QEError: Of the class `error`, for a file that is missing, no regular file or too large.
+
+    Example:
+        >>> _ = Path("large.bin").write_bytes(bytes(20))
+        >>> read_bounded_bytes(Path("large.bin"), error=ArtifactError, remedy="Get the file again.", limit=10)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'large.bin' has 20 bytes; more than 10 are not read. Get the file again.
     """
     try:
         found = path.stat()
@@ -101,6 +113,14 @@ def parse_json(text: str, where: object, error: type[QEError], remedy: str, *, s
 
     Raises:
         QEError: Of the class `error`, also for a text nested deeper than `MAX_DEPTH`.
+
+    Example:
+        >>> parse_json('{"a": [1, 2]}', "line 3", ArtifactError, "Mend that line.")
+        {'a': [1, 2]}
+        >>> parse_json('{"a": 1, "a": 2}', "line 3", ArtifactError, "Mend that line.", strict=True)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'line 3' is not valid JSON: the key 'a' stands twice. Mend that line.
     """
     try:
         if strict:

@@ -28,7 +28,12 @@ MAX_BYTES = 1000  # of what a lock file says about its holder
 
 
 def lock_path(target: Path) -> Path:
-    """The lock file of an output, a hidden file beside it."""
+    """The lock file of an output, a hidden file beside it.
+
+    Example:
+        >>> lock_path(Path("out/checkpoint")).as_posix()
+        'out/.checkpoint.lock'
+    """
     return target.with_name(f".{target.name}{SUFFIX}")
 
 
@@ -90,6 +95,13 @@ def lock_file(path: Path) -> int | None:
 
     Raises:
         OSError: If there is something else than a plain file, or the file system knows no locks.
+
+    Example:
+        >>> first = lock_file(Path(".out.lock"))
+        >>> second = lock_file(Path(".out.lock"))  # somebody holds it
+        >>> os.close(first)
+        >>> second is None
+        True
     """
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

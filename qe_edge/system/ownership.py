@@ -1,7 +1,7 @@
 """Which files of a folder QE-Edge wrote; no others are ever removed.
 
-A folder's own list of files decides (`files.json` of a checkpoint, `manifest.json` of graphs and engines). Where an
-earlier version wrote none, the names that it wrote into a folder of this kind do.
+A folder's own list of files decides (`files.json` of a checkpoint, `manifest.json` of graphs and engines). Folders of
+earlier versions have no list: there the names decide that those versions wrote.
 """
 
 from __future__ import annotations
@@ -28,11 +28,19 @@ PASSING = (".lock", ".part")  # endings of hidden names that exist only while so
 
 
 def strangers(folder: Path, listed: Collection[str] = ()) -> list[Path]:
-    """What a folder holds that QE-Edge did not write, relative to it; a folder of others is named as a whole.
+    """Files and folders inside a folder that QE-Edge did not write, relative to it.
+
+    A folder that holds no file of ours is named as a whole.
 
     Args:
         folder: The folder; one that does not exist holds nothing.
         listed: Names of files that are known to be ours, relative to the folder, with '/' between their parts.
+
+    Example:
+        >>> Path("answers").mkdir()
+        >>> _ = Path("answers/mine.txt").write_text("a file of a user")
+        >>> [path.as_posix() for path in strangers(Path("answers"))]
+        ['mine.txt']
     """
     if folder.is_symlink() or not folder.is_dir():
         return []
@@ -41,7 +49,12 @@ def strangers(folder: Path, listed: Collection[str] = ()) -> list[Path]:
 
 
 def is_passing(name: str) -> bool:
-    """Whether a name is that of a lock or of a temporary folder of ours."""
+    """Whether a name belongs to a lock or to a temporary file or folder of ours.
+
+    Example:
+        >>> is_passing(".checkpoint.lock"), is_passing("checkpoint")
+        (True, False)
+    """
     return name.startswith(".") and name.endswith(PASSING)
 
 
@@ -50,6 +63,15 @@ def refuse_strangers(folder: Path, listed: Collection[str] = ()) -> None:
 
     Raises:
         InputError: Naming one of them.
+
+    Example:
+        >>> Path("photos").mkdir()
+        >>> _ = Path("photos/cat.jpg").write_bytes(b"")
+        >>> refuse_strangers(Path("photos"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: 'photos/cat.jpg' was not written by QE-Edge, and 'photos' is to be
+        replaced. Move it elsewhere, or choose another folder.
     """
     found = strangers(folder, listed)
     if found:
@@ -60,7 +82,16 @@ def refuse_strangers(folder: Path, listed: Collection[str] = ()) -> None:
 
 
 def remove_ours(folder: Path, listed: Collection[str] = ()) -> None:
-    """Remove the files of a folder that QE-Edge wrote, and the folder if nothing else is in it."""
+    """Remove the files of a folder that QE-Edge wrote, and the folder if nothing else is in it.
+
+    Example:
+        >>> Path("old").mkdir()
+        >>> _ = Path("old/mine.txt").write_text("a file of a user")
+        >>> _ = Path("old/log.txt").write_text("a file of ours")
+        >>> remove_ours(Path("old"), listed=["log.txt"])
+        >>> [path.name for path in Path("old").iterdir()]
+        ['mine.txt']
+    """
     if folder.is_symlink() or not folder.is_dir():
         return
     kept = {folder / name for name in strangers(folder, listed)}

@@ -1,9 +1,9 @@
-"""Independent pieces of work, such as rows of a matrix, in threads of our own, each of which computes with one.
+"""Independent pieces of work, such as rows of a matrix, in threads of our own.
 
 torch's and OpenBLAS' threads wait for each other in a busy loop after every operation: thousands of small operations
-become a hundred times slower as soon as something else runs on the machine. Threads that each have whole rows to
-themselves meet once, at the end. How the rows are cut does not depend on the number of threads, so neither do the
-results.
+become a hundred times slower as soon as something else runs on the machine. Our threads have whole rows to themselves
+and meet once, at the end. Inside each, torch computes with one thread. The cuts between rows do not depend on the
+number of threads, so neither do the results.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[R
     """Call `work` for every item; results in their order.
 
     Work that calls BLAS must do so with one thread (`blas.one_lapack_thread` around this call), or the threads double.
+
+    Example:
+        >>> map_threads(lambda value: value * value, [1, 2, 3])
+        [1, 4, 9]
     """
     threads = torch.get_num_threads()
     if len(items) <= 1 or threads == 1:
@@ -36,10 +40,21 @@ def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 
 
 def gains_by_one_thread(weights: int) -> bool:
-    """Whether layers of that many weights are done earlier side by side, one thread each, than in turn by all."""
+    """Whether layers of this many weights end sooner side by side, with one thread each, than in turn with all.
+
+    Example:
+        >>> gains_by_one_thread(768 * 768), gains_by_one_thread(16384 * 4096)
+        (True, False)
+    """
     return weights <= (MEDIUM if torch.get_num_threads() <= 2 else SMALL)
 
 
 def map_rows(work: Callable[[slice], Result], rows: int, piece: int) -> list[Result]:
-    """Call `work` for slices of at most `piece` rows, in order of the rows; results in the same order."""
+    """Call `work` for slices of at most `piece` rows, in order of the rows; results in the same order.
+
+    Example:
+        >>> matrix = torch.arange(5.0)
+        >>> map_rows(lambda rows: matrix[rows].tolist(), rows=5, piece=2)
+        [[0.0, 1.0], [2.0, 3.0], [4.0]]
+    """
     return map_threads(work, [slice(start, min(start + piece, rows)) for start in range(0, rows, piece)])

@@ -21,7 +21,12 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Ignores progress; what the Python functions use unless told otherwise."""
+    """Ignores progress; what the Python functions use unless told otherwise.
+
+    Example:
+        >>> with track(Silent(), "quantizing", total=2) as progress:
+        ...     progress.advance(1, "layers.1")
+    """
 
     def start(self, title: str, total: float) -> None:
         """Nothing to do."""
@@ -35,7 +40,19 @@ class Silent:
 
 @contextmanager
 def track(progress: Progress, title: str, total: float) -> Iterator[Progress]:
-    """Start a piece of work and finish it whatever happens."""
+    """Start a piece of work and finish it whatever happens.
+
+    Example:
+        >>> class Printed(Silent):
+        ...     def start(self, title: str, total: float) -> None:
+        ...         print(f"{title}: {total} layers")
+        ...     def finish(self) -> None:
+        ...         print("done")
+        >>> with track(Printed(), "quantizing", total=2) as progress:
+        ...     progress.advance(1, "layers.1")
+        quantizing: 2 layers
+        done
+    """
     progress.start(title, total)
     try:
         yield progress

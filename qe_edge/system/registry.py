@@ -23,8 +23,7 @@ class Registry(Generic[T]):
     """A read-only table `name -> "module:attribute"`.
 
     Listing names imports nothing, so `qe-edge --help` stays fast; adding an entry is one line. Other packages may offer
-    entries too, as entry points of a group. Own names go first: a package cannot replace them.
-    Iterating gives own names.
+    entries too, as entry points of a group. They cannot replace names of ours. Iterating gives our names alone.
 
     Args:
         kind: What the entries are, in the words of an error message ("method", "target").
