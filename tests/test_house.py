@@ -25,7 +25,7 @@ SOURCES = [  # each file once, whatever Python thinks of links
     if not any(parent.is_symlink() for parent in path.parents)
 ]
 # Rooms whose public functions and classes all show their use; a new room is added when it is complete.
-SHOWN = ("system",)
+SHOWN = ("system", "numerics", "checkpoint", "layers")
 RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Error")
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 

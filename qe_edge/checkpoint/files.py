@@ -38,11 +38,19 @@ class Origin(BaseModel):
 
 
 class CheckpointFiles(Sealed):
-    """What a checkpoint consists of.
+    """The content of `files.json`.
 
     Attributes:
-        origin: What it was quantized from; None for a model that was made in Python.
+        origin: The model that it was quantized from; None for a model that was made in Python.
         files: Every file but this one.
+
+    Example:
+        >>> Path("own").mkdir()
+        >>> _ = Path("own/config.json").write_text("{}")
+        >>> write_checkpoint_files(Path("own"), "OpenGVLab/InternVL3-1B-hf", revision="abc123")
+        >>> found = read_checkpoint_files(Path("own"))
+        >>> found.origin.hub, list(found.files)
+        ('OpenGVLab/InternVL3-1B-hf', ['config.json'])
     """
 
     origin: Origin | None
@@ -56,16 +64,30 @@ def write_checkpoint_files(folder: Path, source: str, revision: str | None) -> N
         folder: The checkpoint.
         source: Folder or hub id that the model was loaded from.
         revision: Commit of a model on the hub.
+
+    Example:
+        >>> Path("first").mkdir()
+        >>> _ = Path("first/config.json").write_text("{}")
+        >>> write_checkpoint_files(Path("first"), source="OpenGVLab/InternVL3-1B-hf", revision=None)
+        >>> sorted(path.name for path in Path("first").iterdir())
+        ['config.json', 'files.json']
     """
     files = describe(folder, lambda name: name != FILES)
     CheckpointFiles(origin=origin_of(source, revision), files=files).write_sealed(folder / FILES)
 
 
 def read_checkpoint_files(folder: Path) -> CheckpointFiles:
-    """What a checkpoint says of itself; its files are not read.
+    """Read and check `files.json` of a checkpoint; the files that it lists are not read.
 
     Raises:
-        ArtifactError: If it says nothing, or that was changed.
+        ArtifactError: If there is none, or it was changed after it was written.
+
+    Example:
+        >>> Path("second").mkdir()
+        >>> _ = Path("second/config.json").write_text("{}")
+        >>> write_checkpoint_files(Path("second"), source="OpenGVLab/InternVL3-1B-hf", revision=None)
+        >>> {name: record.size for name, record in read_checkpoint_files(Path("second")).files.items()}
+        {'config.json': 2}
     """
     path = folder / FILES
     if not path.is_file() and (folder / "config.json").is_file():
@@ -85,7 +107,7 @@ def read_checkpoint_files(folder: Path) -> CheckpointFiles:
 
 
 def check_checkpoint(folder: Path, *only: str) -> None:
-    """Compare a checkpoint's files with what was written; costs about half a second for a gigabyte.
+    """Compare a checkpoint's files with their sizes and hashes in `files.json`: about half a second for a gigabyte.
 
     Args:
         folder: The checkpoint.
@@ -93,12 +115,29 @@ def check_checkpoint(folder: Path, *only: str) -> None:
 
     Raises:
         ArtifactError: If a file is missing, changed, added, or lies elsewhere.
+
+    Example:
+        >>> Path("third").mkdir()
+        >>> _ = Path("third/config.json").write_text("{}")
+        >>> write_checkpoint_files(Path("third"), source="OpenGVLab/InternVL3-1B-hf", revision=None)
+        >>> check_checkpoint(Path("third"))
+        >>> _ = Path("third/config.json").write_text("{ }")
+        >>> check_checkpoint(Path("third"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'third/config.json' is damaged: it has 3 bytes and was written with
+        2. Restore the checkpoint from a copy, or quantize the model again.
     """
     check_files(folder, read_checkpoint_files(folder).files, REMEDY, only)
 
 
 def origin_of(source: str, revision: str | None) -> Origin | None:
-    """The fingerprint of a model: files of a folder, or hub id and commit; None if it is neither."""
+    """The fingerprint of a model: files of a folder, or hub id and commit; None if it is neither.
+
+    Example:
+        >>> origin_of("OpenGVLab/InternVL3-1B-hf", revision="abc123")
+        Origin(hub='OpenGVLab/InternVL3-1B-hf', revision='abc123', files={})
+    """
     folder = Path(source)
     if folder.is_dir():
         return Origin(files={name: _record(folder / name) for name in model_files(folder)})
@@ -106,7 +145,18 @@ def origin_of(source: str, revision: str | None) -> Origin | None:
 
 
 def difference(origin: Origin, folder: Path) -> str | None:
-    """The first file of a folder that is not the one of a checkpoint's origin, None if all are the same."""
+    """The first file of a folder that differs from the checkpoint's origin, None if all are the same.
+
+    Example:
+        >>> Path("model").mkdir()
+        >>> _ = Path("model/config.json").write_text("{}")
+        >>> origin = origin_of("model", None)
+        >>> difference(origin, Path("model")) is None
+        True
+        >>> _ = Path("model/config.json").write_text('{"hidden_size": 64}')
+        >>> difference(origin, Path("model"))
+        'config.json'
+    """
     names = set(model_files(folder))
     for name in sorted(names ^ origin.files.keys()):
         return name

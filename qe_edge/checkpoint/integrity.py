@@ -22,7 +22,7 @@ from qe_edge.system.json_files import read_json_table
 
 TOKENIZER = "tokenizer_config.json"
 PART = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}")  # so neither '..' nor a hidden file
-LOADED = (".onnx", ".data", ".engine", ".safetensors")  # endings of what is loaded; likewise
+LOADED = (".onnx", ".data", ".engine", ".safetensors")  # endings of files that libraries load
 
 
 def _plain_name(name: str) -> str:
@@ -52,7 +52,7 @@ FileTable = dict[FileName, FileRecord]
 
 
 class Sealed(BaseModel):
-    """A description of a folder that carries a digest of itself, and with its table of files one of the whole folder.
+    """A description of a folder that carries a digest of itself. With its table of files it covers the whole folder.
 
     Attributes:
         digest: SHA-256 of all other fields; empty until the description is written.
@@ -71,13 +71,12 @@ class Sealed(BaseModel):
         """Refuse a description that is not as it was written.
 
         Args:
-            values: What stands in the file. Fields that a later version added have their defaults here and no part in
-                the digest.
+            values: The table in the file. Fields that a later version added are not in it, and not in the digest.
             path: The file, for the message.
             remedy: What the user can do.
 
         Raises:
-            ArtifactError: If its digest is not that of its content.
+            ArtifactError: If the digest does not fit the content.
         """
         if self.digest != content_digest(values):
             raise ArtifactError(f"'{path}' was changed after it was written: its digest is another one.", remedy)
@@ -87,7 +86,7 @@ SealedType = TypeVar("SealedType", bound=Sealed)
 
 
 def content_digest(values: Mapping[str, object]) -> str:
-    """SHA-256 of everything in a description but its digest, as JSON with sorted keys.
+    """SHA-256 of a description without its digest, as JSON with sorted keys.
 
     Example:
         >>> content_digest({"a": 1, "digest": "x"}) == content_digest({"a": 1})
@@ -103,6 +102,14 @@ def describe(folder: Path, keep: Callable[[str], bool] = lambda _name: True) -> 
     Args:
         folder: The folder.
         keep: Whether a file belongs to the table, by its name relative to the folder.
+
+    Example:
+        >>> Path("graphs").mkdir()
+        >>> _ = Path("graphs/language.onnx").write_bytes(b"12345")
+        >>> _ = Path("graphs/notes.txt").write_bytes(b"")
+        >>> table = describe(Path("graphs"), keep=lambda name: name.endswith(".onnx"))
+        >>> {name: record.size for name, record in table.items()}
+        {'language.onnx': 5}
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: FileRecord.model_validate(file_digest(folder / name).as_json()) for name in names if keep(name)}
@@ -113,12 +120,25 @@ def check_files(folder: Path, table: Mapping[str, FileRecord], remedy: str, only
 
     Args:
         folder: The folder.
-        table: What was written.
-        remedy: What the user can do about a file that is another one.
-        only: Names of the files to look at; empty for all, and then no file that libraries read may be there besides.
+        table: Size and hash of every file when it was written.
+        remedy: What the user can do about a file that differs.
+        only: Names of the files to look at. Empty for all: then files that libraries read and the table lacks are
+            refused too.
 
     Raises:
         ArtifactError: If a file is missing, lies outside the folder, has another size or content, or was added.
+
+    Example:
+        >>> Path("sound").mkdir()
+        >>> _ = Path("sound/language.onnx").write_bytes(b"12345")
+        >>> table = describe(Path("sound"))
+        >>> check_files(Path("sound"), table, "Export again.")
+        >>> _ = Path("sound/language.onnx").write_bytes(b"12354")
+        >>> check_files(Path("sound"), table, "Export again.")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'sound/language.onnx' is damaged: its SHA-256 is not the one that was
+        written. Export again.
     """
     wanted = {name: record for name, record in table.items() if not only or name in only}
     missing = next((name for name in only if name not in table), None)
@@ -142,6 +162,17 @@ def check_sizes(folder: Path, table: Mapping[str, FileRecord], remedy: str) -> N
 
     Raises:
         ArtifactError: If one is not.
+
+    Example:
+        >>> Path("cut").mkdir()
+        >>> _ = Path("cut/language.onnx").write_bytes(b"12345")
+        >>> table = describe(Path("cut"))
+        >>> _ = Path("cut/language.onnx").write_bytes(b"123")
+        >>> check_sizes(Path("cut"), table, "Export again.")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'cut/language.onnx' is damaged: it has 3 bytes and was written with
+        5. Export again.
     """
     for name, record in table.items():
         path = folder / name
@@ -158,6 +189,15 @@ def check_nothing_added(folder: Path, table: Iterable[str], remedy: str) -> None
 
     Raises:
         ArtifactError: If there is any.
+
+    Example:
+        >>> Path("more").mkdir()
+        >>> _ = Path("more/tokenizer.json").write_text("{}")
+        >>> check_nothing_added(Path("more"), ["config.json"], "Export again.")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'more/tokenizer.json' was added after the folder was written. Remove
+        it, or: Export again.
     """
     known = set(table) | {name.partition("/")[0] for name in table}
     present = (path.name for path in folder.iterdir())
@@ -184,6 +224,15 @@ def check_inside(folder: Path, path: Path) -> None:
 
     Raises:
         ArtifactError: If it is.
+
+    Example:
+        >>> Path("links").mkdir()
+        >>> Path("links/config.json").symlink_to("../elsewhere.json")
+        >>> check_inside(Path("links"), Path("links/config.json"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'links/config.json' is a link that points outside 'links'. Put the
+        file itself in the place of the link.
     """
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(

@@ -1,4 +1,4 @@
-"""Names of the files that decide what a model computes, and what they are in words."""
+"""Names of the files that decide what a model computes, and their kinds in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ TEMPLATES = "additional_chat_templates"
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names of the files that decide what a model computes: weights, configuration, tokenizer and templates."""
+    """Names of the files that decide what a model computes: weights, configuration, tokenizer and templates.
+
+    Example:
+        >>> Path("model").mkdir()
+        >>> for name in ("config.json", "model.safetensors", "README.md"):
+        ...     _ = Path("model", name).write_bytes(b"")
+        >>> model_files(Path("model"))
+        ['config.json', 'model.safetensors']
+    """
     files = [
         path
         for path in sorted(folder.iterdir())
@@ -28,7 +36,12 @@ def model_files(folder: Path) -> list[str]:
 
 
 def part_in_words(name: str) -> str:
-    """What a part of a model is, and its name, for messages."""
+    """The kind and name of a file of a model, for messages.
+
+    Example:
+        >>> part_in_words("model-00001-of-00002.safetensors"), part_in_words("vocab.json")
+        ("weights: 'model-00001-of-00002.safetensors'", "tokenizer: 'vocab.json'")
+    """
     kinds: Mapping[str, tuple[str, ...]] = {
         "weights": (".safetensors",),
         "chat template": (".jinja", "chat_template.json"),
@@ -45,7 +58,7 @@ def part_in_words(name: str) -> str:
 
 
 def work_folder(output: Path) -> Path:
-    """Where the finished blocks of a checkpoint lie until it is complete.
+    """The folder of a checkpoint's finished blocks until the checkpoint is complete.
 
     Example:
         >>> work_folder(Path("out/checkpoint")).as_posix()

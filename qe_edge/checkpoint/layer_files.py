@@ -1,4 +1,4 @@
-"""`QELinear` layers as safetensors: what describes them, how siblings share tensors, and what is checked on reading."""
+"""`QELinear` layers as safetensors: their geometry, tensors that siblings share, and the checks on reading."""
 
 from __future__ import annotations
 
@@ -88,9 +88,17 @@ class LayerGeometry(BaseModel):
 
 
 def layer_tensors(layers: dict[str, QELinear]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of layers themselves by full name, each once, and which names share another's tensor.
+    """The tensors of layers by full name, each once, and for every name that shares a tensor the name that has it.
 
-    Stacked siblings read one down factor and one router; those are the same tensor object in memory and stay so.
+    Stacked siblings read one down factor and one router. Each is one tensor object in memory and stays one.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(4, 64), recipe)
+        >>> tensors, shared = layer_tensors({"query": layer, "again": layer})
+        >>> sorted(tensors), shared
+        (['query.qweight', 'query.scales'], {'again.qweight': 'query.qweight', 'again.scales': 'query.scales'})
     """
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
@@ -113,7 +121,16 @@ def build_layer(name: str, geometry: LayerGeometry, tensors: dict[str, Tensor]) 
     """A layer from tensors that `check_layer` has accepted.
 
     Raises:
-        ArtifactError: If numbers of channels lead out of it.
+        ArtifactError: If a stored channel number lies outside the layer.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(4, 64), recipe)
+        >>> tensors = {key: getattr(layer, key) for key in ("qweight", "scales")}
+        >>> build_layer("query", LayerGeometry.of(layer), tensors)
+        QELinear(in_features=64, out_features=32, weight_bits=4, group_size=-1, activation_bits=8, rank_shared=0,
+        experts=0x0)
     """
     adapters = None
     if "down" in tensors:
@@ -148,6 +165,17 @@ def check_layer(name: str, geometry: LayerGeometry, header: dict[str, tuple[str,
 
     Raises:
         ArtifactError: If a tensor is missing, unexpected, or of another shape or type.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(4, 64), recipe)
+        >>> header = {"qweight": ("U8", (32, 32)), "scales": ("F16", (32, 2))}
+        >>> check_layer("query", LayerGeometry.of(layer), header)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: The quantized layer 'query' is inconsistent: tensor 'scales' is
+        F16[32, 2] and should be [32, 1]. Quantize the model again.
     """
     sizes, parts = (geometry.out_features, geometry.in_features, geometry.weight_bits), geometry.parts
     problem = parts.problem(*sizes) if parts else None
@@ -179,6 +207,13 @@ def parse_geometry(name: str, values: object) -> LayerGeometry:
 
     Raises:
         ArtifactError: If a field is missing, unknown or out of range.
+
+    Example:
+        >>> parse_geometry("query", {"in_features": 0})
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: The quantized layer 'query' is inconsistent: 'in_features' input
+        should be greater than or equal to 1. Quantize the model again.
     """
     try:
         return LayerGeometry.model_validate(values)
@@ -188,7 +223,16 @@ def parse_geometry(name: str, values: object) -> LayerGeometry:
 
 
 def write_layers(path: Path, layers: dict[str, QELinear]) -> None:
-    """Write layers to one safetensors file that describes itself in its metadata."""
+    """Write layers to one safetensors file that describes itself in its metadata.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(4, 64), recipe)
+        >>> write_layers(Path("block.safetensors"), {"query": layer})
+        >>> list(check_safetensors(Path("block.safetensors")).items())
+        [('query.scales', ('F16', (32, 1))), ('query.qweight', ('U8', (32, 32)))]
+    """
     tensors, shared = layer_tensors(layers)
     geometry = {name: LayerGeometry.of(layer).stored() for name, layer in layers.items()}
     metadata = {"layers": json.dumps(geometry), "shared": json.dumps(shared)}
@@ -197,7 +241,16 @@ def write_layers(path: Path, layers: dict[str, QELinear]) -> None:
 
 
 def stored_keys(path: Path) -> dict[str, str]:
-    """For every tensor of the layers in a file that `write_layers` wrote the name under which it is stored."""
+    """For every tensor of a file that `write_layers` wrote: the name under which it is stored.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(4, 64), recipe)
+        >>> write_layers(Path("siblings.safetensors"), {"query": layer, "key": layer})
+        >>> stored_keys(Path("siblings.safetensors"))["key.scales"]
+        'query.scales'
+    """
     with safe_open(path, framework="pt") as file:
         own, shared = list(file.keys()), json.loads((file.metadata() or {})["shared"])
     return {**{name: name for name in own}, **shared}
@@ -208,6 +261,15 @@ def read_layers(path: Path) -> dict[str, QELinear]:
 
     Raises:
         ArtifactError: If the file is damaged.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(4, 64), recipe)
+        >>> write_layers(Path("one.safetensors"), {"query": layer})
+        >>> read_layers(Path("one.safetensors"))
+        {'query': QELinear(in_features=64, out_features=32, weight_bits=4, group_size=-1, activation_bits=8,
+        rank_shared=0, experts=0x0)}
     """
     header = check_safetensors(path)
     with safe_open(path, framework="pt") as file:
@@ -229,7 +291,16 @@ def assemble_layers(
     """Check and build layers; shared names become the same tensor object again.
 
     Raises:
-        ArtifactError: If a layer's tensors are not exactly those that its geometry names, or a shared name is none.
+        ArtifactError: If a layer's tensors and its geometry differ, or a shared name is no tensor.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(4, 64), recipe)
+        >>> tensors, shared = layer_tensors({"query": layer})
+        >>> header = {"query.qweight": ("U8", (32, 32)), "query.scales": ("F16", (32, 1))}
+        >>> list(assemble_layers({"query": LayerGeometry.of(layer).stored()}, shared, header, tensors))
+        ['query']
     """
     layers = {}
     known = {f"{name}.{key}" for name in geometries for key in QELinear.TENSORS}

@@ -1,4 +1,4 @@
-"""Sizes of the parts of a layer that only PyTorch runs, and what is checked of them on reading."""
+"""Sizes of the parts of a layer that only PyTorch runs, and the checks of these parts on reading."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...], bool]]
 
 
 class PartSizes(BaseModel):
-    """What the shapes of a layer's `TorchParts` follow from, as stored in config.json.
+    """Sizes from which the shapes of a layer's `TorchParts` follow, as stored in config.json.
 
     Attributes:
         fine: Input channels with codes of 8 bits.
-        codebook: What the weight's codes stand for.
+        codebook: Codebook of the weight's codes.
         activation_group: Channels of a token that share an activation scale, -1 for all.
         in_factors: Sides of the two factors of the inputs' basis; None without one.
         out_factors: The same of the outputs.
@@ -58,7 +58,7 @@ class PartSizes(BaseModel):
         )
 
     def problem(self, out_features: int, in_features: int, bits: int) -> str | None:
-        """What contradicts itself in a layer with codes of `bits`, in a few words; None if nothing does."""
+        """A contradiction between the sizes of a layer with codes of `bits`, in a few words; None if there is none."""
         kept = in_features - self.fine
         if kept < 1:
             return f"{self.fine} of {in_features} channels have codes of 8 bits"
@@ -89,7 +89,7 @@ class PartSizes(BaseModel):
         return table
 
     def build(self, tensors: dict[str, Tensor], in_features: int) -> tuple[TorchParts, str | None]:
-        """The parts from tensors of the right shapes, and which of their numbers lead out of the layer."""
+        """The parts from tensors of the right shapes, and a problem with their numbers in a few words, or None."""
         parts = TorchParts(
             codebook=self.codebook,
             activation_group=self.activation_group,

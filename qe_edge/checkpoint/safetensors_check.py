@@ -22,6 +22,19 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     Raises:
         ArtifactError: If there is no such file, it is truncated, or its header contradicts itself.
+
+    Example:
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> save_file({"bias": np.zeros(3, np.float16)}, "sound.safetensors")
+        >>> check_safetensors(Path("sound.safetensors"))
+        {'bias': ('F16', (3,))}
+        >>> _ = Path("cut.safetensors").write_bytes(Path("sound.safetensors").read_bytes()[:-1])
+        >>> check_safetensors(Path("cut.safetensors"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'cut.safetensors' is damaged: 78 bytes are announced and 77 are
+        there. Download or write the file again.
     """
     header, length, size = _read_header(path)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -20,7 +20,7 @@ def write_tensors(
     value: Callable[[str, Tensor], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the file that the library's `save_file` would write.
+    """Write the same bytes as `save_file` of the safetensors library.
 
     Args:
         tensors: Shape and dtype of every tensor by name; the data may be elsewhere.
@@ -30,6 +30,14 @@ def write_tensors(
 
     Raises:
         KeyError: If a tensor has a dtype that is not in `torch_dtypes`.
+
+    Example:
+        >>> from safetensors.torch import load_file
+        >>> sizes = {"weight": torch.empty(2, 3, device="meta")}  # holds no data
+        >>> write_tensors(sizes, Path("ones.safetensors"), lambda name, tensor: torch.ones(tensor.shape))
+        >>> load_file("ones.safetensors")
+        {'weight': tensor([[1., 1., 1.],
+                [1., 1., 1.]])}
     """
     written = {dtype: name for name, dtype in torch_dtypes().items()}
     rank = {dtype: position for position, dtype in enumerate(written)}

@@ -30,7 +30,19 @@ class _Buffers(ctypes.Structure):
 
 
 def problem_of(form: Form, dtype: str, tokens: int) -> ctypes.Structure:
-    """A layer and its number of tokens, as the library reads them."""
+    """A layer and its number of tokens, as the library reads them.
+
+    Example:
+        >>> from qe_edge.layers.linear import QELinear, QuantizedLinear
+        >>> from qe_edge.layers.packed_linear import PackedQELinear
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> import torch
+        >>> layer = QELinear(QuantizedLinear(quantize_weight(torch.ones(64, 128), WeightGrid(4)), activation_bits=8))
+        >>> form = Form(*PackedQELinear(layer, torch.float16, "libqe_plugin.so").form)
+        >>> problem = problem_of(form, "f16", tokens=7)
+        >>> problem.M, problem.N, problem.K, problem.weight_bits
+        (7, 64, 128, 4)
+    """
     values = asdict(form)
     sizes = {"N": values.pop("out_features"), "K": values.pop("in_features")}
     return _Problem(dtype=DTYPES[dtype], M=tokens, **sizes, **values)
@@ -44,6 +56,10 @@ class KernelLibrary:
 
     Raises:
         TargetError: If it cannot be loaded, or is of an earlier version.
+
+    Example:
+        >>> library = KernelLibrary("qe_edge/lib/libqe_plugin.so")  # doctest: +SKIP
+        >>> library.check()  # doctest: +SKIP
     """
 
     def __init__(self, path: str) -> None:
@@ -96,6 +112,14 @@ def kernel_library(path: str) -> KernelLibrary:
 
     Raises:
         TargetError: As `KernelLibrary`.
+
+    Example:
+        >>> kernel_library("no-such-library.so")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.TargetError: The plugin library 'no-such-library.so' cannot be loaded:
+        no-such-library.so: cannot open shared object file: No such file or directory. Build it for this machine
+        with 'qe-edge build-plugin'.
     """
     return KernelLibrary(path)
 

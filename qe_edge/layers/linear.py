@@ -44,6 +44,14 @@ class Adapters:
         rank_routed: Rank of every routed expert.
         num_experts: Number of routed experts.
         router: `[num_experts, in]` float16 scores on |x|, lowest wins; None for fewer than two experts.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> down, up = torch.randn(4, 64), torch.randn(32, 4)  # rank 4: two shared, two experts of rank 1
+        >>> router = torch.rand(2, 64).half()
+        >>> adapters = Adapters(down, up, None, None, rank_shared=2, rank_routed=1, num_experts=2, router=router)
+        >>> tuple(adapters.rows(0, 16).up.shape)
+        (16, 4)
     """
 
     down: Tensor
@@ -63,14 +71,21 @@ class Adapters:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """What a method returns for one linear problem.
+    """The result of a method for one linear problem.
 
     Attributes:
         weight: Integer codes and scales of the main branch.
         activation_bits: Width of the per-token activation grid, 0 for none.
         inv_omega: `[in]` float16 factor on the main branch's input (0 drops a channel), or None.
         adapters: Low-rank correction, or None.
-        parts: What only PyTorch runs, or None; such a layer cannot be exported.
+        parts: Parts that only PyTorch runs, or None; such a layer cannot be exported.
+
+    Example:
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> stacked = QuantizedLinear(quantize_weight(torch.ones(48, 64), WeightGrid(4)), activation_bits=8)
+        >>> query, key, value = stacked.split([32, 8, 8])
+        >>> query.weight.out_features, value.weight.out_features
+        (32, 8)
     """
 
     weight: QuantizedWeight
@@ -107,9 +122,20 @@ class QELinear(nn.Module):
 
     Buffers (all optional ones may be None): `qweight` uint8 `[out, ceil(in * bits / 8)]` packed codes; `scales` float16
     `[out, groups]`; `zeros` int8 `[out, groups]`; `inv_omega` float16 `[in]`; `down`, `up`, `down_scale`, `up_scale`,
-    `router` as in `Adapters`; `bias` `[out]`; those of `TorchParts`, which no exported graph can hold.
+    `router` as in `Adapters`; `bias` `[out]`; the tensors of `TorchParts`, which no exported graph can hold.
 
     Inputs of any float dtype and shape `[..., in]`; computed in float32 and returned in the input's dtype.
+
+    Example:
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(10, 64)
+        >>> layer = QELinear(QuantizedLinear(quantize_weight(weight, WeightGrid(bits=4)), activation_bits=8))
+        >>> layer.qweight.dtype, tuple(layer.qweight.shape), tuple(layer.scales.shape)
+        (torch.uint8, (32, 32), (32, 1))
+        >>> exact = tokens @ weight.T
+        >>> f"relative error {float((layer(tokens) - exact).norm() / exact.norm()):.2f}"
+        'relative error 0.11'
     """
 
     TENSORS = (
@@ -156,7 +182,7 @@ class QELinear(nn.Module):
 
     @property
     def parts(self) -> TorchParts | None:
-        """What only PyTorch runs of this layer, or None."""
+        """The parts of this layer that only PyTorch runs, or None."""
         present = {name: tensor for name in PART_TENSORS if (tensor := getattr(self, name)) is not None}
         if not present and self.activation_group == PER_CHANNEL and self.codebook == "integers":
             return None
@@ -245,7 +271,14 @@ class QELinear(nn.Module):
 
 
 def moved_tensors(parts: Parts, device: torch.device) -> Parts:
-    """A dataclass of tensors, or of such dataclasses, on a device."""
+    """A dataclass of tensors, or of such dataclasses, on a device.
+
+    Example:
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> weight = quantize_weight(torch.ones(4, 8), WeightGrid(4))
+        >>> moved_tensors(weight, torch.device("meta")).codes.device
+        device(type='meta')
+    """
     values = {one.name: getattr(parts, one.name) for one in fields(parts)}
     changed = {
         name: value.to(device) if isinstance(value, Tensor) else moved_tensors(value, device)
@@ -256,13 +289,26 @@ def moved_tensors(parts: Parts, device: torch.device) -> Parts:
 
 
 def rank_mask(rank_shared: int, rank_routed: int, num_experts: int) -> Tensor:
-    """Which rank rows each expert uses: float32 `[num_experts, rank]`, shared rows always 1."""
+    """The ranks that each expert uses, as 1 and 0: float32 `[num_experts, rank]`. Shared ranks are always 1.
+
+    Example:
+        >>> rank_mask(rank_shared=1, rank_routed=2, num_experts=2)
+        tensor([[1., 1., 1., 0., 0.],
+                [1., 0., 0., 1., 1.]])
+    """
     routed = torch.eye(num_experts).repeat_interleave(rank_routed, dim=1)
     return torch.cat((torch.ones(num_experts, rank_shared), routed), dim=1)
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QELinear]:
-    """Every `QELinear` of a model by dotted name, in module order."""
+    """Every `QELinear` of a model by dotted name, in module order.
+
+    Example:
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> layer = QELinear(QuantizedLinear(quantize_weight(torch.ones(4, 8), WeightGrid(4)), 8))
+        >>> list(quantized_linears(nn.Sequential(layer, nn.ReLU())))
+        ['0']
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, QELinear)}
 
 

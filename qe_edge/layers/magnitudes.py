@@ -1,8 +1,8 @@
-"""Which numbers a quantized layer can hold: what goes into a method is checked before, what comes out of it after.
+"""Checks the numbers of a layer: its weights and tokens before a method reads them, and the method's result.
 
-One rule for single layers and whole models. Weights and tokens are finite. The scales of the weights are float16, so
-weights beyond their largest value are refused; so are layers of weights so small that they would all become zero. A
-few small rows or groups beside large ones may become zero: they are below the rounding of the others.
+The rules are the same for single layers and whole models. Weights and tokens are finite. The scales of the weights are
+float16, so weights beyond their largest value are refused. So is a layer whose weights are so small that they would all
+become zero. A few small rows or groups beside large ones may become zero: the rounding of the others is larger.
 """
 
 from __future__ import annotations
@@ -29,12 +29,20 @@ def check_weight(name: str, weight: Tensor, grid: WeightGrid) -> None:
     """Refuse a weight that a grid cannot hold.
 
     Args:
-        name: Of the layer, for messages.
+        name: Name of the layer, for messages.
         weight: `[out, in]`, any float dtype that has a minimum.
         grid: Bits, group size and symmetry.
 
     Raises:
         NumericalError: For NaN, infinity, weights beyond float16 scales, and weights that would become zero.
+
+    Example:
+        >>> check_weight("mlp.down", torch.ones(4, 8), WeightGrid(4))
+        >>> check_weight("mlp.down", torch.tensor([[1.0, float("nan")]]), WeightGrid(4))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: The weights 'mlp.down' hold NaN or infinity. The checkpoint is
+        damaged or diverged in training; get a sound one.
     """
     groups = split_groups(weight, grid)
     smallest, largest = groups.amin(-1).float(), groups.amax(-1).float()
@@ -68,12 +76,21 @@ def check_tokens(name: str, largest: float, activation_bits: int = 0) -> None:
     """Refuse calibration tokens whose squares cannot be added up, or that the layer would round to zero.
 
     Args:
-        name: Of the layer, for messages.
+        name: Name of the layer, for messages.
         largest: max |x|; 0 is fine.
-        activation_bits: Of the layer's input; 0 for none.
+        activation_bits: Width of the layer's activation grid; 0 for none.
 
     Raises:
         NumericalError: Naming the magnitude.
+
+    Example:
+        >>> check_tokens("mlp.down", largest=120.0, activation_bits=8)
+        >>> check_tokens("mlp.down", largest=1e12)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: Calibration tokens at 'mlp.down' reach 1e+12; above 1e+09 their
+        squares overflow. Check the model in its original precision and the calibration data; one of them is
+        wrong.
     """
     if largest > LARGEST_TOKEN:
         raise NumericalError(
@@ -89,11 +106,21 @@ def check_tokens(name: str, largest: float, activation_bits: int = 0) -> None:
 
 
 def check_result(name: str, result: QuantizedLinear) -> None:
-    """The last look at what a method made of a layer, so that nothing that is not a number is ever stored.
+    """Refuse a method's result that holds NaN or infinity, so that neither is ever stored.
 
     Raises:
         NumericalError: If a scale, a factor, the router or an outlier is NaN or infinite, or a scale is cut off at
             float16's end.
+
+    Example:
+        >>> from qe_edge.numerics.grids import quantize_weight
+        >>> weight = quantize_weight(torch.ones(4, 8), WeightGrid(4))
+        >>> check_result("mlp.down", QuantizedLinear(weight, 8, inv_omega=torch.ones(8).half()))
+        >>> check_result("mlp.down", QuantizedLinear(weight, 8, inv_omega=torch.ones(8).half() / 0))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: Quantizing 'mlp.down' gives inv_omega that float16 cannot hold.
+        Bring the layer's weights and inputs into the range of float16, or choose method rtn.
     """
     adapters = result.adapters
     parts: dict[str, Tensor | None] = {"scales": result.weight.scales, "inv_omega": result.inv_omega}
@@ -114,10 +141,19 @@ def check_result(name: str, result: QuantizedLinear) -> None:
 
 @contextmanager
 def solvable(name: str) -> Iterator[None]:
-    """A failed eigenproblem or factorization inside is an error that names the layer.
+    """Turn a failed eigenproblem or factorization into an error that names the layer.
 
     Raises:
         NumericalError: In place of LinAlgError.
+
+    Example:
+        >>> with solvable("mlp.down"):
+        ...     np.linalg.inv(np.zeros((2, 2)))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: The error of 'mlp.down' cannot be decomposed: its weights and
+        calibration tokens span too wide a range. Check both for outliers that are errors, or choose method rtn,
+        which decomposes nothing.
     """
     try:
         yield

@@ -39,7 +39,16 @@ KEPT = {np.dtype(np.uint16): np.int16, np.dtype(np.float32): np.int32}
 
 
 def packed_linear(x: Tensor, weight: Tensor, columns: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
-    """The reference, in float64 on the CPU: `[..., in]` float16 or bfloat16 to `[..., out]`."""
+    """The reference, in float64 on the CPU: `[..., in]` float16 or bfloat16 to `[..., out]`.
+
+    Example:
+        >>> from qe_edge.layers.linear import QuantizedLinear
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> layer = QELinear(QuantizedLinear(quantize_weight(torch.ones(64, 128), WeightGrid(4)), activation_bits=8))
+        >>> packed = PackedQELinear(layer, torch.float16, "libqe_plugin.so")
+        >>> packed(torch.ones(2, 128))[:, 0]  # runs this operator, on a CPU without the library
+        tensor([128., 128.])
+    """
     tensors, form = dict(zip(ROLES, (weight, columns, *rest[:-3]), strict=True)), Form(*rest[-2])
     kept = {KEPT[dtype]: dtype for dtype in KEPT}
     arrays: dict[str, Any] = {
@@ -72,7 +81,7 @@ def _on_gpu(x: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401 - see SCHEMA
 
 
 class _Call(NamedTuple):
-    """What all calls of one form with one number of tokens have in common."""
+    """What all calls with one form and one number of tokens share."""
 
     library: KernelLibrary
     problem: Structure
@@ -93,7 +102,7 @@ def _queue(call: _Call, device: int, x: Tensor, rest: tuple[Any, ...], y: Tensor
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch has no types here
         event.record()  # makes one current, also while a graph is captured
         THREAD.device = device
-    # Of the caching allocator, which knows streams and graphs: whoever kept a workspace would have to.
+    # The caching allocator knows streams and graphs. A workspace that we kept ourselves would have to know them too.
     workspace = torch.empty(max(call.workspace_bytes, 1), dtype=torch.uint8, device=x.device)
     if counters.nbytes < call.counter_bytes:
         counters = None  # decode is slower then
@@ -132,7 +141,13 @@ class PackedQELinear(nn.Module):
         TargetError: If no kernel runs such a layer.
 
     Example:
-        `PackedQELinear(layer, torch.float16, "libqe_plugin.so")(x)`
+        >>> from qe_edge.layers.linear import QuantizedLinear
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> layer = QELinear(QuantizedLinear(quantize_weight(torch.ones(64, 128), WeightGrid(4)), activation_bits=8))
+        >>> packed = PackedQELinear(layer, torch.float16, "libqe_plugin.so")
+        >>> packed
+        PackedQELinear(in_features=128, out_features=64, weight_bits=4, group_size=-1, activation_bits=8, packed
+        for torch.float16)
     """
 
     def __init__(self, layer: QELinear, dtype: torch.dtype, library: str) -> None:
@@ -175,6 +190,13 @@ def canonical(layer: QELinear) -> CanonicalLinear:
 
     Raises:
         TargetError: If the layer has parts that only PyTorch computes.
+
+    Example:
+        >>> from qe_edge.layers.linear import QuantizedLinear
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> layer = QELinear(QuantizedLinear(quantize_weight(torch.ones(64, 128), WeightGrid(4)), activation_bits=8))
+        >>> canonical(layer).qweight.shape
+        (128, 64)
     """
     if layer.parts is not None:
         raise TargetError("A layer has parts that no kernel computes.", "Load the model without a device.")
@@ -219,6 +241,14 @@ def pack_layers(model: nn.Module, dtype: torch.dtype, library: str) -> int:
 
     Raises:
         TargetError: If no kernel runs one of them; nothing is replaced then.
+
+    Example:
+        >>> from qe_edge.layers.linear import QuantizedLinear
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> layer = QELinear(QuantizedLinear(quantize_weight(torch.ones(64, 128), WeightGrid(4)), activation_bits=8))
+        >>> model = nn.Sequential(layer, nn.ReLU())
+        >>> pack_layers(model, torch.float16, "libqe_plugin.so"), type(model[0]).__name__
+        (1, 'PackedQELinear')
     """
     packed = {name: PackedQELinear(layer, dtype, library) for name, layer in quantized_linears(model).items()}
     for name, layer in packed.items():

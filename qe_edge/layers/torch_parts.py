@@ -24,13 +24,13 @@ FINE_BITS = 8
 
 @dataclass(frozen=True)
 class TorchParts:
-    """What a layer has beyond the operator; every tensor may be None.
+    """Parts of a layer that the operator lacks; every tensor may be None.
 
     Attributes:
         order: `[in]` int32, the input channel at every place; channels of 8 bits come last.
         fine_codes: `[out, k]` int8 codes of the weights of the last k places, which `QuantizedWeight` leaves out.
-        fine_scale: `[out]` float16, theirs.
-        codebook: What the weight's codes stand for (`numerics.codebooks`).
+        fine_scale: `[out]` float16, the scales of `fine_codes`.
+        codebook: Codebook of the weight's codes (`numerics.codebooks`).
         activation_group: Neighbouring channels of a token that share an activation scale; -1 for one scale per token.
         in_signs: `[in]` int8, 1 and -1: of `V^T = diag(signs) (left (x) right)`.
         in_left: `[a, a]` float16.
@@ -41,6 +41,13 @@ class TorchParts:
         outlier_starts: `[out + 1]` int32, where the outliers of every output begin and end.
         outlier_columns: `[n]` int16 or int32, their input channels.
         outlier_values: `[n]` float16, what is added to the decoded weight; they multiply the unquantized input.
+
+    Example:
+        >>> mask = torch.tensor([[False, True], [False, False]])
+        >>> parts = TorchParts(**sparse_parts(mask, torch.full((2, 2), 9.0)))
+        >>> parts.outliers(2, 2)
+        tensor([[0., 9.],
+                [0., 0.]])
     """
 
     order: Tensor | None = None
@@ -70,7 +77,7 @@ class TorchParts:
             main: `[..., in]` float32, the scaled input.
             tokens: `[..., in]` float32, the input as it is.
             weight: `[out, in - k]` float32, decoded.
-            bits: Of the activations, 0 for none.
+            bits: Width of the activation grid, 0 for none.
         """
         if self.order is not None:
             main = main[..., self.order.long()]
@@ -125,7 +132,13 @@ PART_TENSORS = tuple(part.name for part in fields(TorchParts) if part.name not i
 
 
 def basis_parts(side: str, rotation: Rotation, *, signed: bool) -> dict[str, Any]:
-    """A rotation as it is stored: the fields of `TorchParts` for one side."""
+    """A rotation as it is stored: the fields of `TorchParts` for one side.
+
+    Example:
+        >>> from qe_edge.numerics.orthogonal import hadamard_like
+        >>> {name: tuple(tensor.shape) for name, tensor in basis_parts("in", hadamard_like(64), signed=True).items()}
+        {'in_left': (8, 8), 'in_right': (8, 8), 'in_signs': (64,)}
+    """
     stored = {f"{side}_left": rotation.left.half().contiguous(), f"{side}_right": rotation.right.half().contiguous()}
     return stored | ({f"{side}_signs": rotation.signs.to(torch.int8)} if signed else {})
 
@@ -136,6 +149,11 @@ def sparse_parts(mask: Tensor, values: Tensor) -> dict[str, Any]:
     Args:
         mask: `[out, in]` bool, where they are.
         values: `[out, in]`, what they are there.
+
+    Example:
+        >>> weight = torch.tensor([[0.1, 9.0, 0.2], [7.0, 0.3, 8.0]])
+        >>> {name: tensor.tolist() for name, tensor in sparse_parts(weight > 1, weight).items()}
+        {'outlier_starts': [0, 1, 3], 'outlier_columns': [1, 0, 2], 'outlier_values': [9.0, 7.0, 8.0]}
     """
     counts = torch.cat([mask.new_zeros(1, dtype=torch.int32), mask.sum(1, dtype=torch.int32)])
     columns = mask.nonzero()[:, 1]
@@ -147,12 +165,23 @@ def sparse_parts(mask: Tensor, values: Tensor) -> dict[str, Any]:
 
 
 def column_dtype(in_features: int) -> torch.dtype:
-    """The narrowest type that numbers the input channels."""
+    """The narrowest type that numbers the input channels.
+
+    Example:
+        >>> column_dtype(4096), column_dtype(65536)
+        (torch.int16, torch.int32)
+    """
     return torch.int16 if in_features <= 1 << 15 else torch.int32
 
 
 def fine_parts(weight: Tensor) -> dict[str, Any]:
-    """Weights `[out, k]` of channels with codes of 8 bits, as they are stored."""
+    """Weights `[out, k]` of channels with codes of 8 bits, as they are stored.
+
+    Example:
+        >>> parts = fine_parts(torch.tensor([[1.27, 0.5], [0.0, 12.7]]))
+        >>> parts["fine_codes"].tolist(), [round(scale, 2) for scale in parts["fine_scale"].tolist()]
+        ([[127, 50], [0, 127]], [0.01, 0.1])
+    """
     codes, scale = quantize_int8(weight, 0)
     return {"fine_codes": codes, "fine_scale": scale}
 

@@ -26,6 +26,11 @@ class WeightGrid:
         bits: Width of a code, 2 to 4.
         group_size: Neighbouring input channels that share a scale; -1 is one scale per output channel.
         symmetric: True for codes in [-2^(b-1), 2^(b-1)-1] without zero point, False for a zero point per group.
+
+    Example:
+        >>> grid = WeightGrid(bits=4, group_size=128)
+        >>> grid.limits, grid.resolve_group(4096), grid.resolve_group(1000)
+        ((-8, 7), 128, -1)
     """
 
     bits: int
@@ -69,6 +74,13 @@ class QuantizedWeight:
         zeros: `[out, groups]` int8 in [-8, 7], or None for a symmetric grid.
         bits: Width of a code.
         group_size: Input channels per scale, -1 for one group.
+
+    Example:
+        >>> weight = quantize_weight(torch.tensor([[0.1, -0.7, 0.35]]), WeightGrid(bits=4))
+        >>> weight.codes.tolist(), weight.scales.tolist()
+        ([[1, -7, 4]], [[0.0999755859375]])
+        >>> weight.decode()
+        tensor([[ 0.1000, -0.6998,  0.3999]])
     """
 
     codes: Tensor
@@ -100,7 +112,15 @@ class QuantizedWeight:
 
 
 def decode_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """Decode integer codes `[out, in]` with `[out, groups]` scales and zeros to float32 `[out, in]`."""
+    """Decode integer codes `[out, in]` with `[out, groups]` scales and zeros to float32 `[out, in]`.
+
+    Example:
+        >>> codes = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
+        >>> scales = torch.tensor([[0.5, 2.0]], dtype=torch.float16)  # two groups of two weights
+        >>> zeros = torch.tensor([[0, 1]], dtype=torch.int8)
+        >>> decode_weight(codes, scales, zeros)
+        tensor([[ 0.5000, -1.0000,  4.0000,  6.0000]])
+    """
     out_features, in_features = codes.shape
     grouped = codes.float().reshape(out_features, scales.shape[1], -1)
     if zeros is not None:
@@ -121,6 +141,15 @@ def quantize_weight(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:
 
     Raises:
         NumericalError: If the weight holds NaN or infinity.
+
+    Example:
+        >>> weight = torch.tensor([[-0.7, 0.0, 0.34, 0.7], [-7.0, 0.0, 3.4, 7.0]])
+        >>> quantized = quantize_weight(weight, WeightGrid(bits=4))
+        >>> quantized.codes
+        tensor([[-7,  0,  3,  7],
+                [-7,  0,  3,  7]], dtype=torch.int8)
+        >>> quantized.decode()[1]
+        tensor([-7.,  0.,  3.,  7.])
     """
     w = weight.float()
     groups = split_groups(w, grid)
@@ -134,7 +163,12 @@ def quantize_weight(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:
 
 
 def split_groups(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """A weight `[out, in]` as `[out, groups, width]`, the weights of one scale together."""
+    """A weight `[out, in]` as `[out, groups, width]`, the weights of one scale together.
+
+    Example:
+        >>> tuple(split_groups(torch.zeros(8, 256), WeightGrid(4, group_size=64)).shape)
+        (8, 4, 64)
+    """
     out_features, in_features = weight.shape
     group = grid.resolve_group(in_features)
     return weight.reshape(out_features, -1, in_features if group == PER_CHANNEL else group)
@@ -147,6 +181,12 @@ def scales_of_range(smallest: Tensor, largest: Tensor, grid: WeightGrid) -> tupl
         smallest: Lower end of every range, any shape; an asymmetric one is extended to include zero.
         largest: Upper end.
         grid: Bits and symmetry.
+
+    Example:
+        >>> smallest, largest = torch.tensor([[-1.0]]), torch.tensor([[6.5]])
+        >>> scales, zeros = scales_of_range(smallest, largest, WeightGrid(4, symmetric=False))
+        >>> scales.tolist(), zeros.tolist()
+        ([[0.5]], [[-6]])
     """
     low, high = grid.limits
     if grid.symmetric:
@@ -158,7 +198,14 @@ def scales_of_range(smallest: Tensor, largest: Tensor, grid: WeightGrid) -> tupl
 
 
 def round_on_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, grid: WeightGrid) -> QuantizedWeight:
-    """The nearest codes of a weight `[out, in]` float32 on given scales and zero points `[out, groups]`."""
+    """The nearest codes of a weight `[out, in]` float32 on given scales and zero points `[out, groups]`.
+
+    Example:
+        >>> weight = torch.tensor([[0.24, 0.26, 9.0]])
+        >>> scales = torch.tensor([[0.5]], dtype=torch.float16)
+        >>> round_on_grid(weight, scales, None, WeightGrid(4)).codes.tolist()
+        [[0, 1, 7]]
+    """
     low, high = grid.limits
     codes = torch.round(split_groups(weight, grid) / scales.float().unsqueeze(-1))
     if zeros is not None:
@@ -173,7 +220,12 @@ def _storable(scales: Tensor) -> Tensor:
 
 
 def rounds_activations(bits: int) -> bool:
-    """Whether activations of this width are rounded; 0, and 16 and more, mean that they are not."""
+    """Whether activations of this width are rounded; 0, and 16 and more, mean that they are not.
+
+    Example:
+        >>> rounds_activations(8), rounds_activations(0), rounds_activations(16)
+        (True, False, False)
+    """
     return 0 < bits < 16
 
 
@@ -181,6 +233,12 @@ def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
     """Per-token symmetric dynamic quantization of `x` `[..., features]`, returned on the real axis.
 
     `bits` of 0 (or 16 and more) means no quantization and returns `x` unchanged.
+
+    Example:
+        >>> x = torch.tensor([[127.0, 0.4, -63.6], [1.0, 0.0, 0.0]])
+        >>> fake_quantize_activation(x, bits=8)
+        tensor([[127.,   0., -64.],
+                [  1.,   0.,   0.]])
     """
     if not rounds_activations(bits):
         return x
@@ -195,6 +253,12 @@ def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Codes int8 of the matrix's shape, and scales float16 `[matrix.shape[dim]]`. An all-zero slice has scale 0.
+
+    Example:
+        >>> factor = torch.tensor([[127.0, -1.0], [0.0, 0.0]])
+        >>> codes, scales = quantize_int8(factor, dim=0)
+        >>> codes.tolist(), scales.tolist()
+        ([[127, -1], [0, 0]], [1.0, 0.0])
     """
     other = 1 - dim
     scales = (matrix.float().abs().amax(other) / 127).to(SCALE_DTYPE)
@@ -204,7 +268,12 @@ def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def packed_width(columns: int, bits: int) -> int:
-    """Bytes of a row of `columns` codes, packed."""
+    """Bytes of a row of `columns` codes, packed.
+
+    Example:
+        >>> packed_width(4096, bits=4), packed_width(10, bits=3)
+        (2048, 4)
+    """
     return -(-columns * bits // 8)
 
 
@@ -212,6 +281,11 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack signed int8 codes `[rows, columns]` of 2 to 4 bits to uint8 `[rows, packed_width]`, low bits first.
 
     A row is one little-endian stream of bits; for 4 bits that is `pack_int4`.
+
+    Example:
+        >>> packed = pack_codes(torch.tensor([[1, -2, 0, 1]], dtype=torch.int8), bits=2)
+        >>> [f"{byte:08b}" for byte in packed[0].tolist()]
+        ['01001001']
     """
     if bits == 4:
         return pack_int4(codes)
@@ -225,7 +299,13 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
-    """Inverse of `pack_codes`: int8 `[rows, columns]`."""
+    """Inverse of `pack_codes`: int8 `[rows, columns]`.
+
+    Example:
+        >>> codes = torch.tensor([[3, -4, 0, 1, -1]], dtype=torch.int8)
+        >>> unpack_codes(pack_codes(codes, bits=3), columns=5, bits=3).tolist()
+        [[3, -4, 0, 1, -1]]
+    """
     if bits == 4:
         return unpack_int4(packed, columns)
     parts = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(len(packed), -1, bits)
@@ -239,7 +319,12 @@ def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Pack int8 codes in [-8, 7] of shape `[rows, columns]` to uint8 `[rows, ceil(columns/2)]`, low nibble first."""
+    """Pack int8 codes in [-8, 7] of shape `[rows, columns]` to uint8 `[rows, ceil(columns/2)]`, low nibble first.
+
+    Example:
+        >>> [hex(byte) for byte in pack_int4(torch.tensor([[1, 2, -8]], dtype=torch.int8))[0].tolist()]
+        ['0x21', '0x8']
+    """
     if codes.shape[1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     nibbles = codes.to(torch.uint8) & 0xF
@@ -247,7 +332,12 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """Inverse of `pack_int4`: uint8 `[rows, ceil(columns/2)]` to int8 `[rows, columns]`."""
+    """Inverse of `pack_int4`: uint8 `[rows, ceil(columns/2)]` to int8 `[rows, columns]`.
+
+    Example:
+        >>> unpack_int4(torch.tensor([[0x21, 0x08]], dtype=torch.uint8), columns=3).tolist()
+        [[1, 2, -8]]
+    """
     low = (packed << 4).view(torch.int8) >> 4
     high = packed.view(torch.int8) >> 4
     return torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1)[:, :columns].contiguous()

@@ -17,6 +17,13 @@ class Rotation:
         signs: `[size]`, 1 and -1.
         left: `[a, a]` float32 or float64, a size = a b.
         right: `[b, b]`.
+
+    Example:
+        >>> rotation = hadamard_like(4)
+        >>> rotation(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+        >>> rotation.back(rotation(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+        tensor([1.0000, 2.0000, 3.0000, 4.0000])
     """
 
     signs: Tensor
@@ -29,7 +36,7 @@ class Rotation:
         return _kronecker(rows * signs, left, right)
 
     def back(self, rows: Tensor) -> Tensor:
-        """`rows` `[..., size]` times the transposed matrix: what `__call__` did is undone."""
+        """`rows` `[..., size]` times the transposed matrix: the inverse of `__call__`."""
         signs, left, right = (part.to(rows.dtype) for part in (self.signs, self.left, self.right))
         return _kronecker(rows, left.T, right.T) * signs
 
@@ -59,6 +66,16 @@ def hadamard_like(size: int) -> Rotation:
 
     Sylvester's Hadamard matrix for the power of two in `size`, times (Kronecker) the discrete Hartley transform for the
     odd rest, whose entries are at most sqrt(2) times the mean. It is exactly Hadamard for powers of two.
+
+    Example:
+        >>> hadamard_like(4).matrix()
+        tensor([[ 0.5000,  0.5000,  0.5000,  0.5000],
+                [ 0.5000, -0.5000,  0.5000, -0.5000],
+                [ 0.5000,  0.5000, -0.5000, -0.5000],
+                [ 0.5000, -0.5000, -0.5000,  0.5000]], dtype=torch.float64)
+        >>> matrix = hadamard_like(12).matrix()
+        >>> bool(torch.allclose(matrix @ matrix.T, torch.eye(12, dtype=torch.float64)))
+        True
     """
     powers = (size & -size).bit_length() - 1
     odd = size >> powers
@@ -70,12 +87,26 @@ def hadamard_like(size: int) -> Rotation:
 
 
 def random_rotation(size: int, random: np.random.Generator) -> Rotation:
-    """`hadamard_like` with random signs before it: no channel stays alone in any direction."""
+    """`hadamard_like` with random signs before it: no channel stays alone in any direction.
+
+    Example:
+        >>> rotation = random_rotation(768, np.random.default_rng(0))
+        >>> outlier = torch.zeros(768)
+        >>> outlier[5] = 100.0
+        >>> round(float(rotation(outlier).abs().max()), 1)  # its energy is spread over all channels
+        3.6
+    """
     return replace(hadamard_like(size), signs=torch.from_numpy(random.choice([-1.0, 1.0], size)))
 
 
 def random_orthogonal(size: int, random: np.random.Generator) -> Rotation:
-    """The product (Kronecker) of two orthogonal matrices of about the same size, each drawn uniformly (QuIP)."""
+    """The product (Kronecker) of two orthogonal matrices of about the same size, each drawn uniformly (QuIP).
+
+    Example:
+        >>> matrix = random_orthogonal(6, np.random.default_rng(0)).matrix()
+        >>> bool(torch.allclose(matrix @ matrix.T, torch.eye(6, dtype=torch.float64)))
+        True
+    """
     a, b = kronecker_sizes(size)
     left, right = (_uniform(part, random) for part in (a, b))
     return Rotation(torch.ones(size, dtype=torch.float64), left, right)

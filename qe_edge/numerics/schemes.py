@@ -19,6 +19,13 @@ class Scheme:
         name: As the user writes it, for example "w4a8".
         weight: Grid of the weights.
         activation_bits: 0 for unquantized (16-bit) activations, else bits of the per-token dynamic symmetric grid.
+
+    Example:
+        >>> scheme = get_scheme("w4a8")
+        >>> scheme.weight
+        WeightGrid(bits=4, group_size=-1, symmetric=True)
+        >>> scheme.activation_bits
+        8
     """
 
     name: str
@@ -56,6 +63,15 @@ def get_scheme(name: str) -> Scheme:
 
     Raises:
         UnknownNameError: If there is none of that name.
+
+    Example:
+        >>> get_scheme("w4a16").weight.group_size
+        128
+        >>> get_scheme("w4a9")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.UnknownNameError: There is no scheme 'w4a9'. Did you mean 'w4a8'? Known: w2a16,
+        w3a16, w3a8, w4a16, w4a6, w4a8.
     """
     if name not in SCHEMES:
         raise UnknownNameError("scheme", name, SCHEMES)
