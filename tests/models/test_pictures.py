@@ -301,7 +301,7 @@ def test_a_sample_says_what_is_wrong_with_its_texts() -> None:
         ({"question": "half \ud83d"}, "A question is not valid Unicode"),
         ({"answer": True}, "An answer is True, not a text"),
         ({"answers": "yes"}, "answers of a sample are no list"),
-        ({"answers": ("yes", 1)}, "An answer is a int"),
+        ({"answers": ("yes", 1)}, "An answer is 1, not a text"),
         ({"kind": 3}, "The kind of a sample is no text"),
         ({"question": "a\0b"}, "holds a NUL character"),
         ({"marks": (1,)}, "places 1 pictures and has 0"),
