@@ -1,4 +1,4 @@
-"""Compiles `libqe_plugin.so` from the sources that this package carries, with CMake and CUDA's compiler."""
+"""Compiles `libqe_plugin.so`, and `libqe_ort.so` beside it, from the sources that this package carries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from qe_edge.runtime.plugin_library import FILE, build_folder, checkout
+from qe_edge.runtime.plugin_library import FILE, OPERATOR_FILE, build_folder, checkout
 from qe_edge.system.atomic import atomic_file
 from qe_edge.system.child_process import find_program, safe_environment
 from qe_edge.system.errors import InputError, TargetError
@@ -94,14 +94,14 @@ def find_toolchain(arch: str | None = None, headers: Path | None = None) -> Tool
 
 
 def build_plugin(tools: Toolchain, out: Path | None = None) -> Path:
-    """Compile the library; takes about a minute.
+    """Compile the plugin's library and that of ONNX Runtime's operator; takes about a minute.
 
     Args:
         tools: What to build with.
-        out: Folder for the library; None for the one where it is found by itself.
+        out: Folder for them; None for the one where they are found by themselves.
 
     Returns:
-        The library, which appears only when it is complete.
+        The plugin's library. Each appears only when it is complete.
 
     Raises:
         TargetError: If the compilers refuse the sources.
@@ -112,8 +112,9 @@ def build_plugin(tools: Toolchain, out: Path | None = None) -> Path:
         log = folder / "build.log"
         _run(tools.configure(Path(work)), "CMake refuses to configure the plugin", log)
         _run([tools.cmake, "--build", work, "--parallel", str(os.cpu_count() or 1)], "The plugin does not compile", log)
-        with atomic_file(folder / FILE) as part:
-            shutil.copyfile(Path(work) / FILE, part)
+        for file in (OPERATOR_FILE, FILE):
+            with atomic_file(folder / file) as part:
+                shutil.copyfile(Path(work) / file, part)
     return folder / FILE
 
 

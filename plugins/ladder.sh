@@ -134,6 +134,7 @@ rung "7 demo" build_demo
 rung "7 demo engines" test tests/test_demo_engines.py
 rung "7 device kit" "$python" -m pytest -q tests/test_device_kit.py
 rung "7 onnx to ptx" test tests/test_chain.py tests/test_exported_layers.py
+rung "7 onnx runtime" test tests/test_onnxruntime.py
 rung "8 self-test emulated" test tests/test_self_test.py
 rung "8 launcher on a stand-in driver" test tests/test_driver.py
 echo "not run 8 on a GPU: see plugins/DEVICE.md"

@@ -18,7 +18,7 @@ from .neutral import without_neutral
 from .pack import PackedLinear, pack
 
 DOMAIN, OP = "qe_edge", "QELinear"
-LAYOUT_VERSION = 4  # the plugin refuses another one; tensorrt/fields.h has the same number
+LAYOUT_VERSION = 4  # the plugin refuses another one; host/attributes.h has the same number
 
 INPUTS = ("x", "qweight", "scales", "zeros", "inv_omega", "down", "up", "down_scale", "up_scale", "router", "bias")
 _DTYPES: dict[int, Dtype] = {TensorProto.FLOAT16: "f16", TensorProto.BFLOAT16: "bf16"}

@@ -15,7 +15,7 @@ class QELinearCreator final : public nvinfer1::IPluginCreatorV3One {
   QELinearCreator() : fields_(FieldsOf(prototype_)) {
     // Names and types only: a null pointer says that there is no default.
     for (nvinfer1::PluginField& field : fields_) field.data = nullptr;
-    collection_ = {kFieldCount, fields_.data()};
+    collection_ = {kAttributeCount, fields_.data()};
   }
 
   nvinfer1::IPluginV3* createPlugin(const char*, const nvinfer1::PluginFieldCollection* fields,
@@ -34,7 +34,7 @@ class QELinearCreator final : public nvinfer1::IPluginCreatorV3One {
 
  private:
   Attributes prototype_;
-  std::array<nvinfer1::PluginField, kFieldCount> fields_;
+  std::array<nvinfer1::PluginField, kAttributeCount> fields_;
   nvinfer1::PluginFieldCollection collection_{};
 };
 

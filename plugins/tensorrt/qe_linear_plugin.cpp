@@ -4,6 +4,7 @@
 #include <atomic>
 #include <new>
 
+#include "../host/token_classes.h"
 #include "log.h"
 
 namespace qe {
@@ -16,20 +17,25 @@ using nvinfer1::DataType;
 constexpr QeTactic kTactics[] = {{64, 8, 0, 0}, {64, 4, 0, 0}, {64, 2, 0, 0}, {128, 8, 0, 0}};
 constexpr int kTacticCount = sizeof(kTactics) / sizeof(kTactics[0]);
 
-// Numbers of tokens: powers of two, and one more. Plans change their kernels only between these two, and in between
-// counters only grow.
-template <class Do>
-void ForTokenClasses(QeProblem problem, Do with) {
-  for (int32_t power = 1; power <= 1 << 14; power *= 2)
-    for (const int32_t tokens : {power, power + 1}) {
-      problem.M = tokens;
-      with(problem);
-    }
-}
-
 int32_t Fail(const char* why) {
   LogError(why);
   return -1;
+}
+
+// Dimensions as both plugins read them; a rank that TensorRT does not have becomes one that fits no tensor.
+struct Shape {
+  int64_t dims[nvinfer1::Dims::MAX_DIMS];
+  int count;
+
+  explicit Shape(const nvinfer1::Dims& from) : count(from.nbDims) {
+    if (count < 0 || count > nvinfer1::Dims::MAX_DIMS) dims[0] = -1, count = 1;
+    else std::copy_n(from.d, count, dims);
+  }
+};
+
+int64_t VolumeOf(const nvinfer1::Dims& dims) {
+  const Shape shape(dims);
+  return Volume(shape.dims, shape.count);
 }
 
 bool IsHalf(DataType type) { return type == DataType::kHALF || type == DataType::kBF16; }
@@ -41,10 +47,22 @@ constexpr char kWrongX[] =
 
 }  // namespace
 
-QELinearPlugin::QELinearPlugin(const Attributes& attributes) : attributes_(attributes), counter_bytes_(0) {
-  ForTokenClasses(attributes.problem,
-                  [&](const QeProblem& p) { counter_bytes_ = std::max(counter_bytes_, QeCounterBytes(&p)); });
+nvinfer1::DataType TypeOf(Element element) {
+  switch (element) {
+    case Element::kFloat16: return DataType::kHALF;
+    case Element::kBFloat16: return DataType::kBF16;
+    case Element::kInt8: return DataType::kINT8;
+    default: return DataType::kFLOAT;
+  }
 }
+
+int64_t TokensOf(const nvinfer1::Dims& dims, int64_t in_features) {
+  const Shape shape(dims);
+  return Tokens(shape.dims, shape.count, in_features);
+}
+
+QELinearPlugin::QELinearPlugin(const Attributes& attributes)
+    : attributes_(attributes), counter_bytes_(MostCounterBytes(attributes.problem)) {}
 
 nvinfer1::IPluginCapability* QELinearPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
   switch (type) {
@@ -68,12 +86,12 @@ bool QELinearPlugin::Check(const nvinfer1::PluginTensorDesc* in, QeProblem& prob
   if (!IsHalf(in[0].type)) return LogError(kWrongX), false;
   problem = attributes_.problem;
   problem.dtype = in[0].type == DataType::kHALF ? QE_F16 : QE_BF16;
-  const int64_t tokens = Tokens(in[0].dims, problem.K);
+  const int64_t tokens = TokensOf(in[0].dims, problem.K);
   if (tokens < 0 || tokens > INT32_MAX) return LogError(kWrongX), false;
   problem.M = static_cast<int32_t>(tokens);
   const Signature signature(problem);
   for (int i = 1; i < signature.count; ++i) {
-    if (in[i].type == signature.input[i].type && Volume(in[i].dims) == signature.input[i].elements) continue;
+    if (in[i].type == TypeOf(signature.input[i].type) && VolumeOf(in[i].dims) == signature.input[i].elements) continue;
     LogError("A weight tensor has the wrong type or size for the node's attributes. Lower the model with qe-edge build.");
     return false;
   }
@@ -125,14 +143,14 @@ bool QELinearPlugin::supportsFormatCombination(int32_t position, const nvinfer1:
   if (!IsHalf(half)) return false;
   if (position == 0 || position == inputs) return tensor.type == half;
   problem.dtype = half == DataType::kHALF ? QE_F16 : QE_BF16;
-  return tensor.type == Signature(problem).input[position].type;
+  return tensor.type == TypeOf(Signature(problem).input[position].type);
 }
 
 size_t QELinearPlugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
                                         const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept {
   if (!in || inputs < 1) return 0;
   QeProblem problem = attributes_.problem;
-  const int64_t most = Tokens(in[0].max, problem.K);
+  const int64_t most = TokensOf(in[0].max, problem.K);
   if (most < 1 || most > INT32_MAX) return 0;
   // Few tokens split K over slices, so that fewer of them may need more: up to 128 any number may need the most, up to
   // 16384 any multiple of 32, where blocks are full, and above that the largest number.
@@ -214,12 +232,10 @@ int32_t QELinearPlugin::enqueue(const nvinfer1::PluginTensorDesc* in, const nvin
   const Signature signature(problem);
   const auto address = [](const void* p) { return static_cast<uint64_t>(reinterpret_cast<uintptr_t>(p)); };
   QeBuffers b{};
-  uint64_t* const slots[] = {&b.x,         &b.weight, &b.columns,    &b.scales, &b.zeros,
-                             &b.inv_omega, &b.down,   &b.down_scale, &b.up,     &b.router};  // in the order of Role
   for (int i = 0; i < signature.count; ++i) {
     if (!inputs[i] || address(inputs[i]) % 16)
       return Fail("An input is missing or not aligned to 16 bytes. Bind buffers from a CUDA allocation.");
-    *slots[static_cast<int>(signature.input[i].role)] = address(inputs[i]);
+    AddressOf(b, signature.input[i].role) = address(inputs[i]);
   }
   b.y = address(outputs[0]);
   b.workspace = address(workspace);
@@ -244,7 +260,7 @@ nvinfer1::IPluginV3* QELinearPlugin::attachToContext(nvinfer1::IPluginResourceCo
 
 const nvinfer1::PluginFieldCollection* QELinearPlugin::getFieldsToSerialize() noexcept {
   fields_ = FieldsOf(attributes_);
-  collection_ = {kFieldCount, fields_.data()};
+  collection_ = {kAttributeCount, fields_.data()};
   return &collection_;
 }
 

@@ -5,14 +5,17 @@
 #include <array>
 
 #include "../host/driver.h"
+#include "../host/signature.h"
 #include "fields.h"
-#include "signature.h"
 
 namespace qe {
 
 constexpr char kPluginName[] = "QELinear";
 constexpr char kPluginVersion[] = "1";
 constexpr char kPluginNamespace[] = "";
+
+nvinfer1::DataType TypeOf(Element element);
+int64_t TokensOf(const nvinfer1::Dims& dims, int64_t in_features);  // as Tokens
 
 class QELinearPlugin final : public nvinfer1::IPluginV3,
                              public nvinfer1::v_1_0::IPluginV3OneCore,
@@ -75,7 +78,7 @@ class QELinearPlugin final : public nvinfer1::IPluginV3,
   // What all kernels were loaded for; see onShapeChange.
   unsigned long loaded_generation_ = 0;
   int32_t loaded_tactic_ = 0, loaded_dtype_ = 0;
-  std::array<nvinfer1::PluginField, kFieldCount> fields_{};
+  std::array<nvinfer1::PluginField, kAttributeCount> fields_{};
   nvinfer1::PluginFieldCollection collection_{};
 };
 

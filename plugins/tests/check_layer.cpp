@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <thread>
 
+#include "../host/attributes.h"
 #include "../host/self_test.h"
 #include "../include/qe_edge/layer.h"
 #include "standin_driver.h"
@@ -122,12 +123,50 @@ void Capture() {
   EXPECT(QeCheckKernels() == qe::kWrongResults);
 }
 
+// Layers with counters of their own: what libqe_ort.so has of every node, one for each stream.
+void OpenLayers() {
+  EXPECT(QeLayoutVersion() == qe::kLayoutVersion);
+  QeProblem problem = Problem(1);
+  const char* why = nullptr;
+  problem.act_bits = 5;
+  EXPECT(!QeOpenLayer(&problem, &why) && why && strstr(why, ". "));
+  EXPECT(!QeOpenLayer(nullptr, &why) && why && !QeOpenLayer(nullptr, nullptr));
+  problem = Problem(1);
+  QeLayer *one = QeOpenLayer(&problem, &why), *two = QeOpenLayer(&problem, nullptr);
+  const QeBuffers buffers = Buffers();
+  EXPECT(one && two && !why && QeRunOpenLayer(nullptr, &problem, &buffers, kStream));
+
+  void* context = standin_create(2);
+  standin_make_current(context);
+  const StandinCounts before = standin_counts();
+  EXPECT(before.allocated == 0);
+  for (QeLayer* layer : {one, two, one}) EXPECT(!QeRunOpenLayer(layer, &problem, &buffers, kStream));
+  EXPECT(standin_counts().allocated == 2 && standin_counts().launches == before.launches + 3 * Launches(problem));
+  problem = Problem(300);
+  EXPECT(!QeRunOpenLayer(one, &problem, &buffers, kStream) && standin_counts().allocated == 2);
+
+  // What has run can be captured; a layer that has no counters yet cannot.
+  QeLayer* late = QeOpenLayer(&problem, nullptr);
+  standin_capture(kStream, 1);
+  EXPECT(!QeRunOpenLayer(one, &problem, &buffers, kStream));
+  why = QeRunOpenLayer(late, &problem, &buffers, kStream);
+  EXPECT(why && strstr(why, "captured"));
+  standin_capture(kStream, 0);
+  EXPECT(standin_counts().spoilt_captures == 0 && !QeRunOpenLayer(late, &problem, &buffers, kStream));
+  QeCloseLayer(one), QeCloseLayer(late), QeCloseLayer(nullptr);
+  EXPECT(standin_counts().allocated == 1);
+  standin_destroy(context);  // before the layer
+  QeCloseLayer(two);
+  EXPECT(standin_counts().allocated == 0 && standin_counts().dead_memory == 0 && standin_counts().dead_launches == 0);
+}
+
 }  // namespace
 
 int main() {
   NoContext();
   Memory();
   Runs();
+  OpenLayers();
   Capture();
   return failures != 0;
 }

@@ -69,7 +69,7 @@ struct Tensors {
 
   explicit Tensors(int tokens) {
     for (int i = 0; i < signature.count; ++i) {
-      in[i].type = signature.input[i].type;
+      in[i].type = qe::TypeOf(signature.input[i].type);
       in[i].dims.nbDims = 2;
       in[i].dims.d[0] = i ? 1 : tokens;
       in[i].dims.d[1] = i ? signature.input[i].elements : Layer().problem.K;

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../tensorrt/fields.h"
-#include "../tensorrt/signature.h"
+#include "../tensorrt/qe_linear_plugin.h"
 
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count);
 
@@ -120,7 +120,7 @@ std::vector<nvinfer1::DynamicPluginTensorDesc> Tensors(const qe::Attributes& att
     nvinfer1::DynamicPluginTensorDesc& t = tensors[static_cast<size_t>(i)];
     t.desc.format = random() % 30 ? nvinfer1::TensorFormat::kLINEAR : nvinfer1::TensorFormat::kCHW32;
     const bool is_x = i == 0 || i == signature.count;
-    t.desc.type = is_x ? signature.input[0].type : signature.input[i].type;
+    t.desc.type = qe::TypeOf(signature.input[is_x ? 0 : i].type);
     t.desc.dims.nbDims = 2;
     t.desc.dims.d[0] = is_x ? 5 : 1;
     t.desc.dims.d[1] = is_x ? (i ? problem.N : problem.K) : signature.input[i].elements;
@@ -164,7 +164,7 @@ void Exercise(nvinfer1::IPluginV3* plugin, const qe::Attributes& attributes, Ran
     void* to[] = {reinterpret_cast<void*>(4096)};
     void* workspace = random() % 5 ? reinterpret_cast<void*>(1 << 20) : nullptr;
     if (runtime->enqueue(fixed.data(), &fixed.back(), from.data(), to, workspace, nullptr) == 0 &&
-        qe::Tokens(fixed[0].dims, attributes.problem.K) != 0)
+        qe::TokensOf(fixed[0].dims, attributes.problem.K) != 0)
       abort();  // nothing can have run
   }
   tally.calls += 9;

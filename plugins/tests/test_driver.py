@@ -62,7 +62,9 @@ def test_scenario(check_driver: Path, scenario: str) -> None:
 def test_single_layers(driver: Path) -> None:
     """The functions that PyTorch calls: include/qe_edge/layer.h."""
     program = driver.with_name("check_layer")
-    sources = [str(ROOT / name) for name in ("tests/check_layer.cpp", "host/layer.cpp", "host/plan.cpp")]
+    sources = [
+        str(ROOT / name) for name in ("tests/check_layer.cpp", "host/layer.cpp", "host/attributes.cpp", "host/plan.cpp")
+    ]
     subprocess.run([*COMPILER, *sources, *LAUNCHER, str(driver), "-ldl", "-o", str(program)], check=True)
     assert run(program) == ""
 
@@ -72,8 +74,9 @@ def test_plugin(driver: Path) -> None:
     assert cache.exists(), f"{cache} is missing. Run plugins/ladder.sh, which builds the plugin."
     headers = re.findall(r"^QE_(?:TENSORRT_FOUND|CUDA_INCLUDE):PATH=(.+)$", cache.read_text(), re.MULTILINE)
     program = driver.with_name("check_plugin")
-    names = ("tensorrt/fields.cpp", "tensorrt/log.cpp", "tensorrt/qe_linear_plugin.cpp", "tensorrt/signature.cpp")
-    sources = [ROOT / "tests/check_plugin.cpp", ROOT / "host/plan.cpp", *(ROOT / name for name in names)]
+    names = ("host/attributes.cpp", "host/plan.cpp", "host/signature.cpp", "tensorrt/fields.cpp", "tensorrt/log.cpp",
+             "tensorrt/qe_linear_plugin.cpp")  # fmt: skip
+    sources = [ROOT / "tests/check_plugin.cpp", *(ROOT / name for name in names)]
     includes = [word for folder in headers for word in ("-isystem", folder)]
     subprocess.run(
         [*COMPILER, *includes, *map(str, sources), *LAUNCHER, str(driver), "-ldl", "-o", str(program)], check=True

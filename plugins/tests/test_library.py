@@ -42,6 +42,7 @@ def test_exports_only_what_others_look_up(machine: str) -> None:
     assert {row[7].split("@")[0] for row in rows if row[6] != "UND"} == {
         *("getCreators", "setLoggerFinder"),  # TensorRT
         *("QeCheckKernels", "QeLayerMemory", "QeRunLayer"),  # PyTorch
+        *("QeLayoutVersion", "QeOpenLayer", "QeRunOpenLayer", "QeCloseLayer"),  # ONNX Runtime
     }
 
 

@@ -1,4 +1,4 @@
-"""`qe-edge build-plugin`: the TensorRT plugin's library, compiled from the sources in this package."""
+"""`qe-edge build-plugin`: the libraries of the kernels, compiled from the sources in this package."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qe_edge.cli.outputs import check_output_path, check_writable
     "--tensorrt-include", type=click.Path(path_type=Path), metavar="DIR", help="TensorRT's headers, if not found."
 )
 def command(output: Path | None, arch: str | None, tensorrt_include: Path | None) -> None:
-    """Compile the TensorRT plugin.
+    """Compile the TensorRT plugin, and the same kernels as an operator of ONNX Runtime.
 
-    Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. Its kernels have run on an H100;
-    the library itself has not yet run on hardware.
+    Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. The kernels have run on an H100;
+    the libraries themselves have not yet run on hardware.
     """
     from qe_edge.export.plugin_build import CUDA12_FROM_PYPI, build_plugin, find_toolchain
 

@@ -1,4 +1,4 @@
-"""Where `libqe_plugin.so` is, and loading it into TensorRT. Not yet run on hardware."""
+"""Where `libqe_plugin.so` is, and `libqe_ort.so` beside it, and loading it into TensorRT. Not yet run on hardware."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from qe_edge.system.errors import TargetError
 
 FILE = "libqe_plugin.so"
+OPERATOR_FILE = "libqe_ort.so"  # the same kernels as an operator of ONNX Runtime; takes them from the library beside it
 VARIABLE = "QE_EDGE_PLUGIN_LIBRARY"  # for programs that cannot pass a path on
 CREATOR = ("QELinear", "1", "")  # operator, version and namespace under which TensorRT knows the plugin
 REMEDY = "Build it with 'qe-edge build-plugin', or name one with --plugin-library."
@@ -32,6 +33,24 @@ def find_plugin_library(chosen: Path | None = None) -> Path:
     if found is None:
         raise TargetError(f"The plugin library {FILE} is not on this machine.", REMEDY)
     return found
+
+
+def find_operator_library(chosen: Path | None = None) -> Path:
+    """The operator's library for ONNX Runtime, beside the plugin's.
+
+    Args:
+        chosen: The plugin's library, as of `find_plugin_library`.
+
+    Raises:
+        TargetError: If either is missing.
+    """
+    library = find_plugin_library(chosen).with_name(OPERATOR_FILE)
+    if not library.is_file():
+        raise TargetError(
+            f"The plugin library has no {OPERATOR_FILE} beside it, which ONNX Runtime needs.",
+            "Build both anew with 'qe-edge build-plugin'.",
+        )
+    return library
 
 
 def build_folder(arch: str | None = None) -> Path:

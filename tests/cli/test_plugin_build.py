@@ -9,7 +9,7 @@ import pytest
 
 from qe_edge.export import plugin_build
 from qe_edge.export.plugin_build import HEADER, build_plugin, find_toolchain
-from qe_edge.runtime.plugin_library import FILE
+from qe_edge.runtime.plugin_library import FILE, find_operator_library
 from qe_edge.system.errors import InputError, TargetError
 from tests.cli.running import Run, assert_two_lines
 
@@ -19,6 +19,7 @@ CMAKE = """#!/bin/sh
 echo "$@" >> {log}
 [ "$1" = --build ] || exit 0
 echo binary > "$2/libqe_plugin.so"
+echo operator > "$2/libqe_ort.so"
 """
 NVCC = '#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88"\nexit 0\n'
 
@@ -58,6 +59,12 @@ def test_the_library_lands_where_build_finds_it(machine: Machine, tmp_path: Path
     library = build_plugin(find_toolchain(headers=machine.headers))
     assert library == tmp_path / "cache" / "qe-edge" / "plugin" / FILE
     assert library.read_text(encoding="utf-8") == "binary\n"
+    operator = find_operator_library(library)
+    assert operator.read_text(encoding="utf-8") == "operator\n"
+    operator.unlink()
+    with pytest.raises(TargetError, match=r"no libqe_ort\.so beside it") as caught:
+        find_operator_library(library)
+    assert "build-plugin" in caught.value.remedy
     configure, compile_ = machine.log.read_text(encoding="utf-8").splitlines()
     assert f"-DQE_TENSORRT_INCLUDE={machine.headers}" in configure
     assert f"-DQE_NVCC={machine.programs / 'nvcc'}" in configure

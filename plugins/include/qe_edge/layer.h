@@ -1,4 +1,4 @@
-// One layer for programs that hold its tensors on the GPU themselves, such as PyTorch; without TensorRT.
+// One layer for programs that hold its tensors on the GPU themselves, such as PyTorch and ONNX Runtime; without TensorRT.
 #pragma once
 #include "plan.h"
 
@@ -15,5 +15,19 @@ const char* QeLayerMemory(const QeProblem* problem, size_t* workspace_bytes, siz
 // captured for: run a layer once before a capture. May be called by several threads. Null, or what is wrong and what to
 // do.
 const char* QeRunLayer(const QeProblem* problem, const QeBuffers* buffers, void* stream);
+
+// Version of the prepacked tensors that the kernels read.
+int32_t QeLayoutVersion();
+
+// A layer with counters of its own on the GPU, for any number of tokens (problem->M is not read). It serves one stream and
+// one thread at a time; several layers may run at once. Null, and why, if the kernels cannot run it.
+struct QeLayer;
+QeLayer* QeOpenLayer(const QeProblem* problem, const char** why);
+
+// As QeRunLayer, with the layer's own counters instead of those of `buffers`. Its first run in a context allocates them,
+// which no stream may be captured for.
+const char* QeRunOpenLayer(QeLayer* layer, const QeProblem* problem, const QeBuffers* buffers, void* stream);
+
+void QeCloseLayer(QeLayer* layer);
 
 }  // extern "C"

@@ -1,18 +1,18 @@
 // The inputs of a lowered QELinear node: which there are, in which order, and their exact types and sizes.
 #pragma once
-#include <NvInferRuntime.h>
-
 #include "../include/qe_edge/plan.h"
 
 namespace qe {
 
 enum class Role { kX, kWeight, kColumns, kScales, kZeros, kInvOmega, kDown, kDownScale, kUp, kRouter };
+enum class Element { kFloat16, kBFloat16, kInt8, kFloat32 };
 constexpr int kMaxInputs = 10;
+constexpr int kMaxDims = 8;  // of x
 
 // What one input must be. `elements` counts values of `type`; x has none of its own.
 struct Input {
   Role role;
-  nvinfer1::DataType type;
+  Element type;
   int64_t elements;
 };
 
@@ -24,8 +24,12 @@ struct Signature {
   explicit Signature(const QeProblem& problem);
 };
 
-// Tokens of x: the product of all dimensions but the last. -1 when x is not [..., K] or the product is out of range.
-int64_t Tokens(const nvinfer1::Dims& dims, int64_t in_features);
-int64_t Volume(const nvinfer1::Dims& dims);  // -1 when a dimension is unknown or the product overflows
+// Where the address of an input belongs.
+uint64_t& AddressOf(QeBuffers& buffers, Role role);
+
+// The product of `count` dimensions; -1 when one is unknown or the product is out of range.
+int64_t Volume(const int64_t* dims, int count);
+// Tokens of x: the product of all dimensions but the last. -1 when x is not [..., K] of rank 2 to 8, or out of range.
+int64_t Tokens(const int64_t* dims, int count, int64_t in_features);
 
 }  // namespace qe
