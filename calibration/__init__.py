@@ -1,1 +1,1 @@
-"""Calibration data and what is measured on it."""
+"""Calibration data, and the statistics that are measured on them."""

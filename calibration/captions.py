@@ -28,7 +28,12 @@ IMAGE_MARK = "<image>"
 
 
 def is_caption_source(source: str) -> bool:
-    """Whether `source` is "sharegpt4v", "coco", or one of them with a folder behind a colon."""
+    """Whether `source` is "sharegpt4v", "coco", or one of them with a folder behind a colon.
+
+    Example:
+        >>> is_caption_source("coco"), is_caption_source("sharegpt4v:data/coco"), is_caption_source("my-photos")
+        (True, True, False)
+    """
     return source.partition(":")[0] in SOURCES
 
 
@@ -42,6 +47,13 @@ def load_captions(source: str, count: int | None, seed: int) -> list[Sample]:
 
     Raises:
         CalibrationError: If `datasets` is missing, the hub does not answer, or data or pictures are missing.
+
+    Example:
+        >>> load_captions("coco:no-such-folder", count=64, seed=0)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.CalibrationError: There is no folder 'no-such-folder' for 'coco'. Check the path
+        behind the colon.
     """
     name, _, place = source.partition(":")
     folder = Path(place) if place else None

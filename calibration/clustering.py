@@ -9,7 +9,15 @@ from sklearn.cluster import KMeans
 
 
 def occurrence_matrix(importance: np.ndarray, channels: np.ndarray, in_features: int) -> sparse.csr_matrix:
-    """`O` `[tokens, len(channels)]`, 1 where a channel is among a token's important ones."""
+    """`O` `[tokens, len(channels)]`, 1 where a channel is among a token's important ones.
+
+    Example:
+        >>> importance = np.array([[0, 2], [2, -1], [3, 0]])  # the important channels of three tokens
+        >>> occurrence_matrix(importance, channels=np.array([2, 0]), in_features=4).toarray()
+        array([[1., 1.],
+               [1., 0.],
+               [0., 1.]])
+    """
     position = np.full(in_features + 1, -1)
     position[channels] = np.arange(len(channels))
     columns = position[importance]  # -1 entries of the lists read the last slot, which is -1 as well
@@ -19,7 +27,16 @@ def occurrence_matrix(importance: np.ndarray, channels: np.ndarray, in_features:
 
 
 def npmi(occurrence: sparse.csr_matrix) -> np.ndarray:
-    """Normalised pointwise mutual information `[n, n]` in [-1, 1] of the columns of a 0/1 matrix."""
+    """Normalised pointwise mutual information `[n, n]` in [-1, 1] of the columns of a 0/1 matrix.
+
+    Example:
+        >>> from scipy import sparse
+        >>> together = sparse.csr_matrix([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+        >>> npmi(together).round(2) + 0.0
+        array([[ 1.,  1., -1.],
+               [ 1.,  1., -1.],
+               [-1., -1.,  1.]])
+    """
     joint = (occurrence.T @ occurrence).toarray() / occurrence.shape[0]
     single = np.diag(joint)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -36,6 +53,12 @@ def spectral_clusters(similarity: np.ndarray, clusters: int, seed: int) -> np.nd
 
     Negative similarities ("never together") count as no edge, because the normalised Laplacian needs non-negative
     affinities.
+
+    Example:
+        >>> pairs = np.array([[0.0, 0.9, 0.0, 0.0], [0.9, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.8], [0.0, 0.0, 0.8, 0.0]])
+        >>> labels = spectral_clusters(pairs, clusters=2, seed=0)
+        >>> bool(labels[0] == labels[1] != labels[2] == labels[3])
+        True
     """
     if clusters <= 1 or len(similarity) <= clusters:
         return np.arange(len(similarity)) % max(clusters, 1)

@@ -1,7 +1,7 @@
 """A folder of calibration data: JSONL files, or pictures with captions beside them.
 
-Pictures lie in the folder or below; a `.txt` of the same name is a picture's caption. Hidden files, as macOS and file
-managers leave them ("._a.png"), are no data. Nothing outside the folder is read, wherever links point.
+Pictures lie in the folder or below. A `.txt` file of the same name holds a picture's caption. Hidden files, as macOS
+and file managers leave them ("._a.png"), are skipped. Nothing outside the folder is read, wherever links point.
 """
 
 from __future__ import annotations
@@ -36,13 +36,22 @@ CAPTION, LINES = ".txt", ".jsonl"
 
 
 def read_folder(folder: Path) -> tuple[list[Path], list[Sample]]:
-    """What a folder holds.
+    """List the calibration data of a folder.
 
     Returns:
-        Its JSONL files in alphabetical order; and, if there are none, its pictures with their captions.
+        Its JSONL files in alphabetical order, and its pictures with their captions if there is no JSONL file.
 
     Raises:
         CalibrationError: If a link leaves the folder, or a caption cannot be read.
+
+    Example:
+        >>> from PIL import Image
+        >>> Path("photos").mkdir()
+        >>> Image.new("RGB", (8, 8)).save("photos/cat.png")
+        >>> _ = Path("photos/cat.txt").write_text("A black cat.")
+        >>> lines, samples = read_folder(Path("photos"))
+        >>> lines, samples[0].question, samples[0].answer
+        ([], 'Describe the picture.', 'A black cat.')
     """
     lines = sorted(path for path in folder.glob(f"*{LINES}") if not path.name.startswith("."))
     for path in lines:

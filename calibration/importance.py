@@ -32,6 +32,12 @@ def split_channels(importance: np.ndarray, in_features: int, k: int, experts: in
         in_features: Number of channels.
         k: Channels per token-independent set.
         experts: Number of routed experts.
+
+    Example:
+        >>> importance = np.array([[7, 1]] * 6 + [[7, 2]] * 6)  # channel 7 matters to all tokens, 1 and 2 to some
+        >>> split = split_channels(importance, in_features=8, k=1, experts=2)
+        >>> split.independent.tolist(), split.dependent.tolist(), split.frequency[7].item()
+        ([7], [1, 2], 1.0)
     """
     valid = importance[importance >= 0]
     count = np.bincount(valid, minlength=in_features)

@@ -1,4 +1,4 @@
-r"""What one line of a JSONL file says: keys are understood or refused, and so is every value.
+r"""Reads one line of a JSONL file. Every key and every value is understood or refused.
 
 Three forms, whose pictures are `image` or `images`, one path or a list of paths:
 
@@ -39,6 +39,17 @@ def read_line(line: str, path: Path, number: int) -> Sample:
 
     Raises:
         CalibrationError: Naming file and line, and what is wrong with it.
+
+    Example:
+        >>> sample = read_line('{"text": "A line of running text."}', Path("data.jsonl"), number=1)
+        >>> sample.question, sample.kind
+        ('A line of running text.', 'text')
+        >>> read_line('{"image": "cat.png", "quesion": "What is it?"}', Path("data.jsonl"), number=2)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.CalibrationError: Line 2 of 'data.jsonl' has the unknown key 'quesion'. Did you mean
+        'question'? Known: image, images, question, answer, answers, conversations, messages, text, kind, topic;
+        ignored: id, question_id, image_id, dataset, source, split, metadata.
     """
     where = f"Line {number} of '{path}'"
     entry = parse_json(line, f"Line {number} of {path}", CalibrationError, FORM, strict=True)
@@ -58,7 +69,7 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
             hint = f"Did you mean '{close[0]}'? " if close else ""
             raise CalibrationError(
                 f"{where} has the unknown key '{shortened(key)}'.",
-                f"{hint}Known: {', '.join(KEYS)}; read over: {', '.join(IGNORED)}.",
+                f"{hint}Known: {', '.join(KEYS)}; ignored: {', '.join(IGNORED)}.",
             )
     used = {key for key in KEYS if entry.get(key) is not None}
     for one, other in (("image", "images"), CONVERSATION_KEYS, *((key, "question") for key in CONVERSATION_KEYS)):

@@ -1,8 +1,8 @@
-"""Gradients of the loss at the outputs of linear layers: how much an error there costs, and for which modality.
+"""Gradients of the loss at the outputs of linear layers: the cost of an error there, by modality.
 
-One backward pass per calibration batch. Blocks run in float32 one at a time (each is read if it is on disk, converted,
-run and put back, and all that once more when the gradient comes back to it), so memory is the model as far as it is in
-memory, one block in float32 with its activations, and the hidden states between the blocks.
+There is one backward pass per calibration batch. Blocks run in float32 one at a time: each is read if it is on disk,
+converted, run and put back, and once more when the gradient comes back to it. Memory holds the parts of the model that
+are not on disk, one block in float32 with its activations, and the hidden states between the blocks.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ LossKind = Literal["answers", "predictions"]
 class Sensitivity:
     """Gradients of the loss L at one linear layer's output y, over valid calibration tokens.
 
-    L is summed over the tokens of the reference answers and over samples; where a sample has no answer, over all its
-    text tokens. It is the cross-entropy ("answers"), or stands for the divergence from the model itself
-    ("predictions", see `fisher_factor`). Of a vision encoder it stands for the squared distance of its features, each
-    of length 1: of the class token where it has one, and the mean over the patches.
+    L is summed over samples and over the tokens of their reference answers, or over all text tokens of a sample without
+    an answer. It is the cross-entropy ("answers"), or stands for the divergence from the model itself ("predictions",
+    see `fisher_factor`). For a vision encoder it stands for the squared distance of its features, each of length 1: of
+    the class token if there is one, and the mean over the patches.
 
     Attributes:
         vision: Mean of |dL/dy| over image tokens and outputs (MBQ); 0 without such tokens.
         answer: The same over tokens of the reference answers; 0 at layers that see none, as in the vision encoder.
-        energy: Sum over tokens of (dL/dy)^2, per sample and output: (tokens / samples) * mean(channels). Times a mean
-            square error summed over outputs, per token, it is twice the loss per sample that this error costs to second
-            order, where errors and gradients of different tokens and outputs are uncorrelated; so it makes layers
-            comparable that see different numbers of tokens.
+        energy: Sum over tokens of (dL/dy)^2, per sample and output: (tokens / samples) * mean(channels). It makes
+            layers comparable that see different numbers of tokens. Multiplied with an error (mean square per token,
+            summed over outputs) it gives twice the loss per sample that the error costs to second order, if errors and
+            gradients of different tokens and outputs are uncorrelated.
         channels: `[out]` float32, mean of (dL/dy)^2 over tokens: the diagonal Fisher information of the outputs.
         tokens: Number of tokens that were averaged over.
         token_energy: `[tokens]` float32, sum of (dL/dy)^2 over outputs of every token, in the order of the batches.
@@ -62,7 +62,13 @@ class Sensitivity:
 
 
 def predicts_tokens(loaded: LoadedModel) -> bool:
-    """Whether a model predicts tokens; a lone vision encoder does not."""
+    """Whether a model predicts tokens; a lone vision encoder does not.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> predicts_tokens(load_model("demo"))
+        True
+    """
     return loaded.model.get_output_embeddings() is not None
 
 
@@ -85,22 +91,29 @@ def output_gradients(
         batches: Encoded with answers.
         names: Dotted names of linear layers inside the family's blocks.
         progress: Where to report progress.
-        loss: What the loss is of: reference answers, or the model's own predictions.
-        seed: Of the random numbers that "predictions" need.
+        loss: The loss of the reference answers, or of the model's own predictions.
+        seed: Seed of the random numbers that "predictions" need.
         device: Where the model runs: what is outside its blocks as a whole, and each block when its turn comes.
 
     Raises:
         ModelError: If the loss is of answers and the model predicts no tokens, or a name is no linear layer of a block.
         CalibrationError: If no sample has a token to predict.
         NumericalError: If gradients are not finite, or a layer got none.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_samples
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded, name = load_model("demo"), "model.language_model.layers.0.mlp.down_proj"
+        >>> batch = loaded.family.encode(loaded.processor, load_samples("demo", 2), answers=True)
+        >>> output_gradients(loaded, [batch], [name])[name].channels.shape
+        (256,)
     """
     if loss == "answers" and not predicts_tokens(loaded):
         raise ModelError(
             "This model predicts no tokens, so there is no loss to take gradients of.",
             "Choose a method without gradients, for example qe, aser or gptq.",
         )
-    language = _linears_of_blocks(loaded, names)
-    meters = {name: _Meter(in_language) for name, in_language in language.items()}
+    meters = {name: _Meter(in_language) for name, in_language in _linears_of_blocks(loaded, names).items()}
     samples = sum(len(encoded.input_ids) for encoded in batches)
     with (
         _measuring(loaded, meters, device),
@@ -111,23 +124,41 @@ def output_gradients(
                 meter.begin(encoded)
             generator = torch.Generator(device).manual_seed(seed + number) if loss == "predictions" else None
             value = _loss(loaded, encoded, generator, device)
-            if value is not None and not bool(torch.isfinite(value)):
-                first = sum(len(one.input_ids) for one in batches[:number]) + 1
-                last = first + len(encoded.input_ids) - 1
-                raise NumericalError(
-                    f"The loss on calibration samples {first} to {last} is NaN or infinite.",
-                    "Check the model in its original precision and these samples.",
-                )
-            if value is not None and value.requires_grad:  # a batch without pictures does not reach the vision encoder
-                torch.autograd.backward(value)
+            if value is not None:
+                _check_finite(value, batches, number)
+                if value.requires_grad:  # a batch without pictures does not reach the vision encoder
+                    torch.autograd.backward(value)
             tracked.advance(1, "gradients")
     if all(meter.tokens == 0 for meter in meters.values()):
         raise CalibrationError("No calibration sample has a token to predict.", "Use samples with text and answers.")
     return {name: meter.finish(name, samples) for name, meter in meters.items()}
 
 
+def _check_finite(loss: Tensor, batches: Sequence[Encoded], number: int) -> None:
+    """Refuse a loss of batch `number` that is NaN or infinite.
+
+    Raises:
+        NumericalError: Naming the samples of the batch.
+    """
+    if bool(torch.isfinite(loss)):
+        return
+    first = sum(len(one.input_ids) for one in batches[:number]) + 1
+    last = first + len(batches[number].input_ids) - 1
+    raise NumericalError(
+        f"The loss on calibration samples {first} to {last} is NaN or infinite.",
+        "Check the model in its original precision and these samples.",
+    )
+
+
 def labels_of(encoded: Encoded) -> np.ndarray:
-    """Which tokens the loss is over, bool `[batch, sequence]`: the answer's, or without one all text but the first."""
+    """Tokens of the loss, bool `[batch, sequence]`: the answer, or without one all text but the first token.
+
+    Example:
+        >>> ids, valid = np.array([[5, 9, 7, 8]]), np.ones((1, 4), np.int64)
+        >>> image, answer = np.array([[0, 1, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
+        >>> labels_of(Encoded(ids, valid, image, answer))
+        array([[False, False, False,  True]])
+    """
     valid = encoded.attention_mask.astype(bool)
     text = valid & ~encoded.image_mask
     answered = encoded.answer_mask.any(1, keepdims=True)
@@ -138,23 +169,38 @@ def labels_of(encoded: Encoded) -> np.ndarray:
 
 
 def token_kinds(encoded: Encoded) -> np.ndarray:
-    """1 on image tokens, 2 on answer tokens, 0 elsewhere; int8 `[batch, sequence]`."""
+    """1 on image tokens, 2 on answer tokens, 0 elsewhere; int8 `[batch, sequence]`.
+
+    Example:
+        >>> ids, valid = np.array([[5, 9, 7, 8]]), np.ones((1, 4), np.int64)
+        >>> image, answer = np.array([[0, 1, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
+        >>> token_kinds(Encoded(ids, valid, image, answer))
+        array([[0, 1, 0, 2]], dtype=int8)
+    """
     return np.where(encoded.image_mask, IMAGE, np.where(encoded.answer_mask, ANSWER, 0)).astype(np.int8)
 
 
 def fisher_factor(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A random vector v of every prediction p with E[v v^T] = diag(p) - p p^T, the Fisher matrix of its logits.
 
-    To second order the divergence from p is half of `d^T (diag(p) - p p^T) d` for a change d of the logits. So mean
-    squares of gradients of `v . logits` are the diagonal of its Gauss-Newton matrix, whatever the reference answers
-    are; those of the cross-entropy vanish where the model is sure of them, and are a few samples' where it is wrong.
+    To second order the divergence from p is half of `d^T (diag(p) - p p^T) d` for a change d of the logits. So the mean
+    squares of the gradients of `v . logits` are the diagonal of the Gauss-Newton matrix. Reference answers play no
+    part. The gradients of the cross-entropy would vanish on samples that the model answers well, and the few samples
+    that it gets wrong would decide alone.
 
     Args:
         logits: `[n, vocabulary]`.
-        generator: Of the random numbers, where the logits are.
+        generator: Generator of the random numbers, on the device of the logits.
 
     Returns:
         `[n, vocabulary]` float32.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]]).expand(100_000, 2)
+        >>> factors = fisher_factor(logits, torch.Generator().manual_seed(0)).double()
+        >>> (factors.T @ factors / len(factors)).round(decimals=2)  # diag(p) - p p^T for p = [0.5, 0.5]
+        tensor([[ 0.2500, -0.2500],
+                [-0.2500,  0.2500]], dtype=torch.float64)
     """
     likely = logits.detach().double().softmax(-1)
     drawn = torch.randn(likely.shape, dtype=torch.float64, device=likely.device, generator=generator) * likely.sqrt()
@@ -162,7 +208,14 @@ def fisher_factor(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def save_sensitivities(path: Path, found: dict[str, Sensitivity]) -> None:
-    """Write sensitivities to a safetensors file."""
+    """Write sensitivities to a safetensors file.
+
+    Example:
+        >>> one = Sensitivity(vision=0.1, answer=0.4, energy=1.0, channels=np.ones(4, np.float32), tokens=9)
+        >>> save_sensitivities(Path("gradients.safetensors"), {"layers.0.mlp": one})
+        >>> list(load_sensitivities(Path("gradients.safetensors")))
+        ['layers.0.mlp']
+    """
     tensors = {f"{name}.channels": one.channels for name, one in found.items()}
     tensors |= {f"{name}.token_energy": one.token_energy for name, one in found.items()}
     for name, one in found.items():
@@ -171,10 +224,16 @@ def save_sensitivities(path: Path, found: dict[str, Sensitivity]) -> None:
 
 
 def load_sensitivities(path: Path) -> dict[str, Sensitivity]:
-    """Read what `save_sensitivities` wrote.
+    """Read a file of `save_sensitivities`.
 
     Raises:
         ArtifactError: If the file is damaged.
+
+    Example:
+        >>> one = Sensitivity(vision=0.1, answer=0.4, energy=1.0, channels=np.ones(4, np.float32), tokens=9)
+        >>> save_sensitivities(Path("one.safetensors"), {"mlp": one})
+        >>> load_sensitivities(Path("one.safetensors"))["mlp"].answer
+        0.4
     """
     header = check_safetensors(path)
     with safe_open(path, framework="np") as file:
@@ -206,7 +265,7 @@ class _Meter:
         self._token_energy: list[Tensor] = []  # of every batch; zero where no gradient comes
 
     def begin(self, encoded: Encoded) -> None:
-        """Masks of the batch to come; packed patches have none, and all of them are vision."""
+        """Set the masks of the next batch. Packed patches need none: all of them are image tokens."""
         if self.in_language:
             self._valid = torch.from_numpy(encoded.attention_mask).bool().reshape(-1)
             self._kinds = torch.from_numpy(token_kinds(encoded)).reshape(-1)
@@ -270,7 +329,7 @@ def _linears_of_blocks(loaded: LoadedModel, names: Sequence[str]) -> dict[str, b
 def _loss(
     loaded: LoadedModel, encoded: Encoded, generator: torch.Generator | None, device: torch.device
 ) -> Tensor | None:
-    """The loss summed over the label tokens of a batch, of the predictions with a generator; None without any."""
+    """The loss summed over the label tokens of a batch; with a generator the loss of predictions. None without any."""
     inputs = to_device(loaded.family.torch_inputs(encoded), device)
     if generator and not predicts_tokens(loaded):
         return _feature_loss(loaded, inputs, generator)
@@ -330,8 +389,8 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter], device: torch.dev
 class _Weights:
     """Blocks on a device in float32, from their files for every batch anew.
 
-    What half of the device's free memory has room for stays there, in the model's own types: every batch needs every
-    block twice, and reading one from its file and moving it takes longer than its products.
+    Blocks that fit into half of the device's free memory stay there, in the model's own types. Every batch needs every
+    block twice, and reading a block from its file and moving it takes longer than its products.
     """
 
     def __init__(self, loaded: LoadedModel, device: torch.device, room: int | None = None) -> None:

@@ -37,6 +37,11 @@ def load_samples(source: str, count: int | None = None, seed: int = 0, *, asked:
 
     Raises:
         CalibrationError: If the source is missing, empty or malformed.
+
+    Example:
+        >>> samples = load_samples("demo", count=2, seed=0)
+        >>> [(sample.question, sample.answer) for sample in samples]
+        [('does the image contain a triangle?', 'no'), ('what is the black shape?', 'circle')]
     """
     if source == DEMO:
         from qe_edge.demo import calibration_path
@@ -66,6 +71,11 @@ def load_evaluation(source: str) -> list[Sample]:
 
     Raises:
         CalibrationError: If the source is missing, empty, malformed, or has no answers.
+
+    Example:
+        >>> samples = load_evaluation("demo")
+        >>> len(samples), all(sample.answer for sample in samples)
+        (200, True)
     """
     if source == DEMO:
         from qe_edge.demo import evaluation_path
@@ -80,10 +90,15 @@ def load_evaluation(source: str) -> list[Sample]:
 
 
 def read_jsonl(path: Path) -> list[Sample]:
-    """Read samples from a JSONL file; picture paths are relative to the file and must stay below its folder.
+    r"""Read samples from a JSONL file; picture paths are relative to the file and must stay below its folder.
 
     Raises:
         CalibrationError: Naming the first bad line.
+
+    Example:
+        >>> _ = Path("data.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
+        >>> [sample.question for sample in read_jsonl(Path("data.jsonl"))]
+        ['One.', 'Two.']
     """
     return [read_line(line, path, number) for number, line in _lines(path) if line.strip()]
 
@@ -97,6 +112,15 @@ def check_reached(samples: Sequence[Sample], modules: Sequence[str]) -> None:
 
     Raises:
         CalibrationError: If none has a picture, and a part is selected that sees nothing else.
+
+    Example:
+        >>> text = [Sample(None, "A line of running text.", kind=TEXT)]
+        >>> check_reached(text, ["language"])
+        >>> check_reached(text, ["visual", "language"])
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.CalibrationError: No calibration sample has a picture, so no data reaches 'visual'.
+        Use samples with pictures, or quantize the language model alone ('--modules language').
     """
     blind = [name for name in modules if name in SEEING]
     if blind and not any(sample.pictures for sample in samples):
@@ -110,7 +134,14 @@ def samples_from_python(values: object) -> list[Sample]:
     """Samples that were passed from Python, as a list.
 
     Raises:
-        CalibrationError: If these are none, naming their type.
+        CalibrationError: If a value is no sample; the message names its type.
+
+    Example:
+        >>> samples_from_python(["cat.png"])
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.CalibrationError: A str was passed as a calibration sample. Pass a list of
+        Sample(picture, question, answer), or the name of a source.
     """
     given = [values] if isinstance(values, Mapping) or not isinstance(values, Iterable) else values
     samples: list[Sample] = []
@@ -129,6 +160,11 @@ def hash_samples(samples: Sequence[Sample]) -> str:
 
     Raises:
         InputError: Naming the sample, if a picture cannot be read.
+
+    Example:
+        >>> one, other = Sample(None, "Is it red?", "yes"), Sample(None, "Is it red?", "no")
+        >>> hash_samples([one])[:8], hash_samples([one]) == hash_samples([other])
+        ('563f15fc', False)
     """
     digest = hashlib.sha256()
     for sample in samples:
@@ -144,7 +180,7 @@ def hash_samples(samples: Sequence[Sample]) -> str:
 
 
 def _further(sample: Sample) -> list[object]:
-    """What few samples have: several answers, earlier turns, pictures in other places than before the question."""
+    """Properties that few samples have: several answers, earlier turns, pictures elsewhere than before the question."""
     turns = sample.conversation
     if not sample.answers and len(turns) == 1 and not any(turns[0].marks):
         return []

@@ -1,7 +1,6 @@
 """Streamed statistics of a layer's input: Gram matrix, token sample, important channels (docs/method.md, section 4).
 
-One pass over the tokens, chunk by chunk; memory is the Gram matrix and a bounded sample of tokens, whatever their
-number.
+There is one pass over the tokens, chunk by chunk. Memory holds the Gram matrix and a bounded sample of the tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ DOUBLE_WIDTH = 4096  # inputs up to which the Gram matrix is added up in float64
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What a method wants measured on a layer's input.
+    """The statistics that a method needs of a layer's input.
 
     Attributes:
         gram: Whether the Gram matrix `X^T X / T` is needed.
@@ -45,18 +44,18 @@ class StatisticsRequest:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What was measured on the calibration input `X` `[tokens, in]` of one linear problem.
+    """Statistics of the calibration input `X` `[tokens, in]` of one linear problem.
 
     Attributes:
         count: Number of valid tokens T.
         dropped: Tokens left out because they held NaN or infinity.
         abs_mean: `[in]` float64, mean of |x|.
         abs_max: `[in]` float64, largest |x|.
-        gram: `[in, in]` `X^T X / T`, float64 up to `DOUBLE_WIDTH` inputs and float32 beyond, or None; where the layer
-            is quantized.
-        tokens: `[sample, in]` float32, a sample in stream order; all tokens when there are few; there too.
+        gram: `[in, in]` `X^T X / T`, float64 up to `DOUBLE_WIDTH` inputs and float32 beyond, or None; on the device
+            that quantizes the layer.
+        tokens: `[sample, in]` float32, a sample in stream order, all tokens when there are few; on the same device.
         importance: `[sample, k]` int32 important channels of every sampled token, or None.
-        token_kind: `[sample]` int8, what every sampled token is: 1 image, 2 reference answer, 0 anything else.
+        token_kind: `[sample]` int8, the kind of every sampled token: 1 image, 2 reference answer, 0 anything else.
     """
 
     count: int
@@ -79,10 +78,21 @@ class StatisticsCollector:
         name: Layer name for messages.
         in_features: Width of the input.
         weights: For every problem the weight `[out, in]` that reads this input.
-        request: What to measure.
+        request: The statistics to measure.
         seed: Seed of the token sample.
-        device: Where the layer is quantized, and the Gram matrix and the sample stay.
+        device: Device that quantizes the layer and keeps the Gram matrix and the sample.
         token_weights: `[tokens]` factor of every token's share of the Gram matrix, in stream order; None for 1.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> query, key = torch.randn(32, 16), torch.randn(8, 16)  # siblings, which read the same input
+        >>> request = StatisticsRequest(tokens=100, important=4)
+        >>> collector = StatisticsCollector("attention", 16, [query, key], request, seed=0)
+        >>> for _ in range(3):  # batches of tokens
+        ...     collector.update(torch.randn(2, 50, 16))
+        >>> own, other = collector.finish()
+        >>> own.count, own.gram.shape, own.tokens.shape, other.importance.shape
+        (300, (16, 16), (100, 16), (100, 4))
     """
 
     def __init__(
@@ -118,7 +128,7 @@ class StatisticsCollector:
         self._filled = 0
 
     def update(self, x: Tensor, kind: Tensor | None = None) -> None:
-        """Add a chunk `[..., in]` of valid tokens (padding already removed), and what they are, `[...]` int8.
+        """Add a chunk `[..., in]` of valid tokens (padding already removed), and their kinds `[...]` int8.
 
         Raises:
             NumericalError: If they are too large for sums of their squares.
@@ -216,7 +226,7 @@ class StatisticsCollector:
         self._keep(free, new, tokens, priority, rows, kinds)
         if room == len(tokens):
             return
-        # whoever is among the `size` smallest takes the place of one that no longer is
+        # a new token among the `size` smallest takes the place of one that no longer is
         kept = np.argpartition(np.concatenate((self._priority, priority[room:])), size - 1)[:size]
         free = np.setdiff1d(np.arange(size), kept, assume_unique=True)
         self._keep(free, kept[kept >= size] - size + room, tokens, priority, rows, kinds)
@@ -242,13 +252,21 @@ class StatisticsCollector:
 
 
 class GramMatrix:
-    """The sum of `x^T x` over chunks, one triangle of it, at the rate of the fastest product that serves.
+    """The sum of `x^T x` over chunks, one triangle of it, with the fastest product that is precise enough.
 
     Wide inputs are rounded to INT8 where the processor multiplies that faster (see `int8_products`).
 
     Args:
         in_features: Width of the tokens.
-        device: Where the matrix is wanted.
+        device: Device of the result.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> total = GramMatrix(2)
+        >>> total.add(x, x.abs().amax(0))
+        >>> total.mean(count=2)
+        array([[ 5.,  7.],
+               [ 7., 10.]])
     """
 
     def __init__(self, in_features: int, device: torch.device = CPU) -> None:
@@ -270,7 +288,7 @@ class GramMatrix:
             self._sum += ssyrk(1.0, tokens.numpy().T, lower=1)
 
     def add_there(self, tokens: Tensor) -> None:
-        """Add a chunk by torch, where it is."""
+        """Add a chunk with torch, on the chunk's device."""
         if self._elsewhere is None:
             dtype = torch.float64 if self._sum.dtype == np.float64 else torch.float32
             self._elsewhere = torch.zeros(self._sum.shape, dtype=dtype, device=tokens.device)
@@ -289,7 +307,12 @@ class GramMatrix:
 
 
 def magnitudes(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and maximum of |x| over tokens `[n, in]`, each `[in]`, in pieces that stay in a core's cache."""
+    """Sum and maximum of |x| over tokens `[n, in]`, each `[in]`, in pieces that stay in a core's cache.
+
+    Example:
+        >>> magnitudes(torch.tensor([[1.0, -2.0], [-3.0, 0.5]]))
+        (tensor([4.0000, 2.5000]), tensor([3., 2.]))
+    """
     if tokens.device != CPU:
         magnitude = tokens.abs()
         return magnitude.sum(0), magnitude.amax(0)
@@ -304,7 +327,13 @@ def magnitudes(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mirror_triangle(matrix: np.ndarray, tile: int = 512) -> np.ndarray:
-    """Copy the lower triangle of a square matrix over the upper one, in place, tile by tile; returns it."""
+    """Copy the lower triangle of a square matrix over the upper one, in place, tile by tile; returns it.
+
+    Example:
+        >>> mirror_triangle(np.array([[1.0, 0.0], [2.0, 3.0]]))
+        array([[1., 2.],
+               [2., 3.]])
+    """
     size = len(matrix)
     for row in range(0, size, tile):
         rows = slice(row, row + tile)
@@ -320,6 +349,11 @@ def top_channels(score: Tensor, k: int) -> np.ndarray:
     """The `k` channels of highest score of every token, int32 `[tokens, k]`, best first; ties to the lower index.
 
     Tokens whose score is zero everywhere get the list of -1: they have no important channel.
+
+    Example:
+        >>> top_channels(torch.tensor([[0.1, 5.0, 3.0], [0.0, 0.0, 0.0]]), k=2)
+        array([[ 1,  2],
+               [-1, -1]], dtype=int32)
     """
     k = min(k, score.shape[1])
     # topk takes any of the channels that tie for the last places: one more tells where they do
@@ -338,7 +372,14 @@ def top_channels(score: Tensor, k: int) -> np.ndarray:
 def collect_statistics(
     name: str, weight: Tensor, tokens: Tensor, request: StatisticsRequest, seed: int, chunk: int = 4096
 ) -> InputStatistics:
-    """Statistics of one problem whose calibration tokens `[n, in]` are already in memory."""
+    """Statistics of one problem whose calibration tokens `[n, in]` are already in memory.
+
+    Example:
+        >>> tokens = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+        >>> found = collect_statistics("mlp", torch.ones(3, 2), tokens, StatisticsRequest(important=1), seed=0)
+        >>> found.gram.tolist(), found.abs_max.tolist(), found.importance.tolist()
+        ([[1.0, 1.0], [1.0, 2.0]], [1.0, 2.0], [[0], [1]])
+    """
     collector = StatisticsCollector(name, weight.shape[1], [weight], request, seed)
     for start in range(0, len(tokens), chunk):
         collector.update(tokens[start : start + chunk])

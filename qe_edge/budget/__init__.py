@@ -1,1 +1,1 @@
-"""Bits: what a budget is, what layers cost, and how it is spent over them."""
+"""Bits: budgets, the cost of layers, and the allocation of a budget to layers."""

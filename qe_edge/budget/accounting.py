@@ -1,14 +1,14 @@
-"""What a quantized model costs: effective bits per weight with everything that belongs to a layer, and file sizes.
+"""Sizes of a quantized model: effective bits per weight with all tensors of a layer, and file sizes.
 
-Three numbers are told apart, all of them bits per weight of the original matrix:
+There are three numbers, each in bits per weight of the original matrix:
 
-- stored bits: what the checkpoint holds: packed codes, outliers, scales, zero points, channel factors, changes of
+- stored bits: the tensors in the checkpoint: packed codes, outliers, scales, zero points, channel factors, changes of
   basis, adapters and router;
-- adapter bits: the share of the stored bits that low-rank factors and router take;
-- read bits: what one decoded token needs: codes, scales, router, the shared expert and one routed expert. A runtime
-  that evaluates all experts and masks them, as the exported ONNX function does, reads the stored bits instead.
+- adapter bits: the low-rank factors and the router alone, a part of the stored bits;
+- read bits: the tensors that one decoded token reads: codes, scales, router, the shared expert and one routed expert.
+  A runtime that evaluates all experts and masks them, as the exported ONNX function does, reads the stored bits.
 
-Tensors that siblings share (one down factor and one router for q, k and v) are counted once: every sibling bears a part
+A tensor that siblings share (one down factor and one router for q, k and v) is counted once: each sibling bears a part
 in proportion to its output channels. A bias is not counted, since the original has it too.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from qe_edge.layers.linear import QELinear
 
-Count = Annotated[int, Field(ge=0, le=2**62)]  # of anything
+Count = Annotated[int, Field(ge=0, le=2**62)]
 Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 PARTS = {
     "codes": ("qweight", "fine_codes", "outlier_starts", "outlier_columns", "outlier_values"),
@@ -81,7 +81,7 @@ class BitCount(BaseModel):
     @computed_field  # type: ignore[prop-decorator] # pydantic asks for this order; mypy knows no such properties
     @property
     def read_bits(self) -> float:
-        """What one decoded token reads, per weight."""
+        """Bits that one decoded token reads, per weight."""
         return self._per_weight(self.read)
 
     def _per_weight(self, bits: float) -> float:
@@ -94,7 +94,7 @@ class LayerBits(BaseModel):
     Attributes:
         name: Dotted name.
         group: "visual", "merger" or "language".
-        bits: Its bits; of tensors shared with siblings, its part.
+        bits: Its bits, with its part of tensors that siblings share.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -149,6 +149,15 @@ def count_bits(model: nn.Module, groups: Mapping[str, str]) -> ModelBits:
     Args:
         model: The quantized model.
         groups: For the dotted name of every block its group; a layer belongs to the block that holds it.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(64, 128), torch.ones(4, 128), recipe)
+        >>> model = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"mlp": layer})})
+        >>> bits = count_bits(model, {"block": "language"})
+        >>> bits.total.code_bits, bits.total.stored_bits  # one float16 scale for every 128 weights
+        (4.0, 4.125)
     """
     from qe_edge.layers.linear import quantized_linears
     from qe_edge.models.rotation import mixing_of
@@ -178,7 +187,13 @@ def count_bits(model: nn.Module, groups: Mapping[str, str]) -> ModelBits:
 
 
 def rotation_bits(model: nn.Module) -> BitCount:
-    """Bits of the matrix that a rotated model with a tied head needs, as scales: all of it is read for every token."""
+    """Bits of the matrix that a rotated model with a tied head needs, counted as scales. Every token reads all of it.
+
+    Example:
+        >>> import torch
+        >>> rotation_bits(torch.nn.Linear(4, 4)).stored_bits  # a model that was not rotated
+        0.0
+    """
     from qe_edge.models.rotation import mixing_of
 
     bits = 8 * sum(matrix.nbytes for matrix in mixing_of(model))
@@ -186,7 +201,16 @@ def rotation_bits(model: nn.Module) -> BitCount:
 
 
 def layer_counts(linears: Mapping[str, QELinear]) -> dict[str, BitCount]:
-    """Bits of every layer; a tensor shared by several layers is divided among them by output channels."""
+    """Bits of every layer; a tensor shared by several layers is divided among them by output channels.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8")
+        >>> layer = qe_edge.quantize_linear(torch.ones(64, 128), torch.ones(4, 128), recipe)
+        >>> count = layer_counts({"mlp": layer})["mlp"]
+        >>> count.weights, count.codes, count.scales
+        (8192, 32768.0, 1024.0)
+    """
     outputs: dict[int, int] = defaultdict(int)
     for layer in linears.values():
         for tensor in _tensors(layer).values():
@@ -209,7 +233,13 @@ def layer_counts(linears: Mapping[str, QELinear]) -> dict[str, BitCount]:
 
 
 def add_counts(counts: Iterable[BitCount]) -> BitCount:
-    """Sum of several counts."""
+    """Sum of several counts.
+
+    Example:
+        >>> total = add_counts([BitCount(weights=100, codes=400), BitCount(weights=300, codes=900)])
+        >>> total.code_bits
+        3.25
+    """
     fields = ("weights", "codes", "scales", "adapters", "router", "read")
     total: dict[str, float] = dict.fromkeys(fields, 0)
     for count in counts:
@@ -219,13 +249,27 @@ def add_counts(counts: Iterable[BitCount]) -> BitCount:
 
 
 def group_of(layer: str, groups: Mapping[str, str]) -> str:
-    """Group of the block that holds a layer; "language" for the head, the one layer outside every block."""
+    """Group of the block that holds a layer; "language" for the head, the one layer outside every block.
+
+    Example:
+        >>> groups = {"vision.blocks.0": "visual", "layers.0": "language"}
+        >>> group_of("vision.blocks.0.attn.qkv", groups), group_of("lm_head", groups)
+        ('visual', 'language')
+    """
     held = (group for block, group in groups.items() if layer == block or layer.startswith(f"{block}."))
     return next(held, "language")
 
 
 def file_sizes(stage: str, folder: Path) -> list[FileSize]:
-    """Files of a stage's folder, largest first."""
+    """Files of a stage's folder, largest first.
+
+    Example:
+        >>> Path("onnx").mkdir()
+        >>> _ = Path("onnx/language.onnx").write_bytes(bytes(500))
+        >>> _ = Path("onnx/manifest.json").write_bytes(bytes(20))
+        >>> [(file.name, file.size) for file in file_sizes("onnx", Path("onnx"))]
+        [('language.onnx', 500), ('manifest.json', 20)]
+    """
     files = [path for path in folder.rglob("*") if path.is_file()]
     sizes = [
         FileSize(stage=stage, name=path.relative_to(folder).as_posix(), size=path.stat().st_size) for path in files

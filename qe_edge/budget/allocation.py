@@ -1,9 +1,9 @@
-"""Spending a number of bits per weight over a model's layers: a multiple-choice knapsack on the calibration loss.
+"""Spends a number of bits per weight on a model's layers: a multiple-choice knapsack on the calibration loss.
 
-Every layer offers candidates with a loss, the bits it stores and the bits that a decoded token reads. One is taken of
-each, so that the sum of losses is least and the means of stored and read bits stay inside the budget. Layers are made
-comparable by the mean square gradient of the loss at their outputs, to second order the loss that an error costs.
-scipy's HiGHS solves it.
+Every layer offers candidates. A candidate has a loss, the bits that it stores and the bits that a decoded token reads.
+One candidate of each layer is taken: the sum of losses is least, and the means of stored and read bits stay inside the
+budget. The mean square gradient of the loss at a layer's outputs makes layers comparable: to second order it is the
+loss that an error there costs. scipy's HiGHS solves the problem.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ def allocate(offers: Mapping[str, Offer], budget: Budget) -> dict[str, Choice]:
 
     Raises:
         RecipeError: If even the cheapest candidates together exceed it.
+
+    Example:
+        >>> from qe_edge.budget.model import AdapterSize, Candidate
+        >>> from qe_edge.numerics.grids import WeightGrid
+        >>> small, large = (Choice(AdapterSize(), left_out=0, grid=WeightGrid(bits)) for bits in (3, 4))
+        >>> candidates = [Candidate(small, 4.0, stored=300, read=300), Candidate(large, 1.0, stored=400, read=400)]
+        >>> offers = {"query": Offer(100, 1.0, candidates), "down": Offer(100, 5.0, candidates)}
+        >>> chosen = allocate(offers, Budget(bits=3.5))
+        >>> {name: choice.grid.bits for name, choice in chosen.items()}
+        {'query': 3, 'down': 4}
     """
     weights = sum(offer.weights for offer in offers.values())
     stored, read = (
@@ -71,6 +81,10 @@ def output_factors(channels: np.ndarray) -> np.ndarray:
 
     Args:
         channels: `[out]` mean square gradient of the loss at the outputs.
+
+    Example:
+        >>> output_factors(np.array([1.0, 1.0, 16.0])).tolist()
+        [0.5, 0.5, 2.0]
     """
     mean = max(float(channels.mean()), 1e-300)
     ratio = np.clip(channels / mean, 2.0 ** (-2 * LARGEST_STEP), 2.0 ** (2 * LARGEST_STEP))
@@ -79,7 +93,17 @@ def output_factors(channels: np.ndarray) -> np.ndarray:
 
 
 def scaled_back(linear: QuantizedLinear, factors: Tensor) -> QuantizedLinear:
-    """A layer that was quantized with rows scaled by `factors` `[out]`, for the outputs as they are."""
+    """Undo the scaling of rows by `factors` `[out]` with which a layer was quantized.
+
+    Example:
+        >>> import torch
+        >>> from qe_edge.numerics.grids import WeightGrid, quantize_weight
+        >>> weight, factors = torch.tensor([[1.0, -1.0], [1.0, 1.0]]), torch.tensor([1.0, 4.0])
+        >>> quantized = QuantizedLinear(quantize_weight(weight * factors[:, None], WeightGrid(4)), activation_bits=8)
+        >>> scaled_back(quantized, factors).weight.decode().round(decimals=2)
+        tensor([[ 1., -1.],
+                [ 1.,  1.]])
+    """
     weight = replace(linear.weight, scales=_divided(linear.weight.scales, factors))
     adapters = linear.adapters
     if adapters is not None and adapters.up_scale is not None:

@@ -1,4 +1,4 @@
-"""The words of a budget: its limits, what layers offer it, and what it gives them."""
+"""The types of a budget: its limits, the offers of layers, and the choices that it makes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ class Budget(BaseModel):
     """Effective bits per quantized weight, with everything that belongs to a layer; None is no limit.
 
     Attributes:
-        bits: Mean over the checkpoint: what the device's memory holds.
+        bits: Mean over the checkpoint, and so over the device's memory.
         read_bits: Mean that one decoded token reads: codes, scales, shared expert, one routed expert, router.
+
+    Example:
+        >>> budget = Budget(bits=4.5)
+        >>> budget.without(0.25), bool(Budget())
+        (Budget(bits=4.25, read_bits=None), False)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,7 +32,7 @@ class Budget(BaseModel):
     read_bits: float | None = Field(None, gt=0, le=16)
 
     def without(self, bits: float) -> Budget:
-        """What is left for the layers where something beside them takes `bits` per weight, which is stored and read."""
+        """The budget that is left for the layers if another tensor takes `bits` per weight, stored and read."""
         return Budget(**{name: limit - bits for name, limit in self.model_dump(exclude_none=True).items()})
 
     def __bool__(self) -> bool:
@@ -37,7 +42,7 @@ class Budget(BaseModel):
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """The low-rank correction that a method is going to give a layer; what a dry run predicts sizes from.
+    """Sizes of the low-rank correction that a method is going to give a layer. A dry run predicts bits from them.
 
     Attributes:
         rank_shared: Rank of the shared expert.
@@ -54,12 +59,12 @@ class AdapterSize:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a budget gives one linear problem.
+    """The sizes that a budget gives one linear problem.
 
     Attributes:
         adapters: Its low-rank correction.
-        left_out: Important channels that the main branch leaves to it.
-        grid: Of the weight's codes.
+        left_out: Important channels that the main branch leaves to the correction.
+        grid: Grid of the weight's codes.
     """
 
     adapters: AdapterSize
@@ -69,7 +74,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice with what it costs and what it leaves.
+    """One choice with its costs and its loss.
 
     Attributes:
         choice: The choice.
@@ -86,7 +91,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Offer:
-    """What one linear problem offers.
+    """The candidates of one linear problem.
 
     Attributes:
         weights: Number of its weights.
@@ -100,16 +105,24 @@ class Offer:
 
 
 def check_affordable(budget: Budget, weights: int, stored: float, read: float) -> None:
-    """Refuse a budget below what the layers need without any correction.
+    """Refuse a budget that is too small even without any correction.
 
     Args:
-        budget: What is asked for.
+        budget: The limits.
         weights: Number of weights of all layers.
         stored: Least bits that they store together.
         read: Least bits that a decoded token reads of them together.
 
     Raises:
         RecipeError: Naming the least that works.
+
+    Example:
+        >>> check_affordable(Budget(bits=4.5), weights=1000, stored=4125, read=4125)
+        >>> check_affordable(Budget(bits=4.0), weights=1000, stored=4125, read=4125)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.RecipeError: A budget of 4 bits per weight cannot be met: codes and scales alone
+        take 4.125. Ask for more, for example --bits 4.20, or choose a cheaper scheme.
     """
     for limit, total, option in ((budget.bits, stored, "--bits"), (budget.read_bits, read, "--read-bits")):
         least = total / max(weights, 1)
@@ -121,15 +134,26 @@ def check_affordable(budget: Budget, weights: int, stored: float, read: float) -
 
 
 def offers_to_json(offers: Mapping[str, Offer]) -> str:
-    """Offers as text, for the folder of a run that may be stopped."""
+    """Offers as JSON text, for the work folder of a run that may be stopped.
+
+    Example:
+        >>> choice = Choice(AdapterSize(rank_shared=8), left_out=0, grid=WeightGrid(4))
+        >>> text = offers_to_json({"query": Offer(100, 1.0, [Candidate(choice, loss=2.0, stored=400, read=400)])})
+        >>> offers_from_json(text)["query"].candidates[0].choice == choice
+        True
+    """
     return json.dumps({name: asdict(offer) for name, offer in offers.items()})
 
 
 def offers_from_json(text: str) -> dict[str, Offer]:
-    """What `offers_to_json` wrote.
+    """Read the text of `offers_to_json`.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If the text is anything else.
+
+    Example:
+        >>> offers_from_json('{"query": {"weights": 100, "sensitivity": 1.0, "candidates": []}}')
+        {'query': Offer(weights=100, sensitivity=1.0, candidates=[])}
     """
     try:
         return {

@@ -1,9 +1,9 @@
 """Atom (MLSys 2024): the channels of largest energy keep 8 bits, the others are rounded in small groups.
 
 Channels are put in order of their mean square, so that neighbours in a group are alike and the largest come last. The
-last ones have weights and activations of 8 bits; the others have those of the scheme, with a scale for every group of
-channels, of weights and of each token. GPTQ chooses the codes: what the groups lose, the last channels make up for,
-exactly as if all were one matrix.
+last channels have weights and activations of 8 bits. The other channels have the scheme's bits, with a scale for every
+group of channels, of weights and of each token. GPTQ chooses the codes: the last channels make up for the errors of the
+groups, exactly as if all were one matrix.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AtomOptions(MethodOptions):
         channels: Channels with 8 bits in layers of 4096 inputs and more; narrower layers have fewer in proportion.
         group: Channels that share a scale, where the scheme has none of its own.
         clip: Search the range of every scale of the weights.
-        damping: Of GPTQ's Hessian, relative to the mean of its diagonal.
+        damping: Damping of GPTQ's Hessian, relative to the mean of its diagonal.
     """
 
     channels: int = Field(128, ge=0, le=4096)
@@ -43,7 +43,19 @@ class AtomOptions(MethodOptions):
 
 
 class Atom(Method[AtomOptions]):
-    """Mixed precision by channel, in groups."""
+    """Mixed precision by channel, in groups.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> tokens[:, 7] *= 20  # a channel of outliers
+        >>> recipe = qe_edge.make_recipe(method="atom", scheme="w4a16", options={"channels": 256})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.0075  # method rtn: 0.09
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -86,7 +98,12 @@ class Atom(Method[AtomOptions]):
 
 
 def fine_channels(in_features: int, channels: int) -> int:
-    """How many of a layer's inputs keep 8 bits: a multiple of 32, at most half of them."""
+    """How many of a layer's inputs keep 8 bits: a multiple of 32, at most half of them.
+
+    Example:
+        >>> fine_channels(4096, channels=128), fine_channels(768, channels=128)
+        (128, 32)
+    """
     wanted = min(channels, -(-channels * in_features // (WIDTH * STEP)) * STEP)
     return min(wanted, in_features // 2 // STEP * STEP)
 
@@ -94,16 +111,23 @@ def fine_channels(in_features: int, channels: int) -> int:
 def round_in_order(
     weight: Tensor, gram: Tensor, fine: int, grid: WeightGrid, *, clip: bool
 ) -> tuple[QuantizedWeight, Tensor]:
-    """Codes of all columns but the last `fine`, and these `[out, fine]` as they make up for the others' errors.
+    """Codes of all columns but the last `fine`, and the last columns `[out, fine]`, which make up for the errors.
 
-    The last columns are free while the others are rounded, so the Hessian of these is its Schur complement.
+    The last columns are free while the others are rounded, so the Hessian of the others is its Schur complement.
 
     Args:
         weight: `[out, in]` float32.
         gram: `[in, in]` float64, positive definite.
-        fine: Columns at the end that are rounded by somebody else.
+        fine: Number of columns at the end, which the caller rounds.
         grid: Grid of the codes.
         clip: Search the range of every scale.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weight = torch.randn(8, 64)
+        >>> codes, last = round_in_order(weight, torch.eye(64).double(), fine=32, grid=WeightGrid(4), clip=False)
+        >>> tuple(codes.codes.shape), tuple(last.shape)
+        ((8, 32), (8, 32))
     """
     kept = weight.shape[1] - fine
     shares = torch.linalg.solve(gram[kept:, kept:], gram[kept:, :kept])  # `[fine, kept]`

@@ -1,11 +1,11 @@
 """Sign-gradient rounding (AutoRound, EMNLP 2024): rounding offsets and ranges move by the signs of their gradients.
 
 `W^ = s clip(round(W / s + V) + z)` with `V` in [-1/2, 1/2] and shares of the largest and the smallest weight up to 1.
-Every step moves each of them by the same amount, which falls to zero in a line.
+Every step moves each of them by the same amount, which falls linearly to zero.
 
 Same as the original: parameters, bounds, signs, steps and their size. Different: the objective is the output error of
-the linear under the input's Gram matrix, so of all calibration tokens at once, in place of the block's output on a
-few samples; every output channel keeps the best that it met, and plain rounding where that is no worse.
+the linear under the input's Gram matrix, and so on all calibration tokens at once; the original takes the block's
+output on a few samples. Every output channel keeps its best step, or plain rounding if that is no worse.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AutoRoundOptions(MethodOptions):
 
     Attributes:
         steps: Steps of the optimizer.
-        rate: First size of a step, of offsets in steps of the grid and of shares; 0 takes 1 / steps.
+        rate: Size of the first step, for offsets (in steps of the grid) and for shares; 0 takes 1 / steps.
     """
 
     steps: int = Field(200, ge=1, le=10_000)
@@ -37,7 +37,18 @@ class AutoRoundOptions(MethodOptions):
 
 
 class AutoRound(Method[AutoRoundOptions]):
-    """Learned rounding and ranges by signed gradient descent."""
+    """Learned rounding and ranges by signed gradient descent.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="autoround", scheme="w4a16", options={"steps": 50})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.079  # method rtn: 0.10
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -67,6 +78,13 @@ def learn_rounding(ranges: Ranges, gram: Tensor, steps: int, rate: float) -> tup
         gram: `[in, in]` float32.
         steps: Number of steps.
         rate: Size of the first one.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> ranges = Ranges.of(torch.randn(4, 32), WeightGrid(3))
+        >>> shares, offset = learn_rounding(ranges, torch.eye(32), steps=20, rate=0.05)
+        >>> tuple(shares.shape), tuple(offset.shape), bool(offset.abs().max() <= 0.5)
+        ((4, 1, 2), (4, 1, 32), True)
     """
     out, groups, _ = ranges.groups.shape
     weight = ranges.groups.reshape(out, -1)
@@ -89,7 +107,14 @@ def learn_rounding(ranges: Ranges, gram: Tensor, steps: int, rate: float) -> tup
 
 
 def rounded(ranges: Ranges, shares: Tensor, offset: Tensor) -> QuantizedWeight:
-    """The codes for shares of the ranges and offsets, on float16 scales."""
+    """The codes for shares of the ranges and offsets, on float16 scales.
+
+    Example:
+        >>> ranges = Ranges.of(torch.tensor([[0.7, 0.24]]), WeightGrid(4))
+        >>> whole, none, up = torch.ones(1, 1, 2), torch.zeros(1, 1, 2), torch.tensor([[[0.0, 0.3]]])
+        >>> rounded(ranges, whole, none).codes, rounded(ranges, whole, up).codes
+        (tensor([[7, 2]], dtype=torch.int8), tensor([[7, 3]], dtype=torch.int8))
+    """
     smallest, largest = (ranges.low * shares[..., 1:])[..., 0], (ranges.high * shares[..., :1])[..., 0]
     grid: WeightGrid = ranges.grid
     if grid.symmetric:

@@ -29,7 +29,19 @@ class AWQOptions(MethodOptions):
 
 
 class AWQ(ChannelScaling[AWQOptions]):
-    """Activation-aware channel scales, one search per shared input."""
+    """Activation-aware channel scales, one search per shared input.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> tokens[:, 7] *= 20  # a channel of outliers
+        >>> recipe = qe_edge.make_recipe(method="awq", scheme="w4a16", options={"grid": 20})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.08  # method rtn: 0.09
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:

@@ -1,4 +1,4 @@
-"""What every quantization method receives and returns."""
+"""The interface of a quantization method."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Method(ABC, Generic[OptionsType]):
 
     @property
     def needs(self) -> StatisticsRequest | None:
-        """What is measured on the calibration input of every layer; None for no calibration."""
+        """Statistics of every layer's calibration input that the method needs; None for no calibration."""
         return None
 
     @property
@@ -120,14 +120,14 @@ class Method(ABC, Generic[OptionsType]):
         """Whether the language model is rotated before anything is measured on it (`models.rotation`).
 
         Args:
-            modules: Those that are quantized.
+            modules: Parts of the model that are quantized.
             budget: Whether a budget is spent.
         """
         del modules, budget  # for subclasses
         return False
 
     def request(self, out_features: int, in_features: int) -> StatisticsRequest | None:
-        """What to measure on the calibration input of a layer of this shape: `needs`, unless a method sizes it."""
+        """Statistics to measure for a layer of this shape: `needs`, unless the method's need depends on the shape."""
         del out_features, in_features  # for subclasses
         return self.needs
 
@@ -159,6 +159,6 @@ class Method(ABC, Generic[OptionsType]):
         return type(self).candidates is not Method.candidates
 
     def candidates(self, problem: LinearProblem) -> list[Candidate]:
-        """Everything that a budget may choose from for one linear problem; only where `spends_budget`."""
+        """The candidates that a budget may choose from for one linear problem; only where `spends_budget`."""
         # only a mistake in our own code comes here: a recipe with a budget for such a method is refused
         raise NotImplementedError(f"'{problem.name}': this method has no candidates")

@@ -1,6 +1,6 @@
-"""GPTQ (ICLR 2023): columns are rounded one after the other, and each error is spread over the columns to come.
+"""GPTQ (ICLR 2023): columns are rounded one after the other, and later columns make up for the error of each.
 
-Groups and scales are those of the scheme. The method's own flow is sequential (`flow: sequential` in the recipe).
+The scheme gives groups and scales. The method's own flow is sequential (`flow: sequential` in the recipe).
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ class GPTQOptions(MethodOptions):
 
 
 class GPTQ(Method[GPTQOptions]):
-    """Second-order rounding with the input's Gram matrix as Hessian."""
+    """Second-order rounding with the input's Gram matrix as Hessian.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="gptq", scheme="w4a16", options={"damping": 0.01})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.054  # method rtn: 0.10
+        True
+    """
 
     on_device: ClassVar[bool] = True
 

@@ -14,7 +14,18 @@ from qe_edge.reconstruction.problem import LinearProblem
 
 
 class LoRC(StaticCorrection[StaticOptions]):
-    """Truncated SVD of the error; the preset "paper" has the original's rank 8."""
+    """Truncated SVD of the error; the preset "paper" has the original's rank 8.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="lorc", scheme="w4a16", options={"rank": 16})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.093  # method rtn: 0.10
+        True
+    """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "paper": {"rank": 8, "shrink": False}}
 

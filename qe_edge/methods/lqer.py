@@ -18,7 +18,19 @@ SMALLEST_SCALE = 1e-4
 
 
 class LQER(StaticCorrection[StaticOptions]):
-    """Truncated SVD of `E diag(mean |x|)`."""
+    """Truncated SVD of `E diag(mean |x|)`.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> tokens[:, 7] *= 20  # a channel of outliers
+        >>> recipe = qe_edge.make_recipe(method="lqer", scheme="w4a16", options={"rank": 16})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.035  # method rtn: 0.09
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:

@@ -1,12 +1,12 @@
 """LSQ (ICLR 2020): weights and the step sizes of their grid are trained together, straight through the rounding.
 
-`W^ = s round(clip(W / s, -Q_N, Q_P))`; the gradient of `s` is `round(W / s) - W / s` inside the range and its end
-outside, times `1 / sqrt(n Q_P)` for the n weights of a step size; that of `W` passes inside the range.
+`W^ = s round(clip(W / s, -Q_N, Q_P))`. The gradient of `s` is `round(W / s) - W / s` inside the range and the end of
+the range outside, times `1 / sqrt(n Q_P)` for the n weights of a step size. The gradient of `W` is 1 inside the range.
 
 Same as the original: forward, gradients, their scale, and the first step size `2 mean|W| / sqrt(Q_P)` on symmetric
-grids. Different: the loss is the output error of the linear under the input's Gram matrix, not the task's loss after
-labels, and Adam moves the weights; activations have the scheme's dynamic scales, not learned ones; zero points stay as
-they begin. Every output channel keeps the best that it met, and plain rounding where that is no worse.
+grids. Different: the loss is the output error of the linear under the input's Gram matrix, not the loss of a task with
+labels, and Adam moves the weights. Activations have the scheme's dynamic scales, not learned ones. Zero points do not
+change. Every output channel keeps its best step, or plain rounding if that is no worse.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LSQOptions(MethodOptions):
 
     Attributes:
         steps: Steps of the optimizer.
-        rate: Its learning rate, of weights in first step sizes, of step sizes relative to the first.
+        rate: Learning rate. Weights move in units of the first step sizes, and step sizes relative to the first.
     """
 
     steps: int = Field(200, ge=1, le=10_000)
@@ -50,7 +50,18 @@ class LSQOptions(MethodOptions):
 
 
 class LSQ(Method[LSQOptions]):
-    """Learned step sizes, layer by layer."""
+    """Learned step sizes, layer by layer.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="lsq", scheme="w4a16", options={"steps": 50})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.072  # method rtn: 0.10
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -73,7 +84,13 @@ class LSQ(Method[LSQOptions]):
 
 
 def first_steps(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor | None]:
-    """Step sizes `[out, groups]` float32 to begin with, and zero points."""
+    """Step sizes `[out, groups]` float32 to begin with, and zero points.
+
+    Example:
+        >>> steps, zeros = first_steps(torch.tensor([[0.5, -0.5, 1.0, -1.0]]), WeightGrid(4))
+        >>> round(float(steps), 3), zeros  # 2 mean|W| / sqrt(7)
+        (0.567, None)
+    """
     groups = split_groups(weight.float(), grid)
     if grid.symmetric:
         mean = 2 * groups.abs().mean(-1) / grid.limits[1] ** 0.5
@@ -83,11 +100,19 @@ def first_steps(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor | None
 
 
 def decoded(weight: Tensor, steps: Tensor, zeros: Tensor | None, grid: WeightGrid) -> Tensor:
-    """The rounded weight `[out, in]`, differentiable in the weight and the step sizes `[out, groups]`."""
+    """The rounded weight `[out, in]`, differentiable in the weight and the step sizes `[out, groups]`.
+
+    Example:
+        >>> weight, steps = torch.tensor([[0.6, 1.2]]), torch.tensor([[0.5]], requires_grad=True)
+        >>> rounded = decoded(weight, steps, None, WeightGrid(4))
+        >>> rounded.sum().backward()
+        >>> rounded.tolist(), bool(steps.grad != 0)
+        ([[0.5, 1.0]], True)
+    """
     low, high = grid.limits
     groups = split_groups(weight, grid)
     share = (groups.shape[-1] * high) ** -0.5
-    # the value is that of float16, as it is stored; the gradient is `share` times as large
+    # the value is rounded to float16, as it is stored; the gradient is `share` times as large
     scale = (steps * share + (steps.to(SCALE_DTYPE).float() - steps * share).detach()).unsqueeze(-1)
     point = 0.0 if zeros is None else zeros.float().unsqueeze(-1)
     codes = round_through((groups / scale).clamp(low - point, high - point))
@@ -98,7 +123,16 @@ def decoded(weight: Tensor, steps: Tensor, zeros: Tensor | None, grid: WeightGri
 def learn_steps(
     weight: Tensor, steps: Tensor, zeros: Tensor | None, grid: WeightGrid, gram: Tensor, options: LSQOptions
 ) -> tuple[Tensor, Tensor]:
-    """The weight `[out, in]` and step sizes `[out, groups]` of the iterate that lost least, by row."""
+    """The weight `[out, in]` and step sizes `[out, groups]` of each row's best iterate.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weight, grid = torch.randn(4, 32), WeightGrid(3)
+        >>> steps, zeros = first_steps(weight, grid)
+        >>> trained, size = learn_steps(weight, steps, zeros, grid, torch.eye(32), LSQOptions(steps=20))
+        >>> tuple(trained.shape), tuple(size.shape)
+        ((4, 32), (4, 1))
+    """
     unit = steps.unsqueeze(-1).expand_as(split_groups(weight, grid)).reshape(weight.shape)
     moved, grown = torch.zeros_like(weight, requires_grad=True), torch.ones_like(steps, requires_grad=True)
     optimizer = torch.optim.Adam([moved, grown], lr=options.rate, betas=MOMENTS)
@@ -121,5 +155,10 @@ def learn_steps(
 
 
 def stored(weight: Tensor, steps: Tensor, zeros: Tensor | None, grid: WeightGrid) -> QuantizedWeight:
-    """The codes of a trained weight on float16 step sizes."""
+    """The codes of a trained weight on float16 step sizes.
+
+    Example:
+        >>> stored(torch.tensor([[0.6, 1.2]]), torch.tensor([[0.5]]), None, WeightGrid(4)).codes
+        tensor([[1, 2]], dtype=torch.int8)
+    """
     return round_on_grid(weight, steps.to(SCALE_DTYPE), zeros, grid)

@@ -1,9 +1,9 @@
 """MBQ (CVPR 2025): AWQ's channel scales, searched with image and answer tokens weighed by the gradients of the loss.
 
-The search minimises the mean absolute error of the output of the layers that read the input (the original: of their
-attention or MLP module), over a sample of the calibration tokens, through both quantizers where activations are
-quantized. The scale is an operand of our layer, so every linear can have one. Prompt text has weight zero, as in the
-original; a layer that sees no image and no answer token weighs all tokens alike.
+The search minimises the mean absolute output error of the layers that read the input; the original takes the output of
+their attention or MLP module. The error is measured on a sample of the calibration tokens, with quantized activations
+where the scheme has them. The scale is an operand of our layer, so every linear can have one. Prompt text has weight
+zero, as in the original. A layer that sees no image and no answer token weighs all tokens alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ class MBQOptions(AWQOptions):
 
 
 class MBQ(ChannelScaling[MBQOptions]):
-    """Channel scales for the loss `(sum_answer |dy| + lambda sum_image |dy|) / entries`."""
+    """Channel scales for the loss `(sum_answer |dy| + lambda sum_image |dy|) / entries`.
+
+    Example:
+        >>> method = MBQ(MBQOptions(tokens=1024))
+        >>> method.needs.tokens, method.needs_gradients  # qe_edge.quantize measures both on the model
+        (1024, True)
+    """
 
     needs_gradients: ClassVar[bool] = True  # lambda comes from them
 
@@ -65,7 +71,17 @@ class MBQ(ChannelScaling[MBQOptions]):
 
 
 def weigh_tokens(measured: InputStatistics, ratio: float) -> tuple[Tensor, Tensor]:
-    """The sampled tokens that count, `[n, in]` float32, and their weights `[n]` float64: images `ratio`, answers 1."""
+    """The sampled tokens that count, `[n, in]` float32, and their weights `[n]` float64: images `ratio`, answers 1.
+
+    Example:
+        >>> from qe_edge.calibration.statistics import StatisticsCollector
+        >>> collector = StatisticsCollector("mlp", 4, [torch.ones(2, 4)], StatisticsRequest(), seed=0)
+        >>> collector.update(torch.ones(4, 4), torch.tensor([IMAGE, IMAGE, 0, ANSWER], dtype=torch.int8))
+        >>> (measured,) = collector.finish()
+        >>> tokens, weights = weigh_tokens(measured, ratio=0.25)
+        >>> tuple(tokens.shape), weights.tolist()  # prompt text has no weight
+        ((3, 4), [0.25, 0.25, 1.0])
+    """
     kinds = measured.token_kind
     weights = np.where(kinds == IMAGE, ratio, (kinds == ANSWER).astype(np.float64))
     if not weights.any():

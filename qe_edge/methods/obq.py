@@ -1,8 +1,8 @@
 """OBQ (NeurIPS 2022): the weight of a row whose rounding costs least is rounded next, and the others make up for it.
 
 Exact and greedy: every output channel has its own order and its own inverse Hessian, which loses a row and a column
-with every weight. That is cubic in the inputs for each output, so only small layers are taken. GPTQ is what the
-same authors made of it for large ones.
+with every weight. That is cubic in the inputs for each output, so only small layers are accepted. The same authors made
+GPTQ of it for large layers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,18 @@ class OBQOptions(MethodOptions):
 
 
 class OBQ(Method[OBQOptions]):
-    """Greedy second-order rounding, one weight at a time."""
+    """Greedy second-order rounding, one weight at a time.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="obq", scheme="w4a16", options={"clip": True})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.056  # method rtn: 0.10
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -80,6 +91,12 @@ def obq_round(
 
     Raises:
         NumericalError: If the damped Gram matrix is not positive definite.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(8, 32), torch.randn(200, 32)
+        >>> obq_round(weight, (tokens.T @ tokens / 200).numpy(), WeightGrid(4), damping=0.01, clip=True).codes.shape
+        torch.Size([8, 32])
     """
     diagonal = np.diag(gram).copy()
     dead = (diagonal == 0) & bool(diagonal.any())
@@ -114,6 +131,11 @@ def greedy_row(
         point: `[in]` zero point of every weight.
         inverse: `[in, in]` of the Hessian.
         limits: Smallest and largest code.
+
+    Example:
+        >>> weight, step, point = np.array([0.7, 1.2]), np.full(2, 0.5), np.zeros(2)
+        >>> greedy_row(weight, step, point, np.eye(2), limits=(-8, 7))
+        array([1, 2], dtype=int8)
     """
     codes = np.zeros(len(weight), np.int8)
     left = np.arange(len(weight))  # weights that are not rounded yet

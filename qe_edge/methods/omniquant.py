@@ -1,13 +1,13 @@
 """OmniQuant's learned weight clipping (ICLR 2024): the range of every scale is trained, codes follow by rounding.
 
-`s = (g max W - b min W) / (2^bits - 1)` with `g, b = sigmoid(theta)`, theta starting at 4; symmetric grids have one
-such share of the largest magnitude. Adam on theta, straight through the rounding.
+`s = (g max W - b min W) / (2^bits - 1)` with `g, b = sigmoid(theta)`, theta starting at 4. Symmetric grids have one
+such share, of the largest magnitude. Adam moves theta, and gradients pass the rounding.
 
 Same as the original: parametrisation, start, optimizer. Different: the objective is the output error of the linear
-under the input's Gram matrix, so of all calibration tokens at every step, in place of the block's output on one
-sample at a time; that takes fewer and larger steps. Every output channel keeps the best ranges that it met, and plain
-rounding where those are no better. The learned equivalent transformation (channel scales and shifts) is not built:
-SmoothQuant, AWQ and MBQ are the methods with scales here.
+under the input's Gram matrix, and so on all calibration tokens at every step; the original takes the block's output on
+one sample at a time. So there are fewer and larger steps. Every output channel keeps its best ranges, or plain rounding
+if that is no worse. The learned equivalent transformation (channel scales and shifts) is not built: SmoothQuant, AWQ
+and MBQ are the methods with scales here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,18 @@ class OmniQuantOptions(MethodOptions):
 
 
 class OmniQuant(Method[OmniQuantOptions]):
-    """Learned clipping of the weights, layer by layer."""
+    """Learned clipping of the weights, layer by layer.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="omniquant", scheme="w4a16", options={"steps": 20})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.093  # method rtn: 0.10
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -65,7 +76,16 @@ class OmniQuant(Method[OmniQuantOptions]):
 
 
 def learn_shares(ranges: Ranges, gram: Tensor, options: OmniQuantOptions) -> Tensor:
-    """The shares of the range `[out, groups, 2]` (of the largest, of the smallest weight) that lost least, by row."""
+    """Each row's best shares of the range, `[out, groups, 2]`: of the largest and of the smallest weight.
+
+    Example:
+        >>> from qe_edge.numerics.grids import WeightGrid
+        >>> _ = torch.manual_seed(0)
+        >>> ranges = Ranges.of(torch.randn(4, 64), WeightGrid(2))
+        >>> shares = learn_shares(ranges, torch.eye(64), OmniQuantOptions(steps=50, rate=0.2))
+        >>> tuple(shares.shape), bool(shares.min() < 0.9)  # with 2 bits it pays to cut the range
+        ((4, 1, 2), True)
+    """
     count = ranges.groups.shape[1]
     weight = ranges.groups.reshape(len(ranges.groups), -1)
     theta = torch.full((len(weight), count, 2), START, requires_grad=True)

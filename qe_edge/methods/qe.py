@@ -51,10 +51,10 @@ class SharedExpert:
     """A main branch with its shared expert.
 
     Attributes:
-        branch: The quantized weight and what it leaves.
-        space: Of the branch's error.
+        branch: The quantized weight and its error.
+        space: Coordinates of the branch's error.
         covariance: `[side, side]` of the error's output, in that space.
-        vectors: `[side, r_s + r_r]` its leading directions; the first r_s are the shared expert's.
+        vectors: `[side, r_s + r_r]` its leading directions; the shared expert takes the first r_s.
     """
 
     branch: MainBranch
@@ -63,9 +63,9 @@ class SharedExpert:
     vectors: Matrix
 
     def objective(self, tokens: Tensor, bits: int) -> float:
-        """Sum of squared output errors on tokens `[n, in]`, corrected with the rank that one token uses.
+        """Sum of squared output errors on tokens `[n, in]`, after a correction with the rank that one token uses.
 
-        It decides whether leaving channels out pays.
+        It decides whether channels are left out.
         """
         directions, error = self.space.lift(self.vectors), self.branch.error
         hidden = cast(directions.T, error) @ error
@@ -80,7 +80,19 @@ class SharedExpert:
 
 
 class QuantExperts(Method[QuantExpertsOptions]):
-    """Shared expert for channels that matter to most tokens, routed experts for those that matter to some."""
+    """Shared expert for channels that matter to most tokens, routed experts for those that matter to some.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> tokens[:, 7] *= 20  # a channel of outliers
+        >>> recipe = qe_edge.make_recipe(method="qe", scheme="w4a16", options={"shared_rank": 16})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.0091  # method rtn: 0.09
+        True
+    """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
@@ -105,7 +117,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
 
     @property
     def weighs_tokens(self) -> bool:
-        """As the options say."""
+        """Whether the option `token_power` is above 0."""
         return self.options.token_power > 0
 
     def token_weights(self, energy: np.ndarray) -> np.ndarray:
@@ -113,7 +125,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
         return gradient_weights(energy, self.options.token_power, EVENNESS)
 
     def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:
-        """Where the language model is quantized, and as the options say; by themselves, inside a budget."""
+        """Whether the language model is quantized and `rotate` is set; by default, whether a budget is spent."""
         return (budget if self.options.rotate is None else self.options.rotate) and "language" in modules
 
     def adapter_size(self, out_features: int, in_features: int) -> AdapterSize:
@@ -155,7 +167,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
         return QuantizedLinear(branch.weight, problem.scheme.activation_bits, branch.inv_omega, adapters)
 
     def candidates(self, problem: LinearProblem) -> list[Candidate]:
-        """Ranks, experts, channels left out and group sizes, with their costs; none that another one dominates."""
+        """Ranks, experts, channels left out and group sizes, with their costs, without dominated candidates."""
         frequent = frequent_channels(problem.measured())
         hessian = Hessian(problem.gram())
         return offer_candidates(
@@ -168,7 +180,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
         )
 
     def _size(self, problem: LinearProblem) -> LayerSize:
-        """Ranks and experts: what a budget gives, or the options shrunk to the layer."""
+        """Ranks and experts: the budget's choice, or the options shrunk to the layer."""
         size = shrink_to_layer(self.options, *problem.weight.shape)
         if problem.choice is None:
             return size
@@ -235,7 +247,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
         )
 
     def _adapter_dtype(self, problem: LinearProblem) -> AdapterDtype:
-        """Storage of the factors: what a budget gives, or the option."""
+        """Storage of the factors: the budget's choice, or the option."""
         if problem.choice is None:
             return self.options.adapter_dtype
         bits = problem.choice.adapters.factor_bits
@@ -254,8 +266,8 @@ class QuantExperts(Method[QuantExpertsOptions]):
 
         Args:
             problem: The layer.
-            statistics: Of its input.
-            shared: What goes before.
+            statistics: Statistics of its input.
+            shared: The main branch with the shared expert.
             outputs: `[sample, side]` the error's output on the sampled tokens, in its own space.
             dependent: Token-dependent channels.
             size: Number of experts and their rank.
@@ -302,7 +314,15 @@ class QuantExperts(Method[QuantExpertsOptions]):
 
 
 def frequent_channels(statistics: InputStatistics) -> np.ndarray:
-    """Channels by the number of tokens that they are important to, most first; only those that are to any."""
+    """Channels in order of the number of tokens that they matter to, most first; without channels that matter to none.
+
+    Example:
+        >>> from qe_edge.calibration.statistics import collect_statistics
+        >>> tokens = torch.tensor([[0.0, 5.0, 1.0], [0.0, 6.0, 0.0], [0.0, 0.0, 9.0]])
+        >>> measured = collect_statistics("mlp", torch.ones(2, 3), tokens, StatisticsRequest(important=1), seed=0)
+        >>> frequent_channels(measured)
+        array([1, 2])
+    """
     lists = _lists(statistics)
     return split_channels(lists, len(statistics.abs_mean), len(statistics.abs_mean), 0).independent
 

@@ -1,4 +1,4 @@
-"""Options of Quant Experts, and what they come to on a layer of a given shape."""
+"""Options of Quant Experts, and their values for a layer of a given shape."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ class QuantExpertsOptions(MethodOptions):
         experts: Number N_r of routed experts; 0 for none.
         important_channels: Important channels k per token.
         shrink: Shrink ranks, k and the number of experts on small layers (see `shrink_to_layer`).
-        assignment: Which tokens share an expert at first: those with the same important channels ("cooccurrence",
-            paper), or of the same modality before that ("modality", see `reconstruction.modality`).
-        expert_weighting: What weighs the routed experts' fit.
+        assignment: Tokens that share an expert at first: tokens with the same important channels ("cooccurrence",
+            paper), or tokens of the same modality, and inside it with the same important channels ("modality", see
+            `reconstruction.modality`).
+        expert_weighting: Weighting of the routed experts' fit.
         rho: Share of all tokens in every expert's covariance.
         em_steps: Polishing rounds of token assignment and fit.
         router: Initialisation of the router.
-        independent_channels: What the main branch does with the channels that are important to most tokens: "scale"
+        independent_channels: Treatment of the channels that are important to most tokens in the main branch: "scale"
             divides them (paper), "drop" leaves them to the shared expert.
-        guard_independent_channels: Leave those channels out only where that does not raise the calibration error.
-        rounding: How the main branch's codes are chosen; the correction follows any of them.
+        guard_independent_channels: Leave these channels out only where that does not raise the calibration error.
+        rounding: Rule that chooses the main branch's codes. The correction works with each of them.
         clip: Search the range of every scale ("nearest" and "gptq").
         polish: Rounds in which codes and scales of "gptq" are chosen again, each given all others
             (`reconstruction.polishing`).
-        token_power: Weighs tokens of Gram matrices by this power of their gradients' magnitudes, as VLMQ does; 0 weighs
-            all alike.
+        token_power: Power of the gradients' magnitudes that weighs tokens in Gram matrices, as in VLMQ; 0 weighs all
+            tokens alike.
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
         rotate: Rotate the language model, where it is quantized, before anything is measured, as `methods.quarot` does.
-            None: inside a budget. Routing goes by the channels that are large, and a rotation spreads them.
+            None rotates it only inside a budget: routing looks at large channels, and a rotation spreads them.
         tokens: Calibration tokens kept per layer for experts and router.
         refine: Train by gradient descent, kept where it helps (`reconstruction.refinement`): "router" the router alone,
             "all" the routed factors and the router (paper).
@@ -132,9 +133,15 @@ class LayerSize:
 def shrink_to_layer(options: QuantExpertsOptions, out_features: int, in_features: int) -> LayerSize:
     """Ranks, experts and k for a layer of `[out, in]`.
 
-    The stated rule: with `side = min(out, in)` below 1152, ranks and k scale by `side / 1152`, rounded down to a
-    multiple of 8 and at least 8. Then experts are halved until shared and routed adapters together hold at most half
-    as many parameters as the layer; a single expert is none. Always `k (experts + 1) <= in` and ranks `<= side`.
+    With `side = min(out, in)` below 1152, ranks and k scale by `side / 1152`, rounded down to a multiple of 8 and at
+    least 8. Then experts are halved until shared and routed adapters together hold at most half as many parameters as
+    the layer. A single expert counts as none. Always `k (experts + 1) <= in` and ranks `<= side`.
+
+    Example:
+        >>> shrink_to_layer(QuantExpertsOptions(), 4096, 4096)
+        LayerSize(shared_rank=32, routed_rank=32, experts=8, important_channels=32)
+        >>> shrink_to_layer(QuantExpertsOptions(), 256, 256)
+        LayerSize(shared_rank=8, routed_rank=8, experts=4, important_channels=8)
     """
     side = min(out_features, in_features)
     shared, routed, k = options.shared_rank, options.routed_rank, options.important_channels

@@ -31,9 +31,9 @@ class QuaRotOptions(MethodOptions):
     """Options of QuaRot.
 
     Attributes:
-        rounding: How the rotated weights are rounded.
+        rounding: Rule that rounds the rotated weights.
         clip: Search the range of every scale.
-        damping: Of GPTQ's Hessian, relative to the mean of its diagonal.
+        damping: Damping of GPTQ's Hessian, relative to the mean of its diagonal.
     """
 
     rounding: Literal["gptq", "nearest"] = "gptq"
@@ -42,7 +42,13 @@ class QuaRotOptions(MethodOptions):
 
 
 class QuaRot(Method[QuaRotOptions]):
-    """Rotation of the whole language model, then rounding; the preset "rtn" rounds to nearest in the whole range."""
+    """Rotation of the whole language model, then rounding; the preset "rtn" rounds to nearest in the whole range.
+
+    Example:
+        >>> method = QuaRot(QuaRotOptions(rounding="nearest", clip=False))
+        >>> method.rotates(["language"], budget=False), method.needs  # qe_edge.quantize rotates the model first
+        (True, None)
+    """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "rtn": {"rounding": "nearest", "clip": False}}
     on_device: ClassVar[bool] = True

@@ -31,10 +31,10 @@ class QuIPOptions(MethodOptions):
     """Options of QuIP.
 
     Attributes:
-        rotate: Which sides of every layer are rotated.
+        rotate: Sides of every layer that are rotated.
         rescale: Scale the input channels first, by the fourth root of the ratio of input and weight energies.
         clip: Search the range of every scale.
-        damping: Of the Hessian, relative to the mean of its diagonal.
+        damping: Damping of the Hessian, relative to the mean of its diagonal.
     """
 
     rotate: Literal["both", "inputs"] = "both"
@@ -44,7 +44,18 @@ class QuIPOptions(MethodOptions):
 
 
 class QuIP(Method[QuIPOptions]):
-    """Incoherence processing of every layer by itself, and adaptive rounding."""
+    """Incoherence processing of every layer by itself, and adaptive rounding.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="quip", scheme="w4a16", options={"rotate": "inputs"})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.054  # method rtn: 0.10
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -92,7 +103,12 @@ class QuIP(Method[QuIPOptions]):
 
 
 def incoherent_scale(energies: Tensor, weight: Tensor) -> np.ndarray:
-    """The divisor of every input channel `[in]` float64: `(H_cc / sum_o W_oc^2)^(1/4)`, geometric mean 1."""
+    """The divisor of every input channel `[in]` float64: `(H_cc / sum_o W_oc^2)^(1/4)`, geometric mean 1.
+
+    Example:
+        >>> incoherent_scale(torch.tensor([16.0, 1.0]), torch.ones(4, 2)).round(3)
+        array([1.414, 0.707])
+    """
     columns = weight.double().square().sum(0)
     logarithm = (energies.double().clamp_min(SMALLEST).log() - columns.clamp_min(SMALLEST).log()) / 4
     scale: np.ndarray = (logarithm - logarithm.mean()).exp().numpy()

@@ -1,8 +1,8 @@
 """QuIP# (ICML 2024): random Hadamard bases on both sides, and eight weights at a time rounded to an E8 lattice point.
 
-`W' = U W V^T` with randomized Hadamard matrices; blocks of eight columns are rounded one after the other to points of
-the codebook E8P, 16 bits for eight weights, and each block's error is spread over the blocks to come (BlockLDLQ). Four
-bits are two points a block, the second of which rounds what the first leaves.
+`W' = U W V^T` with randomized Hadamard matrices. Blocks of eight columns are rounded one after the other to points of
+the codebook E8P, 16 bits for eight weights, and later blocks make up for the error of each (BlockLDLQ). With four bits
+a block has two points, the second of which rounds the error of the first.
 """
 
 from __future__ import annotations
@@ -34,14 +34,25 @@ class QuIPSharpOptions(MethodOptions):
     """Options of QuIP#.
 
     Attributes:
-        damping: Of the Hessian, relative to the mean of its diagonal.
+        damping: Damping of the Hessian, relative to the mean of its diagonal.
     """
 
     damping: float = Field(0.01, gt=0, le=1)
 
 
 class QuIPSharp(Method[QuIPSharpOptions]):
-    """Hadamard incoherence and lattice codebooks."""
+    """Hadamard incoherence and lattice codebooks.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="quipsharp", scheme="w4a16")
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.06  # method rtn: 0.10
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -101,12 +112,19 @@ class QuIPSharp(Method[QuIPSharpOptions]):
 
 
 def block_ldlq(weight: Tensor, factor: Tensor, bits: int) -> QuantizedWeight:
-    """Codes of E8P, whose blocks take up each other's errors.
+    """Codes of E8P, block by block: later blocks make up for the error of each.
 
     Args:
         weight: `[out, in]` float64.
         factor: `[in, in]` upper Cholesky factor of the Hessian's inverse.
         bits: 2 or 4.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weight, factor = torch.randn(4, 16).double(), torch.eye(16).double()
+        >>> codes = block_ldlq(weight, factor, bits=2)
+        >>> tuple(codes.codes.shape), codes.bits, int(codes.codes.min()), int(codes.codes.max())
+        ((4, 16), 2, -2, 1)
     """
     scales = (weight.square().mean(1, keepdim=True).sqrt() / SPREAD[bits]).to(SCALE_DTYPE)
     w, scale, codes = weight.clone(), scales.double(), []
@@ -124,7 +142,13 @@ def block_ldlq(weight: Tensor, factor: Tensor, bits: int) -> QuantizedWeight:
 
 
 def rounded_block(vectors: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int64 `[out, 8]` and lattice points `[out, 8]` of vectors `[out, 8]`."""
+    """Codes int64 `[out, 8]` and lattice points `[out, 8]` of vectors `[out, 8]`.
+
+    Example:
+        >>> codes, points = rounded_block(torch.full((1, 8), 0.6), bits=2)
+        >>> points
+        tensor([[0.7500, 0.7500, 0.7500, 0.7500, 0.7500, 0.7500, 0.7500, 0.7500]])
+    """
     index = nearest_e8p(vectors)
     codes, points = e8p_codes(index.unsqueeze(1)), e8p_points(index)
     if bits == 4:

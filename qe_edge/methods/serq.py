@@ -1,8 +1,8 @@
 """SERQ (ICLR 2026): channel scales flatten the activations, and the most salient channels carry their error back.
 
-`y = W_q Q_a(x / s) + R x_S`: `S` are the channels whose rounding error costs most on calibration tokens, and the single
-matrix `R` `[out, r]` holds what rounding took from them. In our operator `x_S` is a low-rank branch whose down
-factor has a one in every row; the original permutes the weights offline, so that the channels lie side by side.
+`y = W_q Q_a(x / s) + R x_S`. `S` holds the channels whose rounding error costs most on calibration tokens, and the
+single matrix `R` `[out, r]` holds this error. In our operator `x_S` is a low-rank branch whose down factor has a one in
+every row. The original permutes the weights offline, so that the channels lie side by side.
 
 Written from the paper's abstract and summaries, not from its code.
 """
@@ -27,14 +27,26 @@ class SERQOptions(StaticOptions):
     """Options of SERQ.
 
     Attributes:
-        alpha: How much of the activations' range moves to the weights.
+        alpha: Share of the activations' range that moves to the weights.
     """
 
     alpha: float = Field(0.5, ge=0, le=1)
 
 
 class SERQ(StaticCorrection[SERQOptions]):
-    """Flattened activations, and one matrix for the error of salient channels."""
+    """Flattened activations, and one matrix for the error of salient channels.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> tokens[:, 7] *= 20  # a channel of outliers
+        >>> recipe = qe_edge.make_recipe(method="serq", scheme="w4a16", options={"alpha": 0.5})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.074  # method rtn: 0.09
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -67,7 +79,12 @@ def salient_channels(error: np.ndarray, energies: np.ndarray, count: int) -> np.
     Args:
         error: `[out, in]` of the weight.
         energies: `[in]` mean square of every input.
-        count: How many; channels without input or error are none.
+        count: Number of channels; channels without input or error do not count.
+
+    Example:
+        >>> error = np.array([[0.1, 0.2, 0.0], [0.1, 0.2, 0.0]])
+        >>> salient_channels(error, energies=np.array([100.0, 1.0, 50.0]), count=1)
+        array([0])
     """
     cost = energies * np.square(error).sum(0)
     chosen = np.argsort(-cost, kind="stable")[:count]

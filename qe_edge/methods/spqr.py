@@ -1,8 +1,8 @@
 """SpQR (ICLR 2024): GPTQ that keeps the few weights whose rounding costs most as sparse outliers in float16.
 
-A weight is an outlier where leaving it as it is saves more than a threshold of `e^2 / [H^-1]_jj`, `e` its rounding
-error. Scales are fitted to the weights that stay. The threshold is the one that the wanted share of the weights exceeds
-when all are rounded to nearest; the original tunes it by hand for about one percent.
+A weight is an outlier if its rounding costs more than a threshold, by the measure `e^2 / [H^-1]_jj` with `e` its
+rounding error. Scales are fitted to the other weights. The wanted share of the weights exceeds the threshold when all
+are rounded to nearest. The original tunes it by hand for about one percent.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class SpQROptions(MethodOptions):
     """Options of SpQR.
 
     Attributes:
-        outliers: Share of the weights that are kept in float16, roughly; each takes 32 bits, its place included.
-        damping: Of the Hessian, relative to the mean of its diagonal.
+        outliers: Share of the weights that are kept in float16, roughly; each takes 32 bits with its position.
+        damping: Damping of the Hessian, relative to the mean of its diagonal.
     """
 
     outliers: float = Field(0.01, ge=0, le=0.2)
@@ -36,7 +36,18 @@ class SpQROptions(MethodOptions):
 
 
 class SpQR(Method[SpQROptions]):
-    """Second-order rounding beside sparse outliers."""
+    """Second-order rounding beside sparse outliers.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="spqr", scheme="w4a16", options={"outliers": 0.02})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.048  # method rtn: 0.10
+        True
+    """
 
     @property
     def needs(self) -> StatisticsRequest | None:
@@ -75,16 +86,24 @@ class SpQR(Method[SpQROptions]):
 def spqr_round(
     weight: Tensor, factor: Tensor, grid: WeightGrid, share: float
 ) -> tuple[QuantizedWeight, Tensor, Tensor]:
-    """Codes, where the outliers are, and what they add to the decoded weight.
+    """Codes, a mask of the outliers, and the values that outliers add to the decoded weight.
 
     Args:
         weight: `[out, in]` float32.
         factor: `[in, in]` upper Cholesky factor of the Hessian's inverse.
-        grid: Grid of the codes; a group's scale is fitted when the group is reached.
-        share: Of the weights that are outliers.
+        grid: Grid of the codes; a group's scale is fitted when its turn comes.
+        share: Share of the weights that are outliers.
 
     Returns:
         The codes; `[out, in]` bool; `[out, in]` float32, zero but at outliers.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weight = torch.randn(4, 64)
+        >>> codes, outliers, values = spqr_round(weight, torch.eye(64).double(), WeightGrid(4), share=0.02)
+        >>> exact = codes.decode() + values  # at the outliers, up to float16
+        >>> bool(outliers.any()), bool(((exact - weight)[outliers]).abs().max() < 1e-2)
+        (True, True)
     """
     w, saliency = weight.double(), factor.diagonal().square()
     size = grid.resolve_group(w.shape[1])
@@ -137,6 +156,6 @@ def _outliers_of(group: Tensor, saliency: Tensor, grid: WeightGrid, threshold: f
 
 
 def _range_without(group: Tensor, outliers: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point `[out, 1]` of the weights of a group that are no outliers."""
+    """Scale and zero point `[out, 1]` of a group's weights without its outliers."""
     kept = group.masked_fill(outliers, 0.0)  # every range holds zero anyway
     return scales_of_range(kept.amin(1, keepdim=True), kept.amax(1, keepdim=True), grid)

@@ -1,4 +1,4 @@
-"""What the baselines with one static low-rank correction share: options and ranks."""
+"""Base of the methods with one static low-rank correction: options and ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ StaticType = TypeVar("StaticType", bound=StaticOptions)
 
 
 class StaticCorrection(Method[StaticType]):
-    """A method that quantizes the weight and corrects the error with one low-rank pair."""
+    """A method that quantizes the weight and corrects the error with one low-rank pair.
+
+    Example:
+        >>> from qe_edge.methods.lorc import LoRC
+        >>> method = LoRC(StaticOptions(rank=64))
+        >>> method.rank(4096, 4096), method.rank(576, 576)
+        (64, 32)
+    """
 
     @property
     def stack_siblings(self) -> bool:

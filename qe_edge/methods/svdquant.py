@@ -1,14 +1,14 @@
-"""SVDQuant (ICLR 2025): a low-rank branch takes the top of the smoothed weight, and what it leaves is quantized.
+"""SVDQuant (ICLR 2025): a low-rank branch takes the top of the smoothed weight, and the residual is quantized.
 
 `W diag(s) = L + R`, `y = Q(R) Q_a(x / s) + L x / s`. The other low-rank methods here fit the error of an already
-quantized weight; this one makes the weight easier to quantize first, and then alternates between the two. Our low-rank
+quantized weight. This one makes the weight easier to quantize first, and then alternates between the two. Our low-rank
 branch reads the unscaled input, so `1 / s` is folded into its down factor. The codes are chosen for the factors as they
-are stored, so that the residual takes up their rounding too.
+are stored, so that the residual makes up for their rounding too.
 
 Same as the original: candidates of the smoothing (powers of the largest magnitudes of inputs and weights), output error
 as the objective, alternation with the best iterate kept, the end at the first iterate that is no better, GPTQ on the
-residual as an option. Different: the scheme's grids instead of groups of 64; the output error is that of the linear,
-on a sample of the tokens; the search judges every candidate with a sketched low-rank branch.
+residual as an option. Different: the scheme's grids instead of groups of 64. The output error is the error of the
+linear, on a sample of the tokens. The search judges every candidate with a sketched low-rank branch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SVDQuantOptions(StaticOptions):
     Attributes:
         grid: Number of smoothing powers tried besides no smoothing; 0 for no smoothing.
         iterations: Most alternations between low-rank branch and codes.
-        rounding: How the residual of the best iterate is rounded; "gptq" is kept only if it is better.
+        rounding: Rule that rounds the residual of the best iterate; "gptq" is kept only if it is better.
         tokens: Size of the token sample that errors are measured on.
     """
 
@@ -54,7 +54,18 @@ class SVDQuantOptions(StaticOptions):
 
 
 class SVDQuant(StaticCorrection[SVDQuantOptions]):
-    """Low-rank decomposition of the weight itself; the preset "paper" has the original's rank 32 in 16 bits."""
+    """Low-rank decomposition of the weight itself; the preset "paper" has the original's rank 32 in 16 bits.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        >>> recipe = qe_edge.make_recipe(method="svdquant", scheme="w4a16", options={"rank": 16, "rounding": "gptq"})
+        >>> layer = qe_edge.quantize_linear(weight, tokens, recipe)
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.037  # method rtn: 0.10
+        True
+    """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
@@ -150,7 +161,7 @@ class _Judge:
         return float((main - wanted).square().sum(dtype=torch.float64))
 
     def loss(self, low_rank: Tensor, inverse: Tensor) -> tuple[QuantizedWeight, float]:
-        """Codes of what `low_rank` leaves, and the square error with them."""
+        """Codes of the residual of `low_rank`, and the square error with them."""
         residual = (self.problem.weight - low_rank) / inverse.float()
         codes = quantize_weight(residual, self.problem.scheme.weight)
         return codes, self.judge(codes, low_rank, inverse)
@@ -162,7 +173,14 @@ class _Judge:
 
 
 def correction(adapters: Adapters | None, like: Tensor) -> Tensor:
-    """What stored factors of one static expert add to a weight, float32 `[out, in]`; zeros without factors."""
+    """The correction `[out, in]` float32 of one static expert's stored factors; zeros without factors.
+
+    Example:
+        >>> adapters = static_correction(np.diag([2.0, 1.0]), np.array([[1.0], [0.0]]), "float32")
+        >>> correction(adapters, like=torch.zeros(2, 2)), correction(None, like=torch.zeros(1, 2))
+        (tensor([[2., 0.],
+                [0., 0.]]), tensor([[0., 0.]]))
+    """
     if adapters is None:
         return torch.zeros_like(like)
     up = StoredFactor(adapters.up, adapters.up_scale).real()

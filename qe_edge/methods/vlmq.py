@@ -1,6 +1,7 @@
 """VLMQ (2025): GPTQ whose Hessian weighs every token by the gradient of the loss at the layer's output.
 
-`H = X diag(g) X^T` with `g` the magnitude of a token's gradient: redundant tokens, of pictures above all, count little.
+`H = X diag(g) X^T` with `g` the magnitude of a token's gradient. Redundant tokens, most of them of pictures, count
+little.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ class VLMQOptions(GPTQOptions):
     """Options of VLMQ.
 
     Attributes:
-        power: Of the gradient's magnitude in a token's weight; 2 is the diagonal of the Fisher information.
-        evenness: Share of the weight that all tokens have alike.
+        power: Power of the gradient's magnitude in a token's weight; 2 is the diagonal of the Fisher information.
+        evenness: Share of the weight that is the same for all tokens.
     """
 
     power: float = Field(1.0, gt=0, le=2)
@@ -25,14 +26,19 @@ class VLMQOptions(GPTQOptions):
 
 
 class VLMQ(GPTQ):
-    """Importance-aware second-order rounding."""
+    """Importance-aware second-order rounding.
+
+    Example:
+        >>> VLMQ(VLMQOptions(power=1, evenness=0.5)).token_weights(np.array([0.0, 4.0, 16.0]))
+        array([0.5, 1. , 1.5])
+    """
 
     Options = VLMQOptions
     options: VLMQOptions
 
     @property
     def weighs_tokens(self) -> bool:
-        """It is the method."""
+        """Always."""
         return True
 
     def token_weights(self, energy: np.ndarray) -> np.ndarray:

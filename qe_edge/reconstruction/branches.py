@@ -25,13 +25,13 @@ SOME_TOKENS = 2048
 
 @dataclass(frozen=True)
 class MainBranch:
-    """A quantized weight and what it leaves to the correction.
+    """A quantized weight, and its error, which the correction makes up for.
 
     Attributes:
         weight: Codes; the columns that were left out are exactly zero.
         inv_omega: `[in]` float16 factor on the branch's input, or None.
-        error: `[out, in]`, what the branch's weight lacks of `W`; whole columns where they were left out. float32 in
-            large layers (`working_dtype`), else float64; where the Gram matrix is.
+        error: `[out, in]`, `W` minus the weight that the branch computes with; whole columns of `W` for channels that
+            were left out. float32 in large layers (`working_dtype`), else float64; on the Gram matrix's device.
     """
 
     weight: QuantizedWeight
@@ -53,11 +53,19 @@ def leave_out_channels(
     Args:
         weight: Float32.
         grid: Grid of the codes.
-        channels: Indices of the channels that the correction is to carry; may be empty.
+        channels: Indices of the channels that the correction carries; may be empty.
         abs_mean: `[in]` mean |x|.
-        mode: What the branch's input does with them: "drop" zeroes them, "scale" divides them down to the smallest.
-        rounding: How the codes are chosen.
+        mode: "drop" sets these channels of the branch's input to zero, "scale" divides them down to the smallest.
+        rounding: Rule that chooses the codes.
         hessian: Gram matrix `[in, in]`; plain nearest rounding does without it.
+
+    Example:
+        >>> weight = torch.tensor([[0.7, 9.0, -0.3], [0.2, -8.0, 0.7]])
+        >>> branch = leave_out_channels(weight, WeightGrid(4), np.array([1]), abs_mean=np.ones(3), mode="drop")
+        >>> branch.inv_omega.tolist()
+        [1.0, 0.0, 1.0]
+        >>> branch.error.round(2).tolist()  # the correction has to carry channel 1 alone
+        [[0.0, 9.0, -0.0], [0.0, -8.0, 0.0]]
     """
     left_out = torch.from_numpy(channels.copy()).to(weight.device)
     kept = weight.clone()
@@ -91,6 +99,13 @@ def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterD
         error: `[out, in]`.
         directions: `U` `[out, rank]`.
         dtype: Storage of the factors.
+
+    Example:
+        >>> error = np.array([[3.0, 6.0], [4.0, 8.0]])  # of rank 1
+        >>> adapters = static_correction(error, np.array([[0.6], [0.8]]), "float32")
+        >>> adapters.up @ adapters.down
+        tensor([[3., 6.],
+                [4., 8.]])
     """
     if not directions.shape[1]:
         return None
@@ -109,12 +124,26 @@ def static_correction(error: np.ndarray, directions: np.ndarray, dtype: AdapterD
 
 
 def some_tokens(statistics: InputStatistics) -> Tensor:
-    """About `SOME_TOKENS` of the sampled tokens `[n, in]`, spread evenly."""
+    """About `SOME_TOKENS` of the sampled tokens `[n, in]`, spread evenly.
+
+    Example:
+        >>> from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
+        >>> tokens = torch.ones(5000, 4)
+        >>> measured = collect_statistics("mlp", torch.ones(2, 4), tokens, StatisticsRequest(), seed=0)
+        >>> tuple(some_tokens(measured).shape)
+        (2500, 4)
+    """
     return to_tensor(statistics.tokens[:: max(1, len(statistics.tokens) // SOME_TOKENS)])
 
 
 def activation_rounding(tokens: Tensor, branch: MainBranch, bits: int) -> Tensor:
-    """What rounding the activations takes from the main branch's output on `tokens` `[n, in]`, `[n, out]`."""
+    """The error `[n, out]` that rounded activations cause in the main branch's output on `tokens` `[n, in]`.
+
+    Example:
+        >>> branch = leave_out_channels(torch.eye(2), WeightGrid(4), np.array([], np.int64), np.ones(2), "drop")
+        >>> activation_rounding(torch.tensor([[127.0, 0.25]]), branch, bits=8).round(decimals=2)
+        tensor([[0.0000, 0.2500]])
+    """
     main = tokens if branch.inv_omega is None else tokens * branch.inv_omega.float()
     if not rounds_activations(bits):
         return tokens.new_zeros(len(tokens), branch.weight.out_features)

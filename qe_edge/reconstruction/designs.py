@@ -1,9 +1,10 @@
-"""What a low-rank correction of every size would leave, measured before any is chosen.
+"""The error that a low-rank correction of every size would leave, measured before a size is chosen.
 
 Static corrections of all ranks come from one eigenproblem: rank r leaves the sum of the eigenvalues beyond the r-th.
-Routed ones are tried: experts and router are fitted on the first half of the sampled tokens and judged on the second,
-in the space of the leading eigenvectors, against the static correction of the rank that one token uses. The halves come
-from different samples: tokens of one picture are so alike that experts which know some know the others too.
+Routed corrections are tried. Experts and router are fitted on the first half of the sampled tokens and judged on the
+second half, in the space of the leading eigenvectors. They are compared with the static correction of the rank that one
+token uses. The halves come from different samples: the tokens of one picture are so alike that an expert fitted on some
+of them would do well on the others.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class ErrorSpectrum:
         vectors: `[side, k]` leading directions in these coordinates.
         captured: `[k + 1]` energy per token that the first 0, 1, ... k directions capture.
         total: Energy per token of all directions.
+
+    Example:
+        >>> spectrum = ErrorSpectrum.of(np.diag([2.0, 1.0, 0.5]), np.eye(3), rank=2)
+        >>> [round(spectrum.left(rank), 2) for rank in range(3)]
+        [5.25, 1.25, 0.25]
     """
 
     space: ErrorSpace
@@ -94,12 +100,24 @@ def routed_losses(
     """Energy per token that every design leaves.
 
     Args:
-        spectrum: Of the error to correct; a design whose shared and routed rank exceed it is not tried (infinity).
-        statistics: Of the layer's input, with tokens and top-k lists.
+        spectrum: Spectrum of the error. A design whose shared and routed rank exceed it is not tried (infinity).
+        statistics: Statistics of the layer's input, with tokens and top-k lists.
         channel_weight: `[in]` mean |W|.
         important: k, channels per token-independent set.
-        designs: What to try.
-        seed: Of the clustering.
+        designs: Sizes to try.
+        seed: Seed of the clustering.
+
+    Example:
+        >>> import torch
+        >>> from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
+        >>> _ = torch.manual_seed(0)
+        >>> tokens, error = torch.randn(400, 16), np.random.default_rng(0).standard_normal((8, 16))
+        >>> tokens[::2, :8], tokens[1::2, 8:] = 0, 0  # two kinds of tokens, each with channels of its own
+        >>> measured = collect_statistics("mlp", torch.ones(8, 16), tokens, StatisticsRequest(important=4), seed=0)
+        >>> spectrum = ErrorSpectrum.of(error, measured.gram, rank=8)
+        >>> (routed,) = routed_losses(spectrum, measured, np.ones(16), 4, [RoutedDesign(0, 4, 2)], seed=0)
+        >>> routed < spectrum.left(4)  # two experts of rank 4 leave less than one static correction of rank 4
+        True
     """
     if statistics.importance is None or len(statistics.tokens) < 2:
         return [np.inf] * len(designs)

@@ -29,9 +29,9 @@ PANEL = 512  # columns of a symmetric matrix that are multiplied at a time
 FEW = 1 / 8  # share of a matrix's eigenvectors up to which LAPACK finds them faster without the others
 EXACT_SIDE = 256  # side of an eigenproblem from which block Krylov steps are faster than LAPACK
 KRYLOV_STEPS, KRYLOV_EXTRA = 5, 8  # products with the matrix, and directions beyond those wanted
-SHIFT, TINY = 1e-13, 1e-300  # of the energy of a block of columns, and in itself: what keeps Cholesky's pivots above 0
-NARROW, NARROW_STEPS = 32, 7  # directions that a device starts from, and steps without those for the rank
-WARM_STEPS = 3  # products that suffice from the directions of a matrix that is much alike
+SHIFT, TINY = 1e-13, 1e-300  # relative to a block's energy, and absolute: they keep Cholesky's pivots above 0
+NARROW, NARROW_STEPS = 32, 7  # directions that a device starts from, and steps besides the steps for the rank
+WARM_STEPS = 3  # products that suffice from the directions of a similar matrix
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class ErrorSpace:
         basis: `[out, side]` orthonormal columns, or None.
         tall: `[out, in]` the error itself, where the basis is `tall @ inv(reduced)` and never formed; or None. Without
             either, the coordinates are the outputs themselves.
+
+    Example:
+        >>> tall = np.random.default_rng(0).standard_normal((64, 8))
+        >>> space = ErrorSpace.of(tall)
+        >>> space.side, space.covariance(np.eye(8)).shape
+        (8, (8, 8))
+        >>> directions = top_eigenvectors(space.covariance(np.eye(8)), rank=2)
+        >>> space.lift(directions).shape
+        (64, 2)
     """
 
     reduced: Matrix
@@ -95,8 +104,8 @@ class ErrorSpace:
     def outputs(self, tokens: Matrix) -> Matrix:
         """Reduced coordinates `[n, side]` of the error's output on tokens `[n, in]`.
 
-        Those of wide inputs come from bfloat16 where the processor multiplies that: twice as fast, and the rounding
-        errors of so many products average out.
+        For wide inputs they are computed in bfloat16 if the processor multiplies it. That is twice as fast, and the
+        rounding errors of so many products average out.
         """
         reduced = cast(self.reduced, tokens)
         if isinstance(tokens, Tensor):
@@ -150,8 +159,15 @@ class ErrorSpace:
 def top_eigenvectors(matrix: Matrix, rank: int) -> Matrix:
     """Eigenvectors `[n, rank]` of the largest eigenvalues of a symmetric matrix, largest first.
 
-    On a device those of a large positive matrix are leading directions. What they leave is at most 1e-3 more, and that
-    where nothing but noise is left.
+    On a device the leading directions stand for the eigenvectors of a large positive matrix. They leave at most 1e-3
+    more energy, and that only where nothing but noise is left.
+
+    Example:
+        >>> vectors = top_eigenvectors(np.diag([1.0, 9.0, 4.0]), rank=2)
+        >>> np.abs(vectors).round(6)
+        array([[0., 0.],
+               [1., 0.],
+               [0., 1.]])
     """
     size = len(matrix)
     rank = min(rank, size)
@@ -181,14 +197,20 @@ def leading_directions(
     """Directions `[n, rank]` that capture about as much of a positive matrix as its top eigenvectors.
 
     Block Krylov iteration (Musco and Musco, NeurIPS 2015) from directions close to the wanted ones; below `EXACT_SIDE`
-    the eigenvectors themselves. Several of them are wanted of many matrices here, and each step costs a product. The
-    caller limits the threads of LAPACK.
+    the eigenvectors themselves. Each step costs one product with the matrix. The caller limits the threads of LAPACK.
 
     Args:
         matrix: `[n, n]` symmetric, float32 or float64; it only has to be multiplied with blocks of columns.
         start: `[n, k]` directions to start from, in any number; random ones fill them up.
         rank: Wanted number of directions.
         steps: Products with the matrix.
+
+    Example:
+        >>> matrix = np.diag([1.0, 9.0, 4.0])
+        >>> np.abs(leading_directions(matrix, start=np.zeros((3, 0)), rank=1)).round(6)
+        array([[0.],
+               [1.],
+               [0.]])
     """
     size = matrix.shape[0]
     width = min(rank, size) + KRYLOV_EXTRA
@@ -220,6 +242,14 @@ def krylov_directions(multiply: Callable[[Tensor], Tensor], start: Tensor, rank:
         start: `[matrices, n, k]` in the precision of the products; `filled` adds random ones.
         rank: Wanted number of directions.
         steps: Products with the matrices; there are more directions to choose from than are wanted, k after each.
+
+    Example:
+        >>> matrices = torch.diag_embed(torch.tensor([[1.0, 9.0, 4.0], [5.0, 2.0, 1.0]]))
+        >>> start = filled(torch.zeros(2, 3, 0), width=2)
+        >>> found = krylov_directions(lambda block: matrices @ block, start, rank=1, steps=3)
+        >>> found.abs().squeeze(2)
+        tensor([[0., 1., 0.],
+                [1., 0., 0.]], dtype=torch.float64)
     """
     count, size, width = start.shape
     rank = min(rank, size)
@@ -239,17 +269,30 @@ def krylov_directions(multiply: Callable[[Tensor], Tensor], start: Tensor, rank:
 
 
 def filled(start: Tensor, width: int) -> Tensor:
-    """Directions `[matrices, n, k]` with random ones up to `width`, the same for every matrix."""
+    """Directions `[matrices, n, k]` with random ones up to `width`, the same for every matrix.
+
+    Example:
+        >>> tuple(filled(torch.zeros(2, 300, 5), width=24).shape)
+        (2, 300, 24)
+    """
     count, size, known = start.shape
     more = np.random.default_rng(0).standard_normal((size, max(width - known, 0))) / np.sqrt(size)
     return torch.cat((start, torch.from_numpy(more).to(start).expand(count, -1, -1)), dim=2)
 
 
 def orthonormal(block: Tensor, space: Tensor | None = None) -> Tensor:
-    """Orthonormal columns `[..., n, k]` that span a block's, without what lies in a space of orthonormal columns.
+    """Orthonormal columns `[..., n, k]` that span a block's columns, without their part in an orthonormal `space`.
 
-    By Cholesky factors in float64, twice: once leaves what rounding makes of nearly dependent columns. A device has
-    that many times sooner than Householder's QR. Columns that nothing is left of become shorter than 1, or zero.
+    Cholesky factors in float64, used twice: after one pass, rounding errors of nearly dependent columns are left. On a
+    device that is many times faster than Householder's QR. A column with no part left becomes shorter than 1, or zero.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> columns = orthonormal(torch.randn(100, 3))
+        >>> (columns.T @ columns).round(decimals=4).abs()
+        tensor([[1., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 1.]])
     """
     for _ in range(2):
         if space is not None:
@@ -264,7 +307,14 @@ def orthonormal(block: Tensor, space: Tensor | None = None) -> Tensor:
 
 
 def without(covariance: Matrix, own: Matrix) -> Matrix:
-    """Covariance `[side, side]` of what a correction by leading directions `own` `[side, r]` leaves."""
+    """Covariance `[side, side]` of the error that a correction by leading directions `own` `[side, r]` leaves.
+
+    Example:
+        >>> without(np.diag([9.0, 4.0, 1.0]), np.array([[1.0], [0.0], [0.0]]))
+        array([[0., 0., 0.],
+               [0., 4., 0.],
+               [0., 0., 1.]])
+    """
     own = cast(own, covariance)
     captured = own @ (own.T @ covariance)  # eigenvectors commute with the covariance
     if isinstance(captured, Tensor):  # close to eigenvectors
@@ -281,12 +331,25 @@ def whitened_directions(error: Matrix, gram: Matrix, rank: int) -> Matrix:
         error: `[out, in]`.
         gram: `[in, in]`, `X^T X` up to a factor; may be singular.
         rank: Wanted rank; capped at min(out, in).
+
+    Example:
+        >>> error = np.outer([3.0, 4.0], [1.0, 2.0])
+        >>> np.abs(whitened_directions(error, np.eye(2), rank=1)).round(6)
+        array([[0.6],
+               [0.8]])
     """
     space = ErrorSpace.of(error)
     return space.lift(top_eigenvectors(space.covariance(gram), rank))
 
 
 def diagonal_directions(error: np.ndarray, weights: np.ndarray, rank: int) -> Matrix:
-    """Directions `[out, r]` of the best rank-r correction of `E diag(weights)` (plain SVD weighting)."""
+    """Directions `[out, r]` of the best rank-r correction of `E diag(weights)` (plain SVD weighting).
+
+    Example:
+        >>> error = np.eye(2)
+        >>> np.abs(diagonal_directions(error, weights=np.array([1.0, 5.0]), rank=1)).round(6)
+        array([[0.],
+               [1.]])
+    """
     space = ErrorSpace.of(error * weights.astype(error.dtype))
     return space.lift(top_eigenvectors((space.reduced @ space.reduced.T).astype(np.float64), rank))

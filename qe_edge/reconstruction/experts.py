@@ -1,4 +1,4 @@
-"""Routed experts: tokens that belong together and the low-rank correction of each group (docs/method.md, section 6)."""
+"""Routed experts: groups of tokens, and a low-rank correction for each group (docs/method.md, section 6)."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class ExpertProblem:
     """Everything the construction of routed experts reads.
 
     Attributes:
-        error: `[side, in]`, what the shared expert left, in any orthonormal coordinates of the outputs.
+        error: `[side, in]` that the shared expert left, in any orthonormal coordinates of the outputs.
         statistics: Calibration statistics of the input.
         channels: Token-dependent channels C_r.
         labels: Cluster of every entry of `channels`.
         channel_weight: `[in]` mean |W| per input channel.
         experts: Number of experts.
-        rank: Rank of each.
+        rank: Rank of each expert.
         rho: Share of the global covariance mixed into every expert's own.
         outputs: `[sample, side]` the error's output on every sampled token, if it is known already.
         covariance: `[side, side]` the error's output covariance over all tokens, if it is known already.
@@ -62,7 +62,18 @@ class ExpertProblem:
 
 
 def assign_by_mass(problem: ExpertProblem) -> np.ndarray:
-    """Cluster `[sample]` with the largest importance mass for every sampled token; -1 where there is none (6.1)."""
+    """Cluster `[sample]` with the largest importance mass for every sampled token; -1 where there is none (6.1).
+
+    Example:
+        >>> from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
+        >>> tokens = torch.tensor([[5.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 7.0]])
+        >>> measured = collect_statistics("mlp", torch.ones(3, 4), tokens, StatisticsRequest(important=2), seed=0)
+        >>> labels = np.array([0, 0, 1, 1])  # channels 0 and 1 are a cluster, 2 and 3 another
+        >>> sizes = {"experts": 2, "rank": 1, "rho": 0.0}
+        >>> problem = ExpertProblem(np.zeros((3, 4)), measured, np.arange(4), labels, np.ones(4), **sizes)
+        >>> assign_by_mass(problem)
+        array([0, 1])
+    """
     statistics = problem.statistics
     tokens = statistics.tokens
     mass = np.zeros((len(tokens), problem.experts))
@@ -91,6 +102,16 @@ def gram_experts(problem: ExpertProblem, assigned: np.ndarray, em_steps: int) ->
 
     Returns:
         Directions `[side, rank]` of every expert, and the final assignment `[sample]`.
+
+    Example:
+        >>> from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
+        >>> tokens = torch.tensor([[5.0, 0.0], [0.0, 7.0]]).repeat(10, 1)
+        >>> measured = collect_statistics("mlp", torch.ones(2, 2), tokens, StatisticsRequest(), seed=0)
+        >>> sizes = {"experts": 2, "rank": 1, "rho": 0.05}
+        >>> problem = ExpertProblem(np.eye(2), measured, np.arange(2), np.arange(2), np.ones(2), **sizes)
+        >>> directions, assigned = gram_experts(problem, np.array([0, 1] * 10), em_steps=2)
+        >>> [np.abs(direction).round(3).ravel().tolist() for direction in directions]
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     space = ErrorSpace.of(problem.error)
     outputs = problem.outputs
@@ -124,7 +145,14 @@ def _least(residual: Matrix) -> Matrix:
 
 
 def residual_energy(outputs: Matrix, directions: Sequence[Matrix] | Tensor, energy: Matrix | None = None) -> Matrix:
-    """`||(I - U_i U_i^T) z_t||^2` for every token and expert, `[tokens, experts]`; `energy` is `||z_t||^2` if known."""
+    """`||(I - U_i U_i^T) z_t||^2` for every token and expert, `[tokens, experts]`; `energy` is `||z_t||^2` if known.
+
+    Example:
+        >>> outputs = np.array([[3.0, 4.0], [1.0, 0.0]])
+        >>> residual_energy(outputs, [np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]])])
+        array([[16.,  9.],
+               [ 0.,  1.]])
+    """
     if isinstance(directions, Tensor):
         explained = (outputs @ cast(directions, outputs)).square_().sum(2).T
         return ((energies(outputs)[:, None] if energy is None else energy) - explained).clamp_min_(0.0)
@@ -183,12 +211,18 @@ def _fit_at_once(
 
 
 def mixed_covariance(own: np.ndarray, everyone: np.ndarray, rho: float) -> np.ndarray | LinearOperator:
-    """Covariance of outputs `[n, side]`, mixed with the global one; a large one is multiplied with, but never formed.
+    """Covariance of an expert's outputs, mixed with the covariance of all tokens. A large one is never formed.
 
     Args:
-        own: An expert's outputs.
-        everyone: `[side, side]`.
-        rho: Share of the global one.
+        own: `[n, side]`, the expert's outputs.
+        everyone: `[side, side]`, covariance over all tokens.
+        rho: Share of `everyone`.
+
+    Example:
+        >>> own, everyone = np.array([[2.0, 0.0], [2.0, 0.0]]), np.eye(2)
+        >>> mixed_covariance(own, everyone, rho=0.5)
+        array([[2.5, 0. ],
+               [0. , 0.5]])
     """
     share, rest = everyone.dtype.type((1 - rho) / len(own)), everyone.dtype.type(rho)
     if len(everyone) > EXACT_SIDE:
@@ -201,11 +235,21 @@ def mixed_covariance(own: np.ndarray, everyone: np.ndarray, rho: float) -> np.nd
 
 
 def diagonal_experts(problem: ExpertProblem, assigned: np.ndarray, weighting: str) -> list[Matrix]:
-    """The paper-literal diagonal readings of "weighted SVD" (6.2), kept for ablation.
+    """The diagonal weightings that the paper's words "weighted SVD" allow (6.2), kept for ablation.
 
     `conditional_mean` weighs channels by their mean over the expert's tokens; `omega` by their mean relative to the
     smallest of the cluster; `lqer_omega` by the global mean, conditional on importance inside the cluster; `mask` by
     the mean on the cluster and zero elsewhere.
+
+    Example:
+        >>> from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
+        >>> tokens = torch.tensor([[5.0, 0.1], [0.1, 7.0]]).repeat(10, 1)
+        >>> measured = collect_statistics("mlp", torch.ones(2, 2), tokens, StatisticsRequest(), seed=0)
+        >>> sizes = {"experts": 2, "rank": 1, "rho": 0.05}
+        >>> problem = ExpertProblem(np.eye(2), measured, np.arange(2), np.arange(2), np.ones(2), **sizes)
+        >>> directions = diagonal_experts(problem, np.array([0, 1] * 10), "conditional_mean")
+        >>> [np.abs(direction).round(3).ravel().tolist() for direction in directions]
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     error, statistics = problem.error, problem.statistics
     if isinstance(error, Tensor):  # an ablation, which is not worth a way of its own on a device

@@ -1,4 +1,4 @@
-"""Low-rank factors as they are stored: rounding, and what that leaves is refitted (docs/method.md, section 5.4).
+"""Low-rank factors as they are stored: one is rounded, and the other refitted to it (docs/method.md, section 5.4).
 
 Correction `i` is `up_i @ down_i` with orthonormal `up_i`. The up factors of all experts are rounded together first
 (int8 has one scale per output channel across all of them); then every down factor is the least-squares fit to
@@ -30,6 +30,10 @@ class StoredFactor:
     Attributes:
         codes: int8 codes or float values, `[rows, columns]`.
         scale: float16 `[rows]` for int8 codes, else None.
+
+    Example:
+        >>> store_factor(np.array([[127.0, 2.0]]), "int8").values()
+        tensor([[127.,   2.]], dtype=torch.float64)
     """
 
     codes: Tensor
@@ -46,7 +50,13 @@ class StoredFactor:
 
 
 def store_factor(matrix: Matrix, dtype: AdapterDtype) -> StoredFactor:
-    """Round a factor `[rows, columns]` to storage precision; int8 gets one scale per row."""
+    """Round a factor `[rows, columns]` to storage precision; int8 gets one scale per row.
+
+    Example:
+        >>> store_factor(np.array([[127.0, 2.0], [1.27, 0.5]]), "int8").codes
+        tensor([[127,   2],
+                [127,  50]], dtype=torch.int8)
+    """
     if isinstance(matrix, Tensor):
         tensor = matrix.float().contiguous()
     else:
@@ -61,13 +71,24 @@ def store_up_factors(parts: list[Matrix], dtype: AdapterDtype) -> tuple[StoredFa
 
     Returns:
         The stored concatenation `[out, sum of ranks]`, and the rounded part of every expert, float64.
+
+    Example:
+        >>> shared, routed = np.array([[1.0], [0.0]]), np.array([[0.0, 0.6], [1.0, 0.8]])
+        >>> stored, parts = store_up_factors([shared, routed], "int8")
+        >>> tuple(stored.codes.shape), [part.shape for part in parts]
+        ((2, 3), [(2, 1), (2, 2)])
     """
     stored = store_factor(joined(parts, 1), dtype)
     return stored, parts_of(beside(stored.values(), parts[0]), [part.shape[1] for part in parts], 1)
 
 
 def fit_down_factor(up: Matrix, error: Matrix) -> Matrix:
-    """The down factor `[rank, in]` that fits `error` `[out, in]` best for a given up factor `[out, rank]`."""
+    """The down factor `[rank, in]` that fits `error` `[out, in]` best for a given up factor `[out, rank]`.
+
+    Example:
+        >>> fit_down_factor(np.array([[2.0], [0.0]]), np.array([[6.0, 8.0], [1.0, 1.0]]))
+        array([[3., 4.]])
+    """
     return _solve(up, cast(up.T, error) @ error)
 
 
@@ -76,9 +97,15 @@ def store_down_factors(ups: Sequence[Matrix], error: Matrix, dtype: AdapterDtype
 
     Args:
         ups: `[out, rank]` of the shared expert (first; rank 0 for none), which is fitted to the error, and of every
-            routed one, fitted to what the stored shared expert leaves.
+            routed expert, which is fitted to the error that the stored shared expert leaves.
         error: `[out, in]`.
         dtype: Storage.
+
+    Example:
+        >>> shared, routed = np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]])
+        >>> stored = store_down_factors([shared, routed], np.array([[6.0, 8.0], [1.0, 2.0]]), "float32")
+        >>> [factor.codes.tolist() for factor in stored]
+        [[[6.0, 8.0]], [[1.0, 2.0]]]
     """
     products = parts_of(cast(joined(ups, 1).T, error) @ error, [up.shape[1] for up in ups], 0)
     stored = [store_factor(_solve(ups[0], products[0]), dtype)]
@@ -94,7 +121,13 @@ def _solve(up: Matrix, products: Matrix) -> Matrix:
 
 
 def join_down_factors(parts: list[StoredFactor]) -> StoredFactor:
-    """Down factors of all experts below each other, `[sum of ranks, in]`."""
+    """Down factors of all experts below each other, `[sum of ranks, in]`.
+
+    Example:
+        >>> parts = [store_factor(np.ones((rank, 8)), "int8") for rank in (4, 2)]
+        >>> tuple(join_down_factors(parts).codes.shape)
+        (6, 8)
+    """
     codes = torch.cat([part.codes for part in parts])
     scales = [part.scale for part in parts if part.scale is not None]
     return StoredFactor(codes, torch.cat(scales) if scales else None)

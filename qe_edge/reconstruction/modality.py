@@ -1,4 +1,4 @@
-"""First assignment of tokens to routed experts by what the tokens are: image, reference answer, or other text."""
+"""First assignment of tokens to routed experts by the kind of token: image, reference answer, or other text."""
 
 from __future__ import annotations
 
@@ -19,16 +19,27 @@ OTHER = 0
 def assign_by_modality(problem: ExpertProblem, seed: int) -> np.ndarray:
     """Expert `[sample]` of every sampled token; -1 for none.
 
-    Experts are shared out among the kinds of tokens that occur, in proportion to their tokens and at least one each;
-    where there are fewer experts than kinds, answers count as text. Inside a kind with several experts, tokens are told
-    apart as in the paper: by the co-occurrence of channels that are important to some tokens of this kind.
+    Every kind of token that occurs gets at least one expert, and more in proportion to its tokens. If there are fewer
+    experts than kinds, answers count as text. Inside a kind with several experts, tokens are grouped as in the paper:
+    by the co-occurrence of channels that are important to some tokens of this kind.
 
-    A layer that sees one kind only, or whose tokens have none, falls back to co-occurrence over all tokens
+    A layer that sees one kind only, or whose tokens have no kind, groups all its tokens by co-occurrence
     (`assign_by_mass`), as without this option.
 
     Args:
-        problem: With clusters of the channels for the fallback.
-        seed: Of the clustering.
+        problem: The problem, with clusters of the channels for layers that see one kind.
+        seed: Seed of the clustering.
+
+    Example:
+        >>> import torch
+        >>> from qe_edge.calibration.statistics import StatisticsCollector, StatisticsRequest
+        >>> collector = StatisticsCollector("mlp", 4, [torch.ones(2, 4)], StatisticsRequest(important=1), seed=0)
+        >>> collector.update(torch.ones(5, 4), torch.tensor([1, 1, 1, 2, 0], dtype=torch.int8))
+        >>> (measured,) = collector.finish()
+        >>> sizes = {"experts": 3, "rank": 1, "rho": 0.0}
+        >>> problem = ExpertProblem(np.zeros((2, 4)), measured, np.arange(4), np.arange(4), np.ones(4), **sizes)
+        >>> assign_by_modality(problem, seed=0)  # other text, image and answer tokens
+        array([1, 1, 1, 2, 0])
     """
     statistics = problem.statistics
     kinds = statistics.token_kind
@@ -49,11 +60,15 @@ def assign_by_modality(problem: ExpertProblem, seed: int) -> np.ndarray:
 
 
 def share_experts(counts: Sequence[int] | np.ndarray, experts: int) -> list[int]:
-    """Experts of every kind: one each, and the rest one by one to where most tokens share an expert.
+    """Experts of every kind: one each, and each further one to the kind with most tokens per expert.
 
     Args:
         counts: Tokens of every kind.
         experts: At least one per kind.
+
+    Example:
+        >>> share_experts([900, 100, 50], experts=5)
+        [3, 1, 1]
     """
     shares = [1] * len(counts)
     for _ in range(experts - len(shares)):
@@ -62,7 +77,7 @@ def share_experts(counts: Sequence[int] | np.ndarray, experts: int) -> list[int]
 
 
 def _inside(problem: ExpertProblem, rows: np.ndarray, experts: int, seed: int) -> np.ndarray:
-    """Expert `[len(rows)]` among `experts` of every sampled token in `rows`; those without important channels get 0."""
+    """Expert `[len(rows)]` of every sampled token in `rows`; 0 for a token without important channels."""
     statistics, in_features = problem.statistics, problem.statistics.tokens.shape[1]
     if experts == 1 or statistics.importance is None:
         return np.zeros(len(rows), np.int64)

@@ -1,4 +1,4 @@
-"""What one layer offers to a budget: every size of correction with its costs and the error that it leaves."""
+"""The candidates that one layer offers to a budget: every size of correction with its bits and its error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.ranks import RANK_STEP
 from qe_edge.reconstruction.rounding import Hessian
 
-LARGEST_RANK = 128  # what the kernels take; on small layers half the smaller side
+LARGEST_RANK = 128  # that the kernels take; on small layers half the smaller side
 LEFT_OUT = (0, 8, 16, 32)  # channels that the main branch may leave to the correction where it rounds activations
 DESIGNS = tuple(
     RoutedDesign(shared, routed, experts) for shared in (0, 16, 32) for routed, experts in ((8, 4), (8, 8), (16, 8))
@@ -37,7 +37,7 @@ class _Variant:
         left_out: Channels left to the correction.
         branch: The branch.
         noise: Energy per token that rounding its activations costs.
-        spectrum: Of what it leaves.
+        spectrum: Spectrum of its error.
     """
 
     scheme: Scheme
@@ -60,15 +60,34 @@ def offer_candidates(
     important: int,
     routed: bool,
 ) -> list[Candidate]:
-    """Candidates of one linear problem, none that another one dominates.
+    """Candidates of one linear problem, without dominated ones.
 
     Args:
-        problem: With tokens and top-k lists.
+        problem: The problem, with tokens and top-k lists.
         hessian: Its Gram matrix.
         make_branch: Main branch for a grid and a number of channels left out.
         dtypes: Storages of the factors.
         important: k, channels per token-independent set.
         routed: Whether routed experts are tried, on the main branch that is best without them.
+
+    Example:
+        >>> import numpy as np
+        >>> from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> from qe_edge.reconstruction.branches import leave_out_channels
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens, scheme = torch.randn(64, 64), torch.randn(500, 64), get_scheme("w4a16")
+        >>> measured = collect_statistics("mlp", weight, tokens, StatisticsRequest(important=4), seed=0)
+        >>> problem = LinearProblem("mlp", weight, scheme, measured, seed=0)
+        >>> def branch(grid: WeightGrid, count: int) -> MainBranch:
+        ...     return leave_out_channels(weight, grid, np.arange(count), measured.abs_mean, "drop")
+        >>> options = {"dtypes": ["int8"], "important": 4, "routed": False}
+        >>> candidates = offer_candidates(problem, Hessian(measured.gram), branch, **options)
+        >>> cheapest, best = candidates[0], candidates[-1]
+        >>> cheapest.choice.grid.bits, best.choice.grid.bits, best.choice.adapters.rank_shared
+        (3, 4, 32)
+        >>> cheapest.stored < best.stored and cheapest.loss > best.loss
+        True
     """
     variants = _variants(problem, make_branch)
     best = min(variants, key=_Variant.typical)
@@ -91,7 +110,14 @@ def offer_candidates(
 
 
 def undominated(candidates: list[Candidate]) -> list[Candidate]:
-    """Candidates that no other one beats or equals in loss, stored and read bits together, cheapest first."""
+    """Candidates that no other one equals or beats in all of loss, stored bits and read bits, cheapest first.
+
+    Example:
+        >>> choice = Choice(AdapterSize(), left_out=0, grid=WeightGrid(4))
+        >>> good, bad = (Candidate(choice, loss, stored=400, read=400) for loss in (1.0, 2.0))
+        >>> undominated([bad, good]) == [good]
+        True
+    """
     kept: list[Candidate] = []
     for one in sorted(candidates, key=lambda item: (item.stored, item.read, item.loss)):
         if all(one.loss < other.loss or one.read < other.read for other in kept):

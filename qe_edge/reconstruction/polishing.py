@@ -1,8 +1,9 @@
-"""Polishing of codes that were chosen one after the other: each is chosen again, given all others, and so are scales.
+"""Polishing of codes that were chosen one after the other: each code and each scale is chosen again, given all others.
 
 The loss `tr(E H E^T)`, `E` the error of the weight, is quadratic in every code and in every scale. So the best value of
-one of them, all others fixed, is known in closed form, and the loss never rises; a scale that float16 would make worse
-stays. GPTQ looks ahead only; polishing also looks back. For codes alone this is QuIP's greedy pass and QuantEase.
+one of them has a closed form while all others are fixed, and the loss never rises. A scale stays if rounding to float16
+would make it worse. GPTQ looks ahead only; polishing also looks back. For codes alone this is QuIP's greedy pass and
+QuantEase.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def polished(
     """Codes and scales that lose no more under the damped Gram matrix; zero points stay.
 
     Args:
-        codes: Where to begin.
-        weight: `[out, in]` float32, what they stand for.
+        codes: Codes and scales to begin with.
+        weight: `[out, in]` float32, the weight before rounding.
         gram: `[in, in]`, `X^T X` up to a factor.
         grid: Grid of the codes.
         damping: Relative to the mean of the Gram matrix's diagonal.
@@ -73,8 +74,14 @@ def fitted_scales(weight: Tensor, steps: Tensor, scales: Tensor, hessian: Tensor
     Args:
         weight: `[out, in]` float32.
         steps: `[out, in]` codes minus zero points.
-        scales: Those to begin with.
+        scales: Scales to begin with.
         hessian: `[in, in]` float32.
+
+    Example:
+        >>> weight, steps = torch.tensor([[0.6, 1.2]]), torch.tensor([[1.0, 2.0]])
+        >>> scales = torch.tensor([[0.5]], dtype=torch.float16)
+        >>> fitted_scales(weight, steps, scales, torch.eye(2))
+        tensor([[0.6001]], dtype=torch.float16)
     """
     width, fitted = weight.shape[1] // scales.shape[1], scales.float().clone()
     error = weight - steps * fitted.repeat_interleave(width, 1)
@@ -99,10 +106,16 @@ def chosen_steps(
 
     Args:
         weight: `[out, in]` float32.
-        steps: Those to begin with.
-        scale: `[out, in]` of every weight.
+        steps: Codes minus zero points to begin with.
+        scale: `[out, in]`, the scale of every weight.
         hessian: `[in, in]` float32.
         limits: Smallest and largest value, each `[out, in]`.
+
+    Example:
+        >>> weight, steps = torch.tensor([[0.6, 1.2]]), torch.tensor([[3.0, 0.0]])
+        >>> limits = torch.full((1, 2), -8.0), torch.full((1, 2), 7.0)
+        >>> chosen_steps(weight, steps, torch.full((1, 2), 0.5), torch.eye(2), limits)
+        tensor([[1., 2.]])
     """
     # inputs lie along the rows, so that a column of the weight is contiguous
     pull = (hessian @ (weight - steps * scale).T).contiguous()

@@ -1,4 +1,4 @@
-"""The linear problem: weights, number grids, and what was measured on their calibration input."""
+"""The linear problem: weights, number grids, and statistics of their calibration input."""
 
 from __future__ import annotations
 
@@ -23,13 +23,21 @@ class LinearProblem:
         name: Dotted name of the layer, for messages.
         weight: `[out, in]` float32.
         scheme: Number grids of weights and activations.
-        statistics: What was measured on the layer's calibration input, or None if the method asked for nothing.
-        seed: Seed of everything random in this layer.
-        choice: What a budget gives it; None where the method's own options decide.
-        modality_ratio: Weight of an error on image tokens where one on answer tokens has weight 1; other than 1 only
-            for methods that ask for gradients.
-        device: Where the weight, the Gram matrix and the tokens are, and the result is made; other than the CPU only
-            for methods that compute `on_device`.
+        statistics: Statistics of the layer's calibration input, or None if the method asked for none.
+        seed: Seed of all random numbers of this layer.
+        choice: Sizes that a budget gives it; None where the method's own options decide.
+        modality_ratio: Weight of an error on an image token. An error on an answer token has weight 1. It differs from
+            1 only for methods that ask for gradients.
+        device: Device of the weight, the Gram matrix, the tokens and the result. It differs from the CPU only for
+            methods that compute `on_device`.
+
+    Example:
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> problem = LinearProblem("mlp", torch.ones(4, 8), get_scheme("w4a8"), statistics=None, seed=0)
+        >>> problem.gram()
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: 'mlp' has no calibration statistics. Pass calibration tokens.
     """
 
     name: str
@@ -42,7 +50,7 @@ class LinearProblem:
     device: torch.device = CPU
 
     def given(self, choice: Choice) -> LinearProblem:
-        """The same problem with what a budget gives it."""
+        """The same problem with the sizes that a budget gives it."""
         return replace(self, choice=choice)
 
     def measured(self) -> InputStatistics:

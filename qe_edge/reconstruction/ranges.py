@@ -1,4 +1,4 @@
-"""Ranges of the scales of a weight that gradients can move, and rounding that gradients pass."""
+"""Ranges of a weight's scales that gradients can move, and rounding that lets gradients through."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ class Ranges:
         high: `[out, groups, 1]` largest weight, at least 0; the largest magnitude on a symmetric grid.
         low: `[out, groups, 1]` smallest weight, at most 0; minus `high` on a symmetric grid.
         grid: Grid of the codes.
+
+    Example:
+        >>> ranges = Ranges.of(torch.tensor([[0.7, -0.2, 0.4]]), WeightGrid(4))
+        >>> whole, half = torch.ones(1, 1, 2), torch.full((1, 1, 2), 0.5)
+        >>> ranges.soft_decoded(whole), ranges.clipped(half)
+        (tensor([[ 0.7000, -0.2000,  0.4000]]), tensor([[ 0.3500, -0.2000,  0.3500]]))
     """
 
     groups: Tensor
@@ -65,10 +71,23 @@ class Ranges:
 
 
 def row_losses(error: Tensor, gram: Tensor) -> Tensor:
-    """`diag(E G E^T)` `[out]`: the square error of every output per token."""
+    """`diag(E G E^T)` `[out]`: the square error of every output per token.
+
+    Example:
+        >>> row_losses(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), gram=torch.eye(2))
+        tensor([1., 4.])
+    """
     return ((error @ gram) * error).sum(1)
 
 
 def round_through(x: Tensor) -> Tensor:
-    """Rounding whose gradient is that of the identity."""
+    """Rounding whose gradient is that of the identity.
+
+    Example:
+        >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+        >>> rounded = round_through(x)
+        >>> rounded.sum().backward()
+        >>> rounded.tolist(), x.grad.tolist()
+        ([0.0, 2.0], [1.0, 1.0])
+    """
     return x + (torch.round(x) - x).detach()

@@ -1,4 +1,4 @@
-"""How large a low-rank correction may be on a small layer."""
+"""The rank of a low-rank correction on a small layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ def scale_rank(rank: int, side: int) -> int:
     """A rank (or a number of channels) for a layer whose smaller side is `side`.
 
     Unchanged from 1152 upwards; below, proportional to the side, rounded down to a multiple of 8 and at least 8.
+
+    Example:
+        >>> scale_rank(32, side=4096), scale_rank(32, side=576), scale_rank(32, side=64)
+        (32, 16, 8)
     """
     if not rank or side >= FULL_SIZE:
         return rank

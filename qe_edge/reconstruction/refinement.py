@@ -9,9 +9,9 @@ For a token with the remaining error `z = W x - (W_q Q_a(x_m) + L_SA L_SB x)`:
     Q     = softmax(-(l - mean l) / tau)          (14) l = R |x|
     L     = alpha L_reg + beta L_cls              (15)
 
-Everything else is frozen. Masters are float32, with both factors of a rank scaled to the same norm; afterwards they are
-rounded to their storage, and the result is taken only if it lowers the squared error of the routed output on held-out
-tokens: with rounded factors, and the expert that the float16 router picks.
+Everything else is frozen. The trained factors are float32, and both factors of a rank are scaled to the same norm.
+After training they are rounded to their storage. The result is taken only if it lowers the squared error of the routed
+output on held-out tokens, with the rounded factors and the expert that the float16 router picks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class Refinement:
-    """Settings of the refinement; the paper's are the defaults where it states them.
+    """Settings of the refinement. The defaults are the paper's settings, as far as it states them.
 
     Attributes:
         factors: Train the routed factors too, not the router alone.
@@ -63,7 +63,16 @@ class Refinement:
 
 
 def held_out_tokens(count: int) -> Tensor:
-    """Which of `count` tokens are held out, bool: every tenth hundredth, so neighbours mostly share their fate."""
+    """The tokens that are held out, bool `[count]`.
+
+    The tokens are cut into 100 runs, and every tenth run is held out. So a token is mostly on the side of its
+    neighbours, which are much like it.
+
+    Example:
+        >>> held = held_out_tokens(1000)
+        >>> int(held.sum()), held.nonzero()[:3, 0].tolist()
+        (100, [90, 91, 92])
+    """
     return torch.arange(count) * RUNS // max(count, 1) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
@@ -73,12 +82,23 @@ def refine(
     """Train the routed part of stored adapters; the same adapters come back where that does not help.
 
     Args:
-        adapters: With a router; others come back as they are.
+        adapters: Adapters with a router; others come back as they are.
         tokens: `[n, in]` float32 in the order of the calibration samples.
-        target: `[n, out]` float32, what the whole correction should add: `W x - W_q Q_a(x_m)`.
+        target: `[n, out]` float32 that the whole correction should add: `W x - W_q Q_a(x_m)`.
         gram: `[in, in]` float64 `X^T X / T`.
-        settings: What to train and how.
-        seed: Of the batches.
+        settings: Settings of the training.
+        seed: Seed of the batches.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> tokens, error = torch.randn(1000, 8), torch.randn(4, 8)
+        >>> down, up, router = torch.zeros(2, 8), torch.randn(4, 2), torch.rand(2, 8).half()
+        >>> adapters = Adapters(down, up, None, None, rank_shared=0, rank_routed=1, num_experts=2, router=router)
+        >>> settings = Refinement(factors=True, epochs=1, iterations=50, rate=0.1)
+        >>> gram = (tokens.T @ tokens).double() / 1000
+        >>> better = refine(adapters, tokens, tokens @ error.T, gram, settings, seed=0)
+        >>> routed_error(better, tokens, tokens @ error.T) < routed_error(adapters, tokens, tokens @ error.T)
+        True
     """
     if adapters.router is None or not adapters.rank_routed:
         return adapters
@@ -101,14 +121,29 @@ def refine(
 
 
 def shared_output(adapters: Adapters, tokens: Tensor) -> Tensor:
-    """What the shared expert adds on `tokens` `[n, in]`, `[n, out]`."""
+    """The output `[n, out]` of the shared expert on `tokens` `[n, in]`.
+
+    Example:
+        >>> down, up = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [3.0]])
+        >>> adapters = Adapters(down, up, None, None, rank_shared=1, rank_routed=0, num_experts=0, router=None)
+        >>> shared_output(adapters, torch.tensor([[1.0, 2.0]]))
+        tensor([[6., 9.]])
+    """
     down, up = real_factors(adapters, tokens.shape[1])
     shared = adapters.rank_shared
     return (tokens @ down[:shared].T) @ up[:, :shared].T
 
 
 def routed_error(adapters: Adapters, tokens: Tensor, left: Tensor) -> float:
-    """Squared error of the stored routed experts, as routed, on `left` `[n, out]`, summed over tokens and outputs."""
+    """Squared error of the stored routed experts, as routed, on `left` `[n, out]`, summed over tokens and outputs.
+
+    Example:
+        >>> down, up, router = torch.eye(2), torch.eye(2), torch.eye(2).half()  # expert i corrects channel i
+        >>> adapters = Adapters(down, up, None, None, rank_shared=0, rank_routed=1, num_experts=2, router=router)
+        >>> tokens = torch.tensor([[0.0, 5.0]])  # its lowest score is the first expert's, who adds nothing
+        >>> routed_error(adapters, tokens, left=tokens)
+        25.0
+    """
     if adapters.router is None:
         raise ValueError("these adapters have no router")
     experts = routed_factors(adapters, tokens.shape[1])
@@ -122,13 +157,27 @@ def routed_error(adapters: Adapters, tokens: Tensor, left: Tensor) -> float:
 
 
 def distances(experts: RoutedFactors, tokens: Tensor, left: Tensor) -> Tensor:
-    """`d` of eq. 11: mean absolute error of every expert on every token, `[n, experts]`."""
+    """`d` of eq. 11: mean absolute error of every expert on every token, `[n, experts]`.
+
+    Example:
+        >>> experts = RoutedFactors(up=torch.ones(2, 3, 1), down=torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+        >>> tokens = torch.tensor([[2.0, 5.0]])
+        >>> distances(experts, tokens, left=torch.full((1, 3), 5.0))
+        tensor([[3., 0.]])
+    """
     columns = [(left - experts.output(expert, tokens)).abs().mean(1) for expert in range(experts.experts)]
     return torch.stack(columns, dim=1)
 
 
 def regression_loss(experts: RoutedFactors, tokens: Tensor, left: Tensor, nearest: Tensor) -> Tensor:
-    """Eq. 11, mean over tokens, given every token's nearest expert: only that one is evaluated, and gets a gradient."""
+    """Eq. 11, mean over tokens, given every token's nearest expert: only that one is evaluated, and gets a gradient.
+
+    Example:
+        >>> experts = RoutedFactors(up=torch.ones(2, 3, 1), down=torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+        >>> tokens, left = torch.tensor([[2.0, 5.0]]), torch.full((1, 3), 6.0)
+        >>> regression_loss(experts, tokens, left, nearest=torch.tensor([1]))
+        tensor(1.)
+    """
     total = tokens.new_zeros(())
     for expert in range(experts.experts):
         rows = nearest == expert
@@ -139,7 +188,12 @@ def regression_loss(experts: RoutedFactors, tokens: Tensor, left: Tensor, neares
 
 
 def wanted_routing(d: Tensor, tau: float) -> Tensor:
-    """`P` of eq. 13 for distances `[n, experts]`; no gradient passes."""
+    """`P` of eq. 13 for distances `[n, experts]`; no gradient passes.
+
+    Example:
+        >>> wanted_routing(torch.tensor([[1.0, 3.0]]), tau=1.0)  # the nearer expert is the likelier one
+        tensor([[0.8808, 0.1192]])
+    """
     d = d.detach()
     centred = d - d.mean(1, keepdim=True)
     spread = centred.square().mean(1, keepdim=True).sqrt() + SMALLEST_SPREAD
@@ -147,18 +201,30 @@ def wanted_routing(d: Tensor, tau: float) -> Tensor:
 
 
 def log_routing(scores: Tensor, tau: float) -> Tensor:
-    """`log Q` of eq. 14 for router scores `[n, experts]`."""
+    """`log Q` of eq. 14 for router scores `[n, experts]`.
+
+    Example:
+        >>> log_routing(torch.tensor([[1.0, 3.0]]), tau=1.0).exp()
+        tensor([[0.8808, 0.1192]])
+    """
     return torch.log_softmax(-(scores - scores.mean(1, keepdim=True)) / tau, dim=1)
 
 
 def routing_loss(d: Tensor, scores: Tensor, tau: float) -> Tensor:
-    """Eq. 12, mean over tokens."""
+    """Eq. 12, mean over tokens.
+
+    Example:
+        >>> d = torch.tensor([[1.0, 3.0]])
+        >>> right, wrong = torch.tensor([[1.0, 3.0]]), torch.tensor([[3.0, 1.0]])
+        >>> bool(routing_loss(d, right, tau=1.0) < routing_loss(d, wrong, tau=1.0))
+        True
+    """
     return tau**2 * torch.nn.functional.kl_div(log_routing(scores, tau), wanted_routing(d, tau), reduction="batchmean")
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Tokens to train on `[n, in]`, the remaining error there `[n, out]` in units of its mean, and how to train."""
+    """Tokens to train on `[n, in]`, the remaining error there `[n, out]` in units of its mean, and the settings."""
 
     tokens: Tensor
     left: Tensor
@@ -169,8 +235,8 @@ class _Task:
         """Trained experts and router `[experts, in]`.
 
         Args:
-            experts: To start from, in units of the mean error.
-            router: To start from.
+            experts: Experts to start from, in units of the mean error.
+            router: Router to start from.
             bounds: `[out]`, largest magnitudes that entries of `up` may take; None for no limit.
         """
         settings = self.settings
@@ -231,7 +297,7 @@ class _Task:
 
 
 def _balance(experts: RoutedFactors) -> Tensor:
-    """`[experts, rank]`, what `up` is multiplied and `down` divided by so that every rank has both of one norm."""
+    """Factors `[experts, rank]` for `up`, and divisors for `down`, that give both the same norm in every rank."""
     ratio = experts.down.norm(dim=2) / experts.up.norm(dim=1)
     usable = torch.isfinite(ratio) & (ratio > 0)
     return torch.where(usable, ratio, 1.0).sqrt()

@@ -1,6 +1,6 @@
-"""How the main branch's codes are chosen: nearest, in a searched range, with AWQ's channel scales, or by GPTQ.
+"""Rules that choose the main branch's codes: nearest, in a searched range, with AWQ's channel scales, or by GPTQ.
 
-All of them stay on the scheme's number grid, so a low-rank correction can follow any of them at the same bytes.
+All rules stay on the scheme's number grid, so a low-rank correction can follow each of them in the same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class Hessian:
     """A Gram matrix for GPTQ that is factored once, however many weights are rounded with it.
 
     Attributes:
-        gram: `[in, in]` float32 or float64, `X^T X` up to a factor; nobody changes it any more.
+        gram: `[in, in]` float32 or float64, `X^T X` up to a factor. It must not be changed later.
+
+    Example:
+        >>> hessian = Hessian(np.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> round(float(hessian.coupling(0.0)[0, 1]), 4)  # column 1 makes up for half of an error in column 0
+        0.5
     """
 
     gram: Matrix
@@ -70,6 +75,16 @@ class Rounding:
         clip: Search the range of every scale for "nearest" and "gptq".
         damping: Of GPTQ's Hessian, relative to the mean of its diagonal.
         polish: Rounds in which GPTQ's codes and scales are chosen again, each given all others.
+
+    Example:
+        >>> weight = torch.tensor([[0.7, 0.26, -0.1]])
+        >>> codes, inverse = Rounding("gptq")(weight, WeightGrid(4), np.eye(3), abs_mean=np.ones(3))
+        >>> codes.codes.tolist(), inverse
+        ([[7, 3, -1]], None)
+        >>> Rounding("gptq")(weight, WeightGrid(4), None, abs_mean=np.ones(3))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: Rounding 'gptq' needs the Gram matrix. Pass calibration tokens.
     """
 
     kind: Literal["nearest", "awq", "gptq"] = "nearest"
@@ -114,13 +129,27 @@ def clipped_round(weight: Tensor, grid: WeightGrid, importance: Tensor) -> Quant
         weight: `[out, in]` float32.
         grid: Grid of the codes.
         importance: `[in]` mean square of every input, which weighs the squared errors.
+
+    Example:
+        >>> weight = torch.tensor([[0.2, -0.3, 0.25, -0.2, 0.15, 0.5]])
+        >>> importance = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-4])  # the largest weight hardly counts
+        >>> clipped_round(weight, WeightGrid(2), importance).decode().round(decimals=2)
+        tensor([[ 0.2500, -0.2500,  0.2500, -0.2500,  0.2500,  0.2500]])
+        >>> quantize_weight(weight, WeightGrid(2)).decode().round(decimals=2)
+        tensor([[ 0.0000, -0.5000,  0.0000,  0.0000,  0.0000,  0.5000]])
     """
     scales, zeros = search_range(weight, grid, importance)
     return round_on_grid(weight, scales, zeros, grid)
 
 
 def search_range(weight: Tensor, grid: WeightGrid, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points `[out, groups]` of the ranges that lose least; arguments as of `clipped_round`."""
+    """Scales and zero points `[out, groups]` of the ranges that lose least. `clipped_round` describes the arguments.
+
+    Example:
+        >>> scales, zeros = search_range(torch.tensor([[0.7, -0.1, 0.2]]), WeightGrid(4), torch.ones(3))
+        >>> scales.shape, zeros
+        (torch.Size([1, 1]), None)
+    """
     groups = split_groups(weight, grid)
     weighing = importance.reshape(groups.shape[1:])
     piece = max(1, CACHED // weight.shape[1] if weight.device == CPU else len(weight))
@@ -172,10 +201,19 @@ def search_scale(
         abs_mean: `[in]` mean |x|.
         gram: `[in, in]` float32.
         grid: Grid of the codes.
-        steps: Number of powers tried.
+        steps: Number of powers to try.
 
     Returns:
         The codes of the scaled weight, and `1 / s` float16 `[in]`.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(16, 32), torch.randn(200, 32)
+        >>> tokens[:, 5] *= 30  # an outlier channel
+        >>> gram, abs_mean = tokens.T @ tokens / 200, tokens.abs().mean(0).double().numpy()
+        >>> codes, inverse = search_scale(weight, abs_mean, gram, WeightGrid(4), steps=20)
+        >>> int(inverse.argmin())
+        5
     """
     best = None
     for step in range(steps):
@@ -198,22 +236,32 @@ def gptq_round(
     *,
     clip: bool = False,
 ) -> QuantizedWeight:
-    """GPTQ (ICLR 2023) without column reordering: the error of each column is made up for by those to come.
+    """GPTQ (ICLR 2023) without column reordering: later columns make up for the error of each column.
 
-    The same codes as with the inverse of the Hessian `H`, without it: with `H = R R^T`, R upper triangular, the loss is
-    a sum over columns j of `(R_jj e_j + sum_{i < j} R_ij e_i)^2`, `e` the errors. So column j is rounded after adding
-    `sum_{i < j} R_ij / R_jj e_i` (Babai's nearest plane; Chen et al., arXiv 2507.18553). One Cholesky factor is a
-    quarter of the work that inverting and factoring again is.
+    The codes are those of the usual form with the inverse of the Hessian `H`, which is not needed here. With
+    `H = R R^T`, R upper triangular, the loss is a sum over columns j of `(R_jj e_j + sum_{i < j} R_ij e_i)^2`, `e` the
+    errors. So column j is rounded after adding `sum_{i < j} R_ij / R_jj e_i` (Babai's nearest plane; Chen et al., arXiv
+    2507.18553). One Cholesky factor is a quarter of the work of inverting and factoring again.
 
     Args:
-        weight: `[out, in]` float32, where the Gram matrix is; so are the codes.
+        weight: `[out, in]` float32, on the Gram matrix's device, as the codes are.
         gram: `[in, in]`, `X^T X` up to a factor; a `Hessian` where several weights are rounded with it.
-        grid: Grid; the scale of a group is found when the group is reached, from the weights as updated so far.
+        grid: Grid of the codes. A group's scale is found when its turn comes, from the weights as updated so far.
         damping: Relative to the mean of the Gram matrix's diagonal.
         clip: Search the range of every scale, as `clipped_round`.
 
     Raises:
         NumericalError: If the damped Gram matrix is still not positive definite.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weight, grid = torch.randn(16, 64), WeightGrid(4)
+        >>> tokens = torch.randn(200, 8) @ torch.randn(8, 64)  # inputs that depend on each other
+        >>> gram = (tokens.T @ tokens / 200).numpy()
+        >>> def error(codes: QuantizedWeight) -> float:
+        ...     return float((tokens @ (codes.decode() - weight).T).square().mean())
+        >>> error(gptq_round(weight, gram, grid, damping=0.01)) < error(quantize_weight(weight, grid)) / 2
+        True
     """
     hessian = gram if isinstance(gram, Hessian) else Hessian(gram)
     there = isinstance(hessian.gram, Tensor)

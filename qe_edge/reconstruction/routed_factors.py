@@ -1,4 +1,4 @@
-"""Routed experts out of and back into stored adapters; the shared expert's stored numbers stay as they are."""
+"""Reads routed experts from stored adapters, and stores others in their place. The shared expert stays as it is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ class RoutedFactors:
     Attributes:
         up: `[experts, out, rank]`.
         down: `[experts, rank, in]`.
+
+    Example:
+        >>> experts = RoutedFactors(up=torch.ones(2, 3, 1), down=torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+        >>> experts.output(1, torch.tensor([[2.0, 5.0]]))
+        tensor([[5., 5., 5.]])
     """
 
     up: Tensor
@@ -33,12 +38,21 @@ class RoutedFactors:
         return len(self.up)
 
     def output(self, expert: int, tokens: Tensor) -> Tensor:
-        """What one expert adds on `tokens` `[n, in]`, `[n, out]`."""
+        """The output `[n, out]` of one expert on `tokens` `[n, in]`."""
         return (tokens @ self.down[expert].T) @ self.up[expert].T
 
 
 def real_factors(adapters: Adapters, in_features: int) -> tuple[Tensor, Tensor]:
-    """The real values that inference uses, of all experts: down `[rank, in]`, up `[out, rank]`, float32."""
+    """The real values of all experts, as inference uses them: down `[rank, in]` and up `[out, rank]`, float32.
+
+    Example:
+        >>> from qe_edge.reconstruction.factors import store_factor
+        >>> down, up = store_factor(torch.ones(1, 2), "int8"), store_factor(torch.ones(3, 1), "int8")
+        >>> ranks = {"rank_shared": 1, "rank_routed": 0, "num_experts": 0}
+        >>> adapters = Adapters(down.codes, up.codes, down.scale, up.scale, **ranks, router=None)
+        >>> [factor.round(decimals=2).tolist() for factor in real_factors(adapters, in_features=2)]
+        [[[1.0, 1.0]], [[1.0], [1.0], [1.0]]]
+    """
     down, up = _codes(adapters, in_features)
     down, up = down.float(), up.float()
     if adapters.down_scale is not None and adapters.up_scale is not None:
@@ -47,7 +61,16 @@ def real_factors(adapters: Adapters, in_features: int) -> tuple[Tensor, Tensor]:
 
 
 def routed_factors(adapters: Adapters, in_features: int) -> RoutedFactors:
-    """The routed experts alone."""
+    """The routed experts alone.
+
+    Example:
+        >>> ranks = {"rank_shared": 1, "rank_routed": 2, "num_experts": 2}
+        >>> router = torch.ones(2, 8).half()
+        >>> adapters = Adapters(torch.ones(5, 8), torch.ones(4, 5), None, None, **ranks, router=router)
+        >>> routed = routed_factors(adapters, in_features=8)
+        >>> tuple(routed.up.shape), tuple(routed.down.shape)
+        ((2, 4, 2), (2, 2, 8))
+    """
     down, up = real_factors(adapters, in_features)
     down, up = down[adapters.rank_shared :], up[:, adapters.rank_shared :]
     experts, rank = adapters.num_experts, adapters.rank_routed
@@ -57,7 +80,16 @@ def routed_factors(adapters: Adapters, in_features: int) -> RoutedFactors:
 
 
 def largest_up(adapters: Adapters) -> Tensor | None:
-    """`[out]`, the largest magnitude that an entry of `up` can have on the stored scales; None for float factors."""
+    """`[out]`, the largest magnitude that an entry of `up` can have on the stored scales; None for float factors.
+
+    Example:
+        >>> scale = torch.tensor([0.01, 0.5], dtype=torch.float16)
+        >>> codes, router = torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 2).half()
+        >>> ranks = {"rank_shared": 0, "rank_routed": 1, "num_experts": 2}
+        >>> adapters = Adapters(codes, codes, scale, scale, **ranks, router=router)
+        >>> largest_up(adapters).round(decimals=2)
+        tensor([ 1.2700, 63.5000])
+    """
     if adapters.up_scale is None:
         return None
     return adapters.up_scale.float() * (INT4_LIMIT if adapters.up.dtype == torch.uint8 else INT8_LIMIT)
@@ -67,13 +99,22 @@ def store_routed(adapters: Adapters, routed: RoutedFactors, grams: list[Tensor])
     """Adapters with other routed experts, rounded to the same storage.
 
     `up` has one scale per output channel across all experts, the shared one included, so it is rounded on the scales
-    that are there. INT4 factors are rounded as in `packed_factors`: `down` by GPTQ, `up` fitted to what it has
-    become and rounded with the error of every column spread over those to come.
+    that are there. INT4 factors are rounded as in `packed_factors`: `down` by GPTQ; `up` is fitted to the rounded
+    `down` and rounded column by column, and later columns make up for the error of each.
 
     Args:
-        adapters: Whose shared expert and router stay.
+        adapters: Adapters whose shared expert and router stay.
         routed: The experts to store; entries of `up` beyond `largest_up` saturate.
         grams: For every expert `[in, in]` float64, `X^T X` of its tokens up to a factor; read for INT4 only.
+
+    Example:
+        >>> ranks = {"rank_shared": 1, "rank_routed": 1, "num_experts": 2}
+        >>> router = torch.ones(2, 8).half()
+        >>> adapters = Adapters(torch.ones(3, 8), torch.ones(4, 3), None, None, **ranks, router=router)
+        >>> routed = routed_factors(adapters, in_features=8)
+        >>> stored = store_routed(adapters, replace(routed, down=routed.down * 2), grams=[])
+        >>> stored.down[:, 0]  # the shared expert stays
+        tensor([1., 2., 2.])
     """
     codes_down, codes_up = (part.clone() for part in _codes(adapters, routed.down.shape[2]))
     scale = None if adapters.down_scale is None else adapters.down_scale.clone()
@@ -104,8 +145,14 @@ def round_on_scales(matrix: Tensor, gram: Tensor, scales: Tensor) -> Tensor:
 
     Args:
         matrix: `[out, rank]` float64.
-        gram: `[rank, rank]` float64 of what it multiplies.
+        gram: `[rank, rank]` float64, Gram matrix of the factor's input.
         scales: `[out]`; rows of scale 0 get codes 0.
+
+    Example:
+        >>> scales = torch.tensor([0.5, 0.0])
+        >>> round_on_scales(torch.tensor([[1.1, 9.0], [1.0, 1.0]]).double(), torch.eye(2).double(), scales)
+        tensor([[2, 7],
+                [0, 0]], dtype=torch.int8)
     """
     hessian = gram.clone()
     hessian.diagonal()[hessian.diagonal() <= 0] = 1.0

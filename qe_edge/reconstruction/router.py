@@ -14,20 +14,26 @@ from qe_edge.numerics.matrices import Matrix, cast, double, energies, joined, pa
 from qe_edge.reconstruction.directions import ErrorSpace
 
 RIDGE = 1e-2  # damping relative to the mean diagonal of |X||X|^T
-LARGEST = float(np.finfo(np.float16).max)  # of a router
-SPREAD_TOKENS = 1024  # scores of so many tokens give the factor that scales a router
-DUAL_TOKENS = 4096  # of a layer with more inputs than this, so many tokens are regressed on
+LARGEST = float(np.finfo(np.float16).max)  # entry of a router
+SPREAD_TOKENS = 1024  # tokens whose scores give the factor that scales a router
+DUAL_TOKENS = 4096  # tokens of the regression in a layer with more inputs than this
 
 
 def triangle_router(error: Matrix, corrections: Iterable[Matrix]) -> Matrix:
     """`R_ic = mean_o |E_S - L_i|_oc`: an upper bound of the mean absolute residual of expert i, free of data.
 
     Args:
-        error: `[out, in]`, what the shared expert left.
-        corrections: For every expert its correction `[out, in]`, made when it is wanted: each is as large as the error.
+        error: `[out, in]` that the shared expert left.
+        corrections: The correction `[out, in]` of every expert, one at a time: each is as large as the error.
 
     Returns:
         `[experts, in]` float64.
+
+    Example:
+        >>> error, corrections = np.eye(2), [np.diag([1.0, 0.0]), np.diag([0.0, 1.0])]
+        >>> triangle_router(error, corrections)  # expert i leaves nothing of input i
+        array([[0. , 0.5],
+               [0.5, 0. ]])
     """
     rows = [abs(error - correction).mean(0) for correction in corrections]
     return torch.stack(rows) if isinstance(error, Tensor) else np.stack(rows)
@@ -38,6 +44,15 @@ class RidgeRegression:
 
     Args:
         tokens: `[n, in]` calibration tokens; of a wide layer `DUAL_TOKENS` evenly spread ones are used.
+
+    Example:
+        >>> random = np.random.default_rng(0)
+        >>> tokens = random.standard_normal((1000, 8)).astype(np.float32)
+        >>> residuals = abs(tokens[:, :2])  # expert i leaves input i
+        >>> router = RidgeRegression(tokens).router(residuals)
+        >>> picked_experts = (abs(tokens) @ router.T).argmin(1)
+        >>> bool((picked_experts == residuals.argmin(1)).mean() > 0.95)
+        True
     """
 
     def __init__(self, tokens: Matrix) -> None:
@@ -107,24 +122,38 @@ def _lower_gram(x: np.ndarray, *, transposed: bool) -> np.ndarray:
 
 
 def ridge_router(tokens: Matrix, residuals: Matrix) -> Matrix:
-    """Ridge regression from |x| `[n, in]` to the centred residual norms `[n, experts]`; `[experts, in]` float64."""
+    """Ridge regression from |x| `[n, in]` to the centred residual norms `[n, experts]`; `[experts, in]` float64.
+
+    Example:
+        >>> random = np.random.default_rng(0)
+        >>> tokens = random.standard_normal((1000, 8)).astype(np.float32)
+        >>> ridge_router(tokens, residuals=abs(tokens[:, :3])).shape
+        (3, 8)
+    """
     return RidgeRegression(tokens).router(residuals)
 
 
 def routed_residuals(
     space: ErrorSpace, tokens: Matrix, outputs: Matrix, ups: Sequence[Matrix], downs: Sequence[Matrix]
 ) -> Matrix:
-    """Norm of what every routed expert leaves of the error's output, `||E x - up_s down_s x - up_i down_i x||`.
+    """Norm of the error that every routed expert leaves on every token, `||E x - up_s down_s x - up_i down_i x||`.
 
     Args:
-        space: Of the error `E` `[out, in]`.
+        space: Space of the error `E` `[out, in]`.
         tokens: `[n, in]`.
-        outputs: `[n, side]` the error's output on them, in that space.
+        outputs: `[n, side]` the error's output on the tokens, in that space.
         ups: `[out, rank]` of the shared expert (first; any rank) and of every routed one.
         downs: `[rank, in]` likewise.
 
     Returns:
         `[n, experts]`, without the shared expert.
+
+    Example:
+        >>> error, tokens = np.eye(2), np.array([[3.0, 4.0]])
+        >>> none, first, second = np.zeros((2, 0)), np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]])
+        >>> ups, downs = [none, first, second], [none.T, first.T, second.T]
+        >>> routed_residuals(ErrorSpace.of(error), tokens, tokens @ error.T, ups, downs)
+        array([[4., 3.]])
     """
     together = double(tokens @ cast(joined(downs, 0).T, tokens))
     hidden = parts_of(together, [len(down) for down in downs], 1)
@@ -140,9 +169,15 @@ def routed_residuals(
 
 
 def normalise_router(router: Matrix, tokens: Matrix) -> np.ndarray:
-    """Scale all scores by one factor so that they spread by about 1 over the experts; the argmin stays the same.
+    """Scale all scores by one factor so that they spread by about 1 over the experts. The argmin stays the same.
 
-    Experts that are nearly alike get a smaller factor, with which the router still fits float16.
+    The factor is smaller for experts that are nearly alike, so that the router fits float16.
+
+    Example:
+        >>> router, tokens = np.array([[400.0, 0.0], [0.0, 400.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> normalise_router(router, tokens)
+        array([[2., 0.],
+               [0., 2.]])
     """
     router, tokens = to_numpy(router), to_numpy(tokens[:: max(1, len(tokens) // SPREAD_TOKENS)])
     spread = (np.abs(tokens) @ router.T).std(1).mean() if len(tokens) else 0.0

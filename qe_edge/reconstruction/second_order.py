@@ -1,4 +1,4 @@
-"""The inverse of the Hessian, factored, for methods that spread errors over the columns to come."""
+"""The factored inverse of the Hessian, for methods that let later columns make up for errors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def inverse_factor(gram: np.ndarray, damping: float) -> Tensor:
 
     Raises:
         NumericalError: If the damped matrix is not positive definite.
+
+    Example:
+        >>> inverse_factor(np.diag([4.0, 1.0]), damping=0.0)
+        tensor([[0.5000, -0.0000],
+                [0.0000, 1.0000]], dtype=torch.float64)
     """
     hessian = torch.from_numpy(gram).double()
     diagonal = hessian.diagonal().clone()

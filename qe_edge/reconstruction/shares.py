@@ -1,4 +1,4 @@
-"""Shares of all tokens in an expert's fit, beside the expert's own tokens: they keep an expert sane elsewhere."""
+"""Share of all tokens in an expert's fit, beside the expert's own tokens. It keeps the expert useful for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the error on every token counts."""
+"""The weight of an error on every token."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def gradient_weights(energy: np.ndarray, power: float, evenness: float) -> np.ndarray:
-    """Weights `[tokens]` float64, mean 1: a power of the gradients' magnitudes, and a share that all have alike.
+    """Weights `[tokens]` float64, mean 1: a power of the gradients' magnitudes, and a share that is the same for all.
 
     Args:
         energy: `[tokens]` squared gradients at the outputs that read the token.
-        power: Of the magnitude.
-        evenness: Share of the weight that is the same for every token, so that none is without any.
+        power: Power of the magnitude.
+        evenness: Share of the weight that is the same for every token, so that every token has some.
 
     Example:
         >>> gradient_weights(np.array([0.0, 4.0, 16.0]), power=1, evenness=0.5).tolist()
