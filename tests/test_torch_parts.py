@@ -162,7 +162,7 @@ def test_rows_of_outliers_that_pass_32_bits_are_refused() -> None:
 def test_the_exporter_says_no_before_it_traces(method: str) -> None:
     with pytest.raises(ModelError, match=r"layer 'a' cannot be exported: the operator has no .*load_quantized"):
         check_layers({"a": layer_of(method)})
-    with pytest.raises(RecipeError, match=f"'{method}' makes cannot be exported: its .* no place in the operator"):
+    with pytest.raises(RecipeError, match=f"'{method}' cannot be exported: its .* no place in the operator"):
         make_order("no such model", make_recipe(method=method))
 
 
