@@ -55,7 +55,18 @@ class MASQuantOptions(MethodOptions):
 
 
 class MASQuant(Method[MASQuantOptions]):
-    """Modality-aware smoothing and cross-modal compensation."""
+    """Modality-aware smoothing and cross-modal compensation.
+
+    Example:
+        >>> import qe_edge
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(32, 64), torch.randn(400, 64)
+        >>> tokens[:, 7] *= 20  # a channel of outliers; these tokens are of one modality
+        >>> layer = qe_edge.quantize_linear(weight, tokens, qe_edge.make_recipe(method="masquant", scheme="w4a6"))
+        >>> exact = tokens @ weight.T
+        >>> float((layer(tokens) - exact).norm() / exact.norm()) < 0.07  # method smoothquant: 0.074, rtn: 0.12
+        True
+    """
 
     @property
     def stack_siblings(self) -> bool:
@@ -130,6 +141,11 @@ def image_direction(tokens: Tensor, image: Tensor) -> Tensor:
     Args:
         tokens: `[n, in]` float32.
         image: `[n]` bool.
+
+    Example:
+        >>> tokens, image = torch.tensor([[9.0, 1.0], [-8.0, 2.0], [1.0, 7.0]]), torch.tensor([True, True, False])
+        >>> tokens.abs() @ image_direction(tokens, image).float() > 0
+        tensor([ True,  True, False])
     """
     wrong = torch.stack((image, ~image), 1).double().numpy()  # what either choice costs
     scores = ridge_router(tokens.numpy(), wrong)

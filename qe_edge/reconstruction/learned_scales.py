@@ -47,6 +47,12 @@ def output_error(weight: Tensor, tokens: Tensor, inverse: Tensor, scheme: Scheme
         inverse: `[in]` float16, as the layer multiplies its input.
         scheme: Grids of weights and activations.
         power: 1 or 2.
+
+    Example:
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> weight, tokens = 7 * torch.ones(2, 4), 127 * torch.ones(3, 4)  # what both grids hold exactly
+        >>> output_error(weight, tokens, torch.ones(4).half(), get_scheme("w4a8"), power=1)
+        0.0
     """
     codes = quantize_weight(weight / inverse.float(), scheme.weight).decode()
     total, chunk = 0.0, 4 * BATCH
@@ -71,6 +77,7 @@ def learn_inverse(
         learning: How.
 
     Example:
+        >>> from qe_edge.numerics.schemes import get_scheme
         >>> weight, tokens = torch.randn(8, 16), torch.randn(50, 16)
         >>> learn_inverse(weight, tokens, get_scheme("w4a8"), [np.ones(16)], ScaleLearning(8, 0.01, 2, seed=0)).shape
         torch.Size([16])
