@@ -105,12 +105,7 @@ def load_quantized(folder: str | Path) -> LoadedModel:
         ArtifactError: If the folder is no checkpoint of ours, is damaged, or is of a newer version.
     """
     folder = Path(folder)
-    if not is_checkpoint(folder):
-        raise ArtifactError(
-            f"'{folder}' is not a quantized checkpoint.", "Give the output folder of 'qe-edge quantize'."
-        )
-    section = read_json_table(folder / "config.json")["quantization_config"]
-    _check_section(folder, section)
+    section = read_section(folder)
     check_checkpoint(folder)
     header = check_safetensors(folder / WEIGHTS)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -138,6 +133,21 @@ def load_quantized(folder: str | Path) -> LoadedModel:
     if generation is not None:
         model.generation_config = generation
     return LoadedModel(model.eval(), family, family.load_processor(str(folder)), str(folder))
+
+
+def read_section(folder: Path) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint's config.json: its version, its layers, and which tensors are shared.
+
+    Raises:
+        ArtifactError: If the folder is no checkpoint of ours, is damaged, or is of another version.
+    """
+    if not is_checkpoint(folder):
+        raise ArtifactError(
+            f"'{folder}' is not a quantized checkpoint.", "Give the output folder of 'qe-edge quantize'."
+        )
+    section: dict[str, Any] = read_json_table(folder / "config.json")["quantization_config"]
+    _check_section(folder, section)
+    return section
 
 
 def _empty_model(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -> PreTrainedModel:

@@ -67,7 +67,7 @@ def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
         raise _unknown("it has no language model with a head")
     for block in blocks:
         _check_block(loaded, block)
-    norm = _check_norm("the last norm", last_norm(loaded.model))
+    norm = check_norm("the last norm", last_norm(loaded.model))
     config = loaded.model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -168,7 +168,7 @@ def _check_block(loaded: LoadedModel, block: Block) -> None:
     for norm, (parent, *readers) in READERS.items():
         path = f"{name}.{norm}"
         with loaded.stored.held(path, module.get_submodule(norm)):
-            _check_norm(f"'{path}'", module.get_submodule(norm))
+            check_norm(f"'{path}'", module.get_submodule(norm))
         for reader in readers:
             _linear(module, parent, reader)
     linears = {child for child, part in module.get_submodule("mlp").named_children() if isinstance(part, nn.Linear)}
@@ -176,8 +176,16 @@ def _check_block(loaded: LoadedModel, block: Block) -> None:
         raise _unknown(f"the MLP of '{name}' has the layers {', '.join(sorted(linears))}")
 
 
-def _check_norm(name: str, norm: object) -> nn.Module:
-    """Refuse a norm that is not `gains * h / rms(h)`, by what it does."""
+def check_norm(name: str, norm: object) -> nn.Module:
+    """Refuse a norm that is not `gains * h / rms(h)`, by what it does; returns it.
+
+    Args:
+        name: In the error's words.
+        norm: What stands in the place of a norm.
+
+    Raises:
+        ModelError: If it is another module.
+    """
     weight = getattr(norm, "weight", None)
     if not isinstance(norm, nn.Module) or not isinstance(weight, Tensor):
         raise _unknown(f"{name} has no gains")

@@ -1,4 +1,4 @@
-"""The record of a run's inputs, and the differences between two records in words."""
+"""What the result of a run depends on, and what differs between two runs, in words."""
 
 from __future__ import annotations
 
@@ -16,18 +16,12 @@ MOST_REASONS, MOST_CHARACTERS = 4, 400  # in one message
 
 
 def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[str, object] | None = None) -> Record:
-    """The inputs of a run.
+    """What a run depends on.
 
     Args:
-        parts: Hashes of the model's parts, as `model_parts` returns them.
+        parts: Of the model, as `model_parts` returns them.
         recipe: The resolved recipe, with the hash of the calibration data.
-        environment: The result of `current_environment`; None where results of different environments are not mixed.
-
-    Example:
-        >>> from qe_edge.recipes.recipe import make_recipe
-        >>> record = make_record({"config.json": "e3b0c442"}, make_recipe(method="gptq"))
-        >>> record["model"], record["recipe"]["method"]
-        ({'config.json': 'e3b0c442'}, 'gptq')
+        environment: As `current_environment` returns it; None where results of different ones are not mixed.
     """
     record: Record = {"qe_edge": VERSION, "model": dict(parts), "recipe": recipe.model_dump(mode="json")}
     if environment is None:
@@ -37,12 +31,7 @@ def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[s
 
 
 def current_environment(device: str) -> dict[str, object]:
-    """Properties of this machine that change the last bits of a result: sums are split by threads, libraries differ.
-
-    Example:
-        >>> sorted(current_environment("cpu"))
-        ['device', 'instructions', 'numpy', 'threads', 'torch', 'transformers']
-    """
+    """What the last bits of a result depend on besides: sums are split by threads, and libraries differ."""
     import numpy as np
     import torch
     import transformers
@@ -58,15 +47,7 @@ def current_environment(device: str) -> dict[str, object]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences in model, recipe, calibration data and version, each in a few words; empty if there is none.
-
-    Example:
-        >>> from qe_edge.recipes.recipe import make_recipe
-        >>> before = make_record({"config.json": "e3b0c442"}, make_recipe(method="gptq"))
-        >>> now = make_record({"config.json": "5feceb66"}, make_recipe(method="gptq", scheme="w4a16"))
-        >>> changes(before, now)
-        ["configuration: 'config.json' changed", "recipe key 'scheme' was 'w4a8' and is 'w4a16'"]
-    """
+    """What differs in model, recipe, calibration data and version, each in a few words; empty if nothing does."""
     found = []
     if before.get("qe_edge") != now["qe_edge"]:
         found.append(f"QE-Edge {shown_name(before.get('qe_edge'))} became {now['qe_edge']}")
@@ -86,23 +67,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences in the environment, each in a few words.
-
-    Example:
-        >>> environment_changes({"environment": {"threads": 2}}, {"environment": {"threads": 8}})
-        ['threads: 2 then, 8 now']
-    """
+    """What differs in the environment, each in a few words."""
     old, new = _table(before.get("environment")), _table(now.get("environment"))
     return [f"{key}: {shown_name(old.get(key))} then, {new.get(key)} now" for key in new if old.get(key) != new[key]]
 
 
 def in_one_line(reasons: Sequence[str]) -> str:
-    """The first of several reasons, and the number of others: a damaged record differs in everything.
-
-    Example:
-        >>> in_one_line(["a changed", "b changed", "c changed", "d changed", "e changed"])
-        'a changed; b changed; c changed; d changed; and 1 more'
-    """
+    """The first of several reasons and how many more there are; a damaged record differs in everything."""
     kept = list(reasons[:MOST_REASONS])
     while len(kept) > 1 and len("; ".join(kept)) > MOST_CHARACTERS:
         kept.pop()

@@ -1,0 +1,101 @@
+"""What a format of another runtime is: what it can hold of a checkpoint, and how that is written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from qe_edge.formats.carried import CarriedLayer
+from qe_edge.formats.folding import Folding
+from qe_edge.formats.source import CheckpointSource
+from qe_edge.system.progress import Progress
+
+Reason = tuple[str, str]  # what has no place in the format, and what the user can do about it
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint on its way into another format.
+
+    Attributes:
+        source: The checkpoint.
+        folding: Where its channel scales go.
+        layers: Its quantized layers, as they are carried.
+    """
+
+    source: CheckpointSource
+    folding: Folding
+    layers: dict[str, CarriedLayer]
+
+    @property
+    def coded(self) -> dict[str, CarriedLayer]:
+        """Layers that are written as codes."""
+        return {name: layer for name, layer in self.layers.items() if not layer.decoded}
+
+    @property
+    def decoded(self) -> dict[str, CarriedLayer]:
+        """Layers that are written as ordinary weights."""
+        return {name: layer for name, layer in self.layers.items() if layer.decoded}
+
+    @property
+    def corrected(self) -> dict[str, CarriedLayer]:
+        """Layers with a low-rank correction."""
+        return {name: layer for name, layer in self.layers.items() if layer.rank}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most numbers outside the quantized layers."""
+        sizes: dict[torch.dtype, int] = {}
+        for like in self.source.plain.values():
+            if like.is_floating_point():
+                sizes[like.dtype] = sizes.get(like.dtype, 0) + like.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+class Format(ABC):
+    """A format of another runtime.
+
+    Class attributes:
+        reader: Who reads it, in a few words.
+    """
+
+    reader: ClassVar[str]
+
+    def check(self, conversion: Conversion) -> list[Reason]:  # noqa: ARG002 - most formats take any model
+        """What of a model as a whole has no place in the format; empty if all has. No weight is read.
+
+        Args:
+            conversion: The checkpoint.
+        """
+        return []
+
+    def layer_problem(self, layer: CarriedLayer) -> str | None:  # noqa: ARG002 - likewise
+        """Why the format cannot hold one layer's codes, after the layer's name; None if it can. No weight is read."""
+        return None
+
+    def prepared(self, conversion: Conversion) -> Conversion:
+        """The same with layers on the grids that the format writes them on."""
+        return conversion
+
+    @abstractmethod
+    def write(self, conversion: Conversion, folder: Path, name: str, progress: Progress) -> None:
+        """Write the model.
+
+        Args:
+            conversion: The checkpoint, checked.
+            folder: An empty folder, which is renamed when everything is written.
+            name: What it will be called.
+            progress: Where to report progress.
+        """
+
+    @abstractmethod
+    def how_to_load(self, conversion: Conversion, name: str) -> str:
+        """Lines that load the folder of this name, for its README."""
+
+    def notes(self, conversion: Conversion) -> list[str]:  # noqa: ARG002 - most have none
+        """What a user of this format should know of this checkpoint, a sentence each."""
+        return []

@@ -1,0 +1,69 @@
+"""What of a checkpoint no other format has a place for, found without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qe_edge.formats.base import Conversion, Format, Reason
+from qe_edge.formats.carried import CarriedLayer
+from qe_edge.numerics.grids import rounds_activations
+from qe_edge.system.errors import TargetError
+
+MIXING = ".mixing.weight"  # of a rotated model whose head shares the embedding
+DECODE = "Add --decode, which writes such layers as ordinary weights, or quantize with --method gptq."
+
+
+def check_conversion(name: str, form: Format, conversion: Conversion, *, drop_rounding: bool) -> None:
+    """Refuse a checkpoint that a format cannot hold; all that stands in the way is said at once.
+
+    Args:
+        name: Of the format.
+        form: The format.
+        conversion: The checkpoint.
+        drop_rounding: Whether activations may stay unrounded.
+
+    Raises:
+        TargetError: If it cannot.
+    """
+    problems = [*_of_model(conversion, drop_rounding=drop_rounding), *form.check(conversion)]
+    codes = {layer: problem for layer in conversion.coded.values() if (problem := code_problem(form, layer))}
+    for problem in dict.fromkeys(codes.values()):
+        names = [layer.name for layer, found in codes.items() if found == problem]
+        problems.append((f"{_named(names)} {problem}", DECODE))
+    if problems:
+        said = "; ".join(problem for problem, _ in problems)
+        remedies = " ".join(dict.fromkeys(remedy for _, remedy in problems))
+        raise TargetError(f"'{name}' cannot hold '{conversion.source.folder}': {said}.", remedies)
+
+
+def code_problem(form: Format, layer: CarriedLayer) -> str | None:
+    """Why a layer's main branch cannot be codes of a format, after the layer's name; None if it can."""
+    if layer.geometry.parts:
+        return "has parts that only PyTorch computes"
+    if layer.name in layer.folding.stuck:
+        return "has channel scales that cannot be folded into what comes before it"
+    return form.layer_problem(layer)
+
+
+def _of_model(conversion: Conversion, *, drop_rounding: bool) -> Iterable[Reason]:
+    layers = conversion.layers
+    routed = [name for name, layer in layers.items() if layer.geometry.num_experts > 1]
+    if routed:
+        remedy = "Quantize again with --set experts=0, whose correction is the same for every token."
+        yield f"{_named(routed)} has experts that every token chooses anew", remedy
+    rounded = [layer.geometry for layer in layers.values() if rounds_activations(layer.geometry.activation_bits)]
+    if rounded and not drop_rounding:
+        yield (
+            f"activations are rounded to {rounded[0].activation_bits} bits by rules that other runtimes lack",
+            "Add --activations 16, so that they stay unrounded there, or quantize with --scheme w4a16.",
+        )
+    if any(name.endswith(MIXING) for name in conversion.source.plain):
+        yield (
+            "the model is rotated and its head shares the embedding, so that a matrix stands between the two",
+            "Quantize again without a rotation: --set rotate=false, or another method than quarot.",
+        )
+
+
+def _named(names: list[str]) -> str:
+    """The first name, and how many there are."""
+    return f"'{names[0]}'" + (f" (like {len(names) - 1} others)" if len(names) > 1 else "")

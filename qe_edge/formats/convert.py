@@ -1,0 +1,88 @@
+"""A quantized checkpoint becomes a folder that other runtimes read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qe_edge.checkpoint.detection import is_checkpoint
+from qe_edge.checkpoint.files import read_checkpoint_files, write_checkpoint_files
+from qe_edge.formats import FORMATS
+from qe_edge.formats.base import Conversion, Format
+from qe_edge.formats.carried import CarriedLayer
+from qe_edge.formats.checks import check_conversion, code_problem
+from qe_edge.formats.folding import fold_scales
+from qe_edge.formats.source import CheckpointSource, open_checkpoint
+from qe_edge.formats.summary import README, summarize, write_readme
+from qe_edge.models.loading import shapes_only
+from qe_edge.system.atomic import atomic_folder
+from qe_edge.system.errors import ArtifactError
+from qe_edge.system.progress import Progress, Silent
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    name: str,
+    out: Path,
+    *,
+    drop_rounding: bool = False,
+    decode: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Write a quantized checkpoint in the format of another runtime; the folder appears only when it is complete.
+
+    Codes, scales and zero points stay what they are. A low-rank correction becomes a PEFT LoRA in the folder `adapter`
+    inside. Tensors are written one at a time.
+
+    Args:
+        checkpoint: Output of `qe-edge quantize`.
+        name: Of the format.
+        out: Folder to write; one that an earlier conversion wrote is replaced.
+        drop_rounding: Whether a checkpoint of rounded activations is converted for a runtime that does not round them.
+        decode: Whether layers that the format cannot hold as codes become ordinary weights.
+        progress: Where to report progress.
+
+    Returns:
+        What was carried and what is lost, a sentence each.
+
+    Raises:
+        UnknownNameError: If there is no such format.
+        ArtifactError: If the checkpoint is damaged.
+        TargetError: If the format cannot hold it.
+        ResourceError: If the disk is full.
+
+    Example:
+        >>> convert_checkpoint(Path("checkpoint"), "compressed-tensors", Path("out"))  # doctest: +SKIP
+    """
+    form = FORMATS[name]()
+    with open_checkpoint(checkpoint) as source:
+        conversion = _plan(source, form, decode=decode)
+        check_conversion(name, form, conversion, drop_rounding=drop_rounding)
+        conversion = form.prepared(conversion)
+        lines = summarize(conversion, form)
+        with atomic_folder(out) as part:
+            form.write(conversion, part, out.name, progress or Silent())
+            write_readme(conversion, form, part, out.name, lines)
+            write_checkpoint_files(part, str(checkpoint), None)
+    return lines
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds what `convert_checkpoint` wrote, found out from its `files.json` and README.md."""
+    try:
+        return README in read_checkpoint_files(folder).files and not is_checkpoint(folder)
+    except ArtifactError:
+        return False
+
+
+def _plan(source: CheckpointSource, form: Format, *, decode: bool) -> Conversion:
+    model = shapes_only(source.family)
+    folding = fold_scales(source, source.family.blocks(model))
+    head = next((name for name, part in model.named_modules() if part is model.get_output_embeddings()), "")
+    layers = {name: CarriedLayer(source, name, folding, is_head=name == head) for name in source.layers}
+    if decode:
+        layers = {
+            name: layer if code_problem(form, layer) is None else replace(layer, decoded=True)
+            for name, layer in layers.items()
+        }
+    return Conversion(source, folding, layers)

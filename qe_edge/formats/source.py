@@ -1,0 +1,130 @@
+"""A quantized checkpoint of ours, read tensor by tensor, so that converting it takes the memory of one layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qe_edge.checkpoint.dtypes import torch_dtypes
+from qe_edge.checkpoint.files import check_checkpoint
+from qe_edge.checkpoint.layer_files import LayerGeometry, assemble_layers, check_layer, parse_geometry
+from qe_edge.checkpoint.safetensors_check import check_safetensors
+from qe_edge.layers.linear import QELinear
+from qe_edge.models.configuration import load_family
+from qe_edge.models.family import ModelFamily
+from qe_edge.models.quantized import WEIGHTS, read_section
+from qe_edge.system.errors import ArtifactError
+from qe_edge.system.json_files import read_json_table
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """An open checkpoint, whose files have been compared with what was written.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its config.json.
+        family: The family of its model.
+        layers: Geometry of every quantized layer by name.
+        plain: Shape and dtype of every other tensor by name, on the meta device.
+        unquantized: Names of linear layers that are not quantized.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: ModelFamily
+    layers: dict[str, LayerGeometry]
+    plain: dict[str, Tensor]
+    unquantized: list[str]
+    _header: Header
+    _file: Any
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+        section: dict[str, Any] = self.config["quantization_config"]
+        return section
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names of tensors that are the same as another one, and which."""
+        tied: dict[str, str] = self.section["tied"]
+        return tied
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored, in memory of its own; a name that shares another's tensor gives that one."""
+        found: Tensor = self._file.get_tensor(self.section["shared"].get(name, name)).clone()
+        return found
+
+    def layer(self, name: str) -> QELinear:
+        """One quantized layer.
+
+        Raises:
+            ArtifactError: If its numbers lead out of it.
+        """
+        shared = self.section["shared"]
+        own = {f"{name}.{key}": shared.get(f"{name}.{key}", f"{name}.{key}") for key in self.layers[name].tensors}
+        header = {full: self._header[stored] for full, stored in own.items()}
+        tensors = {full: self._file.get_tensor(stored) for full, stored in own.items()}
+        return assemble_layers({name: self.section["layers"][name]}, {}, header, tensors)[name]
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[CheckpointSource]:
+    """Open a quantized checkpoint; every file is hashed once.
+
+    Args:
+        folder: Output of `qe-edge quantize`.
+
+    Raises:
+        ArtifactError: If it is none, is damaged, or of another version.
+    """
+    section = read_section(folder)
+    check_checkpoint(folder)
+    header = check_safetensors(folder / WEIGHTS)
+    layers = {name: parse_geometry(name, values) for name, values in section["layers"].items()}
+    inside = _check_layers(folder, layers, section["shared"], header)
+    dtypes = torch_dtypes()
+    plain = {
+        name: torch.empty(shape, dtype=dtypes[dtype], device="meta")
+        for name, (dtype, shape) in header.items()
+        if name not in inside
+    }
+    family = load_family(str(folder), ArtifactError)
+    family.config = copy.deepcopy(family.config)
+    if hasattr(family.config, "quantization_config"):
+        del family.config.quantization_config  # transformers would look for its own
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        yield CheckpointSource(
+            folder,
+            read_json_table(folder / "config.json"),
+            family,
+            layers,
+            plain,
+            list(section.get("ignore", [])),
+            header,
+            file,
+        )
+
+
+def _check_layers(folder: Path, layers: dict[str, LayerGeometry], shared: dict[str, str], header: Header) -> set[str]:
+    """Compare all layers with the file's header; returns the names of their tensors in the file."""
+    inside: set[str] = set()
+    for name, geometry in layers.items():
+        own = {key: shared.get(f"{name}.{key}", f"{name}.{key}") for key in geometry.tensors}
+        missing = next((stored for stored in own.values() if stored not in header), None)
+        if missing is not None:
+            raise ArtifactError(f"The checkpoint '{folder}' lacks '{missing}'.", "Quantize the model again.")
+        check_layer(name, geometry, {key: header[stored] for key, stored in own.items()})
+        inside.update(own.values())
+    return inside

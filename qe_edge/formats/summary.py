@@ -1,0 +1,90 @@
+"""What a conversion carried, folded and lost, as lines for the user and as files in the folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from qe_edge.formats.adapter import ADAPTER
+from qe_edge.formats.base import Conversion, Format
+from qe_edge.formats.carried import CarriedLayer
+from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, rounds_activations
+from qe_edge.system.version import VERSION
+
+README = "README.md"
+
+
+def summarize(conversion: Conversion, form: Format) -> list[str]:
+    """What was carried, which stored bits, and what is lost, a sentence each.
+
+    Args:
+        conversion: The checkpoint.
+        form: The format.
+    """
+    return [*_carried(conversion), *_lost(conversion), *form.notes(conversion)]
+
+
+def write_readme(conversion: Conversion, form: Format, folder: Path, name: str, lines: list[str]) -> None:
+    """Write README.md: where the folder came from, what it holds, how it is loaded.
+
+    Args:
+        conversion: The checkpoint.
+        form: The format.
+        folder: Where to write.
+        name: What the folder will be called.
+        lines: Of `summarize`.
+    """
+    parts = [
+        f"# {name}",
+        f"QE-Edge {VERSION} converted this folder from a quantized checkpoint; `files.json` holds the SHA-256 of the "
+        f"checkpoint's files and of these. It is for {form.reader}.",
+        "\n".join(f"- {line}" for line in lines),
+        form.how_to_load(conversion, name),
+    ]
+    (folder / README).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _carried(conversion: Conversion) -> Iterator[str]:
+    kinds = Counter(_kind(layer) for layer in conversion.coded.values())
+    for kind, number in kinds.most_common():
+        yield f"{number} layers of {kind}: every code as it was."
+    if conversion.decoded:
+        dtype = str(conversion.dtype).removeprefix("torch.")
+        yield f"{len(conversion.decoded)} layers are decoded to ordinary {dtype} weights."
+    folding = conversion.folding
+    if folding.dropped:
+        dropped = sum(int(mask.sum()) for mask in folding.dropped.values())
+        yield f"{dropped} input channels that the codes leave to the correction have the code of zero."
+    if folding.norms or folding.rows:
+        places = [f"{len(folding.norms)} norms"] if folding.norms else []
+        places += [f"the rows of {len(folding.rows)} layers"] if folding.rows else []
+        yield f"Channel scales are folded into {' and '.join(places)}, which are float32 now."
+    ranks = sorted({layer.rank for layer in conversion.corrected.values()})
+    if ranks:
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        yield (
+            f"The correction of {len(conversion.corrected)} layers, of rank {span}, is the LoRA in '{ADAPTER}', in "
+            "float32."
+        )
+
+
+def _kind(layer: CarriedLayer) -> str:
+    """The grid of the checkpoint, and the one that it is written on where that is another."""
+    own = _in_words(layer.own_grid)
+    return own if layer.grid == layer.own_grid else f"{own}, written as {_in_words(layer.grid)}"
+
+
+def _in_words(grid: WeightGrid) -> str:
+    scale = "one scale per channel" if grid.group_size == PER_CHANNEL else f"groups of {grid.group_size}"
+    return f"{grid.bits} bits in {scale} {'without' if grid.symmetric else 'with'} zero points"
+
+
+def _lost(conversion: Conversion) -> Iterator[str]:
+    rounded = {layer.geometry.activation_bits for layer in conversion.layers.values()}
+    if any(rounds_activations(bits) for bits in rounded):
+        yield f"Lost: activations are no longer rounded to {max(rounded)} bits, so answers may differ."
+    if conversion.dtype == torch.bfloat16:
+        yield "The model is bfloat16: a runtime that reads float16 scales as bfloat16 rounds them from 11 bits to 8."
