@@ -1,6 +1,6 @@
-"""What this machine can do, and what is missing with its remedy.
+"""Examines this machine: the parts that work, and the missing parts with a remedy for each.
 
-Every library is looked at in a process of its own: a broken installation that aborts or hangs costs one line of the
+Every library is examined in a process of its own: a broken installation that aborts or hangs costs one line of the
 table, never the table. Nothing heavy is imported here.
 """
 
@@ -48,9 +48,9 @@ class Finding:
 
     Attributes:
         group: "Python", "Packages", "Machine", "GPU" or "Targets".
-        name: What was looked at.
+        name: The part that was examined.
         state: "ok", "missing" (not there, and needed only for some uses) or "wrong" (stops QE-Edge from working).
-        detail: What was found.
+        detail: The finding in a few words.
         remedy: One sentence saying what to do, empty if there is nothing to do.
     """
 
@@ -82,10 +82,14 @@ class Diagnosis:
 
 
 def examine(folder: Path | None = None) -> Diagnosis:
-    """Look at everything; takes a few seconds, because each library starts in a process of its own.
+    """Examine everything. It takes a few seconds, because each library starts in a process of its own.
 
     Args:
-        folder: The disk to look at; the current folder if None.
+        folder: A folder on the disk to examine; the current folder if None.
+
+    Example:
+        >>> for finding in examine().findings:  # doctest: +SKIP
+        ...     print(finding.group, finding.name, finding.state, finding.remedy)
     """
     probes = {name: _start(code) for name, code in PROBES.items() if _installed(name)}
     seen = {name: _result(process) for name, process in probes.items()}

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from qe_edge.calibration.sensitivity import IMAGE
+from qe_edge.calibration.statistics import StatisticsCollector
+from qe_edge.methods import LinearProblem, Method
+from qe_edge.numerics.schemes import get_scheme
 
 
 def typed_layer(out_features: int, in_features: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -60,3 +67,26 @@ def correlated_layer(out_features: int, in_features: int, tokens: int) -> tuple[
     weight, x = typed_layer(out_features, in_features, tokens)
     mixing = torch.from_numpy(np.random.default_rng(1).standard_normal((in_features, in_features))).float()
     return weight, x @ (torch.eye(in_features) + 2 * mixing / in_features**0.5)
+
+
+def two_modalities(out_features: int, in_features: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight `[out, in]`, tokens `[n, in]`, and which are images `[n]`; each modality has eight outlier channels."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((out_features, in_features)) / np.sqrt(in_features)
+    x = rng.standard_normal((tokens, in_features))
+    image = np.arange(tokens) % 2 == 0
+    channels = rng.permutation(in_features)
+    x[np.ix_(image, channels[:8])] *= 40
+    x[np.ix_(~image, channels[8:16])] *= 40
+    return torch.from_numpy(weight).float(), torch.from_numpy(x).float(), torch.from_numpy(image)
+
+
+def problem_of(method: Method[Any], scheme: str, weight: Tensor, x: Tensor, image: Tensor) -> LinearProblem:
+    """The problem of a layer on tokens `[n, in]` some of which are images `[n]`, with what the method asks for."""
+    request = method.request(*weight.shape)
+    statistics = None
+    if request:
+        collector = StatisticsCollector("layer", weight.shape[1], [weight], request, seed=0)
+        collector.update(x, image.to(torch.int8) * IMAGE)
+        statistics = collector.finish()[0]
+    return LinearProblem("layer", weight, get_scheme(scheme), statistics, seed=0)

@@ -25,7 +25,8 @@ SOURCES = [  # each file once, whatever Python thinks of links
     if not any(parent.is_symlink() for parent in path.parents)
 ]
 # Rooms whose public functions and classes all show their use; a new room is added when it is complete.
-SHOWN = ("system", "numerics", "checkpoint", "layers", "calibration", "reconstruction", "budget", "methods")
+SHOWN = ("system", "numerics", "checkpoint", "layers", "calibration", "reconstruction", "budget", "methods",
+         "recipes", "quantization", "deploy", "demo", "qe_edge")  # fmt: skip
 RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Options", "Error")
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 

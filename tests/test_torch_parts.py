@@ -20,16 +20,19 @@ from qe_edge.methods import METHODS
 from qe_edge.methods.quip import incoherent_scale
 from qe_edge.numerics.orthogonal import random_orthogonal
 from qe_edge.system.errors import ArtifactError, ModelError, RecipeError
-from tests.layers import correlated_layer, outlier_layer
+from tests.layers import correlated_layer, outlier_layer, problem_of
 from tests.reference.atom import atom
 from tests.reference.quip import quip
 from tests.reference.spqr import spqr
 
-KINDS = ["quip", "quipsharp", "qbb", "spqr", "atom"]
+KINDS = ["masquant", "quip", "quipsharp", "qbb", "spqr", "atom"]
 
 
 def layer_of(method: str, scheme: str = "w4a8", **options: object) -> QELinear:
-    weight, x, _ = outlier_layer(48, 128, 700)
+    weight, x, kind = outlier_layer(48, 128, 700)
+    if method == "masquant":
+        chosen = METHODS[method](METHODS[method].Options(**options))
+        return QELinear(chosen.quantize(problem_of(chosen, scheme, weight, x, torch.from_numpy(kind < 3))))
     return quantize_linear(weight, x, make_recipe(method=method, scheme=scheme, options=options))
 
 
@@ -135,7 +138,8 @@ def test_layers_survive_the_disk_and_their_bits_are_foreseen(method: str, tmp_pa
 @pytest.mark.parametrize(
     ("method", "tensor", "sentence"),
     [("spqr", "outlier_columns", "an outlier lies outside"), ("spqr", "outlier_starts", "an outlier lies outside"),
-     ("atom", "order", "'order' is no order"), ("quip", "in_left", "tensor 'in_left' is missing")],
+     ("atom", "order", "'order' is no order"), ("quip", "in_left", "tensor 'in_left' is missing"),
+     ("masquant", "image_up", "tensor 'image_up' is missing")],
 )  # fmt: skip
 def test_damaged_parts_are_refused(method: str, tensor: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
@@ -143,8 +147,8 @@ def test_damaged_parts_are_refused(method: str, tensor: str, sentence: str, tmp_
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    if tensor == "in_left":
-        del tensors["a.in_left"]
+    if "is missing" in sentence:
+        del tensors[f"a.{tensor}"]
     else:
         tensors[f"a.{tensor}"][1] = 30_000
     save_file(tensors, path, metadata)
@@ -162,7 +166,7 @@ def test_rows_of_outliers_that_pass_32_bits_are_refused() -> None:
 def test_the_exporter_says_no_before_it_traces(method: str) -> None:
     with pytest.raises(ModelError, match=r"layer 'a' cannot be exported: the operator has no .*load_quantized"):
         check_layers({"a": layer_of(method)})
-    with pytest.raises(RecipeError, match=f"'{method}' makes cannot be exported: its .* no place in the operator"):
+    with pytest.raises(RecipeError, match=f"'{method}' cannot be exported: its .* no place in the operator"):
         make_order("no such model", make_recipe(method=method))
 
 

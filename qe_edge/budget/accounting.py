@@ -32,10 +32,10 @@ PARTS = {
     "codes": ("qweight", "fine_codes", "outlier_starts", "outlier_columns", "outlier_values"),
     "scales": (
         "scales", "zeros", "inv_omega", "fine_scale", "order",
-        "in_signs", "in_left", "in_right", "out_signs", "out_left", "out_right",
+        "in_signs", "in_left", "in_right", "out_signs", "out_left", "out_right", "image_inverse",
     ),
-    "adapters": ("down", "up", "down_scale", "up_scale"),
-    "router": ("router",),
+    "adapters": ("down", "up", "down_scale", "up_scale", "image_down", "image_up"),
+    "router": ("router", "image_router"),
 }  # fmt: skip
 
 

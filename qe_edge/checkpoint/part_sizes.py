@@ -28,6 +28,7 @@ class PartSizes(BaseModel):
         in_factors: Sides of the two factors of the inputs' basis; None without one.
         out_factors: The same of the outputs.
         outliers: Number of outliers.
+        image_rank: Rank of the correction of image tokens; None where all tokens are alike.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class PartSizes(BaseModel):
     in_factors: tuple[Side, Side] | None = None
     out_factors: tuple[Side, Side] | None = None
     outliers: int = Field(0, ge=0, le=1 << 40)
+    image_rank: int | None = Field(None, ge=0, le=MAX_FEATURES)
 
     @classmethod
     def of(cls, layer: QELinear) -> PartSizes | None:
@@ -48,6 +50,7 @@ class PartSizes(BaseModel):
         def factors(left: Tensor | None, right: Tensor | None) -> tuple[int, int] | None:
             return None if left is None or right is None else (len(left), len(right))
 
+        image_rank = 0 if parts.image_down is None else len(parts.image_down)
         return cls(
             fine=parts.fine,
             codebook=parts.codebook,
@@ -55,6 +58,7 @@ class PartSizes(BaseModel):
             in_factors=factors(parts.in_left, parts.in_right),
             out_factors=factors(parts.out_left, parts.out_right),
             outliers=0 if parts.outlier_values is None else len(parts.outlier_values),
+            image_rank=image_rank if parts.image_router is not None else None,
         )
 
     def problem(self, out_features: int, in_features: int, bits: int) -> str | None:
@@ -86,6 +90,11 @@ class PartSizes(BaseModel):
             table["outlier_starts"] = ((out_features + 1,), (torch.int32,), True)
             table["outlier_columns"] = ((self.outliers,), (column_dtype(in_features),), True)
             table["outlier_values"] = ((self.outliers,), (torch.float16,), True)
+        if self.image_rank is not None:
+            table |= dict.fromkeys(("image_router", "image_inverse"), ((in_features,), (torch.float16,), True))
+        if self.image_rank:
+            table["image_down"] = ((self.image_rank, in_features), (torch.float16,), True)
+            table["image_up"] = ((out_features, self.image_rank), (torch.float16,), True)
         return table
 
     def build(self, tensors: dict[str, Tensor], in_features: int) -> tuple[TorchParts, str | None]:

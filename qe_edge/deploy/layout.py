@@ -1,4 +1,4 @@
-"""Where a deployment's outputs lie, whose folder it is, and who may write to it; imports nothing heavy."""
+"""Paths of a deployment's outputs, and the checks and locks of its folder; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_TARGETS = ("cpu",)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a deployment's outputs lie.
+    """Paths of a deployment's outputs.
 
     Attributes:
         root: The folder that holds everything.
@@ -57,11 +57,11 @@ class Layout:
 
     @property
     def ledger(self) -> Path:
-        """What each stage was made from."""
+        """The record of finished stages."""
         return self.root / LEDGER
 
     def made_later(self) -> list[Path]:
-        """Folders of what is made from a checkpoint, for whatever target."""
+        """Folders that are made from a checkpoint: the graphs, and the engines of every target."""
         engines = sorted(self.engines.iterdir()) if self.engines.is_dir() and not self.engines.is_symlink() else []
         return [self.onnx, *(path for path in engines if path.is_dir())]
 
@@ -72,6 +72,11 @@ def hold_deployment(out: Path) -> Iterator[None]:
 
     Raises:
         ResourceError: If one does; it is raised at once.
+
+    Example:
+        >>> with hold_deployment(Path("out")):
+        ...     print(sorted(path.name for path in Path("out").iterdir()))
+        ['.checkpoint.lock', '.deploy.json.lock']
     """
     layout = Layout(out)
     with hold(layout.ledger, out), hold(layout.checkpoint):
@@ -79,10 +84,19 @@ def hold_deployment(out: Path) -> Iterator[None]:
 
 
 def check_deployment_folder(out: Path) -> None:
-    """Refuse a folder that holds something, and no deployment.
+    """Refuse a folder that holds files and no deployment.
 
     Raises:
         InputError: If it does.
+
+    Example:
+        >>> check_deployment_folder(Path("no-such-folder"))
+        >>> Path("photos").mkdir()
+        >>> _ = Path("photos/cat.jpg").write_bytes(b"")
+        >>> check_deployment_folder(Path("photos"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: 'photos' holds files that 'deploy' did not write. Choose another folder.
     """
     found = [path.name for path in out.iterdir() if not is_passing(path.name)] if out.is_dir() else []
     if found and not is_deployment(out):
@@ -90,7 +104,14 @@ def check_deployment_folder(out: Path) -> None:
 
 
 def is_deployment(folder: Path) -> bool:
-    """Whether a folder was written by `deploy`, be it complete or not."""
+    """Whether `deploy` wrote a folder, complete or not.
+
+    Example:
+        >>> Path("deployed").mkdir()
+        >>> _ = Path("deployed/deploy.json").write_text("{}")
+        >>> is_deployment(Path("deployed")), is_deployment(Path("elsewhere"))
+        (True, False)
+    """
     layout = Layout(folder)
     signs = (layout.ledger, work_folder(layout.checkpoint) / "run.json", layout.checkpoint / "recipe.json")
     return any(sign.is_file() for sign in signs)

@@ -1,4 +1,4 @@
-"""`deploy.json`: what every finished stage of a deployment was made from, and each of its files with size and hash."""
+"""`deploy.json`: the finished stages of a deployment, with a hash of their inputs and size and hash of their files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Finished:
     """A finished stage.
 
     Attributes:
-        key: Hash of what it was made from.
+        key: Hash of its inputs.
         files: Its files, by their names relative to the deployment's folder.
     """
 
@@ -29,7 +29,7 @@ class Finished:
 
     @property
     def content(self) -> str:
-        """Hash of what it made."""
+        """Hash of its outputs."""
         return hash_parts({name: digest.as_json() for name, digest in self.files.items()})
 
 
@@ -39,7 +39,7 @@ class Ledger:
 
     Attributes:
         path: Its file, in the deployment's folder.
-        run: What the checkpoint was made from; empty before it is finished.
+        run: Record of the checkpoint's inputs; empty before the checkpoint is finished.
         stages: Finished stages by name.
     """
 
@@ -49,11 +49,11 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path, *, resume: bool) -> Ledger:
-        """The ledger of a folder; an empty one if there is none, or it is of an earlier version.
+        """The ledger of a folder; an empty one if there is none, or an earlier version wrote it.
 
         Args:
             path: The file.
-            resume: Whether its stages are to be kept. A damaged ledger is an error then, and counts as none otherwise.
+            resume: Whether to keep its stages. Then a damaged ledger is an error; otherwise it counts as none.
 
         Raises:
             ArtifactError: If it cannot be read.
@@ -73,7 +73,7 @@ class Ledger:
         return cls(path, run, found)
 
     def refuse_changes(self, now: Record) -> None:
-        """Refuse to continue what was made from another model, recipe or calibration data.
+        """Refuse to continue a deployment of another model, recipe or calibration data.
 
         Raises:
             ArtifactError: Naming all that differs.
@@ -93,7 +93,7 @@ class Ledger:
         return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
     def problem(self, stage: str, key: str, outputs: Iterable[Path]) -> str | None:
-        """Why a stage has to be done: "" if it never was, or from something else; None if it is complete."""
+        """Why a stage has to be done: "" if it never was, or its inputs differ; None if it is complete."""
         found = self.stages.get(stage)
         if found is None or found.key != key:
             return ""
@@ -107,7 +107,7 @@ class Ledger:
         return None
 
     def finish(self, stage: str, key: str, outputs: Iterable[Path]) -> None:
-        """Note that a stage is complete, with what it wrote."""
+        """Note that a stage is complete, with its files."""
         files: dict[str, FileDigest] = {}
         for output in outputs:
             name = output.relative_to(self.path.parent).as_posix()
@@ -117,7 +117,7 @@ class Ledger:
         self.write()
 
     def forget(self, stages: Iterable[str]) -> None:
-        """Take stages out whose output is removed."""
+        """Take out stages whose output is removed."""
         for stage in list(stages):
             self.stages.pop(stage, None)
         self.write()

@@ -1,4 +1,4 @@
-"""A deployment with every choice made, and everything refused that can be refused before the long work."""
+"""A deployment with every choice made and every check done that needs no long work."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from qe_edge.runtime.plugin_library import digest
 
 @dataclass(frozen=True)
 class Order:
-    """What a deployment makes; its stages take it as it is, and resolve nothing again.
+    """The choices of a deployment. Its stages take them as they are, and resolve nothing again.
 
     Attributes:
         model: "demo", a folder or a hub id, as the user named it.
-        source: Folder or hub id behind that.
+        source: Folder or hub id behind that name.
         job: The quantization.
         targets: Names of the targets to build for.
-        runnable: Those of them whose engines run on this machine.
+        runnable: Names of the targets whose engines run on this machine.
         plugins: The plugin library of every target that is built with it.
         limits: Largest sizes of GPU engines; None keeps the defaults.
         evaluation: Source of held-out questions with answers.
-        questions: Hash of them.
-        limit: How many of them are asked; None for all.
+        questions: Hash of the questions.
+        limit: Number of questions to ask; None for all.
     """
 
     model: str
@@ -52,7 +52,7 @@ class Order:
 
     @cached_property
     def plan(self) -> Plan:
-        """What quantizing will need; it is made once.
+        """The plan of the quantization; it is made once.
 
         Raises:
             ModelError: If the model cannot be exported.
@@ -61,11 +61,11 @@ class Order:
         return make_plan(self.source, self.job.recipe, self.job.samples)
 
     def limits_of(self, target: str) -> EngineLimits | None:
-        """The limits of a target's engines; those of ONNX Runtime have none."""
+        """The limits of a target's engines; None for ONNX Runtime, whose engines have no limits."""
         return self.limits if has_limits(target) else None
 
     def build_key(self, target: str) -> list[object]:
-        """What a target's engines are made from besides the graphs: the library's hash, and limits that were given."""
+        """Inputs of a target's engines besides the graphs: the library's hash, and limits that were given."""
         limits, library = self.limits_of(target), self.plugins.get(target)
         given = {} if limits is None else {name: size for name, size in asdict(limits).items() if size is not None}
         return [target, *([] if library is None else [digest(library)]), *([given] if given else [])]
@@ -93,10 +93,23 @@ def make_order(
         limit: Use only the first questions.
 
     Raises:
-        RecipeError: If no graph can hold what the method makes.
+        RecipeError: If no graph can hold the method's result.
         InputError: If no target takes the plugin, or the model cannot have such limits.
-        TargetError: If a target cannot be built here, or the plugin library does not serve or refuses a layer.
-        QEError: As models, samples and questions raise.
+        TargetError: If a target cannot be built here, or the plugin library does not work or refuses a layer.
+        QEError: Errors of models, samples and questions.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> recipe = make_recipe(method="qe", scheme="w4a8", calibration={"samples": 2})
+        >>> order = make_order("demo", recipe, ["cpu"], limit=10)
+        >>> order.runnable, len(order.plan.layers)
+        (('cpu',), 28)
+        >>> make_order("demo", make_recipe(method="quip"), ["cpu"])
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.RecipeError: The result of the method 'quip' cannot be exported: its changes of
+        basis at every layer's input and output have no place in the operator. Quantize with 'qe-edge quantize',
+        and load the checkpoint with qe_edge.load_quantized in PyTorch.
     """
     recipe.check_exportable()
     runnable = check_targets(targets)

@@ -1,7 +1,7 @@
 """From a model to engines and a report in one call; every stage's output is a folder that the next one reads.
 
-`OUT/checkpoint`, `OUT/onnx`, `OUT/engines/<target>`, `OUT/report.json` and `OUT/report.html`; `OUT/deploy.json` says
-what each of them was made from, so that a stopped deployment can be continued.
+The outputs are `OUT/checkpoint`, `OUT/onnx`, `OUT/engines/<target>`, `OUT/report.json` and `OUT/report.html`.
+`OUT/deploy.json` records the inputs of each, so that a stopped deployment can be continued.
 """
 
 from __future__ import annotations
@@ -57,20 +57,25 @@ def deploy(  # noqa: PLR0913 - the choices of every stage
 
     Args:
         model: "demo", a folder or a hub id.
-        out: Folder for everything; what an earlier deployment left there is replaced, or kept with `resume`.
+        out: Folder for everything. The files of an earlier deployment there are replaced, or kept with `resume`.
         recipe: How to quantize.
         targets: Names of the targets to build for; the first that runs here is validated.
         plugin_library: Build TensorRT targets with this plugin library; None builds all without the plugin.
         limits: Largest sizes that engines of TensorRT take; None keeps the defaults.
         evaluation: Source of held-out questions with answers.
         limit: Use only the first questions.
-        resume: Skip stages whose output is complete, as it was written, and made from the same.
-        device: Where to quantize, as of `qe_edge.quantize`.
+        resume: Skip stages whose output is complete and unchanged, and whose inputs are the same.
+        device: Device that quantizes, as in `qe_edge.quantize`.
         progress: Where to report progress.
         announce: Receives one line when a stage begins or is skipped.
 
     Raises:
         QEError: As `make_order` and `run_order` raise.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe  # doctest: +SKIP
+        >>> recipe = make_recipe(method="qe", scheme="w4a8")  # doctest: +SKIP
+        >>> report = deploy("demo", Path("out/demo"), recipe, ["cpu"], limit=20)  # doctest: +SKIP
     """
     check_deployment_folder(out)  # before samples are opened
     order = make_order(
@@ -95,12 +100,18 @@ def run_order(
     progress: Progress | None = None,
     announce: Announce = _silent,
 ) -> Report:
-    """Do the stages of an order that are not complete; the caller is inside `hold_deployment`.
+    """Do the stages of an order that are not complete. The caller is inside `hold_deployment`.
 
     Raises:
         InputError: If `out` holds other files, also in what is to be replaced; raised before any work.
         ArtifactError: If with `resume` the model, the recipe, the calibration data or the version is another one.
         QEError: As the stages raise.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe  # doctest: +SKIP
+        >>> order = make_order("demo", make_recipe(method="qe", scheme="w4a8"), ["cpu"], limit=20)  # doctest: +SKIP
+        >>> with hold_deployment(Path("out/demo")):  # doctest: +SKIP
+        ...     report = run_order(order, Path("out/demo"), announce=print)
     """
     check_deployment_folder(out)
     ledger = Ledger.read(Layout(out).ledger, resume=resume)

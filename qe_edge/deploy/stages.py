@@ -1,4 +1,4 @@
-"""The stages of a deployment: which are complete, which have to be done, and whose files may be replaced for it."""
+"""Runs the stages of a deployment that are not complete, and replaces no files of others."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Stage:
 
     Attributes:
         name: Its name in the ledger.
-        outputs: What it writes, the first of which stands for it in messages.
+        outputs: Its files and folders; the first one stands for it in messages.
         made_from: Hash of its own choices.
-        after: Stages from whose output it is made.
-        work: Does it.
+        after: Stages whose outputs it reads.
+        work: The function that does it.
     """
 
     name: str
@@ -43,18 +43,30 @@ def run_stages(
     resume: bool,
     announce: Callable[[str], None],
 ) -> None:
-    """Do what is not complete.
+    """Do the stages that are not complete.
 
     Args:
         stages: All stages, the checkpoint's first.
         ledger: What is finished.
         made_later: Lists the folders that were made from a checkpoint, also for targets that are no stage now.
-        resume: Whether what is complete is kept.
+        resume: Whether complete stages are kept.
         announce: Receives one line for every stage.
 
     Raises:
-        InputError: If something that is to be replaced holds files of others; raised before the first stage.
-        QEError: As the stages raise.
+        InputError: If an output that would be replaced holds files of others; raised before the first stage.
+        QEError: Errors of the stages.
+
+    Example:
+        >>> Path("out").mkdir()
+        >>> def write() -> None:
+        ...     Path("out/onnx").mkdir()
+        ...     _ = Path("out/onnx/language.onnx").write_bytes(b"")
+        >>> stage = Stage("onnx", (Path("out/onnx"),), made_from="choices", after=(), work=write)
+        >>> run_stages([stage], Ledger(Path("out/deploy.json")), list, resume=False, announce=print)
+        out/onnx
+        >>> ledger = Ledger.read(Path("out/deploy.json"), resume=True)
+        >>> run_stages([stage], ledger, list, resume=True, announce=print)
+        out/onnx: complete already
     """
     reasons: dict[str, str | None] = {}
     for stage in stages:
@@ -85,13 +97,13 @@ def run_stages(
 
 
 def _key(stage: Stage, ledger: Ledger) -> str:
-    """Hash of what a stage is made from: its own choices, and the choices and files of the stages before it."""
+    """Hash of a stage's inputs: its own choices, and the choices and files of the stages before it."""
     before = [ledger.stages[name] for name in stage.after if name in ledger.stages]
     return hash_parts(stage.made_from, [[one.key, one.content] for one in before])
 
 
 def _refuse_others(touched: Sequence[Stage], ledger: Ledger, made_later: Sequence[Path]) -> None:
-    """Refuse files of others in what is going to be replaced.
+    """Refuse to replace files of others.
 
     Raises:
         InputError: Naming one of them.
@@ -113,7 +125,7 @@ def _refuse_others(touched: Sequence[Stage], ledger: Ledger, made_later: Sequenc
 
 
 def _refuse_other_file(file: Path, ledger: Ledger) -> None:
-    """Refuse a file where a report is to be written that is no report of ours."""
+    """Refuse to replace a file with a report, unless the file is a report of ours."""
     if not file.exists() or any(file.name in stage.files for stage in ledger.stages.values()):
         return
     try:
@@ -135,7 +147,7 @@ def _is_ours(folder: Path, ledger: Ledger) -> bool:
 
 
 def _clear_after_checkpoint(stages: Sequence[Stage], ledger: Ledger, made_later: Sequence[Path]) -> None:
-    """Remove what was made from an earlier checkpoint, and nothing else."""
+    """Remove the outputs of an earlier checkpoint, and nothing else."""
     for folder in made_later:
         if _is_ours(folder, ledger):
             remove_ours(folder, ledger.listed(folder))

@@ -1,10 +1,11 @@
-"""Parts of a quantized layer that PyTorch runs and the operator lacks: bases, codebooks, finer channels, outliers.
+"""Parts of a quantized layer that PyTorch runs and the operator lacks: bases, codebooks, outliers, modalities, ...
 
 With `x' = x * inv_omega`, `V` and `U` orthogonal, `P` an order of the inputs, `S` sparse and `F` codes of 8 bits:
 
 `y = U^T (W_q Q_a((V P x')_kept) + F Q_8((P x')_fine)) + S x + low-rank correction + b`
 
-A layer has any of them. Everything is stored, so nothing is drawn again when a checkpoint is loaded.
+Tokens that are recognised as a picture's may have `x * image_inverse` in place of `x'`, and a low-rank correction of
+their own. A layer has any of these parts. Everything is stored, so nothing is drawn again when a checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class TorchParts:
         outlier_starts: `[out + 1]` int32, where the outliers of every output begin and end.
         outlier_columns: `[n]` int16 or int32, their input channels.
         outlier_values: `[n]` float16, what is added to the decoded weight; they multiply the unquantized input.
+        image_router: `[in]` float16; a token with `image_router |x| > 0` is an image token.
+        image_inverse: `[in]` float16, the factor on an image token's input, where other tokens have `inv_omega`.
+        image_down: `[r, in]` float16, of the low-rank correction of image tokens; it reads the unquantized input.
+        image_up: `[out, r]` float16.
 
     Example:
         >>> mask = torch.tensor([[False, True], [False, False]])
@@ -64,6 +69,10 @@ class TorchParts:
     outlier_starts: Tensor | None = None
     outlier_columns: Tensor | None = None
     outlier_values: Tensor | None = None
+    image_router: Tensor | None = None
+    image_inverse: Tensor | None = None
+    image_down: Tensor | None = None
+    image_up: Tensor | None = None
 
     @property
     def fine(self) -> int:
@@ -79,6 +88,9 @@ class TorchParts:
             weight: `[out, in - k]` float32, decoded.
             bits: Width of the activation grid, 0 for none.
         """
+        image = self._image(tokens)
+        if image is not None and self.image_inverse is not None:
+            main = torch.where(image, tokens * self.image_inverse.float(), main)
         if self.order is not None:
             main = main[..., self.order.long()]
         basis = self.basis("in")
@@ -91,7 +103,16 @@ class TorchParts:
         basis = self.basis("out")
         y = y if basis is None else basis.back(y)
         outliers = self.outliers(len(weight), tokens.shape[-1])
-        return y if outliers is None else y + tokens @ outliers.T
+        y = y if outliers is None else y + tokens @ outliers.T
+        if image is None or self.image_down is None or self.image_up is None:
+            return y
+        return torch.where(image, y + tokens @ self.image_down.float().T @ self.image_up.float().T, y)
+
+    def _image(self, tokens: Tensor) -> Tensor | None:
+        """Which of the tokens `[..., in]` are images', `[..., 1]` bool; None where all tokens are alike."""
+        if self.image_router is None:
+            return None
+        return (tokens.abs() @ self.image_router.float()).unsqueeze(-1) > 0
 
     def basis(self, side: str) -> Rotation | None:
         """The change of basis of the inputs ("in") or the outputs ("out"), or None."""
@@ -125,6 +146,8 @@ class TorchParts:
             cut = replace(cut, outlier_starts=starts - starts[0], outlier_columns=columns, outlier_values=values)
             if not len(values):
                 cut = replace(cut, outlier_starts=None, outlier_columns=None, outlier_values=None)
+        if self.image_up is not None:
+            cut = replace(cut, image_up=self.image_up[start:stop].clone())
         return cut
 
 

@@ -18,6 +18,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
     {
         "rtn": "qe_edge.methods.rtn:RoundToNearest",
         "smoothquant": "qe_edge.methods.smoothquant:SmoothQuant",
+        "masquant": "qe_edge.methods.masquant:MASQuant",
         "awq": "qe_edge.methods.awq:AWQ",
         "mbq": "qe_edge.methods.mbq:MBQ",
         "gptq": "qe_edge.methods.gptq:GPTQ",

@@ -1,17 +1,25 @@
-"""OmniQuant's learned weight clipping (ICLR 2024): the range of every scale is trained, codes follow by rounding.
+"""OmniQuant (ICLR 2024): the range of every weight scale is trained, and channel scales too if asked for.
 
-`s = (g max W - b min W) / (2^bits - 1)` with `g, b = sigmoid(theta)`, theta starting at 4. Symmetric grids have one
-such share, of the largest magnitude. Adam moves theta, and gradients pass the rounding.
+Learned weight clipping: `s = (g max W - b min W) / (2^bits - 1)` with `g, b = sigmoid(theta)`, theta starting at 4.
+Symmetric grids have one such share, of the largest magnitude. Adam moves theta, and gradients pass the rounding.
 
 Same as the original: parametrisation, start, optimizer. Different: the objective is the output error of the linear
 under the input's Gram matrix, and so on all calibration tokens at every step; the original takes the block's output on
 one sample at a time. So there are fewer and larger steps. Every output channel keeps its best ranges, or plain rounding
-if that is no worse. The learned equivalent transformation (channel scales and shifts) is not built: SmoothQuant, AWQ
-and MBQ are the methods with scales here.
+if that is no worse.
+
+Learned equivalent transformation (`transform`): one scale per input channel, which begins as SmoothQuant's and is
+trained by Adam on the square error of sampled outputs, through both quantizers. Clipping follows on the scaled weight;
+the original trains both at once. The original's shifts of channels are not built: the operator adds nothing to its
+input. Its scale between queries and keys changes nothing that this operator rounds.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,7 +27,10 @@ from torch import Tensor
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import Method, MethodOptions
-from qe_edge.numerics.grids import quantize_weight
+from qe_edge.methods.smoothquant import smoothing_scale
+from qe_edge.numerics.grids import QuantizedWeight, quantize_weight
+from qe_edge.numerics.schemes import Scheme
+from qe_edge.reconstruction.learned_scales import ScaleLearning, learn_inverse
 from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.ranges import Ranges, row_losses
 
@@ -33,14 +44,22 @@ class OmniQuantOptions(MethodOptions):
     Attributes:
         steps: Steps of the optimizer.
         rate: Its learning rate; the original takes 0.01 or less and twenty passes over the data.
+        transform: Learn channel scales too. Layers that read the same input share one.
+        scale_steps: Steps by which they are learned.
+        scale_rate: Their learning rate.
+        tokens: Size of the token sample that they are learned on.
     """
 
     steps: int = Field(100, ge=1, le=10_000)
     rate: float = Field(0.05, gt=0, le=1)
+    transform: bool = False
+    scale_steps: int = Field(64, ge=0, le=10_000)
+    scale_rate: float = Field(0.01, gt=0, le=1)
+    tokens: int = Field(2048, ge=1, le=1 << 20)
 
 
 class OmniQuant(Method[OmniQuantOptions]):
-    """Learned clipping of the weights, layer by layer.
+    """Learned clipping of the weights, layer by layer; the preset "paper" learns channel scales too.
 
     Example:
         >>> import qe_edge, torch
@@ -53,26 +72,54 @@ class OmniQuant(Method[OmniQuantOptions]):
         True
     """
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "paper": {"transform": True}}
+
+    @property
+    def stack_siblings(self) -> bool:
+        """One channel scale for all consumers of an input."""
+        return self.options.transform
+
     @property
     def needs(self) -> StatisticsRequest | None:
-        """The Gram matrix."""
-        return StatisticsRequest(gram=True, tokens=0)
+        """The Gram matrix, and a token sample for channel scales."""
+        return StatisticsRequest(gram=True, tokens=self.options.tokens if self.options.transform else 0)
+
+    def empty(self, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
+        """A layer with a channel scale, if one is learned."""
+        plain = super().empty(out_features, in_features, scheme)
+        scale = torch.empty(in_features, dtype=torch.float16, device="meta") if self.options.transform else None
+        return replace(plain, inv_omega=scale)
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
-        """Learn the ranges, then round."""
-        gram = torch.from_numpy(problem.gram()).float()
-        ranges = Ranges.of(problem.weight, problem.scheme.weight)
+        """Learn the scale, then the ranges, then round."""
+        gram = torch.from_numpy(problem.gram())
+        if not self.options.transform:
+            return QuantizedLinear(self._clipped(problem, problem.weight, gram), problem.scheme.activation_bits)
+        inverse = self._transformation(problem)
+        scaled = gram * torch.outer(inverse.double(), inverse.double())
+        codes = self._clipped(problem, problem.weight / inverse.float(), scaled)
+        return QuantizedLinear(codes, problem.scheme.activation_bits, inverse)
+
+    def _transformation(self, problem: LinearProblem) -> Tensor:
+        """The factor `[in]` float16 on the input, all ones where no scale helps."""
+        measured, options = problem.measured(), self.options
+        largest = problem.weight.abs().amax(0).double().numpy()
+        starts = [np.ones(len(largest)), smoothing_scale(measured.abs_max, largest, 0.5)]
+        learning = ScaleLearning(options.scale_steps, options.scale_rate, power=2, seed=problem.seed)
+        return learn_inverse(problem.weight, torch.from_numpy(measured.tokens), problem.scheme, starts, learning)
+
+    def _clipped(self, problem: LinearProblem, weight: Tensor, moments: Tensor) -> QuantizedWeight:
+        """The codes of a weight inside learned ranges, for inputs with these second moments `[in, in]`."""
+        gram = moments.float()
+        ranges = Ranges.of(weight, problem.scheme.weight)
         shares = learn_shares(ranges, gram / gram.diagonal().mean().clamp_min(1e-30), self.options)
         clipped = ranges.clipped(shares)
-        plain = quantize_weight(problem.weight, problem.scheme.weight)
+        plain = quantize_weight(weight, problem.scheme.weight)
         learned = quantize_weight(clipped, problem.scheme.weight)
-        losses = [row_losses(codes.decode() - problem.weight, gram) for codes in (plain, learned)]
+        losses = [row_losses(codes.decode() - weight, gram) for codes in (plain, learned)]
         better = (losses[1] < losses[0]).unsqueeze(1)
         # a row's ranges depend on that row alone, so rows can be mixed
-        return QuantizedLinear(
-            quantize_weight(torch.where(better, clipped, problem.weight), problem.scheme.weight),
-            problem.scheme.activation_bits,
-        )
+        return quantize_weight(torch.where(better, clipped, weight), problem.scheme.weight)
 
 
 def learn_shares(ranges: Ranges, gram: Tensor, options: OmniQuantOptions) -> Tensor:

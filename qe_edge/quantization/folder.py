@@ -38,6 +38,14 @@ def quantize_to_folder(
         InputError: If `output` holds files that QE-Edge did not write.
         ResourceError: If another process writes there, or the disk is full.
         QEError: As `qe_edge.quantize`.
+
+    Example:
+        >>> from qe_edge.quantization.job import make_job
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> job = make_job("demo", make_recipe(method="rtn", scheme="w4a8", calibration={"samples": 1}))
+        >>> quantize_to_folder(job, Path("checkpoint"), device="cpu")
+        >>> Path("checkpoint/model.safetensors").is_file(), Path("checkpoint.work").exists()
+        (True, False)
     """
     work = work_folder(output)
     with nullcontext() if locked else hold(output):

@@ -1,4 +1,4 @@
-"""The language model's head on a grid of its own: most of what a small model reads for a token."""
+"""The language model's head on a grid of its own. In a small model it is most of the bytes that a token reads."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
 
     Raises:
         RecipeError: If there is none, or no norm before it.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> name, head = head_of(load_model("demo").model)
+        >>> name, head.in_features
+        ('lm_head', 256)
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or last_norm(model) is None:
@@ -40,7 +46,7 @@ def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
 
 
 def quantize_head(loaded: LoadedModel, grid: WeightGrid, hidden: Sequence[Tensor], valid: Sequence[np.ndarray]) -> None:
-    """Replace the head by one of integer codes, in place; an embedding that was the same matrix stays as it is.
+    """Replace the head by a head with integer codes, in place. An embedding that was the same matrix stays as it is.
 
     GPTQ rounds it on the hidden states of the calibration samples. Its input is not rounded, whatever the scheme of the
     other layers.
@@ -48,11 +54,19 @@ def quantize_head(loaded: LoadedModel, grid: WeightGrid, hidden: Sequence[Tensor
     Args:
         loaded: The model; its head is in memory.
         grid: Grid of the weight.
-        hidden: What the last decoder layer puts out, `[batch, sequence, hidden]` of every batch of samples.
-        valid: 0 on padding, `[batch, sequence]` of each.
+        hidden: Output of the last decoder layer for every batch of samples, `[batch, sequence, hidden]`.
+        valid: Mask of every batch, `[batch, sequence]`, 0 on padding.
 
     Raises:
         RecipeError: If the model has no head.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> hidden, valid = [torch.randn(2, 50, 256)], [np.ones((2, 50))]  # of calibration samples
+        >>> quantize_head(loaded, WeightGrid(4, group_size=32), hidden, valid)
+        >>> loaded.model.lm_head.weight_bits
+        4
     """
     name, head = head_of(loaded.model)
     hessian = Hessian(_gram(loaded.model, hidden, valid))

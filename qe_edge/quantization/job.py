@@ -1,4 +1,4 @@
-"""What is to be quantized, resolved once: model, recipe, calibration samples, and what the result depends on."""
+"""A quantization with every choice resolved once: model, recipe and calibration samples."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ class Job:
         model: "demo", a folder, a hub id, or a model in memory.
         recipe: The resolved recipe: all options written out, and the hash of the calibration data.
         samples: The calibration samples, at least one.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> job = make_job("demo", make_recipe(method="rtn", calibration={"samples": 2}))
+        >>> len(job.samples), job.recipe.calibration.source, len(job.recipe.calibration.sha256)
+        (2, 'demo', 64)
     """
 
     model: str | LoadedModel
@@ -42,7 +48,7 @@ class Job:
         return model_parts(self.model)
 
     def record(self, environment: Mapping[str, object] | None = None) -> Record:
-        """What the result depends on; with an environment, to the last bit.
+        """All inputs of the result; with an environment, the result depends on them to the last bit.
 
         Raises:
             ModelError: If there is no such model.
@@ -55,11 +61,17 @@ def make_job(model: str | LoadedModel, recipe: Recipe, calibration: str | Sequen
 
     Args:
         model: "demo", a folder, a hub id, or a model in memory.
-        recipe: What to do.
+        recipe: The recipe.
         calibration: Name of a source, or the samples themselves; None takes the recipe's source.
 
     Raises:
         CalibrationError: If there is no sample, or one cannot be used.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> job = make_job("demo", make_recipe(method="gptq"), calibration=[Sample(None, "Is it red?", "no")])
+        >>> job.recipe.calibration.source, job.recipe.options
+        ('samples passed from Python', {'damping': 0.01})
     """
     drawn = recipe.calibration
     if calibration is None or isinstance(calibration, str):
@@ -74,6 +86,13 @@ def make_job(model: str | LoadedModel, recipe: Recipe, calibration: str | Sequen
 
 
 def encoded_batches(loaded: LoadedModel, samples: Sequence[Sample]) -> list[Encoded]:
-    """Samples with their answers, `BATCH` at a time."""
+    """Samples with their answers, `BATCH` at a time.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> batches = encoded_batches(load_model("demo"), load_samples("demo", 10))
+        >>> [len(batch.input_ids) for batch in batches]
+        [8, 2]
+    """
     starts = range(0, len(samples), BATCH)
     return [loaded.family.encode(loaded.processor, samples[start : start + BATCH], answers=True) for start in starts]

@@ -1,4 +1,4 @@
-"""What is measured on the original model before its first layer is quantized: gradients, and what layers offer."""
+"""Measures the original model before its first layer is quantized: gradients, and the candidates of every layer."""
 
 from __future__ import annotations
 
@@ -42,19 +42,32 @@ def measure(
     folder: WorkFolder | None,
     progress: Progress,
 ) -> Measured:
-    """Measure what the method and the budget need, and spend the budget.
+    """Measure the statistics that the method and the budget need, and spend the budget.
 
     Args:
         walk: The model's blocks with their calibration inputs.
         recipe: The resolved recipe.
         method: Its method.
         rotation: Bits that a rotation puts beside the layers.
-        folder: Where what is measured is kept, so that a stopped run can be resumed; None keeps nothing.
+        folder: Folder that keeps the measurements, so that a stopped run can be resumed; None keeps nothing.
         progress: Where to report progress.
 
     Raises:
         RecipeError: If the budget cannot be met.
         QEError: As calibration raises.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> from qe_edge.quantization.job import encoded_batches, make_job
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> from qe_edge.system.device import CPU
+        >>> from qe_edge.system.progress import Silent
+        >>> loaded, recipe = load_model("demo"), make_recipe(method="gptq")
+        >>> batches = encoded_batches(loaded, make_job("demo", recipe).samples[:1])
+        >>> walk = BlockWalk(loaded, recipe.modules, batches, CPU)
+        >>> measured = measure(walk, recipe, recipe.build_method(), BitCount(), None, Silent())
+        >>> measured.choices, measured.gradients  # gptq has no budget and needs no gradients
+        ({}, {})
     """
     left = _affordable(walk, recipe, rotation) if recipe.budget else None
     blocks = [block for chain in walk.chains for block in chain if block.group == "language"]
@@ -73,7 +86,7 @@ def measure(
 
 
 def _affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
-    """What layers may take of the budget; one that cannot be met is refused, before anything is measured."""
+    """The budget that is left for the layers. A budget that cannot be met is refused before anything is measured."""
     scheme = recipe.get_scheme()
     cheapest = scheme.with_grid(scheme.budget_grids()[0])
     least = add_counts(
@@ -104,7 +117,7 @@ def _gradients(
 
 
 def _offers(walk: BlockWalk, problems: Problems, folder: WorkFolder | None, progress: Progress) -> dict[str, Offer]:
-    """What every layer offers, measured on the original model."""
+    """The candidates of every layer, measured on the original model."""
     gradients = problems.measured.gradients
 
     def look(member: Member, problem: LinearProblem) -> tuple[str, Offer]:
@@ -129,7 +142,7 @@ def _offers(walk: BlockWalk, problems: Problems, folder: WorkFolder | None, prog
 
 
 def _sensitivity(gradients: Mapping[str, Sensitivity], member: Member) -> float:
-    """What makes a problem's losses comparable with those of other layers."""
+    """The factor that makes a problem's losses comparable with the losses of other layers."""
     found = [gradients[member.group.names[number]].energy for number in member.numbers]
     return float(np.average(found, weights=member.outputs))
 

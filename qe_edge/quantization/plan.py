@@ -1,6 +1,6 @@
-"""What a quantization would do and need, from the model's configuration alone: no weight is read, nothing is written.
+"""Plans a quantization from the model's configuration alone: no weight is read, and nothing is written.
 
-Layers are built on PyTorch's meta device, which has shapes and no data, and counted by the same code as real ones.
+Layers are built on PyTorch's meta device, which has shapes and no data, and counted by the same code as real layers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from qe_edge.export.plugin_check import LayerForm
 
-LARGEST_BITS = 8.0  # stored per weight where a budget limits only what is read
-LIBRARIES = 480 * 2**20  # what Python, torch and transformers take with the smallest model
+LARGEST_BITS = 8.0  # stored per weight where a budget limits only the read bits
+LIBRARIES = 480 * 2**20  # bytes that Python, torch and transformers take with the smallest model
 MASK_BYTES = 5  # of an attention mask per pair of tokens: kept as one byte, and as a float while a block computes
 SMALLEST_PATCH = 14  # pixels per side, of vision encoders without text
 
@@ -68,11 +68,11 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a quantization would do and need.
+    """Layers, bits, disk space and memory of a quantization.
 
     Attributes:
         layers: Every layer that would be quantized, in module order.
-        total: Their bits together, and those of a matrix that a rotation puts beside them.
+        total: Bits of all layers, and of a matrix that a rotation puts beside them.
         checkpoint_bytes: Size of the checkpoint.
         disk_bytes: Checkpoint and the finished blocks that are kept beside it until the end.
         memory_bytes: Peak memory, roughly.
@@ -90,12 +90,20 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
 
     Args:
         source: Model folder or hub id.
-        recipe: What would be done.
-        samples: The calibration samples; a few are encoded to see how many tokens they make.
+        recipe: The recipe.
+        samples: The calibration samples; a few are encoded to count their tokens.
 
     Raises:
-        ModelError: If the model is none that QE-Edge knows, or cannot be exported.
+        ModelError: If QE-Edge does not know the model, or it cannot be exported.
         RecipeError: If the model lacks one of the recipe's modules.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_samples
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> plan = make_plan(str(model_path()), make_recipe(method="qe"), load_samples("demo", 2))
+        >>> len(plan.layers), plan.layers[0].name, 4 < plan.total.stored_bits < 8
+        (28, 'model.language_model.layers.0.self_attn.q_proj', True)
     """
     family = load_family(source)
     check_exportable(family.config)
@@ -130,11 +138,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     ]
     mixing = 8 * _itemsize(family) * _mixing(model, recipe)
     total = add_counts((*counts.values(), BitCount(scales=mixing, read=mixing)))
-    stored = round(total.stored_bits * total.weights / 8)
-    if recipe.budget:
-        check_affordable(recipe.budget, total.weights, 8 * stored, total.read)
-        largest = recipe.budget.bits or LARGEST_BITS
-        stored = round(largest * total.weights / 8)
+    stored = _stored_bytes(total, recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     own = parameters - total.weights + (_shared_head(model) if recipe.head_grid else 0)  # an embedding stays
     checkpoint = stored + own * _itemsize(family)
@@ -143,7 +147,17 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
 
 
 def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, int]]:
-    """Layers that differ only in their block number as one row: name with `*`, an example, how many there are."""
+    """Join layers that differ only in their block number to one row: name with `*`, an example, and their number.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_samples
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> plan = make_plan(str(model_path()), make_recipe(method="rtn"), load_samples("demo", 2))
+        >>> name, example, count = collapse(plan.layers)[0]
+        >>> name, count
+        ('model.language_model.layers.*.self_attn.q_proj', 4)
+    """
     rows: dict[tuple[object, ...], list[PlannedLayer]] = defaultdict(list)
     for layer in layers:
         name = re.sub(r"\.\d+\.", ".*.", layer.name)
@@ -152,10 +166,20 @@ def collapse(layers: Sequence[PlannedLayer]) -> list[tuple[str, PlannedLayer, in
 
 
 def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
-    """The layers of a plan as the plugin would get them.
+    """The layers of a plan in the forms that the plugin would run.
 
-    A budget chooses among several grids of a weight, and ranks that the plugin takes. Layers that read the same input
-    may be joined to one, so what only one of them breaks is left to the build.
+    A budget chooses among several grids of a weight, and among ranks that the plugin takes. Layers that read the same
+    input may be joined to one, so the build checks the limits that a single one of them exceeds.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_samples
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> recipe = make_recipe(method="rtn", scheme="w4a8")
+        >>> plan = make_plan(str(model_path()), recipe, load_samples("demo", 2))
+        >>> form = planned_forms(plan, recipe)[0]
+        >>> form.in_features, form.act_bits, form.group_size
+        (256, 8, -1)
     """
     from qe_edge.export.plugin_check import LayerForm
 
@@ -180,10 +204,23 @@ def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
     return forms
 
 
+def _stored_bytes(total: BitCount, recipe: Recipe) -> int:
+    """Bytes of the layers in a checkpoint; with a budget, the most that it allows.
+
+    Raises:
+        RecipeError: If the budget cannot be met.
+    """
+    stored = round(total.stored_bits * total.weights / 8)
+    if not recipe.budget:
+        return stored
+    check_affordable(recipe.budget, total.weights, 8 * stored, total.read)
+    return round((recipe.budget.bits or LARGEST_BITS) * total.weights / 8)
+
+
 def _planned_group(
     group: LinearGroup, method: Method[Any], recipe: Recipe, adapters: dict[str, AdapterSize]
 ) -> dict[str, QELinear]:
-    """The layers of one input as they will be, without data; notes their adapters. Of a budget, the least."""
+    """The layers of one input as they will be, without data; notes their adapters. With a budget, the smallest ones."""
     layers, scheme = {}, recipe.get_scheme()
     if recipe.budget:
         scheme = scheme.with_grid(scheme.budget_grids()[0])

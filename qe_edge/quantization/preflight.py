@@ -1,4 +1,4 @@
-"""What is checked of a model before any long work."""
+"""Checks of a model before any long work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,16 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
     """Refuse modules that a model with these blocks does not have.
 
     Raises:
-        RecipeError: Naming those that it has.
+        RecipeError: Naming the modules that it has.
+
+    Example:
+        >>> blocks = [Block("layers.0", torch.nn.Linear(4, 4), group="language")]
+        >>> check_modules(blocks, ["language"])
+        >>> check_modules(blocks, ["visual"])
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.RecipeError: The model has no visual module. Choose among those that it has:
+        --modules language.
     """
     present = list(dict.fromkeys(block.group for block in blocks))
     missing = sorted(set(modules) - set(present))
@@ -46,6 +55,16 @@ def check_shapes(blocks: Sequence[Block], method: Method[Any]) -> None:
 
     Raises:
         RecipeError: Naming the first layer.
+
+    Example:
+        >>> from qe_edge.methods import METHODS
+        >>> blocks = [Block("layers.0", torch.nn.ModuleDict({"up": torch.nn.Linear(4096, 4)}), group="language")]
+        >>> method = METHODS["obq"](METHODS["obq"].Options())
+        >>> check_shapes(blocks, method)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.RecipeError: 'layers.0.up' [4, 4096] is too large for OBQ, which takes at most 2048
+        inputs and 1048576 weights. Choose method gptq, which rounds all outputs in one order.
     """
     for block in blocks:
         for group in linear_groups(block, ()):
@@ -54,12 +73,20 @@ def check_shapes(blocks: Sequence[Block], method: Method[Any]) -> None:
 
 
 def note_torch_only(recipe: Recipe) -> None:
-    """Say that what a method makes runs in PyTorch alone."""
+    """Say that the result of a method runs in PyTorch alone.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> with warnings.catch_warnings(record=True) as notices:
+        ...     note_torch_only(make_recipe(method="quip"))
+        >>> print(str(notices[0].message).partition(",")[0])
+        The result of the method 'quip' runs in PyTorch alone
+    """
     reason = recipe.build_method().torch_only
     if reason:
         warnings.warn(
             QENotice(
-                f"What the method '{recipe.method}' makes runs in PyTorch alone, and 'qe-edge export' refuses it: "
+                f"The result of the method '{recipe.method}' runs in PyTorch alone, and 'qe-edge export' refuses it: "
                 f"{reason} have no place in the operator."
             ),
             stacklevel=2,
@@ -67,12 +94,20 @@ def note_torch_only(recipe: Recipe) -> None:
 
 
 def note_calibration(loaded: LoadedModel, blocks: Sequence[Block], samples: Sequence[Sample]) -> None:
-    """Say what calibration data cannot show: pictures, to a model that sees; or the same prompts tomorrow.
+    """Give a notice if the calibration data lack pictures for a model that sees, or prompts change with the date.
 
     Args:
         loaded: The model.
         blocks: All its blocks.
         samples: The calibration samples.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> with warnings.catch_warnings(record=True) as notices:
+        ...     note_calibration(loaded, loaded.family.blocks(loaded.model), [Sample(None, "Is it red?", "no")])
+        >>> print(str(notices[0].message).partition(",")[0])
+        No calibration sample has a picture
     """
     if any(block.group == "visual" for block in blocks) and not any(sample.pictures for sample in samples):
         warnings.warn(
@@ -91,11 +126,18 @@ def note_calibration(loaded: LoadedModel, blocks: Sequence[Block], samples: Sequ
 
 
 def note_groups(blocks: Sequence[Block], grids: Iterable[WeightGrid]) -> None:
-    """Say which linear layers get other groups than a grid asks for, because their width is no multiple of them.
+    """Give a notice that names linear layers with other groups than a grid asks for: their width is no multiple.
 
     Args:
         blocks: Blocks whose linear layers are going to be quantized.
         grids: Number grids that their weights may get.
+
+    Example:
+        >>> blocks = [Block("layers.0", torch.nn.ModuleDict({"up": torch.nn.Linear(96, 4)}), group="language")]
+        >>> with warnings.catch_warnings(record=True) as notices:
+        ...     note_groups(blocks, [WeightGrid(4, group_size=64)])
+        >>> print(notices[0].message)
+        Inputs of width 96 are no multiple of groups of 64; layers.*.up get groups of 32.
     """
     widths: dict[int, set[str]] = defaultdict(set)
     for block in blocks:
@@ -128,6 +170,16 @@ def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid
 
     Raises:
         NumericalError: Naming the first tensor.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> loaded.model.lm_head.weight.data[0, 0] = float("nan")
+        >>> check_weights(loaded, loaded.family.blocks(loaded.model), WeightGrid(4))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: The weights 'model.language_model.embed_tokens.weight' hold NaN or
+        infinity. The checkpoint is damaged or diverged in training; get a sound one.
     """
     groups = [group for block in blocks for group in linear_groups(block, ())]
     linears = {f"{name}.weight" for group in groups for name in group.names}

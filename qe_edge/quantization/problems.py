@@ -1,4 +1,4 @@
-"""The linear problems of a run: how layers are stacked, weighed and seeded, and what is measured on their inputs."""
+"""The linear problems of a run: stacked, weighed and seeded layers, with the statistics of their inputs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on the original model before its first layer is quantized.
+    """Measurements of the original model, made before its first layer is quantized.
 
     Attributes:
-        gradients: By layer, for budgets: outputs are weighed by them.
-        modality_ratios: By layer, for methods that ask for gradients.
-        choices: By problem, what a budget gives it.
-        token_energy: By layer, for methods that weigh tokens: squared gradients of every token.
+        gradients: Gradients by layer, for budgets: they weigh outputs.
+        modality_ratios: MBQ's lambda by layer, for methods that ask for gradients.
+        choices: The budget's choice by problem.
+        token_energy: Squared gradients of every token by layer, for methods that weigh tokens.
     """
 
     gradients: Mapping[str, Sensitivity] = field(default_factory=dict)
@@ -48,8 +48,8 @@ class Member:
 
     Attributes:
         group: The group.
-        numbers: Which of its layers.
-        weight: Their weights one below the other, `[out, in]` float32, rows scaled by `factors`.
+        numbers: Numbers of its layers in the problem.
+        weight: Their weights one below the other, `[out, in]` float32, with rows scaled by `factors`.
         factors: `[out]` powers of two that weigh the outputs; None where nothing weighs them.
     """
 
@@ -78,8 +78,20 @@ class Problems:
     Args:
         recipe: The resolved recipe.
         method: Its method.
-        device: Where blocks compute.
-        measured: What is known of the original model.
+        device: Device that computes blocks.
+        measured: Measurements of the original model.
+
+    Example:
+        >>> from qe_edge.models.groups import linear_groups
+        >>> from qe_edge.models.loading import load_model
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> loaded, recipe = load_model("demo"), make_recipe(method="qe")
+        >>> problems = Problems(recipe, recipe.build_method(), CPU, Measured())
+        >>> block = next(one for one in loaded.family.blocks(loaded.model) if one.group == "language")
+        >>> attention = linear_groups(block, loaded.family.siblings)[0]
+        >>> (member,) = problems.members(attention)  # query, key and value are one problem
+        >>> len(member.numbers), tuple(member.weight.shape)
+        (3, (384, 256))
     """
 
     def __init__(self, recipe: Recipe, method: Method[Any], device: torch.device, measured: Measured) -> None:
@@ -140,7 +152,7 @@ class Problems:
                 yield from results
 
     def _problem(self, member: Member, statistics: InputStatistics | None) -> LinearProblem:
-        """A member with everything that is known of it."""
+        """The linear problem of a member, with all its statistics."""
         return LinearProblem(
             member.name,
             member.weight.to(self.at_work),
@@ -174,7 +186,7 @@ class Problems:
         return replace(statistics, importance=lists)
 
     def _seed(self, name: str) -> int:
-        """A seed of its own for every layer, whatever the order of work."""
+        """A seed for each layer, which does not depend on the order of work."""
         return (self.recipe.seed + zlib.crc32(name.encode())) % 2**31
 
 

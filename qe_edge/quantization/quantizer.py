@@ -59,19 +59,19 @@ def quantize(
 ) -> tuple[LoadedModel, Recipe]:
     """Quantize a model.
 
-    A model given by name stays on disk but for what is outside its blocks and the block at work. Budgets read every
+    Of a model given by name, only the parts outside its blocks and the block at work are in memory. Budgets read every
     block once more. Gradients (budgets, MBQ) read every block twice for every batch of samples.
 
     Args:
         model: "demo", a folder, a hub id, or a model in memory (which is changed in place).
-        recipe: What to do.
+        recipe: The recipe.
         calibration: Source name, or the samples themselves; None takes the recipe's source.
         work: Folder for finished blocks, so that a stopped run can be resumed.
-        resume: Continue from the finished blocks in `work`, if they were made from the same.
+        resume: Continue from the finished blocks in `work`, if model, recipe and data are the same.
         on_disk: Leave finished blocks in `work`, and blocks that are not quantized in the model's files, as
             placeholders that `save_quantized` follows. Otherwise the model that is returned is all in memory.
-        device: Where blocks run and, of the methods qe, gptq and quarot, all of a layer's work is done from its input
-            to its codes: "auto" (a GPU if there is one), "cpu", "cuda". Of GPUs only an H100 was tried.
+        device: Device that runs blocks: "auto" (a GPU if there is one), "cpu", "cuda". The methods qe, gptq and quarot
+            do all work on a layer there. The only GPU that was tried is an H100.
         progress: Where to report progress.
 
     Returns:
@@ -79,6 +79,14 @@ def quantize(
 
     Raises:
         QEError: Of the kinds that its parts raise: unknown model, bad recipe, NaN in weights, no calibration data.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8", calibration={"samples": 1})
+        >>> loaded, resolved = quantize("demo", recipe, device="cpu")
+        >>> loaded.model.model.language_model.layers[0].mlp.up_proj
+        QELinear(in_features=256, out_features=768, weight_bits=4, group_size=-1, activation_bits=8,
+        rank_shared=0, experts=0x0)
     """
     choose_device(device)  # a wrong name is refused before samples are drawn
     job = make_job(model, recipe, calibration)
@@ -95,7 +103,16 @@ def run_job(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Do a job; arguments and errors as of `quantize`."""
+    """Do a job. `quantize` describes the arguments and errors.
+
+    Example:
+        >>> import qe_edge
+        >>> from qe_edge.layers.linear import quantized_linears
+        >>> recipe = qe_edge.make_recipe(method="rtn", scheme="w4a8", calibration={"samples": 1})
+        >>> loaded = run_job(make_job("demo", recipe), device="cpu")
+        >>> len(quantized_linears(loaded.model))
+        28
+    """
     on_disk = on_disk and work is not None
     chosen_device = choose_device(device)
     loaded = load_outside_blocks(job.model) if isinstance(job.model, str) else job.model
@@ -118,7 +135,7 @@ def run_job(
 
 
 def _checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
-    """The blocks that are quantized; whatever can be refused before any long work is refused here."""
+    """The blocks that are quantized. All checks that need no long work are made here."""
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, job.recipe.modules)
     check_reached(job.samples, job.recipe.modules)

@@ -1,4 +1,4 @@
-"""What the result of a run depends on, and what differs between two runs, in words."""
+"""The record of a run's inputs, and the differences between two records in words."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ MOST_REASONS, MOST_CHARACTERS = 4, 400  # in one message
 
 
 def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[str, object] | None = None) -> Record:
-    """What a run depends on.
+    """The inputs of a run.
 
     Args:
-        parts: Of the model, as `model_parts` returns them.
+        parts: Hashes of the model's parts, as `model_parts` returns them.
         recipe: The resolved recipe, with the hash of the calibration data.
-        environment: As `current_environment` returns it; None where results of different ones are not mixed.
+        environment: The result of `current_environment`; None where results of different environments are not mixed.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> record = make_record({"config.json": "e3b0c442"}, make_recipe(method="gptq"))
+        >>> record["model"], record["recipe"]["method"]
+        ({'config.json': 'e3b0c442'}, 'gptq')
     """
     record: Record = {"qe_edge": VERSION, "model": dict(parts), "recipe": recipe.model_dump(mode="json")}
     if environment is None:
@@ -31,7 +37,12 @@ def make_record(parts: Mapping[str, str], recipe: Recipe, environment: Mapping[s
 
 
 def current_environment(device: str) -> dict[str, object]:
-    """What the last bits of a result depend on besides: sums are split by threads, and libraries differ."""
+    """Properties of this machine that change the last bits of a result: sums are split by threads, libraries differ.
+
+    Example:
+        >>> sorted(current_environment("cpu"))
+        ['device', 'instructions', 'numpy', 'threads', 'torch', 'transformers']
+    """
     import numpy as np
     import torch
     import transformers
@@ -47,7 +58,15 @@ def current_environment(device: str) -> dict[str, object]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs in model, recipe, calibration data and version, each in a few words; empty if nothing does."""
+    """Differences in model, recipe, calibration data and version, each in a few words; empty if there is none.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> before = make_record({"config.json": "e3b0c442"}, make_recipe(method="gptq"))
+        >>> now = make_record({"config.json": "5feceb66"}, make_recipe(method="gptq", scheme="w4a16"))
+        >>> changes(before, now)
+        ["configuration: 'config.json' changed", "recipe key 'scheme' was 'w4a8' and is 'w4a16'"]
+    """
     found = []
     if before.get("qe_edge") != now["qe_edge"]:
         found.append(f"QE-Edge {shown_name(before.get('qe_edge'))} became {now['qe_edge']}")
@@ -67,13 +86,23 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs in the environment, each in a few words."""
+    """Differences in the environment, each in a few words.
+
+    Example:
+        >>> environment_changes({"environment": {"threads": 2}}, {"environment": {"threads": 8}})
+        ['threads: 2 then, 8 now']
+    """
     old, new = _table(before.get("environment")), _table(now.get("environment"))
     return [f"{key}: {shown_name(old.get(key))} then, {new.get(key)} now" for key in new if old.get(key) != new[key]]
 
 
 def in_one_line(reasons: Sequence[str]) -> str:
-    """The first of several reasons and how many more there are; a damaged record differs in everything."""
+    """The first of several reasons, and the number of others: a damaged record differs in everything.
+
+    Example:
+        >>> in_one_line(["a changed", "b changed", "c changed", "d changed", "e changed"])
+        'a changed; b changed; c changed; d changed; and 1 more'
+    """
     kept = list(reasons[:MOST_REASONS])
     while len(kept) > 1 and len("; ".join(kept)) > MOST_CHARACTERS:
         kept.pop()

@@ -36,6 +36,15 @@ def quantize_linear(weight: Tensor, tokens: Tensor, recipe: Recipe, bias: Tensor
         NumericalError: If weight or bias is not finite, more than 1 % of the tokens are not (fewer are left out with a
             notice), or the float16 scales cannot hold the weight (`qe_edge.layers.magnitudes`).
         RecipeError: If shapes or dtypes do not fit, or the budget cannot be met.
+
+    Example:
+        >>> import qe_edge
+        >>> _ = torch.manual_seed(0)
+        >>> weight, tokens = torch.randn(64, 128), torch.randn(500, 128)
+        >>> layer = quantize_linear(weight, tokens, qe_edge.make_recipe(method="gptq", scheme="w4a16"))
+        >>> exact = tokens @ weight.T
+        >>> f"relative error {float((layer(tokens) - exact).norm() / exact.norm()):.1f}"
+        'relative error 0.1'
     """
     for name, tensor, ndim in (("weight", weight, 2), ("tokens", tokens, 2), ("bias", bias, 1)):
         if tensor is not None:
@@ -67,7 +76,7 @@ def quantize_linear(weight: Tensor, tokens: Tensor, recipe: Recipe, bias: Tensor
 
 
 def _check_tensor(name: str, tensor: object, ndim: int) -> None:
-    """Refuse what is no dense tensor of real numbers with `ndim` dimensions."""
+    """Refuse a value that is no dense tensor of real numbers with `ndim` dimensions."""
     shape = {"weight": "[out, in]", "tokens": "[n, in]", "bias": "[out]"}[name]
     wanted = f"a floating point torch.Tensor {shape}"
     if not isinstance(tensor, Tensor):

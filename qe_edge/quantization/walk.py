@@ -20,14 +20,24 @@ from qe_edge.system.heap import reused_memory
 
 
 class BlockWalk:
-    """The chains of a model up to the last one that is selected, and how their blocks run.
+    """Runs the chains of a model up to the last one that is selected.
 
     Args:
-        loaded: The model; what is not streamed is brought to float32.
+        loaded: The model; its parts outside the blocks are brought to float32.
         modules: Groups of blocks that are selected.
         batches: Encoded calibration samples.
-        device: Where blocks compute. Between two blocks everything is in the CPU's memory.
-        to_the_end: Whether the last block's outputs are wanted too.
+        device: Device that computes blocks. Between two blocks everything is in the CPU's memory.
+        to_the_end: Whether the last block's outputs are needed too.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_samples
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> batch = loaded.family.encode(loaded.processor, load_samples("demo", 2), answers=True)
+        >>> walk = BlockWalk(loaded, ["language"], [batch], torch.device("cpu"))
+        >>> chain, position, block = next(iter(walk))
+        >>> block.name, tuple(chain.hidden[0].shape) == (*batch.input_ids.shape, 256)
+        ('model.language_model.layers.0', True)
     """
 
     def __init__(
@@ -58,9 +68,9 @@ class BlockWalk:
         make_float32(module for module in loaded.model.modules() if module not in streamed)
 
     def __iter__(self) -> Iterator[tuple[Chain, int, Block]]:
-        """Every selected block with its recorded inputs; the others before them only run.
+        """Every selected block with its recorded inputs. Blocks before them that are not selected only run.
 
-        Whoever takes a block has to leave its outputs in the chain (`hand_on`) before the next one.
+        The caller has to leave a block's outputs in the chain (`hand_on`) before it asks for the next one.
         """
         streamer = Streamer(self.loaded.model, self.walked, len(self.batches), self._forward, self._beyond)
         for index in range(len(self.walked)):
@@ -75,7 +85,7 @@ class BlockWalk:
 
     @staticmethod
     def hand_on(chain: Chain, position: int, outputs: list[Tensor]) -> None:
-        """The outputs of a chain's block become the inputs of the next one; its further arguments are done with."""
+        """Make the outputs of a chain's block the inputs of the next one, and forget the block's other arguments."""
         chain.hidden, chain.calls[position] = outputs, []
 
     @contextmanager
@@ -87,13 +97,13 @@ class BlockWalk:
             self.restore_block(block)
 
     def restore_block(self, block: Block) -> None:
-        """Bring what was not quantized of a block back to its original precision."""
+        """Bring the tensors of a block that were not quantized back to their original precision."""
         names = block.module.state_dict()
         known = {name: self._dtypes.get(f"{block.name}.{name}") for name in names}
         restore_dtypes(block.module, {name: dtype for name, dtype in known.items() if dtype})
 
     def restore(self) -> None:
-        """Bring everything that was not quantized back to its original precision."""
+        """Bring all tensors that were not quantized back to their original precision."""
         restore_dtypes(self.loaded.model, self._dtypes)
 
     def run(
@@ -101,8 +111,8 @@ class BlockWalk:
     ) -> list[Tensor]:
         """Run a block on every batch, feeding each collector with the inputs of its layer; returns the outputs.
 
-        The last block's outputs feed nothing, unless the walk goes to the end: it runs until every collector has its
-        inputs, and none are returned.
+        The last block's outputs are needed only if the walk goes to the end. Otherwise the block runs until every
+        collector has its inputs, and no outputs are returned.
 
         Raises:
             NumericalError: At the first batch with NaN or infinity in a layer's input or the block's output.
@@ -151,7 +161,7 @@ class BlockWalk:
         return outputs
 
     def _not_finite(self, what: str, values: Tensor, number: int, valid: Tensor | None) -> NumericalError:
-        """The error that names the calibration sample, counted from 1; of packed patches all samples of their batch."""
+        """The error that names the calibration sample, counted from 1, or all samples of a batch of packed patches."""
         first = sum(len(encoded.input_ids) for encoded in self.batches[:number]) + 1
         samples = f"samples {first} to {first + len(self.batches[number].input_ids) - 1}"
         if valid is not None:
@@ -175,7 +185,12 @@ class BlockWalk:
 
 
 def parameters_of(block: Block) -> int:
-    """Number of parameters of a block."""
+    """Number of parameters of a block.
+
+    Example:
+        >>> parameters_of(Block("layers.0", nn.Linear(4, 3), group="language"))
+        15
+    """
     return sum(parameter.numel() for parameter in block.module.parameters())
 
 
@@ -184,7 +199,7 @@ class _AllFed(Exception):  # noqa: N818 - control flow, not an error
 
 
 def _finite(values: Tensor, valid: Tensor | None) -> bool:
-    """Whether values `[..., features]` are numbers, but for padding: tokens where `valid` `[...]` is False."""
+    """Whether values `[..., features]` are finite, except on padding, where `valid` `[...]` is False."""
     if bool(torch.isfinite(torch.stack((values.amin(), values.amax()))).all()):  # both hand NaN on
         return True
     return valid is not None and bool(torch.isfinite(values[valid.to(values.device)]).all())

@@ -1,7 +1,7 @@
 """Finished blocks of a quantization run on disk, so that a killed run continues where it stopped.
 
-`run.json` says what the run depends on, and lists every file with size and hash: only listed files are ever removed,
-and a file that is not as it was written is made again.
+`run.json` records the inputs of the run, and lists every file with size and hash. Only listed files are ever removed,
+and a file that has changed is made again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,17 @@ LIST_LIMIT = 256 * 2**20  # bytes of the manifest of a run with hundreds of thou
 
 
 class WorkFolder:
-    """One file per finished block, and a manifest that says which run they belong to."""
+    """One file per finished block, and a manifest that says which run they belong to.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> layer = qe_edge.quantize_linear(torch.ones(4, 32), torch.ones(2, 32), qe_edge.make_recipe(method="rtn"))
+        >>> run = {"qe_edge": "0.1.0", "model": {}, "recipe": {}}
+        >>> WorkFolder.open(Path("run.work"), run, resume=False).save("layers.0", {"layers.0.up": layer})
+        >>> again = WorkFolder.open(Path("run.work"), run, resume=True)  # after a stop
+        >>> list(again.load("layers.0")), again.load("layers.1")
+        (['layers.0.up'], None)
+    """
 
     def __init__(self, path: Path, run: Record, files: dict[str, FileDigest | None]) -> None:
         self.path = path
@@ -87,15 +97,15 @@ class WorkFolder:
 
     @staticmethod
     def run_of(path: Path) -> Record:
-        """What the run in a folder depends on; empty if it does not say."""
+        """The record of the run in a folder; empty if there is none."""
         run = _read(path).get("run")
         return run if isinstance(run, dict) else {}
 
     @contextmanager
     def removed_if_useless(self) -> Iterator[WorkFolder]:
-        """Remove the folder if the run fails on its model, recipe or data, since the corrected run has others.
+        """Remove the folder if the run fails on its model, recipe or data, since the corrected run has other inputs.
 
-        One that fails on the machine, or is stopped, keeps what it has finished.
+        A run that fails on the machine, or is stopped, keeps its finished blocks.
         """
         try:
             yield self
@@ -118,12 +128,12 @@ class WorkFolder:
         self.wrote(_layers(block))
 
     def sources(self, block: str) -> dict[str, Source]:
-        """Where the tensors of a block's finished layers lie."""
+        """The places of the tensors of a block's finished layers."""
         path = self.path / _layers(block)
         return {name: Source(path, key) for name, key in stored_keys(path).items()}
 
     def load_offers(self, block: str) -> dict[str, Offer] | None:
-        """What a block's layers offer to a budget, or None where that was not measured."""
+        """The offers of a block's layers to a budget, or None if they were not measured."""
         name = _offers(block)
         return offers_from_json((self.path / name).read_text(encoding="utf-8")) if self.holds(name) else None
 
@@ -135,7 +145,7 @@ class WorkFolder:
         self.wrote(_offers(block))
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there as it was written; of one that is not any more the user is told."""
+        """Whether a file is there and unchanged. A notice tells the user of a changed one."""
         digest = self._files.get(name)
         if digest is None:
             return False
@@ -145,17 +155,17 @@ class WorkFolder:
         return False
 
     def expect(self, name: str) -> None:
-        """List a file before it is written, so that one of a killed run is known as ours."""
+        """List a file before it is written, so that the file of a killed run is known as ours."""
         self._files[name] = None
         self._write()
 
     def wrote(self, name: str) -> None:
-        """Note what a file holds."""
+        """Note the size and hash of a file."""
         self._files[name] = file_digest(self.path / name)
         self._write()
 
     def remove(self) -> None:
-        """Delete what is listed, once the checkpoint is written, and the folder if nothing else is in it."""
+        """Delete the listed files, once the checkpoint is written, and the folder if nothing else is in it."""
         for name in (*self._files, MANIFEST):  # the manifest last: a removal that is stopped can be repeated
             restore(self.path / name)
             if not (self.path / name).is_dir() or (self.path / name).is_symlink():  # a folder is somebody else's

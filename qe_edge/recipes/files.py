@@ -47,7 +47,7 @@ def parse_yaml(text: str, where: str = "The recipe") -> Any:  # noqa: ANN401 - a
 
     Args:
         text: The text.
-        where: What it came from, as the beginning of a sentence.
+        where: Its origin, as the beginning of a sentence.
 
     Raises:
         RecipeError: For a text with aliases or keys twice, one that is no YAML or is too long.
@@ -68,10 +68,15 @@ def parse_yaml(text: str, where: str = "The recipe") -> Any:  # noqa: ANN401 - a
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON recipe file to a plain dictionary; `make_recipe` validates it.
+    r"""Read a YAML or JSON recipe file to a plain dictionary; `make_recipe` validates it.
 
     Raises:
         RecipeError: If the file is missing, no text, too large or not a mapping.
+
+    Example:
+        >>> _ = Path("recipe.yaml").write_text("method: gptq\nscheme: w4a16\n")
+        >>> load_recipe(Path("recipe.yaml"))
+        {'method': 'gptq', 'scheme': 'w4a16'}
     """
     if not os.path.lexists(path):  # as Path.exists, and False for a name with NUL
         raise RecipeError(f"There is no recipe file '{path}'.", "Check the path given with --recipe.")

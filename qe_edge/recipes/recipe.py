@@ -53,6 +53,11 @@ class Recipe(BaseModel):
         budget: Effective bits per weight to spend over the layers; without, the method's options size each alone.
         calibration: The calibration data.
         seed: Seed of everything that is drawn at random.
+
+    Example:
+        >>> recipe = make_recipe(method="gptq", scheme="w4a16")
+        >>> recipe.resolved().options, recipe.get_scheme().weight.group_size
+        ({'damping': 0.01}, 128)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -126,12 +131,12 @@ class Recipe(BaseModel):
         """Refuse a method whose results no graph can hold.
 
         Raises:
-            RecipeError: With the reason.
+            RecipeError: Naming the parts that no graph can hold.
         """
         reason = self.build_method().torch_only
         if reason:
             raise RecipeError(
-                f"What the method '{self.method}' makes cannot be exported: {reason} have no place in the operator.",
+                f"The result of the method '{self.method}' cannot be exported: {reason} have no place in the operator.",
                 "Quantize with 'qe-edge quantize', and load the checkpoint with qe_edge.load_quantized in PyTorch.",
             )
 
@@ -178,6 +183,16 @@ def make_recipe(**values: object) -> Recipe:
     Raises:
         UnknownNameError: For an unknown key, method, scheme, module or preset; the nearest valid one is named.
         RecipeError: For a value of the wrong type or range.
+
+    Example:
+        >>> recipe = make_recipe(method="qe", scheme="w4a8", options={"shared_rank": 64}, budget={"bits": 4.5})
+        >>> recipe.options, recipe.budget.bits
+        ({'shared_rank': 64}, 4.5)
+        >>> make_recipe(method="qe", shceme="w4a8")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.UnknownNameError: There is no recipe key 'shceme'. Did you mean 'scheme'? Known:
+        budget, calibration, flow, head, method, modules, options, preset, scheme, seed.
     """
     recipe: Recipe = _validate(Recipe, values, "")
     return recipe

@@ -16,6 +16,9 @@ def load_checkpoint_recipe(folder: Path) -> Recipe:
 
     Raises:
         ArtifactError: If it is missing, damaged or changed.
+
+    Example:
+        >>> load_checkpoint_recipe(Path("out/demo/checkpoint")).method  # doctest: +SKIP
     """
     check_checkpoint(folder, RECIPE)
     try:

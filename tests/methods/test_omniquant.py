@@ -62,3 +62,21 @@ def test_zero_stays_zero_and_runs_repeat(scheme: str) -> None:
     assert torch.equal(one.scales, two.scales)
     assert (one.decoded_weight()[:, 7] == 0).all()
     assert (one.decoded_weight()[4] == 0).all()
+
+
+@pytest.mark.parametrize("scheme", ["w4a6", "w3a8"])
+def test_the_learned_transformation_beats_clipping_alone(scheme: str) -> None:
+    weight, x = typed_layer(48, 128, 600)
+    target = x @ weight.T
+    lost = [
+        (quantize_linear(weight, x, make_recipe(method=method, scheme=scheme, preset=preset))(x) - target).norm()
+        for method, preset in (("omniquant", "paper"), ("omniquant", "default"), ("smoothquant", "default"))
+    ]
+    assert lost[0] < 0.9 * min(lost[1:])
+
+
+def test_a_transformation_that_does_not_help_is_none() -> None:
+    weight, x = torch.ones(8, 64), torch.ones(100, 64)  # both quantizers are exact
+    layer = quantize_linear(weight, x, make_recipe(method="omniquant", preset="paper", options={"steps": 5}))
+    assert layer.inv_omega is not None
+    assert (layer.inv_omega == 1).all()
