@@ -1,6 +1,6 @@
-"""The body of `com.microsoft::MultiHeadAttention` in standard operators, for whoever has no kernel of that name.
+"""The body of `com.microsoft::MultiHeadAttention` in standard operators, for runtimes without a kernel of that name.
 
-ONNX Runtime computes the node itself and never looks at the function. Lowerings for other targets put the body in the
+ONNX Runtime computes the node itself and never reads the function. Lowerings for other targets put the body in the
 node's place.
 """
 
@@ -17,7 +17,16 @@ INPUTS = ("query", "key", "value")
 
 
 def attach_attention(model: ir.Model) -> None:
-    """Give a traced graph that has such nodes the function that defines them."""
+    """Give a traced graph that has such nodes the function that defines them.
+
+    Example:
+        >>> head = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]> g (float[1, 5, 8] x) => (float y)'
+        >>> node = "{ y = com.microsoft.MultiHeadAttention <num_heads: int = 2, scale: float = 0.5> (x, x, x) }"
+        >>> model = ir.from_onnx_text(head + node)
+        >>> attach_attention(model)
+        >>> list(model.functions)
+        [('com.microsoft', 'MultiHeadAttention', '')]
+    """
     if not _nodes(model):
         return
     function = _function()
@@ -26,7 +35,16 @@ def attach_attention(model: ir.Model) -> None:
 
 
 def expand_attention(model: ir.Model) -> None:
-    """Replace every such node by its body, in place, and drop the function."""
+    """Replace every such node by its body, in place, and drop the function.
+
+    Example:
+        >>> head = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]> g (float[1, 5, 8] x) => (float y)'
+        >>> node = "{ y = com.microsoft.MultiHeadAttention <num_heads: int = 2, scale: float = 0.5> (x, x, x) }"
+        >>> model = ir.from_onnx_text(head + node)
+        >>> expand_attention(model)
+        >>> [each.op_type for each in model.graph if each.op_type in ("MatMul", "Softmax")]
+        ['MatMul', 'Softmax', 'MatMul']
+    """
     for node in _nodes(model):
         ops = tape.Tape()
         query, key, value = (_given(operand, node) for operand in node.inputs[:3])

@@ -46,18 +46,21 @@ def build_engines(
         out: Folder to write, for example `engines/<target>`.
         target: Name of a target.
         plugin_library: Build with this plugin library; None builds without the plugin.
-        limits: Largest sizes that engines take; None keeps those of the export. Larger ones need more memory.
+        limits: Largest sizes that engines take; None keeps the sizes of the export. Larger sizes need more memory.
         progress: Where to report progress.
 
     Returns:
-        `out`, which holds the engines, everything the runtime needs besides, and `engine.json`.
+        `out`, which holds the engines, all other files that the runtime needs, and `engine.json`.
 
     Raises:
         UnknownNameError: If there is no such target.
-        TargetError: If it cannot be built on this machine, or its library or the plugin's refuses the model.
+        TargetError: If it cannot be built on this machine, or its library or the plugin refuses the model.
         InputError: If the target takes no plugin, or the model cannot have such limits.
         ArtifactError: If `onnx` is no ONNX folder, is damaged or was changed.
         ResourceError: If disk or memory do not suffice.
+
+    Example:
+        >>> build_engines(Path("out/demo/onnx"), Path("out/demo/engines/cpu"), "cpu")  # doctest: +SKIP
     """
     chosen = get_target(target)
     manifest = _checked_manifest(onnx, chosen, plugin_library, limits)
@@ -116,8 +119,8 @@ def _checked_manifest(
 def _with_cache(manifest: Manifest | EncoderManifest, target: Target) -> tuple[Manifest | EncoderManifest, int | None]:
     """The manifest with a KV cache as a target's engines have it, and its capacity where that is a constant.
 
-    TensorRT writes into the cache in place where it knows TensorScatter, and the model's masks allow the node; else it
-    writes into a second one.
+    TensorRT writes into the cache in place if it knows TensorScatter and the model's masks allow the node. Otherwise it
+    writes into a second cache.
     """
     if target.backend == "onnxruntime" or not isinstance(manifest, Manifest):
         return manifest, None
@@ -137,7 +140,7 @@ def _build_graph(
     plugin_library: Path | None,
     capacity: int | None,
 ) -> tuple[GraphEntry, GraphBuild, str]:
-    """One graph's engine in `folder`, its manifest entry, how it went, and the library's version."""
+    """Build one graph's engine in `folder`; returns its manifest entry, the facts, and the library's version."""
     if target.backend == "onnxruntime":
         started = time.perf_counter()
         OrtSession(source, entry, accuracy_level=0, threads=None)  # a graph that cannot run is refused now
@@ -192,7 +195,7 @@ def _is_listed(node: str, layers: dict[str, str]) -> bool:
 
 
 def _files(folder: Path, graph: str) -> list[str]:
-    """A graph's file and, where it has one, that of its external data."""
+    """A graph's file and, if there is one, the file of its external data."""
     return [file for file in (graph, f"{graph}{DATA}") if (folder / file).is_file()]
 
 

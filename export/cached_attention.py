@@ -1,7 +1,7 @@
 """The body of `com.microsoft::GroupQueryAttention`, as language graphs use it, in standard operators.
 
-ONNX Runtime computes the node itself and never looks at the function. Lowerings for other targets, and models whose
-masks the node cannot express, have the body in the node's place.
+ONNX Runtime computes the node itself and never reads the function. Lowerings for other targets, and models whose masks
+the node cannot express, have the body in the node's place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Write = Literal["ScatterND", "TensorScatter"]  # how new keys and values come in
 
 @dataclass
 class Places:
-    """What all layers of a graph share: where the new tokens stand, and what they see.
+    """Values that all layers of a graph share: the places of the new tokens, and the tokens that they see.
 
     Attributes:
         start: Place of a row's first new token, `[batch]` int64.
@@ -71,7 +71,20 @@ class Numbers:
 
 
 def attach_cached_attention(model: ir.Model) -> None:
-    """Give a traced graph the function that defines its nodes; those of no kernel are expanded."""
+    """Give a traced graph the function that defines its nodes; nodes without a kernel are expanded.
+
+    Example:
+        >>> tokens = "float[1, 1, 8] q, float[1, 1, 8] k, float[1, 1, 8] v, int32[1] last, int32 total"
+        >>> cache, results = "float[1, 1, 16, 8] pk, float[1, 1, 16, 8] pv", "float[1, 1, 8] y, float nk, float nv"
+        >>> numbers = "num_heads: int = 1, kv_num_heads: int = 1, local_window_size: int = -1"
+        >>> reals = "scale: float = 1.0, softcap: float = 0.0"
+        >>> node = f"y, nk, nv = com.microsoft.GroupQueryAttention <{numbers}, {reals}> (q, k, v, pk, pv, last, total)"
+        >>> head = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>'
+        >>> model = ir.from_onnx_text(f"{head} g ({tokens}, {cache}) => ({results}) {{ {node} }}")
+        >>> attach_cached_attention(model)
+        >>> list(model.functions)
+        [('com.microsoft', 'GroupQueryAttention', '')]
+    """
     expand_cached_attention(model, [node for node in cached_attention_nodes(model) if EXPANDED in node.attributes])
     if cached_attention_nodes(model):
         function = _function()
@@ -80,7 +93,13 @@ def attach_cached_attention(model: ir.Model) -> None:
 
 
 def cached_attention_nodes(model: ir.Model) -> list[ir.Node]:
-    """The nodes of a graph, in its order."""
+    """The nodes of a graph, in its order.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Gelu (x) }'
+        >>> cached_attention_nodes(ir.from_onnx_text(text))
+        []
+    """
     return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]
 
 
@@ -91,8 +110,20 @@ def expand_cached_attention(
 
     Args:
         model: A canonical graph.
-        nodes: Which ones.
-        write: How new keys and values come into the cache.
+        nodes: The nodes to replace; None for all.
+        write: The operator that writes new keys and values into the cache.
+
+    Example:
+        >>> tokens = "float[1, 1, 8] q, float[1, 1, 8] k, float[1, 1, 8] v, int32[1] last, int32 total"
+        >>> cache, results = "float[1, 1, 16, 8] pk, float[1, 1, 16, 8] pv", "float[1, 1, 8] y, float nk, float nv"
+        >>> numbers = "num_heads: int = 1, kv_num_heads: int = 1, local_window_size: int = -1"
+        >>> reals = "scale: float = 1.0, softcap: float = 0.0"
+        >>> node = f"y, nk, nv = com.microsoft.GroupQueryAttention <{numbers}, {reals}> (q, k, v, pk, pv, last, total)"
+        >>> head = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>'
+        >>> model = ir.from_onnx_text(f"{head} g ({tokens}, {cache}) => ({results}) {{ {node} }}")
+        >>> expand_cached_attention(model, write="TensorScatter")
+        >>> sum(each.op_type == "TensorScatter" for each in model.graph)  # keys and values
+        2
     """
     places: Places | None = None
     for node in cached_attention_nodes(model) if nodes is None else nodes:
@@ -154,7 +185,7 @@ def _function() -> ir.Function:
 
 
 def _places(ops: tape.Tape, inputs: list[ir.Value]) -> Places:
-    """Where a row's new tokens stand: they are its last ones, and its first ones where they are all."""
+    """The places of a row's new tokens: they are its last ones, or all of them."""
     query, last, total = inputs[0], inputs[5], inputs[6]
     zero, one, sequence = _whole(ops, 0), _whole(ops, 1), ops.op("Shape", [query], {"start": 1, "end": 2})
     length = ops.op("Add", [_int64(ops, last), one])

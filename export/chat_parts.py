@@ -1,8 +1,8 @@
-"""The chat template taken apart into `chat.json`, and the proof that its parts write what the template writes.
+"""Takes a chat template apart into `chat.json`, and proves that the parts write the same text as the template.
 
-The template is rendered for conversations of words that nobody else writes; what stands between two words is a joint.
-Then the parts have to give the template's text for a dozen other conversations, and for every word that the template
-itself spells, because it may ask whether a turn holds that word.
+The template is rendered for conversations of random words; the text between two words is a joint. Then the parts have
+to give the template's text for a dozen other conversations, and for every word that the template itself spells, because
+it may ask whether a turn holds that word.
 """
 
 from __future__ import annotations
@@ -34,11 +34,18 @@ class _OtherFormError(Exception):
 
 
 def chat_segments(family: ModelFamily, processor: Any) -> ChatSegments:  # noqa: ANN401 - each family has its own
-    """The parts of a model's chat template; where they cannot write what it writes, the reason alone.
+    r"""The parts of a model's chat template; where they cannot write what it writes, the reason alone.
 
     Args:
         family: The model's family.
         processor: As its `load_processor` returns.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> chat = chat_segments(loaded.family, loaded.processor)
+        >>> chat.text([Turn("user", "Is it red?")])
+        '<|im_start|>user\nIs it red?<|im_end|>\n<|im_start|>assistant\n'
     """
     template = _source(processor.tokenizer)
     if template is None:

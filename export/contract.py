@@ -1,4 +1,4 @@
-"""What every `QELinear` node of a canonical graph must be, checked before a lowering relies on it.
+"""Checks every `QELinear` node of a canonical graph before a lowering relies on it.
 
 `qe_edge.export.op` describes the operator; K inputs, N outputs, g group size, r total rank.
 """
@@ -32,6 +32,16 @@ def check_layers(model: ir.Model, path: Path) -> None:
     Raises:
         ArtifactError: If a node lacks an attribute or an operand, one has another type or shape, or two nodes have one
             name.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + "{ y = qe_edge.QELinear (x) }")
+        >>> model.graph[0].name = "up"
+        >>> check_layers(model, Path("language.onnx"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: Layer 'up' of 'language.onnx' is damaged: its attribute 'weight_bits'
+        is missing or no whole number. Export the model again.
     """
     names: set[str] = set()
     for node in model.graph:

@@ -1,4 +1,4 @@
-"""Whether engines can decode a model as its generation_config.json says, asked before any long work."""
+"""Checks, before any long work, that engines can decode a model as its generation_config.json says."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def check_decoding(source: str) -> None:
 
     Raises:
         ModelError: If it cannot be decoded, or the file is broken.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> check_decoding(str(model_path()))  # fine: engines can decode the demo
     """
     family = load_family(source)
     if not family.writes_text:

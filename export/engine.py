@@ -29,16 +29,16 @@ REMEDY = "Try another version of TensorRT, or build for the target 'cpu'."
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What to build.
+    """One engine to build.
 
     Attributes:
         backend: "tensorrt" or "tensorrt_rtx".
         onnx: Lowered graph, with its external data beside it.
         engine: File to write.
-        facts: File in which the builder's process tells how it went.
+        facts: File for the facts of the build, which the builder's process writes.
         profiles: Optimization profiles, in order.
         capabilities: Compute capabilities to build for, where the backend builds for other machines.
-        plugin_library: Library of the plugin's that the graph's nodes need.
+        plugin_library: The plugin's library, if the graph has its nodes.
     """
 
     backend: Backend
@@ -52,16 +52,16 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """How a build went.
+    """Facts of a build.
 
     Attributes:
-        version: Of the library.
-        errors: What the library complained about; empty if the engine was built.
-        remedy: What to do, where the first error is not about the graph.
+        version: Version of the library.
+        errors: Errors of the library; empty if the engine was built.
+        remedy: Remedy for the first error, if that is not about the graph.
         seconds: Time to parse and build.
         size: Bytes of the engine.
         layers: Layers of the parsed network.
-        plugin_nodes: Names of the network's layers that are the plugin's.
+        plugin_nodes: Names of the network's layers that the plugin runs.
         engine_layers: Layers of the built engine by name with their kind; empty where the builder does not list them.
     """
 
@@ -81,6 +81,10 @@ def build_engine(request: EngineRequest) -> EngineFacts:
     Raises:
         TargetError: If the library refuses the graph, or crashes.
         ResourceError: If the builder was killed, most often for want of memory.
+
+    Example:
+        >>> files = Path("lowered.onnx"), Path("language.engine"), Path("facts.json")  # doctest: +SKIP
+        >>> build_engine(EngineRequest("tensorrt", *files, profiles={})).layers  # doctest: +SKIP
     """
     process = subprocess.run(
         isolated_module(CHILD),
@@ -113,7 +117,11 @@ def build_engine(request: EngineRequest) -> EngineFacts:
 
 
 def reads_operator(backend: Backend, operator: str) -> bool:
-    """Whether a library's parser knows an operator; a library that does not start knows none."""
+    """Whether a library's parser knows an operator; a library that does not start knows none.
+
+    Example:
+        >>> reads_operator("tensorrt", "TensorScatter")  # doctest: +SKIP
+    """
     code = ASK.format(backend=backend, operator=operator)
     asked = subprocess.run(isolated_code(code), capture_output=True, check=False, env=safe_environment())
     return asked.returncode == 0
@@ -122,8 +130,8 @@ def reads_operator(backend: Backend, operator: str) -> bool:
 def _environment(request: EngineRequest) -> dict[str, str]:
     """The child's environment, in which TensorRT-RTX's parser finds plugins.
 
-    For these it opens `libtensorrt_rtx.so`, a name that its wheel lacks (it has `libtensorrt_rtx.so.1`), and aborts if
-    there is none: a link of that name in a folder of ours is on the loader's path.
+    For plugins it opens `libtensorrt_rtx.so`, a name that its wheel lacks (it has `libtensorrt_rtx.so.1`), and aborts
+    if there is none. So we put a link of that name into a folder on the loader's path.
     """
     environment = safe_environment()
     found = find_spec("tensorrt_rtx_libs") if request.plugin_library and request.backend == "tensorrt_rtx" else None

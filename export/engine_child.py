@@ -23,7 +23,12 @@ LAYER = re.compile(r"^Name: ([^,\n]+), LayerType: (\w+)", re.MULTILINE)  # of th
 
 
 def build(request: EngineRequest) -> EngineFacts:
-    """Parse, optimise and serialize; problems are in `EngineFacts.errors`."""
+    """Parse, optimise and serialize; problems are in `EngineFacts.errors`.
+
+    Example:
+        >>> files = Path("lowered.onnx"), Path("language.engine"), Path("facts.json")  # doctest: +SKIP
+        >>> build(EngineRequest("tensorrt", *files, profiles={})).errors  # doctest: +SKIP
+    """
     trt = importlib.import_module(request.backend)
     logger = _collecting_logger(trt)
     started = time.perf_counter()

@@ -50,10 +50,10 @@ KEPT_INLINE = 1024  # bytes up to which a constant stays in the .onnx file
 def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progress | None = None) -> None:
     """Write the ONNX folder of a model; it appears only when it is complete, and replaces an older one.
 
-    `visual.onnx`, `merger.onnx` and `language.onnx` (of a language model the last alone, of a vision encoder the first,
-    without embedding and tokens) with their `.onnx.data`,
-    `preprocess.onnx` where the family has one, `embedding.safetensors`, `manifest.json`, config.json,
-    generation_config.json, tokenizer, image processor, `chat.json`, and recipe.json of a quantized model.
+    It holds `visual.onnx`, `merger.onnx` and `language.onnx` with their `.onnx.data`, `preprocess.onnx` if the family
+    has one, `embedding.safetensors`, `manifest.json`, config.json, generation_config.json, tokenizer, image processor,
+    `chat.json`, and recipe.json of a quantized model. A language model has `language.onnx` alone. A vision encoder has
+    `visual.onnx` alone, without embedding and tokenizer.
 
     Args:
         checkpoint: Folder that `qe-edge quantize` wrote, or a model in memory (an unquantized one gives the same
@@ -65,6 +65,9 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         ArtifactError: If the checkpoint is missing or damaged.
         ModelError: If the model cannot be exported, or no engine can decode as its generation_config.json says.
         ResourceError: If the disk is full.
+
+    Example:
+        >>> export_model(Path("out/demo/checkpoint"), Path("out/demo/onnx"))  # doctest: +SKIP
     """
     if not isinstance(checkpoint, LoadedModel) and is_checkpoint(checkpoint):
         check_decoding(str(checkpoint))

@@ -16,7 +16,13 @@ from qe_edge.numerics.grids import PER_CHANNEL
 
 
 def heads_of(model: nn.Module, layers: Collection[str]) -> list[str]:
-    """Names of the quantized layers that are a model's head: one or none."""
+    """Names of the quantized layers that are a model's head: one or none.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> heads_of(load_model("demo").model, ["lm_head", "model.language_model.layers.0.mlp.up_proj"])
+        ['lm_head']
+    """
     found: Any = getattr(model, "get_output_embeddings", None)
     head = found() if found is not None else None
     return [name for name in layers if head is not None and model.get_submodule(name) is head]
@@ -28,6 +34,15 @@ def attach_head(model: ir.Model, heads: Mapping[str, QELinear]) -> None:
     Args:
         model: A traced graph; changed in place.
         heads: The head by its dotted name; empty if it is not quantized.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "lm_head"> (x) }')
+        >>> attach_head(model, {"lm_head": layer})
+        >>> [node.op_type for node in model.graph]
+        ['DequantizeLinear', 'MatMul']
     """
     for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]:
         name = node.attributes[LAYER].as_string()

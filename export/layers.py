@@ -20,7 +20,7 @@ from qe_edge.layers.torch_parts import PART_TENSORS
 from qe_edge.numerics.grids import PER_CHANNEL, pack_int4
 from qe_edge.system.errors import ModelError
 
-SHARED = ("down", "down_scale", "router")  # what stacked siblings have in common
+SHARED = ("down", "down_scale", "router")  # tensors that stacked siblings share
 
 NEUTRAL: dict[str, Callable[[QELinear], Tensor]] = {
     "zeros": lambda layer: torch.zeros(layer.scales.T.shape, dtype=torch.int8),
@@ -36,7 +36,7 @@ NEUTRAL: dict[str, Callable[[QELinear], Tensor]] = {
 
 @dataclass(frozen=True)
 class GraphForm:
-    """What the layers of one graph have in common.
+    """Properties that all layers of one graph share.
 
     Attributes:
         present: Inputs that all nodes have.
@@ -81,6 +81,17 @@ def check_layers(layers: Mapping[str, QELinear]) -> None:
 
     Raises:
         ModelError: Naming the first one.
+
+    Example:
+        >>> import qe_edge
+        >>> recipe = qe_edge.make_recipe(method="spqr", scheme="w4a16")
+        >>> layer = qe_edge.quantize_linear(torch.randn(32, 64), torch.randn(99, 64), recipe)
+        >>> check_layers({"mlp.up": layer})
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: The layer 'mlp.up' cannot be exported: the operator has no
+        outlier_starts, outlier_columns, outlier_values. Load the checkpoint with qe_edge.load_quantized in
+        PyTorch, or quantize with another method.
     """
     for name, layer in layers.items():
         if layer.parts is not None:
@@ -97,6 +108,15 @@ def attach_layers(model: ir.Model, layers: Mapping[str, QELinear]) -> None:
     Args:
         model: A traced graph; changed in place.
         layers: The quantized layers by dotted name.
+
+    Example:
+        >>> import qe_edge
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> [value.name for value in model.graph[0].inputs], list(model.functions)
+        (['x', 'mlp.up.qweight', 'mlp.up.scales'], [('qe_edge', 'QELinear', '')])
     """
     bare = {
         node.attributes[LAYER].as_string(): node
@@ -133,14 +153,21 @@ def attach_layers(model: ir.Model, layers: Mapping[str, QELinear]) -> None:
 
 
 def layer_attributes(layer: QELinear, form: GraphForm) -> Attributes:
-    """The node's attributes; neutral operands count."""
+    """The node's attributes; neutral operands count.
+
+    Example:
+        >>> import qe_edge
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> layer_attributes(layer, GraphForm.of([layer]))
+        Attributes(weight_bits=4, act_bits=8, group_size=-1, rank_shared=0, rank_routed=0, num_experts=0)
+    """
     group, shared, experts = layer.group_size, layer.rank_shared, layer.num_experts
     if group == PER_CHANNEL and not form.per_channel:
         group = layer.in_features
     if "down" in form.present and layer.down is None:
         shared = 1
     if "router" in form.present and layer.router is None:
-        # every column belongs to all tokens: what one expert or none needs no router for
+        # every column belongs to all tokens, so no router is needed
         shared, experts = shared + layer.rank_routed * experts, 1
     return Attributes(
         weight_bits=layer.weight_bits,
@@ -159,8 +186,15 @@ def layer_operands(name: str, x: ir.Value, layer: QELinear, form: GraphForm, own
         name: Dotted name; initializers are called `<name>.<input>`.
         x: The layer's input.
         layer: The layer.
-        form: GraphForm of the graph.
+        form: The graph's form.
         owners: Initializers of shared tensors met so far, by the tensor's identity; added to.
+
+    Example:
+        >>> import qe_edge
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> operands = layer_operands("mlp.up", ir.Value(name="x"), layer, GraphForm.of([layer]), owners={})
+        >>> operands.present(), operands.qweight.name
+        (('x', 'qweight', 'scales'), 'mlp.up.qweight')
     """
     values = {}
     for key in form.present[1:]:
@@ -195,7 +229,13 @@ def _tensor(key: str, layer: QELinear, form: GraphForm) -> ir.TensorProtocol:
 
 
 def int4(codes: Tensor) -> ir.TensorProtocol:
-    """INT4 tensor of int8 codes; ONNX packs across rows, low nibble first."""
+    """INT4 tensor of int8 codes; ONNX packs across rows, low nibble first.
+
+    Example:
+        >>> tensor = int4(torch.tensor([[1, -2], [3, -4]], dtype=torch.int8))
+        >>> tensor.dtype.name, tensor.numpy().tolist()
+        ('INT4', [[1, -2], [3, -4]])
+    """
     packed = pack_int4(codes.reshape(1, -1))[0]
     return ir.PackedTensor(packed, ir.DataType.INT4, shape=list(codes.shape))
 

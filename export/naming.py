@@ -21,6 +21,14 @@ def name_nodes(model: ir.Model, wrapper: nn.Module, original: nn.Module) -> None
         model: A traced graph; changed in place.
         wrapper: The module that was traced.
         original: The model whose names are wanted.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+        >>> model = ir.from_onnx_text(text)
+        >>> model.graph[0].name = "node_Abs_17"
+        >>> name_nodes(model, nn.Module(), nn.Module())
+        >>> model.graph[0].name
+        'Abs_17'
     """
     names = {id(module): name for name, module in original.named_modules()}
     modules = {path: (names.get(id(module), ""), module) for path, module in wrapper.named_modules()}

@@ -15,7 +15,11 @@ def divide_by_roots(model: ir.Model) -> None:
         model: A traced graph.
 
     Example:
-        `divide_by_roots(trace_graph(spec))` turns `Mul(x, Reciprocal(Sqrt(v)))` into `Div(x, Sqrt(v))`.
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x, float[2] v) => (float[2] y)'
+        >>> model = ir.from_onnx_text(text + "{ r = Sqrt (v)  i = Reciprocal (r)  y = Mul (x, i) }")
+        >>> divide_by_roots(model)
+        >>> [node.op_type for node in model.graph]
+        ['Sqrt', 'Div']
     """
     for reciprocal in [node for node in model.graph if node.op_type == "Reciprocal"]:
         (root,) = reciprocal.inputs

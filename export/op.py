@@ -94,7 +94,7 @@ class Attributes:
 
 
 class Products(Protocol):
-    """How a target wants its weights multiplied; everything else of the body is the same everywhere."""
+    """A target's way to multiply weights. The rest of the body is the same everywhere."""
 
     def main(self, ops: tape.Tape, x: ir.Value, operands: Operands) -> ir.Value:
         """`x @ W` with the decoded INT4 weight."""
@@ -108,7 +108,7 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class CanonicalProducts:
-    """What ONNX Runtime runs fastest, for any sizes: those come from the node's attributes.
+    """The form that ONNX Runtime runs fastest, for any sizes: the sizes come from the node's attributes.
 
     Attributes:
         per_channel: Whether scales are one row per output channel without zero points; else there are groups, whose
@@ -151,7 +151,15 @@ class CanonicalProducts:
 
 
 def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, products: Products) -> ir.Value:
-    """Append the operator's body in standard operators to `ops`; returns the output `[B, S, N]`."""
+    """Append the operator's body in standard operators to `ops`; returns the output `[B, S, N]`.
+
+    Example:
+        >>> ops = tape.Tape()
+        >>> x, qweight, scales = (ir.Value(name=name) for name in ("x", "qweight", "scales"))
+        >>> _ = linear_body(ops, Operands(x, qweight, scales), act_bits=0, products=CanonicalProducts(per_channel=True))
+        >>> [node.op_type for node in ops.nodes]
+        ['Constant', 'Squeeze', 'DequantizeLinear', 'MatMul']
+    """
     main = operands.x if operands.inv_omega is None else ops.op("Mul", [operands.x, operands.inv_omega])
     if act_bits:
         main = fake_quantized(ops, main, act_bits)
@@ -168,7 +176,14 @@ def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, products: Pro
 
 
 def fake_quantized(ops: tape.Tape, x: ir.Value, bits: int) -> ir.Value:
-    """`qe_edge.numerics.grids.fake_quantize_activation`: per-token symmetric rounding, back on the real axis."""
+    """`qe_edge.numerics.grids.fake_quantize_activation`: per-token symmetric rounding, back on the real axis.
+
+    Example:
+        >>> ops = tape.Tape()
+        >>> _ = fake_quantized(ops, ir.Value(name="x"), bits=8)
+        >>> [node.op_type for node in ops.nodes if node.op_type != "Constant"]
+        ['Abs', 'ReduceMax', 'Max', 'Div', 'Div', 'Round', 'Clip', 'Mul']
+    """
     largest = 2 ** (bits - 1) - 1
     axis = constant(ops, np.array([-1], np.int64))
     peak = ops.op("ReduceMax", [ops.op("Abs", [x]), axis], {"keepdims": 1})
@@ -180,7 +195,13 @@ def fake_quantized(ops: tape.Tape, x: ir.Value, bits: int) -> ir.Value:
 
 
 def linear_function(present: tuple[str, ...], act_bits: int, per_channel: bool) -> ir.Function:
-    """The model-local function for nodes that all have the inputs `present`."""
+    """The model-local function for nodes that all have the inputs `present`.
+
+    Example:
+        >>> function = linear_function(("x", "qweight", "scales"), act_bits=8, per_channel=True)
+        >>> function.identifier(), len(function.inputs)
+        (('qe_edge', 'QELinear', ''), 11)
+    """
     values = {name: ir.Value(name=name) for name in INPUTS}
     ops = tape.Tape()
     y = linear_body(ops, Operands(**{name: values[name] for name in present}), act_bits, CanonicalProducts(per_channel))
@@ -192,15 +213,34 @@ def linear_function(present: tuple[str, ...], act_bits: int, per_channel: bool) 
 
 
 def reference(name: str, source: str) -> ir.Attr:
-    """An integer attribute `name` that takes the value of the function's attribute `source`."""
+    """An integer attribute `name` that takes the value of the function's attribute `source`.
+
+    Example:
+        >>> attribute = reference("block_size", "group_size")
+        >>> attribute.name, attribute.ref_attr_name
+        ('block_size', 'group_size')
+    """
     return ir.RefAttr(name, source, ir.AttributeType.INT)
 
 
 def constant(ops: tape.Tape, array: np.ndarray) -> ir.Value:
-    """A Constant node holding `array`."""
+    """A Constant node holding `array`.
+
+    Example:
+        >>> ops = tape.Tape()
+        >>> value = constant(ops, np.array([0, -1]))
+        >>> value.producer().op_type, value.producer().attributes["value"].as_tensor().numpy()
+        ('Constant', array([ 0, -1]))
+    """
     return ops.op("Constant", [], {"value": ir.tensor(array)})
 
 
 def real_constant(ops: tape.Tape, value: float) -> ir.Value:
-    """A float32 scalar."""
+    """A float32 scalar.
+
+    Example:
+        >>> ops = tape.Tape()
+        >>> real_constant(ops, 0.5).producer().attributes["value"].as_tensor().dtype.name
+        'FLOAT'
+    """
     return constant(ops, np.array(value, np.float32))

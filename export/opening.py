@@ -1,4 +1,4 @@
-"""Opens canonical graphs that may be anybody's: what is wrong with one is said in a sentence that names it."""
+"""Opens canonical graphs of strangers; an error names the graph and its fault in one sentence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ def open_graph(folder: Path, entry: GraphFile) -> ir.Model:
         entry: The graph in the manifest.
 
     Raises:
-        ArtifactError: If anything is wrong with it.
+        ArtifactError: If one of these checks fails.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> folder = Path("out/demo/onnx")  # doctest: +SKIP
+        >>> model = open_graph(folder, read_manifest(folder).graphs["language"])  # doctest: +SKIP
     """
     path = folder / entry.file
     check_graph_file(folder, entry.file)
@@ -50,7 +55,7 @@ def open_graph(folder: Path, entry: GraphFile) -> ir.Model:
 
 @contextmanager
 def explained(problem: str, error: type[QEError], remedy: str) -> Iterator[None]:
-    """Turn what libraries raise over a strange graph into an error of ours.
+    """Turn the errors that libraries raise about a stranger's graph into an error of ours.
 
     Args:
         problem: First sentence, without its full stop; the reason is added.
@@ -59,6 +64,14 @@ def explained(problem: str, error: type[QEError], remedy: str) -> Iterator[None]
 
     Raises:
         QEError: Of the class `error`; ResourceError if there is too little memory.
+
+    Example:
+        >>> with explained("'language.onnx' is no valid ONNX graph", ArtifactError, REMEDY):
+        ...     raise ValueError("a node has no output")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'language.onnx' is no valid ONNX graph: a node has no output. Export
+        the model again.
     """
     try:
         yield
@@ -77,7 +90,7 @@ def _specs(values: Iterable[ir.Value]) -> list[TensorSpec] | None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what a library said, at most 300 characters; of a chain of errors the first."""
+    """The first line of a library's message, at most 300 characters; of a chain of errors the first."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()

@@ -32,10 +32,10 @@ HEADER = "NvInferRuntime.h"
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Everything that a build needs, found before it starts.
+    """The programs and files that a build needs, found before it starts.
 
     Attributes:
-        arch: Architecture of the machine that is to load the library.
+        arch: Architecture of the machine that will load the library.
         sources: Folder of CMakeLists.txt.
         cmake: The program.
         nvcc: CUDA's compiler itself, not a wrapper of it.
@@ -66,7 +66,7 @@ class Toolchain:
 
 
 def find_toolchain(arch: str | None = None, headers: Path | None = None) -> Toolchain:
-    """Look for everything that a build needs.
+    """Find the programs and files that a build needs.
 
     Args:
         arch: "x86_64" or "aarch64"; None for this machine's.
@@ -75,6 +75,12 @@ def find_toolchain(arch: str | None = None, headers: Path | None = None) -> Tool
     Raises:
         TargetError: If something is missing; the remedy says where it comes from.
         InputError: If there is no such architecture, or no header in `headers`.
+
+    Example:
+        >>> find_toolchain("riscv64")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: The plugin is not built for 'riscv64'. Choose --arch x86_64 or aarch64.
     """
     arch = arch or platform.machine()
     if arch not in ARCHITECTURES:
@@ -94,17 +100,20 @@ def find_toolchain(arch: str | None = None, headers: Path | None = None) -> Tool
 
 
 def build_plugin(tools: Toolchain, out: Path | None = None) -> Path:
-    """Compile the plugin's library and that of ONNX Runtime's operator; takes about a minute.
+    """Compile the plugin's library and the library of ONNX Runtime's operator; it takes about a minute.
 
     Args:
-        tools: What to build with.
-        out: Folder for them; None for the one where they are found by themselves.
+        tools: Programs and files of the build.
+        out: Folder for both libraries; None for the folder where QE-Edge looks for them.
 
     Returns:
-        The plugin's library. Each appears only when it is complete.
+        The plugin's library. Each library appears only when it is complete.
 
     Raises:
         TargetError: If the compilers refuse the sources.
+
+    Example:
+        >>> build_plugin(find_toolchain())  # doctest: +SKIP
     """
     native = tools.arch == platform.machine()
     folder = out or build_folder(None if native else tools.arch)

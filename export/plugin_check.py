@@ -1,7 +1,7 @@
-"""Whether the TensorRT plugin can serve, found out before any long work: target, library, and the layers' forms.
+"""Checks, before any long work, that the TensorRT plugin can run: target, library, and the layers' forms.
 
-The library itself is asked, in a process of its own: it refuses here what it would refuse when an engine is built, and
-a library that crashes takes that process with it.
+The library itself is asked, in a process of its own. It refuses the same layers here as when an engine is built, and a
+library that crashes takes only that process with it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ REBUILD = "Build it for this machine with 'qe-edge build-plugin'."
 
 @dataclass(frozen=True)
 class LayerForm:
-    """What of a layer decides whether the plugin runs it: the attributes of its node.
+    """The attributes of a layer that decide whether the plugin runs it.
 
     Attributes:
         name: Dotted name, for messages.
         in_features: Width of the input.
-        out_features: Width of the output; of layers that are joined to one, of all of them.
+        out_features: Width of the output, or of all outputs together if layers are joined to one.
         act_bits: Bits of the activations, 0 for 16-bit ones.
         group_size: Input channels per scale of the weight; -1 for one scale per output channel.
         rank_shared: Rank of the shared expert.
@@ -49,13 +49,13 @@ class LayerForm:
 
 @dataclass(frozen=True)
 class Question:
-    """What the child process asks a library.
+    """The question of the child process to a library.
 
     Attributes:
         backend: Python module that loads it.
         library: The library.
-        layout_version: Of the weights that are going to be packed.
-        forms: Layers that it is to run.
+        layout_version: Version of the layout in which weights are going to be packed.
+        forms: Layers that it should run.
     """
 
     backend: Backend
@@ -66,11 +66,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the child process found.
+    """The answer of the child process.
 
     Attributes:
         problem: Why the library cannot be loaded, in one sentence; "" if it can.
-        remedy: What to do about that.
+        remedy: The remedy for that.
         refused: Number of the first form that it refuses, None if none.
     """
 
@@ -84,12 +84,19 @@ def choose_plugin(targets: Sequence[str], library: Path | None) -> Path:
 
     Args:
         targets: Names of the targets that are going to be built.
-        library: The one that the user names, None for the one that is found.
+        library: The library that the user names; None looks for it.
 
     Raises:
         UnknownNameError: If there is no target of a name.
         InputError: If none of them takes the plugin.
         TargetError: If there is no library, or it does not serve.
+
+    Example:
+        >>> choose_plugin(["cpu"], library=None)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: Target 'cpu' is ONNX Runtime on any CPU, which takes no TensorRT plugin.
+        Leave --plugin out, or build for another target.
     """
     chosen = [get_target(name) for name in targets]
     takers = [target for target in chosen if takes_plugin(target)]
@@ -101,7 +108,12 @@ def choose_plugin(targets: Sequence[str], library: Path | None) -> Path:
 
 
 def takes_plugin(target: Target) -> bool:
-    """Whether a target's backend can run the plugin."""
+    """Whether a target's backend can run the plugin.
+
+    Example:
+        >>> takes_plugin(get_target("jetson-orin")), takes_plugin(get_target("cpu"))
+        (True, False)
+    """
     return target.backend != "onnxruntime"
 
 
@@ -110,6 +122,14 @@ def check_plugin_target(target: Target) -> None:
 
     Raises:
         InputError: If it is one.
+
+    Example:
+        >>> check_plugin_target(get_target("rtx"))
+        >>> check_plugin_target(get_target("cpu"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: Target 'cpu' is ONNX Runtime on any CPU, which takes no TensorRT plugin.
+        Leave --plugin out, or build for another target.
     """
     if not takes_plugin(target):
         raise InputError(
@@ -128,13 +148,22 @@ def check_forms(targets: Sequence[Target], library: Path, forms: Sequence[LayerF
 
     Raises:
         TargetError: Naming the first such layer, or saying why the library cannot be asked.
+
+    Example:
+        >>> forms = [LayerForm("mlp.up", in_features=4096, out_features=11008, rank_shared=64)]  # doctest: +SKIP
+        >>> check_forms([get_target("tensorrt")], find_plugin_library(), forms)  # doctest: +SKIP
     """
     for backend in dict.fromkeys(target.backend for target in targets if takes_plugin(target)):
         _ask(backend, library, list(dict.fromkeys(forms)))
 
 
 def refusal(layer: str, words: str) -> TargetError:
-    """The error for a layer that the plugin refuses in `words`, one or two sentences."""
+    """The error for a layer that the plugin refuses in `words`, one or two sentences.
+
+    Example:
+        >>> print(refusal("mlp.up", "rank_shared is 200. Use at most 128."))
+        The plugin cannot run the layer 'mlp.up': rank_shared is 200. Use at most 128.
+    """
     problem, _, remedy = words.partition(". ")
     return TargetError(
         f"The plugin cannot run the layer '{layer}': {problem.removesuffix('.')}.", remedy or "Build without --plugin."
@@ -167,6 +196,6 @@ def _ask(backend: Backend, library: Path, forms: Sequence[LayerForm]) -> None:
 
 
 def _reason(stderr: str) -> str:
-    """What the plugin said last."""
+    """The last message of the plugin."""
     said = [line.partition("QELinear: ")[2].strip() for line in stderr.splitlines() if "QELinear: " in line]
     return said[-1] if said else "It gives no reason."

@@ -18,7 +18,13 @@ OPTIONAL = ("has_zeros", "has_inv_omega")  # operands that any layer may have
 
 
 def answer(question: Question) -> Verdict:
-    """Load the library and make one plugin for every form; why it refuses one goes to standard error."""
+    """Load the library and make one plugin for every form; why it refuses one goes to standard error.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> library, forms = Path("qe_edge/lib/libqe_plugin.so"), [LayerForm("mlp.up", 4096, 11008)]  # doctest: +SKIP
+        >>> answer(Question("tensorrt", library, layout_version=4, forms=forms))  # doctest: +SKIP
+    """
     trt = importlib.import_module(question.backend)
     try:
         load_plugin_library(trt, question.library)

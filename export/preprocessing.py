@@ -36,14 +36,20 @@ def write_preprocessing(loaded: LoadedModel, folder: Path, ir_version: int) -> P
 
     Args:
         loaded: The model.
-        folder: Where to write `preprocess.onnx`.
-        ir_version: Of the file.
+        folder: Folder for `preprocess.onnx`.
+        ir_version: IR version of the file.
 
     Returns:
-        What the manifest says about it; None, with a notice, where the family has none.
+        The graph's entry in the manifest; None, with a notice, if the family has no such graph.
 
     Raises:
         ModelError: If the graph gives other values than the image processor.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> entry = write_preprocessing(load_model("demo"), Path(), ir_version=10)
+        >>> entry.file, [value.name for value in entry.outputs]
+        ('preprocess.onnx', ['pixel_values', 'position_ids', 'placeholder_ids', 'placeholder_positions'])
     """
     if not loaded.family.picture_unit or not loaded.family.writes_text:
         return None
@@ -74,7 +80,7 @@ def write_preprocessing(loaded: LoadedModel, folder: Path, ir_version: int) -> P
 
 
 def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encoded: Encoded) -> str | None:
-    """The first output of the graph that differs from what the family makes of a prompt with one picture.
+    """The first output of the graph that differs from the family's own arrays for a prompt with one picture.
 
     Args:
         computed: Outputs of the graph by name.
@@ -83,6 +89,17 @@ def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encod
 
     Returns:
         Its name; None if all are equal to the last bit.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> entry = write_picture_graph(loaded.family.picture_graph(loaded.processor), Path(), ir_version=10)
+        >>> image = np.zeros((64, 48, 3), np.uint8)
+        >>> found = OrtSession(Path(), entry, accuracy_level=0, threads=1).run({IMAGE: image})
+        >>> computed = {name: np.asarray(value) for name, value in found.items()}
+        >>> encoded = loaded.family.encode(loaded.processor, [Sample(image, QUESTION)])
+        >>> first_difference(computed, loaded.family, encoded) is None
+        True
     """
     (feeds,) = family.visual_feeds(encoded)
     for name, wanted in feeds.items():
@@ -104,7 +121,15 @@ def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encod
 
 
 def write_picture_graph(found: PictureGraph, folder: Path, ir_version: int) -> PictureEntry:
-    """Write `preprocess.onnx` and check its form; returns what the manifest says about it."""
+    """Write `preprocess.onnx` and check its form; returns the graph's entry in the manifest.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> entry = write_picture_graph(loaded.family.picture_graph(loaded.processor), Path(), ir_version=10)
+        >>> entry.inputs[0].name, entry.inputs[0].dtype, entry.inputs[0].shape
+        ('image', 'uint8', ('height', 'width', 3))
+    """
     outputs = list(found.outputs.values())
     graph = ir.Graph([found.image], outputs, nodes=found.nodes, opset_imports={"": OPSET}, name="preprocess")
     model = ir.Model(graph, ir_version=ir_version, producer_name="qe-edge", producer_version=VERSION)

@@ -20,6 +20,12 @@ def tensor_spec(value: ir.Value) -> TensorSpec:
 
     Raises:
         ModelError: If its type or shape is unknown or unusual.
+
+    Example:
+        >>> value = ir.Value(name="hidden", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape(["batch", 64]))
+        >>> spec = tensor_spec(value)
+        >>> spec.name, spec.dtype, spec.shape
+        ('hidden', 'float16', ('batch', 64))
     """
     if value.dtype not in DTYPES or value.shape is None:
         raise ModelError(

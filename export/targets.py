@@ -1,4 +1,4 @@
-"""What engines can be built for. Adding a target is one entry of `TARGETS`."""
+"""The targets of engines. A new target is one entry of `TARGETS`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ class Target:
         capabilities: Compute capabilities of the GPUs it serves; empty for any, or for none at all.
         built_on_device: Whether engines must be built on the GPU that runs them.
         remedy: Where the backend comes from.
+
+    Example:
+        >>> target = get_target("jetson-orin")
+        >>> target.backend, target.capabilities, target.built_on_device
+        ('tensorrt', ((8, 7),), True)
     """
 
     name: str
@@ -104,7 +109,12 @@ TARGETS = {
 
 
 def has_limits(name: str) -> bool:
-    """Whether a target's engines are built for largest sizes; those of ONNX Runtime take any."""
+    """Whether a target's engines are built for largest sizes. Engines of ONNX Runtime take any size.
+
+    Example:
+        >>> has_limits("cpu"), has_limits("jetson-orin")
+        (False, True)
+    """
     return get_target(name).backend != "onnxruntime"
 
 
@@ -113,6 +123,15 @@ def get_target(name: str) -> Target:
 
     Raises:
         UnknownNameError: If there is none of that name.
+
+    Example:
+        >>> get_target("cpu").title
+        'ONNX Runtime on any CPU'
+        >>> get_target("jetson")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.UnknownNameError: There is no target 'jetson'. Did you mean 'jetson-thor'? Known:
+        cpu, jetson-orin, jetson-thor, rtx, tensorrt.
     """
     if name not in TARGETS:
         raise UnknownNameError("target", name, TARGETS)
@@ -120,11 +139,15 @@ def get_target(name: str) -> Target:
 
 
 def check_targets(targets: Sequence[str]) -> list[str]:
-    """Check targets before any work, and return those whose engines run on this machine too.
+    """Check targets before any work; returns the targets whose engines run on this machine.
 
     Raises:
         UnknownNameError: If there is no target of a name.
         TargetError: If one cannot be built here.
+
+    Example:
+        >>> check_targets(["cpu"])
+        ['cpu']
     """
     for name in targets:
         get_target(name).check()

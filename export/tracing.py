@@ -24,7 +24,15 @@ LAYER = "layer"  # attribute of a bare node: the dotted name of the layer it sta
 
 @contextmanager
 def exportable(model: nn.Module) -> Iterator[None]:
-    """The model as it is traced: float32, eager attention, `QELinear` layers as bare nodes; undone afterwards."""
+    """Prepare a model for tracing: float32, eager attention, `QELinear` layers as bare nodes; undone afterwards.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> model = load_model("demo").model
+        >>> with exportable(model):
+        ...     print(model.config._attn_implementation, model.dtype)
+        eager torch.float32
+    """
     with ExitStack() as stack:
         # tensors of QELinear layers are converted when they are written
         stack.enter_context(in_float32(one for one in model.modules() if not isinstance(one, QELinear)))
@@ -41,6 +49,12 @@ def trace_graph(spec: GraphSpec) -> ir.Model:
 
     Raises:
         ModelError: If torch cannot export it.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model  # doctest: +SKIP
+        >>> loaded = load_model("demo")  # doctest: +SKIP
+        >>> with exportable(loaded.model):  # doctest: +SKIP
+        ...     graphs = [trace_graph(spec) for spec in loaded.family.graphs(loaded.model)]
     """
     with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's exporter warns about its own internals

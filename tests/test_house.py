@@ -26,7 +26,7 @@ SOURCES = [  # each file once, whatever Python thinks of links
 ]
 # Rooms whose public functions and classes all show their use; a new room is added when it is complete.
 SHOWN = ("system", "numerics", "checkpoint", "layers", "calibration", "reconstruction", "budget", "methods",
-         "recipes", "quantization", "deploy", "demo", "qe_edge")  # fmt: skip
+         "recipes", "quantization", "deploy", "demo", "qe_edge", "export")  # fmt: skip
 RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Options", "Error")
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 

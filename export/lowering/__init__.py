@@ -1,1 +1,1 @@
-"""Passes that turn a canonical graph into what a backend wants; the result still runs in ONNX Runtime for checking."""
+"""Passes that turn a canonical graph into a backend's form. The result still runs in ONNX Runtime, for checks."""

@@ -1,4 +1,4 @@
-"""Writes out operators that older TensorRT versions do not read."""
+"""Replaces operators that older TensorRT versions do not read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from qe_edge.export.op import real_constant
 
 
 class ExpandGelu(InPlacePass):
-    """Replaces `Gelu` by its definition. Requires nothing; ensures that there is none left."""
+    """Replaces `Gelu` by its definition. Requires nothing; ensures that there is none left.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Gelu (x) }'
+        >>> ExpandGelu()(ir.from_onnx_text(text)).modified
+        True
+    """
 
     def call(self, model: ir.Model) -> PassResult:
         """Expand all of them."""
@@ -26,7 +32,15 @@ class ExpandGelu(InPlacePass):
 
 
 def expand_gelu(model: ir.Model) -> None:
-    """Replace `Gelu` by its definition; TensorRT recognises the pattern where it has a kernel for it."""
+    """Replace `Gelu` by its definition; TensorRT recognises the pattern where it has a kernel for it.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Gelu (x) }'
+        >>> model = ir.from_onnx_text(text)
+        >>> expand_gelu(model)
+        >>> [node.op_type for node in model.graph if node.op_type != "Constant"]
+        ['Mul', 'Erf', 'Mul', 'Add', 'Mul']
+    """
     ExpandGelu()(model)
 
 

@@ -77,6 +77,17 @@ class InlineLayers(InPlacePass):
 
     Attributes:
         names: Names of the layers that were replaced.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> work = InlineLayers()
+        >>> work(model).modified, work.names
+        (True, ['mlp.up'])
     """
 
     def __init__(self) -> None:
@@ -115,6 +126,16 @@ def inline_layers(model: ir.Model) -> list[str]:
 
     Raises:
         TargetError: If a layer's width fits no block.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> inline_layers(model), [node.op_type for node in model.graph][-2:]
+        (['mlp.up'], ['DequantizeLinear', 'MatMul'])
     """
     work = InlineLayers()
     work(model)
@@ -139,12 +160,29 @@ def _inline(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def operands_of(node: ir.Node) -> Operands:
-    """The inputs of a `QELinear` node by name."""
+    """The inputs of a `QELinear` node by name.
+
+    Example:
+        >>> head = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float x, float w, float s) => (float y)'
+        >>> model = ir.from_onnx_text(head + "{ y = qe_edge.QELinear (x, w, s) }")
+        >>> operands_of(model.graph[0]).present()
+        ('x', 'qweight', 'scales')
+    """
     return Operands(**dict(zip(INPUTS, node.inputs, strict=False)))  # type: ignore[arg-type] # x is never None
 
 
 def without_neutral(operands: Operands, attributes: Attributes) -> tuple[Operands, Attributes]:
-    """Leave out what the exporter added only so that all layers share one function."""
+    """Leave out operands that the exporter added only so that all layers share one function.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import GraphForm, layer_attributes, layer_operands
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> form = replace(GraphForm.of([layer]), present=("x", "qweight", "scales", "bias"))  # another one has a bias
+        >>> operands = layer_operands("mlp.up", ir.Value(name="x"), layer, form, owners={})
+        >>> operands.present(), without_neutral(operands, layer_attributes(layer, form))[0].present()
+        (('x', 'qweight', 'scales', 'bias'), ('x', 'qweight', 'scales'))
+    """
     dropped: set[str] = set()
     for name, value in (("zeros", 0), ("inv_omega", 1), ("bias", 0), ("down", 0)):
         operand = getattr(operands, name)
@@ -159,7 +197,13 @@ def without_neutral(operands: Operands, attributes: Attributes) -> tuple[Operand
 
 
 def array_of(value: ir.Value) -> np.ndarray:
-    """Data of an initializer; INT4 comes as ml_dtypes.int4."""
+    """Data of an initializer; INT4 comes as ml_dtypes.int4.
+
+    Example:
+        >>> graph = ir.Graph([], [], nodes=[])
+        >>> array_of(add_initializer(graph, "bias", np.ones(3, np.float32)))
+        array([1., 1., 1.], dtype=float32)
+    """
     if value.const_value is None:
         raise ValueError(f"'{value.name}' is no initializer")
     array: np.ndarray = value.const_value.numpy()
@@ -167,7 +211,13 @@ def array_of(value: ir.Value) -> np.ndarray:
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """Shape of an initializer."""
+    """Shape of an initializer.
+
+    Example:
+        >>> graph = ir.Graph([], [], nodes=[])
+        >>> shape_of(add_initializer(graph, "weight", np.ones((3, 4), np.float32)))
+        (3, 4)
+    """
     if value.const_value is None:
         raise ValueError(f"'{value.name}' is no initializer")
     return tuple(value.const_value.shape.numpy())
@@ -201,7 +251,14 @@ def _widened(graph: ir.Graph, factor: ir.Value | None) -> ir.Value | None:
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer of the graph."""
+    """A new initializer of the graph.
+
+    Example:
+        >>> graph = ir.Graph([], [], nodes=[])
+        >>> value = add_initializer(graph, "bias", np.ones(3, np.float32))
+        >>> list(graph.initializers), value.dtype.name
+        (['bias'], 'FLOAT')
+    """
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)

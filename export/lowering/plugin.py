@@ -1,4 +1,4 @@
-"""Replaces canonical `QELinear` nodes by those of the TensorRT plugin, with weights laid out for its kernels."""
+"""Replaces canonical `QELinear` nodes by nodes of the TensorRT plugin, with weights laid out for its kernels."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ class PackLayers(InPlacePass):
 
     Attributes:
         names: Names of the plugin's nodes.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> work = PackLayers()
+        >>> work(model).modified, work.names
+        (True, ['mlp.up'])
     """
 
     def __init__(self) -> None:
@@ -77,6 +88,16 @@ def pack_layers(model: ir.Model) -> list[str]:
 
     Raises:
         TargetError: If the kernels cannot run a layer.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> pack_layers(model), model.graph[0].attributes[LAYOUT].as_int()
+        (['mlp.up'], 4)
     """
     work = PackLayers()
     work(model)
@@ -99,10 +120,21 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def layer_forms(model: ir.Model) -> list[LayerForm]:
-    """What the plugin has to run of a canonical graph; neutral operands are left out, as they are when it is packed.
+    """The forms of the layers of a canonical graph that the plugin has to run, without neutral operands.
 
-    Layers that read the same input may be joined to one, so each is given the outputs of all of them: what only one of
-    them breaks is found when they are packed.
+    Layers that read the same input may be joined to one, so each form has the outputs of all of them. A limit that a
+    single one of them exceeds is found when they are packed.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> layer_forms(model)
+        [LayerForm(name='mlp.up', in_features=64, out_features=32, act_bits=8, group_size=-1, rank_shared=0,
+        rank_routed=0, num_experts=0)]
     """
     nodes = linear_nodes(model)
     outputs: Counter[ir.Value] = Counter()
@@ -130,7 +162,12 @@ def _form(node: ir.Node, outputs: Mapping[ir.Value, int]) -> LayerForm:
 
 
 def is_packed(node: ir.Node) -> bool:
-    """Whether a node is the plugin's, or will be: lowering changes its operands, not its kind."""
+    """Whether a node belongs to the plugin, or will: lowering changes its operands, not its kind.
+
+    Example:
+        >>> is_packed(ir.node("QELinear", [], domain="qe_edge")), is_packed(ir.node("MatMul", []))
+        (True, False)
+    """
     return (node.domain, node.op_type) == (DOMAIN, NAME)
 
 

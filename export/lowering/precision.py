@@ -1,8 +1,9 @@
-"""float16 where the arithmetic is, float32 where the range is.
+"""float16 for most of the arithmetic, float32 for values of a large range.
 
-Products run in float16. What adds or multiplies two activations runs in float32, so that the residual stream and the
-gates of MLPs cannot overflow (real models exceed float16 there), as do the statistics of norms, rotary angles, the
-router's scores and the rounding of activations. The KV cache is float16; all other inputs and outputs are float32.
+Products with weights run in float16. Nodes that add or multiply two activations run in float32, so that the residual
+stream and the gates of MLPs cannot overflow: real models exceed float16 there. So do the statistics of norms, rotary
+angles, the router's scores and the rounding of activations. The KV cache is float16; all other inputs and outputs are
+float32.
 """
 
 from __future__ import annotations
@@ -28,10 +29,16 @@ CACHE = ("past_key_values.", "present.")
 
 
 class ScaleQueries(InPlacePass):
-    """Moves factors of attention scores to the queries. Requires and ensures that results have types."""
+    """Moves factors of attention scores to the queries. Requires and ensures that results have types.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2, 4] x) => (float[2, 4] y) { y = Abs (x) }'
+        >>> ScaleQueries()(ir.from_onnx_text(text)).modified
+        True
+    """
 
     def requires(self, model: ir.Model) -> None:
-        """Results have types: the new nodes take those of the queries."""
+        """Results have types: the new nodes take the types of the queries."""
         require(not untyped_values(model.graph), "Every result has a type.")
 
     def call(self, model: ir.Model) -> PassResult:
@@ -47,10 +54,19 @@ class ScaleQueries(InPlacePass):
 class ToHalf(InPlacePass):
     """Chooses float16 or float32 for every node.
 
-    Requires that results have types. Ensures that what goes in and out is float32, but for the cache, which is float16.
+    Requires that results have types. Ensures that inputs and outputs are float32, except the cache, which is float16.
 
     Attributes:
         precision: Precision of every node that computes with floats, by name.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2, 4] x, float[4, 4] w) => (float[2, 4] y)'
+        >>> model = ir.from_onnx_text(text + "{ y = MatMul (x, w) }")
+        >>> model.graph[0].name = "mlp.up"
+        >>> work = ToHalf()
+        >>> _ = work(model)
+        >>> work.precision, [node.op_type for node in model.graph]
+        ({'mlp.up': 'float16'}, ['Cast', 'Cast', 'MatMul', 'Cast'])
     """
 
     def __init__(self) -> None:
@@ -72,14 +88,25 @@ class ToHalf(InPlacePass):
         return PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
-        """What goes in and out has its type."""
+        """Inputs and outputs have their types."""
         for value in (*model.graph.inputs, *model.graph.outputs):
             wanted = HALF if (value.name or "").startswith(CACHE) else SINGLE
             ensure(value.dtype not in FLOATS or value.dtype == wanted, f"'{value.name}' is {wanted.name}.")
 
 
 def scale_queries(model: ir.Model) -> None:
-    """Move the constant factor on attention scores to the queries: the bare product can exceed float16."""
+    """Move the constant factor on attention scores to the queries: the bare product can exceed float16.
+
+    Example:
+        >>> from onnx_ir.passes.common import ShapeInferencePass
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2, 4] q, float[4, 2] k) => (float[2, 2] y)'
+        >>> nodes = "{ c = Constant <value = float {0.5}> ()  p = MatMul (q, k)  y = Mul (p, c) }"
+        >>> model = ir.from_onnx_text(text + nodes)
+        >>> _ = ShapeInferencePass()(model)
+        >>> scale_queries(model)
+        >>> [node.op_type for node in model.graph]  # the product of the scaled queries
+        ['Constant', 'Mul', 'MatMul']
+    """
     ScaleQueries()(model)
 
 
@@ -110,6 +137,13 @@ def to_half(model: ir.Model) -> dict[str, str]:
 
     Args:
         model: A graph of standard operators, INT4 and INT8 weights behind DequantizeLinear.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2, 4] x, float[4, 4] w) => (float[2, 4] y)'
+        >>> model = ir.from_onnx_text(text + "{ y = MatMul (x, w) }")
+        >>> model.graph[0].name = "mlp.up"
+        >>> to_half(model), model.graph.outputs[0].dtype.name
+        ({'mlp.up': 'float16'}, 'FLOAT')
     """
     work = ToHalf()
     work(model)
@@ -198,7 +232,13 @@ class _Conversion:
 
 
 def convert_constant(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
-    """A constant in another precision; what only masks becomes a number that float16 can add to."""
+    """A constant in another precision; a masking constant becomes a number that float16 can add to.
+
+    Example:
+        >>> mask = np.array([0.0, -3.4e38, 70000.0], np.float32)
+        >>> convert_constant(mask, HALF)
+        array([ 0.00e+00, -3.00e+04,  6.55e+04], dtype=float16)
+    """
     if dtype == SINGLE:
         return array.astype(np.float32)
     limit = float(np.finfo(np.float16).max)
@@ -206,7 +246,14 @@ def convert_constant(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
 
 
 def array_of_constant(value: ir.Value) -> np.ndarray:
-    """Data of an initializer or of a Constant node."""
+    """Data of an initializer or of a Constant node.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y)'
+        >>> model = ir.from_onnx_text(text + "{ c = Constant <value = float {0.5}> ()  y = Mul (x, c) }")
+        >>> array_of_constant(model.graph[1].inputs[1]).item()
+        0.5
+    """
     producer = value.producer()
     if producer is None:
         return array_of(value)

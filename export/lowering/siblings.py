@@ -23,7 +23,13 @@ JOINED = {"qweight": 1, "scales": 1, "zeros": 1, "up": 1, "up_scale": 0, "bias":
 
 
 class JoinSiblings(InPlacePass):
-    """Joins layers that read the same input. Requires a canonical graph; ensures that no two layers can be joined."""
+    """Joins layers that read the same input. Requires a canonical graph; ensures that no two layers can be joined.
+
+    Example:
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+        >>> JoinSiblings()(ir.from_onnx_text(text)).modified  # there are no layers
+        False
+    """
 
     def requires(self, model: ir.Model) -> None:
         """Operands of layers are initializers."""
@@ -43,7 +49,20 @@ class JoinSiblings(InPlacePass):
 
 
 def join_siblings(model: ir.Model) -> None:
-    """Replace `QELinear` nodes that differ in their outputs only by one node and a Split, in place."""
+    """Replace `QELinear` nodes that differ only in their outputs by one node and a Split, in place.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> head = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x)'
+        >>> nodes = [f'{name} = qe_edge.QELinear <layer: string = "mlp.{name}"> (x)' for name in ("gate", "up")]
+        >>> model = ir.from_onnx_text(f"{head} => (float[1, 2, 32] gate, float[1, 2, 32] up) {{ {' '.join(nodes)} }}")
+        >>> attach_layers(model, {"mlp.gate": layer, "mlp.up": layer})
+        >>> join_siblings(model)
+        >>> [(node.op_type, node.name) for node in model.graph]
+        [('QELinear', 'mlp.gate+up'), ('Split', 'mlp.gate+up/Split')]
+    """
     JoinSiblings()(model)
 
 
@@ -56,7 +75,7 @@ def _siblings(model: ir.Model) -> Iterator[list[ir.Node]]:
 
 
 def _key(node: ir.Node) -> tuple[object, ...]:
-    """What siblings have in common; arrays by a hash of their content, because neutral ones are made for every node."""
+    """A key that siblings share; arrays by a hash of their content, because every node has its own neutral arrays."""
     operands = operands_of(node)
     shared = (getattr(operands, name) for name in INPUTS[1:] if name not in JOINED)
     contents = (None if value is None else hashlib.sha256(array_of(value).tobytes()).digest() for value in shared)

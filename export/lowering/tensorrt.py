@@ -28,7 +28,7 @@ WEIGHTS = {ir.DataType.INT4: "int4", ir.DataType.INT8: "int8"}
 
 
 def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False, capacity: int | None = None) -> Precision:
-    """Lower a canonical graph in place; returns what computes in which precision.
+    """Lower a canonical graph in place; returns the precision of every product.
 
     Args:
         model: A canonical graph.
@@ -39,6 +39,16 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False, capacity: int |
     Raises:
         TargetError: If a layer does not fit TensorRT, or the plugin.
         ValueError: If types and shapes do not fit together.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> lower_for_tensorrt(model).products
+        {'mlp.up/MatMul_14': 'int4 weights, float16'}
     """
     expand_attention(model)
     if capacity is not None:
