@@ -20,13 +20,13 @@ ROOMS = ROOT / "qe_edge"
 LONGEST = 60  # lines of a function, with its docstring
 SOURCES = [  # each file once, whatever Python thinks of links
     path
-    for room in ("qe_edge", "export", "calibration")
+    for room in ("qe_edge", "export", "calibration", "plugins/prepack")
     for path in sorted((ROOT / room).rglob("*.py"))
     if not any(parent.is_symlink() for parent in path.parents)
 ]
 # Rooms whose public functions and classes all show their use; a new room is added when it is complete.
 SHOWN = ("system", "numerics", "checkpoint", "layers", "calibration", "reconstruction", "budget", "methods",
-         "recipes", "quantization", "deploy", "demo", "qe_edge", "export")  # fmt: skip
+         "recipes", "quantization", "deploy", "demo", "qe_edge", "export", "prepack")  # fmt: skip
 RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Options", "Error")
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 
@@ -108,10 +108,11 @@ def _is_record(node: ast.stmt) -> bool:
 
 def _room(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
-    return parts[1] if parts[0] == "qe_edge" and len(parts) > 2 else parts[0]
+    return parts[1] if parts[0] in ("qe_edge", "plugins") and len(parts) > 2 else parts[0]
 
 
 def _dotted(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[parts[0] == "plugins" :]
     parts = parts if parts[0] == "qe_edge" else ("qe_edge", *parts)
     return ".".join(part for part in parts if part != "__init__")

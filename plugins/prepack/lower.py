@@ -26,7 +26,16 @@ _ORDER = ("weight", "columns", "scales", "zeros", "inv_omega", "down", "down_sca
 
 
 def lower(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the model whose QELinear nodes carry prepacked weights. Raises PackError for a node that cannot."""
+    """A copy of the model whose QELinear nodes carry prepacked weights. Raises PackError for a node that cannot.
+
+    Example:
+        >>> text = "g (float[1, 2, 64] x) => (float[1, 2, 32] y) { y = qe_edge.QELinear (x, w, s) }"
+        >>> graph = onnx.parser.parse_graph(text)
+        >>> codes = helper.make_tensor("w", TensorProto.INT4, (64, 32), np.zeros(64 * 16, np.uint8).tobytes(), raw=True)
+        >>> graph.initializer.extend([codes, numpy_helper.from_array(np.ones((1, 32), np.float32), "s")])
+        >>> [node.op_type for node in lower(helper.make_model(graph)).graph.node]
+        ['Cast', 'QELinear', 'Cast']
+    """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
@@ -59,7 +68,15 @@ def _values(tensor: TensorProto) -> NDArray[Any]:
 
 
 def read_node(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> CanonicalLinear:
-    """The layer that a canonical node describes, without its neutral operands. Raises PackError if one is missing."""
+    """The layer that a canonical node describes, without its neutral operands. Raises PackError if one is missing.
+
+    Example:
+        >>> node = onnx.parser.parse_node("y = qe_edge.QELinear (x, w, s)")
+        >>> codes = helper.make_tensor("w", TensorProto.INT4, (64, 32), np.zeros(64 * 16, np.uint8).tobytes(), raw=True)
+        >>> linear = read_node(node, {"w": codes, "s": numpy_helper.from_array(np.ones((1, 32), np.float32), "s")})
+        >>> linear.in_features, linear.out_features
+        (64, 32)
+    """
     named = {role: name for role, name in zip(INPUTS, node.input, strict=False) if name}
     missing = [role for role, name in named.items() if role != "x" and name not in constants]
     if missing or "qweight" not in named or "scales" not in named:

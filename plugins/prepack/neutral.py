@@ -12,7 +12,15 @@ import numpy as np
 
 
 def without_neutral(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a CanonicalLinear, less those that change nothing."""
+    """The fields of a CanonicalLinear, less those that change nothing.
+
+    Example:
+        >>> fields = {"qweight": np.ones((64, 32), np.int8), "scales": np.ones((1, 32)), "bias": np.zeros(32)}
+        >>> numbers = {"group_size": 64, "rank_shared": 0, "rank_routed": 0, "num_experts": 0}
+        >>> kept = without_neutral({**fields, **numbers})
+        >>> sorted(kept.keys() & fields.keys()), kept["group_size"]
+        (['qweight', 'scales'], -1)
+    """
     kept = dict(fields)
     if kept["group_size"] == len(kept["qweight"]) and len(kept["scales"]) == 1:
         kept["group_size"] = -1

@@ -58,7 +58,14 @@ class PackedLinear:
 
 
 def pack(linear: CanonicalLinear, dtype: Dtype) -> PackedLinear:
-    """Lay one layer out for the kernels. Raises PackError when the tensors do not fit together."""
+    """Lay one layer out for the kernels. Raises PackError when the tensors do not fit together.
+
+    Example:
+        >>> linear = CanonicalLinear(np.ones((128, 64), np.int8), scales=np.ones((1, 64), np.float32))
+        >>> packed = pack(linear, "f16")
+        >>> packed.weight_bits, packed.weight.shape, packed.columns.shape
+        (3, (2, 1, 3, 32, 16), (3, 64))
+    """
     linear.check()
     k, n = linear.in_features, linear.out_features
     kp, np_ = round_up(k, CHUNK), round_up(n, BLOCK)
@@ -117,7 +124,12 @@ def _scales(linear: CanonicalLinear, units: NDArray[np.float64], kp: int, np_: i
 
 
 def code_unit(sixteen_bit: bool, offset_binary: bool, bits: int) -> float:
-    """What the kernels multiply for a code of 1 is 32, 16 or 8 (int8 activations), or the smallest float16 number."""
+    """What the kernels multiply for a code of 1 is 32, 16 or 8 (int8 activations), or the smallest float16 number.
+
+    Example:
+        >>> code_unit(sixteen_bit=False, offset_binary=False, bits=4), code_unit(True, True, 4) == 2.0**24
+        (0.0625, True)
+    """
     if sixteen_bit:
         return 2.0**24
     if bits == 3:

@@ -60,7 +60,16 @@ class Form:
 
 
 def unpack(packed: PackedLinear, form: Form) -> CanonicalLinear:
-    """The layer, whose ranks are rounded up to what is stored; the rest of them is 0."""
+    """The layer, whose ranks are rounded up to what is stored; the rest of them is 0.
+
+    Example:
+        >>> from qe_edge.prepack.pack import pack
+        >>> linear = CanonicalLinear(np.ones((128, 64), np.int8), scales=np.ones((1, 64), np.float32))
+        >>> packed = pack(linear, "f16")
+        >>> again = unpack(packed, Form.of(linear, packed))
+        >>> bool((again.qweight == linear.qweight).all()), bool((again.scales == linear.scales).all())
+        (True, True)
+    """
     k, n = form.in_features, form.out_features
     sixteen_bit = form.act_bits == 0
     offset_binary = sixteen_bit or form.has_zeros != 0
