@@ -23,6 +23,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "mbq": "qe_edge.methods.mbq:MBQ",
         "gptq": "qe_edge.methods.gptq:GPTQ",
         "vlmq": "qe_edge.methods.vlmq:VLMQ",
+        "loaq": "qe_edge.methods.loaq:LoaQ",
         "obq": "qe_edge.methods.obq:OBQ",
         "quarot": "qe_edge.methods.quarot:QuaRot",
         "quip": "qe_edge.methods.quip:QuIP",

@@ -98,6 +98,16 @@ class Method(ABC, Generic[OptionsType]):
         return np.ones_like(energy)
 
     @property
+    def sees_both_models(self) -> bool:
+        """Whether layers are quantized one after the other, on the quantized model's inputs and with `drift`."""
+        return False
+
+    @property
+    def weighs_norms(self) -> bool:
+        """Whether tokens of layers that write into the residual stream are weighed by the norm that follows."""
+        return False
+
+    @property
     def stack_siblings(self) -> bool:
         """Whether layers that read the same input are handed over as one stacked problem."""
         return False

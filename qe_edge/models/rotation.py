@@ -113,6 +113,20 @@ def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
     mix_last_norm(loaded.model).weight.data.copy_(matrix.T @ (gains.unsqueeze(1) * matrix))
 
 
+def residual_norms(block: nn.Module) -> dict[str, nn.Module]:
+    """By the name of a block's layer that writes into the residual stream, the norm that reads the stream before it.
+
+    Blocks made otherwise than norm, attention, norm, gated MLP have none.
+    """
+    if {child for child, _ in block.named_children()} != PARTS:
+        return {}
+    return {
+        f"{parent}.{name}": block.get_submodule(norm)
+        for norm, (parent, name) in zip(READERS, WRITERS, strict=True)
+        if hasattr(block.get_submodule(parent), name)
+    }
+
+
 def last_norm(model: PreTrainedModel) -> nn.Module | None:
     """The norm in front of the head; None where there is none by that name."""
     return getattr(model.get_decoder() if hasattr(model, "get_decoder") else None, "norm", None)

@@ -138,7 +138,7 @@ class Problems:
             measured = collector.finish() if collector else None
             results = []
             for number, member in enumerate(self.members(group)):
-                results.append(work(member, self._problem(member, measured[number] if measured else None)))
+                results.append(work(member, self.problem(member, measured[number] if measured else None)))
             return results
 
         # where a device computes, threads would only wait for it
@@ -151,7 +151,7 @@ class Problems:
             for results in map_threads(run, apart):
                 yield from results
 
-    def _problem(self, member: Member, statistics: InputStatistics | None) -> LinearProblem:
+    def problem(self, member: Member, statistics: InputStatistics | None) -> LinearProblem:
         """The linear problem of a member, with all its statistics."""
         return LinearProblem(
             member.name,

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qe_edge.budget.accounting import rotation_bits
 from qe_edge.budget.allocation import scaled_back
@@ -35,6 +36,7 @@ from qe_edge.quantization.preflight import (
 )
 from qe_edge.quantization.problems import Member, Problems
 from qe_edge.quantization.run_record import current_environment
+from qe_edge.quantization.side_by_side import SideBySide
 from qe_edge.quantization.walk import BlockWalk, parameters_of
 from qe_edge.quantization.workfolder import WorkFolder
 from qe_edge.recipes.recipe import Recipe
@@ -167,8 +169,9 @@ def _quantize_blocks(
     walk = BlockWalk(loaded, recipe.modules, batches, device, to_the_end=recipe.head_grid is not None)
     measured = measure(walk, recipe, method, rotation, folder, progress)
     problems = Problems(recipe, method, device, measured)
+    both = SideBySide(walk, problems) if method.sees_both_models else None
     for chain, position, block in walk:
-        _quantize_block(walk, problems, folder, chain, position, block)
+        _quantize_block(walk, problems, both, folder, chain, position, block)
         if on_disk and folder:
             loaded.stored.wrote(folder.sources(block.name))
             loaded.stored.release(block.name, block.module)
@@ -181,7 +184,13 @@ def _quantize_blocks(
 
 
 def _quantize_block(
-    walk: BlockWalk, problems: Problems, folder: WorkFolder | None, chain: Chain, position: int, block: Block
+    walk: BlockWalk,
+    problems: Problems,
+    both: SideBySide | None,
+    folder: WorkFolder | None,
+    chain: Chain,
+    position: int,
+    block: Block,
 ) -> None:
     """Put quantized layers into one block, from the work folder if it has them, and hand its outputs on."""
     loaded = walk.loaded
@@ -189,19 +198,39 @@ def _quantize_block(
     make_float32(block.module.modules())
     groups = linear_groups(block, loaded.family.siblings)
     finished = folder.load(block.name) if folder else None
+
+    def work(member: Member, problem: LinearProblem) -> dict[str, QELinear]:
+        return _layers(problems, member, problem)
+
+    if both:
+        layers = both.quantize(chain, position, block, groups, finished, work)
+        if folder and not finished:
+            folder.save(block.name, layers)
+        _put(walk, chain, position, block, layers)
+        return
     collectors = {} if finished else problems.collectors(groups)
     outputs = walk.run(chain, position, block, collectors)
     layers = finished or {}
     if not finished:
-        for quantized in problems.each(groups, collectors, lambda member, problem: _layers(problems, member, problem)):
+        for quantized in problems.each(groups, collectors, work):
             layers.update(quantized)
         if folder:
             folder.save(block.name, layers)
+    _put(walk, chain, position, block, layers, None if problems.recipe.flow == "sequential" else outputs)
+
+
+def _put(
+    walk: BlockWalk,
+    chain: Chain,
+    position: int,
+    block: Block,
+    layers: dict[str, QELinear],
+    outputs: list[Tensor] | None = None,
+) -> None:
+    """Put quantized layers into a block, and hand on its outputs as they were, or as they are now if None."""
     for name, layer in layers.items():
-        set_module(loaded.model, name, layer)
-    if problems.recipe.flow == "sequential":
-        outputs = walk.run(chain, position, block, {})
-    walk.hand_on(chain, position, outputs)
+        set_module(walk.loaded.model, name, layer)
+    walk.hand_on(chain, position, walk.run(chain, position, block, {}) if outputs is None else outputs)
     walk.restore_block(block)
 
 

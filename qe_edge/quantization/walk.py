@@ -134,7 +134,7 @@ class BlockWalk:
                 else:
                     collector.update(tokens if bool(mask.all()) else tokens[mask.to(tokens.device)], kinds[0])
                 if collector.dropped:
-                    raise self._not_finite(f"The input of '{collector.name}' is", tokens, number, mask)
+                    raise self.not_finite(f"The input of '{collector.name}' is", tokens, number, mask)
                 waiting.discard(collector)
                 if last and not waiting:
                     raise _AllFed
@@ -147,20 +147,26 @@ class BlockWalk:
             with moved(block.module, self.device), fast_products(block.module, self._narrow(block)), reused_memory():
                 for batch, hidden in enumerate(chain.hidden):
                     number = chain.batches[batch]
-                    if block.group == "language":
-                        valid[0] = torch.from_numpy(self.batches[batch].attention_mask).bool()
+                    valid[0] = self.valid_tokens(block, batch)
+                    if valid[0] is not None:
                         kinds[0] = torch.from_numpy(token_kinds(self.batches[batch]))[valid[0]]
                     waiting.update(collectors.values())
                     with suppress(_AllFed):
                         outputs.append(run_block(block.module, hidden, chain.calls[position][batch], self.device))
                         if not _finite(outputs[-1], valid[0]):
-                            raise self._not_finite(f"The output of '{block.name}' is", outputs[-1], number, valid[0])
+                            raise self.not_finite(f"The output of '{block.name}' is", outputs[-1], number, valid[0])
         finally:
             for handle in handles:
                 handle.remove()
         return outputs
 
-    def _not_finite(self, what: str, values: Tensor, number: int, valid: Tensor | None) -> NumericalError:
+    def valid_tokens(self, block: Block, batch: int) -> Tensor | None:
+        """Which tokens `[samples, tokens]` of a batch are no padding; None where there is none."""
+        if block.group != "language":
+            return None
+        return torch.from_numpy(self.batches[batch].attention_mask).bool()
+
+    def not_finite(self, what: str, values: Tensor, number: int, valid: Tensor | None) -> NumericalError:
         """The error that names the calibration sample, counted from 1, or all samples of a batch of packed patches."""
         first = sum(len(encoded.input_ids) for encoded in self.batches[:number]) + 1
         samples = f"samples {first} to {first + len(self.batches[number].input_ids) - 1}"

@@ -16,6 +16,20 @@ from qe_edge.system.errors import NumericalError
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How the original model differs from the quantized one at a layer that reads `X'` there, per token.
+
+    Attributes:
+        inputs: `[in, in]` float64, `(X - X')^T X'`, X the layer's input in the original.
+        residual: `[out, in]` float64, `(R - R')^T X'`, R the residual stream that the layer's output is added to; None
+            where it is added to none.
+    """
+
+    inputs: Tensor
+    residual: Tensor | None
+
+
+@dataclass(frozen=True)
 class LinearProblem:
     """One linear layer to quantize, or several stacked siblings that read the same input.
 
@@ -30,6 +44,7 @@ class LinearProblem:
             1 only for methods that ask for gradients.
         device: Device of the weight, the Gram matrix, the tokens and the result. It differs from the CPU only for
             methods that compute `on_device`.
+        drift: What the blocks and layers before have changed; None but for methods that see both models.
 
     Example:
         >>> from qe_edge.numerics.schemes import get_scheme
@@ -48,6 +63,7 @@ class LinearProblem:
     choice: Choice | None = None
     modality_ratio: float = 1.0
     device: torch.device = CPU
+    drift: Drift | None = None
 
     def given(self, choice: Choice) -> LinearProblem:
         """The same problem with the sizes that a budget gives it."""
