@@ -26,8 +26,9 @@ SOURCES = [  # each file once, whatever Python thinks of links
 ]
 # Rooms whose public functions and classes all show their use; a new room is added when it is complete.
 SHOWN = ("system", "numerics", "checkpoint", "layers", "calibration", "reconstruction", "budget", "methods",
-         "recipes", "quantization", "deploy", "demo", "qe_edge", "export", "prepack")  # fmt: skip
-RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Options", "Error")
+         "recipes", "quantization", "deploy", "demo", "qe_edge", "export", "prepack", "runtime")  # fmt: skip
+RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Options", "Error",
+           "_Strict", "Sealed", "FolderManifest", "GraphFile")  # fmt: skip
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 
 

@@ -1,4 +1,4 @@
-"""How an answer is to be made: what a caller asks for, and the model's own settings for the rest."""
+"""Options of an answer: the caller's choices, and the model's own settings for the rest."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class AnswerOptions:
     Attributes:
         max_new_tokens: Most tokens; None for as many as fit into the context.
         sampling: How a token is chosen.
-        rules: What happens to logits before.
-        seed: Of the random numbers; None for one that nobody knows.
+        rules: Rules that change logits before a token is chosen.
+        seed: Seed of the random numbers; None for one that nobody knows.
         stop: Strings that end the answer.
     """
 
@@ -47,13 +47,13 @@ class AnswerOptions:
 
 
 def answer_options(settings: GenerationSettings, options: Options) -> AnswerOptions:
-    """Options of an answer; what is None comes from the model's generation_config.json.
+    """Options of an answer. An option that is None comes from the model's generation_config.json.
 
     Tokens are drawn if that file says so, or if one of `temperature`, `top_p`, `top_k` and `min_p` is given. A
     temperature of 0 takes the most likely token whatever else is given.
 
     Args:
-        settings: Those of the model.
+        settings: Settings of the model.
         options: Any of these.
 
             - `max_new_tokens`: most tokens of the answer; None for as many as fit into the context.

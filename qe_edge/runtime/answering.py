@@ -1,4 +1,4 @@
-"""How answers are made: a turn, a cache, the prompt, then token after token."""
+"""Makes answers: a turn, a cache, the prompt, then token after token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ from qe_edge.runtime.writer import AnswerWriter
 
 
 class Clock:
-    """Times the parts of an answer, in seconds."""
+    """Times the parts of an answer, in seconds.
+
+    Example:
+        >>> clock = Clock()
+        >>> clock.note("prefill")
+        >>> clock.token()
+        >>> timings = clock.timings(tokens=1)
+        >>> timings.answer_tokens, 0 <= timings.prefill <= timings.first_token
+        (1, True)
+    """
 
     def __init__(self) -> None:
         self._start = self._mark = time.perf_counter()
@@ -33,7 +42,7 @@ class Clock:
         self.prompt_tokens = self.reused_tokens = 0
 
     def note(self, part: str, *, without: float = 0.0) -> None:
-        """What has passed since the last note belongs to `part`, but for `without` seconds."""
+        """Count the time since the last note for `part`, less `without` seconds."""
         now = time.perf_counter()
         self._parts[part] = now - self._mark - without
         self._mark = now
@@ -72,7 +81,13 @@ class Answering:
 
     Attributes:
         engine: The model.
-        turns: Who may compute.
+        turns: The order in which answers compute.
+
+    Example:
+        >>> from qe_edge.runtime.answer_options import answer_options  # doctest: +SKIP
+        >>> answering = Answering(VisionLanguageEngine.load("out/demo/engines/cpu"), slots=2)  # doctest: +SKIP
+        >>> options = answer_options(answering.engine.manifest.generation, {"max_new_tokens": 8})  # doctest: +SKIP
+        >>> answering.stream(Sample("picture.png", "what is it?"), options).answer().text  # doctest: +SKIP
     """
 
     def __init__(self, engine: VisionLanguageEngine, slots: int) -> None:
@@ -112,8 +127,8 @@ class Answering:
 
         Args:
             sample: The question.
-            options: How it is made.
-            cancelled: Ends the answer before the next token.
+            options: Options of the answer.
+            cancelled: Event that ends the answer before the next token.
             slot: The cache to use; None for the one that has most of the prompt.
 
         Raises:
@@ -180,7 +195,7 @@ class Answering:
                 yield Piece(text, ids, writer.finish_reason, timings)
 
     def batch(self, samples: Sequence[Sample], options: AnswerOptions) -> list[Answer]:
-        """Make several answers side by side; each is what it is alone.
+        """Make several answers side by side; each is the same as alone.
 
         Raises:
             InputError: If a prompt cannot be read or does not fit.
@@ -223,7 +238,7 @@ class Answering:
         return answers
 
     def _take(self, prompt: Prompt) -> Slot:
-        """The free cache that has most of a prompt, if that is half of it; else one that was not used yet."""
+        """The free cache that holds most of a prompt, if that is half of it; else one that was not used yet."""
         with self._choosing:
             best = max(self._free, key=lambda slot: slot.shared(prompt)[0], default=None)
             little = best is None or 2 * best.shared(prompt)[0] < len(prompt.ids)  # as a template's first tokens are

@@ -1,4 +1,4 @@
-"""What an answer consists of, whole and piece by piece."""
+"""The types of answers, whole and piece by piece."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of an answer went.
+    """Times of the parts of an answer.
 
     Attributes:
         waited: Seconds until its turn came.
         preprocessing: Seconds in which pictures were opened and prepared, and the prompt tokenized.
         visual: Seconds in the visual encoder; 0 where every picture was known.
         merger: Seconds in the merger.
-        prefill: Seconds in which the language model read the prompt, as far as it was new.
-        first_token: Seconds from the call to the first token; all of the above.
+        prefill: Seconds in which the language model read the new part of the prompt.
+        first_token: Seconds from the call to the first token; the sum of the above.
         decode: Seconds from the first token to the last.
         prompt_tokens: Tokens of the prompt, pictures included.
-        reused_tokens: How many of them were in the cache already.
+        reused_tokens: Tokens of the prompt that were in the cache already.
         answer_tokens: Tokens of the answer.
     """
 
@@ -43,10 +43,10 @@ class Piece:
     """A part of an answer.
 
     Attributes:
-        text: Whole characters; the texts of all pieces are the answer's.
+        text: Whole characters; the texts of all pieces together are the answer.
         token_ids: The tokens that were chosen since the piece before.
         finish_reason: Why the answer ended, in its last piece; None in the others.
-        timings: Where its time went, likewise.
+        timings: Times of its parts, in its last piece; None in the others.
     """
 
     text: str
@@ -63,7 +63,7 @@ class Answer:
         text: The text, without special tokens and without the stop string that ended it.
         token_ids: Its tokens, without the one that ended it.
         finish_reason: Why it ended.
-        timings: Where its time went.
+        timings: Times of its parts.
     """
 
     text: str

@@ -15,7 +15,7 @@ PAST, PRESENT = "past_key_values.", "present."  # how the language graph's input
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens that a batch has read; what lies beyond a row's length is never read.
+    """Keys and values of the tokens that a batch has read. Places beyond a row's length are never read.
 
     Attributes:
         batch: Rows.
@@ -61,8 +61,8 @@ class KVCache:
 
         Args:
             lengths: New tokens of every row.
-            numbers: What the mask has on them, right-padded `[batch, sequence]`; None for ones. Pictures are counted on
-                from those that the cache holds.
+            numbers: The mask on the new tokens, right-padded `[batch, sequence]`; None for ones. Numbers of pictures go
+                on from the pictures that the cache holds.
         """
         mask: np.ndarray = self.mask.copy()
         for row, (start, new) in enumerate(zip(self.lengths, lengths, strict=True)):
@@ -72,7 +72,7 @@ class KVCache:
         return mask
 
     def written(self, outputs: dict[str, Array]) -> None:
-        """Take what a call left under the names of the graph's outputs; what it read may be written next."""
+        """Take the outputs of a call as the new cache; the next call may write into the old one."""
         spare = self.past
         self.past = {name.replace(PRESENT, PAST, 1): array for name, array in outputs.items()}
         self.present = {name.replace(PAST, PRESENT, 1): array for name, array in spare.items()}
@@ -91,6 +91,11 @@ def new_cache(
         names: The language graph's inputs that are the cache.
         shape: Heads and their width.
         in_place: Whether a call may write where it reads.
+
+    Example:
+        >>> cache = new_cache(1, 8, np.zeros, ["past_key_values.0.key"], shape=(2, 4), in_place=True)
+        >>> cache.past["past_key_values.0.key"].shape, cache.nbytes
+        ((1, 2, 8, 4), 512)
     """
     size = (batch, shape[0], capacity, shape[1])
     past = {name: zeros(size) for name in names}
@@ -103,6 +108,11 @@ def right_places(attention_mask: np.ndarray) -> np.ndarray:
 
     Args:
         attention_mask: `[batch, sequence]`, 0 on the padding, which stands left.
+
+    Example:
+        >>> right_places(np.array([[0, 0, 1, 1], [1, 1, 1, 1]]))
+        array([[2, 3, 3, 3],
+               [0, 1, 2, 3]])
     """
     sequence = attention_mask.shape[1]
     start = sequence - attention_mask.sum(1)

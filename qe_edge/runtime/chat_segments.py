@@ -16,7 +16,7 @@ from qe_edge.system.json_files import read_json_table
 CHAT = "chat.json"
 FORMAT_VERSION = 1
 REMEDY = "Export or build the model again."
-START, ANSWER = "start", "answer"  # what stands before the first turn and after the last
+START, ANSWER = "start", "answer"  # places before the first turn and after the last
 WITH_PICTURE = "+picture"  # after a role: the turn begins with a picture
 WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # what str.strip() takes away
 
@@ -27,7 +27,7 @@ class Piece:
 
     Attributes:
         text: Its text.
-        trusted: Whether it is the template's, where special tokens count; in a user's text they are text.
+        trusted: Whether it belongs to the template, where special tokens count; in a user's text they are text.
     """
 
     text: str
@@ -40,9 +40,9 @@ class ChatSegments(BaseModel):
     Attributes:
         format_version: Of the file.
         problem: Why conversations cannot be written from these parts, one sentence; None if they can.
-        joints: By what comes before and by what follows, the text between their texts. Before comes "start" or a role;
-            then follows a role, a role with "+picture" for a turn that begins with a picture, or "answer".
-        picture: What stands for a picture; it holds the placeholder token once. Empty without pictures.
+        joints: The text between two turns, by the first and the second. The first is "start" or a role. The second is a
+            role, a role with "+picture" for a turn that begins with a picture, or "answer".
+        picture: The text of a picture; it holds the placeholder token once. Empty without pictures.
         pictures_first: Whether the pictures of a turn stand before all its text, wherever the user put them.
         strip: By role, the characters that are taken from both ends of each text, before and after pictures too.
         refused: Texts that the template treats in a way of its own; no turn may hold one.
@@ -122,6 +122,12 @@ def read_chat(folder: Path) -> ChatSegments:
 
     Raises:
         ArtifactError: If `chat.json` is missing, damaged or of another version.
+
+    Example:
+        >>> chat = ChatSegments(joints={"start": {"user": "<u>"}, "user": {"answer": "</u><a>"}})
+        >>> _ = Path("chat.json").write_text(chat.model_dump_json())
+        >>> read_chat(Path()).text([Turn("user", "What is this?")])
+        '<u>What is this?</u><a>'
     """
     path = folder / CHAT
     if not path.is_file():

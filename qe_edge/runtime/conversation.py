@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """A conversation, which remembers what was said. Only what is new of it is read.
+    """A conversation, which remembers its turns. The model reads only the new part of each prompt.
 
-    A turn counts when its answer has ended, also by cancelling; one whose answer is closed before, or fails, is
+    A turn counts when its answer has ended, also by cancelling. A turn whose answer is closed before, or fails, is
     forgotten. The cache is held until `close`, or the end of `with`.
 
     Args:
         answering: Makes the answers.
-        system: What the model is told first; None for what its chat template says.
+        system: System prompt; None for the one of the chat template.
 
     Attributes:
-        turns: What was said so far.
+        turns: The turns so far.
 
     Example:
         `with pipeline.conversation() as chat: chat("What is this?", "picture.png"); chat("What color is it?").text`

@@ -22,6 +22,10 @@ class Driver:
 
     Raises:
         TargetError: If there is no driver or no GPU.
+
+    Example:
+        >>> driver = Driver()  # doctest: +SKIP
+        >>> driver.compute_capability()  # doctest: +SKIP
     """
 
     def __init__(self) -> None:
@@ -102,7 +106,11 @@ class Driver:
 
 @lru_cache(maxsize=1)
 def compute_capability() -> tuple[int, int] | None:
-    """Compute capability of this machine's first GPU, None without one."""
+    """Compute capability of this machine's first GPU, None without one.
+
+    Example:
+        >>> compute_capability()  # doctest: +SKIP
+    """
     try:
         return Driver().compute_capability()
     except TargetError:

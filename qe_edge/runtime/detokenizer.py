@@ -14,7 +14,7 @@ MAX_STOP = 1024  # characters
 
 
 class Detokenizer:
-    """Turns tokens into text one by one. The pieces together are what the tokenizer makes of all tokens at once.
+    """Turns tokens into text one by one. The pieces together are the tokenizer's text of all tokens at once.
 
     Only the tokens of the last two pieces are decoded, so the work for a token does not grow with the answer. Where a
     tokenizer has tokens for single bytes, and they become no character, the pieces may keep more of the others.
@@ -39,7 +39,7 @@ class Detokenizer:
         return self._new(final=False)
 
     def finish(self) -> str:
-        """The text of what is left: bytes that became no character."""
+        """The rest of the text: bytes that became no character."""
         return self._new(final=True)
 
     def _new(self, *, final: bool) -> str:
@@ -84,7 +84,7 @@ class StopStrings:
         self.found = False
 
     def add(self, piece: str) -> str:
-        """What can be given of the text so far; nothing after a stop string was found."""
+        """The part of the text that is certain now; empty after a stop string was found."""
         if self.found:
             return ""
         text = self._held + piece
@@ -97,7 +97,7 @@ class StopStrings:
         return text[: len(text) - kept]
 
     def finish(self) -> str:
-        """What was held back and became no stop string."""
+        """The text that was held back and became no stop string."""
         held, self._held = self._held, ""
         return held
 

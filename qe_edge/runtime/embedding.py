@@ -25,6 +25,14 @@ class TokenEmbedding:
 
     Raises:
         ArtifactError: If the file is missing, damaged or of another size.
+
+    Example:
+        >>> from safetensors.numpy import save_file
+        >>> save_file({TENSOR: np.arange(6, dtype=np.float16).reshape(3, 2)}, EMBEDDING)
+        >>> embedding = TokenEmbedding(Path(), rows=3, width=2)
+        >>> embedding(np.array([[2, 0]]))
+        array([[[4., 5.],
+                [0., 1.]]], dtype=float32)
     """
 
     def __init__(self, folder: Path, rows: int, width: int) -> None:

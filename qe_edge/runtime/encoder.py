@@ -22,7 +22,7 @@ class EncoderEngine:
     """A vision encoder in ONNX Runtime or TensorRT; `load` opens a folder.
 
     Attributes:
-        manifest: What the folder holds.
+        manifest: The folder's manifest.
         family: The model's family.
         processor: Image processor.
 

@@ -51,11 +51,15 @@ class VisionLanguageEngine(LanguageEngine):
     any tokens to a cache that is kept.
 
     Attributes:
-        manifest: What the folder holds.
+        manifest: The folder's manifest.
         family: The model's family.
         processor: Tokenizer and image processor.
         limits: The largest sizes that its engines take, None in ONNX Runtime.
         max_context: Most tokens of a prompt and its answer.
+
+    Example:
+        >>> engine = VisionLanguageEngine.load("out/demo/engines/cpu")  # doctest: +SKIP
+        >>> engine.generate([Sample("picture.png", "what color is the shape?")], max_new_tokens=8)  # doctest: +SKIP
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class VisionLanguageEngine(LanguageEngine):
             accuracy_level: For ONNX Runtime: 0 is exact, 4 is faster and rounds activations of INT4 products.
             threads: For ONNX Runtime: number of threads, None for all cores.
             plugin_library: For engines with the plugin: its library, None for the one that is found.
-            max_context: Most tokens of a prompt and its answer; None for what the model or its engines take.
+            max_context: Most tokens of a prompt and its answer; None for the limit of the model or its engines.
 
         Raises:
             InputError: If there is no such accuracy level or number of threads, the engines have none, or they do not
@@ -181,7 +185,7 @@ class VisionLanguageEngine(LanguageEngine):
 
         Args:
             logits: As `prefill` and `decode` return them.
-            state: What they belong to.
+            state: The batch that they belong to.
 
         Raises:
             NumericalError: If logits are not finite.
@@ -228,7 +232,7 @@ class VisionLanguageEngine(LanguageEngine):
             max_new_tokens: Tokens of the answers that the cache has room for; None for as many as fit by default.
 
         Returns:
-            Logits float32 `[batch, 1, vocabulary]` of the last tokens, and what `decode` goes on with.
+            Logits float32 `[batch, 1, vocabulary]` of the last tokens, and the state for `decode`.
 
         Raises:
             InputError: If features and image tokens do not match, or the prompts do not fit.
@@ -333,6 +337,10 @@ def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
     Raises:
         TargetError: If a GPU, a library or the plugin is missing.
         ArtifactError: If the folder's description is damaged.
+
+    Example:
+        >>> Path("onnx").mkdir()
+        >>> check_runnable(Path("onnx"))  # fine: without engine.json these are graphs for ONNX Runtime
     """
     info = read_engine_info(folder)
     if info is None or info.backend == "onnxruntime":
@@ -343,7 +351,7 @@ def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
 
 
 def _family_and_processor(folder: Path, manifest: Manifest) -> tuple[ModelFamily | FolderModel, Any]:
-    """The model's family with transformers' processors; without transformers what the folder itself holds."""
+    """The model's family with transformers' processors; without transformers a model of the folder's own files."""
     if find_spec("transformers") is None:
         model = FolderModel(folder, manifest)
         return model, model.processor
@@ -356,6 +364,11 @@ def family_of_engines(folder: Path, model_type: str) -> ModelFamily:
 
     Raises:
         ArtifactError: If the configuration is missing, damaged or of another model.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> family_of_engines(model_path(), "qwen2_vl").model_type
+        'qwen2_vl'
     """
     config = load_config(str(folder), ArtifactError)
     if config.model_type != model_type or model_type not in FAMILIES:

@@ -1,4 +1,4 @@
-"""`engine.json`: how an engine folder was built."""
+"""`engine.json`: the build of an engine folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Strict(BaseModel):
 
 
 class Precision(_Strict):
-    """What computes in which precision.
+    """Precisions of a graph.
 
     Attributes:
         products: For every matrix product its weights' storage and its arithmetic, by node name.
@@ -38,10 +38,10 @@ class GraphBuild(_Strict):
         size: Bytes of its files.
         seconds: Time of the build.
         layers: Layers of the backend's network, 0 where it does not tell.
-        precision: What computes how; None where the canonical graph runs as it is, in float32.
+        precision: Precisions of the graph; None where the canonical graph runs as it is, in float32.
         plugin_nodes: Names of the nodes that the plugin runs.
-        plugin_layers: Those of them that the built engine's layer list shows; fewer where the builder does not list
-            its layers.
+        plugin_layers: The plugin's nodes that the built engine's layer list shows; fewer where the builder does not
+            list its layers.
     """
 
     size: int = Field(ge=0)
@@ -56,8 +56,8 @@ class PluginBuild(_Strict):
     """The plugin that engines need to be loaded.
 
     Attributes:
-        sha256: Of the library that they were built with; another build of the same layout serves too.
-        layout_version: Of the packed weights; the plugin refuses another one.
+        sha256: Hash of the library that they were built with; another build of the same layout works too.
+        layout_version: Layout of the packed weights; the plugin refuses another one.
     """
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -70,7 +70,7 @@ class EngineInfo(Sealed):
     Attributes:
         target: Name of the target.
         backend: Python module that runs the engines.
-        version: Of the backend at build time.
+        version: Version of the backend at build time.
         capabilities: Compute capabilities that the engines were built for, for example "8.6".
         graphs: The graphs by name.
         plugin: The plugin that they need, None if none.
@@ -100,10 +100,14 @@ class EngineInfo(Sealed):
 
 
 def read_engine_info(folder: Path) -> EngineInfo | None:
-    """How a folder was built, None for an ONNX folder.
+    """The build of a folder, None for an ONNX folder.
 
     Raises:
         ArtifactError: If the file is damaged, was changed, or is of an earlier version.
+
+    Example:
+        >>> read_engine_info(Path("onnx")) is None
+        True
     """
     path = folder / ENGINE_INFO
     if not (path.exists() or path.is_symlink()):

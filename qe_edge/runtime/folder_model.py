@@ -37,13 +37,20 @@ class FolderEncoded(Encoded):
 
 
 class FolderTokenizer:
-    """What answers need of a tokenizer.
+    """The part of a tokenizer that answers need.
 
     Args:
         file: A tokenizer.json.
 
     Raises:
         ArtifactError: If it is missing or damaged.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> tokenizer = FolderTokenizer(model_path() / "tokenizer.json")
+        >>> ids = open_tokenizer(model_path() / "tokenizer.json").encode("red circle").ids
+        >>> tokenizer.decode(ids, skip_special_tokens=True)
+        'red circle'
     """
 
     def __init__(self, file: Path) -> None:
@@ -140,7 +147,7 @@ class FolderModel:
 
 
 def _pixels(feeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What limits of engines are checked against: tiles, or groups and patches of each picture as rows and columns."""
+    """Arrays for the check of engine limits: tiles, or groups and patches of each picture as rows and columns."""
     values = [feed["pixel_values"] for feed in feeds]
     if not values:
         return {}

@@ -1,6 +1,6 @@
 """Prompts from an exported folder's own files: tokenizer.json, `chat.json` and `preprocess.onnx`, no family's code.
 
-It is what the C++ library does, in Python, so that tests can compare both with the families.
+It does in Python the same as the C++ library, so that tests can compare both with the families.
 """
 
 from __future__ import annotations
@@ -192,6 +192,11 @@ def open_tokenizer(file: Path) -> Tokenizer:
 
     Raises:
         ArtifactError: If the file is missing or damaged.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> len(open_tokenizer(model_path() / TOKENIZER).encode("red circle").ids) > 0
+        True
     """
     if not file.is_file():
         raise ArtifactError(f"'{file.parent}' has no {file.name}.", REMEDY)

@@ -1,4 +1,4 @@
-"""One way to decode: the settings of a model's generation_config.json, and those that change logits in numpy.
+"""The settings of a model's generation_config.json, and the rules among them that change logits, in numpy.
 
 PyTorch and every engine call `adjust_logits` on the same logits, so their answers differ by the model alone. For one
 prompt the result is what transformers' own logits processors give; in a batch padding never counts.
@@ -51,7 +51,7 @@ Count = Annotated[StrictInt, Field(ge=0, le=1 << 24)]
 
 
 class GenerationSettings(BaseModel):
-    """How answers are decoded: which tokens may come, and how one of them is chosen where nobody says otherwise.
+    """Settings of decoding: the tokens that may come, and the choice among them unless the caller says otherwise.
 
     Attributes:
         eos_token_ids: Tokens that end an answer.
@@ -100,6 +100,18 @@ def make_settings(values: Mapping[str, Any], config: Any, tokenizer: Any) -> Gen
     Raises:
         ModelError: If a setting changes the answers and no engine obeys it, if one makes no sense, if a token is
             outside the vocabulary, or if nothing ends an answer.
+
+    Example:
+        >>> from transformers import AutoConfig, AutoTokenizer
+        >>> from qe_edge.demo import model_path
+        >>> config, tokenizer = (kind.from_pretrained(model_path()) for kind in (AutoConfig, AutoTokenizer))
+        >>> make_settings({"repetition_penalty": 1.1}, config, tokenizer).repetition_penalty
+        1.1
+        >>> make_settings({"num_beams": 4}, config, tokenizer)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: generation_config.json asks for num_beams = 4, which engines cannot do.
+        Remove num_beams from generation_config.json; QE-Edge takes the most likely token, or draws one.
     """
     _check_known(values)
     text = config.get_text_config()
@@ -168,6 +180,12 @@ def settings_of(model: Any, config: Any, tokenizer: Any) -> GenerationSettings: 
 
     Raises:
         ModelError: As `make_settings`.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> settings_of(loaded.model, loaded.family.config, loaded.processor.tokenizer).do_sample
+        False
     """
     generation = getattr(model, "generation_config", None)
     return make_settings({} if generation is None else generation.to_dict(), config, tokenizer)
@@ -178,6 +196,13 @@ def read_settings(folder: Path, config: Any, tokenizer: Any) -> GenerationSettin
 
     Raises:
         ModelError: As `make_settings`, or if generation_config.json is broken.
+
+    Example:
+        >>> from transformers import AutoConfig, AutoTokenizer
+        >>> from qe_edge.demo import model_path
+        >>> config, tokenizer = (kind.from_pretrained(model_path()) for kind in (AutoConfig, AutoTokenizer))
+        >>> read_settings(model_path(), config, tokenizer).do_sample
+        False
     """
     path = folder / GENERATION_CONFIG
     remedy = "Get the file again from the original model, or delete it to decode without settings."
@@ -198,7 +223,7 @@ def adjust_logits(
         new: Tokens of the answer so far.
 
     Returns:
-        float32 `[batch, vocabulary]`; what must not come is -inf.
+        float32 `[batch, vocabulary]`; -inf for tokens that must not come.
 
     Example:
         >>> rules = GenerationSettings(eos_token_ids=(0,), pad_token_id=0, repetition_penalty=2.0, min_new_tokens=1)
@@ -234,10 +259,17 @@ def check_finite(values: np.ndarray, what: str) -> None:
 
     Args:
         values: Any floats.
-        what: Whose they are, for the message: "The logits of the engine".
+        what: Their name for the message: "The logits of the engine".
 
     Raises:
         NumericalError: If one is NaN or infinite.
+
+    Example:
+        >>> check_finite(np.array([0.0, np.nan]), "The logits of the engine")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.NumericalError: The logits of the engine are not finite: they hold NaN or infinity.
+        Check the original model's weights with 'qe-edge validate'; quantize again with another method or scheme.
     """
     if not np.isfinite(values).all():
         raise NumericalError(
@@ -247,7 +279,7 @@ def check_finite(values: np.ndarray, what: str) -> None:
 
 
 def check_context(prompt: int, new: int, context: int) -> None:
-    """Refuse what a model cannot remember, before it reads the prompt.
+    """Refuse a prompt and an answer that are longer than a model's context, before it reads the prompt.
 
     Args:
         prompt: Tokens of the longest prompt, pictures included.
@@ -256,6 +288,14 @@ def check_context(prompt: int, new: int, context: int) -> None:
 
     Raises:
         InputError: If they do not fit.
+
+    Example:
+        >>> check_context(prompt=500, new=12, context=512)
+        >>> check_context(prompt=500, new=13, context=512)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: The prompt has 500 tokens and the answer up to 13; together at most 512
+        fit. Ask for at most 12 tokens, or shorten the prompt, or use a smaller picture.
     """
     if new < 0:
         raise InputError(f"An answer cannot have {new} tokens.", "Ask for at least 1.")

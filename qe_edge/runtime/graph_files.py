@@ -44,6 +44,13 @@ def check_graph_file(folder: Path, file: str) -> None:
 
     Raises:
         ArtifactError: If the graph cannot be read, or a tensor does not have the bytes that it announces.
+
+    Example:
+        >>> _ = Path("language.onnx").write_bytes(b"no graph")
+        >>> check_graph_file(Path(), "language.onnx")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'language.onnx' is no ONNX graph, or was cut off: ...
     """
     path = folder / file
     if path.stat().st_size > MAX_GRAPH_BYTES:
@@ -140,4 +147,4 @@ def _shape(tensor: TensorMessage) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{' '.join(str(error).split()).rstrip('.')[:200] or type(error).__name__}."

@@ -22,11 +22,17 @@ class LanguageEngine:
     """Embeds tokens and feeds them to caches.
 
     Args:
-        manifest: What the folder holds.
+        manifest: The folder's manifest.
         embedding: Its table of token embeddings.
         sessions: Its graphs.
         limits: The largest sizes that its engines take, None in ONNX Runtime.
-        max_context: Most tokens of a prompt and its answer; None for what the model or its engines take.
+        max_context: Most tokens of a prompt and its answer; None for the limit of the model or its engines.
+
+    Example:
+        >>> from qe_edge.runtime.engine import VisionLanguageEngine  # doctest: +SKIP
+        >>> engine = VisionLanguageEngine.load("out/demo/engines/cpu")  # it is a LanguageEngine too  # doctest: +SKIP
+        >>> cache, positions = engine.new_cache(batch=1, capacity=512), np.zeros((3, 1, 2), np.int64)  # doctest: +SKIP
+        >>> logits = engine.extend(cache, engine.embed(np.array([[5, 6]])), positions, np.array([2]))  # doctest: +SKIP
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class LanguageEngine:
     def embed(
         self, token_ids: np.ndarray, features: np.ndarray | None = None, image_mask: np.ndarray | None = None
     ) -> np.ndarray:
-        """What the language graph reads: float32 `[batch, tokens, width]`.
+        """Input of the language graph: float32 `[batch, tokens, width]`.
 
         Args:
             token_ids: int64 `[batch, tokens]`.
@@ -79,8 +85,8 @@ class LanguageEngine:
 
         Args:
             batch: Rows.
-            capacity: Tokens that fit into a row; None for 8192 in ONNX Runtime, or what the engines take. Engines that
-                write in place have as many as they take, whatever is asked for.
+            capacity: Tokens that fit into a row; None for 8192 in ONNX Runtime, or the limit of the engines. Engines
+                that write in place have one capacity, and ignore this.
 
         Raises:
             InputError: If the model or its engines do not take as many rows or tokens.
@@ -131,15 +137,14 @@ class LanguageEngine:
 
         Args:
             cache: From `new_cache`; holds the tokens afterwards.
-            embeds: float32 `[batch, tokens, width]`, as `embed` makes them; every row's tokens first, then anything.
+            embeds: float32 `[batch, tokens, width]`, as `embed` makes them; every row's tokens first, then padding.
             positions: int64 `[batch, tokens]`, with leading axes where the family has them.
             lengths: Tokens of every row, int64 `[batch]`, at least 1.
-            logits: Of every row's last token, or of all.
-            numbers: What the family's `graph_mask` has on the tokens, `[batch, tokens]`; None for text alone.
+            logits: "last" gives the logits of every row's last token, "all" the logits of all tokens.
+            numbers: The family's `graph_mask` on the tokens, `[batch, tokens]`; None for text alone.
 
         Returns:
-            float32 `[batch, vocabulary]` or `[batch, tokens, vocabulary]`; what stands beyond a row's tokens there is
-            of no use.
+            float32 `[batch, vocabulary]` or `[batch, tokens, vocabulary]`. Logits beyond a row's tokens mean nothing.
 
         Raises:
             InputError: If shapes do not fit together, or the tokens do not fit into the cache.
@@ -242,6 +247,13 @@ def check_shape(values: np.ndarray, shape: tuple[int, ...], graph: str) -> None:
 
     Raises:
         ArtifactError: If it is one.
+
+    Example:
+        >>> check_shape(np.zeros((1, 8)), (1, 9), "language")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: The graph 'language' computes the shape [1, 8], the manifest says [1,
+        9]. Export and build the model again.
     """
     if values.shape != shape:
         raise ArtifactError(

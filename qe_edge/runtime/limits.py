@@ -1,4 +1,4 @@
-"""What engines take at most: batch, context, prompt, patches or tiles. A manifest's profiles hold it.
+"""Limits of engines: batch, context, prompt, patches or tiles. A manifest's profiles hold them.
 
 Larger limits cost memory when an engine is built and when it runs: attention over a prompt or over the patches of a
 picture grows with their square. ONNX Runtime needs no limits, it takes any size up to the model's context.
@@ -37,7 +37,12 @@ class EngineLimits:
 
 
 def limits_of(manifest: Manifest) -> EngineLimits:
-    """The limits that a manifest's profiles hold."""
+    """The limits that a manifest's profiles hold.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> limits_of(read_manifest(Path("out/demo/onnx")))  # doctest: +SKIP
+    """
     language = manifest.graphs["language"].profiles
     batch, prompt = language["prefill"]["attention_mask"][2]
     context = language["decode"]["attention_mask"][2][1]
@@ -54,6 +59,10 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
 
     Raises:
         InputError: If the model has no such limit, or a limit is above the model's context or contradicts another.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> manifest = with_limits(read_manifest(Path("out/demo/onnx")), EngineLimits(context=1024))  # doctest: +SKIP
     """
     batch, context, prompt = resolve_limits(wanted, limits_of(manifest), manifest.model_type, manifest.max_context)
     graphs = dict(manifest.graphs)
@@ -82,7 +91,12 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
 
 
 def with_capacity(manifest: Manifest, capacity: int) -> Manifest:
-    """The manifest with profiles for KV caches of one capacity alone."""
+    """The manifest with profiles for KV caches of one capacity alone.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> manifest = with_capacity(read_manifest(Path("out/demo/onnx")), capacity=1024)  # doctest: +SKIP
+    """
     graphs = dict(manifest.graphs)
     profiles = {
         name: {
@@ -105,13 +119,22 @@ def resolve_limits(
     """Largest batch, context and prompt.
 
     Args:
-        wanted: What is asked for.
-        present: What holds without it.
-        model_type: The model's, for messages.
+        wanted: Limits that the user asks for.
+        present: Limits that hold otherwise.
+        model_type: Type of the model, for messages.
         max_context: Tokens that the model attends to.
 
     Raises:
         InputError: If the model has no such limit, or a limit is above the model's context or contradicts another.
+
+    Example:
+        >>> present = EngineLimits(batch=4, context=2048, prompt=1024)
+        >>> resolve_limits(EngineLimits(context=512), present, "llama", max_context=4096)
+        (4, 512, 512)
+        >>> resolve_limits(EngineLimits(tiles=4), present, "llama", max_context=4096)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: A 'llama' model has no tiles. Leave --max-tiles out.
     """
     for name in ("patches", "tiles"):
         if getattr(wanted, name) is not None and getattr(present, name) is None:
@@ -134,6 +157,16 @@ def check_limits(limits: EngineLimits, encoded: Encoded, max_new_tokens: int) ->
 
     Raises:
         InputError: If it has too many rows, tokens, patches or tiles.
+
+    Example:
+        >>> import numpy as np
+        >>> ids = np.zeros((1, 100), np.int64)
+        >>> encoded = Encoded(ids, np.ones_like(ids), np.zeros_like(ids, bool), np.zeros_like(ids, bool))
+        >>> check_limits(EngineLimits(prompt=64), encoded, max_new_tokens=16)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: This engine does not take a prompt of 100 tokens: it was built for 64.
+        Use a smaller picture or prompt, or build it with --max-prompt 100.
     """
     rows, prompt = encoded.input_ids.shape
     for name, size, most in (
@@ -157,7 +190,12 @@ def check_limits(limits: EngineLimits, encoded: Encoded, max_new_tokens: int) ->
 
 
 def describe_limits(manifest: Manifest) -> str:
-    """One line: what engines of this manifest take."""
+    """One line that says the limits of engines of this manifest.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> describe_limits(read_manifest(Path("out/demo/onnx")))  # doctest: +SKIP
+    """
     limits = limits_of(manifest)
     parts = [f"{limits.batch} questions at a time", f"prompts of {limits.prompt} tokens", f"{limits.context} in all"]
     if limits.patches is not None:

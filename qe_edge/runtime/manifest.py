@@ -1,4 +1,4 @@
-"""`manifest.json`: what an ONNX or engine folder holds, checked before anything of it is opened."""
+"""`manifest.json`: the content of an ONNX or engine folder, checked before any file of it is opened."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TensorSpec(_Strict):
 
 
 class GraphFile(_Strict):
-    """A graph with what goes in and out.
+    """A graph with its inputs and outputs.
 
     Attributes:
         file: Its file in the folder; a plain file name.
@@ -86,7 +86,7 @@ class PictureEntry(GraphFile):
         placeholder_id: Token of a prompt that stands for a picture; the graph's `placeholder_ids` replace it.
         max_pixels: Most pixels of a picture.
         max_side: Most pixels of a side.
-        max_aspect: Longest side over shortest, beyond which a picture is refused; None where any is taken.
+        max_aspect: Largest ratio of the longest to the shortest side; None for any.
         numbered: Whether the language graph's `attention_mask` numbers the features of every picture of a prompt: 2 on
             those of the first, 3 of the second, 1 on all other tokens. Without it, it is 1 on all.
     """
@@ -120,10 +120,10 @@ Written = TypeVar("Written", bound="FolderManifest")
 
 
 class FolderManifest(Sealed):
-    """What every folder of graphs or engines says. Its digest stands for the whole folder.
+    """The manifest of any folder of graphs or engines. Its digest stands for the whole folder.
 
     Attributes:
-        format_version: Of this file.
+        format_version: Version of this file.
         model_type: Model family, as in config.json.
         quantization: Method and scheme such as "qe w4a8", or "none".
         graphs: By name.
@@ -141,7 +141,7 @@ class FolderManifest(Sealed):
     files: FileTable = Field(default_factory=dict)
 
     def further_files(self) -> tuple[str, ...]:
-        """Files beside those of the graphs that have to be there."""
+        """Files besides the graphs that have to be there."""
         return ("config.json",)
 
     def write(self: Written, folder: Path) -> Written:
@@ -151,7 +151,7 @@ class FolderManifest(Sealed):
 
 
 class EncoderManifest(FolderManifest):
-    """Of a vision encoder alone: it has the one graph "visual"."""
+    """The manifest of a vision encoder alone: it has the one graph "visual"."""
 
     @model_validator(mode="after")
     def _complete(self) -> EncoderManifest:
@@ -161,14 +161,14 @@ class EncoderManifest(FolderManifest):
 
 
 class Manifest(FolderManifest):
-    """Everything the runtime needs to know about a folder of a model that writes text.
+    """The manifest of a model that writes text.
 
     Attributes:
         hidden_size: Width of the language model.
         vocab_size: Number of logits.
         image_token_id: Token at whose places image features stand; None in a language model without pictures.
         max_context: Tokens that the model can attend to, prompt and answer together.
-        generation: How answers are decoded.
+        generation: Settings of decoding.
         kv: Layout of the KV cache.
         graphs: "visual", "merger" and "language", or "language" alone.
         picture: The graph that prepares pictures, for programs without Python; None where the family has none.
@@ -212,7 +212,7 @@ class Manifest(FolderManifest):
         return self.generation.pad_token_id
 
     def further_files(self) -> tuple[str, ...]:
-        """Files beside those of the graphs that have to be there."""
+        """Files besides the graphs that have to be there."""
         return (*([] if self.picture is None else [self.picture.file]), EMBEDDING, "config.json")
 
 
@@ -220,7 +220,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder and compare all files with it; costs about half a second for a gigabyte.
 
     Raises:
-        ArtifactError: If the folder is none of ours, is damaged, changed, or is of another version.
+        ArtifactError: If the folder is not ours, is damaged or changed, or has another version.
+
+    Example:
+        >>> read_manifest(Path("out/demo/onnx")).quantization  # doctest: +SKIP
     """
     manifest = read_description(folder)
     check_files(folder, manifest.files, REMEDY)
@@ -232,6 +235,14 @@ def read_any_manifest(folder: Path) -> Manifest | EncoderManifest:
 
     Raises:
         ArtifactError: As `read_manifest`.
+
+    Example:
+        >>> Path("photos").mkdir()
+        >>> read_any_manifest(Path("photos"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ArtifactError: 'photos' is not an ONNX or engine folder: manifest.json is missing.
+        Give the output folder of 'qe-edge export' or 'qe-edge build'.
     """
     return read_encoder_manifest(folder) if _is_encoder(_table(folder)) else read_manifest(folder)
 
@@ -241,6 +252,9 @@ def read_encoder_manifest(folder: Path) -> EncoderManifest:
 
     Raises:
         ArtifactError: As `read_manifest`, or if the folder holds a model that writes text.
+
+    Example:
+        >>> read_encoder_manifest(Path("out/dinov2/onnx")).graphs["visual"].inputs  # doctest: +SKIP
     """
     manifest = _described(folder, EncoderManifest)
     check_files(folder, manifest.files, REMEDY)
@@ -252,12 +266,15 @@ def read_description(folder: Path) -> Manifest:
 
     Raises:
         ArtifactError: If the folder is none of ours, is damaged, or is of another version.
+
+    Example:
+        >>> read_description(Path("out/demo/onnx")).max_context  # doctest: +SKIP
     """
     return _described(folder, Manifest)
 
 
 def _table(folder: Path) -> dict[str, Any]:
-    """What a manifest says, of this version and not checked further."""
+    """The table of a manifest of this version, not checked further."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(

@@ -1,4 +1,4 @@
-"""What the limits of engines mean for pictures: which sizes of cameras fit, and what the model would make larger."""
+"""Translates the limits of engines to sizes of pictures, and warns if the image processor makes larger ones."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ QUESTION, ANSWER = "What is this?", 64  # of the example; tokens of its answer
 
 
 def tell_limits(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
-    """Say what engines take, and warn where the model's image processor makes more than that.
+    """Say the limits of engines, and warn if the model's image processor exceeds them.
 
     Args:
         folder: Folder of exported graphs.
-        manifest: Its manifest, with the limits that engines are to have.
+        manifest: Its manifest, with the limits that engines will have.
         say: Receives one line.
 
     Raises:
         ArtifactError: If the folder's configuration is missing or damaged.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> tell_limits(Path("out/demo/onnx"), read_manifest(Path("out/demo/onnx")), print)  # doctest: +SKIP
     """
     line = describe_limits(manifest)
     if manifest.image_token_id is None:
@@ -41,7 +45,14 @@ def tell_limits(folder: Path, manifest: Manifest, say: Callable[[str], None]) ->
 
 
 def describe_pictures(manifest: Manifest, family: ModelFamily, processor: Any) -> str:  # noqa: ANN401
-    """Which of a camera's usual pictures engines take with a short question and its answer."""
+    """Usual sizes of a camera's pictures that engines take with a short question and its answer.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model  # doctest: +SKIP
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> loaded = load_model("demo")  # doctest: +SKIP
+        >>> describe_pictures(read_manifest(Path("out/demo/onnx")), loaded.family, loaded.processor)  # doctest: +SKIP
+    """
     fitting = [size for size in CAMERAS if _fits(manifest, family, processor, size)]
     refused = [size for size in CAMERAS if size not in fitting]
     parts = [f"{max(fitting)[0]} x {max(fitting)[1]} fits"] if fitting else []
@@ -50,7 +61,14 @@ def describe_pictures(manifest: Manifest, family: ModelFamily, processor: Any) -
 
 
 def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa: ANN401 - transformers' own classes
-    """A notice where the model's image processor makes larger pictures than the engines take."""
+    """A notice where the model's image processor makes larger pictures than the engines take.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model  # doctest: +SKIP
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> processor = load_model("demo").processor  # doctest: +SKIP
+        >>> warn_of_pictures(read_manifest(Path("out/demo/onnx")), processor.image_processor)  # doctest: +SKIP
+    """
     limits = limits_of(manifest)
     if limits.patches is not None:
         pixels, name = image_processor.size["longest_edge"], "patches"

@@ -1,4 +1,4 @@
-"""Pictures that were seen before are neither prepared nor encoded again, as far as a number of bytes goes."""
+"""Remembers prepared and encoded pictures up to a number of bytes, so that they need not be made again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Entry:
 
 
 class PictureMemory:
-    """Stands in for an image processor and remembers what it made; the oldest pictures are forgotten first.
+    """Stands in for an image processor and remembers its results; the oldest pictures are forgotten first.
 
     Args:
         image_processor: The image processor of a model.
@@ -33,6 +33,13 @@ class PictureMemory:
 
     Attributes:
         used: Keys of the pictures that were prepared since it was last emptied.
+
+    Example:
+        >>> from PIL import Image
+        >>> memory = PictureMemory(lambda images: {"pixel_values": np.asarray(images[0])}, capacity=1 << 20)
+        >>> picture = Image.new("RGB", (8, 8))
+        >>> memory(images=[picture]) is memory(images=[picture]), memory.nbytes  # prepared once
+        (True, 192)
     """
 
     def __init__(self, image_processor: Any, capacity: int) -> None:  # noqa: ANN401 - they share no typed base
@@ -47,7 +54,7 @@ class PictureMemory:
         return getattr(self._image_processor, name)
 
     def __call__(self, *, images: list[Any], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - the processor's own
-        """What the image processor makes of 8-bit RGB pictures, one or a list of lists of them."""
+        """The image processor's arrays for 8-bit RGB pictures, one or a list of lists of them."""
         digest = hashlib.sha256(repr(sorted(options.items())).encode())
         _add_pictures(digest, images)
         key = digest.digest()
@@ -73,7 +80,7 @@ class PictureMemory:
         Args:
             key: Of a picture, or a joint key.
             features: `[tokens, width]`.
-            instead_of_pixels: Whether only the shapes of what was prepared are asked from now on.
+            instead_of_pixels: Whether only the shapes of the prepared arrays are needed from now on.
         """
         with self._lock:
             entry = self._entries.get(key)
@@ -110,7 +117,12 @@ def _add_pictures(digest: Any, images: Any) -> None:  # noqa: ANN401 - hashlib n
 
 
 def joint_key(keys: tuple[bytes, ...]) -> bytes:
-    """One key for several pictures together."""
+    """One key for several pictures together.
+
+    Example:
+        >>> joint_key((b"first", b"second")) == joint_key((b"second", b"first"))
+        False
+    """
     return hashlib.sha256(b"".join(keys)).digest()
 
 

@@ -42,7 +42,7 @@ class Pipeline:
 
     Args:
         engine: The model.
-        slots: How many answers run at once.
+        slots: Number of answers that run at once.
 
     Attributes:
         engine: The model.
@@ -71,8 +71,8 @@ class Pipeline:
         Args:
             folder: The folder.
             threads: For ONNX Runtime: number of threads, None for all cores.
-            max_context: Most tokens of a prompt and its answer; None for what the engine takes by default.
-            slots: How many answers run at once; each has a KV cache for `max_context` tokens.
+            max_context: Most tokens of a prompt and its answer; None for the engine's default.
+            slots: Number of answers that run at once; each has a KV cache for `max_context` tokens.
 
         Raises:
             InputError: If there is no such number of threads, tokens or slots.
@@ -157,7 +157,7 @@ class Pipeline:
 
     @property
     def slots(self) -> int:
-        """How many answers run at once."""
+        """Number of answers that run at once."""
         return self._answering.turns.count
 
     @property
@@ -182,7 +182,7 @@ class Pipeline:
         """A conversation with a KV cache of its own, which reads each turn once.
 
         Args:
-            system: What the model is told first; None for what its chat template says.
+            system: System prompt; None for the one of the chat template.
         """
         return Conversation(self._answering, system)
 

@@ -18,10 +18,17 @@ REMEDY = "Build it with 'qe-edge build-plugin', or name one with --plugin-librar
 
 
 def find_plugin_library(chosen: Path | None = None) -> Path:
-    """The plugin's library: the chosen one, else that of the environment, of the package, or of a build folder.
+    """The plugin's library: the chosen one, else the one of the environment, of the package, or of a build folder.
 
     Raises:
         TargetError: If there is none, or the chosen one does not exist.
+
+    Example:
+        >>> find_plugin_library(Path("no-such-library.so"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.TargetError: There is no plugin library 'no-such-library.so'. Build it with 'qe-edge
+        build-plugin', or name one with --plugin-library.
     """
     if chosen is None and os.environ.get(VARIABLE):
         chosen = Path(os.environ[VARIABLE])
@@ -39,10 +46,18 @@ def find_operator_library(chosen: Path | None = None) -> Path:
     """The operator's library for ONNX Runtime, beside the plugin's.
 
     Args:
-        chosen: The plugin's library, as of `find_plugin_library`.
+        chosen: The plugin's library, as for `find_plugin_library`.
 
     Raises:
         TargetError: If either is missing.
+
+    Example:
+        >>> Path("libqe_plugin.so").touch()
+        >>> find_operator_library(Path("libqe_plugin.so"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.TargetError: The plugin library has no libqe_ort.so beside it, which ONNX Runtime
+        needs. Build both anew with 'qe-edge build-plugin'.
     """
     library = find_plugin_library(chosen).with_name(OPERATOR_FILE)
     if not library.is_file():
@@ -54,7 +69,12 @@ def find_operator_library(chosen: Path | None = None) -> Path:
 
 
 def build_folder(arch: str | None = None) -> Path:
-    """Where `qe-edge build-plugin` puts the library if no other folder is given; other architectures lie beside it."""
+    """The default folder of `qe-edge build-plugin` for the library of an architecture; None for this machine's.
+
+    Example:
+        >>> build_folder("aarch64").name
+        'plugin-aarch64'
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():  # as its specification has it; a relative one would mean wherever the user is
         cache = Path.home() / ".cache"
@@ -62,13 +82,25 @@ def build_folder(arch: str | None = None) -> Path:
 
 
 def checkout() -> Path | None:
-    """The folder `plugins` of the source checkout that this package is installed from, None for a wheel."""
+    """The folder `plugins` of the source checkout that this package is installed from, None for a wheel.
+
+    Example:
+        >>> folder = checkout()
+        >>> folder is None or folder.name
+        'plugins'
+    """
     folder = Path(__file__).resolve().parents[2] / "plugins"
     return folder if (folder / "CMakeLists.txt").is_file() else None
 
 
 def digest(library: Path) -> str:
-    """SHA-256 of the library, as `engine.json` records it."""
+    """SHA-256 of the library, as `engine.json` records it.
+
+    Example:
+        >>> _ = Path("libqe_plugin.so").write_bytes(b"")
+        >>> digest(Path("libqe_plugin.so"))[:16]
+        'e3b0c44298fc1c14'
+    """
     return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
@@ -77,6 +109,10 @@ def load_plugin_library(trt: Any, library: Path) -> None:  # noqa: ANN401 - an u
 
     Raises:
         TargetError: If TensorRT cannot load it.
+
+    Example:
+        >>> import tensorrt  # doctest: +SKIP
+        >>> load_plugin_library(tensorrt, find_plugin_library())  # doctest: +SKIP
     """
     registry = trt.get_plugin_registry()
     if registry.get_creator(*CREATOR) is not None:

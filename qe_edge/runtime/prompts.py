@@ -1,4 +1,4 @@
-"""From what a user asks to the inputs of the language model; every picture is encoded once."""
+"""From a user's question to the inputs of the language model. Every picture is encoded once."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Prompt:
     Attributes:
         encoded: A batch of one.
         positions: As `family.position_ids` gives them.
-        numbers: What the graph's mask has on its tokens, int64 `[1, tokens]`. Tokens with the same number above 1 see
-            each other in both directions.
+        numbers: The graph's mask on its tokens, int64 `[1, tokens]`. Tokens with the same number above 1 see each other
+            in both directions.
         pictures: A key for the content of each picture; one for all of them where they do not stand alone.
     """
 
@@ -50,6 +50,11 @@ class PromptReader:
         engine: The model.
         device: Held while the engine computes.
         picture_bytes: Memory for pictures that may come again.
+
+    Example:
+        >>> from contextlib import nullcontext  # doctest: +SKIP
+        >>> reader = PromptReader(VisionLanguageEngine.load("out/demo/engines/cpu"), nullcontext())  # doctest: +SKIP
+        >>> reader.encode(Sample("picture.png", "what is it?")).ids  # doctest: +SKIP
     """
 
     def __init__(
@@ -92,8 +97,8 @@ class PromptReader:
 
         Args:
             prompt: The prompt.
-            sample: What it was made of.
-            first: Which picture is the first one that is needed.
+            sample: The sample that it was made of.
+            first: Number of the first picture that is needed.
 
         Returns:
             Features float32 `[tokens, width]` of every picture; seconds in the visual encoder and in the merger.

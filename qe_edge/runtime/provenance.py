@@ -1,4 +1,4 @@
-"""Whether folders belong together: an original model, its checkpoint, the graphs exported from that, their engines.
+"""Checks that folders belong together: an original model, its checkpoint, the graphs exported from it, their engines.
 
 Only descriptions are read here; each folder's files are compared with its description when it is opened.
 """
@@ -22,6 +22,9 @@ def describe_engines(folder: Path) -> Manifest:
 
     Raises:
         ArtifactError: If the folder is damaged, or its two descriptions do not belong together.
+
+    Example:
+        >>> describe_engines(Path("out/demo/engines/cpu")).quantization  # doctest: +SKIP
     """
     manifest, info = read_description(folder), read_engine_info(folder)
     if info is not None:
@@ -34,6 +37,9 @@ def check_exported_from(checkpoint: Path, folder: Path) -> None:
 
     Raises:
         ArtifactError: If they are.
+
+    Example:
+        >>> check_exported_from(Path("out/demo/checkpoint"), Path("out/demo/onnx"))  # doctest: +SKIP
     """
     wanted, found = read_checkpoint_files(checkpoint).digest, describe_engines(folder).checkpoint
     if found is None:
@@ -53,6 +59,9 @@ def check_built_from(onnx: Path, engines: Path) -> None:
 
     Raises:
         ArtifactError: If they were.
+
+    Example:
+        >>> check_built_from(Path("out/demo/onnx"), Path("out/demo/engines/cpu"))  # doctest: +SKIP
     """
     graphs, built = describe_engines(onnx), describe_engines(engines)
     wanted, found = graphs.onnx or graphs.digest, built.onnx or built.digest
@@ -76,6 +85,15 @@ def check_quantized_from(checkpoint: Path, original: str, revision: str | None) 
 
     Raises:
         ArtifactError: If the checkpoint was made from another model.
+
+    Example:
+        >>> from qe_edge.checkpoint.files import write_checkpoint_files
+        >>> for name in ("model", "checkpoint"):
+        ...     Path(name).mkdir()
+        ...     _ = Path(name, "config.json").write_text("{}")
+        >>> write_checkpoint_files(Path("checkpoint"), "model", revision=None)
+        >>> check_quantized_from(Path("checkpoint"), "model", revision=None) is None  # they were compared, and fit
+        True
     """
     origin, folder = read_checkpoint_files(checkpoint).origin, Path(original)
     if origin is None:
@@ -95,10 +113,13 @@ def check_quantized_from(checkpoint: Path, original: str, revision: str | None) 
 
 
 def check_deployment(root: Path, found: Path) -> None:
-    """Refuse graphs or engines inside a deployment's folder that are not of the checkpoint that lies there too.
+    """Refuse graphs or engines inside a deployment's folder that were not made from the checkpoint there.
 
     Raises:
-        ArtifactError: If they are of another one.
+        ArtifactError: If they were made from another one.
+
+    Example:
+        >>> check_deployment(Path("out/demo"), Path("out/demo/engines/cpu"))  # doctest: +SKIP
     """
     checkpoint = root / "checkpoint"
     if found not in (root, checkpoint) and (checkpoint / FILES).is_file():

@@ -1,10 +1,10 @@
-"""Which token comes next: the most likely one, or one drawn at random. The C++ runtime follows the same rules.
+"""Chooses the next token: the most likely one, or one drawn at random. The C++ runtime follows the same rules.
 
 Everything is computed in float64 from the logits after `qe_edge.runtime.generation.adjust_logits`:
 
 1. Logits are divided by the temperature.
-2. `top_k` keeps the k highest, and whatever equals the lowest of them.
-3. What is kept is ordered: highest first, equal ones by id. The weight of a token is exp(its logit - the highest one).
+2. `top_k` keeps the k highest logits, and all that equal the lowest of them.
+3. The kept tokens are ordered: highest first, equal ones by id. A token's weight is exp(its logit - the highest one).
 4. `top_p` keeps a token if the weights before it sum to less than `top_p` times all of them. The first always stays.
 5. `min_p` keeps a token if its weight is at least `min_p`; the first one's is 1.
 6. u is a number in [0, 1). The first token whose cumulative weight is above u times their sum is taken.
@@ -28,11 +28,11 @@ MAX_TEMPERATURE = 100.0  # above, every token is as likely as any other
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """The rule that chooses a token.
 
     Attributes:
         temperature: Above 1 answers vary more, below 1 less; 0 takes the most likely token, and the rest is not used.
-        top_k: How many tokens take part; 0 for all.
+        top_k: Number of tokens that take part; 0 for all.
         top_p: Share of the probability that takes part, from 0 to 1.
         min_p: Least probability that takes part, as a share of the highest one, from 0 to 1.
 
@@ -92,11 +92,11 @@ def choose_token(logits: np.ndarray, sampling: Sampling, random: Random) -> int:
 
     Args:
         logits: `[vocabulary]` floats; -inf for what must not come.
-        sampling: How to choose.
-        random: Where the number comes from; not asked at temperature 0.
+        sampling: The rule.
+        random: Source of the number; not used at temperature 0.
 
     Returns:
-        Its id. The lowest of those that are equally likely at temperature 0.
+        Its id. At temperature 0 the lowest id among equally likely tokens.
 
     Example:
         >>> choose_token(np.array([0.0, 3.0, 3.0]), Sampling(), Random(0))
@@ -118,10 +118,16 @@ def kept_tokens(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.
 
     Args:
         logits: `[vocabulary]` floats; -inf for what must not come, and at least one that is finite.
-        sampling: How to choose, with a temperature above 0.
+        sampling: The rule, with a temperature above 0.
 
     Returns:
         Ids int64 `[kept]` and weights float64 `[kept]`, the first of which is 1.
+
+    Example:
+        >>> logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+        >>> ids, weights = kept_tokens(logits, Sampling(temperature=1.0, top_p=0.7))
+        >>> ids, weights.round(2)
+        (array([0, 1]), array([1. , 0.6]))
     """
     scores = logits.astype(np.float64) / sampling.temperature
     ids = np.flatnonzero(scores > -np.inf)
@@ -139,10 +145,17 @@ def kept_tokens(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Refuse a value that is no whole number of at least `least`.
 
     Raises:
-        InputError: If it is so.
+        InputError: Naming the value.
+
+    Example:
+        >>> check_count("top_k", 50, least=0)
+        >>> check_count("top_k", -1, least=0)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: top_k is -1. Give a whole number of at least 0.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise InputError(f"{name} is {shown(value)}.", f"Give a whole number of at least {least}.")

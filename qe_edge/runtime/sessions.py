@@ -1,4 +1,4 @@
-"""What every backend offers, and the one of ONNX Runtime."""
+"""The interface of every backend, and the backend of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Session(Protocol):
 
         Args:
             feeds: Inputs by name.
-            into: Outputs that are to be written into these arrays, of `zeros`; others come as numpy arrays.
+            into: Arrays of `zeros` into which outputs are written; other outputs come as numpy arrays.
         """
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
@@ -56,11 +56,21 @@ class OrtSession:
         entry: Its entry in the manifest.
         accuracy_level: 0 is exact; 4 quantizes activations of INT4 products to 8 bits, which is faster.
         threads: Number of threads; None leaves it to ONNX Runtime.
-        frugal: Whether memory is given back after each operation instead of being planned for the next ones: a third,
-            where pictures of any size come.
+        frugal: Whether memory is given back after each operation instead of being planned for the next ones. For
+            pictures of any size it takes a third of the memory.
 
     Raises:
         ArtifactError: If the graph is damaged, ONNX Runtime cannot load it, or its inputs are not the manifest's.
+
+    Example:
+        >>> import onnx
+        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+        >>> onnx.save(onnx.parser.parse_model(text), "abs.onnx")
+        >>> x, y = (TensorSpec(name=name, dtype="float32", shape=(2,)) for name in ("x", "y"))
+        >>> session = OrtSession(Path(), GraphFile(file="abs.onnx", inputs=(x,), outputs=(y,)), 0, threads=1)
+        >>> session.run({"x": np.array([-1.0, 2.0], np.float32)})
+        {'y': array([1., 2.], dtype=float32)}
     """
 
     def __init__(
@@ -141,6 +151,6 @@ def _ort_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    """What ONNX Runtime said, at most 300 characters."""
+    """The first line of ONNX Runtime's message, at most 300 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""KV caches and what stands in them; a prompt that begins with the same tokens and pictures is read from there on."""
+"""KV caches and their content. Of a prompt that begins with the same tokens and pictures, only the rest is read."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ class Slot:
 
     Attributes:
         capacity: Tokens that fit.
+
+    Example:
+        >>> from contextlib import nullcontext  # doctest: +SKIP
+        >>> from qe_edge.models.family import Sample  # doctest: +SKIP
+        >>> from qe_edge.runtime.prompts import PromptReader  # doctest: +SKIP
+        >>> engine = VisionLanguageEngine.load("out/demo/engines/cpu")  # doctest: +SKIP
+        >>> prompt = PromptReader(engine, nullcontext()).encode(Sample(None, "hello"))  # doctest: +SKIP
+        >>> slot = Slot(engine, nullcontext())  # doctest: +SKIP
+        >>> logits = slot.read(prompt, [], *slot.shared(prompt))  # doctest: +SKIP
     """
 
     def __init__(self, engine: VisionLanguageEngine, device: AbstractContextManager[object]) -> None:
@@ -64,7 +73,7 @@ class Slot:
             raise
 
     def shared(self, prompt: Prompt) -> tuple[int, int]:
-        """How many tokens and pictures at the beginning of a prompt the cache holds; never all of the tokens."""
+        """Number of tokens and pictures at the beginning of a prompt that the cache holds; never all of the tokens."""
         most = min(self._length, len(prompt.ids) - 1)
         differ = np.flatnonzero(self._ids[:most] != prompt.ids[:most])
         tokens = int(differ[0]) if len(differ) else most
@@ -81,9 +90,9 @@ class Slot:
 
         Args:
             prompt: The prompt.
-            features: Of every picture that the cache does not hold, `[tokens, width]`.
-            tokens: How many tokens it holds, as `shared` says.
-            pictures: How many pictures it holds, likewise.
+            features: Features of every picture that the cache does not hold, `[tokens, width]`.
+            tokens: Number of tokens that it holds, as `shared` says.
+            pictures: Number of pictures that it holds, as `shared` says.
 
         Returns:
             Logits float32 `[vocabulary]` of the token that follows.
@@ -128,6 +137,15 @@ class Rows:
         engine: The model.
         prompts: The prompts.
         room: Most tokens of an answer.
+
+    Example:
+        >>> from contextlib import nullcontext  # doctest: +SKIP
+        >>> from qe_edge.models.family import Sample  # doctest: +SKIP
+        >>> from qe_edge.runtime.prompts import PromptReader  # doctest: +SKIP
+        >>> engine = VisionLanguageEngine.load("out/demo/engines/cpu")  # doctest: +SKIP
+        >>> reader = PromptReader(engine, nullcontext())  # doctest: +SKIP
+        >>> prompts = [reader.encode(Sample(None, text)) for text in ("hello", "red")]  # doctest: +SKIP
+        >>> logits = Rows(engine, prompts, room=8).read([])  # doctest: +SKIP
     """
 
     def __init__(self, engine: VisionLanguageEngine, prompts: Sequence[Prompt], room: int) -> None:

@@ -28,11 +28,15 @@ class Device:
     """The GPU, the library and one stream, shared by a model's graphs.
 
     Args:
-        info: How the engines were built.
+        info: The build of the engines.
         plugin_library: The plugin's library, None for the one that is found; only engines that need it load it.
 
     Raises:
         TargetError: If there is no GPU, or a library is missing.
+
+    Example:
+        >>> from qe_edge.runtime.engine_info import read_engine_info  # doctest: +SKIP
+        >>> device = Device(read_engine_info(Path("out/demo/engines/tensorrt")))  # doctest: +SKIP
     """
 
     def __init__(self, info: EngineInfo, plugin_library: Path | None = None) -> None:
@@ -52,6 +56,10 @@ def check_device(info: EngineInfo, plugin_library: Path | None = None) -> None:
 
     Raises:
         TargetError: If there is no GPU, or a library is missing.
+
+    Example:
+        >>> from qe_edge.runtime.engine_info import read_engine_info  # doctest: +SKIP
+        >>> check_device(read_engine_info(Path("out/demo/engines/tensorrt")))  # doctest: +SKIP
     """
     Driver()
     _library_of(info)
@@ -74,7 +82,7 @@ class Buffer(DeviceArray):
     """A tensor on the device; its memory goes back with the object.
 
     Attributes:
-        driver: Where the memory came from.
+        driver: Driver that gave the memory.
         pointer: Device address.
     """
 
@@ -99,6 +107,13 @@ class TensorRTSession:
 
     Raises:
         TargetError: If the engine does not fit this GPU or library version.
+
+    Example:
+        >>> from qe_edge.runtime.engine_info import read_engine_info  # doctest: +SKIP
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> folder = Path("out/demo/engines/tensorrt")  # doctest: +SKIP
+        >>> entry = read_manifest(folder).graphs["language"]  # doctest: +SKIP
+        >>> session = TensorRTSession(Device(read_engine_info(folder)), folder, entry)  # doctest: +SKIP
     """
 
     def __init__(self, device: Device, folder: Path, entry: GraphEntry) -> None:
@@ -119,7 +134,7 @@ class TensorRTSession:
         self._rooms: dict[str, Buffer] = {}
 
     def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """Run on named inputs; outputs come back as numpy arrays, those of `into` stay on the device.
+        """Run on named inputs; outputs come back as numpy arrays, and outputs of `into` stay on the device.
 
         Raises:
             InputError: If no profile of the engine takes the shapes.

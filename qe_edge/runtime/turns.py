@@ -1,4 +1,4 @@
-"""Who may compute now: a fixed number of answers at a time, the others in the order in which they came."""
+"""The order of answers: a fixed number run at a time, and the others wait in the order in which they came."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ class Turns:
     """Lets a number of answers run at once; more of them wait.
 
     Args:
-        count: How many run at once.
+        count: Number of answers that run at once.
+
+    Example:
+        >>> turns = Turns(count=1)
+        >>> turns.enter("first", given_up=lambda: False), turns.running
+        (True, 1)
+        >>> turns.leave("first")
+        >>> turns.running
+        0
     """
 
     def __init__(self, count: int) -> None:
@@ -37,7 +45,7 @@ class Turns:
 
         Args:
             who: The answer.
-            given_up: Asked whenever `wake` was called: whether to wait no longer.
+            given_up: Says whether to wait no longer; called after every `wake`.
 
         Returns:
             Whether it may run; False if it was given up.

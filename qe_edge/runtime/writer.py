@@ -19,12 +19,26 @@ class AnswerWriter:
     Args:
         prompt: Tokens of the prompt, int64 `[tokens]`.
         room: Most tokens of the answer.
-        options: How it is made.
+        options: Options of the answer.
         tokenizer: A tokenizer of transformers that nobody else changes.
 
     Attributes:
         ids: Tokens so far.
         finish_reason: Why the answer ended; None before.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.runtime.answer_options import answer_options
+        >>> from qe_edge.runtime.generation import GenerationSettings
+        >>> tokenizer = AutoTokenizer.from_pretrained(model_path())
+        >>> options = answer_options(GenerationSettings(eos_token_ids=(0,), pad_token_id=0), {})
+        >>> writer = AnswerWriter(np.array([5, 6]), room=2, options=options, tokenizer=tokenizer)
+        >>> likely = np.zeros(len(tokenizer), np.float32)
+        >>> likely[tokenizer("red")["input_ids"][0]] = 9.0  # the most likely token, twice
+        >>> text = writer.take(likely) + writer.take(likely)
+        >>> len(writer.ids), writer.finish_reason, "red" in text
+        (2, 'length', True)
     """
 
     def __init__(self, prompt: np.ndarray, room: int, options: AnswerOptions, tokenizer: Any) -> None:  # noqa: ANN401
@@ -71,7 +85,7 @@ class AnswerWriter:
         return text
 
     def end(self, reason: FinishReason) -> str:
-        """End the answer; returns what was held back of its text."""
+        """End the answer; returns the text that was held back."""
         text = self._stops.add(self._text.finish())
         text += self._stops.finish()
         self.finish_reason = "stop" if self._stops.found else reason
