@@ -32,6 +32,27 @@ class SideBySide:
     Args:
         walk: The walk whose blocks are quantized.
         problems: Makes the layers' problems.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_samples
+        >>> from qe_edge.models.groups import linear_groups
+        >>> from qe_edge.models.loading import load_model
+        >>> from qe_edge.quantization.problems import Measured
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> loaded, recipe = load_model("demo"), make_recipe(method="loaq")
+        >>> batch = loaded.family.encode(loaded.processor, load_samples("demo", 2), answers=True)
+        >>> walk = BlockWalk(loaded, ["language"], [batch], torch.device("cpu"))
+        >>> both = SideBySide(walk, Problems(recipe, recipe.build_method(), walk.device, Measured()))
+        >>> chain, position, block = next(iter(walk))
+        >>> drifts = []
+        >>> def look(member: Member, problem: LinearProblem) -> dict[str, QELinear]:
+        ...     drifts.append(float(problem.drift.inputs.norm()))
+        ...     return {}  # whoever quantizes returns the layers
+        >>> groups = linear_groups(block, loaded.family.siblings)
+        >>> with walk.original(block):
+        ...     layers = both.quantize(chain, position, block, groups, None, look)
+        >>> drifts == [0.0] * 7  # both models are alike so far
+        True
     """
 
     def __init__(self, walk: BlockWalk, problems: Problems) -> None:
