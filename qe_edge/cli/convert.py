@@ -22,7 +22,7 @@ qe-edge convert checkpoint --to compressed-tensors -o for-vllm"""
     "--to",
     "form",
     metavar="FORMAT",
-    help="The format that a quantized checkpoint is to have: compressed-tensors.",
+    help="The format that a quantized checkpoint is to have: compressed-tensors, gptq.",
 )
 @click.option(
     "--activations",

@@ -13,6 +13,7 @@ FORMATS: Registry[type[Format]] = Registry(
     "format",
     {
         "compressed-tensors": "qe_edge.formats.compressed_tensors:CompressedTensors",
+        "gptq": "qe_edge.formats.gptq:GPTQ",
     },
     group="qe_edge.formats",
     base=Format,

@@ -61,9 +61,11 @@ class Format(ABC):
 
     Class attributes:
         reader: Who reads it, in a few words.
+        folds_rows: Whether its scales may be float32, which channel scales of a later layer make of them.
     """
 
     reader: ClassVar[str]
+    folds_rows: ClassVar[bool] = True
 
     def check(self, conversion: Conversion) -> list[Reason]:  # noqa: ARG002 - most formats take any model
         """What of a model as a whole has no place in the format; empty if all has. No weight is read.

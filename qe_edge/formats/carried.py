@@ -44,7 +44,7 @@ class CarriedLayer:
         name: Of the layer.
         folding: Where channel scales go.
         decoded: Whether the main branch is written as an ordinary weight, which takes what has no place elsewhere.
-        is_head: Whether it is the language model's head.
+        group: The part of the model that it belongs to: "visual", "merger", "language", or "head".
         wider: Another grid that holds the same numbers: of more bits, smaller groups, or with zero points; None for the
             layer's own.
     """
@@ -53,7 +53,7 @@ class CarriedLayer:
     name: str
     folding: Folding
     decoded: bool = False
-    is_head: bool = False
+    group: str = "language"
     wider: WeightGrid | None = None
 
     @property

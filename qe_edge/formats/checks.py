@@ -66,4 +66,4 @@ def _of_model(conversion: Conversion, *, drop_rounding: bool) -> Iterable[Reason
 
 def _named(names: list[str]) -> str:
     """The first name, and how many there are."""
-    return f"'{names[0]}'" + (f" (like {len(names) - 1} others)" if len(names) > 1 else "")
+    return f"'{names[0]}'" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

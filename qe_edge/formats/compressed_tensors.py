@@ -71,7 +71,7 @@ class CompressedTensors(TransformersFolder):
 
     def layer_problem(self, layer: CarriedLayer) -> str | None:
         """Its readers quantize no head."""
-        return "is the head, which readers of this format keep in 16 bits" if layer.is_head else None
+        return "is the head, which readers of this format keep in 16 bits" if layer.group == "head" else None
 
     def how_to_load(self, conversion: Conversion, name: str) -> str:
         """Zero points are read by the path that decodes while loading."""

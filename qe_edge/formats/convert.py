@@ -56,9 +56,8 @@ def convert_checkpoint(
     """
     form = FORMATS[name]()
     with open_checkpoint(checkpoint) as source:
-        conversion = _plan(source, form, decode=decode)
+        conversion = form.prepared(_plan(source, form, decode=decode))
         check_conversion(name, form, conversion, drop_rounding=drop_rounding)
-        conversion = form.prepared(conversion)
         lines = summarize(conversion, form)
         with atomic_folder(out) as part:
             form.write(conversion, part, out.name, progress or Silent())
@@ -76,10 +75,11 @@ def is_converted(folder: Path) -> bool:
 
 
 def _plan(source: CheckpointSource, form: Format, *, decode: bool) -> Conversion:
-    model = shapes_only(source.family)
-    folding = fold_scales(source, source.family.blocks(model))
-    head = next((name for name, part in model.named_modules() if part is model.get_output_embeddings()), "")
-    layers = {name: CarriedLayer(source, name, folding, is_head=name == head) for name in source.layers}
+    blocks = source.family.blocks(shapes_only(source.family))
+    folding = fold_scales(source, blocks, rows=form.folds_rows)
+    groups = {f"{block.name}.{name}": block.group for block in blocks for name, _ in block.module.named_modules()}
+    # the one layer that a checkpoint has outside its blocks is the head
+    layers = {name: CarriedLayer(source, name, folding, group=groups.get(name, "head")) for name in source.layers}
     if decode:
         layers = {
             name: layer if code_problem(form, layer) is None else replace(layer, decoded=True)

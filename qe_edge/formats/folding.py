@@ -44,12 +44,13 @@ class Folding:
     stuck: list[str] = field(default_factory=list)
 
 
-def fold_scales(source: CheckpointSource, blocks: Sequence[Block]) -> Folding:
+def fold_scales(source: CheckpointSource, blocks: Sequence[Block], *, rows: bool = True) -> Folding:
     """Find a place for the channel scales of every layer; reads the scales and the gains of norms only.
 
     Args:
         source: The checkpoint.
         blocks: Its model's, on the meta device.
+        rows: Whether rows of earlier layers may take some, whose scales are float32 then.
     """
     folding = Folding()
     scales: dict[str, Tensor] = {}
@@ -65,8 +66,10 @@ def fold_scales(source: CheckpointSource, blocks: Sequence[Block]) -> Folding:
             scales[name] = inverse
     if scales:
         for block in filter(_is_decoder, blocks):
-            for place in (_into_norms, _into_values, _into_up):
-                place(source, block, scales, folding)
+            _into_norms(source, block, scales, folding)
+            if rows:
+                _into_values(source, block, scales, folding)
+                _into_up(source, block, scales, folding)
     folding.stuck = sorted(scales)
     return folding
 
