@@ -1,7 +1,8 @@
 """The command line, `qe-edge COMMAND`: this package reads arguments, checks them, and calls the Python functions.
 
-Only click is imported at start-up. Each command's module is imported when it is needed, and what is heavy (torch,
-transformers, pydantic, rich) inside the command itself, so that `qe-edge --help` answers at once.
+Only click is imported at start-up, so that `qe-edge --help` answers at once. A command's own module holds its options,
+and is imported when the command is called. Its work is in a lazy module, `<name>_work` where it is long: that one
+imports what is heavy (torch, transformers, pydantic, rich) at its top.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from qe_edge.system.child_process import forget_current_folder
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.cli import application, outcome
+else:  # after the current folder is forgotten, and where a Ctrl-C is answered
+    application = lazy_module("qe_edge.cli.application")
+    outcome = lazy_module("qe_edge.cli.outcome")
 
 PROGRAM = "qe-edge"
 INTERRUPTED = 130
@@ -42,11 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     # OpenMP's threads otherwise wait in a busy loop: on a shared machine that costs more than all computing
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    from qe_edge.cli.application import application
-    from qe_edge.cli.outcome import run_reporting
-
-    return run_reporting(lambda: application.main(words, prog_name=PROGRAM, standalone_mode=False), words)
+    run = application.application.main
+    return outcome.run_reporting(lambda: run(words, prog_name=PROGRAM, standalone_mode=False), words)
 
 
 def _executed(file: str) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qe_edge.cli.options import Command, limit_options, output_option, overwrite_option, plugin_options, target_option
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.cli import build_work
+else:
+    build_work = lazy_module("qe_edge.cli.build_work")
 
 
 @click.command("build", cls=Command, example="qe-edge build onnx -o engines --target cpu")
@@ -22,6 +28,4 @@ def command(**choices: Any) -> None:  # noqa: ANN401 - the options above
 
     ONNX is a folder of exported graphs, or holds one as ONNX/onnx.
     """
-    from qe_edge.cli.build_work import run
-
-    run(**choices)
+    build_work.run(**choices)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qe_edge.cli.options import Command
 from qe_edge.cli.outputs import check_output_path, check_writable
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.export import plugin_build
+else:
+    plugin_build = lazy_module("qe_edge.export.plugin_build")
 
 
 @click.command(
@@ -24,19 +31,17 @@ def command(output: Path | None, arch: str | None, tensorrt_include: Path | None
     Needs CMake, a C++ compiler, CUDA's nvcc and TensorRT's headers, but no GPU. The kernels have run on an H100;
     the libraries themselves have not yet run on hardware.
     """
-    from qe_edge.export.plugin_build import CUDA12_FROM_PYPI, build_plugin, find_toolchain
-
     if output is not None:
         check_output_path(output)
-    tools = find_toolchain(arch, tensorrt_include)
+    tools = plugin_build.find_toolchain(arch, tensorrt_include)
     if output is not None:
         check_writable(output / "inside")
     click.echo(f"nvcc {tools.nvcc}, headers {tools.headers}. This takes about a minute.", err=True)
     if tools.ptxas12 is None:
         click.echo(
             "Without an assembler of CUDA 12 the library runs under CUDA 13 drivers only, not under JetPack 6. "
-            f"For both: pip install {CUDA12_FROM_PYPI}",
+            f"For both: pip install {plugin_build.CUDA12_FROM_PYPI}",
             err=True,
         )
-    library = build_plugin(tools, output)
+    library = plugin_build.build_plugin(tools, output)
     click.echo(f"Wrote '{library}'. Next: qe-edge build ONNX -o ENGINES --target rtx --plugin")

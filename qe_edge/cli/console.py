@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
 
+from qe_edge.system.lazy import lazy_module
+
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+    from qe_edge.cli import rich_bar
+else:
+    rich_bar = lazy_module("qe_edge.cli.rich_bar")
 
 LINE_SHARE = 0.1  # a plain line at least every tenth of the work ...
 LINE_SECONDS = 10.0  # ... or every so many seconds
@@ -119,7 +122,7 @@ class _Bar:
 
     def __init__(self, stream: IO[str], now: Callable[[], float], title: str, estimate: Estimate) -> None:
         self._now, self._title, self._estimate = now, title, estimate
-        self._bar, self._task = _rich_bar(stream, now, title, estimate)
+        self._bar, self._task = rich_bar.make_bar(stream, now, title, estimate)
         self._bar.start()
 
     def advance(self, amount: float, note: str) -> None:
@@ -130,29 +133,3 @@ class _Bar:
     def finish(self) -> None:
         self._bar.update(self._task, note="")
         self._bar.stop()
-
-
-def _rich_bar(stream: IO[str], now: Callable[[], float], title: str, estimate: Estimate) -> tuple[RichProgress, TaskID]:
-    from rich.console import Console
-    from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as RichProgress
-    from rich.table import Column
-    from rich.text import Text
-
-    class Remaining(ProgressColumn):
-        """Our own estimate: rich's looks at the last 30 seconds only, and one block may take longer."""
-
-        def render(self, task: Task) -> Text:  # noqa: ARG002 - rich's signature
-            remaining = estimate.remaining(now())
-            return Text("" if remaining is None else f"about {clock(remaining)} left", style="cyan")
-
-    bar = RichProgress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        Remaining(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=True)),
-        console=Console(file=stream),
-    )
-    return bar, bar.add_task(title, total=estimate.total, note="")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qe_edge.cli.options import Command, output_option, overwrite_option
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.cli import convert_work
+else:
+    convert_work = lazy_module("qe_edge.cli.convert_work")
 
 EXAMPLE = """\
 qe-edge convert OpenGVLab/InternVL2-2B -o internvl2-2b-hf
@@ -48,6 +54,4 @@ def command(**choices: Any) -> None:  # noqa: ANN401 - the options above
     With --to, MODEL is a quantized checkpoint, or holds one as MODEL/checkpoint. Its codes stay as they are. Its
     low-rank correction becomes a LoRA of PEFT in the folder `adapter` of the output.
     """
-    from qe_edge.cli.convert_work import run
-
-    run(**choices)
+    convert_work.run(**choices)

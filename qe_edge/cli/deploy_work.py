@@ -1,23 +1,70 @@
-"""The work of `qe-edge deploy`; imported when its light checks have passed, because torch is slow to load."""
+"""The work of `qe-edge deploy`; imported when the output has been checked, because torch is slow to load."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qe_edge.cli.console import ConsoleProgress
 from qe_edge.cli.inputs import open_model
-from qe_edge.cli.outputs import check_disk, check_memory, human_bytes
+from qe_edge.cli.limits import read_limits
+from qe_edge.cli.options import LIMITS
+from qe_edge.cli.outputs import (
+    check_apart_from_sources,
+    check_disk,
+    check_memory,
+    check_output_folder,
+    human_bytes,
+)
+from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
+from qe_edge.cli.recipes import read_recipe
 from qe_edge.cli.tables import print_table
+from qe_edge.deploy.layout import DEFAULT_TARGETS, Layout, hold_deployment, is_deployment
 from qe_edge.deploy.order import Order, make_order
 from qe_edge.deploy.pipeline import run_order
+from qe_edge.export.targets import check_targets
 from qe_edge.models.configuration import load_family
 from qe_edge.models.export_limits import check_deployable
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.report.wording import plain_significant
 from qe_edge.runtime.limits import EngineLimits
 from qe_edge.validate.schema import Report
+
+
+def run(  # noqa: PLR0913 - an argument for every option
+    *,
+    model: str,
+    output: Path,
+    target: tuple[str, ...],
+    plugin: bool,
+    plugin_library: Path | None,
+    device: str,
+    evaluation: str,
+    limit: int | None,
+    resume: bool,
+    overwrite: bool,
+    **choices: Any,  # noqa: ANN401 - the recipe's options, and the limits of engines
+) -> None:
+    """Check, deploy and say what comes next; arguments as the command's."""
+    targets = tuple(dict.fromkeys(target)) or DEFAULT_TARGETS
+    sizes = {name: choices.pop(name) for name in LIMITS}
+    recipe = read_recipe(**choices)
+    check_targets(targets)
+    limits = read_limits(targets, sizes)
+    library = read_plugin(targets, plugin, plugin_library)
+    check_apart_from_sources(output, model, recipe.calibration.source, evaluation)
+    with hold_deployment(output):
+        check_output_folder(output, is_deployment, overwrite=overwrite, resume=resume, renamed=False)
+        order = prepare(model, recipe, targets, library, limits, evaluation, limit)
+        report = carry_out(order, output, resume=resume, device=device)
+    print_summary(report)
+    if library is not None:
+        print_plugin_nodes([Layout(output).engines / name for name in targets])
+    click.echo(f"Wrote '{output}'; look at '{output / 'report.html'}'.")
+    click.echo(f'Next: qe-edge run {shlex.quote(str(output))} --image FILE --prompt "What is this?"')
 
 
 def prepare(

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from qe_edge.cli.options import Command
-from qe_edge.cli.tables import print_table
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge import doctor
+    from qe_edge.cli import tables
+else:
+    doctor = lazy_module("qe_edge.doctor")
+    tables = lazy_module("qe_edge.cli.tables")
 
 
 @click.command("doctor", cls=Command, example="qe-edge doctor")
@@ -15,14 +24,12 @@ def command(as_json: bool) -> None:
 
     Everything that is missing comes with its remedy.
     """
-    from qe_edge.doctor import MISSING, OK, examine
-
-    diagnosis = examine()
+    diagnosis = doctor.examine()
     if as_json:
         click.echo(diagnosis.to_json())
         return
-    marks = {OK: "ok", MISSING: "-"}
-    print_table(
+    marks = {doctor.OK: "ok", doctor.MISSING: "-"}
+    tables.print_table(
         ("", "", "State", "Found", "Remedy"),
         [
             (item.group, item.name, marks.get(item.state, "WRONG"), item.detail, item.remedy)

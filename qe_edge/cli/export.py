@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,12 @@ from qe_edge.cli.console import ConsoleProgress
 from qe_edge.cli.inputs import find_checkpoint, is_manifest_folder
 from qe_edge.cli.options import Command, output_option, overwrite_option
 from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.export import exporter
+else:
+    exporter = lazy_module("qe_edge.export.exporter")
 
 
 @click.command("export", cls=Command, example="qe-edge export checkpoint -o onnx")
@@ -28,7 +35,5 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
     check_apart(output, {"the checkpoint": source})
     check_output_folder(output, is_manifest_folder, overwrite=overwrite)
     check_disk(output, 2 * folder_bytes(source))  # the embedding table is written on its own
-    from qe_edge.export.exporter import export_model
-
-    export_model(source, output, progress=ConsoleProgress())
+    exporter.export_model(source, output, progress=ConsoleProgress())
     click.echo(f"Wrote '{output}'. Next: qe-edge build {shlex.quote(str(output))} -o ENGINES --target cpu")

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.system.errors import ArtifactError, InputError, ModelError, UnknownNameError
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.export import targets
+    from qe_edge.models import configuration, loading
+else:
+    configuration = lazy_module("qe_edge.models.configuration")
+    loading = lazy_module("qe_edge.models.loading")
+    targets = lazy_module("qe_edge.export.targets")
 
 CHECKPOINT, ONNX, ENGINES, REPORT = "checkpoint", "onnx", "engines", "report.json"
 
@@ -22,16 +32,13 @@ def open_model(reference: str) -> str:
         ModelError: If there is none, it is quantized already, or its files do not hold exactly its tensors.
         ArtifactError: If a file is damaged.
     """
-    from qe_edge.models.configuration import load_family
-    from qe_edge.models.loading import check_exact, resolve_model
-
     folder = Path(reference)
     for quantized in (folder, folder / CHECKPOINT):
         if is_checkpoint(quantized):
             raise ModelError(f"'{reference}' is quantized already.", "Give the original model.")
-    source = resolve_model(reference)
+    source = loading.resolve_model(reference)
     if Path(source).is_dir():  # of a model on the hub it is said when its weights have been downloaded
-        check_exact(source, load_family(source))
+        loading.check_exact(source, configuration.load_family(source))
     return source
 
 
@@ -88,9 +95,7 @@ def built_targets(path: Path) -> dict[str, Path]:
 
 def runs_here(target: str) -> bool:
     """Whether this machine can run a target's engines; a folder of any other name may hold anything."""
-    from qe_edge.export.targets import TARGETS
-
-    return target not in TARGETS or TARGETS[target].run_problem() is None
+    return target not in targets.TARGETS or targets.TARGETS[target].run_problem() is None
 
 
 def find_runnable(path: Path, target: str | None = None) -> Path:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from qe_edge.export.targets import has_limits
+from qe_edge.runtime.limits import EngineLimits
 from qe_edge.system.errors import InputError
-
-if TYPE_CHECKING:
-    from qe_edge.runtime.limits import EngineLimits
 
 
 def read_limits(targets: Sequence[str], options: Mapping[str, int | None]) -> EngineLimits:
@@ -21,9 +19,6 @@ def read_limits(targets: Sequence[str], options: Mapping[str, int | None]) -> En
     Raises:
         InputError: If there are some, and none of the targets has limits.
     """
-    from qe_edge.export.targets import has_limits
-    from qe_edge.runtime.limits import EngineLimits
-
     limits = EngineLimits(**{name.removeprefix("max_"): value for name, value in options.items()})
     if limits != EngineLimits() and not any(has_limits(name) for name in targets):
         raise InputError("Engines of ONNX Runtime have no limits of size.", "Leave the --max options out.")

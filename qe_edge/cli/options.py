@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qe_edge.cli.quiet import quiet_libraries
 from qe_edge.system.errors import InputError
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.system import device
+else:
+    device = lazy_module("qe_edge.system.device")
 
 Function = Callable[..., None]  # what a command runs
 Decorator = Callable[[Function], Function]
@@ -107,9 +113,7 @@ def device_option(function: Function) -> Function:
 
     def check(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
         if value not in ("auto", "cpu"):  # those need no look at torch
-            from qe_edge.system.device import choose_device
-
-            choose_device(value)
+            device.choose_device(value)
         return value
 
     return click.option(

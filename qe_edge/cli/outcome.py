@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -31,6 +34,7 @@ QUANTIZE = (
     "transformers",
     "yaml",
 )  # modules of the extra of that name
+SERVER = ("fastapi", "prometheus_client", "uvicorn")  # as well
 LENIENT = "backslashreplace"  # how a character that cannot be encoded is written
 
 
@@ -59,8 +63,6 @@ def run_reporting(call: Callable[[], object], words: Sequence[str]) -> int:
         return 0
     except Exception as error:  # noqa: BLE001 - the last handler: no traceback ever reaches the user unasked
         if "--verbose" in words:
-            import traceback
-
             _say("".join(traceback.format_exception(error)).rstrip())
         problem, remedy, code = _explain(error, words)
         _say(click.style("Error: ", fg="red", bold=True) + _one_line(problem))
@@ -117,8 +119,11 @@ def _explain(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
 
 
 def _explain_missing(error: Exception) -> tuple[str, str, int] | None:
-    """Whoever runs engines only has no package of the extra `quantize`."""
+    """Whoever runs engines only has no package of the extra `quantize`, and perhaps none of `server`."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name in SERVER:
+        problem = f"The server needs the Python package {name}, which is not installed."
+        return problem, 'Run: pip install "qe-edge[server]".', MISTAKE
     if name not in QUANTIZE:
         return None
     problem = f"This needs the package '{name}', which is not installed: here, engines can only be run."
@@ -144,10 +149,6 @@ def _explain_defect(error: Exception, words: Sequence[str]) -> tuple[str, str, i
 
 def _write_traceback(error: Exception, words: Sequence[str]) -> str | None:
     """A new file with the command and the traceback; None if not even that can be written."""
-    import shlex
-    import tempfile
-    import traceback
-
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="qe-edge-", suffix=".log", delete=False, encoding="utf-8", errors=LENIENT
@@ -162,8 +163,6 @@ def _write_traceback(error: Exception, words: Sequence[str]) -> str | None:
 def _how_to_resume(words: Sequence[str]) -> str:
     if not words or words[0] not in RESUMABLE:
         return "Stopped; nothing half-written is left. Run the same command again."
-    import shlex
-
     # --overwrite would throw the finished part away
     kept = [word for word in words if word not in ("--resume", "--overwrite")]
     return f"Stopped. Continue where it was with: qe-edge {shlex.join([*kept, '--resume'])}"

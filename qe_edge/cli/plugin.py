@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from qe_edge.export.plugin_check import choose_plugin
+from qe_edge.runtime.engine_info import read_engine_info
+
 
 def read_plugin(targets: Sequence[str], plugin: bool, library: Path | None) -> Path | None:
     """The library to build with, checked before any work; None if the user wants no plugin.
@@ -17,15 +20,11 @@ def read_plugin(targets: Sequence[str], plugin: bool, library: Path | None) -> P
     """
     if not plugin and library is None:
         return None
-    from qe_edge.export.plugin_check import choose_plugin
-
     return choose_plugin(targets, library)
 
 
 def print_plugin_nodes(folders: Sequence[Path]) -> None:
     """How many nodes of every graph the plugin runs, and how many of them the engine's layer list shows."""
-    from qe_edge.runtime.engine_info import read_engine_info
-
     for folder in folders:
         info = read_engine_info(folder)
         if info is None or info.plugin is None:

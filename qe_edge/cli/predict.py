@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qe_edge.cli.options import Command
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.cli import predict_work
+else:
+    predict_work = lazy_module("qe_edge.cli.predict_work")
 
 
 @click.command("predict", cls=Command, example="qe-edge predict qwen2-vl-2b --device orin-agx")
@@ -30,6 +36,4 @@ def command(**choices: Any) -> None:  # noqa: ANN401 - the options above
     counts of the compiled kernels. The model of the kernels was fitted to measurements on an H100; the times of other
     devices were never compared with any.
     """
-    from qe_edge.cli.predict_work import run
-
-    run(**choices)
+    predict_work.run(**choices)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qe_edge.cli.options import Command, device_option, output_option, overwrite_option, recipe_options, resume_option
 from qe_edge.cli.outputs import check_apart_from_sources, check_output_path, check_writable
-from qe_edge.cli.recipes import read_recipe
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.cli import quantize_work, recipes
+else:
+    quantize_work = lazy_module("qe_edge.cli.quantize_work")
+    recipes = lazy_module("qe_edge.cli.recipes")
 
 
 @click.command(
@@ -41,13 +47,11 @@ def command(
     if not dry_run:
         check_output_path(output)
         check_writable(output)
-    recipe = read_recipe(**choices)
+    recipe = recipes.read_recipe(**choices)
     check_apart_from_sources(output, model, recipe.calibration.source)
-    from qe_edge.cli.quantize_work import show_plan, write_checkpoint
-
     if dry_run:
-        show_plan(model, recipe)
-    elif write_checkpoint(model, recipe, output, device=device, resume=resume, overwrite=overwrite):
+        quantize_work.show_plan(model, recipe)
+    elif quantize_work.write_checkpoint(model, recipe, output, device=device, resume=resume, overwrite=overwrite):
         click.echo(f"Wrote '{output}'. Next: qe-edge export {shlex.quote(str(output))} -o ONNX")
     else:
         click.echo(f"'{output}' is complete already; nothing is left to do.")

@@ -1,4 +1,4 @@
-"""The work of `qe-edge quantize`; imported when its light checks have passed, because torch is slow to load."""
+"""The work of `qe-edge quantize`; imported when the output has been checked, because torch is slow to load."""
 
 from __future__ import annotations
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from qe_edge.system.errors import CommonNotice, QENotice
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = lazy_module("transformers")
 
 # Read by the libraries when they are imported; what the user has set wins.
 SETTINGS = {
@@ -27,14 +34,10 @@ def quiet_libraries(verbose: bool) -> Iterator[None]:
         with _notices():
             yield
         return
-    import logging
-
     added = [name for name in SETTINGS if name not in os.environ]
     os.environ.update({name: SETTINGS[name] for name in added})
     if "transformers" in sys.modules:  # imported earlier in this process, so the settings above come too late
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qe_edge.recipes.files import load_recipe, parse_yaml
+from qe_edge.recipes.recipe import Recipe, make_recipe
 from qe_edge.system.errors import QENotice, RecipeError
-
-if TYPE_CHECKING:
-    from qe_edge.recipes.recipe import Recipe
 
 
 def read_recipe(
@@ -40,9 +39,6 @@ def read_recipe(
         RecipeError: For a file or a value that cannot be used.
         UnknownNameError: For a key or name that does not exist; the nearest valid one is named.
     """
-    from qe_edge.recipes.files import load_recipe
-    from qe_edge.recipes.recipe import make_recipe
-
     merged = load_recipe(recipe_file) if recipe_file else {}
     if values.get("preset") is not None and merged.pop("options", None):
         warnings.warn(
@@ -66,8 +62,6 @@ def _merge(merged: dict[str, Any], key: str, values: dict[str, object]) -> None:
 
 
 def _setting(text: str) -> tuple[str, object]:
-    from qe_edge.recipes.files import parse_yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"'--set {text[:60]}' has no value.", "Write --set KEY=VALUE, for example --set experts=4.")

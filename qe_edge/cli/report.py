@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from qe_edge import report as reports
 from qe_edge.cli.inputs import find_report
 from qe_edge.cli.options import Command, output_option, overwrite_option
 from qe_edge.cli.outputs import check_output_file
@@ -31,12 +32,10 @@ def command(file: Path, output: Path, device_json: Path | None, overwrite: bool)
     """
     source = find_report(file)
     check_output_file(output, overwrite=overwrite)
-    from qe_edge.report import find_changes, load_device_check, load_report, write_page
-
-    device = load_device_check(device_json) if device_json is not None else None
-    report = load_report(source)
-    changes = find_changes(report, source)
+    device = reports.load_device_check(device_json) if device_json is not None else None
+    report = reports.load_report(source)
+    changes = reports.find_changes(report, source)
     for change in changes:
         warnings.warn(change, QENotice, stacklevel=1)
-    write_page(report.model_copy(update={"notes": [*report.notes, *changes]}), output, device)
+    reports.write_page(report.model_copy(update={"notes": [*report.notes, *changes]}), output, device)
     click.echo(f"Wrote '{output}'.")

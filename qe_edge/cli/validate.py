@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qe_edge.cli.options import Command, evaluation_options, output_option, overwrite_option, plugin_library_option
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.cli import validate_work
+else:
+    validate_work = lazy_module("qe_edge.cli.validate_work")
 
 
 @click.command("validate", cls=Command, example="qe-edge validate demo checkpoint --engines engines -o report.json")
@@ -37,8 +44,6 @@ def command(  # noqa: PLR0913 - an argument for every option
     MODEL is the original; DIR is the quantized checkpoint, or the output of 'deploy', whose graphs and engines are then
     taken too.
     """
-    from qe_edge.cli.validate_work import choose_folders, run
-
-    folders = choose_folders(checkpoint, engines, onnx, output, overwrite=overwrite)
-    page = run(model, folders, output, evaluation, plugin_library=plugin_library, limit=limit)
+    folders = validate_work.choose_folders(checkpoint, engines, onnx, output, overwrite=overwrite)
+    page = validate_work.run(model, folders, output, evaluation, plugin_library=plugin_library, limit=limit)
     click.echo(f"Wrote '{output}' and '{page}'.")

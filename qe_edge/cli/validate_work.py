@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qe_edge import report as reports
+from qe_edge import validate as validation
+from qe_edge.cli.console import ConsoleProgress
 from qe_edge.cli.inputs import (
     ENGINES,
     ONNX,
@@ -17,6 +20,7 @@ from qe_edge.cli.inputs import (
     runs_here,
 )
 from qe_edge.cli.outputs import check_output_file
+from qe_edge.runtime.engine import check_runnable
 from qe_edge.system.errors import InputError
 
 
@@ -71,15 +75,10 @@ def run(
     model: str, folders: Folders, output: Path, evaluation: str, *, plugin_library: Path | None, limit: int | None
 ) -> Path:
     """Compare, and write the report as data and as a page; returns the page."""
-    from qe_edge.cli.console import ConsoleProgress
-    from qe_edge.report import write_report
-    from qe_edge.runtime.engine import check_runnable
-    from qe_edge.validate import validate
-
     source, page = open_model(model), output.with_suffix(".html")
     if folders.engines is not None:
         check_runnable(folders.engines, plugin_library)
-    report = validate(
+    report = validation.validate(
         source,
         folders.checkpoint,
         folders.engines,
@@ -90,5 +89,5 @@ def run(
         limit=limit,
         progress=ConsoleProgress(),
     )
-    write_report(report, output, page)
+    reports.write_report(report, output, page)
     return page

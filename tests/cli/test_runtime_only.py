@@ -1,4 +1,4 @@
-"""A machine that only runs engines has none of the packages that quantizing needs."""
+"""A machine that only runs engines has none of the packages that quantizing and the server need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
-from qe_edge.cli.outcome import QUANTIZE
+from qe_edge.cli.outcome import QUANTIZE, SERVER
 from qe_edge.doctor import MISSING, _packages
 from tests.cli.running import CHILD
 from tests.conftest import Exported
@@ -17,7 +17,7 @@ WITHOUT = (
     "import sys, importlib.util\n"
     "class Bare:\n"
     "    def find_spec(self, name, path=None, target=None):\n"
-    f"        if name.partition('.')[0] in {QUANTIZE!r}:\n"
+    f"        if name.partition('.')[0] in {QUANTIZE + SERVER!r}:\n"
     "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
     "sys.meta_path.insert(0, Bare())\n"
     "found = importlib.util.find_spec\n"
@@ -26,7 +26,7 @@ WITHOUT = (
 
 
 def without(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command line where the extra `quantize` is not installed."""
+    """The command line where no extra is installed."""
     *python, code = CHILD
     return subprocess.run([*python, f"{WITHOUT}\n{code}", *words], capture_output=True, text=True, check=False)
 
@@ -40,6 +40,14 @@ def test_commands_that_need_more_say_how_to_install_it(command: tuple[str, ...])
     assert "Traceback" not in done.stderr
 
 
+def test_the_server_says_how_to_install_it(exported: Exported) -> None:
+    done = without("serve", str(exported.onnx))
+    assert done.returncode == 2, done.stderr
+    assert "needs the Python package uvicorn, which is not installed." in done.stderr
+    assert 'Fix: Run: pip install "qe-edge[server]".' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_engines_answer(exported: Exported) -> None:
     picture = "qe_edge/demo/data/images/evaluation/0001.png"
     done = without("run", str(exported.onnx), "--image", picture, "--prompt", "what color is the shape?")
@@ -47,14 +55,15 @@ def test_engines_answer(exported: Exported) -> None:
     assert done.stdout.strip()
 
 
-def test_the_extra_has_the_packages_that_the_message_knows() -> None:
+@pytest.mark.parametrize(("extra", "modules"), [("quantize", QUANTIZE), ("server", SERVER)])
+def test_the_extra_has_the_packages_that_the_message_knows(extra: str, modules: tuple[str, ...]) -> None:
     wanted = {
         requirement.name.lower()
         for requirement in map(Requirement, metadata.requires("qe-edge") or [])
-        if requirement.marker and "quantize" in str(requirement.marker)
+        if requirement.marker and f'"{extra}"' in str(requirement.marker)
     }
     homes = metadata.packages_distributions()
-    assert {homes[module][0].lower().replace("_", "-") for module in QUANTIZE} == {
+    assert {homes[module][0].lower().replace("_", "-") for module in modules} == {
         name.replace("_", "-") for name in wanted
     }
 

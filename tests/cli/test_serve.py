@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,9 +82,3 @@ def test_what_cannot_be_served(exported: Exported, cli: Run, tmp_path: Path) -> 
     assert_two_lines(cli("serve", folder, "--api-key-file", tmp_path), "cannot be read", "--api-key-file")
     assert_two_lines(cli("serve", folder, "--picture-folder", tmp_path / "a"), "no folder", "--picture-folder")
     assert_two_lines(cli("serve", folder, "--port", 0, "--max-context", 100000), "100000", "--max-context")
-
-
-def test_without_the_extra(exported: Exported, cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "qe_edge.server.serving", raising=False)
-    assert_two_lines(cli("serve", exported.onnx), "needs the Python package uvicorn", "qe-edge[server]")

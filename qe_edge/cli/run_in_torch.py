@@ -1,0 +1,24 @@
+"""An answer of a quantized checkpoint itself, in PyTorch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from qe_edge.models.family import Sample
+from qe_edge.models.quantized import load_quantized
+from qe_edge.validate.subjects import TorchSubject, in_float32
+
+
+def answer(folder: Path, sample: Sample, max_tokens: int, threads: int | None) -> tuple[str, float]:
+    """The answer, computed in float32, and the seconds that it took once the model was loaded."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = in_float32(load_quantized(folder))
+    started = time.perf_counter()
+    encoded = loaded.family.encode(loaded.processor, [sample])
+    (ids,) = TorchSubject(loaded, name="the quantized model").generate_ids(encoded, max_tokens)
+    text: str = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return text, time.perf_counter() - started
