@@ -14,6 +14,7 @@ import numpy as np
 from qe_edge.calibration.captions import is_caption_source, load_captions
 from qe_edge.calibration.folders import read_folder
 from qe_edge.calibration.lines import read_line
+from qe_edge.demo import calibration_path, evaluation_path
 from qe_edge.models.batching import naming
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import is_file, open_image
@@ -44,8 +45,6 @@ def load_samples(source: str, count: int | None = None, seed: int = 0, *, asked:
         [('does the image contain a triangle?', 'no'), ('what is the black shape?', 'circle')]
     """
     if source == DEMO:
-        from qe_edge.demo import calibration_path
-
         samples = read_jsonl(calibration_path())
     elif is_caption_source(source):
         samples = load_captions(source, count, seed)
@@ -78,8 +77,6 @@ def load_evaluation(source: str) -> list[Sample]:
         (200, True)
     """
     if source == DEMO:
-        from qe_edge.demo import evaluation_path
-
         return read_jsonl(evaluation_path())
     samples = load_samples(source)
     if any(sample.answer is None for sample in samples):

@@ -17,6 +17,7 @@ from qe_edge.export.plugin_check import check_forms, check_plugin_target
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import Target, get_target
 from qe_edge.models.vision_encoder import MAX_PICTURES
+from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
 from qe_edge.runtime.limits import EngineLimits, limits_of, with_capacity, with_limits
@@ -184,8 +185,6 @@ def _build_graph(
 def _plugin_build(library: Path | None) -> PluginBuild | None:
     if library is None:
         return None
-    from qe_edge.prepack.lower import LAYOUT_VERSION
-
     return PluginBuild(sha256=digest(library), layout_version=LAYOUT_VERSION)
 
 

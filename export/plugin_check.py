@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +18,12 @@ from qe_edge.export.targets import Backend, Target, get_target
 from qe_edge.runtime.plugin_library import find_plugin_library
 from qe_edge.system.child_process import isolated_module, safe_environment
 from qe_edge.system.errors import InputError, TargetError
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from qe_edge.prepack import lower
+else:
+    lower = lazy_module("qe_edge.prepack.lower")
 
 CHILD = "qe_edge.export.plugin_check_child"
 REBUILD = "Build it for this machine with 'qe-edge build-plugin'."
@@ -171,9 +178,7 @@ def refusal(layer: str, words: str) -> TargetError:
 
 
 def _ask(backend: Backend, library: Path, forms: Sequence[LayerForm]) -> None:
-    from qe_edge.prepack.lower import LAYOUT_VERSION
-
-    question = TypeAdapter(Question).dump_json(Question(backend, library, LAYOUT_VERSION, forms))
+    question = TypeAdapter(Question).dump_json(Question(backend, library, lower.LAYOUT_VERSION, forms))
     done = subprocess.run(
         isolated_module(CHILD), input=question, capture_output=True, check=False, env=safe_environment()
     )
@@ -188,7 +193,7 @@ def _ask(backend: Backend, library: Path, forms: Sequence[LayerForm]) -> None:
     words = _reason(done.stderr.decode(errors="replace"))
     if "layout version" in words or "attribute is unknown" in words:  # an older library knows fewer attributes
         raise TargetError(
-            f"The plugin library '{library}' reads another layout of weights than {LAYOUT_VERSION}, which this "
+            f"The plugin library '{library}' reads another layout of weights than {lower.LAYOUT_VERSION}, which this "
             "QE-Edge writes.",
             REBUILD,
         )

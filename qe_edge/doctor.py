@@ -15,9 +15,25 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qe_edge.system.child_process import find_program, isolated_code, safe_environment
+from qe_edge.system.errors import TargetError
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import psutil
+    from packaging import requirements
+
+    from qe_edge.export import targets
+    from qe_edge.runtime import plugin_library
+else:  # what a broken installation lacks costs the section that needs it
+    psutil = lazy_module("psutil")
+    requirements = lazy_module("packaging.requirements")
+    targets = lazy_module("qe_edge.export.targets")
+    plugin_library = lazy_module("qe_edge.runtime.plugin_library")
 
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 PROBE_SECONDS = 60
@@ -120,10 +136,8 @@ def _python() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     """Every requirement of this package, extras too, against what is installed."""
-    from packaging.requirements import Requirement
-
     for line in metadata.requires("qe-edge") or []:
-        requirement = Requirement(line)
+        requirement = requirements.Requirement(line)
         extras = ("", "quantize", "cuda", "tensorrt", "rtx")
         extra = next((name for name in extras if _applies(requirement, name)), None)
         if extra is None:
@@ -153,8 +167,6 @@ def _machine(seen: dict[str, dict[str, object] | str], folder: Path) -> Iterator
     yield Finding("Machine", "CPU", OK, detail)
     numpy = seen.get("numpy")
     yield Finding("Machine", "BLAS", OK, str(numpy["blas"]) if isinstance(numpy, dict) else "unknown")
-    import psutil
-
     memory = psutil.virtual_memory()
     low = memory.available < 2 * 2**30
     yield Finding(
@@ -229,11 +241,8 @@ def _gpu(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
 
 def _plugin() -> Finding:
     """Whether `--plugin` finds its library."""
-    from qe_edge.runtime.plugin_library import find_plugin_library
-    from qe_edge.system.errors import TargetError
-
     try:
-        return Finding("GPU", "TensorRT plugin", OK, f"{find_plugin_library()}, not yet run on hardware")
+        return Finding("GPU", "TensorRT plugin", OK, f"{plugin_library.find_plugin_library()}, not yet run on hardware")
     except TargetError as error:
         return Finding("GPU", "TensorRT plugin", MISSING, error.problem, f"Only for --plugin: {error.remedy}")
 
@@ -257,9 +266,7 @@ def _no_cuda(torch: dict[str, object] | str) -> tuple[str, str]:
 
 def _targets() -> Iterator[Finding]:
     """Which targets can be built and which can be run here."""
-    from qe_edge.export.targets import TARGETS
-
-    for name, target in TARGETS.items():
+    for name, target in targets.TARGETS.items():
         build, run = target.build_problem(), target.run_problem()
         if build is not None:
             yield Finding("Targets", name, MISSING, build, target.remedy)
@@ -283,8 +290,6 @@ def _version(distribution: str) -> str | None:
 
 def _installed(module: str) -> bool:
     """Whether a module can be found, without importing it."""
-    from importlib.util import find_spec
-
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError):

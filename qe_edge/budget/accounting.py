@@ -21,10 +21,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from qe_edge.system.lazy import lazy_module
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from qe_edge.layers import linear
     from qe_edge.layers.linear import QELinear
+    from qe_edge.models import rotation
+else:  # reports count bits that were counted, without torch
+    linear = lazy_module("qe_edge.layers.linear")
+    rotation = lazy_module("qe_edge.models.rotation")
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
@@ -159,28 +166,26 @@ def count_bits(model: nn.Module, groups: Mapping[str, str]) -> ModelBits:
         >>> bits.total.code_bits, bits.total.stored_bits  # one float16 scale for every 128 weights
         (4.0, 4.125)
     """
-    from qe_edge.layers.linear import quantized_linears
-    from qe_edge.models.rotation import mixing_of
-
-    linears = quantized_linears(model)
+    linears = linear.quantized_linears(model)
     counts = layer_counts(linears)
     layers = [LayerBits(name=name, group=group_of(name, groups), bits=bits) for name, bits in counts.items()]
     present = dict.fromkeys(layer.group for layer in layers)
     sums = {group: add_counts(layer.bits for layer in layers if layer.group == group) for group in present}
-    rotation = rotation_bits(model)
+    basis = rotation_bits(model)
     if "language" in sums:
-        sums["language"] = add_counts((sums["language"], rotation))
+        sums["language"] = add_counts((sums["language"], basis))
     layered = add_counts(counts.values())
-    total = add_counts((layered, rotation))
+    total = add_counts((layered, basis))
     own = {id(buffer) for layer in linears.values() for buffer in layer.buffers()}
     plain = {id(tensor): tensor for tensor in model.parameters()}
     bias = [layer.bias for layer in linears.values() if layer.bias is not None]
+    mixing = sum(matrix.numel() for matrix in rotation.mixing_of(model))
     other = [tensor for key, tensor in plain.items() if key not in own] + bias
     return ModelBits(
         layers=layers,
         groups=sums,
         total=total,
-        parameters=total.weights + sum(tensor.numel() for tensor in other) - sum(m.numel() for m in mixing_of(model)),
+        parameters=total.weights + sum(tensor.numel() for tensor in other) - mixing,
         model_bytes=round((layered.codes + layered.scales + layered.adapters + layered.router) / 8)
         + sum(tensor.nbytes for tensor in other),
     )
@@ -194,9 +199,7 @@ def rotation_bits(model: nn.Module) -> BitCount:
         >>> rotation_bits(torch.nn.Linear(4, 4)).stored_bits  # a model that was not rotated
         0.0
     """
-    from qe_edge.models.rotation import mixing_of
-
-    bits = 8 * sum(matrix.nbytes for matrix in mixing_of(model))
+    bits = 8 * sum(matrix.nbytes for matrix in rotation.mixing_of(model))
     return BitCount(scales=bits, read=bits)
 
 

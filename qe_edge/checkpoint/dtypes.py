@@ -5,8 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from qe_edge.system.lazy import lazy_module
+
 if TYPE_CHECKING:
     import torch
+else:
+    torch = lazy_module("torch")
 
 
 class Kind(NamedTuple):
@@ -59,6 +63,4 @@ def torch_dtypes() -> dict[str, torch.dtype]:
         >>> torch_dtypes()["BF16"]
         torch.bfloat16
     """
-    import torch
-
     return {name: getattr(torch, kind.torch) for name, kind in KINDS.items() if kind.torch}

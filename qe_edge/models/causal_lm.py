@@ -16,10 +16,15 @@ from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, 
 from qe_edge.models.samples import Turn
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.system.errors import InputError, ModelError
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from qe_edge.models import decoder, softcap
+else:
+    decoder = lazy_module("qe_edge.models.decoder")
+    softcap = lazy_module("qe_edge.models.softcap")
 
 NO_IMAGE_TOKEN = -1  # equals no token
 
@@ -83,15 +88,13 @@ class CausalLM(ModelFamily):
         """What `encode` tokenizes for a conversation."""
         return render_turns(processor.tokenizer, turns, as_parts=False)
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of the model's forward."""
-        import torch  # the engine runtime works without torch
-
         return {
-            "input_ids": torch.from_numpy(encoded.input_ids),
-            "attention_mask": torch.from_numpy(encoded.attention_mask),
+            "input_ids": encoded.input_ids,
+            "attention_mask": encoded.attention_mask,
             # forward alone would count padding too, generate would not
-            "position_ids": torch.from_numpy(self.position_ids(encoded)),
+            "position_ids": self.position_ids(encoded),
         }
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:  # noqa: ARG002 - a family's interface
@@ -104,10 +107,7 @@ class CausalLM(ModelFamily):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """The language model alone, with its KV cache."""
-        from qe_edge.models.decoder import Decoder, decoder_graph
-        from qe_edge.models.softcap import head_of
-
-        return [decoder_graph(Decoder(model.get_decoder(), head_of(model)))]
+        return [decoder.decoder_graph(decoder.Decoder(model.get_decoder(), softcap.head_of(model)))]
 
     def _row(self, tokenizer: Any, sample: Sample, *, answers: bool) -> Row:  # noqa: ANN401 - tokenizers share no base
         if sample.image is not None:

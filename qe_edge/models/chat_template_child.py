@@ -16,6 +16,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+if sys.platform != "win32":
+    import resource
+
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -47,13 +50,10 @@ def main() -> None:
 
 
 def _limit(size: int, seconds: int) -> None:
-    try:
-        import resource  # not on Windows, where the parent's clock is the only limit
-    except ImportError:
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "win32":  # there the parent's clock is the only limit
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # noqa: ANN401 - jinja2's values

@@ -18,9 +18,7 @@ class ClipVision(VisionEncoder):
         Raises:
             ModelError: If it gives pictures another size than the encoder's.
         """
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        processor = PictureProcessor(load_image_processor(folder, CLIPImageProcessorPil, CropValues))
+        processor = PictureProcessor(load_image_processor(folder, "clip", CropValues))
         check_equal(folder, "the pictures' size", self.picture_size(processor), (self.config.image_size,) * 2)
         return processor
 
@@ -38,9 +36,7 @@ class SiglipVision(VisionEncoder):
         Raises:
             ModelError: If it gives pictures another size than the encoder's.
         """
-        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-        image_processor = load_image_processor(folder, SiglipImageProcessorPil, SquareValues)
+        image_processor = load_image_processor(folder, "siglip", SquareValues)
         size = [image_processor.size["height"], image_processor.size["width"]]
         check_equal(folder, "size", size, [self.config.image_size] * 2)
         return PictureProcessor(image_processor)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qe_edge.models import FAMILIES
 from qe_edge.models.config_values import ConfigFile, SizesFile
@@ -17,6 +17,12 @@ from qe_edge.models.model_files import find_file
 from qe_edge.models.nearest import SECTIONS, describe_nearest
 from qe_edge.system.errors import ModelError, QEError, printable
 from qe_edge.system.json_files import read_json_table
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = lazy_module("transformers")
 
 CONFIG = "config.json"
 REMEDY = "Get config.json of the original model again."
@@ -51,13 +57,11 @@ def load_config(source: str, error: type[QEError] = ModelError) -> Any:  # noqa:
         256
     """
     values = read_config_values(source, error)
-    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-
     for section, table in _tables(values):
-        kind = PretrainedConfig if section else CONFIG_MAPPING[values["model_type"]]
+        kind = transformers.PretrainedConfig if section else transformers.CONFIG_MAPPING[values["model_type"]]
         check_key_names(kind, table, Path(source) / CONFIG, REMEDY, error)
     with Guard(f"The configuration of '{source}' cannot be read", REMEDY, error):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     _check_sizes(config, values, source, error)
     return config
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from qe_edge.models.configuration import load_family
 from qe_edge.models.guard import Guard, check_values
+from qe_edge.models.image_processors import pil_image_processor
 from qe_edge.models.internlm2_tokenizer import read_internlm2_tokenizer
 from qe_edge.models.internvl_original import ORIGINAL, OriginalConfig, converted_config, converted_tensors
+from qe_edge.models.loading import check_exact
 from qe_edge.models.model_files import find_file
 from qe_edge.models.tokenizers import check_tokenizer_files
 from qe_edge.models.weight_files import INDEX, SINGLE, check_links, weight_headers
@@ -16,9 +23,6 @@ from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ModelError, NumericalError, printable
 from qe_edge.system.json_files import read_json_table
 from qe_edge.system.progress import Progress, Silent, track
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 REMEDY = "Get the original model again."
 START, IMAGE, STOP = "<img>", "<IMG_CONTEXT>", "</img>"  # around and in place of a picture's features
@@ -61,8 +65,6 @@ def convert_model(source: str, out: Path, *, progress: Progress | None = None) -
     Example:
         >>> convert_model("OpenGVLab/InternVL2-2B", Path("internvl2-2b-hf"))  # doctest: +SKIP
     """
-    from safetensors.torch import load_file, save_file
-
     original = _read_config(source)
     if Path(source).is_dir():
         check_links(Path(source))
@@ -115,8 +117,6 @@ def _read_config(source: str) -> OriginalConfig:
 
 def _tokenizer(source: str, original: OriginalConfig) -> Any:  # noqa: ANN401 - tokenizers share no typed base
     """The tokenizer with the chat template that the original code has in Python."""
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-
     marks = {"start_image_token": START, "end_image_token": STOP, "context_image_token": IMAGE}
     bos = ""
     with Guard(f"The tokenizer of '{source}' cannot be converted", REMEDY):
@@ -158,8 +158,6 @@ def _tokenizer(source: str, original: OriginalConfig) -> Any:  # noqa: ANN401 - 
 
 def _image_processor(original: OriginalConfig) -> Any:  # noqa: ANN401 - transformers' own class
     """Tiles of the vision encoder's size, with a thumbnail after several."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
     most = original.max_dynamic_patch if original.dynamic_image_size else 1
     if most > 1 and not original.use_thumbnail:
         raise ModelError(
@@ -167,7 +165,7 @@ def _image_processor(original: OriginalConfig) -> Any:  # noqa: ANN401 - transfo
             "Choose a model whose config.json has use_thumbnail true, as all released ones do.",
         )
     side = original.vision_config.image_size
-    return GotOcr2ImageProcessorPil(
+    return pil_image_processor("got_ocr2")(
         size={"height": side, "width": side},
         crop_to_patches=most > 1,
         min_patches=original.min_dynamic_patch,
@@ -184,9 +182,6 @@ def check_converted(folder: Path) -> None:
     Raises:
         ModelError: If it is not so, or tokenizer or image processor cannot be read.
     """
-    from qe_edge.models.configuration import load_family
-    from qe_edge.models.loading import check_exact
-
     family = load_family(str(folder))
     check_exact(str(folder), family)
     family.load_processor(str(folder))

@@ -14,6 +14,4 @@ class Dinov2(VisionEncoder):
 
     def load_processor(self, folder: str) -> PictureProcessor:
         """The PIL image processor of `folder`."""
-        from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-
-        return PictureProcessor(load_image_processor(folder, BitImageProcessorPil, CropValues))
+        return PictureProcessor(load_image_processor(folder, "bit", CropValues))

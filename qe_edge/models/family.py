@@ -12,6 +12,7 @@ import numpy as np
 
 from qe_edge.models.chat import render_turns
 from qe_edge.models.samples import TEXT, Sample, Turn
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from qe_edge.models.picture_graphs import PictureGraph
+else:  # engines read families, and run without torch
+    torch = lazy_module("torch")
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,13 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
+        """Keyword arguments of the PyTorch model's forward and generate, as arrays."""
+
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the PyTorch model's forward and generate."""
+        """`model_inputs` as tensors."""
+        arrays = self.model_inputs(encoded)
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     @abstractmethod
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from qe_edge.checkpoint.known_files import model_files
+from qe_edge.models.configuration import load_config
+from qe_edge.models.loading import LoadedModel, resolve_model
 from qe_edge.system.digests import file_digest, folder_digests, hash_parts
-
-if TYPE_CHECKING:
-    from qe_edge.models.loading import LoadedModel
 
 
 def model_parts(model: str | LoadedModel) -> dict[str, str]:
@@ -31,9 +31,6 @@ def model_parts(model: str | LoadedModel) -> dict[str, str]:
     """
     if not isinstance(model, str):
         return _parts_in_memory(model)
-    from qe_edge.models.configuration import load_config
-    from qe_edge.models.loading import resolve_model
-
     source = resolve_model(model)
     folder = Path(source)
     if not folder.is_dir():
@@ -42,8 +39,6 @@ def model_parts(model: str | LoadedModel) -> dict[str, str]:
 
 
 def _parts_in_memory(loaded: LoadedModel) -> dict[str, str]:
-    import torch
-
     weights = hashlib.sha256()
     for name, tensor in loaded.model.state_dict().items():
         value = loaded.stored.value(name, tensor).cpu().contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,12 +23,16 @@ from qe_edge.models.image_processors import SquareValues, check_equal, load_imag
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.samples import Turn
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
+    from qe_edge.models import gemma3_graphs, tile_pictures
     from qe_edge.models.picture_graphs import PictureGraph
+else:
+    gemma3_graphs = lazy_module("qe_edge.models.gemma3_graphs")
+    tile_pictures = lazy_module("qe_edge.models.tile_pictures")
 
 FIRST_PICTURE = 2  # in the mask: 0 is padding, 1 text
 
@@ -55,11 +59,9 @@ class Gemma3(ModelFamily):
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
         take_processor_template(tokenizer, folder)
-        image_processor = load_image_processor(folder, Gemma3ImageProcessorPil, SquareValues)
+        image_processor = load_image_processor(folder, "gemma3", SquareValues)
         size = [image_processor.size["height"], image_processor.size["width"]]
         check_equal(folder, "size", size, [self.config.vision_config.image_size] * 2)
         check_chat_template(tokenizer, folder, self.config.boi_token_index)
@@ -102,18 +104,15 @@ class Gemma3(ModelFamily):
         mark = processor.tokenizer.convert_ids_to_tokens(self.config.boi_token_index)
         return lambda prompt: prompt.replace(mark, f"\n\n{mark}\n\n")
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of `Gemma3ForConditionalGeneration.forward`."""
-        import torch  # the engine runtime works without torch
-
-        arrays = {
+        return {
             "input_ids": encoded.input_ids,
             "attention_mask": encoded.attention_mask,
             "position_ids": self.position_ids(encoded),
             "token_type_ids": encoded.image_mask.astype(np.int64),
             **encoded.pixels,
         }
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def graph_mask(self, encoded: Encoded) -> np.ndarray:
         """0 on padding, 1 on text, and a number of its own, from 2, on every picture: its tokens see each other."""
@@ -128,21 +127,9 @@ class Gemma3(ModelFamily):
 
     def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
         """One tile, and the tokens between Gemma's marks."""
-        from qe_edge.models.tile_pictures import single_tile
-
-        found = single_tile(processor.image_processor, self._picture_ids(), self.config.boi_token_index)
+        found = tile_pictures.single_tile(processor.image_processor, self._picture_ids(), self.config.boi_token_index)
         return None if found is None else replace(found, numbered=True)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over pictures, pooling with projection, decoder with positions `[batch, sequence]`."""
-        from qe_edge.models.decoder import decoder_graph
-        from qe_edge.models.gemma3_graphs import PictureDecoder, merger_graph, visual_graph
-        from qe_edge.models.softcap import head_of
-
-        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
-        vision = by_class["SiglipVisionModel"]
-        return [
-            visual_graph(vision),
-            merger_graph(by_class["Gemma3MultiModalProjector"], vision),
-            decoder_graph(PictureDecoder(by_class["Gemma3TextModel"], head_of(model))),
-        ]
+        return gemma3_graphs.graphs(model)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from qe_edge.models import siglip_graphs
-from qe_edge.models.decoder import Decoder
+from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.siglip_graphs import SiglipEncoder
+from qe_edge.models.softcap import head_of
 
 MAX_PICTURES = 4  # of engines, in a batch
 
@@ -31,6 +32,17 @@ class Projector(nn.Module):
         """Patches `[pictures, patches, width]` to features `[pictures * tokens, hidden]`."""
         features: Tensor = self.projector(hidden_states)
         return features.flatten(0, 1)
+
+
+def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class
+    """All graphs of a model."""
+    by_class = {type(module).__name__: module for module in model.modules()}
+    vision = by_class["SiglipVisionModel"]
+    return [
+        visual_graph(vision),
+        merger_graph(by_class["Gemma3MultiModalProjector"], vision),
+        decoder_graph(PictureDecoder(by_class["Gemma3TextModel"], head_of(model))),
+    ]
 
 
 def visual_graph(vision: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class

@@ -10,9 +10,13 @@ from qe_edge.models.guard import Guard, check_key_names, check_values
 from qe_edge.models.model_files import find_file
 from qe_edge.system.errors import ModelError, QEError
 from qe_edge.system.json_files import read_json_table
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
+    import transformers
     from transformers import GenerationConfig
+else:
+    transformers = lazy_module("transformers")
 
 NAME = "generation_config.json"
 REMEDY = "Get generation_config.json of the original model again, or remove it where config.json names the end token."
@@ -53,8 +57,6 @@ def read_generation_config(source: str, error: type[QEError] = ModelError) -> Ge
         return None
     values = read_json_table(path, error=error, remedy=REMEDY)
     check_values(GenerationFile, values, path, REMEDY, error)
-    from transformers import GenerationConfig
-
-    check_key_names(GenerationConfig, values, path, REMEDY, error)
+    check_key_names(transformers.GenerationConfig, values, path, REMEDY, error)
     with Guard(f"'{path}' cannot be read", REMEDY, error):
-        return GenerationConfig.from_pretrained(source)
+        return transformers.GenerationConfig.from_pretrained(source)

@@ -21,12 +21,16 @@ from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SplitValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qe_edge.models import idefics3_graphs, idefics3_pictures
     from qe_edge.models.picture_graphs import PictureGraph
+else:
+    idefics3_graphs = lazy_module("qe_edge.models.idefics3_graphs")
+    idefics3_pictures = lazy_module("qe_edge.models.idefics3_pictures")
 
 AROUND, OVERVIEW = "<fake_token_around_image>", "<global-img>"  # what transformers' processor writes around tiles
 CLASSES = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}  # how the classes of a model_type begin
@@ -72,13 +76,9 @@ class Idefics3(ModelFamily):
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-        from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-
-        kinds = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
         take_processor_template(tokenizer, folder)
-        image_processor = load_image_processor(folder, kinds[self.model_type], SplitValues)
+        image_processor = load_image_processor(folder, self.model_type, SplitValues)
         side = image_processor.max_image_size["longest_edge"]
         check_equal(folder, "max_image_size", side, self.config.vision_config.image_size)
         check_chat_template(tokenizer, folder, self.config.image_token_id)
@@ -105,10 +105,8 @@ class Idefics3(ModelFamily):
             pixels["tiles"] = np.array(counts, np.int64)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of the model's forward, which takes as many tiles for every row; those of zeros are none."""
-        import torch  # the engine runtime works without torch
-
         arrays = {
             "input_ids": encoded.input_ids,
             "attention_mask": encoded.attention_mask,
@@ -119,7 +117,7 @@ class Idefics3(ModelFamily):
             padded = np.zeros((len(counts), counts.max(), *pixels.shape[1:]), pixels.dtype)
             padded[np.arange(counts.max()) < counts[:, None]] = pixels
             arrays["pixel_values"] = padded
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return arrays
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[tiles, 3, side, side]`."""
@@ -127,26 +125,16 @@ class Idefics3(ModelFamily):
 
     def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
         """Tiles, an overview, and their tokens with their places."""
-        from qe_edge.models.idefics3_pictures import picture_graph
 
         def tile_ids(rows: int, columns: int) -> list[int]:
             return self._tile_ids(processor.tokenizer, rows, columns)
 
-        return picture_graph(processor.image_processor, tile_ids, self.config.image_token_id, self._tokens)
+        image = self.config.image_token_id
+        return idefics3_pictures.picture_graph(processor.image_processor, tile_ids, image, self._tokens)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, pixel shuffle with projection, decoder with positions `[batch, sequence]`."""
-        from qe_edge.models.decoder import Decoder, decoder_graph
-        from qe_edge.models.idefics3_graphs import merger_graph, visual_graph
-
-        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
-        prefix = CLASSES[self.model_type]
-        vision = by_class[f"{prefix}VisionTransformer"]
-        return [
-            visual_graph(vision),
-            merger_graph(by_class[f"{prefix}Connector"], vision),
-            decoder_graph(Decoder(by_class[f"{prefix}Model"].text_model, model.get_output_embeddings())),
-        ]
+        return idefics3_graphs.graphs(model, CLASSES[self.model_type])
 
     def _tile_ids(self, tokenizer: Any, rows: int, columns: int) -> list[int]:  # noqa: ANN401 - share no typed base
         """Tokens of a picture: its tiles and where they stand, line by line, then the overview."""

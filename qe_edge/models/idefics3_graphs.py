@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.models import siglip_graphs
+from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.internvl_graphs import pixel_shuffle
 from qe_edge.models.siglip_graphs import SiglipEncoder
@@ -27,6 +28,17 @@ class Connector(nn.Module):
         """Patches `[tiles, patches, width]` to features `[tiles * tokens, hidden]`."""
         features: Tensor = self.projection(pixel_shuffle(hidden_states, self.factor))
         return features.flatten(0, 1)
+
+
+def graphs(model: Any, prefix: str) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class
+    """All graphs of a model whose classes' names begin with `prefix`."""
+    by_class = {type(module).__name__: module for module in model.modules()}
+    vision = by_class[f"{prefix}VisionTransformer"]
+    return [
+        visual_graph(vision),
+        merger_graph(by_class[f"{prefix}Connector"], vision),
+        decoder_graph(Decoder(by_class[f"{prefix}Model"].text_model, model.get_output_embeddings())),
+    ]
 
 
 def visual_graph(vision: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own classes

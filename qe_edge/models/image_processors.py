@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -126,17 +127,33 @@ class CropValues(PictureValues):
     crop_size: _Edges | None = None
 
 
-def load_image_processor(source: str, kind: Any, values: type[PictureValues]) -> Any:  # noqa: ANN401 - of transformers
+def pil_image_processor(model_type: str) -> Any:  # noqa: ANN401 - a class of transformers
+    """The image processor that transformers has for an architecture and that works with Pillow alone.
+
+    Args:
+        model_type: Architecture, as transformers names its folder.
+
+    Example:
+        >>> pil_image_processor("clip").__name__
+        'CLIPImageProcessorPil'
+    """
+    # by module: some versions of transformers hide the class itself where torchvision is not installed
+    module = importlib.import_module(f"transformers.models.{model_type}.image_processing_pil_{model_type}")
+    return getattr(module, next(name for name in module.__all__ if name.endswith("ImageProcessorPil")))
+
+
+def load_image_processor(source: str, model_type: str, values: type[PictureValues]) -> Any:  # noqa: ANN401 - as above
     """The image processor of a model.
 
     Args:
         source: Folder or hub id.
-        kind: Its class in transformers.
+        model_type: Architecture whose image processor it is, as transformers names its folder.
         values: Its settings with their bounds.
 
     Raises:
         ModelError: If its file is missing or broken, or holds a value out of its bounds.
     """
+    kind = pil_image_processor(model_type)
     found = None
     for name in ("processor_config.json", "preprocessor_config.json"):
         path = find_file(source, name)

@@ -9,6 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # it ships no types
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
+
 from qe_edge.models.guard import Guard
 from qe_edge.system.errors import ModelError
 from qe_edge.system.json_files import read_bounded_bytes
@@ -30,11 +35,6 @@ def read_internlm2_tokenizer(path: Path, added: dict[str, Any]) -> Any:  # noqa:
     Raises:
         ModelError: If the file is too large, is damaged, or holds no byte-pair encoding.
     """
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # it ships no types
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
-    from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
-
     data = read_bounded_bytes(path, error=ModelError, remedy=REMEDY, limit=MAX_FILE)
     with Guard(f"'{path}' cannot be read", REMEDY):
         found = import_protobuf().ModelProto()

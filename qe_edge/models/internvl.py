@@ -21,12 +21,16 @@ from qe_edge.models.image_processors import TileValues, check_equal, load_image_
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.system.errors import ModelError
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qe_edge.models import internvl_graphs, tile_pictures
     from qe_edge.models.picture_graphs import PictureGraph
+else:
+    internvl_graphs = lazy_module("qe_edge.models.internvl_graphs")
+    tile_pictures = lazy_module("qe_edge.models.tile_pictures")
 
 
 class InternVL(ModelFamily):
@@ -66,11 +70,9 @@ class InternVL(ModelFamily):
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
         take_processor_template(tokenizer, folder)
-        image_processor = load_image_processor(folder, GotOcr2ImageProcessorPil, TileValues)
+        image_processor = load_image_processor(folder, "got_ocr2", TileValues)
         tile = [image_processor.size["height"], image_processor.size["width"]]
         check_equal(folder, "size", tile, list(self.config.vision_config.image_size))
         check_chat_template(tokenizer, folder, self.config.image_token_id)
@@ -95,14 +97,15 @@ class InternVL(ModelFamily):
             rows.append(row)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of `InternVLForConditionalGeneration.forward`."""
-        import torch  # the engine runtime works without torch
-
-        arrays = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask, **encoded.pixels}
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        # forward alone would count padding too, generate would not; given, both agree with the exported graph
-        return {**inputs, "position_ids": torch.from_numpy(self.position_ids(encoded))}
+        return {
+            "input_ids": encoded.input_ids,
+            "attention_mask": encoded.attention_mask,
+            **encoded.pixels,
+            # forward alone would count padding too, generate would not; given, both agree with the exported graph
+            "position_ids": self.position_ids(encoded),
+        }
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[tiles, 3, height, width]`."""
@@ -110,25 +113,15 @@ class InternVL(ModelFamily):
 
     def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
         """Tiles, and the tokens between the tokenizer's marks."""
-        from qe_edge.models.tile_pictures import best_grid
-
         image = self.config.image_token_id
         marks = _between_marks(processor.tokenizer, [image])
         before = marks[: marks.index(image)]
         between = (before, image, marks[len(before) + 1 :])
-        return best_grid(processor.image_processor, between, self.config.image_seq_length, image)
+        return tile_pictures.best_grid(processor.image_processor, between, self.config.image_seq_length, image)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, pixel shuffle with projector, decoder with positions `[batch, sequence]`."""
-        from qe_edge.models.decoder import Decoder, decoder_graph
-        from qe_edge.models.internvl_graphs import merger_graph, visual_graph
-
-        by_class = {type(module).__name__: module for module in model.modules()}
-        return [
-            visual_graph(by_class["InternVLVisionModel"]),
-            merger_graph(by_class["InternVLMultiModalProjector"], self.config),
-            decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings())),
-        ]
+        return internvl_graphs.graphs(model)
 
 
 def _between_marks(tokenizer: Any, tokens: list[int]) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base

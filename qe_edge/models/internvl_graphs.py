@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
 
 TYPICAL_TILES = 1
@@ -62,6 +63,16 @@ def pixel_shuffle(hidden: Tensor, factor: int) -> Tensor:
     side = round(patches**0.5)
     blocks = hidden.reshape(-1, side // factor, factor, side // factor, factor, width)
     return blocks.permute(0, 1, 3, 2, 4, 5).reshape(-1, patches // factor**2, width * factor**2)
+
+
+def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class
+    """All graphs of a model."""
+    by_class = {type(module).__name__: module for module in model.modules()}
+    return [
+        visual_graph(by_class["InternVLVisionModel"]),
+        merger_graph(by_class["InternVLMultiModalProjector"], model.config),
+        decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings())),
+    ]
 
 
 def visual_graph(vision: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class

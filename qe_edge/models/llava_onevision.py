@@ -24,10 +24,14 @@ from qe_edge.models.image_processors import ResolutionValues, check_equal, load_
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.system.errors import ModelError
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from qe_edge.models import llava_onevision_graphs
+else:
+    llava_onevision_graphs = lazy_module("qe_edge.models.llava_onevision_graphs")
 
 LIMIT = "anyres_max_"  # how the setting begins that says when a picture is scaled down
 
@@ -89,13 +93,9 @@ class LlavaOnevision(ModelFamily):
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-            LlavaOnevisionImageProcessorPil,
-        )
-
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
         take_processor_template(tokenizer, folder)
-        image_processor = load_image_processor(folder, LlavaOnevisionImageProcessorPil, ResolutionValues)
+        image_processor = load_image_processor(folder, "llava_onevision", ResolutionValues)
         size = [image_processor.size["height"], image_processor.size["width"]]
         check_equal(folder, "size", size, [self.config.vision_config.image_size] * 2)
         resolutions = [list(found) for found in image_processor.image_grid_pinpoints]
@@ -123,17 +123,14 @@ class LlavaOnevision(ModelFamily):
             rows.append(row)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of `LlavaOnevisionForConditionalGeneration.forward`."""
-        import torch  # the engine runtime works without torch
-
-        arrays = {
+        return {
             "input_ids": encoded.input_ids,
             "attention_mask": encoded.attention_mask,
             "position_ids": self.position_ids(encoded),
             **{name: array for name, array in encoded.pixels.items() if name != "tiles"},
         }
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """Tiles of all pictures, and the patches of their tokens (see `qe_edge.models.anyres`)."""
@@ -145,16 +142,7 @@ class LlavaOnevision(ModelFamily):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, projector over tokens, decoder with positions `[batch, sequence]`."""
-        from qe_edge.models.decoder import Decoder, decoder_graph
-        from qe_edge.models.llava_onevision_graphs import merger_graph, visual_graph
-
-        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
-        vision, line_end = by_class["SiglipVisionModel"], by_class["LlavaOnevisionModel"].image_newline
-        return [
-            visual_graph(vision),
-            merger_graph(by_class["LlavaOnevisionMultiModalProjector"], line_end, vision),
-            decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings())),
-        ]
+        return llava_onevision_graphs.graphs(model)
 
     def _tokens(self, pixels: dict[str, np.ndarray]) -> list[Tokens]:
         """What the tokens of every picture are made of."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qe_edge.models.anyres import NEIGHBOURS
+from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.siglip_graphs import LARGEST, TYPICAL_TILES, SiglipEncoder
 
@@ -53,6 +54,17 @@ class Projector(nn.Module):
         weights = hidden_states[..., -1:]
         projected: Tensor = self.projector(hidden_states[..., :-1])
         return (projected * weights).sum(1) + (1 - weights.sum(1)) * self.line_end
+
+
+def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class
+    """All graphs of a model."""
+    by_class = {type(module).__name__: module for module in model.modules()}
+    vision, line_end = by_class["SiglipVisionModel"], by_class["LlavaOnevisionModel"].image_newline
+    return [
+        visual_graph(vision),
+        merger_graph(by_class["LlavaOnevisionMultiModalProjector"], line_end, vision),
+        decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings())),
+    ]
 
 
 def visual_graph(vision: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
+import transformers
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from qe_edge.checkpoint.dtypes import torch_dtypes
+from qe_edge.demo import model_path
 from qe_edge.models.configuration import CONFIG, REMEDY, load_family, read_config_values
 from qe_edge.models.exactness import COMPUTED, check_all_used, check_amount, check_loading, note_own_head
 from qe_edge.models.family import ModelFamily
@@ -70,8 +73,6 @@ def resolve_model(reference: str) -> str:
         ArtifactError: If a safetensors file is damaged.
     """
     if reference == DEMO:
-        from qe_edge.demo import model_path
-
         return str(model_path())
     folder = Path(reference)
     if folder.is_dir():
@@ -200,8 +201,6 @@ def _from_pretrained(
     source: str, family: ModelFamily, dtype: torch.dtype | str, tensors: dict[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
     """The model in evaluation mode, exactly from its files or from `tensors` in their stead."""
-    from transformers.utils import logging as transformers_logging
-
     model: PreTrainedModel
     exactly: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they are told
     silent = transformers_logging.get_verbosity() >= logging.ERROR
@@ -263,8 +262,6 @@ def _note_narrowed(source: str, sources: Mapping[str, Stored]) -> None:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bar and no report of a load that is repeated."""
-    from transformers.utils import logging as transformers_logging
-
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -278,8 +275,6 @@ def _quiet_transformers() -> Iterator[None]:
 
 def auto_class(family: ModelFamily) -> Any:  # noqa: ANN401 - transformers' auto classes share no public base
     """The class of transformers whose `from_pretrained` and `from_config` make the family's models."""
-    import transformers
-
     return getattr(transformers, family.auto_class)
 
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qe_edge.models.guard import Guard
 from qe_edge.system.errors import ModelError, QEError
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from transformers.utils import hub
+else:
+    hub = lazy_module("transformers.utils.hub")
 
 
 def find_file(source: str, name: str, error: type[QEError] = ModelError) -> Path | None:
@@ -23,12 +30,10 @@ def find_file(source: str, name: str, error: type[QEError] = ModelError) -> Path
     if folder.is_dir():
         path = folder / name
         return path if path.exists() or path.is_symlink() else None  # reading a dangling link says what it is
-    from transformers.utils.hub import cached_file
-
     with Guard(
         f"'{name}' of '{source}' cannot be had from the hub",
         "Check the spelling and the network, or download the model and give its folder.",
         error,
     ):
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        found = hub.cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None

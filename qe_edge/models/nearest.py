@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from difflib import SequenceMatcher
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qe_edge.models import FAMILIES
 from qe_edge.system.errors import printable
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = lazy_module("transformers")
 
 SECTIONS = ("text_config", "vision_config")
 SHOWN = 3  # keys in a message
@@ -62,16 +68,12 @@ def _has_pictures(values: Mapping[str, Any]) -> bool:
 
 
 def _sees(family: str) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return "vision_config" in _sections(CONFIG_MAPPING[family])
+    return "vision_config" in _sections(transformers.CONFIG_MAPPING[family])
 
 
 def _unknown(values: Mapping[str, Any], family: str) -> list[str]:
     """Keys of a table and its sections that are no setting of a family's configuration."""
-    from transformers import CONFIG_MAPPING
-
-    kind = CONFIG_MAPPING[family]
+    kind = transformers.CONFIG_MAPPING[family]
     found = [key for key in values if key not in _keys(kind) and key not in SECTIONS]
     for section, section_kind in _sections(kind).items():
         table = values.get(section)
@@ -93,10 +95,8 @@ def _sections(kind: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def _kind_of(found: Any, kind: Any, section: str, table: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """A section's class; where it may be any, that of the family that it names, else the usual one."""
-    from transformers import CONFIG_MAPPING
-
     if dataclasses.is_dataclass(found):
         return found
     named = table.get("model_type")
     usual = kind.sub_configs_defaults[section].model_type
-    return CONFIG_MAPPING[named if isinstance(named, str) and named in FAMILIES else usual]
+    return transformers.CONFIG_MAPPING[named if isinstance(named, str) and named in FAMILIES else usual]

@@ -16,10 +16,14 @@ from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.samples import Turn
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.system.errors import InputError, ModelError
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
+
+    from qe_edge.models import paligemma_graphs
+else:
+    paligemma_graphs = lazy_module("qe_edge.models.paligemma_graphs")
 
 ANSWER, PROMPT = 1, 2  # in the mask; 0 is padding, and tokens of an equal number above 1 see each other
 
@@ -45,15 +49,13 @@ class PaliGemma(ModelFamily):
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
         if tokenizer.bos_token_id is None:
             raise ModelError(
                 f"The tokenizer of '{folder}' names no bos_token, which PaliGemma's questions begin with.",
                 "Copy tokenizer.json and tokenizer_config.json from the original model.",
             )
-        image_processor = load_image_processor(folder, SiglipImageProcessorPil, SquareValues)
+        image_processor = load_image_processor(folder, "siglip", SquareValues)
         size = [image_processor.size["height"], image_processor.size["width"]]
         check_equal(folder, "size", size, [self.config.vision_config.image_size] * 2)
         return VisionLanguageProcessor(tokenizer, image_processor)
@@ -85,18 +87,15 @@ class PaliGemma(ModelFamily):
         """
         raise InputError("A 'paligemma' model knows no conversation.", "Give one question to Python.")
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of `PaliGemmaForConditionalGeneration.forward`."""
-        import torch  # the engine runtime works without torch
-
-        arrays = {
+        return {
             "input_ids": encoded.input_ids,
             "attention_mask": encoded.attention_mask,
             "position_ids": self.position_ids(encoded),
             "token_type_ids": encoded.answer_mask.astype(np.int64),
             **encoded.pixels,
         }
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def position_ids(self, encoded: Encoded) -> np.ndarray:
         """Positions `[batch, sequence]`: valid tokens count from 1."""
@@ -114,17 +113,7 @@ class PaliGemma(ModelFamily):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over pictures, projection, decoder with positions `[batch, sequence]`."""
-        from qe_edge.models.decoder import decoder_graph
-        from qe_edge.models.gemma3_graphs import PictureDecoder, merger_graph, visual_graph
-        from qe_edge.models.softcap import head_of
-
-        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
-        vision = by_class["SiglipVisionModel"]
-        return [
-            visual_graph(vision),
-            merger_graph(by_class["PaliGemmaMultiModalProjector"], vision),
-            decoder_graph(PictureDecoder(model.get_decoder(), head_of(model))),
-        ]
+        return paligemma_graphs.graphs(model)
 
     def _check_window(self, row: Row) -> None:
         """Refuse a prompt beyond the window of Gemma 2, which graphs apply to prompts and transformers does not."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.qwen_vl import QwenVL
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
+    from qe_edge.models import qwen2_5_vl_graphs, qwen_vl_pictures
     from qe_edge.models.graph_nodes import Nodes
+else:
+    qwen2_5_vl_graphs = lazy_module("qe_edge.models.qwen2_5_vl_graphs")
+    qwen_vl_pictures = lazy_module("qe_edge.models.qwen_vl_pictures")
 
 
 class Qwen25VL(QwenVL):
@@ -47,22 +52,11 @@ class Qwen25VL(QwenVL):
 
     def frame_nodes(self, write: Nodes, rows: ir.Value, columns: ir.Value) -> dict[str, ir.Value]:
         """`frame_feeds` as nodes."""
-        from qe_edge.models.qwen_vl_pictures import window_nodes
-
         vision = self.config.vision_config
         merge = vision.spatial_merge_size
-        return window_nodes(write, rows, columns, merge, vision.window_size // merge // vision.patch_size)
+        side = vision.window_size // merge // vision.patch_size
+        return qwen_vl_pictures.window_nodes(write, rows, columns, merge, side)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""
-        from qe_edge.models.decoder import Decoder, decoder_graph
-        from qe_edge.models.qwen2_5_vl_graphs import visual_graph
-        from qe_edge.models.qwen_vl_graphs import Merger, merger_graph
-
-        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
-        visual = by_class["Qwen2_5_VisionTransformerPretrainedModel"]
-        return [
-            visual_graph(visual),
-            merger_graph(Merger(visual), visual.spatial_merge_size**2, visual.config.hidden_size),
-            decoder_graph(Decoder(by_class["Qwen2_5_VLTextModel"], model.get_output_embeddings()), position_axes=3),
-        ]
+        return qwen2_5_vl_graphs.graphs(model)

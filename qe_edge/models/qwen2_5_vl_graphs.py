@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from qe_edge.models import qwen_vl_graphs
+from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.picture_attention import attend_masked
-from qe_edge.models.qwen_vl_graphs import EXAMPLE, MAX_PATCHES, TYPICAL_PATCHES, Input, run_block
+from qe_edge.models.qwen_vl_graphs import EXAMPLE, MAX_PATCHES, TYPICAL_PATCHES, Input, Merger, merger_graph, run_block
 
 EXAMPLE_WINDOWS = 3
 
@@ -61,6 +62,17 @@ class WindowedEncoder(qwen_vl_graphs.PatchEncoder):
         """`[1, patches, heads, head_dim]` as `[windows, patches of a window, heads, head_dim]`."""
         grouped = part.reshape(-1, self.merge, *part.shape[2:])
         return grouped[window_groups].flatten(1, 2)
+
+
+def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class
+    """All graphs of a model."""
+    by_class = {type(module).__name__: module for module in model.modules()}
+    visual = by_class["Qwen2_5_VisionTransformerPretrainedModel"]
+    return [
+        visual_graph(visual),
+        merger_graph(Merger(visual), visual.spatial_merge_size**2, visual.config.hidden_size),
+        decoder_graph(Decoder(by_class["Qwen2_5_VLTextModel"], model.get_output_embeddings()), position_axes=3),
+    ]
 
 
 def visual_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.qwen_vl import QwenVL
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from qe_edge.models import qwen2_vl_graphs
+else:
+    qwen2_vl_graphs = lazy_module("qe_edge.models.qwen2_vl_graphs")
 
 
 class Qwen2VL(QwenVL):
@@ -19,13 +24,4 @@ class Qwen2VL(QwenVL):
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, merger, decoder with M-RoPE positions `[3, batch, sequence]`."""
-        from qe_edge.models.decoder import Decoder, decoder_graph
-        from qe_edge.models.qwen_vl_graphs import Merger, PatchEncoder, merger_graph, visual_graph
-
-        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
-        visual = by_class["Qwen2VisionTransformerPretrainedModel"]
-        return [
-            visual_graph(PatchEncoder(visual)),
-            merger_graph(Merger(visual), visual.spatial_merge_size**2, visual.config.embed_dim),
-            decoder_graph(Decoder(by_class["Qwen2VLTextModel"], model.get_output_embeddings()), position_axes=3),
-        ]
+        return qwen2_vl_graphs.graphs(model)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qe_edge.models.family import Block, GraphSpec
 from qe_edge.models.qwen_vl import QwenVL, in_groups
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
+    from qe_edge.models import qwen3_vl_graphs, qwen_vl_pictures
     from qe_edge.models.graph_nodes import Nodes
+else:
+    qwen3_vl_graphs = lazy_module("qe_edge.models.qwen3_vl_graphs")
+    qwen_vl_pictures = lazy_module("qe_edge.models.qwen_vl_pictures")
 
 
 class Qwen3VL(QwenVL):
@@ -69,21 +74,13 @@ class Qwen3VL(QwenVL):
 
     def frame_nodes(self, write: Nodes, rows: ir.Value, columns: ir.Value) -> dict[str, ir.Value]:
         """`frame_feeds` as nodes."""
-        from qe_edge.models.qwen_vl_pictures import grid_nodes
-
         vision = self.config.vision_config
         side = int(vision.num_position_embeddings**0.5)
-        return grid_nodes(write, rows, columns, vision.spatial_merge_size, side)
+        return qwen_vl_pictures.grid_nodes(write, rows, columns, vision.spatial_merge_size, side)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over patches, all mergers, decoder with M-RoPE positions `[3, batch, sequence]`."""
-        from qe_edge.models.decoder import decoder_graph
-        from qe_edge.models.qwen3_vl_graphs import DeepstackDecoder, merger_graph, visual_graph
-
-        by_class: dict[str, Any] = {type(module).__name__: module for module in model.modules()}
-        visual, text = by_class["Qwen3VLVisionModel"], by_class["Qwen3VLTextModel"]
-        decoder = DeepstackDecoder(text, model.get_output_embeddings(), len(visual.deepstack_merger_list))
-        return [visual_graph(visual), merger_graph(visual), decoder_graph(decoder, position_axes=3)]
+        return qwen3_vl_graphs.graphs(model)
 
 
 def _between(size: int, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.models import qwen_vl_graphs
-from qe_edge.models.decoder import Decoder
+from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.qwen_vl_graphs import EXAMPLE, per_group, run_block
 
@@ -92,6 +92,14 @@ class DeepstackDecoder(Decoder):
             return self.model(inputs_embeds=embeds, visual_pos_masks=embeds, deepstack_visual_embeds=added, **inputs)
         finally:
             del self.model.__dict__["_deepstack_process"]
+
+
+def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class
+    """All graphs of a model."""
+    by_class = {type(module).__name__: module for module in model.modules()}
+    visual, text = by_class["Qwen3VLVisionModel"], by_class["Qwen3VLTextModel"]
+    decoder = DeepstackDecoder(text, model.get_output_embeddings(), len(visual.deepstack_merger_list))
+    return [visual_graph(visual), merger_graph(visual), decoder_graph(decoder, position_axes=3)]
 
 
 def visual_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class

@@ -21,14 +21,17 @@ from qe_edge.models.family import Block, Encoded, ModelFamily, Sample
 from qe_edge.models.image_processors import PatchValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
     from transformers import PreTrainedModel
 
+    from qe_edge.models import qwen_vl_pictures
     from qe_edge.models.graph_nodes import Nodes
     from qe_edge.models.picture_graphs import PictureGraph
+else:
+    qwen_vl_pictures = lazy_module("qe_edge.models.qwen_vl_pictures")
 
 
 class QwenVL(ModelFamily):
@@ -51,11 +54,9 @@ class QwenVL(ModelFamily):
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
         take_processor_template(tokenizer, folder)
-        image_processor = load_image_processor(folder, Qwen2VLImageProcessorPil, PatchValues)
+        image_processor = load_image_processor(folder, "qwen2_vl", PatchValues)
         vision = self.config.vision_config
         check_equal(folder, "patch_size", image_processor.patch_size, vision.patch_size)
         check_equal(folder, "merge_size", image_processor.merge_size, vision.spatial_merge_size)
@@ -81,13 +82,14 @@ class QwenVL(ModelFamily):
             rows.append(row)
         return left_pad(rows, processor.tokenizer, image, pixels)
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of the model's forward."""
-        import torch  # the engine runtime works without torch
-
-        arrays = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask, **encoded.pixels}
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        return {**inputs, "mm_token_type_ids": torch.from_numpy(encoded.image_mask.astype(np.int64))}
+        return {
+            "input_ids": encoded.input_ids,
+            "attention_mask": encoded.attention_mask,
+            **encoded.pixels,
+            "mm_token_type_ids": encoded.image_mask.astype(np.int64),
+        }
 
     def position_ids(self, encoded: Encoded) -> np.ndarray:
         """M-RoPE positions `[3, batch, sequence]`: text counts on, a picture spans its grid of merged patches."""
@@ -134,9 +136,7 @@ class QwenVL(ModelFamily):
 
     def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
         """Scaling, patches, positions, and what `frame_nodes` adds."""
-        from qe_edge.models.qwen_vl_pictures import picture_graph
-
-        return picture_graph(processor.image_processor, self.config.image_token_id, self.frame_nodes)
+        return qwen_vl_pictures.picture_graph(processor.image_processor, self.config.image_token_id, self.frame_nodes)
 
     def frame_nodes(self, write: Nodes, rows: ir.Value, columns: ir.Value) -> dict[str, ir.Value]:  # noqa: ARG002
         """`frame_feeds` as nodes, of numbers of rows and columns of patches."""

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING
+
 from qe_edge.models import FAMILIES
 from qe_edge.models.configuration import CONFIG, REMEDY
 from qe_edge.models.conversion import check_converted
@@ -67,7 +69,5 @@ def rename_model(source: Path, family: str, out: Path) -> None:
 
 def _known(section: dict[str, object]) -> dict[str, object]:
     """A section without a `model_type` that transformers does not know; the family then has its usual one."""
-    from transformers import CONFIG_MAPPING
-
     known = section.get("model_type") in CONFIG_MAPPING
     return {key: value for key, value in section.items() if key != "auto_map" and (known or key != "model_type")}

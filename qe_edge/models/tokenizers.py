@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,12 @@ from qe_edge.models.model_files import find_file
 from qe_edge.system.c_output import without_panic_report
 from qe_edge.system.errors import ModelError, QENotice, printable
 from qe_edge.system.json_files import read_json_table
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = lazy_module("transformers")
 
 REMEDY = "Copy tokenizer.json and tokenizer_config.json from the original model."
 OLDER_REMEDY = (
@@ -81,11 +87,9 @@ def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - token
         ModelError: If a file is missing or broken, if a token is outside the embedding, or if no end token is named.
     """
     tokens = check_tokenizer_files(source)
-    from transformers import AutoTokenizer
-
     remedy = OLDER_REMEDY if tokens is None else REMEDY
     with Guard(f"The tokenizer of '{source}' cannot be used", remedy), without_panic_report():
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ids = list(tokenizer(PROBE)["input_ids"])
         tokenizer.decode(ids, skip_special_tokens=True)
         known = dict(tokenizer.get_vocab())
@@ -139,10 +143,8 @@ def check_tokenizer_files(source: str) -> dict[str, int | None] | None:
     for number in tables.get("added_tokens.json", {}).values():
         if type(number) is not int or not 0 <= number < 2**21:
             raise ModelError(f"'{folder / 'added_tokens.json'}' names a token without a number.", REMEDY)
-    from transformers import PreTrainedTokenizerFast
-
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        check_key_names(PreTrainedTokenizerFast, tables.get(name, {}), folder / name, REMEDY, ModelError)
+        check_key_names(transformers.PreTrainedTokenizerFast, tables.get(name, {}), folder / name, REMEDY, ModelError)
     check_template_files(source)
     if "tokenizer.json" not in tables:
         return None

@@ -13,10 +13,14 @@ from PIL import Image
 from qe_edge.models.batching import naming, prepare_pictures
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.system.errors import InputError, ModelError
+from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
+
+    from qe_edge.models import vision_encoder_graphs
+else:
+    vision_encoder_graphs = lazy_module("qe_edge.models.vision_encoder_graphs")
 
 MAX_PICTURES = 8  # of engines
 PROBES = ((64, 48), (48, 64))  # sizes of pictures that show whether all of them get one size
@@ -79,11 +83,9 @@ class VisionEncoder(ModelFamily):
         tokens = np.zeros((len(samples), 0), np.int64)
         return Encoded(tokens, tokens, tokens.astype(bool), tokens.astype(bool), pixels)
 
-    def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+    def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """`pixel_values` float32 `[batch, 3, height, width]`."""
-        import torch
-
-        return {"pixel_values": torch.from_numpy(self.visual_feeds(encoded)[0]["pixel_values"])}
+        return self.visual_feeds(encoded)[0]
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[batch, 3, height, width]`."""
@@ -124,6 +126,4 @@ class VisionEncoder(ModelFamily):
 
     def encoder_graph(self, model: PreTrainedModel, size: tuple[int, int]) -> GraphSpec:
         """The graph "visual" for pictures of one height and width."""
-        from qe_edge.models.vision_encoder_graphs import encoder_graph
-
-        return encoder_graph(model, size)
+        return vision_encoder_graphs.encoder_graph(model, size)

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
+import huggingface_hub
+from transformers.utils import hub
+
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.models.origin import ADAPTER_FILES, adapter_beside, check_tensors
 from qe_edge.system.errors import ModelError, QENotice, printable
@@ -173,13 +176,10 @@ def _hub_file(source: str, name: str, *, is_expected: bool = True) -> Path | Non
 
     On a terminal the hub's own bar shows the download, elsewhere the notice is all there is.
     """
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils.hub import cached_file
-
-    if is_expected and try_to_load_from_cache(source, name) is None:  # it may be there, and is not here
+    if is_expected and huggingface_hub.try_to_load_from_cache(source, name) is None:  # it may be there, and is not here
         warnings.warn(f"Looking for {name} of '{source}' on the hub, to download it.", QENotice, stacklevel=2)
     try:
-        found = cached_file(source, name)
+        found = hub.cached_file(source, name)
     except (OSError, ValueError):
         return None
     return Path(found) if found else None

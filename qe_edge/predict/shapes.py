@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qe_edge.demo import model_path
 from qe_edge.models import FAMILIES as SUPPORTED
 from qe_edge.models.configuration import REMEDY, check_sizes_file, load_family
 from qe_edge.models.export_limits import check_exportable
@@ -111,8 +112,6 @@ def find_model(reference: str) -> ModelShape:
         return ModelShape.model_validate(known[name])
     folder = Path(reference)
     if reference == "demo":
-        from qe_edge.demo import model_path
-
         folder = model_path()
     if not folder.is_dir():
         raise UnknownNameError("folder or model", reference, ["demo", *known])

@@ -18,6 +18,7 @@ from qe_edge.budget.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget.model import AdapterSize, check_affordable
 from qe_edge.budget.sizes import empty_linear
 from qe_edge.calibration.statistics import DOUBLE_WIDTH
+from qe_edge.export.plugin_check import LayerForm
 from qe_edge.layers.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.models.configuration import load_family
@@ -34,8 +35,6 @@ from qe_edge.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qe_edge.export.plugin_check import LayerForm
 
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only the read bits
 LIBRARIES = 480 * 2**20  # bytes that Python, torch and transformers take with the smallest model
@@ -181,8 +180,6 @@ def planned_forms(plan: Plan, recipe: Recipe) -> list[LayerForm]:
         >>> form.in_features, form.act_bits, form.group_size
         (256, 8, -1)
     """
-    from qe_edge.export.plugin_check import LayerForm
-
     scheme = recipe.get_scheme()
     forms = []
     for layer in plan.layers:

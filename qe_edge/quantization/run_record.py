@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+import transformers
+
 from qe_edge.checkpoint.known_files import part_in_words
 from qe_edge.methods import METHODS
 from qe_edge.recipes.recipe import Recipe, current_spelling
@@ -43,10 +47,6 @@ def current_environment(device: str) -> dict[str, object]:
         >>> sorted(current_environment("cpu"))
         ['device', 'instructions', 'numpy', 'threads', 'torch', 'transformers']
     """
-    import numpy as np
-    import torch
-    import transformers
-
     return {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -15,6 +15,7 @@ from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.generation import check_finite
 from qe_edge.runtime.manifest import EncoderManifest, read_encoder_manifest
 from qe_edge.runtime.sessions import OrtSession, Session
+from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
 from qe_edge.system.errors import InputError
 
 
@@ -70,8 +71,6 @@ class EncoderEngine:
         if info is None or info.backend == "onnxruntime":
             session = OrtSession(folder, entry, accuracy_level=0, threads=threads)
         else:
-            from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
-
             session = TensorRTSession(Device(info, plugin_library), folder, entry)
         return cls(manifest, family, family.load_processor(str(folder)), session)
 

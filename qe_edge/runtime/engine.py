@@ -21,6 +21,7 @@ from qe_edge.runtime.language import LanguageEngine
 from qe_edge.runtime.limits import EngineLimits, check_limits, limits_of
 from qe_edge.runtime.manifest import Manifest, read_manifest
 from qe_edge.runtime.sessions import ACCURACY_LEVELS, OrtSession, Session
+from qe_edge.runtime.tensorrt_session import Device, TensorRTSession, check_device
 from qe_edge.system.errors import ArtifactError, InputError
 
 
@@ -321,8 +322,6 @@ def _open_sessions(
             name: OrtSession(folder, entry, accuracy_level, threads, frugal=name != "language")
             for name, entry in manifest.graphs.items()
         }
-    from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
-
     device = Device(info, plugin_library)
     return {name: TensorRTSession(device, folder, entry) for name, entry in manifest.graphs.items()}
 
@@ -345,8 +344,6 @@ def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
     info = read_engine_info(folder)
     if info is None or info.backend == "onnxruntime":
         return
-    from qe_edge.runtime.tensorrt_session import check_device
-
     check_device(info, plugin_library)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from qe_edge.models.family import ModelFamily, Sample
 from qe_edge.runtime.engine import family_of_engines
 from qe_edge.runtime.limits import check_limits, describe_limits, limits_of
@@ -101,8 +103,6 @@ def _most_tiles(image_processor: Any) -> int:  # noqa: ANN401 - transformers' ow
 
 
 def _fits(manifest: Manifest, family: ModelFamily, processor: Any, size: tuple[int, int]) -> bool:  # noqa: ANN401
-    from PIL import Image
-
     try:
         encoded = family.encode(processor, [Sample(Image.new("RGB", size), QUESTION)])
         check_limits(limits_of(manifest), encoded, ANSWER)

@@ -6,13 +6,21 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from qe_edge.runtime.graph_files import check_graph_file
 from qe_edge.runtime.manifest import GraphFile
 from qe_edge.system.errors import ArtifactError, ResourceError
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+else:
+    ort = lazy_module("onnxruntime")
+    state = lazy_module("onnxruntime.capi.onnxruntime_pybind11_state")
 
 ACCURACY_LEVELS = (0, 4)  # of ONNX Runtime's INT4 products: exact, or activations quantized once more in blocks
 
@@ -76,8 +84,6 @@ class OrtSession:
     def __init__(
         self, folder: Path, entry: GraphFile, accuracy_level: int, threads: int | None, *, frugal: bool = False
     ) -> None:
-        import onnxruntime as ort
-
         check_graph_file(folder, entry.file)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
@@ -142,8 +148,6 @@ class OrtSession:
 
 def _ort_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises; its exceptions share no base of their own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
     return (
         state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile,
         state.NotImplemented, state.RuntimeException, RuntimeError, ValueError,

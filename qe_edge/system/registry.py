@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar, cast
 
 from qe_edge.system.errors import ExtensionError, UnknownNameError, reason, shown_name
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 # what importing somebody's module raises when the module is wrong or a library of its is missing
@@ -80,8 +78,6 @@ class Registry(Generic[T]):
         """What installed packages offer, by name. Reads their descriptions, imports nothing of theirs."""
         if self._group is None:
             return {}
-        from importlib.metadata import entry_points
-
         found: dict[str, list[EntryPoint]] = {}
         for entry in entry_points(group=self._group):
             found.setdefault(entry.name, []).append(entry)

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
@@ -77,10 +80,6 @@ class LinearProbe:
     """
 
     def __init__(self, features: Features, labels: Mapping[str, Sequence[str]]) -> None:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
         inputs = features.picture.numpy()
         self._probes: dict[str, Any] = {
             name: make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_STEPS)).fit(inputs, list(known))

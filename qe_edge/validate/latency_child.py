@@ -7,14 +7,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from qe_edge.models.family import Sample
+from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.system.errors import QEError
+from qe_edge.system.lazy import lazy_module
 from qe_edge.validate.latency import REFUSED, Measurement
 from qe_edge.validate.schema import Latency, Timing
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+    from qe_edge.models import loading
+    from qe_edge.validate import subjects
+else:  # an engine's memory is measured without them
+    torch = lazy_module("torch")
+    transformers = lazy_module("transformers")
+    loading = lazy_module("qe_edge.models.loading")
+    subjects = lazy_module("qe_edge.validate.subjects")
 
 WARM_UP = 2  # repeats before measuring: memory pools, page cache
 LEAST = 3  # repeats even if they take long
@@ -54,8 +69,6 @@ def peak_memory() -> int:
 
 
 def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], None], int]:
-    from qe_edge.runtime.engine import VisionLanguageEngine
-
     engine = VisionLanguageEngine.load(
         request.model,
         accuracy_level=request.accuracy_level,
@@ -85,17 +98,11 @@ def _engine(request: Measurement, sample: Sample) -> tuple[Callable[[Times], Non
 
 
 def _pytorch(request: Measurement, sample: Sample) -> tuple[Callable[[Times], None], int]:
-    import torch
-    from transformers import GenerationConfig
-
-    from qe_edge.models.loading import load_model
-    from qe_edge.validate.subjects import TorchSubject
-
     torch.set_num_threads(request.threads)
-    loaded = load_model(request.model, torch.float32)
-    subject = TorchSubject(loaded)
-    loaded.model.generation_config = GenerationConfig()  # nothing ends an answer early
-    wanted = GenerationConfig(do_sample=False, max_new_tokens=1 + request.new_tokens)
+    loaded = loading.load_model(request.model, torch.float32)
+    subject = subjects.TorchSubject(loaded)
+    loaded.model.generation_config = transformers.GenerationConfig()  # nothing ends an answer early
+    wanted = transformers.GenerationConfig(do_sample=False, max_new_tokens=1 + request.new_tokens)
 
     def once(times: Times) -> None:
         clock = _Clock()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import Encoded
@@ -74,8 +75,6 @@ class TorchSubject:
             InputError: If prompt and answer are longer than the model's context.
             NumericalError: If logits are not finite.
         """
-        from transformers import GenerationConfig
-
         self.check_length(encoded, max_new_tokens)
         if not max_new_tokens:
             return [[] for _ in encoded.input_ids]
@@ -117,8 +116,6 @@ class TorchSubject:
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers' own class
     """Transformers fills whatever is not given from the model's own settings; meanwhile there are none."""
-    from transformers import GenerationConfig
-
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
