@@ -22,10 +22,11 @@ from qe_edge.numerics.orthogonal import random_orthogonal
 from qe_edge.system.errors import ArtifactError, ModelError, RecipeError
 from tests.layers import correlated_layer, outlier_layer, problem_of
 from tests.reference.atom import atom
+from tests.reference.bwa import bwa
 from tests.reference.quip import quip
 from tests.reference.spqr import spqr
 
-KINDS = ["masquant", "quip", "quipsharp", "qbb", "spqr", "atom"]
+KINDS = ["masquant", "quip", "quipsharp", "qbb", "bwa", "spqr", "atom"]
 
 
 def layer_of(method: str, scheme: str = "w4a8", **options: object) -> QELinear:
@@ -92,6 +93,21 @@ def test_spqr_equals_the_reference(scheme: str, bits: int, group: int, symmetric
     assert found is not None
     assert np.mean((found.numpy() != 0) != outliers) < 0.004
     assert differing(effective(layer), expected) < 0.02
+
+
+@pytest.mark.parametrize(("scheme", "bits", "group"), [("w2a16", 2, 16), ("w3a8", 3, 48), ("w4a8", 4, 48)])
+def test_free_values_equal_the_reference(scheme: str, bits: int, group: int) -> None:
+    weight, x = correlated_layer(12, 48, 400)
+    layer = quantize_linear(weight, x, make_recipe(method="bwa", scheme=scheme, options={"rounds": 8}))
+    layer.activation_bits = 0
+    gram = (x.double().T @ x.double() / len(x)).numpy()
+    hessian = gram + 0.01 * np.diag(gram).mean() * np.eye(48)
+    expected = bwa(weight.double().numpy(), hessian, bits, group, 8)
+    assert differing(effective(layer), expected) < 0.02
+    other = quantize_linear(weight, x, make_recipe(method="gptq", scheme=scheme))
+    other.activation_bits = 0
+    lost = [(one(x) - x @ weight.T).norm() for one in (layer, other)]
+    assert lost[0] < 0.85 * lost[1]
 
 
 def test_spqr_without_outliers_is_gptq() -> None:

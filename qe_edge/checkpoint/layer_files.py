@@ -65,6 +65,8 @@ class LayerGeometry(BaseModel):
         groups = 1 if self.group_size == PER_CHANNEL else self.coded // max(self.group_size, 1)
         if self.parts and self.parts.codebook == "binary":
             groups *= self.weight_bits  # every binary matrix has scales of its own
+        if self.parts and self.parts.codebook == "levels":
+            groups *= 2**self.weight_bits  # every code has a value of its own
         half, real = (torch.float16,), (torch.float16, torch.float32)
         table = {
             "qweight": ((self.out_features, packed_width(self.coded, self.weight_bits)), (torch.uint8,), True),

@@ -29,6 +29,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "quip": "qe_edge.methods.quip:QuIP",
         "quipsharp": "qe_edge.methods.quipsharp:QuIPSharp",
         "qbb": "qe_edge.methods.qbb:QBB",
+        "bwa": "qe_edge.methods.bwa:BWA",
         "spqr": "qe_edge.methods.spqr:SpQR",
         "atom": "qe_edge.methods.atom:Atom",
         "omniquant": "qe_edge.methods.omniquant:OmniQuant",

@@ -1,10 +1,11 @@
-"""Codebooks that are not integers times a scale: E8P lattice points (QuIP#) and sums of binary matrices (QBB).
+"""Codebooks that are not integers times a scale: E8P lattice points (QuIP#), sums of binary matrices (QBB), and values.
 
-Both are stored as codes of b bits a weight, as integers are, so the rest of a layer stays the same:
+All are stored as codes of b bits a weight, as integers are, so the rest of a layer stays the same:
 
 - "e8p": eight neighbouring codes of 2 bits are one index of 16 bits, the first code lowest; 4 bits are two such
   indices, the coarse one in the lower halves, and the fine one's points count `FINE` as much;
-- "binary": bit k of a code is the sign of the k-th binary matrix, which has a scale of its own.
+- "binary": bit k of a code is the sign of the k-th binary matrix, which has a scale of its own;
+- "levels": a code is the number of one of the `2^b` values of its output channel and group, which lie side by side.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Codebook = Literal["integers", "e8p", "binary"]
+Codebook = Literal["integers", "e8p", "binary", "levels"]
 BLOCK = 8  # weights of one lattice point
 FINE = 1 / 3.45  # scale of the second point, relative to the first (QuIP#, 4 bits)
 
@@ -105,7 +106,7 @@ def decode_codebook(codes: Tensor, scales: Tensor, bits: int, codebook: Codebook
 
     Args:
         codes: `[out, in]` int8, signed as they are packed.
-        scales: `[out, 1]` float16 of lattice points; of binary matrices `[out, bits]`.
+        scales: `[out, 1]` float16 of lattice points; of binary matrices `[out, bits]`; values `[out, groups * 2^bits]`.
         bits: Of a code; 2 or 4 of lattice points.
         codebook: Which one.
 
@@ -120,6 +121,9 @@ def decode_codebook(codes: Tensor, scales: Tensor, bits: int, codebook: Codebook
         signs = ((plain.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1).float() * 2 - 1
         decoded: Tensor = (signs * scales.float().unsqueeze(1)).sum(-1)
         return decoded
+    if codebook == "levels":
+        values = scales.float().reshape(len(codes), -1, 2**bits)
+        return values.gather(2, plain.reshape(len(codes), values.shape[1], -1)).flatten(1)
     parts, places = plain.reshape(len(codes), -1, BLOCK), 2 * torch.arange(BLOCK, device=codes.device)
     points = e8p_points(((parts & 3) << places).sum(-1))
     if bits == 4:
