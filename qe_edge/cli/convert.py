@@ -28,7 +28,7 @@ qe-edge convert checkpoint --to compressed-tensors -o for-vllm"""
     "--to",
     "form",
     metavar="FORMAT",
-    help="The format that a quantized checkpoint is to have: compressed-tensors, gptq.",
+    help="The format that a quantized checkpoint is to have: compressed-tensors, gptq, gguf.",
 )
 @click.option(
     "--activations",

@@ -21,6 +21,7 @@ from qe_edge.system.errors import QEError, UnknownNameError
 MISTAKE, DEFECT, INTERRUPTED = 2, 1, 130
 RESUMABLE = ("deploy", "quantize")
 QUANTIZE = (
+    "gguf",
     "matplotlib",
     "ml_dtypes",
     "onnx",

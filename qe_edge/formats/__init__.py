@@ -14,6 +14,7 @@ FORMATS: Registry[type[Format]] = Registry(
     {
         "compressed-tensors": "qe_edge.formats.compressed_tensors:CompressedTensors",
         "gptq": "qe_edge.formats.gptq:GPTQ",
+        "gguf": "qe_edge.formats.gguf_file:GGUF",
     },
     group="qe_edge.formats",
     base=Format,

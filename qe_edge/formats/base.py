@@ -61,10 +61,12 @@ class Format(ABC):
 
     Class attributes:
         reader: Who reads it, in a few words.
+        adapter: Where the correction lies, inside the folder.
         folds_rows: Whether its scales may be float32, which channel scales of a later layer make of them.
     """
 
     reader: ClassVar[str]
+    adapter: ClassVar[str] = "adapter"
     folds_rows: ClassVar[bool] = True
 
     def check(self, conversion: Conversion) -> list[Reason]:  # noqa: ARG002 - most formats take any model

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from qe_edge.formats.adapter import ADAPTER
 from qe_edge.formats.base import Conversion, Format
 from qe_edge.formats.carried import CarriedLayer
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, rounds_activations
@@ -24,7 +23,7 @@ def summarize(conversion: Conversion, form: Format) -> list[str]:
         conversion: The checkpoint.
         form: The format.
     """
-    return [*_carried(conversion), *_lost(conversion), *form.notes(conversion)]
+    return [*_carried(conversion, form.adapter), *_lost(conversion), *form.notes(conversion)]
 
 
 def write_readme(conversion: Conversion, form: Format, folder: Path, name: str, lines: list[str]) -> None:
@@ -47,7 +46,7 @@ def write_readme(conversion: Conversion, form: Format, folder: Path, name: str, 
     (folder / README).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _carried(conversion: Conversion) -> Iterator[str]:
+def _carried(conversion: Conversion, adapter: str) -> Iterator[str]:
     kinds = Counter(_kind(layer) for layer in conversion.coded.values())
     for kind, number in kinds.most_common():
         yield f"{number} layers of {kind}: every code as it was."
@@ -66,7 +65,7 @@ def _carried(conversion: Conversion) -> Iterator[str]:
     if ranks:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         yield (
-            f"The correction of {len(conversion.corrected)} layers, of rank {span}, is the LoRA in '{ADAPTER}', in "
+            f"The correction of {len(conversion.corrected)} layers, of rank {span}, is the LoRA in '{adapter}', in "
             "float32."
         )
 
