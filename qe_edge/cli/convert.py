@@ -52,6 +52,6 @@ def command(**choices: Any) -> None:  # noqa: ANN401 - the options above
     transformers' own classes, in the same precision.
 
     With --to, MODEL is a quantized checkpoint, or holds one as MODEL/checkpoint. Its codes stay as they are. Its
-    low-rank correction becomes a LoRA of PEFT in the folder `adapter` of the output.
+    low-rank correction becomes a LoRA, in the folder `adapter` of the output or as `adapter.gguf`.
     """
     convert_work.run(**choices)

@@ -91,7 +91,7 @@ class CompressedTensors(TransformersFolder):
         if not all(layer.grid.symmetric for layer in conversion.coded.values()):
             found.append("transformers reads zero points with CompressedTensorsConfig(dequantize=True) only.")
             if len({layer.grid for layer in conversion.coded.values()}) > 1:
-                found.append("transformers cannot read zero points of groups of several sizes; vLLM can.")
+                found.append("transformers cannot read zero points of groups of several sizes.")
         return found
 
 
