@@ -26,9 +26,11 @@ SOURCES = [  # each file once, whatever Python thinks of links
 ]
 # Rooms whose public functions and classes all show their use; a new room is added when it is complete.
 SHOWN = ("system", "numerics", "checkpoint", "layers", "calibration", "reconstruction", "budget", "methods",
-         "recipes", "quantization", "deploy", "demo", "qe_edge", "export", "prepack", "runtime")  # fmt: skip
+         "recipes", "quantization", "deploy", "demo", "qe_edge", "export", "prepack", "runtime", "validate",
+         "report", "predict", "server")  # fmt: skip
 RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Options", "Error",
-           "_Strict", "Sealed", "FolderManifest", "GraphFile")  # fmt: skip
+           "_Strict", "_Time", "Sealed", "Part", "FolderManifest", "GraphFile")  # fmt: skip
+SERVER = ("fastapi", "prometheus_client", "uvicorn")
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 
 
@@ -78,7 +80,12 @@ def test_examples_in_docstrings_do_what_they_show(tmp_path: Path, monkeypatch: p
     assert len(files) > 15
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE  # so that a long line of output may be broken
     for number, path in enumerate(files):
-        module = importlib.import_module(_dotted(path))
+        try:
+            module = importlib.import_module(_dotted(path))
+        except ModuleNotFoundError as missing:
+            if missing.name not in SERVER:  # not every machine has the packages of this extra
+                raise
+            continue
         folder = tmp_path / str(number)  # the current folder of a module's examples
         folder.mkdir()
         monkeypatch.chdir(folder)

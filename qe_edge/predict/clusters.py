@@ -1,7 +1,7 @@
-"""The launch of clusters that decodes 1 to 4 tokens on chips from 9.0 on: how it is cut, and how long it takes.
+"""The cluster launch, which decodes 1 to 4 tokens on GPUs from compute capability 9.0 on: its cut and its time.
 
-A cluster of blocks has some sets of 32 outputs; each of its blocks has a slice of their channels. The cut is that of
-`CutCluster` in `plugins/host/shape.h`, which explains it; a test of the plugin compares the grids.
+A cluster of blocks computes some sets of 32 outputs. Each of its blocks reads a slice of the channels. `CutCluster` in
+`plugins/host/shape.h` makes the same cut and explains it; a test of the plugin compares the grids.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from qe_edge.predict.problem import DECODE_COLUMNS, DECODE_SHARED, STEP, Problem
 from qe_edge.predict.tables import Device, InstructionTable, Timing
 from qe_edge.predict.work import Kernel, Work, join
 
-# Of plugins/include/qe_edge/sizes.h: blocks of a cluster, tokens, warps of a block and of its correction, steps of
-# weights that a warp has in flight, experts; of shape.h: values of x up to which every block finds all maxima.
+# From plugins/include/qe_edge/sizes.h: blocks of a cluster, tokens, warps of a block and of its correction, steps of
+# weights that a warp has in flight, experts. From shape.h: values of x up to which every block finds all maxima.
 MOST_CLUSTER, CLUSTER_TOKENS, WARPS, CORRECT_WARPS, RING, MAX_EXPERTS, OWN_MAXIMA = 8, 4, 8, 4, 4, 16, 2048
 MOST_MULTIPROCESSORS, MOST_TASKS, PIECE = 192, 4096, 256
 
@@ -24,12 +24,16 @@ class ClusterCut:
     """A cut of one linear into clusters.
 
     Attributes:
-        blocks: Of a cluster; as many slices of the channels.
-        clusters: Of the launch.
-        sets: Of 32 outputs that the largest cluster has.
-        steps: Of 128 channels in a slice.
-        parts: Of a slice, for different warps.
+        blocks: Blocks of a cluster, which is also the number of slices of the channels.
+        clusters: Clusters of the launch.
+        sets: Sets of 32 outputs in the largest cluster.
+        steps: Steps of 128 channels in a slice.
+        parts: Parts of a slice; each goes to another warp.
         copies: Whether integer factors of the shared expert are copied to shared memory.
+
+    Example:
+        >>> ClusterCut(blocks=4, clusters=33, sets=6, steps=3).owned  # 6 sets of outputs, shared by 4 blocks
+        2
     """
 
     blocks: int
@@ -41,13 +45,21 @@ class ClusterCut:
 
     @property
     def owned(self) -> int:
-        """Sets that one block adds up and stores."""
+        """Number of sets that one block adds up and stores."""
         return divide(self.sets, self.blocks)
 
 
 @lru_cache(maxsize=4096)
 def cut_clusters(problem: Problem, multiprocessors: int) -> ClusterCut | None:
-    """The cut that the plan chooses; None where it plans other kernels."""
+    """Return the cut that the plan chooses, or None where it plans other kernels.
+
+    Example:
+        >>> from qe_edge.predict.problem import Correction
+        >>> from qe_edge.predict.shapes import Linear
+        >>> problem = Problem(Linear(1536, (1536,)), 1, "s8_g128z", Correction(32, 32, 8, bits=8), 1.4e6)
+        >>> cut_clusters(problem, multiprocessors=132)
+        ClusterCut(blocks=4, clusters=33, sets=2, steps=3, parts=1, copies=True)
+    """
     if problem.tokens > CLUSTER_TOKENS:
         return None
     columns, steps = divide(problem.linear.out_features, DECODE_COLUMNS), divide(problem.linear.in_features, STEP)
@@ -70,7 +82,18 @@ def cut_clusters(problem: Problem, multiprocessors: int) -> ClusterCut | None:
 def cluster_kernel(
     problem: Problem, cut: ClusterCut, device: Device, table: InstructionTable, timing: Timing
 ) -> Kernel:
-    """The launch: a warp's share of the weights, beside them the correction, then what slices add to each other."""
+    """Return the launch. Its time: the weights and beside them the correction, then the sums over slices.
+
+    Example:
+        >>> from qe_edge.predict.problem import Correction
+        >>> from qe_edge.predict.shapes import Linear
+        >>> from qe_edge.predict.tables import get_device, instruction_table, timing_table
+        >>> problem = Problem(Linear(1536, (1536,)), 1, "s8_g128z", Correction(32, 32, 8, bits=8), 1.4e6)
+        >>> device, cut = get_device("h100"), ClusterCut(blocks=4, clusters=33, sets=2, steps=3)
+        >>> kernel = cluster_kernel(problem, cut, device, instruction_table(), timing_table())
+        >>> kernel.name, kernel.blocks, kernel.work.launches
+        ('cluster', 132, 1)
+    """
     cost, correction, tokens = timing.cluster, problem.correction, problem.tokens
     k, n, warps = problem.linear.in_features, problem.linear.out_features, _main_warps(problem)
     per_kib = table.decode_per_kib[device.chip][f"{problem.variant}_cluster"]
@@ -101,24 +124,24 @@ def _main_warps(problem: Problem) -> int:
 
 
 def _parts(tiles: int) -> int:
-    """Parts of a slice that different warps multiply by `tiles` of 16 ranks."""
+    """Number of parts of a slice that different warps multiply by `tiles` tiles of 16 ranks."""
     return max(1, CORRECT_WARPS // tiles) if tiles else 0
 
 
 def _passes(cut: ClusterCut, tiles: int) -> int:
-    """Products of 32 channels and 16 ranks that a warp of the correction makes one after the other."""
+    """Number of products of 32 channels and 16 ranks that a warp of the correction computes in sequence."""
     return divide(tiles * _parts(tiles), CORRECT_WARPS) * divide(4 * cut.steps, _parts(tiles)) if tiles else 0
 
 
 def _pieces(problem: Problem, cut: ClusterCut) -> tuple[bool, int]:
-    """Whether every block finds all maxima, and the pieces of 256 channels that it finds maxima of."""
+    """Return whether every block finds all maxima, and of how many pieces of 256 channels it finds them."""
     k = problem.linear.in_features
     own = problem.tokens * k <= OWN_MAXIMA
     return own, divide(k if own else cut.steps * STEP, PIECE)
 
 
 def _shared_bytes(problem: Problem, cut: ClusterCut) -> int:
-    """Of a block: `PlaceClusterShared`."""
+    """Shared memory of a block in bytes, as `PlaceClusterShared` in shape.h."""
     correction, four = problem.correction, 4 * problem.tokens
     shared, routed = correction.shared_tiles, correction.routed_tiles
     experts = correction.experts if routed else 0
@@ -148,7 +171,7 @@ def _shared_bytes(problem: Problem, cut: ClusterCut) -> int:
 
 
 def _planned_nanoseconds(problem: Problem, cut: ClusterCut) -> int:
-    """What the plan compares cuts by: `ClusterTime`."""
+    """Time by which the plan compares cuts, as `ClusterTime` in shape.h."""
     correction, tokens, warps = problem.correction, problem.tokens, _main_warps(problem)
     units = max(0, cut.sets * cut.steps - warps * RING)
     rounds = divide(cut.sets * cut.parts, warps) * divide(cut.steps, cut.parts)

@@ -1,4 +1,4 @@
-"""How a decode launch of `main` is cut: as `CutDecode` in `plugins/host/shape.h`, which explains it, with counters."""
+"""The cut of a decode launch of `main`. `CutDecode` in `plugins/host/shape.h` makes the same cut and explains it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from qe_edge.predict.problem import DECODE_COLUMNS, DECODE_SHARED, GROUP_TOKENS, LONE_TOKENS, STEP, Problem, divide
 
-# Of shape.h: warps of a block, sets of 32 columns that it has at once, slices, and steps that a slice has at least.
+# From shape.h: warps of a block, sets of 32 columns that it holds at once, slices, and the least steps of a slice.
 DECODE_WARPS, DECODE_SETS, MOST_SLICES, SLICE_STEPS = 12, 8, 8, 256
 
 
@@ -16,13 +16,13 @@ class DecodeCut:
     """A cut of one linear into blocks.
 
     Attributes:
-        lone: Whether `main` quantizes its tokens itself: few of them, which fit its shared memory.
-        slices: Of the channels, each for other blocks.
-        steps: Of 128 channels in a slice.
-        sets: Of 32 outputs that a block has at once.
-        warps: That share a slice of a set.
-        blocks: Of the launch, besides slices and groups of tokens.
-        groups: Of tokens, each for other blocks.
+        lone: Whether `main` quantizes its tokens itself, which it does for few tokens that fit its shared memory.
+        slices: Slices of the channels; each goes to other blocks.
+        steps: Steps of 128 channels in a slice.
+        sets: Sets of 32 outputs that a block holds at once.
+        warps: Warps that share a slice of a set.
+        blocks: Blocks of the launch for one slice and one group of tokens.
+        groups: Groups of tokens; each goes to other blocks.
     """
 
     lone: bool
@@ -36,7 +36,15 @@ class DecodeCut:
 
 @lru_cache(maxsize=4096)
 def cut_decode(problem: Problem, multiprocessors: int) -> DecodeCut:
-    """The cut that the plan chooses for few tokens."""
+    """Return the cut that the plan chooses for few tokens.
+
+    Example:
+        >>> from qe_edge.predict.problem import Correction
+        >>> from qe_edge.predict.shapes import Linear
+        >>> problem = Problem(Linear(1536, (8960, 8960)), 1, "s8_g128z", Correction(32, 32, 8, bits=8), 14e6)
+        >>> cut_decode(problem, multiprocessors=84)
+        DecodeCut(lone=True, slices=1, steps=12, sets=7, warps=1, blocks=84, groups=1)
+    """
     tokens, columns = problem.tokens, divide(problem.linear.out_features, DECODE_COLUMNS)
     steps, groups = (
         divide(problem.linear.in_features, STEP),
@@ -68,7 +76,7 @@ def _cut_columns(problem: Problem, slices: int, multiprocessors: int, groups: in
 
 
 def _shared_bytes(problem: Problem, cut: DecodeCut) -> int:
-    """Of a block: `PlaceShared`."""
+    """Shared memory of a block in bytes, as `PlaceShared` in shape.h."""
     tokens, warps, sums = problem.tokens, cut.sets * cut.warps, problem.groups * 64 if problem.zeros else 0
     sizes = (
         cut.steps * tokens * STEP * (1 if problem.int8 else 2) if cut.lone else 0,

@@ -1,7 +1,7 @@
-"""How long single kernels take: latency of a block, rounds of blocks, memory, tensor cores and issued instructions.
+"""Times of single kernels from the latency and the rounds of blocks, memory, tensor cores and issued instructions.
 
-A kernel takes its launch, a fixed time, and then what the slowest resource needs; near a tie both count. The grids are
-those of `plugins/host/plan.cpp`; a test of the plugin compares them.
+The time of a kernel is its launch, a fixed time, and the time of the slowest resource; near a tie both count. The grids
+equal those of `plugins/host/plan.cpp`; a test of the plugin compares them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,24 @@ from qe_edge.predict.shapes import Linear
 from qe_edge.predict.tables import Device, InstructionTable, Timing
 from qe_edge.predict.work import Kernel, Work
 
-# of a block that prepares and projects down; twice the tokens with 16-bit factors
+# tokens and warps of a block that prepares and projects down; twice the tokens with 16-bit factors
 PREPARE_TOKENS, PREPARE_WARPS = 8, 16
 LIBRARY_TILE, SMALLEST_TILE, EDGE_TILE = 128, 16, 64
 
 
 def plugin_kernels(problem: Problem, device: Device, table: InstructionTable, timing: Timing) -> list[Kernel]:
-    """The launches of the plugin for one linear."""
+    """Return the launches of the plugin for one linear layer.
+
+    Example:
+        >>> from qe_edge.predict.problem import Correction
+        >>> from qe_edge.predict.tables import get_device, instruction_table, timing_table
+        >>> correction, tables = Correction(32, 32, 8, bits=8), (instruction_table(), timing_table())
+        >>> one, many = (Problem(Linear(1536, (1536,)), tokens, "s8_g128z", correction, 1.4e6) for tokens in (1, 1024))
+        >>> [kernel.name for kernel in plugin_kernels(one, get_device("h100"), *tables)]
+        ['cluster']
+        >>> [kernel.name for kernel in plugin_kernels(many, get_device("h100"), *tables)]
+        ['prepare', 'down', 'main']
+    """
     corrected = problem.correction.rank > 0
     if not problem.decode(device.multiprocessors):
         main = _main_prefill(problem, device, table, timing)
@@ -51,7 +62,14 @@ def plugin_kernels(problem: Problem, device: Device, table: InstructionTable, ti
 
 
 def library_kernel(linear: Linear, tokens: int, device: Device, timing: Timing) -> Kernel:
-    """A float16 GEMM of cuBLAS."""
+    """A float16 GEMM of cuBLAS.
+
+    Example:
+        >>> from qe_edge.predict.tables import get_device, timing_table
+        >>> kernel = library_kernel(Linear(1536, (1536,)), 1024, get_device("h100"), timing_table())
+        >>> kernel.blocks, kernel.work.fp16_macs == 1024 * 1536 * 1536
+        (96, True)
+    """
     k, n, cost = linear.in_features, linear.out_features, timing.library_gemm
     rows = min(LIBRARY_TILE, max(SMALLEST_TILE, 1 << (tokens - 1).bit_length()))
     tiles = divide(n, LIBRARY_TILE) * divide(tokens, rows)
@@ -66,7 +84,15 @@ def library_kernel(linear: Linear, tokens: int, device: Device, timing: Timing) 
 def edge_llm_kernel(
     linear: Linear, tokens: int, group: int, device: Device, table: InstructionTable, timing: Timing
 ) -> Kernel:
-    """A W4A16 kernel of TensorRT Edge-LLM."""
+    """A W4A16 kernel of TensorRT Edge-LLM.
+
+    Example:
+        >>> from qe_edge.predict.tables import get_device, instruction_table, timing_table
+        >>> tables = instruction_table(), timing_table()
+        >>> kernel = edge_llm_kernel(Linear(1536, (1536,)), 1, 128, get_device("h100"), *tables)
+        >>> kernel.name, f"{kernel.work.bytes / 1536**2:.2f} bytes a weight"
+        ('edge decode', '0.52 bytes a weight')
+    """
     k, n = linear.in_features, linear.out_features
     moved = k * n / 2 + 2.0 * k * n / group + 2.0 * tokens * (k + n)
     macs = float(tokens) * k * n
@@ -101,7 +127,7 @@ def _prepare(problem: Problem, device: Device, timing: Timing) -> Kernel:
 
 
 def _prepare_down(problem: Problem, device: Device, timing: Timing) -> Kernel:
-    """A block has few tokens; its warps share the channels."""
+    """The launch that quantizes tokens and projects them down. A block has few tokens; its warps share the channels."""
     k, tokens, correction, cost = problem.linear.in_features, problem.tokens, problem.correction, timing.prepare_down
     tiles = correction.shared_tiles
     blocks = divide(tokens, PREPARE_TOKENS * (2 if tiles and correction.bits == 16 else 1))
@@ -116,7 +142,7 @@ def _prepare_down(problem: Problem, device: Device, timing: Timing) -> Kernel:
 
 
 def _side_by_side(prepare: Kernel, down: Kernel) -> Kernel:
-    """One launch of both: the longer one counts."""
+    """One launch that does both side by side: the longer one counts."""
     return Kernel(
         "prepare and down", prepare.work + down.work + Work(-1), max(prepare.fixed, down.fixed),
         max(prepare.latency, down.latency), max(prepare.busy, down.busy), blocks=prepare.blocks + down.blocks,
@@ -125,7 +151,7 @@ def _side_by_side(prepare: Kernel, down: Kernel) -> Kernel:
 
 
 def _down_decode(problem: Problem, timing: Timing, *, lone: bool) -> Kernel:
-    """X @ down of all experts: which of them the tokens use is known later."""
+    """X @ down of all experts, because the tokens' experts are not known yet."""
     k, tokens, correction, cost = problem.linear.in_features, problem.tokens, problem.correction, timing.down_decode
     routed = correction.experts * correction.routed_tiles
     tiles = correction.shared_tiles + routed

@@ -1,4 +1,4 @@
-"""One quantized linear as the plugin gets it, and which of its kernels run: as `plugins/host/shape.h` decides."""
+"""One quantized linear layer as the plugin gets it, and the choice of its kernels as in `plugins/host/shape.h`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from qe_edge.predict.shapes import Linear
 from qe_edge.predict.work import Work
 
-# Of plugins/host/shape.h: tokens up to which its decode kernels run, on any GPU and where the GEMM would leave the GPU
-# empty; tokens that `main` quantizes itself; tokens of one block otherwise.
+# From plugins/host/shape.h: tokens up to which the decode kernels run on any GPU, and where the GEMM would leave the
+# GPU empty; tokens up to which `main` quantizes its input itself; tokens of one block otherwise.
 DECODE_LIMIT, LONG_DECODE_LIMIT, LONE_TOKENS, GROUP_TOKENS = 16, 64, 4, 16
 TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 128  # of the plugin's GEMM: tokens, outputs, and channels of a step
 # its other tile: tokens, and from how many channels and rounds on it runs
@@ -24,7 +24,14 @@ class Correction:
         shared: Rank of the shared expert.
         routed: Rank of each routed expert.
         experts: Number of routed experts; below 2 there is no router.
-        bits: Of a stored value: 4, 8 or 16.
+        bits: Bits of a stored value: 4, 8 or 16.
+
+    Example:
+        >>> correction = Correction(shared=32, routed=32, experts=8, bits=8)
+        >>> correction.rank  # of one token: the shared expert and one routed expert
+        64
+        >>> correction.stored(side=1536, tokens=1) / 1024  # KiB
+        96.0
     """
 
     shared: int
@@ -34,12 +41,12 @@ class Correction:
 
     @property
     def shared_tiles(self) -> int:
-        """Tiles of 16 ranks that every token needs."""
+        """Number of tiles of 16 ranks that every token needs."""
         return divide(self.shared + (self.routed if self.experts == 1 else 0), 16)
 
     @property
     def routed_tiles(self) -> int:
-        """Tiles of 16 ranks of one routed expert."""
+        """Number of tiles of 16 ranks of one routed expert."""
         return divide(self.routed, 16) if self.experts > 1 else 0
 
     @property
@@ -54,14 +61,19 @@ class Correction:
 
 @dataclass(frozen=True)
 class Problem:
-    """One quantized linear as the plugin gets it.
+    """One quantized linear layer as the plugin gets it.
 
     Attributes:
         linear: Its widths; siblings are joined.
         tokens: Number of tokens.
-        variant: The kernel of its grid, for example "s8_c".
+        variant: The kernel for its grid, for example "s8_c".
         correction: Its low-rank correction.
-        weight_bytes: Packed codes with scales and zero points.
+        weight_bytes: Bytes of the packed codes with scales and zero points.
+
+    Example:
+        >>> problem = Problem(Linear(1536, (1536,)), 1, "s8_g128z", Correction(32, 32, 8, bits=8), 1.4e6)
+        >>> problem.int8, problem.bits, problem.zeros, problem.groups, problem.decode(multiprocessors=132)
+        (True, 4, True, 1, True)
     """
 
     linear: Linear
@@ -82,12 +94,12 @@ class Problem:
 
     @property
     def zeros(self) -> bool:
-        """Whether weights are not centred on zero."""
+        """Whether the grid of the weights has zero points."""
         return self.variant.endswith("z")
 
     @property
     def groups(self) -> int:
-        """Groups of one step of 128 channels; 0 with one scale per output."""
+        """Number of groups in one step of 128 channels; 0 with one scale per output."""
         return {"g128": 1, "g64": 2}.get(self.variant.split("_")[1].rstrip("z"), 0)
 
     def decode(self, multiprocessors: int) -> bool:
@@ -97,7 +109,7 @@ class Problem:
 
     @property
     def prepares_at_once(self) -> bool:
-        """Whether a GEMM's tokens are quantized and projected down in one launch: there is no router to ask first."""
+        """Whether a GEMM's tokens are quantized and projected down in one launch; a router would have to run first."""
         return self.correction.routed_tiles == 0 and self.variant != "s8_g64z"
 
     def wide(self, multiprocessors: int) -> bool:
@@ -108,7 +120,14 @@ class Problem:
 
 
 def main_work(problem: Problem, issued: float) -> Work:
-    """What the product and what comes after it read, write and multiply."""
+    """Return the work of the last launch: the product with the weights and the up-projection.
+
+    Example:
+        >>> problem = Problem(Linear(1536, (1536,)), 1, "s8_g128z", Correction(32, 32, 8, bits=8), 1.4e6)
+        >>> work = main_work(problem, issued=0)
+        >>> work.int8_macs == 1536 * 1536, work.fp16_macs == 64 * 1536
+        (True, True)
+    """
     k, n, tokens, correction = (
         problem.linear.in_features,
         problem.linear.out_features,
@@ -124,5 +143,10 @@ def main_work(problem: Problem, issued: float) -> Work:
 
 
 def divide(value: int, by: int) -> int:
-    """Quotient, rounded up."""
+    """Divide and round up.
+
+    Example:
+        >>> divide(10, 4)
+        3
+    """
     return -(-value // by)

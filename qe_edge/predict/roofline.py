@@ -1,4 +1,4 @@
-"""From kernels to time: each needs its launch, its own latency, and the slowest of the device's resources."""
+"""Predict the time of a model from its kernels: launches, latencies, and the slowest resource of the device."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PHASES = ("visual", "prefill", "decode")
 
 @dataclass(frozen=True)
 class Request:
-    """What to predict.
+    """The model, the device and the sizes to predict for.
 
     Attributes:
         shape: The model.
         device: The device.
-        scheme: Of the quantized ways.
-        adapters: Of Quant Experts.
-        patches: Of the picture that the visual encoder reads.
+        scheme: Scheme of the quantized ways.
+        adapters: Adapters of Quant Experts.
+        patches: Patches of the picture that the visual encoder reads.
         prompt: Tokens of a prefill.
         context: Tokens in the KV cache of a decoding step.
-        launches: Kernels launched one by one, or from a CUDA graph.
+        launches: "stream" launches kernels one by one, "graph" from a CUDA graph.
     """
 
     shape: ModelShape
@@ -43,14 +43,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One phase in one way.
+    """Prediction for one phase in one way.
 
     Attributes:
         milliseconds: Predicted time.
         launch_milliseconds: The part of it that launches take.
-        bound: What most of the rest is bound by: "latency" of kernels that wait for themselves, "memory", "tensor
-            cores" or "instruction issue".
-        work: What is done.
+        bound: The resource that bounds most of the rest: "latency" (kernels that wait for themselves), "memory",
+            "tensor cores" or "instruction issue".
+        work: Sum of the kernels' work.
     """
 
     milliseconds: float
@@ -60,7 +60,21 @@ class Prediction:
 
 
 def predict(request: Request) -> dict[str, dict[Way, Prediction]]:
-    """All phases in all ways."""
+    """Predict all phases in all ways.
+
+    Example:
+        >>> from qe_edge.predict.shapes import find_model
+        >>> from qe_edge.predict.tables import get_device
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> request = Request(find_model("qwen2-vl-2b"), get_device("h100"), get_scheme("w4a8"))
+        >>> phases = predict(request)
+        >>> for way, found in phases["decode"].items():
+        ...     print(f"{way:6} {found.milliseconds:5.2f} ms, bound by {found.bound}")
+        fp16    2.24 ms, bound by memory
+        w4a16   1.54 ms, bound by memory
+        naive   6.15 ms, bound by memory
+        plugin  1.97 ms, bound by latency
+    """
     tables = look_up(request.device)
     steps: dict[str, Callable[[Way], Timed]] = {
         "visual": lambda way: _visual(request, way, tables),
@@ -71,12 +85,27 @@ def predict(request: Request) -> dict[str, dict[Way, Prediction]]:
 
 
 def look_up(device: Device) -> Tables:
-    """What a prediction for a device looks up."""
+    """Return the tables for predictions for a device.
+
+    Example:
+        >>> from qe_edge.predict.tables import get_device
+        >>> look_up(get_device("h100")).device.chip
+        'sm_90'
+    """
     return Tables(device, instruction_table(), timing_table(), device_table().other_cycles)
 
 
 def weight_bytes(request: Request, way: Way) -> float:
-    """About what the weights take in the device's memory: of a decoding step, but with all experts."""
+    """Estimate the bytes of the weights in the device's memory, with all experts.
+
+    Example:
+        >>> from qe_edge.predict.shapes import find_model
+        >>> from qe_edge.predict.tables import get_device
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> request = Request(find_model("qwen2-vl-2b"), get_device("h100"), get_scheme("w4a8"))
+        >>> [f"{way} {weight_bytes(request, way) / 1e9:.1f} GB" for way in ("fp16", "plugin")]
+        ['fp16 4.3 GB', 'plugin 1.9 GB']
+    """
     tables = look_up(request.device)
     text, vision = request.shape.text, request.shape.vision
     total = 2.0 * text.hidden * text.vocabulary

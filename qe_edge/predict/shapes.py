@@ -51,7 +51,7 @@ class Stack(_Strict):
 
 
 class ModelShape(_Strict):
-    """Everything that a prediction needs to know of a model.
+    """Sizes of a model for a prediction.
 
     Attributes:
         title: Its name.
@@ -59,7 +59,7 @@ class ModelShape(_Strict):
         vision: The visual encoder.
         merger: in_features and out_features of the layers between them.
         patches_per_token: Patches of a picture that become one token.
-        refused: Why 'qe-edge quantize' refuses the model; empty where it takes it.
+        refused: The reason why 'qe-edge quantize' refuses the model; empty if it does not.
     """
 
     title: str
@@ -75,8 +75,12 @@ class Linear:
     """Layers that read the same input.
 
     Attributes:
-        in_features: K.
-        parts: out_features of each.
+        in_features: Width of the input, K.
+        parts: out_features of every layer.
+
+    Example:
+        >>> Linear(1536, (1536, 256, 256)).out_features  # query, key and value joined
+        2048
     """
 
     in_features: int
@@ -84,12 +88,18 @@ class Linear:
 
     @property
     def out_features(self) -> int:
-        """N of the layers joined to one."""
+        """Width of the output of all layers together, N."""
         return sum(self.parts)
 
 
 def block_linears(stack: Stack) -> list[Linear]:
-    """The linear layers of one block: q/k/v, output, MLP."""
+    """Return the linear layers of one block: query, key and value; output; MLP.
+
+    Example:
+        >>> stack = Stack(hidden=1536, layers=28, mlp=8960, kv=256, gated=True)
+        >>> [(linear.in_features, linear.out_features) for linear in block_linears(stack)]
+        [(1536, 2048), (1536, 1536), (1536, 17920), (8960, 1536)]
+    """
     up = (stack.mlp, stack.mlp) if stack.gated else (stack.mlp,)
     return [
         Linear(stack.hidden, (stack.hidden, stack.keys, stack.keys)),
@@ -100,11 +110,16 @@ def block_linears(stack: Stack) -> list[Linear]:
 
 
 def find_model(reference: str) -> ModelShape:
-    """Shapes of 'demo', of a folder with a config.json, or of a model of the paper.
+    """Find the sizes of 'demo', of a folder with a config.json, or of a model of the paper.
 
     Raises:
         ModelError: If the folder's configuration is missing or of another family.
         UnknownNameError: If it is neither a folder nor a known name.
+
+    Example:
+        >>> shape = find_model("qwen2-vl-2b")
+        >>> shape.title, shape.text.layers, shape.vision.layers
+        ('Qwen2-VL-2B-Instruct', 28, 32)
     """
     known = model_table()
     name = reference.lower().rpartition("/")[2].removesuffix("-instruct")

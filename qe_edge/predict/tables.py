@@ -20,8 +20,8 @@ class LaunchTime(_Strict):
     """Microseconds from one kernel to the next.
 
     Attributes:
-        stream: Launched one by one.
-        graph: In a CUDA graph.
+        stream: Time if kernels are launched one by one.
+        graph: Time in a CUDA graph.
     """
 
     stream: float = Field(gt=0)
@@ -51,12 +51,12 @@ class Device(_Strict):
         return int(self.chip.removeprefix("sm_")) >= 90
 
     def per_second(self, per_cycle: float) -> float:
-        """What all multiprocessors do in a second that one does `per_cycle` of in a cycle."""
+        """Rate of the whole GPU per second, given the rate of one multiprocessor per cycle."""
         return per_cycle * self.multiprocessors * self.clock_ghz * 1e9
 
 
 class DeviceTable(_Strict):
-    """devices.yaml."""
+    """The content of devices.yaml."""
 
     devices: dict[str, Device]
     warp_instructions_per_cycle: float = Field(gt=0)
@@ -243,25 +243,25 @@ class EdgeDecodeTiming(_Strict):
 
 
 class Timing(_Strict):
-    """timing.yaml: what was fitted to measurements.
+    """The content of timing.yaml: values fitted to measurements.
 
     Attributes:
         bandwidth: Share of the memory's peak that a kernel reaches.
         tensor: Share of the tensor cores' peak that a library's GEMM reaches.
-        overlapped_launch: What is left of the launch time where a kernel may start before the one in front ends.
-        prepare: Of the plugin's first kernel.
-        prepare_down: Of the kernel that does the work of its first and second for many tokens.
-        down_decode: Of its second, for few tokens.
-        down_prefill: Of its second, for many tokens.
-        down_integer_factor: By their bits, what integer factors cost in it relative to 16-bit ones.
-        main_decode: Of its last, for few tokens.
-        main_prefill: Of its last, for many tokens.
-        cluster: Of the one launch of clusters, for 1 to 4 tokens.
-        cluster_per_rows: By the bits of its factors, cycles of a product of 32 channels and 16 ranks of the shared
-            expert in it. 8 bits were not measured: the geometric mean of the others.
-        library_gemm: Of cuBLAS.
-        edge_decode: Of TensorRT Edge-LLM, for few tokens.
-        edge_gemm: Of TensorRT Edge-LLM, for many tokens.
+        overlapped_launch: Share of the launch time that is left where a kernel may start before the previous one ends.
+        prepare: The plugin's first kernel.
+        prepare_down: The kernel that does the work of the first and the second for many tokens.
+        down_decode: The plugin's second kernel for few tokens.
+        down_prefill: The plugin's second kernel for many tokens.
+        down_integer_factor: Cost of integer factors in the second kernel relative to 16-bit factors, by their bits.
+        main_decode: The plugin's last kernel for few tokens.
+        main_prefill: The plugin's last kernel for many tokens.
+        cluster: The cluster launch for 1 to 4 tokens.
+        cluster_per_rows: Cycles of a product of 32 channels and 16 ranks of the shared expert in the cluster launch, by
+            the bits of the factors. 8 bits were not measured; the value is the geometric mean of the others.
+        library_gemm: A GEMM of cuBLAS.
+        edge_decode: TensorRT Edge-LLM for few tokens.
+        edge_gemm: TensorRT Edge-LLM for many tokens.
     """
 
     bandwidth: float = Field(gt=0, le=1)
@@ -282,13 +282,13 @@ class Timing(_Strict):
 
 
 class Accuracy(_Strict):
-    """accuracy.json, written by benchmarks/predict_error.py: how far predictions were from measurements.
+    """The content of accuracy.json, written by benchmarks/predict_error.py: errors of the predictions.
 
     Attributes:
         device: Title of the device.
         rows: Number of measured rows that were not used for the fit.
         median: Median of the factor between prediction and measurement, at least 1.
-        nine_of_ten: Factor that nine of ten rows stay below.
+        nine_of_ten: 90th percentile of this factor.
         worst_step: The largest factor of a whole step.
     """
 
@@ -300,7 +300,7 @@ class Accuracy(_Strict):
 
 
 class EdgeLLM(_Strict):
-    """TensorRT Edge-LLM's W4A16 kernels, disassembled: instructions of one warp."""
+    """Instructions of one warp in TensorRT Edge-LLM's W4A16 kernels, counted in the disassembly."""
 
     version: str
     chip: str
@@ -313,13 +313,13 @@ class EdgeLLM(_Strict):
 
 
 class InstructionTable(_Strict):
-    """instructions.json, written by benchmarks/kernel_static.py: warp instructions in the loop over K.
+    """The content of instructions.json, written by benchmarks/kernel_static.py: warp instructions in the loop over K.
 
     Attributes:
-        prefill_per_1000_mac: By chip and kernel variant.
-        decode_per_kib: By chip and kernel variant, whose ending t8 or t16 is the largest number of tokens, and cluster
-            names the kernel of clusters; for 2048 weights, which are a KiB when they have 4 bits.
-        edge_llm: The same of the kernels that ours are compared with.
+        prefill_per_1000_mac: Instructions per 1000 multiply-accumulates, by chip and kernel variant.
+        decode_per_kib: Instructions per 2048 weights (a KiB of 4-bit weights), by chip and kernel variant. The ending
+            t8 or t16 of a variant is its largest number of tokens; the ending cluster names the cluster launch.
+        edge_llm: The same for the kernels of TensorRT Edge-LLM.
     """
 
     prefill_per_1000_mac: dict[str, dict[str, float]]
@@ -329,31 +329,56 @@ class InstructionTable(_Strict):
 
 @lru_cache(maxsize=1)
 def device_table() -> DeviceTable:
-    """All devices, and what is assumed of every one."""
+    """Return all devices, and the assumptions that hold for each of them.
+
+    Example:
+        >>> sorted(device_table().devices)[:3]
+        ['h100', 'orin-agx', 'orin-nano']
+    """
     return DeviceTable.model_validate(yaml.safe_load(_text("devices.yaml")))
 
 
 @lru_cache(maxsize=1)
 def timing_table() -> Timing:
-    """Fitted timing of the kernels."""
+    """Return the fitted timing of the kernels.
+
+    Example:
+        >>> 0 < timing_table().bandwidth <= 1  # share of the memory's peak that kernels reach
+        True
+    """
     return Timing.model_validate(yaml.safe_load(_text("timing.yaml")))
 
 
 @lru_cache(maxsize=1)
 def accuracy() -> Accuracy:
-    """How far predictions were from measurements."""
+    """Return the errors of the predictions.
+
+    Example:
+        >>> accuracy().median < 1.2  # half of the predictions are off by less than 20 %
+        True
+    """
     return Accuracy.model_validate_json(_text("accuracy.json"))
 
 
 @lru_cache(maxsize=1)
 def instruction_table() -> InstructionTable:
-    """Instruction counts of the compiled kernels."""
+    """Return the instruction counts of the compiled kernels.
+
+    Example:
+        >>> instruction_table().decode_per_kib["sm_90"]["s8_g128z_cluster"] > 0
+        True
+    """
     return InstructionTable.model_validate_json(_text("instructions.json"))
 
 
 @lru_cache(maxsize=1)
 def model_table() -> dict[str, Any]:
-    """Shapes of the paper's models, for `qe_edge.predict.shapes`."""
+    """Return the sizes of the paper's models, for `qe_edge.predict.shapes`.
+
+    Example:
+        >>> sorted(model_table())
+        ['internvl2-2b', 'internvl2-8b', 'qwen2-vl-2b', 'qwen2-vl-72b', 'qwen2-vl-7b']
+    """
     return dict(yaml.safe_load(_text("models.yaml")))
 
 
@@ -361,7 +386,12 @@ def get_device(name: str) -> Device:
     """Look up a device.
 
     Raises:
-        UnknownNameError: If there is none of that name; it lists all.
+        UnknownNameError: If there is none of that name. The message lists all devices.
+
+    Example:
+        >>> device = get_device("h100")
+        >>> device.title, device.multiprocessors
+        ('H100 SXM 80 GB', 132)
     """
     devices = device_table().devices
     if name not in devices:

@@ -22,8 +22,8 @@ TITLES = {
     "naive": "Quant Experts, separate launches",
     "plugin": "Quant Experts, plugin",
 }
-GROUP = 128  # of the W4A16 kernels that ours are compared with
-# of quantize x, main product, shared down and up, router, expert's down and up, sum the plugin does three
+GROUP = 128  # group size of the W4A16 kernels that the plugin's are compared with
+# launches of: quantize x, main product, shared down and up, router, expert's down and up, sum; three are the plugin's
 NAIVE_EXTRA_LAUNCHES = 5
 NAIVE_SUMS = 3  # times that y is written by one kernel and read by the next
 
@@ -37,6 +37,10 @@ class Adapters:
         routed: Rank of each routed expert.
         experts: Number of routed experts.
         bytes_per_value: 0.5 for INT4, 1 for int8, 2 for float16; the plugin stores what the checkpoint does.
+
+    Example:
+        >>> Adapters(shared=32, routed=32).on(Linear(256, (64,)))  # a small layer gets lower ranks
+        Adapters(shared=8, routed=8, experts=8, bytes_per_value=1)
     """
 
     shared: int = 32
@@ -45,7 +49,7 @@ class Adapters:
     bytes_per_value: float = 1
 
     def on(self, linear: Linear) -> Adapters:
-        """What is left of it on one layer."""
+        """Return the correction of one layer: its ranks shrink with the layer's smaller side."""
         side = min(linear.in_features, linear.out_features)
         return Adapters(
             scale_rank(self.shared, side), scale_rank(self.routed, side), self.experts, self.bytes_per_value
@@ -54,13 +58,13 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Tables:
-    """What a prediction looks up.
+    """The tables that a prediction reads.
 
     Attributes:
         device: The device.
-        instructions: Of the compiled kernels.
-        timing: Fitted to measurements.
-        other_cycles: Assumed for a short kernel besides its launch.
+        instructions: Instruction counts of the compiled kernels.
+        timing: Values fitted to measurements.
+        other_cycles: Cycles assumed for a short kernel besides its launch.
     """
 
     device: Device
@@ -72,7 +76,21 @@ class Tables:
 def linear_kernels(
     way: Way, linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters, tables: Tables
 ) -> list[Kernel]:
-    """The kernels of one linear layer; siblings that read one input are joined, except in the naive way."""
+    """Return the kernels of one linear layer. Siblings that read one input are joined, except in the naive way.
+
+    Example:
+        >>> from qe_edge.predict.roofline import look_up
+        >>> from qe_edge.predict.tables import get_device
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> tables, scheme = look_up(get_device("h100")), get_scheme("w4a8")
+        >>> for way in WAYS:
+        ...     found = linear_kernels(way, Linear(1536, (1536,)), 1, scheme, Adapters(), tables)
+        ...     print(way, [kernel.name for kernel in found])
+        fp16 ['gemm']
+        w4a16 ['edge decode']
+        naive ['cluster', 'sums']
+        plugin ['cluster']
+    """
     device, table, timing = tables.device, tables.instructions, tables.timing
     if way == "fp16":
         return [library_kernel(linear, tokens, device, timing)]
@@ -91,12 +109,31 @@ def linear_kernels(
 
 
 def linear_work(way: Way, linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters, tables: Tables) -> Work:
-    """Work of one linear layer."""
+    """Return the work of one linear layer.
+
+    Example:
+        >>> from qe_edge.predict.roofline import look_up
+        >>> from qe_edge.predict.tables import get_device
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> tables, scheme = look_up(get_device("h100")), get_scheme("w4a8")
+        >>> for way in ("fp16", "plugin"):
+        ...     work = linear_work(way, Linear(1536, (1536,)), 1, scheme, Adapters(), tables)
+        ...     print(f"{way}: {work.bytes / 1e6:.1f} MB")
+        fp16: 4.7 MB
+        plugin: 1.4 MB
+    """
     return sum((kernel.work for kernel in linear_kernels(way, linear, tokens, scheme, adapters, tables)), Work())
 
 
 def make_problem(linear: Linear, tokens: int, scheme: Scheme, adapters: Adapters) -> Problem:
-    """A linear as the plugin gets it."""
+    """Return a linear layer as the plugin gets it.
+
+    Example:
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> problem = make_problem(Linear(1536, (1536,)), 1, get_scheme("w4a8"), Adapters())
+        >>> problem.variant, problem.correction
+        ('s8_c', Correction(shared=32, routed=32, experts=8, bits=8))
+    """
     used = adapters.on(linear)
     correction = Correction(used.shared, used.routed, used.experts, round(8 * used.bytes_per_value))
     return Problem(linear, tokens, kernel_variant(scheme), correction, _weight_bytes(linear, scheme))
@@ -111,13 +148,25 @@ def _weight_bytes(linear: Linear, scheme: Scheme) -> float:
 
 
 def packed_bits(scheme: Scheme) -> Literal[3, 4]:
-    """Bits of a scheme's weights in the plugin, in a float16 model."""
+    """Bits of a scheme's weights in the plugin, in a float16 model.
+
+    Example:
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> packed_bits(get_scheme("w4a8")), packed_bits(get_scheme("w3a16"))
+        (4, 3)
+    """
     fits = scheme.weight.bits <= 3 and has_3_bit_kernels(scheme.activation_bits, not scheme.weight.symmetric, "f16")
     return 3 if fits else 4
 
 
 def kernel_variant(scheme: Scheme) -> str:
-    """The plugin's kernel for a scheme, for example "s8_g128z"; `Variant` in plugins/host/plan.cpp."""
+    """Return the plugin's kernel for a scheme, for example "s8_g128z", as `Variant` in plugins/host/plan.cpp does.
+
+    Example:
+        >>> from qe_edge.numerics.schemes import get_scheme
+        >>> kernel_variant(get_scheme("w4a8")), kernel_variant(get_scheme("w4a16"))
+        ('s8_c', 'h_g128z')
+    """
     group, zeros = scheme.weight.group_size, "" if scheme.weight.symmetric else "z"
     width = "w3" if packed_bits(scheme) == 3 else ""
     if not scheme.activation_bits:

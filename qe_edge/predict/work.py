@@ -1,4 +1,4 @@
-"""What a kernel does, and how long that takes: its launch, a fixed time, and then what the slowest resource needs."""
+"""The work of a kernel and its time: the launch, a fixed time, and the time of the slowest resource."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ BLEND = 3  # exponent with which resources of about the same time are joined
 
 @dataclass(frozen=True)
 class Work:
-    """What something costs, whatever the device.
+    """Cost of a computation, independent of the device.
 
     Attributes:
-        launches: Kernels.
-        bytes: Read and written.
+        launches: Number of kernels.
+        bytes: Bytes read and written.
         int8_macs: Multiply-accumulates on int8 tensor cores.
         fp16_macs: The same in float16.
         instructions: Warp instructions; 0 where they were not counted.
@@ -42,15 +42,24 @@ class Kernel:
     """One launch.
 
     Attributes:
-        name: What it does.
-        work: What it costs, whatever the device.
+        name: Its name.
+        work: Its cost, independent of the device.
         fixed: Cycles before and after its loops.
-        latency: Cycles of one block after the other on a multiprocessor, each waiting for itself.
-        busy: Cycles of a multiprocessor that has as many blocks as it takes, for its share of all blocks.
+        latency: Cycles of the blocks of one multiprocessor if they run one after the other.
+        busy: Cycles of a multiprocessor for its share of the blocks if it is full of blocks.
         library: Whether it uses the fastest tensor instructions of the device, as a vendor's library does.
-        waste: What the tensor cores multiply relative to the work.
+        waste: Multiplications of the tensor cores relative to the work.
         blocks: Size of the grid.
-        overlaps: Whether it may start before the launch in front ends, on chips that can.
+        overlaps: Whether it may start before the previous launch ends, on GPUs that can do this.
+
+    Example:
+        >>> from qe_edge.predict.tables import get_device, timing_table
+        >>> device, timing = get_device("h100"), timing_table()
+        >>> kernel = Kernel("copy", Work(launches=1, bytes=100e6))
+        >>> f"{kernel.microseconds(device, timing)['memory']:.0f} us in memory"
+        '34 us in memory'
+        >>> f"{kernel.total(device, timing, launch_us=2):.0f} us in all"
+        '36 us in all'
     """
 
     name: str
@@ -64,7 +73,7 @@ class Kernel:
     overlaps: bool = False
 
     def microseconds(self, device: Device, timing: Timing) -> dict[str, float]:
-        """Time that each resource needs, and what none of them explains under "launch latency"."""
+        """Time that each resource needs."""
         cycle = 1 / (device.clock_ghz * 1000)
         fp16_macs = device.library_fp16_macs if self.library and device.library_fp16_macs else device.fp16_macs
         int8 = self.work.int8_macs / device.per_second(device.int8_macs)
@@ -87,6 +96,11 @@ class Kernel:
 
 
 def join(*values: float) -> float:
-    """One time of what runs at once: about the longest; near a tie both count."""
+    """Combine the times of what runs at once: about the longest; near a tie both count.
+
+    Example:
+        >>> join(10, 1), join(10, 10)
+        (10.003332222839093, 12.59921049894873)
+    """
     joined: float = sum(value**BLEND for value in values) ** (1 / BLEND)
     return joined

@@ -1,4 +1,4 @@
-"""A block's layers quantized one after the other, each on what it reads in the original and in the quantized model."""
+"""Quantize a block's layers one by one, each on its inputs in the original model and in the quantized model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Quantize = Callable[[Member, LinearProblem], dict[str, QELinear]]
 
 
 class SideBySide:
-    """The original model's hidden states beside the walk's, which are the quantized model's.
+    """Walks the original model beside the quantized one: holds the original's hidden states beside the walk's.
 
     Args:
         walk: The walk whose blocks are quantized.
@@ -58,7 +58,7 @@ class SideBySide:
     def __init__(self, walk: BlockWalk, problems: Problems) -> None:
         self.walk = walk
         self.problems = problems
-        self.hidden: list[Tensor] = []  # that enter the block at work in the original model
+        self.hidden: list[Tensor] = []  # hidden states that enter the current block in the original model
 
     def quantize(
         self,
@@ -69,14 +69,14 @@ class SideBySide:
         finished: dict[str, QELinear] | None,
         work: Quantize,
     ) -> dict[str, QELinear]:
-        """The layers of a block, which has them afterwards; the original's hidden states move on to the next block.
+        """Quantize the layers of a block, put them into it, and move the original's hidden states on to the next one.
 
         Args:
             chain: The block's chain.
             position: The block's place in it.
-            block: The block, whose layers are still the original ones.
+            block: The block with its original layers.
             groups: Its layers in the order of the data.
-            finished: Its quantized layers, where an earlier run has made them.
+            finished: Its quantized layers, if an earlier run has made them.
             work: Quantizes the layers of one problem.
         """
         if not position:
@@ -140,7 +140,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a layer reads on one batch, and the residual stream that its output is added to.
+    """Input of a layer on one batch, and the residual stream that its output is added to.
 
     Attributes:
         inputs: `[..., in]` float32.

@@ -1,6 +1,6 @@
 """The report as one self-contained page and as data.
 
-Imported when first used: plots need matplotlib, which is slow to load.
+Its modules are imported at first use, because matplotlib is slow to load.
 """
 
 from __future__ import annotations

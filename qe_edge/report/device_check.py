@@ -1,4 +1,4 @@
-"""What the plugin's device kit wrote on a machine with a GPU (plugins/DEVICE.md), read for the report's page."""
+"""Results of the plugin's device kit on a machine with a GPU (plugins/DEVICE.md), read for the report's page."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class ModeResult(_Strict):
         tokens: Number of tokens.
         block_rows: Rows of a tile in prefill; 0 where the plan chose.
         decode_warps: Warps in decode; 0 where the plan chose.
-        multiprocessors: What the plan knew of the GPU; 0 for nothing.
+        multiprocessors: Multiprocessors that the plan was made for; 0 if it was not told.
         clusters: 0 for none, 1 where the plan chose their size, or the number of blocks.
         error: Relative error; infinite if a value was not finite.
-        rerouted: Tokens that went to the other one of two experts with equal scores.
+        rerouted: Tokens for which two experts had equal scores and the other one was chosen.
         same_bits: Whether a second run gave the same bits.
         counters_zero: Whether the plan left its counters as it found them.
         in_bounds: Whether nothing was written behind y and the workspace.
-        passed: Whether all of this is as it should be.
+        passed: Whether all of these checks passed.
     """
 
     mode: str
@@ -58,9 +58,9 @@ class _Time(_Strict):
     """Median of replays of a CUDA graph with cold weights.
 
     Attributes:
-        model: Whose layers these are.
+        model: The model that the layers belong to.
         tokens: Number of tokens.
-        bytes: What has to be read and written at least.
+        bytes: The least that has to be read and written.
         microseconds: The time.
         times_float16: How many times as fast as cuBLAS FP16 in the same run; None if unknown.
     """
@@ -73,10 +73,10 @@ class _Time(_Strict):
 
 
 class PeerTime(_Time):
-    """One product by something else than the plugin.
+    """One product by other software than the plugin.
 
     Attributes:
-        peer: What ran.
+        peer: Name of the software.
         k: in_features.
         n: out_features.
         copies: How many copies of the layer were used in turn.
@@ -117,8 +117,8 @@ class StepTime(_Time):
 
     Attributes:
         mode: How they are quantized.
-        blocks: How many blocks.
-        launches: Of all layers.
+        blocks: Number of blocks.
+        launches: Number of launches of all layers.
     """
 
     mode: str
@@ -127,12 +127,12 @@ class StepTime(_Time):
 
 
 class PeerStepTime(_Time):
-    """The linear layers of all blocks by something else.
+    """The linear layers of all blocks by other software than the plugin.
 
     Attributes:
-        peer: What ran.
-        blocks: How many blocks.
-        launches: Of all layers.
+        peer: Name of the software.
+        blocks: Number of blocks.
+        launches: Number of launches of all layers.
     """
 
     peer: str
@@ -141,13 +141,13 @@ class PeerStepTime(_Time):
 
 
 class DeviceCheck(_Strict):
-    """device.json; plugins/device/report.py writes it.
+    """The content of device.json, which plugins/device/report.py writes.
 
     Attributes:
-        kind: Says what the file is.
+        kind: Marks the file as a device check.
         device: Name of the GPU.
         capability: Its compute capability.
-        multiprocessors: How many it has.
+        multiprocessors: Its number of multiprocessors.
         l2_bytes: Size of its L2 cache.
         cuda: CUDA version of its driver, as the driver writes it: 13000 is 13.0.
         driver: Version of the driver.
@@ -157,14 +157,14 @@ class DeviceCheck(_Strict):
         commit: Git's commit of the kit.
         kernels: SHA-256 of the file with the kernels.
         overlaps: Whether launches overlapped.
-        copied_gb_per_second: What a copy on the GPU read and wrote, in units of 10^9.
-        numerics: Every result that was compared.
-        linears: The linears of two models, and their first launches alone.
-        steps: All linears of the two models in a row.
-        peer_linears: The same layers as products of others.
-        peer_steps: The same steps by others.
-        skipped: What was not measured, with the reason.
-        failures: What went wrong besides results.
+        copied_gb_per_second: Bandwidth of a copy on the GPU, reading and writing together, in 10^9 bytes per second.
+        numerics: Every result that was compared with the reference.
+        linears: Times of the linear layers of two models, also of their first launches alone.
+        steps: Times of all linear layers of a model in a row.
+        peer_linears: Times of the same layers in other software.
+        peer_steps: Times of the same steps in other software.
+        skipped: Measurements that were skipped, with the reason.
+        failures: Failures other than wrong results.
         seconds: How long the run took.
     """
 
@@ -203,17 +203,17 @@ class DeviceCheck(_Strict):
 
     @property
     def cuda_version(self) -> str:
-        """CUDA version of the driver, for reading."""
+        """CUDA version of the driver as text, for example "13.0"."""
         return f"{self.cuda // 1000}.{self.cuda % 1000 // 10}"
 
     @property
     def peers(self) -> list[str]:
-        """Names of the peers, as they ran."""
+        """Names of the peers in the order in which they ran."""
         names = [*(step.peer for step in self.peer_steps), *(layer.peer for layer in self.peer_linears)]
         return list(dict.fromkeys(names))
 
     def speeds(self) -> list[Speed]:
-        """One row per layer, mode and number of tokens: the whole plan, with its fastest tile."""
+        """One row per layer, mode and number of tokens: the time of the whole plan with the fastest tile."""
         fastest: dict[tuple[str, int, int, int, str], LinearTime] = {}
         for row in self.linears:
             key = (row.model, row.k, row.n, row.tokens, row.mode)
@@ -271,6 +271,10 @@ def load_device_check(path: Path) -> DeviceCheck:
 
     Raises:
         ArtifactError: If the file is missing, too large, or not what the device kit writes.
+
+    Example:
+        >>> check = load_device_check(Path("device.json"))  # doctest: +SKIP
+        >>> check.device, len(check.wrong), check.worst_error  # doctest: +SKIP
     """
     remedy = "Give the device.json of plugins/device_check.sh."
     if not path.is_file() or path.stat().st_size > MAX_BYTES:

@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG that takes its colours and its font from the page, in light and in dark."""
+"""Matplotlib figures as inline SVG, which takes its colours and its font from the page."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _SETTINGS = {
 
 
 class Drawing:
-    """A figure in the house's style; use as `with Drawing(...) as drawing`, then `drawing.svg`.
+    r"""A figure in the house's style; use as `with Drawing(...) as drawing`, then `drawing.svg`.
 
     Args:
         name: Unique on the page, so that ids of several figures do not clash.
@@ -73,6 +73,14 @@ class Drawing:
         size: Width and height in inches of 72 pixels.
         columns: Number of axes side by side.
         widths: Relative widths of the axes.
+
+    Example:
+        >>> with Drawing("growth", "A line that grows.", size=(6, 3)) as drawing:
+        ...     _ = drawing.axes[0].plot([1, 2, 3], color=LANGUAGE)
+        >>> print(drawing.svg[:70])
+        <svg viewBox="0 0 432 216" role="img" aria-label="A line that grows.">
+        >>> "var(--language)" in drawing.svg  # the page's colour, in light and in dark
+        True
     """
 
     def __init__(

@@ -35,7 +35,12 @@ STEPS = {"encode": "Prepare", "visual": "Visual", "merger": "Merger", "prefill":
 
 
 def draw_all(report: Report) -> dict[str, Markup]:
-    """Every plot that the report has data for, by name."""
+    """Every plot that the report has data for, by name.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> list(draw_all(load_report(Path("report.json"))))  # doctest: +SKIP
+    """
     plots = {"layers": layer_errors(report), "bits": bits_and_stream(report), "allocation": allocation(report)}
     if report.routing:
         plots["routing"] = routing_map(report.routing)
@@ -45,7 +50,12 @@ def draw_all(report: Report) -> dict[str, Markup]:
 
 
 def layer_errors(report: Report) -> Markup:
-    """Relative error of every layer: calibration against held-out, vision against text tokens."""
+    """Relative error of every layer: calibration against held-out, vision against text tokens.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> Path("errors.svg").write_text(layer_errors(load_report(Path("report.json"))))  # doctest: +SKIP
+    """
     alt = "Relative output error of every quantized layer, on a logarithmic scale; the table below has the numbers."
     with Drawing("layers", alt, (WIDTH, 4.6), columns=2) as drawing:
         first, second = drawing.axes
@@ -76,7 +86,12 @@ def layer_errors(report: Report) -> Markup:
 
 
 def bits_and_stream(report: Report) -> Markup:
-    """Bits against error of every layer, and the error of the hidden states along the model."""
+    """Bits against error of every layer, and the error of the hidden states along the model.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> Path("bits.svg").write_text(bits_and_stream(load_report(Path("report.json"))))  # doctest: +SKIP
+    """
     alt = "Left: stored bits per weight against held-out error of every layer. Right: error of the hidden states."
     errors = {layer.name: layer.heldout.all for layer in report.layers}
     with Drawing("bits", alt, (WIDTH, 4.4), columns=2) as drawing:
@@ -124,7 +139,12 @@ def bits_and_stream(report: Report) -> Markup:
 
 
 def allocation(report: Report) -> Markup:
-    """What every layer's stored bits are spent on: codes, scales, low-rank factors, router; a mark where it routes."""
+    """What every layer's stored bits are spent on: codes, scales, low-rank factors, router; a mark where it routes.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> Path("allocation.svg").write_text(allocation(load_report(Path("report.json"))))  # doctest: +SKIP
+    """
     layers = report.bits.layers
     parts = {
         "codes": (ORIGINAL, [layer.bits.codes / layer.bits.weights for layer in layers]),
@@ -152,7 +172,15 @@ def allocation(report: Report) -> Markup:
 
 
 def routing_map(routing: Sequence[RoutingLoad]) -> Markup:
-    """Share of tokens of every expert: one row a router, vision tokens on the left, text tokens on the right."""
+    """Share of tokens of every expert: one row a router, vision tokens on the left, text tokens on the right.
+
+    Example:
+        >>> layers = ["model.language_model.layers.0.mlp.up_proj"]
+        >>> load = RoutingLoad(layers=layers, group="language", all=[0.25, 0.75], vision=[0.1, 0.9], text=[0.5, 0.5])
+        >>> drawn = routing_map([load])
+        >>> drawn.startswith("<svg"), "90 %" in drawn
+        (True, True)
+    """
     step = -(-len(routing) // MAX_ROUTERS)
     rows = routing[::step]
     alt = "Heat map of the share of tokens that every routed expert serves, for every router, vision and text apart."
@@ -188,7 +216,12 @@ def routing_map(routing: Sequence[RoutingLoad]) -> Markup:
 
 
 def latency_bars(report: Report) -> Markup:
-    """Time to first token by step, and time per decoded token, with quartiles."""
+    """Time to first token by step, and time per decoded token, with quartiles.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> Path("latency.svg").write_text(latency_bars(load_report(Path("report.json"))))  # doctest: +SKIP
+    """
     alt = "Bars of the time to the first token and of the time per decoded token; the table below has the numbers."
     rows = report.latency
     with Drawing("latency", alt, (WIDTH, 1.3 + 0.62 * len(rows)), columns=2, widths=[1.6, 1]) as drawing:

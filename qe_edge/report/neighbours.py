@@ -1,4 +1,4 @@
-"""Whether the folders beside a report are still those that it measured."""
+"""Check whether the folders beside a report are still the ones that it measured."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ NOT_FOUND = "None of the measured folders lies beside the report, so it was not 
 
 
 def find_changes(report: Report, file: Path) -> list[str]:
-    """One sentence for every folder beside a report that is another one now, or that nothing could be compared.
+    """Return one sentence for every folder beside a report that has changed since.
 
-    A folder is looked for by its name beside the report and in `engines` beside it. Its files are read once.
+    A folder is looked for by its name beside the report and in `engines` beside it. Its files are read once. If none
+    is found, one sentence says that nothing was compared.
 
     Args:
         report: The report.
-        file: Where it was read.
+        file: The file that it was read from.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> file = Path("out/demo/report.json")  # doctest: +SKIP
+        >>> find_changes(load_report(file), file)  # doctest: +SKIP
     """
     found = []
     compared = 0
@@ -41,7 +47,7 @@ def _places(artifact: Artifact, folder: Path) -> list[Path]:
 
 
 def _difference(artifact: Artifact, path: Path) -> str | None:
-    """How a folder differs from an artifact, None if it does not."""
+    """Return how a folder differs from an artifact, or None if it does not."""
     try:
         if artifact.stage == "checkpoint":
             digest = read_checkpoint_files(path).digest

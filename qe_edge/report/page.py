@@ -1,4 +1,4 @@
-"""From a report to files: JSON, and one HTML page that needs nothing but itself."""
+"""Write a report as JSON and as one self-contained HTML page, and read the JSON."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def write_report(report: Report, json_path: Path, html_path: Path) -> None:
 
     Raises:
         ResourceError: If the disk is full.
+
+    Example:
+        >>> from qe_edge.validate import validate  # doctest: +SKIP
+        >>> report = validate("demo", Path("checkpoint"), Path("engines/cpu"), "demo")  # doctest: +SKIP
+        >>> write_report(report, Path("report.json"), Path("report.html"))  # doctest: +SKIP
     """
     with atomic_file(json_path) as part:
         part.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -33,10 +38,15 @@ def write_report(report: Report, json_path: Path, html_path: Path) -> None:
 
 
 def write_page(report: Report, html_path: Path, device: DeviceCheck | None = None) -> None:
-    """Write the page alone, with what a device check found if there is one.
+    """Write the page alone, with the results of a device check if there is one.
 
     Raises:
         ResourceError: If the disk is full.
+
+    Example:
+        >>> from qe_edge.report.device_check import load_device_check  # doctest: +SKIP
+        >>> report, device = load_report(Path("report.json")), load_device_check(Path("device.json"))  # doctest: +SKIP
+        >>> write_page(report, Path("report.html"), device)  # doctest: +SKIP
     """
     page = render_page(report, device)
     with atomic_file(html_path) as part:
@@ -44,10 +54,14 @@ def write_page(report: Report, html_path: Path, device: DeviceCheck | None = Non
 
 
 def load_report(path: Path) -> Report:
-    """Read what `write_report` wrote as JSON.
+    """Read the JSON file that `write_report` wrote.
 
     Raises:
         ArtifactError: If the file is missing, too large, or no report of this version.
+
+    Example:
+        >>> report = load_report(Path("out/demo/report.json"))  # doctest: +SKIP
+        >>> report.contender("quantized").accuracy.share()  # doctest: +SKIP
     """
     if not path.is_file():
         raise ArtifactError(f"There is no report '{path}'.", "Give the report.json of 'qe-edge validate'.")
@@ -72,7 +86,11 @@ def load_report(path: Path) -> Report:
 
 
 def render_page(report: Report, device: DeviceCheck | None = None) -> str:
-    """The page as text; everything that comes from the report is escaped."""
+    """The page as text; everything that comes from the report is escaped.
+
+    Example:
+        >>> render_page(load_report(Path("out/demo/report.json")))[:15]  # doctest: +SKIP
+    """
     environment = Environment(
         loader=PackageLoader("qe_edge.report", ""),
         autoescape=True,

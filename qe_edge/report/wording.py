@@ -1,4 +1,4 @@
-"""Numbers and sentences of the report: how values are written, the headline, and the limits told honestly."""
+"""Numbers and sentences of the report: the format of values, the headline, and the limits of the measurements."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Card:
     """One figure of the headline.
 
     Attributes:
-        label: What it is.
+        label: Its name.
         value: The figure.
-        note: What to compare it with.
+        note: A figure to compare it with, or its unit.
     """
 
     label: str
@@ -39,12 +39,22 @@ class Card:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as percent."""
+    """Format a share as percent.
+
+    Example:
+        >>> percent(0.754), percent(0.754, digits=0)
+        ('75.4 %', '75 %')
+    """
     return NONE if value is None else f"{100 * value:.{digits}f} %"
 
 
 def points(value: float) -> str:
-    """A difference of two shares in percentage points, with a true minus sign."""
+    """Format a difference of two shares in percentage points, with a true minus sign.
+
+    Example:
+        >>> points(0.764 - 0.752), points(0.0)
+        ('+1.2 points', '±0.0 points')
+    """
     rounded = round(100 * value, 1)
     sign = "+" if rounded > 0 else "\u2212" if rounded < 0 else "\u00b1"
     return f"{sign}{abs(rounded):.1f} points"
@@ -61,7 +71,12 @@ def plain_significant(value: float, digits: int = 2) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits; small ones as powers of ten."""
+    """Format a number with `digits` significant digits; a small one as a power of ten.
+
+    Example:
+        >>> significant(3.14159), significant(0.00123456), significant(123456, digits=2)
+        ('3.14', '0.00123', '123456')
+    """
     if value is None:
         return NONE
     if not math.isfinite(value):
@@ -76,7 +91,12 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes in decimal units."""
+    """Format bytes in decimal units.
+
+    Example:
+        >>> size(512), size(5_300_000), size(12e9)
+        ('512 B', '5.30 MB', '12.0 GB')
+    """
     if value is None:
         return NONE
     for unit in ("B", "kB", "MB"):
@@ -87,39 +107,79 @@ def size(value: float | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """A time."""
+    """Format a time.
+
+    Example:
+        >>> milliseconds(12.345)
+        '12.3 ms'
+    """
     return NONE if value is None else f"{significant(value)} ms"
 
 
 def accuracy_of(accuracy: Accuracy | None, kind: str | None = None) -> str:
-    """Accuracy on one kind of question, or on all."""
+    """Format the accuracy on one kind of question, or on all.
+
+    Example:
+        >>> accuracy = Accuracy(correct={"open": 8, "yesno": 9}, total={"open": 10, "yesno": 10})
+        >>> accuracy_of(accuracy), accuracy_of(accuracy, "open")
+        ('85.0 %', '80.0 %')
+    """
     return NONE if accuracy is None else percent(accuracy.share(kind))
 
 
 def tally(accuracy: Accuracy, kind: str | None = None) -> str:
-    """How many of how many, such as 164 of 200."""
+    """Format right answers and questions, for example "164 of 200".
+
+    Example:
+        >>> accuracy = Accuracy(correct={"open": 8, "yesno": 9}, total={"open": 10, "yesno": 10})
+        >>> tally(accuracy), tally(accuracy, "open")
+        ('17 of 20', '8 of 10')
+    """
     kinds = list(accuracy.total) if kind is None else [kind]
     return f"{sum(accuracy.correct.get(k, 0) for k in kinds)} of {sum(accuracy.total.get(k, 0) for k in kinds)}"
 
 
 def kind_names(report: Report) -> list[str]:
-    """Kinds of question that occur, open ones first."""
+    """Kinds of question that occur, open ones first.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> kind_names(load_report(Path("out/demo/report.json")))  # doctest: +SKIP
+    """
     known = [kind for kind in KINDS if kind in report.evaluation.kinds]
     return known + sorted(kind for kind in report.evaluation.kinds if kind not in KINDS)
 
 
 def by_stage(files: list[FileSize]) -> dict[str, list[FileSize]]:
-    """Files of every stage, stages in the order of the pipeline."""
+    """Group files by their stage; stages keep the order of the pipeline.
+
+    Example:
+        >>> sizes = [FileSize(stage="original", name="a.safetensors", size=9), FileSize(stage="onnx", name="b", size=3)]
+        >>> {stage: [file.name for file in files] for stage, files in by_stage(sizes).items()}
+        {'original': ['a.safetensors'], 'onnx': ['b']}
+    """
     return {stage: [file for file in files if file.stage == stage] for stage in dict.fromkeys(f.stage for f in files)}
 
 
 def listing(names: list[str]) -> str:
-    """A list in words: a, b and c."""
+    """Join names to a list in words: a, b and c.
+
+    Example:
+        >>> listing(["a", "b", "c"]), listing(["a"])
+        ('a, b and c', 'a')
+    """
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def as_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Indented JSON."""
+    """Indented JSON.
+
+    Example:
+        >>> print(as_json({"method": "qe"}))
+        {
+          "method": "qe"
+        }
+    """
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
@@ -136,7 +196,13 @@ FILTERS: dict[str, Callable[..., str]] = {
 
 
 def headline(report: Report) -> list[Card]:
-    """The figures at the top of the page."""
+    """The figures at the top of the page.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> for card in headline(load_report(Path("out/demo/report.json"))):  # doctest: +SKIP
+        ...     print(card.label, card.value)
+    """
     rows = {row.role: row for row in report.contenders}
     original, quantized = rows["original"], rows["quantized"]
     best = rows.get("engine", quantized)
@@ -169,13 +235,23 @@ def headline(report: Report) -> list[Card]:
 
 
 def fastest_engine(report: Report) -> Latency | None:
-    """The engine row with the shortest time to the first token."""
+    """The engine row with the shortest time to the first token.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> fastest_engine(load_report(Path("out/demo/report.json"))).setting  # doctest: +SKIP
+    """
     rows = [row for row in report.latency if row.runtime != "pytorch"]
     return min(rows, key=lambda row: row.steps["first_token"].median, default=None)
 
 
 def limits(report: Report) -> list[str]:
-    """What these numbers do not say."""
+    r"""Return the limits of a report's numbers, one sentence each.
+
+    Example:
+        >>> from qe_edge.report.page import load_report  # doctest: +SKIP
+        >>> print("\n".join(limits(load_report(Path("out/demo/report.json")))))  # doctest: +SKIP
+    """
     samples = report.evaluation.samples
     found = [
         f"Accuracy on {samples} questions is known to about \u00b1{100 * _sampling_error(report):.0f} points "
@@ -224,7 +300,7 @@ def _how_speed_was_measured(report: Report, row: Latency) -> str:
 
 
 def _state(target: TargetState) -> str:
-    """How far a target came, and what its engines need."""
+    """Return a sentence on a target: built or run, with or without the plugin."""
     plugin = f" with {target.plugin_nodes} nodes of the TensorRT plugin" if target.plugin_nodes else ""
     if target.validated:
         return f"The engine for '{target.name}' was built{plugin}."
@@ -241,7 +317,7 @@ def _original_bytes(report: Report) -> int | None:
 
 
 def _sampling_error(report: Report) -> float:
-    """Half the 95 % interval of the original's accuracy (Wilson's centre keeps it sane at 0 and 1)."""
+    """Half the 95 % interval of the original's accuracy. Wilson's centre keeps it above zero at 0 and 1."""
     count = report.evaluation.samples
     share = report.contenders[0].accuracy.share() or 0.0
     centre = (share * count + 2) / (count + 4)

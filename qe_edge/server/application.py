@@ -27,8 +27,8 @@ from qe_edge.server.schema import ChatRequest, choice, conversation, read_reques
 from qe_edge.server.settings import ServerSettings
 from qe_edge.system.errors import InputError
 
-CHECK_SECONDS = 0.25  # between two looks whether the client is still there
-GONE = 499  # what proxies call a client that does not wait
+CHECK_SECONDS = 0.25  # between two checks whether the client is still there
+GONE = 499  # the status that proxies use for a client that closed the connection
 
 
 class ChatServer:
@@ -40,6 +40,13 @@ class ChatServer:
 
     Attributes:
         stopping: Whether new requests are refused.
+
+    Example:
+        >>> import uvicorn  # doctest: +SKIP
+        >>> from qe_edge import Pipeline  # doctest: +SKIP
+        >>> pipeline = Pipeline.from_dir("out/demo/engines/cpu")  # doctest: +SKIP
+        >>> server = ChatServer(pipeline, ServerSettings(model="demo"))  # doctest: +SKIP
+        >>> uvicorn.run(server.application(), host="127.0.0.1", port=8000)  # doctest: +SKIP
     """
 
     def __init__(self, pipeline: Pipeline, settings: ServerSettings) -> None:
@@ -53,7 +60,7 @@ class ChatServer:
         self._created = int(time.time())
 
     def application(self) -> FastAPI:
-        """The routes."""
+        """Build the application with its routes."""
 
         @asynccontextmanager
         async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -77,15 +84,15 @@ class ChatServer:
             raise RequestError(401, "The API key is missing or wrong. Send the right one as a bearer token.")
 
     async def health(self) -> Response:
-        """Whether requests are taken."""
+        """Report whether requests are taken."""
         return JSONResponse({"status": "stopping" if self.stopping else "ok"}, 503 if self.stopping else 200)
 
     async def metrics(self) -> Response:
-        """Counters for Prometheus."""
+        """Return the counters for Prometheus."""
         return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
-        """The one model."""
+        """List the one model."""
         entry = {"id": self._settings.model, "object": "model", "created": self._created, "owned_by": "qe-edge"}
         return {"object": "list", "data": [entry]}
 
@@ -99,7 +106,7 @@ class ChatServer:
             job = self._jobs.start(lambda: self._begin(asked))
             first = await _next(job, gone)
             identity = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
-            if asked.stream:  # an error before the first piece has its status still
+            if asked.stream:  # an error before the first piece still sets the HTTP status
                 events = self._events(job, first, identity, asked)
                 return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
             return await self._whole(job, first, identity, gone)
@@ -142,7 +149,7 @@ class ChatServer:
         return bytes(body)
 
     def _begin(self, asked: ChatRequest) -> AnswerStream:
-        """Begin an answer; in its thread."""
+        """Begin an answer; runs in the thread of the job."""
         messages = conversation(asked)
         _, named = read_turns(messages, "messages", plain_text)
         count, most = len(named), self._settings.max_pictures
@@ -155,7 +162,7 @@ class ChatServer:
     async def _whole(
         self, job: Job, piece: Piece | None, identity: dict[str, Any], gone: asyncio.Task[None]
     ) -> Response:
-        """The answer at once."""
+        """Send the whole answer at once."""
         text = ""
         last = piece
         while piece is not None:
@@ -170,7 +177,7 @@ class ChatServer:
     async def _events(
         self, job: Job, piece: Piece | None, identity: dict[str, Any], asked: ChatRequest
     ) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
+        """Send the answer piece by piece, as server-sent events."""
         chunk = {**identity, "object": "chat.completion.chunk"}
         try:
             yield _event({**chunk, "choices": [choice("delta", {"role": "assistant", "content": ""}, None)]})

@@ -1,4 +1,4 @@
-"""Refusals as OpenAI's clients read them."""
+"""Errors in the format that OpenAI's clients read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ class RequestError(Exception):
 
     Args:
         status: HTTP status.
-        message: What is wrong and what to do.
+        message: The problem and the remedy.
         headers: Further headers.
+
+    Example:
+        >>> error = RequestError(404, "There is no such model here. Ask for 'demo'.")
+        >>> error.status, error.body["error"]["type"]
+        (404, 'invalid_request_error')
     """
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -24,12 +29,17 @@ class RequestError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """What the client gets."""
+        """Body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": None, "code": None}}
 
 
 def as_request_error(error: QEError) -> RequestError:
-    """The client's mistakes have status 400, ours 500."""
+    """Convert an error: mistakes of the client get status 400, failures of the server 500.
+
+    Example:
+        >>> as_request_error(InputError("The picture cannot be read.", "Send a PNG.")).status
+        400
+    """
     mistake = isinstance(error, InputError | UnknownNameError)
     return RequestError(400 if mistake else 500, f"{error.problem} {error.remedy}")

@@ -1,4 +1,4 @@
-"""Answers for an event loop: a thread makes each of them, and at most so many run or wait."""
+"""Answers for an event loop: each is made in a thread, and the number that run or wait is limited."""
 
 from __future__ import annotations
 
@@ -24,7 +24,20 @@ class Job:
 
     Args:
         begin: Makes the stream; runs in the thread.
-        seconds: After which it is given up.
+        seconds: Time after which the answer is given up.
+
+    Example:
+        >>> from qe_edge.runtime.answers import Piece
+        >>> async def whole() -> str:
+        ...     pieces = [Piece("yes", (9,)), Piece(".", (3,))]  # stand for the stream of a pipeline
+        ...     job = Job(begin=lambda: pieces, seconds=10)
+        ...     asyncio.get_running_loop().run_in_executor(None, job.run)
+        ...     text = ""
+        ...     while (piece := await job.next()) is not None:
+        ...         text += piece.text
+        ...     return text
+        >>> asyncio.run(whole())
+        'yes.'
     """
 
     def __init__(self, begin: Callable[[], AnswerStream], seconds: float) -> None:
@@ -36,7 +49,7 @@ class Job:
         self._cancelled = threading.Event()
 
     def run(self) -> None:
-        """Make the answer; in a thread of its own."""
+        """Make the answer; runs in a thread of its own."""
         try:
             if self._cancelled.is_set():
                 return
@@ -79,11 +92,24 @@ class Job:
 
 
 class Jobs:
-    """Takes as many requests as run and wait; refuses more.
+    """Takes requests up to the number that may run or wait, and refuses more.
 
     Args:
         pipeline: Makes the answers.
         settings: Limits.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from qe_edge.runtime.answers import Piece
+        >>> async def first() -> str:
+        ...     pipeline = SimpleNamespace(slots=1)  # stands for a pipeline that answers one request at a time
+        ...     jobs = Jobs(pipeline, ServerSettings(model="demo", queue=4))
+        ...     job = jobs.start(lambda: [Piece("yes", (9,))])
+        ...     print(jobs.running, jobs.waiting)
+        ...     return (await job.next()).text
+        >>> asyncio.run(first())
+        1 0
+        'yes'
     """
 
     def __init__(self, pipeline: Pipeline, settings: ServerSettings) -> None:
@@ -95,19 +121,19 @@ class Jobs:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot."""
+        """Number of requests that wait for a slot."""
         return max(len(self._taken) - self._pipeline.slots, 0)
 
     @property
     def running(self) -> int:
-        """Requests that are answered."""
+        """Number of requests that are being answered."""
         return min(len(self._taken), self._pipeline.slots)
 
     def start(self, begin: Callable[[], AnswerStream]) -> Job:
         """Take a request.
 
         Raises:
-            RequestError: With status 429, if as many as may wait do so.
+            RequestError: With status 429, if too many requests wait already.
         """
         if len(self._taken) >= self._most:
             seconds = math.ceil(self._usual * (1 + self.waiting / self._pipeline.slots))
@@ -129,7 +155,7 @@ class Jobs:
         return job
 
     def stop(self) -> None:
-        """Cancel what runs or waits, and wait for the threads."""
+        """Cancel all requests that run or wait, and wait for the threads."""
         for job in tuple(self._taken):  # the event loop takes out those that end
             job.cancel()
         self._threads.shutdown(wait=True)

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text format."""
+"""Counters of a server in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ class Metrics:
     """Counters of one server.
 
     Args:
-        running: Asked for the number of answers that run.
-        waiting: Asked for the number of requests that wait.
-        picture_bytes: Asked for the memory of pictures that are remembered.
+        running: Returns the number of answers that run.
+        waiting: Returns the number of requests that wait.
+        picture_bytes: Returns the memory of the pictures that are remembered.
+
+    Example:
+        >>> metrics = Metrics(running=lambda: 1, waiting=lambda: 0, picture_bytes=lambda: 0)
+        >>> metrics.count("answered")
+        >>> lines = metrics.text().decode().splitlines()
+        >>> [line for line in lines if line.startswith("qe_edge_r") and "created" not in line]
+        ['qe_edge_requests_total{outcome="answered"} 1.0', 'qe_edge_running 1.0']
     """
 
     def __init__(
@@ -43,7 +50,7 @@ class Metrics:
             Gauge(f"qe_edge_{name}", help_text, registry=self._registry).set_function(ask)
 
     def count(self, outcome: str, timings: Timings | None = None) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self._requests.labels(outcome).inc()
         if timings is not None:
             self._tokens.labels("prompt").inc(timings.prompt_tokens)
@@ -53,5 +60,5 @@ class Metrics:
             self._whole.observe(timings.first_token + timings.decode)
 
     def text(self) -> bytes:
-        """All of them."""
+        """Return all counters as text."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Pictures that requests name: data addresses; files and downloads only as far as the settings allow them."""
+"""Pictures that requests name: data addresses, and files and downloads if the settings allow them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,24 @@ from qe_edge.server.settings import ServerSettings
 from qe_edge.system.errors import InputError
 
 MAX_DOWNLOAD = 64 << 20
-SECONDS = 10  # without a byte of a download
-DOWNLOAD_SECONDS = 30  # for all of it
+SECONDS = 10  # longest time without a byte of a download
+DOWNLOAD_SECONDS = 30  # longest time of a whole download
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def picture_source(settings: ServerSettings) -> Callable[[Any], Picture]:
-    """What makes a picture of what a message names."""
+    r"""Return a function that opens the picture that a message names.
+
+    Example:
+        >>> open_source = picture_source(ServerSettings(model="demo"))
+        >>> open_source("data:image/png;base64,iVBORw0KGgo=")
+        b'\x89PNG\r\n\x1a\n'
+        >>> open_source("https://example.org/cat.png")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: This server downloads nothing from 'example.org'. Send the picture as a
+        'data:' address, or start the server with --picture-host.
+    """
 
     def open_source(source: object) -> Picture:
         if not isinstance(source, str):
@@ -38,10 +49,25 @@ def picture_source(settings: ServerSettings) -> Callable[[Any], Picture]:
 
 
 def bounded(open_source: Callable[[Any], Picture], most: int) -> Callable[[Any], Picture]:
-    """The same for the pictures of one request, which may have so many pixels in all: memory goes with the pixels.
+    """Limit the pixels that all pictures of one request have together, because memory grows with them.
 
-    Raises:
-        InputError: By what is returned, before a picture is decoded, if there are more.
+    Args:
+        open_source: Opens one picture.
+        most: The largest number of pixels.
+
+    Returns:
+        A function like `open_source`. It raises InputError before it decodes a picture beyond the limit.
+
+    Example:
+        >>> import numpy as np
+        >>> open_counted = bounded(lambda source: source, most=100)
+        >>> open_counted(np.zeros((8, 10, 3), np.uint8)).shape  # 80 pixels
+        (8, 10, 3)
+        >>> open_counted(np.zeros((8, 10, 3), np.uint8))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: The pictures of the request have more than 100 pixels in all. Scale them
+        down, or send fewer.
     """
     left = most
 
@@ -121,10 +147,10 @@ def _download(parts: urllib.parse.SplitResult, hosts: tuple[str, ...]) -> bytes:
 
 
 def _content(response: http.client.HTTPResponse) -> bytes:
-    """At most one byte more than a picture may have.
+    """Read a response, up to one byte more than a picture may have.
 
     Raises:
-        TimeoutError: If a host sends it in drops.
+        TimeoutError: If a host sends it too slowly.
     """
     parts: list[bytes] = []
     size, end = 0, time.monotonic() + DOWNLOAD_SECONDS

@@ -1,4 +1,4 @@
-"""OpenAI's request and responses of `/v1/chat/completions`, as far as a model can obey them."""
+"""Requests and responses of OpenAI's `/v1/chat/completions`, with the fields that this server supports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qe_edge.runtime.answers import Timings
 from qe_edge.server.errors import RequestError
 from qe_edge.system.errors import shown, shown_name
 
-# fields of OpenAI's that say nothing to the model, and others with their values of no effect
+# OpenAI's fields that are ignored, and fields that are accepted only with the values that change nothing
 SILENT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 HARMLESS: dict[str, tuple[object, ...]] = {
     "n": (1,),
@@ -32,15 +32,21 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class StreamOptions(BaseModel):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: StrictBool = False
-    include_obfuscation: StrictBool = False  # padding against eavesdroppers, of which we add none
+    include_obfuscation: StrictBool = False  # padding against eavesdroppers; this server adds none
 
 
 class ChatRequest(BaseModel):
-    """A request; `top_k`, `min_p` and `repetition_penalty` are not OpenAI's."""
+    """A request; `top_k`, `min_p` and `repetition_penalty` are not OpenAI's.
+
+    Example:
+        >>> request = ChatRequest(model="demo", messages=[{"role": "user", "content": "hello"}], max_tokens=8)
+        >>> request.options["max_new_tokens"]
+        8
+    """
 
     model_config = ConfigDict(extra="forbid")
     model: str
@@ -59,7 +65,7 @@ class ChatRequest(BaseModel):
 
     @property
     def options(self) -> Options:
-        """What it says about the answer."""
+        """Options of the answer."""
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         return {
             "max_new_tokens": most,
@@ -74,10 +80,19 @@ class ChatRequest(BaseModel):
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """The request that a body holds.
+    """Read the request in a body.
 
     Raises:
-        RequestError: If it is no such request, or asks for what no answer obeys.
+        RequestError: If it is no such request, or asks for something that this server does not do.
+
+    Example:
+        >>> body = b'{"model": "demo", "messages": [{"role": "user", "content": "hello"}], "n": 1}'
+        >>> read_request(body).messages
+        [{'role': 'user', 'content': 'hello'}]
+        >>> read_request(body.replace(b'"n": 1', b'"n": 2'))
+        Traceback (most recent call last):
+            ...
+        qe_edge.server.errors.RequestError: This server does not do n = 2. Leave n out.
     """
     try:
         values = json.loads(body)
@@ -103,7 +118,13 @@ def read_request(body: bytes) -> ChatRequest:
 
 
 def conversation(request: ChatRequest) -> list[dict[str, Any]]:
-    """The messages, without fields that are null; a developer is the system."""
+    """Return the messages without null fields; the role "developer" becomes "system".
+
+    Example:
+        >>> message = {"role": "developer", "content": "Answer in one word.", "name": None}
+        >>> conversation(ChatRequest(model="demo", messages=[message]))
+        [{'role': 'system', 'content': 'Answer in one word.'}]
+    """
     found = []
     for message in request.messages:
         kept = {name: value for name, value in message.items() if value is not None or name == "content"}
@@ -114,7 +135,13 @@ def conversation(request: ChatRequest) -> list[dict[str, Any]]:
 
 
 def usage(timings: Timings) -> dict[str, Any]:
-    """Tokens that an answer took."""
+    """Return the numbers of tokens of a prompt and its answer, as OpenAI writes them.
+
+    Example:
+        >>> usage(Timings(0, 0.01, 0.02, 0, 0.1, 0.13, 0.02, prompt_tokens=90, reused_tokens=64, answer_tokens=2))
+        {'prompt_tokens': 90, 'completion_tokens': 2, 'total_tokens': 92, 'prompt_tokens_details':
+        {'cached_tokens': 64}}
+    """
     prompt, answer = timings.prompt_tokens, timings.answer_tokens
     return {
         "prompt_tokens": prompt,
@@ -125,5 +152,10 @@ def usage(timings: Timings) -> dict[str, Any]:
 
 
 def choice(key: str, content: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-    """The one choice of a completion (`key` "message") or of a chunk ("delta")."""
+    """Return the one choice of a completion (`key` "message") or of a chunk (`key` "delta").
+
+    Example:
+        >>> choice("message", {"role": "assistant", "content": "yes"}, "stop")
+        {'index': 0, 'message': {'role': 'assistant', 'content': 'yes'}, 'logprobs': None, 'finish_reason': 'stop'}
+    """
     return {"index": 0, key: content, "logprobs": None, "finish_reason": finish_reason}

@@ -1,4 +1,4 @@
-"""Runs the HTTP server until it is told to stop; running answers are finished first."""
+"""Run the HTTP server until a signal stops it; running answers are finished first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qe_edge.server.application import ChatServer
 from qe_edge.server.settings import ServerSettings
 from qe_edge.system.errors import InputError
 
-CONNECTIONS = 256  # beyond those of requests that run or wait
+CONNECTIONS = 256  # beyond the connections of requests that run or wait
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -29,7 +29,7 @@ class _Uvicorn(uvicorn.Server):
         self._chat, self._ready = server, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to take requests, and say where."""
+        """Begin to take requests, and report the address."""
         await super().startup(sockets)
         if self.started and sockets:
             host, port, *_ = sockets[0].getsockname()
@@ -49,7 +49,7 @@ class _Uvicorn(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take no more requests; answer those that are there."""
+        """Take no more requests, and finish the ones that were taken."""
         self._chat.stopping = True
         super().handle_exit(sig, frame)
 
@@ -60,8 +60,14 @@ def serve(pipeline: Pipeline, settings: ServerSettings, listening: socket.socket
     Args:
         pipeline: The model.
         settings: Limits.
-        listening: From `listen`.
+        listening: The socket, from `listen`.
         ready: Called with the server's address when it takes requests.
+
+    Example:
+        >>> from qe_edge import Pipeline  # doctest: +SKIP
+        >>> pipeline = Pipeline.from_dir("out/demo/engines/cpu")  # doctest: +SKIP
+        >>> settings = ServerSettings(model="demo")  # doctest: +SKIP
+        >>> serve(pipeline, settings, listen("127.0.0.1", 8000), ready=print)  # doctest: +SKIP
     """
     server = ChatServer(pipeline, settings)
     config = uvicorn.Config(
@@ -77,14 +83,20 @@ def serve(pipeline: Pipeline, settings: ServerSettings, listening: socket.socket
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Open a socket that listens.
 
     Args:
         host: Address of this machine.
         port: Its port; 0 for any free one.
 
     Raises:
-        InputError: If the address cannot be had.
+        InputError: If the address is not available.
+
+    Example:
+        >>> listening = listen("127.0.0.1", port=0)
+        >>> listening.getsockname()[0]
+        '127.0.0.1'
+        >>> listening.close()
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -1,4 +1,4 @@
-"""What a server takes, and for how long."""
+"""Limits of a server: sizes, numbers and times."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class ServerSettings:
 
     Attributes:
         model: The name under which clients ask for the model.
-        api_key: What clients must send as a bearer token; None for nothing.
+        api_key: The bearer token that clients must send; None if they need none.
         queue: Requests that may wait while others are answered; more are refused with 429.
-        max_request_bytes: Size of a request.
-        max_pictures: Pictures of a request.
-        max_pixels: Pixels of all of them together.
+        max_request_bytes: The largest size of a request.
+        max_pictures: The largest number of pictures of a request.
+        max_pixels: The largest number of pixels of all pictures of a request together.
         request_seconds: Seconds until a request must have arrived.
         answer_seconds: Seconds after which an answer is given up, waiting included.
         grace_seconds: Seconds that running answers have after the server was asked to stop.
-        picture_folder: Folder whose files may be named as pictures; None for no files.
+        picture_folder: Folder whose files requests may name as pictures; None refuses files.
         picture_hosts: Hosts from which pictures may be downloaded.
     """
 
@@ -42,10 +42,15 @@ class ServerSettings:
 
 
 def read_api_key(path: Path) -> str:
-    """The key that a file holds.
+    r"""Read the key in a file.
 
     Raises:
         InputError: If there is no such file, or no key of visible ASCII characters in it.
+
+    Example:
+        >>> _ = Path("key.txt").write_text("secret-key\n")
+        >>> read_api_key(Path("key.txt"))
+        'secret-key'
     """
     try:
         with path.open("rb") as file:

@@ -18,7 +18,7 @@ SPARE_TOKENS = 4  # room beyond the longest reference answer, so that a longer a
 
 @dataclass(frozen=True)
 class Reader:
-    """What encodes the questions, the same for all models.
+    """The family and the processor that encode the questions for all models.
 
     Attributes:
         family: The original's family.
@@ -30,12 +30,28 @@ class Reader:
 
 
 def batches(samples: Sequence[Sample], size: int = BATCH) -> list[Sequence[Sample]]:
-    """Cut samples into batches."""
+    """Cut samples into batches.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation
+        >>> [len(part) for part in batches(load_evaluation("demo")[:60], size=25)]
+        [25, 25, 10]
+    """
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def answer_length(source: Reader | LoadedModel, samples: Sequence[Sample]) -> int:
-    """Tokens to generate: the longest reference answer and a little more."""
+    """Return how many tokens to generate: as many as the longest reference answer has, and four more.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded, samples = load_model("demo"), load_evaluation("demo")[:5]
+        >>> [sample.answer for sample in samples]
+        ['yes', 'rectangle', 'yes', 'circle', 'brown']
+        >>> answer_length(loaded, samples)
+        6
+    """
     encode, processor = source.family.encode, source.processor
     masks = (encode(processor, part, answers=True).answer_mask for part in batches(samples))
     # the run of True at a row's end; earlier answers of a conversation stand before its last question
@@ -54,11 +70,21 @@ def answer_all(
 
     Args:
         subject: The model.
-        source: Whose family and processor encode the questions, the same for all subjects.
+        source: Holds the family and the processor that encode the questions.
         samples: The questions.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: The largest number of tokens of an answer.
         done: Called with the number of samples of every finished batch.
         size: Samples of a batch.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation
+        >>> from qe_edge.validate.subjects import TorchSubject, load_float32
+        >>> loaded, samples = load_float32("demo"), load_evaluation("demo")[:3]
+        >>> answer_all(TorchSubject(loaded), loaded, samples, 8, done=lambda count: print(f"{count} answered"))
+        3 answered
+        ['yes', 'rectangle', 'yes']
+        >>> [sample.answer for sample in samples]
+        ['yes', 'rectangle', 'yes']
     """
     tokenizer = source.processor.tokenizer
     texts: list[str] = []
@@ -71,17 +97,34 @@ def answer_all(
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer is the reference, but for case, surrounding space and a final full stop."""
+    """Whether an answer equals the reference; case, surrounding space and a final full stop do not count.
+
+    Example:
+        >>> is_right(" Red.", "red"), is_right("dark red", "red")
+        (True, False)
+    """
     return _normal(answer) == _normal(reference)
 
 
 def is_right_for(sample: Sample, answer: str) -> bool:
-    """Whether an answer is one of a sample's right answers."""
+    """Whether an answer is one of a sample's right answers.
+
+    Example:
+        >>> is_right_for(Sample("a.png", "what color is it?", answers=("teal", "green")), "Green.")
+        True
+    """
     return any(is_right(answer, reference) for reference in sample.references)
 
 
 def score(samples: Sequence[Sample], answers: Sequence[str]) -> Accuracy:
-    """Right answers by kind of question."""
+    """Right answers by kind of question.
+
+    Example:
+        >>> asked = [Sample(None, "is it red?", "yes", kind="yesno"), Sample(None, "which color?", "red", kind="open")]
+        >>> accuracy = score(asked, ["no", "Red."])
+        >>> accuracy.share("open"), accuracy.share("yesno"), accuracy.share()
+        (1.0, 0.0, 0.5)
+    """
     total: Counter[str] = Counter()
     correct: Counter[str] = Counter()
     for sample, answer in zip(samples, answers, strict=True):

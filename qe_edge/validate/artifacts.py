@@ -1,4 +1,4 @@
-"""What a report measured: folders that belong together, each by its digest."""
+"""The folders that a report measured: each with its digest, and checked to belong together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qe_edge.validate.schema import Artifact
 def trace_artifacts(
     original: str, name: str, checkpoint: Path, onnx: Path | None, engines: Sequence[Path]
 ) -> tuple[list[Artifact], list[str]]:
-    """Check that all folders are of one model, before any work.
+    """Check that all folders were made from one model.
 
     Args:
         original: The original model: "demo", a folder or a hub id.
-        name: What the report calls it.
+        name: Its name in the report.
         checkpoint: Folder of the quantized checkpoint.
         onnx: Folder of the exported graphs, if there is one.
         engines: Folders of built targets.
@@ -29,6 +29,11 @@ def trace_artifacts(
 
     Raises:
         ArtifactError: If a folder is of another model, checkpoint or export than the others, or is damaged.
+
+    Example:
+        >>> made = Path("out/demo")  # doctest: +SKIP
+        >>> artifacts, notes = trace_artifacts("demo", "demo", made / "checkpoint", made / "onnx", [])  # doctest: +SKIP
+        >>> [(artifact.stage, artifact.name) for artifact in artifacts]  # doctest: +SKIP
     """
     described = read_checkpoint_files(checkpoint)
     for folder in ([onnx] if onnx else []) + list(engines):

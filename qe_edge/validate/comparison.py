@@ -25,13 +25,23 @@ LOGITS_BYTES = 1 << 30  # most memory that one batch of logits may take
 
 @dataclass
 class TeacherForced:
-    """Distance of one model's predictions from the original's, on answer tokens and on all text tokens."""
+    """Distance of one model's predictions from the original's, on answer tokens and on all text tokens.
+
+    Example:
+        >>> ids, mask = np.array([[5, 6, 7, 8]]), np.ones((1, 4), np.int64)
+        >>> encoded = Encoded(ids, mask, np.zeros((1, 4), bool), np.array([[False, False, True, True]]))
+        >>> logits = np.random.default_rng(0).normal(size=(1, 4, 10)).astype(np.float32)
+        >>> distances = TeacherForced()
+        >>> distances.add(encoded, logits, 2 * logits)
+        >>> distances.answer.positions, distances.text.positions, distances.text.agreement()
+        (2, 3, 1.0)
+    """
 
     answer: LogitsDistance = field(default_factory=LogitsDistance)
     text: LogitsDistance = field(default_factory=LogitsDistance)
 
     def add(self, encoded: Encoded, reference: np.ndarray, other: np.ndarray, names: Names = NAMES) -> None:
-        """Add logits `[batch, sequence, vocabulary]` of the same batch; `names` are what messages call the two."""
+        """Add logits `[batch, sequence, vocabulary]` of the same batch; messages call the two models by `names`."""
         for name, mask in predicting_positions(encoded).items():
             distance: LogitsDistance = getattr(self, name)
             distance.add(torch.from_numpy(reference[:, :-1][mask]), torch.from_numpy(other[:, :-1][mask]), names)
@@ -45,6 +55,17 @@ class Comparison:
         quantized: The quantized model in float32.
         engine: The built engine, or None.
         most: Most samples of a batch.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation
+        >>> from qe_edge.validate.subjects import load_float32
+        >>> original, other = load_float32("demo"), load_float32("demo")
+        >>> _ = other.model.lm_head.weight.data.mul_(0.9)  # stands for a quantized model
+        >>> comparison = Comparison(original, other, engine=None)
+        >>> comparison.measure_heldout(load_evaluation("demo")[:4], done=lambda count: None)
+        >>> distance = comparison.distances["quantized"].answer
+        >>> distance.positions, distance.agreement(), f"mean KL {distance.mean_divergence():.1e}"
+        (8, 1.0, 'mean KL 1.1e-03')
     """
 
     def __init__(
@@ -70,7 +91,7 @@ class Comparison:
         """Layers, streams and logits on held-out samples with their answers.
 
         Raises:
-            NumericalError: If an output is not finite; names the model and the first such layer or block.
+            NumericalError: If an output is not finite. The message names the model and the first such layer or block.
         """
         original, quantized = self._subjects
         for part in batches(samples, self.batch_size(samples)):
@@ -146,14 +167,28 @@ class Comparison:
 
 
 def predicting_positions(encoded: Encoded) -> dict[str, np.ndarray]:
-    """Masks `[batch, sequence - 1]` of the positions whose next token is known: of the answer, or any text."""
+    """Masks `[batch, sequence - 1]` of the positions before a token of the answer, and before any text token.
+
+    Example:
+        >>> ids, mask = np.array([[5, 6, 7, 8]]), np.ones((1, 4), np.int64)
+        >>> picture, answer = np.array([[True, False, False, False]]), np.array([[False, False, False, True]])
+        >>> masks = predicting_positions(Encoded(ids, mask, picture, answer))
+        >>> masks["text"].tolist(), masks["answer"].tolist()
+        ([[True, True, True]], [[False, False, True]])
+    """
     valid = encoded.attention_mask.astype(bool)
     pair = valid[:, :-1] & valid[:, 1:]
     return {"answer": pair & encoded.answer_mask[:, 1:], "text": pair & ~encoded.image_mask[:, 1:]}
 
 
 def distance_of(measured: LogitsDistance) -> Distance:
-    """A distance as data."""
+    """Return a distance as a part of the report.
+
+    Example:
+        >>> measured = LogitsDistance(divergence=0.5, agreed=9, positions=10)
+        >>> distance_of(measured)
+        Distance(kl=0.05, top1=0.9, positions=10)
+    """
     return Distance(kl=measured.mean_divergence(), top1=measured.agreement(), positions=measured.positions)
 
 

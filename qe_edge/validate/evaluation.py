@@ -1,8 +1,9 @@
-"""Everything that needs the models themselves; no more than one of them is held in float32.
+"""The part of a validation that runs the models. At most one of them is held in float32.
 
-The original answers first. It stays while the quantized model's layers are compared with its own: until then these
-decode their weights at every call, and whatever was not quantized is the same memory in both models. Then the original
-goes, and the quantized model keeps its weights decoded while it answers. What comes back holds no model.
+The original answers first. It stays in memory while the quantized model is compared with it, layer by layer. During
+this comparison quantized layers decode their weights at every call, and both models share the tensors that were not
+quantized. Then the original is freed, and the quantized model keeps its weights decoded while it answers. The result
+holds no model.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from qe_edge.validate.subjects import Subject, TorchSubject, block_groups, decod
 
 @dataclass(frozen=True)
 class Questions:
-    """What all models are asked.
+    """The questions that all models are asked.
 
     Attributes:
         heldout: Questions with answers.
-        shuffled: The same with the pictures of others, or None.
+        shuffled: The same questions with exchanged pictures, or None.
         calibration: The samples that the checkpoint was calibrated on, or None.
     """
 
@@ -44,13 +45,13 @@ class Questions:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What running the models side by side showed.
+    """Results of running the models side by side.
 
     Attributes:
         layers: Errors of every quantized layer.
         stream: Errors of the hidden states behind every block.
         routing: Load of the routed experts.
-        distances: Of the predictions of "quantized" and "engine" from the original's.
+        distances: Distance of the predictions of "quantized" and "engine" from the original's.
         engine_error: Relative error of the engine's logits, None without one.
     """
 
@@ -63,13 +64,13 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that the models were needed for.
+    """Everything that was measured on the models themselves.
 
     Attributes:
         source: Folder or hub id of the original.
-        model_type: Its family.
+        model_type: Model type of the original, for example "qwen2_vl".
         bits: Bits per weight of the checkpoint.
-        compared: What running them side by side showed.
+        compared: Results of running them side by side.
         answers: Answers to the held-out questions.
         blind: Answers to the questions with exchanged pictures; empty without those.
     """
@@ -95,12 +96,18 @@ def evaluate(
         original: The original model: "demo", a folder or a hub id.
         checkpoint: Folder of the quantized checkpoint.
         engine: The engine built from it, or None.
-        questions: What to ask.
+        questions: The questions.
         progress: Where to report progress.
 
     Raises:
         NumericalError: If outputs are not finite.
         QEError: If a model cannot be loaded, or cannot be decoded as its settings say.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation  # doctest: +SKIP
+        >>> from qe_edge.system.progress import Silent  # doctest: +SKIP
+        >>> questions = Questions(load_evaluation("demo"), None, None)  # doctest: +SKIP
+        >>> evaluate("demo", Path("checkpoint"), None, questions, Silent()).answers["quantized"][:3]  # doctest: +SKIP
     """
     quantized = load_quantized(checkpoint)  # first: while it is opened it takes as much as an unquantized one
     bits = count_bits(quantized.model, block_groups(quantized))
@@ -145,7 +152,7 @@ def _compare(
     questions: Questions,
     progress: Progress,
 ) -> Comparisons:
-    """Run the models side by side; what comes back holds none of them."""
+    """Run the models side by side. The result holds none of them."""
     comparison = Comparison(reference, quantized, engine, _batch(engine))
     comparison.measure_heldout(questions.heldout, lambda count: progress.advance(count, "logits and layers"))
     if questions.calibration:
@@ -192,6 +199,6 @@ def _asker(
 
 
 def _give_back() -> None:
-    """Memory of a model that is no longer used, to the system."""
+    """Return the memory of a model that is no longer used to the system."""
     gc.collect()
     trim_heap()

@@ -20,7 +20,18 @@ MAX_SIDE = 256  # pixels of an embedded picture
 def choose_examples(samples: Sequence[Sample], answers: Mapping[Role, Sequence[str]]) -> list[Example]:
     """Up to eight questions with the answers of every model.
 
-    At most half of them are questions on which the models differ, so that the page does not look worse than the model.
+    At most half of them are questions on which the models differ. A page of nothing but differences would make the
+    model look worse than it is.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation
+        >>> samples = load_evaluation("demo")[:20]
+        >>> right = [sample.answer for sample in samples]
+        >>> examples = choose_examples(samples, {"original": right, "quantized": ["no idea", *right[1:]]})
+        >>> examples[0].question, [(answer.text, answer.correct) for answer in examples[0].answers]
+        ('is no rectangle present?', [('yes', True), ('no idea', False)])
+        >>> len(examples)
+        8
     """
     rows = range(len(samples))
     differing = [row for row in rows if len({texts[row] for texts in answers.values()}) > 1]

@@ -1,4 +1,4 @@
-"""How far the features of a vision encoder are from the original's, and what a linear probe still reads from them."""
+"""Distance of a vision encoder's features from the original's, and the accuracy of a linear probe on them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Features:
     """Outputs of a vision encoder.
 
     Attributes:
-        picture: Of the class token, or the mean of the patches where there is none, float32 `[pictures, features]`.
-        patches: Of the patches, float32 `[pictures, patches, features]`.
+        picture: Features of the class token, or the mean over the patches where there is none, float32
+            `[pictures, features]`.
+        patches: Features of the patches, float32 `[pictures, patches, features]`.
     """
 
     picture: Tensor
@@ -38,12 +39,19 @@ class Features:
 
 
 def extract_features(loaded: LoadedModel | EncoderEngine, samples: Sequence[Sample]) -> Features:
-    """Features of pictures that all have one size after the image processor, in PyTorch or in an engine.
+    """Compute the features of pictures in PyTorch or in an engine. The image processor must give all one size.
 
     Raises:
         InputError: If a picture cannot be read.
         CalibrationError: If there is no picture.
         NumericalError: If features are not finite.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_samples  # doctest: +SKIP
+        >>> from qe_edge.models.loading import load_model  # doctest: +SKIP
+        >>> loaded = load_model("facebook/dinov2-small")  # doctest: +SKIP
+        >>> features = extract_features(loaded, load_samples("pictures.jsonl", 16, seed=0))  # doctest: +SKIP
+        >>> features.picture.shape, features.patches.shape  # doctest: +SKIP
     """
     if not samples:
         raise CalibrationError("There is no picture to measure on.", "Give lines that name pictures.")
@@ -64,7 +72,15 @@ def extract_features(loaded: LoadedModel | EncoderEngine, samples: Sequence[Samp
 
 
 def mean_cosine(original: Features, other: Features) -> dict[str, float]:
-    """Mean cosine between both models' features, 1 for the same direction: of class tokens and of patches."""
+    """Mean cosine between both models' features, of class tokens and of patches; 1 is the same direction.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> picture, patches = torch.randn(4, 64), torch.randn(4, 16, 64)
+        >>> found = mean_cosine(Features(picture, patches), Features(picture + 0.1 * torch.randn(4, 64), patches))
+        >>> {name: round(value, 3) for name, value in found.items()}
+        {'cosine_cls': 0.994, 'cosine_patches': 1.0}
+    """
     return {
         "cosine_cls": _cosine(original.picture, other.picture),
         "cosine_patches": _cosine(original.patches, other.patches),
@@ -75,8 +91,16 @@ class LinearProbe:
     """Logistic regressions on the class token's features of the original model, one for each label.
 
     Args:
-        features: Of the pictures that it learns from.
-        labels: For every name of a label, the label of every picture.
+        features: Features of the pictures that it learns from.
+        labels: The label of every picture, for each name of a label.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> labels = {"color": ["red"] * 20 + ["blue"] * 20}
+        >>> centers = torch.tensor([[3.0, 0.0]] * 20 + [[0.0, 3.0]] * 20)
+        >>> known, other = (Features(centers + torch.randn(40, 2), torch.zeros(40, 1, 2)) for _ in range(2))
+        >>> LinearProbe(known, labels).accuracy(other, labels)
+        {'color': 0.975}
     """
 
     def __init__(self, features: Features, labels: Mapping[str, Sequence[str]]) -> None:
@@ -87,7 +111,7 @@ class LinearProbe:
         }
 
     def accuracy(self, features: Features, labels: Mapping[str, Sequence[str]]) -> dict[str, float]:
-        """Share of pictures, 0 to 1, whose label is read rightly from features of the original or another model."""
+        """Share of pictures, 0 to 1, whose label the probe predicts rightly from a model's features."""
         inputs = features.picture.numpy()
         return {
             name: float(np.mean(probe.predict(inputs) == np.asarray(labels[name])))

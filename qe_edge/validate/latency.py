@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.runtime.engine import check_runnable
-from qe_edge.runtime.engine_info import read_engine_info
+from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.system import errors
 from qe_edge.system.child_process import isolated_module, safe_environment
 from qe_edge.system.errors import InputError, ResourceError
@@ -23,18 +23,18 @@ from qe_edge.validate.schema import Latency
 
 ACCURACY_LEVELS = (0, 4)
 CHILD = "qe_edge.validate.latency_child"
-REFUSED = 65  # exit code of a child that was asked for something impossible, which it says in its last line
+REFUSED = 65  # exit code of a child that cannot measure; its last line says why
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a child process measures.
+    """The task of a child process: one question in one runtime.
 
     Attributes:
         runtime: "onnxruntime", "tensorrt", "tensorrt_rtx" or "pytorch".
-        setting: What distinguishes it from others of the same runtime.
+        setting: Distinguishes measurements of one runtime, for example "accuracy level 4".
         model: Engine folder, or the original model's folder or hub id.
-        accuracy_level: Of ONNX Runtime.
+        accuracy_level: Accuracy level of ONNX Runtime.
         threads: Threads to use.
         question: The question.
         pictures: Paths of its pictures.
@@ -84,6 +84,11 @@ def measure_latency(
         TargetError: If this machine cannot run the engine.
         InputError: If prompt and new tokens do not fit into the context, or an engine that uses no threads gets some.
         ResourceError: If a measuring process dies, most often for want of memory.
+
+    Example:
+        >>> question = Sample("picture.png", "what color is the shape?")  # doctest: +SKIP
+        >>> for row in measure_latency(Path("out/demo/engines/cpu"), question, original="demo"):  # doctest: +SKIP
+        ...     print(row.runtime, row.setting, row.steps["first_token"].median)
     """
     check_runnable(engines, plugin_library)
     info = read_engine_info(engines)
@@ -100,21 +105,25 @@ def measure_latency(
             "onnxruntime", "", str(engines), 0, threads, sample.question, pictures,
             seconds=seconds, new_tokens=new_tokens, plugin_library=_text(plugin_library),
         )  # fmt: skip
-        if info is None or info.backend == "onnxruntime":
-            wanted = [
-                replace(first, accuracy_level=level, setting=f"accuracy level {level}") for level in ACCURACY_LEVELS
-            ]
-        else:
-            setting = f"{info.version}, {'with' if info.plugin else 'without'} the plugin"
-            wanted = [replace(first, runtime=info.backend, setting=setting)]
-        if original is not None:
-            wanted.append(replace(first, runtime="pytorch", setting="float32", model=original))
+        wanted = _measurements(first, info, original)
         found = []
         with track(progress or Silent(), "Measuring speed", len(wanted)) as tracked:
             for measurement in wanted:
                 found.append(_in_child(measurement))
                 tracked.advance(1, measurement.runtime)
     return found
+
+
+def _measurements(first: Measurement, info: EngineInfo | None, original: str | None) -> list[Measurement]:
+    """Return a measurement of every runtime; all ask the question of `first`."""
+    if info is None or info.backend == "onnxruntime":
+        wanted = [replace(first, accuracy_level=level, setting=f"accuracy level {level}") for level in ACCURACY_LEVELS]
+    else:
+        setting = f"{info.version}, {'with' if info.plugin else 'without'} the plugin"
+        wanted = [replace(first, runtime=info.backend, setting=setting)]
+    if original is not None:
+        wanted.append(replace(first, runtime="pytorch", setting="float32", model=original))
+    return wanted
 
 
 def _text(path: Path | None) -> str | None:

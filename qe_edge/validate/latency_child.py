@@ -38,7 +38,13 @@ Times = dict[str, list[float]]
 
 
 def measure(request: Measurement) -> Latency:
-    """Measure in this process."""
+    """Measure in this process.
+
+    Example:
+        >>> pictures = ("picture.png",)  # doctest: +SKIP
+        >>> request = Measurement("pytorch", "float32", "demo", 0, 4, "what color is it?", pictures)  # doctest: +SKIP
+        >>> measure(request).steps["decode"].median  # doctest: +SKIP
+    """
     sample = Sample(request.pictures, request.question)
     once, prompt_tokens = (_pytorch if request.runtime == "pytorch" else _engine)(request, sample)
     for _ in range(WARM_UP):
@@ -60,7 +66,11 @@ def measure(request: Measurement) -> Latency:
 def peak_memory() -> int:
     """Peak resident memory of this program in bytes.
 
-    `getrusage` would do less: its maximum is inherited from the parent process across fork and exec.
+    `getrusage` would not do: its maximum is inherited from the parent process across fork and exec.
+
+    Example:
+        >>> peak_memory() > 10 << 20  # a Python program with numpy takes more than 10 MiB
+        True
     """
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):

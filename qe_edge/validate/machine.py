@@ -1,4 +1,4 @@
-"""What the machine is that a validation ran on."""
+"""Description of the machine that a validation ran on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", 
 
 
 def describe_machine() -> Machine:
-    """Operating system, processor, memory and library versions."""
+    """Operating system, processor, memory and library versions.
+
+    Example:
+        >>> machine = describe_machine()
+        >>> machine.cores > 0, "torch" in machine.libraries
+        (True, True)
+    """
     return Machine(
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         processor=_processor(),
@@ -26,7 +32,13 @@ def describe_machine() -> Machine:
 
 
 def busy_note() -> str | None:
-    """A warning if so much else runs on this machine that times are not those of the engine alone."""
+    """Return a warning if other programs load this machine so much that measured times are too long, else None.
+
+    Example:
+        >>> note = busy_note()
+        >>> note is None or note.startswith("The machine was busy")
+        True
+    """
     load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
     if load < BUSY * cores:
         return None

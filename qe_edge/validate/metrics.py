@@ -1,4 +1,4 @@
-"""Measures of how far two models are apart; sums run in float64 over batches of any size."""
+"""Distances between two models, summed in float64 over batches of any size."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ class RelativeError:
         error: Sum of squared differences.
         norm: Sum of squares of the reference.
         rows: Number of tokens.
+
+    Example:
+        >>> error = RelativeError()
+        >>> error.add(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]]))
+        >>> error.value()  # 0.5 / 5
+        0.1
     """
 
     error: float = 0.0
@@ -31,7 +37,7 @@ class RelativeError:
     rows: int = 0
 
     def add(self, reference: Tensor, other: Tensor, names: Names = NAMES) -> None:
-        """Add tokens `[n, features]`; `names` are what messages call the two.
+        """Add tokens `[n, features]`; messages call the two models by `names`.
 
         Raises:
             NumericalError: If a sum is not finite: NaN would pass for no error.
@@ -44,7 +50,7 @@ class RelativeError:
         self.rows += len(wanted)
 
     def value(self) -> float | None:
-        """The error, or None if nothing (or nothing but zeros, met exactly) was added.
+        """Return the error. It is None if nothing was added, or if both sides are zero everywhere.
 
         Raises:
             NumericalError: If the reference is zero everywhere and the other is not.
@@ -64,6 +70,12 @@ class LogitsDistance:
         divergence: Sum of KL(reference || other) in nats.
         agreed: Positions whose most likely token is the same.
         positions: Number of positions.
+
+    Example:
+        >>> distance = LogitsDistance()
+        >>> distance.add(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        >>> distance.positions, distance.agreement(), round(distance.mean_divergence(), 3)
+        (2, 0.5, 0.448)
     """
 
     divergence: float = 0.0
@@ -71,7 +83,7 @@ class LogitsDistance:
     positions: int = 0
 
     def add(self, reference: Tensor, other: Tensor, names: Names = NAMES) -> None:
-        """Add logits `[positions, vocabulary]`; `names` are what messages call the two.
+        """Add logits `[positions, vocabulary]`; messages call the two models by `names`.
 
         Raises:
             NumericalError: If a logit is not finite: NaN would pass for agreement.
@@ -93,7 +105,7 @@ class LogitsDistance:
 
 
 def _not_finite(reference: Tensor, other: Tensor, names: Names) -> NumericalError:
-    """What to say of outputs that cannot be compared."""
+    """Return the error for outputs that cannot be compared."""
     for name, tensor in zip(names, (reference, other), strict=True):
         if not tensor.isfinite().all():
             return NumericalError(f"The outputs of {name} hold NaN or infinity.", REMEDY)
@@ -101,7 +113,13 @@ def _not_finite(reference: Tensor, other: Tensor, names: Names) -> NumericalErro
 
 
 def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
-    """KL(reference || other) in nats, float64 `[positions]`, of logits `[positions, vocabulary]`."""
+    """KL(reference || other) in nats, float64 `[positions]`, of logits `[positions, vocabulary]`.
+
+    Example:
+        >>> half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+        >>> kl_divergence(half, half).tolist(), kl_divergence(half, quarter)  # 0.5 log 2 + 0.5 log (2 / 3)
+        ([0.0], tensor([0.1438], dtype=torch.float64))
+    """
     wanted, found = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     probability = wanted.exp()
     # a token that the reference excludes (-inf) contributes nothing, whatever the other says

@@ -64,10 +64,14 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
         progress: Where to report progress.
 
     Raises:
-        ArtifactError: If the folders were not made from each other, which is found before any work.
+        ArtifactError: If the folders were not made from each other. This is checked before any work.
         CalibrationError: If there is no question with an answer.
         TargetError: If this machine cannot run the engine.
         QEError: Of other kinds, if a part cannot be loaded.
+
+    Example:
+        >>> report = validate("demo", Path("checkpoint"), Path("engines/cpu"), "demo")  # doctest: +SKIP
+        >>> report.contender("engine").accuracy.share()  # doctest: +SKIP
     """
     progress = progress or Silent()
     built = ([engines] if engines is not None else []) + list(not_run)
@@ -89,20 +93,21 @@ def validate(  # noqa: PLR0913 - everything that a report tells of
         latency = measure_latency(
             engines, samples[0], original=original, plugin_library=plugin_library, progress=progress
         )
-    notes = [
-        *strangers,
-        *([] if calibration else [NO_CALIBRATION]),
-        *([] if shuffled else [NO_SHUFFLE]),
-        *([LIMITED.format(count=len(samples))] if len(samples) < len(every) else []),
-        *([busy] if latency and (busy := busy_note()) else []),
-    ]
+    notes = [*strangers, *_gaps(calibration, shuffled)]
+    notes += [LIMITED.format(count=len(samples))] if len(samples) < len(every) else []
+    notes += [busy] if latency and (busy := busy_note()) else []
     inputs = _Inputs(original, checkpoint, engines, onnx, tuple(not_run), evaluation, samples, recipe)
     return _report(inputs, found, latency, artifacts, notes)
 
 
+def _gaps(calibration: list[Sample] | None, shuffled: list[Sample] | None) -> list[str]:
+    """Return a note on each part of a report that is missing."""
+    return [*([] if calibration else [NO_CALIBRATION]), *([] if shuffled else [NO_SHUFFLE])]
+
+
 @dataclass(frozen=True)
 class _Inputs:
-    """What a report is about; attributes as the arguments of `validate`, the questions that were asked, the recipe."""
+    """Inputs of a report: the arguments of `validate`, the questions that were asked, and the recipe."""
 
     original: str
     checkpoint: Path
@@ -117,7 +122,7 @@ class _Inputs:
 def _report(
     inputs: _Inputs, found: Evaluation, latency: list[Latency], artifacts: list[Artifact], notes: list[str]
 ) -> Report:
-    """Everything that was found, in one table."""
+    """Put all results into one report."""
     samples, compared, answers = inputs.samples, found.compared, found.answers
     sizes = stage_sizes(found.source, inputs.checkpoint, inputs.onnx, inputs.engines)
     data = EvaluationData(
@@ -155,7 +160,15 @@ def _report(
 
 
 def model_name(reference: str) -> str:
-    """What a report calls a model: not the path of a folder, which says nothing on another machine."""
+    """Return a model's name in reports. It is no path, because a path says nothing on another machine.
+
+    Example:
+        >>> model_name("demo"), model_name("HuggingFaceTB/SmolVLM2-256M-Video-Instruct")
+        ('demo', 'HuggingFaceTB/SmolVLM2-256M-Video-Instruct')
+        >>> Path("models/my-model").mkdir(parents=True)
+        >>> model_name("models/my-model")
+        'my-model'
+    """
     folder = Path(reference)
     if reference == DEMO or (folder.is_dir() and folder.samefile(model_path())):
         return DEMO
@@ -163,7 +176,13 @@ def model_name(reference: str) -> str:
 
 
 def calibration_of(recipe: Recipe) -> list[Sample] | None:
-    """The samples that a checkpoint was calibrated on, or None if they cannot be had again unchanged."""
+    """The samples that a checkpoint was calibrated on, or None if they cannot be had again unchanged.
+
+    Example:
+        >>> recipe = Recipe.model_validate({"calibration": {"source": "demo", "samples": 8}})
+        >>> len(calibration_of(recipe))
+        8
+    """
     spec = recipe.calibration
     try:
         samples = load_samples(spec.source, spec.samples, recipe.seed)
@@ -173,7 +192,7 @@ def calibration_of(recipe: Recipe) -> list[Sample] | None:
 
 
 def _runtime(role: Role, engines: Path | None) -> str:
-    """What ran a model, with its precision."""
+    """Return the name of a model's runtime with its precision."""
     if role != "engine" or engines is None:
         return "PyTorch, float32"
     name = runtime_name(read_engine_info(engines))

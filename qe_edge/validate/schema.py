@@ -1,4 +1,4 @@
-"""What a validation found, as data: the content of report.json."""
+"""The results of a validation as data: the content of report.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Part(BaseModel):
 
 
 class Machine(Part):
-    """Where the validation ran.
+    """The machine that the validation ran on.
 
     Attributes:
         system: Operating system and architecture.
@@ -60,9 +60,9 @@ class TokenErrors(Part):
     """Relative output error `||y - y_hat||_F / ||y||_F`; None where there was no such token.
 
     Attributes:
-        all: Over all tokens.
-        vision: Over tokens that stand for picture patches.
-        text: Over text tokens.
+        all: Error over all tokens.
+        vision: Error over tokens that stand for picture patches.
+        text: Error over text tokens.
         tokens: Number of tokens measured.
     """
 
@@ -73,13 +73,13 @@ class TokenErrors(Part):
 
 
 class LayerErrors(Part):
-    """Errors of one quantized layer that is fed the original model's input of that layer.
+    """Errors of one quantized layer on the input that the original layer gets.
 
     Attributes:
         name: Dotted name.
         group: "visual", "merger" or "language".
-        calibration: On the calibration samples; None if these could not be had again.
-        heldout: On the held-out samples.
+        calibration: Errors on the calibration samples; None if these could not be read again.
+        heldout: Errors on the held-out samples.
     """
 
     name: str
@@ -94,7 +94,7 @@ class StreamErrors(Part):
     Attributes:
         name: Dotted name of the block.
         group: "visual", "merger" or "language".
-        heldout: On the held-out samples.
+        heldout: Errors on the held-out samples.
     """
 
     name: str
@@ -108,9 +108,9 @@ class RoutingLoad(Part):
     Attributes:
         layers: The layer, or the siblings that share one router.
         group: "visual", "merger" or "language".
-        all: Per expert, over all tokens; sums to one.
-        vision: Over picture tokens, or None.
-        text: Over text tokens, or None.
+        all: Share of every expert, over all tokens; sums to one.
+        vision: Shares over picture tokens, or None.
+        text: Shares over text tokens, or None.
     """
 
     layers: Annotated[list[str], Field(min_length=1)]
@@ -163,9 +163,9 @@ class Contender(Part):
 
     Attributes:
         role: "original", "quantized" (PyTorch) or "engine".
-        runtime: What ran it, for example "PyTorch, float32".
-        accuracy: On the held-out questions.
-        shuffled: The same questions with the pictures of others; None if not measured.
+        runtime: Name of its runtime, for example "PyTorch, float32".
+        accuracy: Accuracy on the held-out questions.
+        shuffled: Accuracy on the same questions with exchanged pictures; None if not measured.
         answer_tokens: Distance on the tokens of the reference answers; None for the original.
         text_tokens: Distance on all text tokens; None for the original.
         size: Bytes of the files of its folder, or None for a model from the hub.
@@ -200,8 +200,8 @@ class Timing(Part):
         lower: First quartile.
         upper: Third quartile.
         repeats: Number of measurements.
-        p90: 90 % are at most so long; None in earlier reports.
-        p99: 99 % are at most so long; None in earlier reports.
+        p90: 90th percentile; None in earlier reports.
+        p99: 99th percentile; None in earlier reports.
     """
 
     median: Amount
@@ -217,7 +217,7 @@ class Latency(Part):
 
     Attributes:
         runtime: "onnxruntime", "tensorrt", "tensorrt_rtx" or "pytorch".
-        setting: What distinguishes runs of the same runtime, for example "accuracy level 4".
+        setting: Distinguishes runs of the same runtime, for example "accuracy level 4".
         steps: Timings by step: encode (pictures prepared, prompt tokenized), visual, merger, prefill, first_token (all
             of these), decode (from one token to the next).
         prompt_tokens: Length of the prompt, picture included.
@@ -243,10 +243,10 @@ class Latency(Part):
 
 
 class Answer(Part):
-    """What one model answered.
+    """The answer of one model.
 
     Attributes:
-        role: Which model.
+        role: The model.
         text: Its answer.
         correct: Whether it is the reference answer.
     """
@@ -294,8 +294,8 @@ class Artifact(Part):
     """A folder that was measured.
 
     Attributes:
-        stage: What it holds.
-        name: Its name without the folders above; of the original, the name that the report gives it.
+        stage: The stage of the pipeline that wrote it.
+        name: Its name without the folders above it; for the original, its name in the report.
         digest: SHA-256 of its description, which has the hashes of its files; None where the original has none.
     """
 
@@ -312,10 +312,10 @@ class Report(Part):
         qe_edge: Version of QE-Edge that made it.
         created: UTC time, ISO 8601.
         model: Name of the original model as given.
-        model_type: Its family.
+        model_type: Its model type, for example "qwen2_vl".
         recipe: The resolved recipe of the checkpoint.
         artifacts: The folders that were measured, by their digests.
-        machine: Where this ran.
+        machine: The machine that this ran on.
         evaluation: The held-out data.
         bits: Bits per weight.
         sizes: Files of every stage.
@@ -325,9 +325,9 @@ class Report(Part):
         contenders: Accuracy and distance, original first.
         engine: Engine against PyTorch, or None if there is no engine.
         latency: Speed of the engine, in ONNX Runtime at every accuracy level.
-        targets: What was built.
+        targets: The targets that were built.
         examples: Some questions with all answers.
-        notes: What a reader must know about gaps of this report.
+        notes: Gaps of this report.
     """
 
     version: Literal[2] = REPORT_VERSION

@@ -1,4 +1,4 @@
-"""The shuffled-images control: every question gets the picture of another one, so that blind guessing shows."""
+"""The shuffled-images control: every question gets another one's picture, which shows how much guessing gains."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from qe_edge.models.family import Sample
 
 
 def shuffle_pictures(samples: Sequence[Sample], seed: int = 0) -> list[Sample] | None:
-    """Exchange the pictures so that no question keeps its own, deterministically; text-only samples stay as they are.
+    """Exchange the pictures so that no question keeps its own; text-only samples stay as they are.
 
-    Questions that share their pictures stand side by side in a random order of pictures, and the pictures move on by
-    the size of the largest such set. A question of several pictures gets those of another one of as many.
+    Questions are sorted into sets that share their pictures, and the sets are put in a random order. Then every picture
+    moves on by the size of the largest set. A question with several pictures gets the pictures of a question with
+    equally many. The result depends on the seed alone.
 
     Returns:
         The samples in their order with other pictures, or None if one picture belongs to more than half of them (then
         there is no such exchange).
+
+    Example:
+        >>> samples = [Sample(Path(f"{name}.png"), f"what is {name}?") for name in "abc"]
+        >>> [(sample.question, str(sample.image)) for sample in shuffle_pictures(samples)]
+        [('what is a?', 'b.png'), ('what is b?', 'c.png'), ('what is c?', 'a.png')]
     """
     by_count: dict[int, dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, sample in enumerate(samples):

@@ -21,7 +21,12 @@ from qe_edge.system.heap import trim_heap
 
 
 class Subject(Protocol):
-    """A model that is evaluated: PyTorch or a built engine."""
+    """A model that is evaluated: PyTorch or a built engine.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> subject: Subject = TorchSubject(load_model("demo"))
+    """
 
     def logits(self, encoded: Encoded) -> np.ndarray:
         """Logits float32 `[batch, sequence, vocabulary]`."""
@@ -31,15 +36,25 @@ class Subject(Protocol):
 
 
 class TorchSubject:
-    """A PyTorch model as a subject; computes in the precision that its weights have.
+    """A PyTorch model as a subject; it computes in the precision of its weights.
 
     Args:
         loaded: The model.
         settings: How to decode; None decodes as the model's own generation_config.json says.
-        name: What messages call it: "the quantized model".
+        name: Its name in messages, for example "the quantized model".
 
     Raises:
         ModelError: If it writes no text, or cannot be decoded as its generation_config.json says.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation
+        >>> loaded, samples = load_float32("demo"), load_evaluation("demo")[:2]
+        >>> subject = TorchSubject(loaded)
+        >>> encoded = loaded.family.encode(loaded.processor, samples)
+        >>> subject.logits(encoded).shape[:2] == encoded.input_ids.shape
+        True
+        >>> [loaded.processor.tokenizer.decode(ids) for ids in subject.generate_ids(encoded, max_new_tokens=8)]
+        ['yes', 'rectangle']
     """
 
     def __init__(
@@ -115,7 +130,7 @@ class TorchSubject:
 
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers' own class
-    """Transformers fills whatever is not given from the model's own settings; meanwhile there are none."""
+    """Take the model's own generation settings away: transformers would fill missing values from them."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -129,12 +144,19 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def block_groups(loaded: LoadedModel) -> dict[str, str]:
-    """Group of every block by its dotted name."""
+    """Group of every block by its dotted name.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> groups = block_groups(load_model("demo"))
+        >>> groups["model.language_model.layers.0"], sorted(set(groups.values()))
+        ('language', ['language', 'merger', 'visual'])
+    """
     return {block.name: block.group for block in loaded.family.blocks(loaded.model)}
 
 
 def load_float32(reference: str) -> LoadedModel:
-    """A model in float32, read and converted block by block, so that no more of it is in memory twice.
+    """Load a model in float32. It is read and converted block by block, so that only one block is in memory twice.
 
     Args:
         reference: "demo", a folder or a hub id.
@@ -142,6 +164,11 @@ def load_float32(reference: str) -> LoadedModel:
     Raises:
         ModelError: If the model cannot be loaded.
         ResourceError: If it does not fit into memory.
+
+    Example:
+        >>> loaded = load_float32("demo")
+        >>> {parameter.dtype for parameter in loaded.model.parameters()}
+        {torch.float32}
     """
     loaded = load_outside_blocks(reference)
     check_free(4 * sum(parameter.numel() for parameter in loaded.model.parameters()))
@@ -160,6 +187,12 @@ def in_float32(loaded: LoadedModel, *, like: LoadedModel | None = None, decoded:
         loaded: The model.
         like: A model in float32 whose tensors are used where they are the same, so that they take no further memory.
         decoded: Whether quantized layers keep their float32 weights between calls: faster, and 4 bytes a weight.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo", torch.bfloat16)
+        >>> in_float32(loaded).model.lm_head.weight.dtype
+        torch.float32
     """
     known = {} if like is None else {**dict(like.model.named_parameters()), **dict(like.model.named_buffers())}
     _convert(loaded.model, "", known)
@@ -169,11 +202,17 @@ def in_float32(loaded: LoadedModel, *, like: LoadedModel | None = None, decoded:
 
 
 def decode_layers(loaded: LoadedModel) -> None:
-    """Decode the weights of all quantized layers once and for all."""
+    """Decode the weights of all quantized layers once and for all.
+
+    Example:
+        >>> from qe_edge.models.quantized import load_quantized  # doctest: +SKIP
+        >>> loaded = load_quantized(Path("out/demo/checkpoint"))  # doctest: +SKIP
+        >>> decode_layers(loaded)  # answers come faster from now on, for 4 bytes a weight  # doctest: +SKIP
+    """
     for layer in quantized_linears(loaded.model).values():
         layer.keep_decoded(keep=True)
         layer.decoded_weight()
-        trim_heap()  # or what decoding takes meanwhile stays between the decoded weights
+        trim_heap()  # without this, memory that decoding freed stays between the decoded weights
 
 
 def _convert(module: nn.Module, prefix: str, known: Mapping[str, Tensor]) -> None:

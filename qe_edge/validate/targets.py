@@ -1,4 +1,4 @@
-"""What was built, what it needs, and whether it ran here."""
+"""The targets that were built: their sizes, their plugin nodes, and whether they ran here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ BACKENDS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 def target_states(validated: Path | None, not_run: Sequence[Path]) -> list[TargetState]:
-    """Targets by their names; a folder that says nothing of a target, such as one of graphs, by its own.
+    """Describe targets by their names. A folder without a build, such as one of graphs, goes by its own name.
 
     Raises:
         ArtifactError: If the description of an engine is damaged.
+
+    Example:
+        >>> Path("graphs").mkdir()
+        >>> target_states(None, not_run=[Path("graphs")])
+        [TargetState(name='graphs', size=0, validated=False, plugin_nodes=0)]
     """
     folders = ([(validated, True)] if validated else []) + [(folder, False) for folder in not_run]
     return [
@@ -31,12 +36,22 @@ def target_states(validated: Path | None, not_run: Sequence[Path]) -> list[Targe
 
 
 def plugin_nodes(info: EngineInfo | None) -> int:
-    """How many nodes of a target's engines the plugin runs."""
+    """Return the number of nodes of a target's engines that the plugin runs.
+
+    Example:
+        >>> plugin_nodes(None)  # a folder of graphs for ONNX Runtime: it needs no plugin
+        0
+    """
     return sum(len(graph.plugin_nodes) for graph in info.graphs.values()) if info else 0
 
 
 def runtime_name(info: EngineInfo | None) -> str:
-    """What runs an engine, as the report calls it: "ONNX Runtime", or TensorRT with its version."""
+    """Return the name of an engine's runtime in reports: "ONNX Runtime", or TensorRT with its version.
+
+    Example:
+        >>> runtime_name(None)
+        'ONNX Runtime'
+    """
     if info is None or info.backend not in BACKENDS:
         return "ONNX Runtime"
     return f"{BACKENDS[info.backend]} {info.version}{' with the plugin' if info.plugin else ''}"

@@ -1,7 +1,7 @@
-"""How well a language model predicts known tokens, and how far its predictions are from the original's.
+"""Measures of a language model on known tokens: how well it predicts them, and its distance from the original.
 
-Hidden states before the head are kept, not logits: 85 times less to remember of an original with 49,152 tokens. The
-measures are `perplexity` and `mean_kl` on running text, and `mean_kl` and `exact_answers` on reference answers.
+Hidden states before the head are kept instead of logits: for a vocabulary of 49,152 tokens they are 85 times smaller.
+The measures are `perplexity` and `mean_kl` on running text, and `mean_kl` and `exact_answers` on reference answers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ ROWS = 256  # predictions whose logits are held at a time
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model predicts at chosen positions.
+    """Predictions of a model at chosen positions.
 
     Attributes:
         hidden: Hidden states before the head, float32 `[positions, hidden]`.
         head: The head, float32.
         targets: The tokens that follow, int64 `[positions]`.
         samples: Number of the sample that a position belongs to, int64 `[positions]`.
+
+    Example:
+        >>> head = nn.Linear(8, 100)
+        >>> predictions = Predictions(torch.randn(5, 8), head, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        >>> [(tuple(logits.shape), targets.tolist()) for logits, targets in predictions.logits()]
+        [((5, 100), [0, 1, 2, 3, 4])]
     """
 
     hidden: Tensor
@@ -45,7 +51,7 @@ class Predictions:
     def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits `[rows, vocabulary]` and targets `[rows]`, a few positions at a time."""
         for start in range(0, len(self.hidden), ROWS):
-            with torch.no_grad():  # not around the yield: it would hold for whoever reads the rows, and after
+            with torch.no_grad():  # not around the yield: it would also hold in the loop that reads the rows
                 rows = self.head(self.hidden[start : start + ROWS])
             yield rows, self.targets[start : start + ROWS]
 
@@ -58,17 +64,24 @@ def text_windows(
     limit: int | None = None,
     batch: int = 4,
 ) -> list[Encoded]:
-    """Texts, one after the other, cut into windows; every window starts without a past.
+    """Join texts and cut them into windows; the model reads every window without the text before it.
 
     Args:
         tokenizer: A tokenizer of transformers.
         texts: Running text.
         length: Tokens of a window; the last one may be shorter and is padded on the right, outside the mask.
-        limit: Most windows.
+        limit: The largest number of windows.
         batch: Windows of a batch.
 
     Raises:
         CalibrationError: If there are not even two tokens.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> tokenizer = load_model("demo").processor.tokenizer
+        >>> windows = text_windows(tokenizer, ["what color is the shape?"] * 20, length=32, batch=2)
+        >>> [batch.input_ids.shape for batch in windows]
+        [(2, 32), (2, 32), (1, 32)]
     """
     tokens: list[int] = []
     for text in texts:
@@ -83,17 +96,28 @@ def text_windows(
 
 
 def predict(loaded: LoadedModel, batches: Sequence[Encoded], where: Literal["text", "answer"]) -> Predictions:
-    """Run a model over batches and keep what it predicts; teacher-forced, in the precision of the model's weights.
+    """Run a model over batches, teacher-forced and in the precision of its weights, and keep its predictions.
 
     Args:
         loaded: A model that writes text.
-        batches: What it reads.
+        batches: The batches that it reads.
         where: "text": every text token that follows another token; "answer": tokens of the reference answers, with
             the one that ends them. Padding is never counted.
 
     Raises:
         ModelError: If the model writes no text.
         CalibrationError: If there is nothing to predict.
+
+    Example:
+        >>> from qe_edge.calibration.sources import load_evaluation
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded, samples = load_model("demo"), load_evaluation("demo")[:2]
+        >>> encoded = loaded.family.encode(loaded.processor, samples, answers=True)
+        >>> predictions = predict(loaded, [encoded], "answer")
+        >>> loaded.processor.tokenizer.decode(predictions.targets)
+        'yes<|im_end|>rectangle<|im_end|>'
+        >>> predictions.samples.tolist()
+        [0, 0, 1, 1]
     """
     if not loaded.family.writes_text:
         raise ModelError(f"A '{loaded.family.model_type}' model predicts no tokens.", "Compare its features instead.")
@@ -117,7 +141,15 @@ def predict(loaded: LoadedModel, batches: Sequence[Encoded], where: Literal["tex
 
 
 def perplexity(predictions: Predictions) -> float:
-    """Perplexity: e to the mean negative log-likelihood of the true tokens in nats. 1 is certain and right."""
+    """Perplexity: e to the mean negative log-likelihood of the true tokens in nats. 1 is certain and right.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> head = nn.Linear(8, 100)
+        >>> unsure = Predictions(torch.zeros(50, 8), head, torch.arange(50), torch.zeros(50, dtype=torch.int64))
+        >>> round(perplexity(unsure))  # a model that knows nothing: about the size of the vocabulary
+        101
+    """
     total = sum(
         float(nn.functional.cross_entropy(logits, targets, reduction="sum")) for logits, targets in predictions.logits()
     )
@@ -130,12 +162,30 @@ def mean_kl(original: Predictions, other: Predictions) -> float:
 
     Computed in float32 as the sum of p (exp(d) - 1 - d) with d = log q - log p: since p and q both sum to 1 that is the
     divergence, and no term is below 0, so small divergences do not drown in rounding.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> head, hidden, tokens = nn.Linear(8, 100), torch.randn(50, 8), torch.arange(50)
+        >>> original, other = (Predictions(states, head, tokens, tokens // 10) for states in (hidden, 1.1 * hidden))
+        >>> mean_kl(original, original), round(mean_kl(original, other), 4)
+        (0.0, 0.0014)
     """
     return float(_divergences(original, other).mean())
 
 
 def median_kl(original: Predictions, other: Predictions) -> float:
-    """Median over samples of the mean KL of their tokens: what a typical answer loses, whatever the worst ones do."""
+    """Median over samples of the mean KL of their tokens: the loss of a typical answer, unmoved by the worst ones.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> head, tokens = nn.Linear(8, 100), torch.arange(50)
+        >>> hidden = torch.randn(50, 8)
+        >>> worse = hidden.clone()
+        >>> worse[:10] += 5  # the first of five samples only
+        >>> original, other = (Predictions(states, head, tokens, tokens // 10) for states in (hidden, worse))
+        >>> median_kl(original, other), round(mean_kl(original, other), 1)
+        (0.0, 0.9)
+    """
     found, rows = _divergences(original, other).numpy(), original.samples.numpy()
     count = np.bincount(rows)
     return float(np.median(np.bincount(rows, found)[count > 0] / count[count > 0]))
@@ -156,7 +206,14 @@ def _divergences(original: Predictions, other: Predictions) -> Tensor:
 def exact_answers(predictions: Predictions, samples: int) -> np.ndarray:
     """Whether each token of a sample's reference answer, and its end, is the most likely one: bool `[samples]`.
 
-    That is when greedy generation gives that very answer. A sample without an answer counts as wrong.
+    Greedy generation then gives exactly this answer. A sample without an answer counts as wrong.
+
+    Example:
+        >>> head = nn.Identity()
+        >>> logits = torch.eye(4)  # predicts tokens 0, 1, 2, 3
+        >>> predictions = Predictions(logits, head, torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 1, 1]))
+        >>> exact_answers(predictions, samples=2)
+        array([ True, False])
     """
     right = torch.cat([_most_likely(logits) == targets for logits, targets in predictions.logits()]).numpy()
     rows = predictions.samples.numpy()
@@ -166,7 +223,7 @@ def exact_answers(predictions: Predictions, samples: int) -> np.ndarray:
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """Token ids `[rows]` of logits `[rows, vocabulary]`; the largest of NaN would be any token."""
+    """Token ids `[rows]` of logits `[rows, vocabulary]`; NaN is refused, whose largest value would be any token."""
     _check_measure(float(logits.abs().max()))
     return logits.argmax(-1)
 
