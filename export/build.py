@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qe_edge.export.engine import EngineRequest, build_engine, reads_operator
+from qe_edge.export.lowering.onnxruntime import lower_for_onnxruntime
 from qe_edge.export.lowering.plugin import layer_forms
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.opening import explained, open_graph
@@ -28,6 +29,7 @@ from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ArtifactError, InputError, TargetError
 from qe_edge.system.progress import Progress, Silent, track
 
+AGAIN = "Export the model again."
 REFUSED = "Export the model again, or build for the target 'cpu'."
 
 
@@ -143,12 +145,7 @@ def _build_graph(
 ) -> tuple[GraphEntry, GraphBuild, str]:
     """Build one graph's engine in `folder`; returns its manifest entry, the facts, and the library's version."""
     if target.backend == "onnxruntime":
-        started = time.perf_counter()
-        OrtSession(source, entry, accuracy_level=0, threads=None)  # a graph that cannot run is refused now
-        for file in _files(source, entry.file):
-            shutil.copyfile(source / file, folder / file)
-        build = GraphBuild(size=_size(folder, entry.file), seconds=time.perf_counter() - started)
-        return entry, build, version("onnxruntime")
+        return _build_for_onnxruntime(source, folder, entry)
     lowered = folder / ".lowered"
     lowered.mkdir()
     model = open_graph(source, entry)
@@ -180,6 +177,18 @@ def _build_graph(
         plugin_layers=tuple(node for node in facts.plugin_nodes if _is_listed(node, facts.engine_layers)),
     )
     return built, build, facts.version
+
+
+def _build_for_onnxruntime(source: Path, folder: Path, entry: GraphEntry) -> tuple[GraphEntry, GraphBuild, str]:
+    """A graph of fewer nodes in `folder`; one that ONNX Runtime cannot open is refused."""
+    started = time.perf_counter()
+    model = open_graph(source, entry)
+    with explained(f"The graph '{source / entry.file}' cannot be lowered for ONNX Runtime", TargetError, AGAIN):
+        lower_for_onnxruntime(model)
+        ir.save(model, folder / entry.file, external_data=f"{entry.file}{DATA}")
+    OrtSession(folder, entry, accuracy_level=0, threads=None)
+    build = GraphBuild(size=_size(folder, entry.file), seconds=time.perf_counter() - started)
+    return entry, build, version("onnxruntime")
 
 
 def _plugin_build(library: Path | None) -> PluginBuild | None:

@@ -150,6 +150,13 @@ class CanonicalProducts:
         return ops.op("Cast", [used], {"to": ir.DataType.FLOAT.value})
 
 
+def rank_table(ops: tape.Tape, attributes: Attributes) -> ir.Value:
+    """What `Products.rank_table` describes, as a constant."""
+    routed = np.repeat(np.eye(attributes.num_experts, dtype=np.float32), attributes.rank_routed, axis=1)
+    shared = np.ones((attributes.num_experts, attributes.rank_shared), np.float32)
+    return constant(ops, np.concatenate((shared, routed), axis=1))
+
+
 def linear_body(ops: tape.Tape, operands: Operands, act_bits: int, products: Products) -> ir.Value:
     """Append the operator's body in standard operators to `ops`; returns the output `[B, S, N]`.
 

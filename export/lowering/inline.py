@@ -1,4 +1,4 @@
-"""Replaces `QELinear` nodes by standard operators in the forms that TensorRT fuses.
+"""Replaces `QELinear` nodes by standard operators, in the forms that a target fuses: here are TensorRT's.
 
 TensorRT knows INT4 only with symmetric blocks and INT8 only through DequantizeLinear, so scales are repeated for
 blocks, and zero points move out of the weight: `x @ ((q - z) s) = x @ (q s) - (sum of x over each group) @ (z s)`.
@@ -6,6 +6,7 @@ blocks, and zero points move out of the weight: `x @ ((q - z) s) = x @ (q s) - (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from qe_edge.export.lowering.passes import (
     remove_unused,
     require_canonical,
 )
-from qe_edge.export.op import DOMAIN, INPUTS, Attributes, Operands, constant, linear_body
+from qe_edge.export.op import DOMAIN, INPUTS, Attributes, Operands, Products, constant, linear_body, rank_table
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.system.errors import TargetError
 
@@ -64,16 +65,20 @@ class TensorRTProducts:
 
     def rank_table(self, ops: tape.Tape, down: ir.Value) -> ir.Value:  # noqa: ARG002 - the sizes are known
         """A constant."""
-        attributes = self.attributes
-        routed = np.repeat(np.eye(attributes.num_experts, dtype=np.float32), attributes.rank_routed, axis=1)
-        shared = np.ones((attributes.num_experts, attributes.rank_shared), np.float32)
-        return constant(ops, np.concatenate((shared, routed), axis=1))
+        return rank_table(ops, self.attributes)
+
+
+# From a graph and a layer's node, operands and attributes: the operands that its body reads, and its products.
+Prepare = Callable[[ir.Graph, ir.Node, Operands, Attributes], tuple[Operands, Products]]
 
 
 class InlineLayers(InPlacePass):
     """Replaces `QELinear` nodes by standard operators, and drops the functions.
 
     Requires a canonical graph; ensures that no node or function of our domain is left.
+
+    Args:
+        prepare: Says how a target multiplies a layer's weights; TensorRT by default.
 
     Attributes:
         names: Names of the layers that were replaced.
@@ -90,9 +95,10 @@ class InlineLayers(InPlacePass):
         (True, ['mlp.up'])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prepare: Prepare | None = None) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._prepare = prepare or tensorrt_products
 
     def requires(self, model: ir.Model) -> None:
         """Operands of layers are initializers."""
@@ -106,7 +112,7 @@ class InlineLayers(InPlacePass):
         """
         for node in linear_nodes(model):
             self.names.append(node.name or "")
-            _inline(model.graph, node)
+            _inline(model.graph, node, self._prepare)
         model.functions.clear()
         model.opset_imports.pop(DOMAIN, None)
         remove_unused(model)
@@ -142,12 +148,12 @@ def inline_layers(model: ir.Model) -> list[str]:
     return work.names
 
 
-def _inline(graph: ir.Graph, node: ir.Node) -> None:
+def _inline(graph: ir.Graph, node: ir.Node, prepare: Prepare) -> None:
     """One layer in standard operators."""
     ops = tape.Tape()
     operands, attributes = without_neutral(operands_of(node), Attributes.of(node))
-    operands = replace(operands, down=_widened(graph, operands.down), up=_widened(graph, operands.up))
-    y = linear_body(ops, operands, attributes.act_bits, _products(graph, node, operands, attributes))
+    operands, products = prepare(graph, node, operands, attributes)
+    y = linear_body(ops, operands, attributes.act_bits, products)
     weights = {value for value in operands.values() if value is not None and value is not operands.router}
     for number, inner in enumerate(ops.nodes):
         inner.name = f"{node.name}/{inner.op_type}_{number}"
@@ -223,8 +229,15 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.const_value.shape.numpy())
 
 
-def _products(graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attributes) -> TensorRTProducts:
-    """Prepare scales and offsets of one layer as initializers."""
+def tensorrt_products(
+    graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attributes
+) -> tuple[Operands, TensorRTProducts]:
+    """Prepare scales and offsets of one layer as initializers.
+
+    Raises:
+        TargetError: If the layer's width fits no block.
+    """
+    operands = replace(operands, down=_widened(graph, operands.down), up=_widened(graph, operands.up))
     width = shape_of(operands.qweight)[0]
     group = width if attributes.group_size == PER_CHANNEL else attributes.group_size
     block = next((block for block in BLOCKS if width % block == 0 and group % block == 0), None)
@@ -239,7 +252,7 @@ def _products(graph: ir.Graph, node: ir.Node, operands: Operands, attributes: At
     if operands.zeros is not None:
         zeros = array_of(operands.zeros).astype(np.float32)
         offsets = add_initializer(graph, f"{node.name}.offsets", zeros * scales)
-    return TensorRTProducts(attributes, block, repeated, offsets)
+    return operands, TensorRTProducts(attributes, block, repeated, offsets)
 
 
 def _widened(graph: ir.Graph, factor: ir.Value | None) -> ir.Value | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from onnx_ir import tape
 
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
+from qe_edge.export.lowering.onnxruntime import lower_for_onnxruntime
 from qe_edge.export.lowering.precision import MASKED, convert_constant, to_half
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.runtime.engine import VisionLanguageEngine
@@ -31,11 +33,12 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("lower", [inline_layers, lower_for_onnxruntime])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_inlined_layers_compute_the_same(name: str) -> None:
+def test_inlined_layers_compute_the_same(name: str, lower: Callable[[ir.Model], object]) -> None:
     layers = {"first": make_layer(VARIANTS[name]), "second": make_layer(Variant(act_bits=VARIANTS[name].act_bits))}
     model = layers_graph(layers)
-    inline_layers(model)
+    lower(model)
     assert not model.functions
     assert {node.domain for node in model.graph} == {""}
     inputs = {key: torch.randn(2, 5, layer.in_features) for key, layer in layers.items()}

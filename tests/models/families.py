@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -51,10 +52,11 @@ PICTURE_SIZES = (
 
 @dataclass(frozen=True)
 class Made:
-    """A quantized model in float32, its folders, and the engine of its graphs."""
+    """A quantized model in float32, its folders, and the engines of its graphs, as exported and as built for a CPU."""
 
     loaded: LoadedModel
     engine: VisionLanguageEngine
+    built: VisionLanguageEngine
     checkpoint: Path
     onnx: Path
 
@@ -69,7 +71,9 @@ def make(model: Path, out: Path, method: str, scheme: str, modules: tuple[str, .
     loaded = load_quantized(out / "checkpoint")
     loaded.model.float()
     export_model(out / "checkpoint", out / "onnx")
-    return Made(loaded, VisionLanguageEngine.load(out / "onnx", threads=1), out / "checkpoint", out / "onnx")
+    build_engines(out / "onnx", out / "cpu", "cpu")
+    engine, built = (VisionLanguageEngine.load(out / name, threads=1) for name in ("onnx", "cpu"))
+    return Made(loaded, engine, built, out / "checkpoint", out / "onnx")
 
 
 @contextmanager
@@ -89,12 +93,21 @@ def outputs_of(blocks: list[Block]) -> Iterator[dict[str, Tensor]]:
 
 
 def token_errors(made: Made, samples: list[Sample]) -> np.ndarray:
-    """Largest error of every valid token's logits, relative to the largest logit."""
+    """Largest error of every valid token's logits, relative to the largest logit, `[engines, tokens]`."""
     encoded = made.engine.encode(samples, answers=True)
     valid = encoded.attention_mask.astype(bool)
     expected = torch_logits(made.loaded, samples)[valid]
-    errors: np.ndarray = np.abs(made.engine.logits(encoded)[valid] - expected).max(-1) / np.abs(expected).max()
+    found = np.stack([engine.logits(encoded)[valid] for engine in (made.engine, made.built)])
+    errors: np.ndarray = np.abs(found - expected).max(-1) / np.abs(expected).max()
     return errors
+
+
+def unrotated(folder: Path) -> list[str]:
+    """Attention nodes of a built language graph whose queries and keys no single node rotates."""
+    graph = onnx.load(folder / "language.onnx", load_external_data=False).graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    nodes = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    return [node.name for node in nodes if {makers[name] for name in node.input[:2]} != {"RotaryEmbedding"}]
 
 
 def measured_here(request: Measurement) -> Latency:
@@ -115,6 +128,7 @@ class FamilyChecks:
         prepares: Whether a graph prepares its pictures.
         chats: Whether its chat template comes apart.
         samples: A batch to quantize with.
+        unrotated: Attention nodes whose queries and keys no single node rotates.
     """
 
     linears: dict[str, int]
@@ -122,6 +136,7 @@ class FamilyChecks:
     prepares: bool = True
     chats: bool = True
     samples: tuple[Sample, ...] = tuple(SAMPLES)
+    unrotated: int = 0
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -176,7 +191,12 @@ class FamilyChecks:
             pytest.skip("not for this family")
         assert token_errors(made, CASES[case]).max() < 1e-5
         prompt = made.engine.encode(CASES[case])
-        assert made.engine.generate_ids(prompt, TOKENS) == greedy(made.loaded, CASES[case], TOKENS)
+        wanted = greedy(made.loaded, CASES[case], TOKENS)
+        assert made.engine.generate_ids(prompt, TOKENS) == wanted
+        assert made.built.generate_ids(prompt, TOKENS) == wanted
+
+    def test_every_rotary_embedding_is_one_node_of_the_built_graph(self, made: Made) -> None:
+        assert len(unrotated(made.onnx.parent / "cpu")) == self.unrotated
 
     def test_a_pipeline_answers_as_the_engine(self, made: Made) -> None:
         """Whatever its cache holds of earlier prompts, and several prompts at once."""
@@ -185,7 +205,7 @@ class FamilyChecks:
             asked.insert(len(asked) // 2, Sample((SQUARE, ODD), "is there a red shape?", marks=(0, 10)))
             asked.insert(len(asked) // 2 + 1, CASES["several turns"][0])
         expected = [made.engine.generate_ids(made.engine.encode([sample]), TOKENS)[0] for sample in asked]
-        pipeline = Pipeline(made.engine)
+        pipeline = Pipeline(made.built)
         found = [pipeline(sample, max_new_tokens=TOKENS) for sample in asked]
         assert [list(answer.token_ids) for answer in found] == expected
         together = pipeline(asked, max_new_tokens=TOKENS)
