@@ -151,7 +151,17 @@ class CanonicalProducts:
 
 
 def rank_table(ops: tape.Tape, attributes: Attributes) -> ir.Value:
-    """What `Products.rank_table` describes, as a constant."""
+    """What `Products.rank_table` describes, as a constant.
+
+    Example:
+        >>> ops = tape.Tape()
+        >>> attributes = Attributes(
+        ...     weight_bits=4, act_bits=8, group_size=-1, rank_shared=1, rank_routed=1, num_experts=2
+        ... )
+        >>> rank_table(ops, attributes).producer().attributes["value"].as_tensor().numpy()
+        array([[1., 1., 0.],
+               [1., 0., 1.]], dtype=float32)
+    """
     routed = np.repeat(np.eye(attributes.num_experts, dtype=np.float32), attributes.rank_routed, axis=1)
     shared = np.ones((attributes.num_experts, attributes.rank_shared), np.float32)
     return constant(ops, np.concatenate((shared, routed), axis=1))

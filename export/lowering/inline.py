@@ -98,7 +98,7 @@ class InlineLayers(InPlacePass):
     def __init__(self, prepare: Prepare | None = None) -> None:
         super().__init__()
         self.names: list[str] = []
-        self._prepare = prepare or tensorrt_products
+        self._prepare = prepare or _tensorrt_products
 
     def requires(self, model: ir.Model) -> None:
         """Operands of layers are initializers."""
@@ -229,7 +229,7 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.const_value.shape.numpy())
 
 
-def tensorrt_products(
+def _tensorrt_products(
     graph: ir.Graph, node: ir.Node, operands: Operands, attributes: Attributes
 ) -> tuple[Operands, TensorRTProducts]:
     """Prepare scales and offsets of one layer as initializers.

@@ -28,16 +28,27 @@ def lower_for_onnxruntime(model: ir.Model) -> None:
 
     Args:
         model: A canonical graph.
+
+    Example:
+        >>> import qe_edge, torch
+        >>> from qe_edge.export.layers import attach_layers
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
+        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
+        >>> attach_layers(model, {"mlp.up": layer})
+        >>> lower_for_onnxruntime(model)
+        >>> [node.op_type for node in model.graph][-2:]
+        ['DequantizeLinear', 'MatMul']
     """
     join_siblings(model)
     FuseRotary()(model)
     FuseSkipNorm()(model)
-    DropReshapes()(model)
-    InlineLayers(onnxruntime_products)(model)
+    _DropReshapes()(model)
+    InlineLayers(_products)(model)
 
 
 @dataclass(frozen=True)
-class OnnxRuntimeProducts:
+class _Products:
     """Bodies of one layer for ONNX Runtime.
 
     Attributes:
@@ -67,14 +78,14 @@ class OnnxRuntimeProducts:
         return rank_table(ops, self.attributes)
 
 
-def onnxruntime_products(
+def _products(
     _graph: ir.Graph, _node: ir.Node, operands: Operands, attributes: Attributes
-) -> tuple[Operands, OnnxRuntimeProducts]:
+) -> tuple[Operands, _Products]:
     """How ONNX Runtime multiplies a layer's weights, as `InlineLayers` asks for it."""
-    return operands, OnnxRuntimeProducts(attributes)
+    return operands, _Products(attributes)
 
 
-class DropReshapes(InPlacePass):
+class _DropReshapes(InPlacePass):
     """Removes a `Reshape` to the shape that its input has."""
 
     def call(self, model: ir.Model) -> PassResult:

@@ -57,6 +57,10 @@ class FuseRotary(InPlacePass):
 
     Attributes:
         fused: How many attention nodes read such queries and keys now.
+
+    Example:
+        `work = FuseRotary()`, then `work(model)` on a graph that `qe-edge export` wrote; `work.fused` is its number of
+        decoder layers.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,17 @@ class FuseSkipNorm(InPlacePass):
 
     Attributes:
         fused: How many.
+
+    Example:
+        >>> head = '<ir_version: 10, opset_import: ["": 21]>'
+        >>> sizes = "g (float[1, 2, 4] a, float[1, 2, 4] b) => (float[1, 2, 4] y)"
+        >>> constants = "<float[4] w = {1, 1, 1, 1}, float e = {1e-6}, float two = {2}, int64[1] last = {-1}>"
+        >>> body = "x = Add(a, b) p = Pow(x, two) m = ReduceMean(p, last) v = Add(m, e) r = Sqrt(v) d = Div(x, r)"
+        >>> model = ir.from_onnx_text(f"{head} {sizes} {constants} {{ {body} y = Mul(d, w) }}")
+        >>> FuseSkipNorm()(model).modified
+        True
+        >>> [node.op_type for node in model.graph]
+        ['SkipSimplifiedLayerNormalization']
     """
 
     def __init__(self) -> None:
