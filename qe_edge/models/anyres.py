@@ -8,9 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers.image_processing_utils import select_best_resolution
+
+from qe_edge.system.lazy import lazy_module
+
+if TYPE_CHECKING:
+    from transformers import image_processing_utils
+else:
+    image_processing_utils = lazy_module("transformers.image_processing_utils")
 
 NEIGHBOURS = 4  # patches that a token is mixed from where a picture is scaled down
 LARGER = 1.1  # a picture that is less above the limit than this, per side, is not scaled down
@@ -53,7 +60,7 @@ def tokens_of_picture(
         side: Patches per side of a tile.
         most: Of more patches than this many tiles have, a picture is scaled down.
     """
-    height, width = select_best_resolution(size, list(resolutions))
+    height, width = image_processing_utils.select_best_resolution(size, list(resolutions))
     rows, columns = height // tile, width // tile
     numbers = np.arange(rows * columns * side**2).reshape(rows, columns, side, side) + side**2  # the overview is first
     grid = _without_padding(numbers.transpose(0, 2, 1, 3).reshape(rows * side, columns * side), size)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from qe_edge.models import FAMILIES
 from qe_edge.system.lazy import lazy_module
 from tests.test_house import ROOT, SOURCES
 
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime")
 OPTIONAL = ("tensorrt", "tensorrt_rtx")  # nobody needs them for development
 
 
@@ -50,6 +52,15 @@ def test_a_lazy_module_is_the_one_that_mypy_and_the_contract_of_rooms_see() -> N
         where = path.relative_to(ROOT)
         assert _imported_for_types(path).get(name) == module, f"{where}: import {module} as {name} for TYPE_CHECKING"
         assert module.partition(".")[0] in OPTIONAL or find_spec(module) is not None, f"{where}: no module {module}"
+
+
+def test_files_of_families_are_light() -> None:
+    code = (
+        "import sys; from qe_edge.models import FAMILIES; found = [FAMILIES[name].__name__ for name in FAMILIES]; "
+        f"print(len(found), [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{len(list(FAMILIES))} []\n"
 
 
 def test_names_that_load_late_are_there() -> None:
