@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from qe_edge.export.engine import EngineRequest, build_engine, reads_operator
+from qe_edge.export.lowering.cuda import lower_for_cuda
 from qe_edge.export.lowering.onnxruntime import lower_for_onnxruntime
-from qe_edge.export.lowering.plugin import layer_forms
+from qe_edge.export.lowering.plugin import is_packed, layer_forms
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.opening import explained, open_graph
-from qe_edge.export.plugin_check import check_forms, check_plugin_target
+from qe_edge.export.plugin_check import check_forms, check_plugin_given, check_plugin_target
 from qe_edge.export.signature import tensor_spec
-from qe_edge.export.targets import Target, get_target
+from qe_edge.export.targets import CUDA, Target, get_target
 from qe_edge.models.vision_encoder import MAX_PICTURES
 from qe_edge.prepack.lower import LAYOUT_VERSION
-from qe_edge.runtime.engine_info import EngineInfo, GraphBuild, PluginBuild
+from qe_edge.runtime.engine_info import SIZED, EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
 from qe_edge.runtime.limits import EngineLimits, limits_of, with_capacity, with_limits
 from qe_edge.runtime.manifest import EncoderManifest, FolderManifest, GraphEntry, Manifest, read_any_manifest
@@ -58,7 +59,7 @@ def build_engines(
     Raises:
         UnknownNameError: If there is no such target.
         TargetError: If it cannot be built on this machine, or its library or the plugin refuses the model.
-        InputError: If the target takes no plugin, or the model cannot have such limits.
+        InputError: If the target takes no plugin or needs one, or the model cannot have such limits.
         ArtifactError: If `onnx` is no ONNX folder, is damaged or was changed.
         ResourceError: If disk or memory do not suffice.
 
@@ -97,6 +98,8 @@ def _checked_manifest(
     """The manifest of graphs that can be built for a target, with the limits that their engines get."""
     if plugin_library is not None:
         check_plugin_target(target)
+    else:
+        check_plugin_given([target.name])
     manifest = read_any_manifest(onnx)
     if isinstance(manifest, Manifest):
         manifest = manifest if limits is None else with_limits(manifest, limits)
@@ -125,7 +128,7 @@ def _with_cache(manifest: Manifest | EncoderManifest, target: Target) -> tuple[M
     TensorRT writes into the cache in place if it knows TensorScatter and the model's masks allow the node. Otherwise it
     writes into a second cache.
     """
-    if target.backend == "onnxruntime" or not isinstance(manifest, Manifest):
+    if target.backend not in SIZED or not isinstance(manifest, Manifest):
         return manifest, None
     in_place = manifest.kv.in_place and reads_operator(target.backend, "TensorScatter")
     capacity = limits_of(manifest).context if in_place else None
@@ -146,6 +149,8 @@ def _build_graph(
     """Build one graph's engine in `folder`; returns its manifest entry, the facts, and the library's version."""
     if target.backend == "onnxruntime":
         return _build_for_onnxruntime(source, folder, entry)
+    if target.backend == CUDA:
+        return _build_for_cuda(source, folder, entry)
     lowered = folder / ".lowered"
     lowered.mkdir()
     model = open_graph(source, entry)
@@ -188,7 +193,31 @@ def _build_for_onnxruntime(source: Path, folder: Path, entry: GraphEntry) -> tup
         ir.save(model, folder / entry.file, external_data=f"{entry.file}{DATA}")
     OrtSession(folder, entry, accuracy_level=0, threads=None)
     build = GraphBuild(size=_size(folder, entry.file), seconds=time.perf_counter() - started)
-    return entry, build, version("onnxruntime")
+    return entry, build, ort.__version__
+
+
+def _build_for_cuda(source: Path, folder: Path, entry: GraphEntry) -> tuple[GraphEntry, GraphBuild, str]:
+    """As `_build_graph`, for ONNX Runtime on a GPU: the lowered graph itself, which is made on any machine."""
+    started = time.perf_counter()
+    model = open_graph(source, entry)
+    with explained(f"The graph '{source / entry.file}' cannot be lowered for ONNX Runtime", TargetError, REFUSED):
+        precision = lower_for_cuda(model)
+        ir.save(model, folder / entry.file, external_data=f"{entry.file}{DATA}")
+    built = entry.model_copy(
+        update={
+            "inputs": tuple(tensor_spec(value) for value in model.graph.inputs),
+            "outputs": tuple(tensor_spec(value) for value in model.graph.outputs),
+        }
+    )
+    nodes = tuple(node.name or "" for node in model.graph if is_packed(node))
+    build = GraphBuild(
+        size=_size(folder, entry.file),
+        seconds=time.perf_counter() - started,
+        precision=precision,
+        plugin_nodes=nodes,
+        plugin_layers=nodes,  # the graph runs as it is
+    )
+    return built, build, ort.__version__
 
 
 def _plugin_build(library: Path | None) -> PluginBuild | None:

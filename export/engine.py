@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from qe_edge.export.targets import Backend
 from qe_edge.models.family import Profile
+from qe_edge.runtime.engine_info import Backend
 from qe_edge.system.child_process import isolated_code, isolated_module, safe_environment
 from qe_edge.system.errors import ResourceError, TargetError
 

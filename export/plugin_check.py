@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
-from qe_edge.export.targets import Backend, Target, get_target
+from qe_edge.export.targets import Target, get_target
+from qe_edge.runtime.engine_info import Backend
 from qe_edge.runtime.plugin_library import find_plugin_library
 from qe_edge.system.child_process import isolated_module, safe_environment
 from qe_edge.system.errors import InputError, TargetError
@@ -143,6 +144,21 @@ def check_plugin_target(target: Target) -> None:
             f"Target '{target.name}' is {target.title}, which takes no TensorRT plugin.",
             "Leave --plugin out, or build for another target.",
         )
+
+
+def check_plugin_given(targets: Sequence[str]) -> None:
+    """Refuse targets that need the plugin's kernels where the user wants none.
+
+    Raises:
+        UnknownNameError: If there is no target of a name.
+        InputError: If one needs them.
+
+    Example:
+        >>> check_plugin_given(["cpu", "rtx"])
+    """
+    for target in map(get_target, targets):
+        if target.needs_plugin:
+            raise InputError(f"Target '{target.name}' runs layers on the plugin's kernels alone.", "Add --plugin.")
 
 
 def check_forms(targets: Sequence[Target], library: Path, forms: Sequence[LayerForm]) -> None:

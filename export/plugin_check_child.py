@@ -8,10 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from pydantic import TypeAdapter
 
-from qe_edge.export.plugin_check import LayerForm, Question, Verdict
-from qe_edge.runtime.plugin_library import CREATOR, load_plugin_library
+from qe_edge.export.plugin_check import REBUILD, LayerForm, Question, Verdict
+from qe_edge.export.targets import CUDA
+from qe_edge.layers.kernel_library import KernelLibrary, problem_of
+from qe_edge.prepack.unpack import Form
+from qe_edge.runtime.plugin_library import CREATOR, find_operator_library, load_plugin_library
+from qe_edge.runtime.sessions import first_line, ort_errors
 from qe_edge.system.errors import TargetError
 
 OPTIONAL = ("has_zeros", "has_inv_omega")  # operands that any layer may have
@@ -25,6 +30,8 @@ def answer(question: Question) -> Verdict:
         >>> library, forms = Path("qe_edge/lib/libqe_plugin.so"), [LayerForm("mlp.up", 4096, 11008)]  # doctest: +SKIP
         >>> answer(Question("tensorrt", library, layout_version=4, forms=forms))  # doctest: +SKIP
     """
+    if question.backend == CUDA:
+        return _answer_of_operator(question)
     trt = importlib.import_module(question.backend)
     try:
         load_plugin_library(trt, question.library)
@@ -35,6 +42,33 @@ def answer(question: Question) -> Verdict:
         if _make(trt, creator, form, question.layout_version) is None:
             return Verdict(refused=number)
     return Verdict()
+
+
+def _answer_of_operator(question: Question) -> Verdict:
+    """As `answer`, of the library that ONNX Runtime loads and of the kernels that it takes from the plugin's."""
+    try:
+        operator = find_operator_library(question.library)
+        ort.SessionOptions().register_custom_ops_library(str(operator))
+        kernels = KernelLibrary(str(question.library))
+        if kernels.layout_version() != question.layout_version:
+            return _refused(0, "The weights have another layout version.")
+    except TargetError as error:
+        return Verdict(error.problem, error.remedy)
+    except ort_errors() as error:
+        return Verdict(f"ONNX Runtime cannot load '{operator}': {first_line(error)}", REBUILD)
+    for number, form in enumerate(question.forms):
+        numbers = {key: value for key, value in asdict(form).items() if key != "name"}
+        packed = Form(**numbers, has_zeros=0, has_inv_omega=0, adapter_bits=16, weight_bits=4)
+        try:
+            kernels.memory(problem_of(packed, "f16", tokens=1))
+        except TargetError as error:
+            return _refused(number, f"{error.problem} {error.remedy}")
+    return Verdict()
+
+
+def _refused(number: int, words: str) -> Verdict:
+    sys.stderr.write(f"QELinear: {words}\n")
+    return Verdict(refused=number)
 
 
 def _make(trt: Any, creator: Any, form: LayerForm, layout_version: int) -> object | None:  # noqa: ANN401 - untyped

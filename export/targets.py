@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
 
 from qe_edge.runtime.cuda import compute_capability
+from qe_edge.runtime.cuda_provider import INSTALL, LOWEST, provider_problem
+from qe_edge.runtime.engine_info import SIZED, Backend
 from qe_edge.system.errors import TargetError, UnknownNameError
 
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+CUDA: Backend = "onnxruntime_cuda"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Target:
     Attributes:
         name: As the user writes it.
         title: What it is, for lists.
-        backend: Python module that builds and runs its engines.
+        backend: What builds and runs its engines: a Python module, or "onnxruntime_cuda" for ONNX Runtime on a GPU.
         capabilities: Compute capabilities of the GPUs it serves; empty for any, or for none at all.
         built_on_device: Whether engines must be built on the GPU that runs them.
         remedy: Where the backend comes from.
@@ -38,17 +39,24 @@ class Target:
     built_on_device: bool = False
     remedy: str = ""
 
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether quantized layers run on the plugin's kernels and nothing else."""
+        return self.backend == CUDA
+
     def build_problem(self) -> str | None:
         """One sentence saying why this machine cannot build for the target, None if it can; imports nothing heavy."""
-        if find_spec(self.backend) is None:
-            return f"Target '{self.name}' needs the Python module {self.backend}, which is not installed."
+        module = "onnxruntime" if self.backend == CUDA else self.backend
+        if find_spec(module) is None:
+            return f"Target '{self.name}' needs the Python module {module}, which is not installed."
         return self._device_problem() if self.built_on_device else None
 
     def run_problem(self) -> str | None:
         """One sentence saying why this machine cannot run the target's engines, None if it can."""
         if self.backend == "onnxruntime":
             return self.build_problem()
-        return self._device_problem() or self.build_problem()
+        problem = self._device_problem() or self.build_problem()
+        return problem or (provider_problem() if self.backend == CUDA else None)
 
     def check(self) -> None:
         """Refuse a target that cannot be built here.
@@ -64,6 +72,8 @@ class Target:
         found = compute_capability()
         if found is None:
             return f"Target '{self.name}' needs an NVIDIA GPU, and this machine has none."
+        if self.backend == CUDA and found < LOWEST:
+            return f"Target '{self.name}' is for sm_80 and later, and this machine's GPU is sm_{found[0]}{found[1]}."
         if self.capabilities and found not in self.capabilities:
             wanted = " or ".join(f"sm_{major}{minor}" for major, minor in self.capabilities)
             return f"Target '{self.name}' is for {wanted}, and this machine's GPU is sm_{found[0]}{found[1]}."
@@ -74,6 +84,12 @@ TARGETS = {
     target.name: target
     for target in (
         Target("cpu", "ONNX Runtime on any CPU", "onnxruntime", remedy="Run: pip install onnxruntime."),
+        Target(
+            "cuda",
+            "ONNX Runtime on NVIDIA GPUs from the RTX 30 series on, without TensorRT; not yet run on a GPU",
+            CUDA,
+            remedy=INSTALL,
+        ),
         Target(
             "rtx",
             "TensorRT-RTX on desktop GPUs of the RTX 30, 40 and 50 series; built on any machine",
@@ -115,7 +131,7 @@ def has_limits(name: str) -> bool:
         >>> has_limits("cpu"), has_limits("jetson-orin")
         (False, True)
     """
-    return get_target(name).backend != "onnxruntime"
+    return get_target(name).backend in SIZED
 
 
 def get_target(name: str) -> Target:
@@ -131,7 +147,7 @@ def get_target(name: str) -> Target:
         Traceback (most recent call last):
             ...
         qe_edge.system.errors.UnknownNameError: There is no target 'jetson'. Did you mean 'jetson-thor'? Known:
-        cpu, jetson-orin, jetson-thor, rtx, tensorrt.
+        cpu, cuda, jetson-orin, jetson-thor, rtx, tensorrt.
     """
     if name not in TARGETS:
         raise UnknownNameError("target", name, TARGETS)

@@ -90,6 +90,7 @@ for words in """
 quantize demo -o build/demo/checkpoint --modules language,visual,merger --samples 4 --set tokens=256 --set em_steps=1
 export build/demo/checkpoint -o build/demo/onnx
 build build/demo/onnx -o build/demo/engines --target rtx --plugin --plugin-library build/plugin/libqe_plugin.so
+build build/demo/onnx -o build/demo/cuda --target cuda --plugin --plugin-library build/plugin/libqe_plugin.so
 quantize demo -o build/demo/w3/checkpoint --scheme w3a16 --modules language,visual,merger --samples 4 --set tokens=256 --set em_steps=1 --set adapter_dtype=int4
 export build/demo/w3/checkpoint -o build/demo/w3/onnx
 build build/demo/w3/onnx -o build/demo/w3/engines --target rtx --plugin --plugin-library build/plugin/libqe_plugin.so

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from packaging import requirements
 
     from qe_edge.export import targets
-    from qe_edge.runtime import plugin_library
+    from qe_edge.runtime import cuda_provider, plugin_library
 else:  # what a broken installation lacks costs the section that needs it
     psutil = lazy_module("psutil")
     requirements = lazy_module("packaging.requirements")
     targets = lazy_module("qe_edge.export.targets")
     plugin_library = lazy_module("qe_edge.runtime.plugin_library")
+    cuda_provider = lazy_module("qe_edge.runtime.cuda_provider")
 
 OK, MISSING, WRONG = "ok", "missing", "wrong"
 PROBE_SECONDS = 60
@@ -193,7 +194,7 @@ def _runtimes(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
         detail = "off" if off else "on, as ORT_DISABLE_TELEMETRY says: a device id in ~/.cache, events to Microsoft"
         yield Finding("Runtimes", "ORT telemetry", OK, detail)
         if _items(_table(seen.get("torch")).get("devices")) and "CUDAExecutionProvider" not in providers:
-            remedy = 'Run: pip install "qe-edge[cuda]"'
+            remedy = cuda_provider.INSTALL
             yield Finding("Runtimes", "ONNX Runtime CUDA", MISSING, "a GPU is there, its provider is not", remedy)
     remedies = {
         "tensorrt": 'On a Jetson it comes with JetPack; elsewhere run: pip install "qe-edge[tensorrt]"',

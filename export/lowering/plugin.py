@@ -1,4 +1,4 @@
-"""Replaces canonical `QELinear` nodes by nodes of the TensorRT plugin, with weights laid out for its kernels."""
+"""Replaces canonical `QELinear` nodes by nodes of the plugin's kernels, with weights laid out for them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class PackLayers(InPlacePass):
     Requires a canonical graph; ensures that every layer says how its weights are laid out, and that no function is
     left: before TensorRT 10.7 a function of the same name would win over the plugin.
 
+    Args:
+        scratch: Whether a node has an output more, bytes that the kernels work in: ONNX Runtime gives it memory.
+
     Attributes:
         names: Names of the plugin's nodes.
 
@@ -49,8 +52,9 @@ class PackLayers(InPlacePass):
         (True, ['mlp.up'])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, scratch: bool = False) -> None:
         super().__init__()
+        self.scratch = scratch
         self.names: list[str] = []
 
     def requires(self, model: ir.Model) -> None:
@@ -65,7 +69,7 @@ class PackLayers(InPlacePass):
         """
         join_siblings(model)
         for node in linear_nodes(model):
-            _pack(model.graph, node)
+            _pack(model.graph, node, scratch=self.scratch)
             self.names.append(node.name or "")
         model.functions.clear()
         remove_unused(model)
@@ -78,10 +82,14 @@ class PackLayers(InPlacePass):
         ensure(not model.functions, "No function is left.")
 
 
-def pack_layers(model: ir.Model) -> list[str]:
+def pack_layers(model: ir.Model, *, scratch: bool = False) -> list[str]:
     """Pack every layer in place; its input and output become float16 when precisions are chosen.
 
     One node at a time goes through `qe_edge.prepack`: a model in one piece would exceed what a protobuf message holds.
+
+    Args:
+        model: A canonical graph.
+        scratch: As of `PackLayers`.
 
     Returns:
         Names of the plugin's nodes.
@@ -99,12 +107,12 @@ def pack_layers(model: ir.Model) -> list[str]:
         >>> pack_layers(model), model.graph[0].attributes[LAYOUT].as_int()
         (['mlp.up'], 4)
     """
-    work = PackLayers()
+    work = PackLayers(scratch=scratch)
     work(model)
     return work.names
 
 
-def _pack(graph: ir.Graph, node: ir.Node) -> None:
+def _pack(graph: ir.Graph, node: ir.Node, *, scratch: bool) -> None:
     """One layer as a node of the plugin."""
     attributes, tensors = _packed(node)
     inputs: list[ir.Value | None] = [node.inputs[0]]
@@ -115,7 +123,10 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
         inputs.append(value)
     output = node.outputs[0]
     y = ir.Value(type=output.type, shape=output.shape)
-    replacement = ir.Node(DOMAIN, NAME, inputs, attributes, outputs=[y], name=node.name)
+    outputs = [y]
+    if scratch:
+        outputs.append(ir.Value(name=f"{node.name}.scratch", type=ir.TensorType(ir.DataType.UINT8)))
+    replacement = ir.Node(DOMAIN, NAME, inputs, attributes, outputs=outputs, name=node.name)
     ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], [output], [y])
 
 

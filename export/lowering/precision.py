@@ -19,7 +19,9 @@ from qe_edge.export.lowering.plugin import is_packed
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 FLOATS = (HALF, SINGLE)
-PRODUCTS = ("MatMul", "Gemm", "Conv", "DequantizeLinear", "QELinear")
+PRODUCTS = (
+    "MatMul", "Gemm", "Conv", "DequantizeLinear", "QELinear", "GroupQueryAttention", "MultiHeadAttention",
+)  # fmt: skip
 STATISTICS = (
     "Cos", "Exp", "Erf", "LayerNormalization", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Sin", "Sqrt", "Tanh",
 )  # fmt: skip

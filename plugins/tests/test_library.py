@@ -47,6 +47,15 @@ def test_exports_only_what_others_look_up(machine: str) -> None:
 
 
 @pytest.mark.parametrize("machine", FOLDERS)
+def test_the_operators_library_is_small_and_needs_no_onnx_runtime(machine: str) -> None:
+    library = ROOT / FOLDERS[machine] / "libqe_ort.so"
+    assert set(re.findall(r"NEEDED.*\[(.+?)\]", read(library, "-d"))) <= ALLOWED
+    rows = [line.split() for line in read(library, "--dyn-syms").splitlines() if " GLOBAL " in line]
+    assert {row[7].split("@")[0] for row in rows if row[6] != "UND"} == {"RegisterCustomOps"}
+    assert library.stat().st_size < 1 << 18  # the kernels are in libqe_plugin.so
+
+
+@pytest.mark.parametrize("machine", FOLDERS)
 def test_carries_kernels_for_both_cuda_versions(machine: str) -> None:
     """JetPack 6 has CUDA 12 and JetPack 7 has CUDA 13; the magic number opens every fatbin."""
     library = ROOT / FOLDERS[machine] / "libqe_plugin.so"

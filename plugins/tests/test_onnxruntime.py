@@ -24,7 +24,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from emulator.build import ROOT, source_emulator
+from emulator.build import BUILD, ROOT, source_emulator
 from prepack.floats import to_bits
 from prepack.lower import lower
 from prepack.reference import qe_linear
@@ -111,6 +111,32 @@ def test_nodes_have_memory_of_their_own(emulated: Path) -> None:
     assert session.run(None, {"h0": np.zeros((0, 3, 256), np.float16)})[0].shape == (0, 3, 136)
     del session
     assert kept.QeOpenLayers() == before[0]
+
+
+@pytest.mark.parametrize("graph", ["merger", "language"])
+def test_the_demos_graphs_compute_what_the_exported_ones_do(graph: str, emulated: Path) -> None:
+    """As `qe-edge build --target cuda` wrote them: prompts of 7 tokens into a cache that is written in place."""
+    built, exported = (BUILD / f"demo/{folder}/{graph}.onnx" for folder in ("cuda", "onnx"))
+    assert built.exists(), f"{built} is missing. Run plugins/ladder.sh, which builds it."
+    outputs = []
+    for path in (built, exported):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if path == built:  # whose nodes are the operator's; the others are those of a function
+            options.register_custom_ops_library(str(emulated))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        rng, sizes = np.random.default_rng(0), {"sequence": 7, "total": 7, "capacity": 16}
+        feeds = {}
+        for value in session.get_inputs():
+            shape = [size if isinstance(size, int) else sizes.get(size, 1) for size in value.shape]
+            cached, half = value.name.startswith("past_key_values."), value.type == "tensor(float16)"
+            real = np.zeros(shape) if cached else rng.standard_normal(shape)
+            feeds[value.name] = real.astype(np.float16 if half else np.float32)
+            if value.type == "tensor(int64)":
+                feeds[value.name] = np.ones(shape, np.int64) if value.name == "attention_mask" else np.full(shape, 3)
+        outputs.append(session.run(None, feeds)[0])
+    # some activations fall on the other side of a rounding step
+    assert relative_error(outputs[0].astype(np.float32), outputs[1].astype(np.float64)) < 3e-2
 
 
 def set_attribute(name: str, value: int) -> Callable[[onnx.ModelProto], None]:

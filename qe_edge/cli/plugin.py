@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qe_edge.export.plugin_check import choose_plugin
+from qe_edge.export.plugin_check import check_plugin_given, choose_plugin
 from qe_edge.runtime.engine_info import read_engine_info
 
 
@@ -15,10 +15,11 @@ def read_plugin(targets: Sequence[str], plugin: bool, library: Path | None) -> P
     """The library to build with, checked before any work; None if the user wants no plugin.
 
     Raises:
-        InputError: If no target takes the plugin.
+        InputError: If no target takes the plugin, or one cannot do without it and the user wants none.
         TargetError: If there is no library, or it does not serve.
     """
     if not plugin and library is None:
+        check_plugin_given(targets)
         return None
     return choose_plugin(targets, library)
 

@@ -66,6 +66,7 @@ class KernelLibrary:
         try:
             library = ctypes.CDLL(path)
             self._check, self._memory, self._run = library.QeCheckKernels, library.QeLayerMemory, library.QeRunLayer
+            self._layout = getattr(library, "QeLayoutVersion", None)
         except OSError as error:
             raise TargetError(f"The plugin library '{path}' cannot be loaded: {error}.", REMEDY) from error
         except AttributeError as error:
@@ -73,6 +74,16 @@ class KernelLibrary:
         for function in (self._check, self._memory, self._run):
             function.restype = ctypes.c_char_p
         self._run.argtypes = (ctypes.c_void_p,) * 3
+
+    def layout_version(self) -> int:
+        """Version of the packed weights that the kernels read.
+
+        Raises:
+            TargetError: If the library is of an earlier version, which cannot say.
+        """
+        if self._layout is None:
+            raise TargetError("The plugin library is too old to serve ONNX Runtime.", REMEDY)
+        return int(self._layout())
 
     def check(self) -> None:
         """Compare the kernels with known answers in the current CUDA context; the first call takes a moment.

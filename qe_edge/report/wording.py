@@ -14,6 +14,7 @@ from qe_edge.validate.schema import Accuracy, Contender, Latency, Report, Role, 
 ROLES: dict[Role, str] = {"original": "Original", "quantized": "Quantized", "engine": "Engine"}
 RUNTIMES = {
     "onnxruntime": "ONNX Runtime",
+    "onnxruntime_cuda": "ONNX Runtime, CUDA",
     "tensorrt": "TensorRT",
     "tensorrt_rtx": "TensorRT-RTX",
     "pytorch": "PyTorch, original",

@@ -10,12 +10,11 @@ import numpy as np
 
 from qe_edge.models.family import Encoded, ModelFamily, Sample
 from qe_edge.models.vision_encoder import MAX_PICTURES
-from qe_edge.runtime.engine import check_runnable, family_of_engines
+from qe_edge.runtime.engine import check_runnable, family_of_engines, open_sessions
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.generation import check_finite
 from qe_edge.runtime.manifest import EncoderManifest, read_encoder_manifest
 from qe_edge.runtime.sessions import OrtSession, Session
-from qe_edge.runtime.tensorrt_session import Device, TensorRTSession
 from qe_edge.system.errors import InputError
 
 
@@ -71,7 +70,7 @@ class EncoderEngine:
         if info is None or info.backend == "onnxruntime":
             session = OrtSession(folder, entry, accuracy_level=0, threads=threads)
         else:
-            session = TensorRTSession(Device(info, plugin_library), folder, entry)
+            session = open_sessions(folder, {"visual": entry}, info, None, plugin_library)["visual"]
         return cls(manifest, family, family.load_processor(str(folder)), session)
 
     def encode(self, samples: Sequence[Sample]) -> Encoded:

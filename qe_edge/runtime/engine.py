@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ from qe_edge.runtime.folder_model import FolderModel
 from qe_edge.runtime.generation import adjust_logits, check_context, check_finite
 from qe_edge.runtime.language import LanguageEngine
 from qe_edge.runtime.limits import EngineLimits, check_limits, limits_of
-from qe_edge.runtime.manifest import Manifest, read_manifest
+from qe_edge.runtime.manifest import GraphEntry, Manifest, read_manifest
+from qe_edge.runtime.ort_cuda_session import OrtDeviceSession, open_device
 from qe_edge.runtime.sessions import ACCURACY_LEVELS, OrtSession, Session
 from qe_edge.runtime.tensorrt_session import Device, TensorRTSession, check_device
 from qe_edge.system.errors import ArtifactError, InputError
@@ -86,6 +87,7 @@ class VisionLanguageEngine(LanguageEngine):
         threads: int | None = None,
         plugin_library: Path | None = None,
         max_context: int | None = None,
+        cuda_graph: bool = False,
     ) -> VisionLanguageEngine:
         """Open an ONNX folder (`qe-edge export`) or an engine folder (`qe-edge build`).
 
@@ -95,10 +97,12 @@ class VisionLanguageEngine(LanguageEngine):
             threads: For ONNX Runtime: number of threads, None for all cores.
             plugin_library: For engines with the plugin: its library, None for the one that is found.
             max_context: Most tokens of a prompt and its answer; None for the limit of the model or its engines.
+            cuda_graph: For the target 'cuda': whether a token's launches are recorded and repeated as one CUDA graph.
+                Not yet run on a GPU.
 
         Raises:
             InputError: If there is no such accuracy level or number of threads, the engines have none, or they do not
-                take such a context.
+                take such a context or no CUDA graph.
             ArtifactError: If the folder is missing or damaged.
             TargetError: If this machine cannot run its engines.
         """
@@ -115,15 +119,19 @@ class VisionLanguageEngine(LanguageEngine):
                 raise InputError(
                     f"'{folder}' holds engines for a GPU, which use no threads of the CPU.", "Leave --threads out."
                 )
+        if cuda_graph and (info is None or info.backend != "onnxruntime_cuda"):
+            raise InputError("Only engines of the target 'cuda' record CUDA graphs.", "Leave cuda_graph out.")
         check_runnable(folder, plugin_library)
         manifest = read_manifest(folder)
         if info is not None:
             info.check_belongs(manifest, folder)
-        limits = None if info is None or info.backend == "onnxruntime" else limits_of(manifest)
+        limits = limits_of(manifest) if info is not None and info.sized else None
         _check_max_context(max_context, manifest, limits)
         embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
         family, processor = _family_and_processor(folder, manifest)
-        sessions = _open_sessions(folder, manifest, info, accuracy_level, threads, plugin_library)
+        sessions = open_sessions(
+            folder, manifest.graphs, info, threads, plugin_library, accuracy_level, cuda_graph=cuda_graph
+        )
         return cls(manifest, family, processor, embedding, sessions, limits, max_context)
 
     def encode(self, samples: Sequence[Sample], *, answers: bool = False) -> Encoded:
@@ -308,22 +316,49 @@ def _check_max_context(wanted: int | None, manifest: Manifest, limits: EngineLim
         raise InputError(f"{what} to 2 to {most} tokens, {wanted} are asked for.", "Change --max-context.")
 
 
-def _open_sessions(
+def open_sessions(
     folder: Path,
-    manifest: Manifest,
+    graphs: Mapping[str, GraphEntry],
     info: EngineInfo | None,
-    accuracy_level: int,
     threads: int | None,
     plugin_library: Path | None,
+    accuracy_level: int = 0,
+    *,
+    cuda_graph: bool = False,
 ) -> dict[str, Session]:
-    """The graphs in the backend that they were built for."""
+    """The graphs of a folder in the backend that they were built for.
+
+    Args:
+        folder: The folder.
+        graphs: Their entries of the manifest, by name.
+        info: How they were built, None for graphs that were not.
+        threads: For ONNX Runtime on the CPU: number of threads, None for all cores.
+        plugin_library: For engines with the plugin: its library, None for the one that is found.
+        accuracy_level: For ONNX Runtime on the CPU: 0 is exact.
+        cuda_graph: For ONNX Runtime on a GPU: whether the language graph's steps are recorded.
+
+    Raises:
+        ArtifactError: If a graph is damaged.
+        TargetError: If this machine cannot run them.
+
+    Example:
+        >>> folder = Path("out/demo/engines/cpu")  # doctest: +SKIP
+        >>> graphs = read_manifest(folder).graphs  # doctest: +SKIP
+        >>> sessions = open_sessions(folder, graphs, read_engine_info(folder), None, None)  # doctest: +SKIP
+    """
     if info is None or info.backend == "onnxruntime":
         return {
             name: OrtSession(folder, entry, accuracy_level, threads, frugal=name != "language")
-            for name, entry in manifest.graphs.items()
+            for name, entry in graphs.items()
+        }
+    if info.backend == "onnxruntime_cuda":
+        gpu = open_device(info, plugin_library)
+        return {
+            name: OrtDeviceSession(folder, entry, gpu, steady=cuda_graph and name == "language")
+            for name, entry in graphs.items()
         }
     device = Device(info, plugin_library)
-    return {name: TensorRTSession(device, folder, entry) for name, entry in manifest.graphs.items()}
+    return {name: TensorRTSession(device, folder, entry) for name, entry in graphs.items()}
 
 
 def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
@@ -343,6 +378,9 @@ def check_runnable(folder: Path, plugin_library: Path | None = None) -> None:
     """
     info = read_engine_info(folder)
     if info is None or info.backend == "onnxruntime":
+        return
+    if info.backend == "onnxruntime_cuda":
+        open_device(info, plugin_library)
         return
     check_device(info, plugin_library)
 

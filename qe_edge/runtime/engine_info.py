@@ -13,6 +13,8 @@ from qe_edge.system.errors import ArtifactError
 from qe_edge.system.json_files import read_json_table
 
 REMEDY = "Build it again."
+Backend = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
+SIZED: tuple[Backend, ...] = ("tensorrt", "tensorrt_rtx")  # whose engines are built for largest sizes
 
 
 class _Strict(BaseModel):
@@ -69,7 +71,7 @@ class EngineInfo(Sealed):
 
     Attributes:
         target: Name of the target.
-        backend: Python module that runs the engines.
+        backend: What runs the engines: a Python module, or "onnxruntime_cuda" for ONNX Runtime on a GPU.
         version: Version of the backend at build time.
         capabilities: Compute capabilities that the engines were built for, for example "8.6".
         graphs: The graphs by name.
@@ -78,12 +80,17 @@ class EngineInfo(Sealed):
     """
 
     target: str
-    backend: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    backend: Backend
     version: str
     capabilities: tuple[str, ...] = ()
     graphs: dict[str, GraphBuild]
     plugin: PluginBuild | None = None
     manifest: Digest
+
+    @property
+    def sized(self) -> bool:
+        """Whether the engines were built for largest sizes."""
+        return self.backend in SIZED
 
     def write(self, folder: Path) -> None:
         """Write `engine.json` into `folder`."""

@@ -215,12 +215,13 @@ class LanguageEngine:
         kept: np.ndarray | None = None,
     ) -> np.ndarray:
         """One call of the graph, or one for every part of the logits; rows that are not `kept` stay as they were."""
+        steady = self._sessions["language"].steady and embeds.shape[1] == 1
         mask = cache.with_new(lengths, numbers)
         after = cache.lengths + lengths
         feeds: dict[str, Array] = {
             "inputs_embeds": np.ascontiguousarray(embeds),
             "position_ids": np.ascontiguousarray(positions),
-            "attention_mask": np.ascontiguousarray(mask[:, : after.max()]),
+            "attention_mask": mask if steady else np.ascontiguousarray(mask[:, : after.max()]),
         }
         parts = []
         for start in range(0, asked.shape[1], self._logits_at_once):

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -42,7 +42,13 @@ Array = np.ndarray | DeviceArray
 
 
 class Session(Protocol):
-    """One graph, ready to run."""
+    """One graph, ready to run.
+
+    Attributes:
+        steady: Whether calls of one token are to have the same shapes, so that they can be recorded.
+    """
+
+    steady: bool
 
     def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run on named inputs; returns the named outputs.
@@ -84,6 +90,7 @@ class OrtSession:
     def __init__(
         self, folder: Path, entry: GraphFile, accuracy_level: int, threads: int | None, *, frugal: bool = False
     ) -> None:
+        self.steady = False
         check_graph_file(folder, entry.file)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
@@ -95,18 +102,11 @@ class OrtSession:
         self._name = entry.file
         try:
             self._session = ort.InferenceSession(str(folder / entry.file), options, providers=["CPUExecutionProvider"])
-        except _ort_errors() as error:
+        except ort_errors() as error:
             raise ArtifactError(
-                f"ONNX Runtime cannot load '{folder / entry.file}': {_first_line(error)}", "Export the model again."
+                f"ONNX Runtime cannot load '{folder / entry.file}': {first_line(error)}", "Export the model again."
             ) from error
-        for kind, found, wanted in (
-            ("inputs", self._session.get_inputs(), entry.inputs),
-            ("outputs", self._session.get_outputs(), entry.outputs),
-        ):
-            if [value.name for value in found] != [spec.name for spec in wanted]:
-                raise ArtifactError(
-                    f"The {kind} of '{folder / entry.file}' are not those of the manifest.", "Export the model again."
-                )
+        check_signature(self._session, entry, folder)
         self._outputs = [spec.name for spec in entry.outputs]
 
     def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
@@ -119,9 +119,9 @@ class OrtSession:
             if not into:
                 return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
             return self._run_bound(feeds, into)
-        except _ort_errors() as error:
+        except ort_errors() as error:
             raise ResourceError(
-                f"ONNX Runtime failed in '{self._name}': {_first_line(error)}",
+                f"ONNX Runtime failed in '{self._name}': {first_line(error)}",
                 "Use fewer or smaller pictures, or a smaller batch.",
             ) from error
 
@@ -146,15 +146,44 @@ class OrtSession:
         return {**{name: values[place].numpy() for place, name in enumerate(free)}, **into}
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises; its exceptions share no base of their own."""
+def check_signature(session: Any, entry: GraphFile, folder: Path) -> None:  # noqa: ANN401 - an untyped extension module
+    """Refuse a graph whose inputs or outputs are not the manifest's.
+
+    Raises:
+        ArtifactError: If it is one.
+
+    Example:
+        >>> check_signature(session, manifest.graphs["language"], Path("out/demo/onnx"))  # doctest: +SKIP
+    """
+    for kind, found, wanted in (
+        ("inputs", session.get_inputs(), entry.inputs),
+        ("outputs", session.get_outputs(), entry.outputs),
+    ):
+        if [value.name for value in found] != [spec.name for spec in wanted]:
+            raise ArtifactError(
+                f"The {kind} of '{folder / entry.file}' are not those of the manifest.", "Export the model again."
+            )
+
+
+def ort_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; its exceptions share no base of their own.
+
+    Example:
+        >>> ValueError in ort_errors()
+        True
+    """
     return (
         state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile,
         state.NotImplemented, state.RuntimeException, RuntimeError, ValueError,
     )  # fmt: skip
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of ONNX Runtime's message, at most 300 characters."""
+def first_line(error: Exception) -> str:
+    """The first line of ONNX Runtime's message, at most 300 characters.
+
+    Example:
+        >>> first_line(RuntimeError("No such file." + chr(10) + "See the log."))
+        'No such file.'
+    """
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

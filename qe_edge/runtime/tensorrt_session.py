@@ -117,6 +117,7 @@ class TensorRTSession:
     """
 
     def __init__(self, device: Device, folder: Path, entry: GraphEntry) -> None:
+        self.steady = False
         self._device = device
         self._entry = entry
         info = device.info

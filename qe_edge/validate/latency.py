@@ -31,7 +31,7 @@ class Measurement:
     """The task of a child process: one question in one runtime.
 
     Attributes:
-        runtime: "onnxruntime", "tensorrt", "tensorrt_rtx" or "pytorch".
+        runtime: "onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx" or "pytorch".
         setting: Distinguishes measurements of one runtime, for example "accuracy level 4".
         model: Engine folder, or the original model's folder or hub id.
         accuracy_level: Accuracy level of ONNX Runtime.

@@ -216,7 +216,7 @@ class Latency(Part):
     """Speed and memory of one runtime on one question at a time.
 
     Attributes:
-        runtime: "onnxruntime", "tensorrt", "tensorrt_rtx" or "pytorch".
+        runtime: "onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx" or "pytorch".
         setting: Distinguishes runs of the same runtime, for example "accuracy level 4".
         steps: Timings by step: encode (pictures prepared, prompt tokenized), visual, merger, prefill, first_token (all
             of these), decode (from one token to the next).

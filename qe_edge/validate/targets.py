@@ -9,7 +9,7 @@ from qe_edge.budget.accounting import file_sizes
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.validate.schema import TargetState
 
-BACKENDS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+BACKENDS = {"onnxruntime_cuda": "ONNX Runtime, CUDA,", "tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 def target_states(validated: Path | None, not_run: Sequence[Path]) -> list[TargetState]:

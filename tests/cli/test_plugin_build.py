@@ -139,6 +139,9 @@ def test_build_without_a_library(cli: Run, tmp_path: Path, monkeypatch: pytest.M
         cli(*words, "--target", "jetson-orin", "--plugin", "--plugin-library", gone), f"'{gone}'", "build-plugin"
     )
     assert_two_lines(cli(*words, "--target", "cpu", "--plugin"), "takes no TensorRT plugin", "Leave --plugin out")
+    assert_two_lines(cli(*words, "--target", "cuda"), "on the plugin's kernels alone", "Add --plugin")
+    deploy = ["deploy", "demo", "-o", tmp_path / "out", "--target", "cpu", "--target", "cuda"]
+    assert_two_lines(cli(*deploy), "on the plugin's kernels alone", "Add --plugin")
 
 
 def test_the_command(cli: Run, machine: Machine, tmp_path: Path) -> None:

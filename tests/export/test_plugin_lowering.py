@@ -14,10 +14,11 @@ import torch
 from qe_edge.export.build import _is_listed, build_engines
 from qe_edge.export.layers import int4
 from qe_edge.export.lowering import tensorrt
+from qe_edge.export.lowering.half import PLUGIN_PRODUCTS
 from qe_edge.export.lowering.inline import array_of, operands_of
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
-from qe_edge.export.lowering.tensorrt import PLUGIN_PRODUCTS, lower_for_tensorrt
+from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.layers.linear import QELinear
 from qe_edge.models.family import Sample
 from qe_edge.prepack.lower import LAYOUT_VERSION, read_node
