@@ -47,6 +47,13 @@ class Conversion:
         return {name: layer for name, layer in self.layers.items() if layer.rank}
 
     @property
+    def plain_linears(self) -> list[str]:
+        """Names of linear layers that are not quantized."""
+        mixing = self.folding.mixing
+        matrix = None if mixing is None else mixing.matrix.removesuffix(".weight")
+        return [name for name in self.source.unquantized if name != matrix]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of most numbers outside the quantized layers."""
         sizes: dict[torch.dtype, int] = {}

@@ -137,7 +137,9 @@ class CarriedLayer:
             layer(torch.eye(layer.in_features)[start : start + ROWS]) for start in range(0, layer.in_features, ROWS)
         ]
         weight = torch.cat(columns).T
-        inputs, rows = self.folding.inputs.get(self.name), self.folding.rows.get(self.name)
+        mixing, inputs, rows = self.folding.mixing, self.folding.inputs.get(self.name), self.folding.rows.get(self.name)
+        if mixing is not None and self.name == mixing.head:
+            weight = weight @ self.source.tensor(mixing.matrix).float()
         weight = weight if inputs is None else weight / inputs
         return weight if rows is None else weight * rows.unsqueeze(1)
 

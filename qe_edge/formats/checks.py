@@ -9,7 +9,6 @@ from qe_edge.formats.carried import CarriedLayer
 from qe_edge.numerics.grids import rounds_activations
 from qe_edge.system.errors import TargetError
 
-MIXING = ".mixing.weight"  # of a rotated model whose head shares the embedding
 DECODE = "Add --decode, which writes such layers as ordinary weights, or quantize with --method gptq."
 
 
@@ -42,6 +41,8 @@ def code_problem(form: Format, layer: CarriedLayer) -> str | None:
         return "has parts that only PyTorch computes"
     if layer.name in layer.folding.stuck:
         return "has channel scales that cannot be folded into what comes before it"
+    if layer.folding.mixing is not None and layer.name == layer.folding.mixing.head:
+        return "is a head that a rotation put a matrix in front of"
     return form.layer_problem(layer)
 
 
@@ -56,11 +57,6 @@ def _of_model(conversion: Conversion, *, drop_rounding: bool) -> Iterable[Reason
         yield (
             f"activations are rounded to {rounded[0].activation_bits} bits by rules that other runtimes lack",
             "Add --activations 16, so that they stay unrounded there, or quantize with --scheme w4a16.",
-        )
-    if any(name.endswith(MIXING) for name in conversion.source.plain):
-        yield (
-            "the model is rotated and its head shares the embedding, so that a matrix stands between the two",
-            "Quantize again without a rotation: --set rotate=false, or another method than quarot.",
         )
 
 

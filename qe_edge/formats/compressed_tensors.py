@@ -60,7 +60,7 @@ class CompressedTensors(TransformersFolder):
                 }
                 for number, (weights, names) in enumerate(kinds.values())
             },
-            "ignore": [*conversion.source.unquantized, *conversion.decoded],
+            "ignore": [*conversion.plain_linears, *conversion.decoded],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

@@ -11,7 +11,7 @@ from qe_edge.formats import FORMATS
 from qe_edge.formats.base import Conversion, Format
 from qe_edge.formats.carried import CarriedLayer
 from qe_edge.formats.checks import check_conversion, code_problem
-from qe_edge.formats.folding import fold_scales
+from qe_edge.formats.folding import fold
 from qe_edge.formats.source import CheckpointSource, open_checkpoint
 from qe_edge.formats.summary import README, summarize, write_readme
 from qe_edge.models.loading import shapes_only
@@ -75,9 +75,13 @@ def is_converted(folder: Path) -> bool:
 
 
 def _plan(source: CheckpointSource, form: Format, *, decode: bool) -> Conversion:
-    blocks = source.family.blocks(shapes_only(source.family))
-    folding = fold_scales(source, blocks, rows=form.folds_rows)
-    groups = {f"{block.name}.{name}": block.group for block in blocks for name, _ in block.module.named_modules()}
+    model = shapes_only(source.family)
+    folding = fold(source, model, rows=form.folds_rows)
+    groups = {
+        f"{block.name}.{name}": block.group
+        for block in source.family.blocks(model)
+        for name, _ in block.module.named_modules()
+    }
     # the one layer that a checkpoint has outside its blocks is the head
     layers = {name: CarriedLayer(source, name, folding, group=groups.get(name, "head")) for name in source.layers}
     if decode:

@@ -1,4 +1,4 @@
-"""Channel scales of quantized layers, moved to where every runtime has a place for them, where that is exact.
+"""Channel scales, and the last matrix of a rotation, moved to where every runtime has a place for them.
 
 A layer computes `W_q (x * inv_omega)`. Other formats have no `inv_omega`. Four things take its place:
 
@@ -13,8 +13,8 @@ A correction that read the unscaled input has its down factor divided by them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,27 @@ from qe_edge.formats.source import CheckpointSource
 from qe_edge.models.family import Block
 from qe_edge.models.rotation import PARTS, READERS, check_norm
 from qe_edge.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MATRIX = ".mixing.weight"  # ending of its name
+
+
+class Mixing(NamedTuple):
+    """A matrix between the last norm and a head, which a rotation left there.
+
+    Attributes:
+        matrix: Its name in the checkpoint.
+        norm: Name of the norm's gains in the checkpoint.
+        norm_after: Their name in transformers' own model.
+        head: Name of the head.
+    """
+
+    matrix: str
+    norm: str
+    norm_after: str
+    head: str
 
 
 @dataclass
@@ -35,6 +56,7 @@ class Folding:
         rows: By layer, `[out]` float32, factors of its outputs.
         norms: By the name of a norm's gains, `[hidden]` float32, their factors.
         stuck: Layers whose scales have no place.
+        mixing: The matrix before the head, which becomes a part of it; None without one.
     """
 
     dropped: dict[str, Tensor] = field(default_factory=dict)
@@ -42,17 +64,18 @@ class Folding:
     rows: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     stuck: list[str] = field(default_factory=list)
+    mixing: Mixing | None = None
 
 
-def fold_scales(source: CheckpointSource, blocks: Sequence[Block], *, rows: bool = True) -> Folding:
+def fold(source: CheckpointSource, model: PreTrainedModel, *, rows: bool = True) -> Folding:
     """Find a place for the channel scales of every layer; reads the scales and the gains of norms only.
 
     Args:
         source: The checkpoint.
-        blocks: Its model's, on the meta device.
+        model: Its model, on the meta device.
         rows: Whether rows of earlier layers may take some, whose scales are float32 then.
     """
-    folding = Folding()
+    folding = Folding(mixing=_mixing(source, model))
     scales: dict[str, Tensor] = {}
     for name, geometry in source.layers.items():
         if "inv_omega" not in geometry.tensors:
@@ -65,13 +88,22 @@ def fold_scales(source: CheckpointSource, blocks: Sequence[Block], *, rows: bool
         if not bool((inverse == 1).all()):
             scales[name] = inverse
     if scales:
-        for block in filter(_is_decoder, blocks):
+        for block in filter(_is_decoder, source.family.blocks(model)):
             _into_norms(source, block, scales, folding)
             if rows:
                 _into_values(source, block, scales, folding)
                 _into_up(source, block, scales, folding)
     folding.stuck = sorted(scales)
     return folding
+
+
+def _mixing(source: CheckpointSource, model: PreTrainedModel) -> Mixing | None:
+    matrix = next((name for name in source.plain if name.endswith(MATRIX)), None)
+    if matrix is None:
+        return None
+    norm, head = matrix.removesuffix(MATRIX), model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    return Mixing(matrix, f"{norm}.norm.weight", f"{norm}.weight", name)
 
 
 def _is_decoder(block: Block) -> bool:

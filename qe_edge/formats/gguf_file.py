@@ -17,6 +17,7 @@ from qe_edge.formats.base import Conversion, Format, Reason
 from qe_edge.formats.blocks_of_32 import BLOCK, Q4_BYTES, Q8_BYTES, q4_0, q8_0
 from qe_edge.formats.carried import CarriedLayer
 from qe_edge.formats.gguf_vocabulary import add_vocabulary, tokenizer_problem
+from qe_edge.formats.plain import plain_pieces
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.system.progress import Progress, track
 
@@ -118,8 +119,8 @@ def _is_narrow(layer: CarriedLayer) -> bool:
 
 def _model_entries(conversion: Conversion) -> Iterator[Entry]:
     names = _names(conversion)
-    for name, like in conversion.source.plain.items():
-        yield _real(names(name), like, partial(_stored, conversion, name))
+    for name, (like, make) in plain_pieces(conversion).items():
+        yield _real(names(name), like, make)
     for name, layer in conversion.layers.items():
         weight, order = names(f"{name}.weight"), _row_order(conversion, name)
         out_features, in_features = layer.geometry.out_features, layer.geometry.in_features
@@ -158,11 +159,6 @@ def _real(name: str, like: Tensor, make: Callable[[], Tensor]) -> Entry:
     """A tensor of real numbers: as stored, but vectors in float32, as llama.cpp wants them."""
     dtype = like.dtype if like.ndim > 1 else torch.float32
     return Entry(name, KINDS[dtype], (*like.shape[:-1], like.shape[-1] * dtype.itemsize), lambda: make().to(dtype))
-
-
-def _stored(conversion: Conversion, name: str) -> Tensor:
-    tensor, factors = conversion.source.tensor(name), conversion.folding.norms.get(name)
-    return tensor if factors is None else tensor.float() * factors
 
 
 def _names(conversion: Conversion) -> Callable[[str], str]:

@@ -80,7 +80,7 @@ class GPTQ(TransformersFolder):
         coded = conversion.coded
         grid = next(iter(coded.values())).grid
         version = "gptq" if grid.symmetric else "gptq_v2"
-        plain = {NUMBER.split(name.removeprefix("model."))[0] for name in conversion.source.unquantized}
+        plain = {NUMBER.split(name.removeprefix("model."))[0] for name in conversion.plain_linears}
         return {
             "quant_method": "gptq",
             "bits": grid.bits,
@@ -99,7 +99,7 @@ class GPTQ(TransformersFolder):
 
     def notes(self, conversion: Conversion) -> list[str]:
         """Which of the two versions was written."""
-        if next(iter(conversion.coded.values())).grid.symmetric:
+        if all(layer.grid.symmetric for layer in conversion.coded.values()):
             return []
         return ["Zero points are stored as they are: 'gptq_v2', which needs a reader that knows it."]
 

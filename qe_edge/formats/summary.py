@@ -48,11 +48,13 @@ def write_readme(conversion: Conversion, form: Format, folder: Path, name: str, 
 
 def _carried(conversion: Conversion, adapter: str) -> Iterator[str]:
     kinds = Counter(_kind(layer) for layer in conversion.coded.values())
+    total, dtype = len(conversion.layers), str(conversion.dtype).removeprefix("torch.")
     for kind, number in kinds.most_common():
-        yield f"{number} layers of {kind}: every code as it was."
+        yield f"{number} of {total} layers: {kind}; every code as it was."
     if conversion.decoded:
-        dtype = str(conversion.dtype).removeprefix("torch.")
-        yield f"{len(conversion.decoded)} layers are decoded to ordinary {dtype} weights."
+        yield f"{len(conversion.decoded)} of {total} layers: decoded to ordinary {dtype} weights."
+    if not conversion.coded:
+        yield "No layer has codes left: this is an ordinary model."
     folding = conversion.folding
     if folding.dropped:
         dropped = sum(int(mask.sum()) for mask in folding.dropped.values())
@@ -61,6 +63,8 @@ def _carried(conversion: Conversion, adapter: str) -> Iterator[str]:
         places = [f"{len(folding.norms)} norms"] if folding.norms else []
         places += [f"the rows of {len(folding.rows)} layers"] if folding.rows else []
         yield f"Channel scales are folded into {' and '.join(places)}, which are float32 now."
+    if folding.mixing is not None:
+        yield f"The matrix of the rotation is folded into the head, which is one of its own now, in {dtype}."
     ranks = sorted({layer.rank for layer in conversion.corrected.values()})
     if ranks:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qe_edge.checkpoint.safetensors_write import write_tensors
 from qe_edge.formats.adapter import ADAPTER, adapter_config, adapter_pieces
 from qe_edge.formats.base import Conversion, Format
 from qe_edge.formats.carried import CarriedLayer, Piece, piece
+from qe_edge.formats.plain import SECTION, config_of, plain_pieces
 from qe_edge.models.quantized import WEIGHTS
 from qe_edge.system.progress import Progress, track
 
@@ -36,7 +37,7 @@ class TransformersFolder(Format):
 
     def pieces(self, conversion: Conversion) -> dict[str, Piece]:
         """All tensors of the model's file."""
-        found = _plain(conversion)
+        found = plain_pieces(conversion)
         for layer in conversion.layers.values():
             found |= _decoded(layer, conversion.dtype) if layer.decoded else self.layer_pieces(layer)
             found |= layer.bias_piece()
@@ -49,7 +50,10 @@ class TransformersFolder(Format):
             if file not in (CONFIG, WEIGHTS):
                 (folder / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source.folder / file, folder / file)
-        _write_json(folder / CONFIG, source.config | {"quantization_config": self.quantization_config(conversion)})
+        config = config_of(conversion)
+        if conversion.coded:
+            config[SECTION] = self.quantization_config(conversion)
+        _write_json(folder / CONFIG, config)
         model, adapter = self.pieces(conversion), adapter_pieces(conversion)
         total = sum(one.like.nbytes for one in (*model.values(), *adapter.values()))
         with track(progress, "Converting", float(total)) as tracked:
@@ -67,23 +71,6 @@ class TransformersFolder(Format):
             lines = ["from peft import PeftModel", *lines]
             lines.append(f'model = PeftModel.from_pretrained(model, "{name}/{ADAPTER}")')
         return "\n".join(lines)
-
-
-def _plain(conversion: Conversion) -> dict[str, Piece]:
-    """Tensors outside the quantized layers: as stored, but for norms that channel scales are folded into."""
-    source, found = conversion.source, {}
-    for name, like in source.plain.items():
-        factors = conversion.folding.norms.get(name)
-        found[name] = Piece(like if factors is None else like.float(), _stored(conversion, name, factors))
-    return found
-
-
-def _stored(conversion: Conversion, name: str, factors: Tensor | None) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        tensor = conversion.source.tensor(name)
-        return tensor if factors is None else tensor.float() * factors
-
-    return make
 
 
 def _decoded(layer: CarriedLayer, dtype: torch.dtype) -> dict[str, Piece]:

@@ -34,8 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     "symmetric, per channel": {"method": "gptq", "scheme": "w4a8"},
     "static correction": {"method": "qe", "options": STATIC},
     "rotation, head of its own": {"method": "quarot", "sizes": {"tie_word_embeddings": False}},
+    "rotation, head of the embedding": {"method": "quarot"},
     "folded scales": {"method": "awq", "sizes": MHA, "dtype": torch.bfloat16},
     "folded scales under a correction": {"method": "qe", "options": {**STATIC, "rounding": "awq"}, "sizes": MHA},
+    "a budget: rotated, of several bit widths and ranks": {"method": "qe", "options": STATIC, "budget": {"bits": 6}},
 }
 
 
@@ -68,7 +70,7 @@ def test_layers_of_several_kinds_are_written_on_one_grid(tmp_path: Path) -> None
     set_module(loaded.model, name, QELinear(QuantizedLinear(weight, 0)))
     save_quantized(loaded, recipe, tmp_path / "checkpoint")
     said = convert_checkpoint(tmp_path / "checkpoint", NAME, tmp_path / "out")
-    assert any("1 layers of 3 bits in groups of 32 without zero points, written as 4 bits" in line for line in said)
+    assert any("1 of 14 layers: 3 bits in groups of 32 without zero points, written as 4 bits" in line for line in said)
     wanted = ours(tmp_path / "checkpoint")
     assert_the_same(reloaded(tmp_path / "out", wanted), wanted, SAMPLES)
 
@@ -100,7 +102,16 @@ def test_the_package_decodes_every_layer_to_the_weight_that_we_have(tmp_path: Pa
 def test_what_has_no_codes_elsewhere_is_decoded_when_asked(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, "awq")  # heads share values, and their scales differ
     said = convert_checkpoint(checkpoint, NAME, tmp_path / "out", decode=True)
-    assert "2 layers are decoded to ordinary float32 weights." in said
+    assert "2 of 14 layers: decoded to ordinary float32 weights." in said
+    wanted = ours(checkpoint)
+    assert_the_same(reloaded(tmp_path / "out", wanted), wanted, SAMPLES)
+
+
+@pytest.mark.parametrize("method", ["spqr", "quipsharp", "atom"])
+def test_a_checkpoint_without_codes_that_others_know_becomes_an_ordinary_model(method: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, method)
+    said = convert_checkpoint(checkpoint, NAME, tmp_path / "out", decode=True)
+    assert "No layer has codes left: this is an ordinary model." in said
     wanted = ours(checkpoint)
     assert_the_same(reloaded(tmp_path / "out", wanted), wanted, SAMPLES)
 

@@ -17,7 +17,7 @@ ROUTED = {"experts": 2, "shared_rank": 8, "routed_rank": 8, "shrink": False, "to
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "routed experts": ({"method": "qe", "options": ROUTED}, "experts that every token chooses anew", "experts=0"),
     "activations of 8 bits": ({"method": "rtn", "scheme": "w4a8"}, "rounded to 8 bits", "--activations 16"),
-    "a rotation and a tied head": ({"method": "quarot"}, "its head shares the embedding", "rotate=false"),
+    "a rotation and a head of codes": ({"method": "quarot", "head": "int4"}, "a rotation put a matrix in", "--decode"),
     "outliers": ({"method": "spqr"}, "has parts that only PyTorch computes", "--decode"),
     "codebooks": ({"method": "quipsharp"}, "has parts that only PyTorch computes", "--decode"),
     "scales without a place": ({"method": "awq"}, "more) has channel scales", "--decode"),
