@@ -118,3 +118,12 @@ def test_every_page_is_in_the_site() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nplugins:")[0]
     pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
     assert [page for page in pages if page not in navigation] == []
+
+
+def test_included_files_are_there() -> None:
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.lstrip().startswith("--8"):  # as the extension snippets reads it; a formatter may break it
+                found = re.fullmatch(r'\s*--8<-- "(?P<file>[^"]+)"', line)
+                assert found, f"{page}: {line}"
+                assert (ROOT / found["file"]).is_file(), f"{page}: {line}"
