@@ -53,8 +53,7 @@ class OrtDevice:
         options: Of the provider.
 
     Example:
-        >>> OrtDevice(None, "CPUExecutionProvider", "cpu", {}).session_options().has_providers()
-        True
+        >>> OrtDevice(None, "CPUExecutionProvider", "cpu", {}).start()
     """
 
     operator: Path | None
@@ -62,29 +61,22 @@ class OrtDevice:
     name: str = "cuda"
     options: Mapping[str, str] = field(default_factory=lambda: dict(OPTIONS))
 
-    def session_options(self, *, recorded: bool = False) -> Any:  # noqa: ANN401 - an untyped extension module
-        """Options of a session of this provider, which is started the first time.
-
-        Args:
-            recorded: Whether the session may record its runs as CUDA graphs.
+    def start(self) -> None:
+        """Start the provider, which loads the libraries of CUDA and cuDNN.
 
         Raises:
-            TargetError: If it cannot start, most often because a library of CUDA or cuDNN is missing.
+            TargetError: If it cannot start, most often because such a library is missing.
         """
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
         # what is missing is printed, in colours, to both
         with held_stderr() as held, redirect_stdout(io.StringIO()) as printed:
             try:
                 if self.provider == PROVIDER and hasattr(ort, "preload_dlls"):
                     ort.preload_dlls()  # CUDA and cuDNN from PyPI's packages, where they are
-                graphs = {"enable_cuda_graph": "1"} if recorded and self.provider == PROVIDER else {}
-                options.add_provider(self.provider, {**self.options, **graphs})
+                ort.SessionOptions().add_provider(self.provider, dict(self.options))
             except ort_errors() as error:
                 missing = MISSING.search(printed.getvalue() + held().decode(errors="replace"))
                 reason = f" {missing.group(1)} is missing." if missing else f" It says: {first_line(error)}"
                 raise TargetError(NOT_STARTED + reason, INSTALL) from error
-        return options
 
 
 @dataclass
@@ -114,7 +106,7 @@ def open_device(info: EngineInfo, plugin_library: Path | None = None) -> OrtDevi
     """
     check_provider()
     device = OrtDevice(None if info.plugin is None else find_operator_library(plugin_library))
-    device.session_options()
+    device.start()
     return device
 
 
@@ -164,11 +156,16 @@ class OrtDeviceSession:
 
     def _open(self, folder: Path) -> Any:  # noqa: ANN401 - an untyped extension module
         device = self._device
-        options = device.session_options(recorded=self.steady)
+        recorded = {"enable_cuda_graph": "1"} if self.steady and device.provider == PROVIDER else {}
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
         try:
             if device.operator is not None:
                 options.register_custom_ops_library(str(device.operator))
-            session = ort.InferenceSession(str(folder / self._entry.file), options)
+            providers = [(device.provider, {**device.options, **recorded})]
+            session = ort.InferenceSession(
+                str(folder / self._entry.file), options, providers=providers, enable_fallback=0
+            )
         except ort_errors() as error:
             raise _refusal(error, folder / self._entry.file) from error
         if session.get_providers()[0] != device.provider:  # ONNX Runtime went on without it
