@@ -24,6 +24,7 @@ class KVCache:
         present: Buffers that the next call writes, under the names of its outputs: the same ones where it writes in
             place.
         lengths: Tokens of every row, int64 `[batch]`.
+        in_place: Whether a call writes where it reads.
         mask: The graph's `attention_mask`, int64 `[batch, capacity]`: 1 on text, numbers of pictures where a model's
             pictures have some, 0 beyond a row's length.
     """
@@ -34,10 +35,12 @@ class KVCache:
     present: dict[str, Array]
     lengths: np.ndarray = field(init=False)
     mask: np.ndarray = field(init=False)
+    in_place: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.lengths = np.zeros(self.batch, np.int64)
         self.mask = np.zeros((self.batch, self.capacity), np.int64)
+        self.in_place = all(self.present[name.replace(PAST, PRESENT, 1)] is array for name, array in self.past.items())
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +76,8 @@ class KVCache:
 
     def written(self, outputs: dict[str, Array]) -> None:
         """Take the outputs of a call as the new cache; the next call may write into the old one."""
+        if self.in_place:
+            return
         spare = self.past
         self.past = {name.replace(PRESENT, PAST, 1): array for name, array in outputs.items()}
         self.present = {name.replace(PAST, PRESENT, 1): array for name, array in spare.items()}

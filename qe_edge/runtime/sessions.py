@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ class OrtSession:
             ) from error
         check_signature(self._session, entry, folder)
         self._outputs = [spec.name for spec in entry.outputs]
+        self._held: _Binding | None = None
 
     def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run on named inputs; returns the named outputs, those of `into` in its arrays.
@@ -131,19 +133,63 @@ class OrtSession:
         return np.frombuffer(pages, dtype, int(np.prod(shape))).reshape(shape)
 
     def _run_bound(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
-        """Run with inputs and outputs bound to arrays, so that nothing is copied."""
-        binding = self._session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.asarray(array))
+        """Run with inputs and outputs bound to arrays, so that nothing is copied.
+
+        Arrays that are read and written in place stay bound until other ones come: a token takes as long to bind a
+        cache of 30 layers as to compute several of them.
+        """
+        written = {id(array) for array in into.values()}
+        kept = {name: array for name, array in feeds.items() if id(array) in written}
         free = [name for name in self._outputs if name not in into]
+        held, self._held = self._held, None  # another thread that comes meanwhile makes its own
+        if held is None or not held.fits(kept, into):
+            held = _Binding.of(self._session, free, kept, into)
+        for name in free:
+            held.binding.bind_output(name, "cpu")
+        for name, array in feeds.items():
+            if name not in kept:
+                held.binding.bind_cpu_input(name, np.asarray(array))
+        self._session.run_with_iobinding(held.binding)
+        values = held.binding.get_outputs_as_ortvaluevector()  # no object for each of the cache
+        found: dict[str, Array] = {name: values[place].numpy() for place, name in enumerate(free)}
+        self._held = held
+        return {**found, **into}
+
+
+@dataclass
+class _Binding:
+    """Arrays that are bound by their addresses, which does not keep them alive.
+
+    Attributes:
+        binding: ONNX Runtime's; its outputs begin with those that are no arrays of ours.
+        inputs: Bound inputs by name.
+        outputs: Likewise.
+    """
+
+    binding: Any
+    inputs: dict[str, weakref.ref[np.ndarray]]
+    outputs: dict[str, weakref.ref[np.ndarray]]
+
+    @classmethod
+    def of(cls, session: Any, free: list[str], feeds: Mapping[str, Array], into: Mapping[str, Array]) -> _Binding:  # noqa: ANN401 - an untyped extension module
+        binding = session.io_binding()
+        inputs = {name: np.asarray(array) for name, array in feeds.items()}
+        outputs = {name: np.asarray(array) for name, array in into.items()}
         for name in free:
             binding.bind_output(name, "cpu")
-        for name, array in into.items():
-            bound = np.asarray(array)
-            binding.bind_output(name, "cpu", 0, bound.dtype, bound.shape, bound.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        values = binding.get_outputs_as_ortvaluevector()  # no object for each of the cache
-        return {**{name: values[place].numpy() for place, name in enumerate(free)}, **into}
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return cls(
+            binding, *({name: weakref.ref(array) for name, array in every.items()} for every in (inputs, outputs))
+        )
+
+    def fits(self, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> bool:
+        """Whether these very arrays are bound."""
+        return all(
+            bound.keys() == asked.keys() and all(bound[name]() is array for name, array in asked.items())
+            for bound, asked in ((self.inputs, feeds), (self.outputs, into))
+        )
 
 
 def check_signature(session: Any, entry: GraphFile, folder: Path) -> None:  # noqa: ANN401 - an untyped extension module

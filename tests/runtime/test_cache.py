@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qe_edge.models.family import Sample
-from qe_edge.runtime.cache import right_places, take_tokens
+from qe_edge.runtime.cache import KVCache, right_places, take_tokens
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.slots import Slot
 from qe_edge.system.errors import InputError, ResourceError
@@ -131,3 +131,26 @@ def test_a_slot_gives_its_cache_back_before_it_takes_a_larger_one(
         slot.make_room(small + 1)
     assert held == [None, None]
     assert slot.capacity == small
+
+
+def test_caches_in_turn_are_each_their_own_and_go_when_they_are_not_used(engine: VisionLanguageEngine) -> None:
+    """Arrays stay bound from call to call, which must neither mix them up nor keep them."""
+    prompt = Prompt(engine)
+    once = np.array([1, 1])
+
+    def read(cache: KVCache, token: int) -> np.ndarray:
+        start = np.full(2, token)
+        return engine.extend(cache, *prompt.piece(start, once))
+
+    alone = engine.new_cache(2, 64)
+    wanted = [read(alone, token) for token in range(4)]
+    first, second = engine.new_cache(2, 64), engine.new_cache(2, 64)
+    found = [(read(first, token), read(second, token)) for token in range(4)]
+    assert all(
+        np.array_equal(one, right) and np.array_equal(other, right)
+        for (one, other), right in zip(found, wanted, strict=True)
+    )
+    kept = weakref.ref(next(iter(second.past.values())))
+    del second
+    assert kept() is None
+    assert np.array_equal(read(first, 4), read(alone, 4))
