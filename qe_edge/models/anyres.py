@@ -25,7 +25,7 @@ LARGER = 1.1  # a picture that is less above the limit than this, per side, is n
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the tokens of pictures are made of.
+    """The patches that the tokens of pictures are mixed from.
 
     Attributes:
         places: int64 `[tokens, taps]`: numbers of patches, tile after tile; `taps` is 1 or 4.
@@ -58,7 +58,12 @@ def tokens_of_picture(
         resolutions: Heights and widths that a picture may be scaled to, multiples of `tile`.
         tile: Pixels per side of a tile.
         side: Patches per side of a tile.
-        most: Of more patches than this many tiles have, a picture is scaled down.
+        most: A picture of more patches than this number of tiles has is scaled down.
+
+    Example:
+        >>> tokens = tokens_of_picture((56, 112), [(56, 112), (112, 112)], tile=56, side=4, most=9)
+        >>> len(tokens.places)  # 16 of the overview, then 4 lines of 8 patches and a line end
+        52
     """
     height, width = image_processing_utils.select_best_resolution(size, list(resolutions))
     rows, columns = height // tile, width // tile
@@ -76,11 +81,16 @@ def tokens_of_picture(
 
 
 def joined(parts: Sequence[Tokens], first: Sequence[int]) -> Tokens:
-    """Tokens one after the other.
+    """Join tokens, one part after the other.
 
     Args:
-        parts: They may have different numbers of taps.
-        first: For each of them what is added to the numbers of its patches.
+        parts: The tokens; parts may have different numbers of taps.
+        first: For each part the number that is added to the numbers of its patches.
+
+    Example:
+        >>> both = joined([tokens_of_tile(1), tokens_of_tile(1)], first=[0, 1])
+        >>> both.places.ravel().tolist(), both.weights.ravel().tolist()
+        ([0, 0, 1, 1], [1.0, 0.0, 1.0, 0.0])
     """
     taps = max(part.places.shape[1] for part in parts)
 

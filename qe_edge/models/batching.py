@@ -1,4 +1,4 @@
-"""From prompts to a left-padded batch: what every family does the same way."""
+"""Encode prompts as a left-padded batch; all families share these steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Row:
 
     Attributes:
         ids: Prompt, then perhaps the reference answer.
-        prompt_length: How many of them are the prompt.
+        prompt_length: Number of ids of the prompt.
         earlier: Places in the prompt of the assistant's earlier answers.
     """
 
@@ -39,13 +39,24 @@ def prepare_pictures(
     samples: Sequence[Sample],
     **options: Any,  # noqa: ANN401 - the processor's own
 ) -> dict[str, np.ndarray]:
-    """Arrays that an image processor of transformers makes of the samples' pictures; empty when there is none.
+    """Prepare the samples' pictures with an image processor of transformers; empty if there are no pictures.
 
-    Pictures are decoded and prepared one by one, in the samples' order, so that one of them is in memory at a time.
+    Pictures are decoded and prepared one by one, in the samples' order, so that only one of them is in memory.
 
     Raises:
-        InputError: Naming the sample, if a picture cannot be read, has a shape that the processor refuses, or becomes
-            an array of another shape than those before it, or if all of them together would fill the memory.
+        InputError: If a picture cannot be read, has a shape that the processor refuses, or becomes an array of another
+            shape than earlier ones, or if all pictures together would fill the memory. The message names the sample.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.configuration import load_family
+        >>> processor = load_family(str(model_path())).load_processor(str(model_path()))
+        >>> pictures = [Sample(np.zeros((side, 64, 3), np.uint8), "what?") for side in (64, 128)]
+        >>> arrays = prepare_pictures(processor.image_processor, pictures)
+        >>> arrays["image_grid_thw"].tolist()  # frames, rows and columns of patches
+        [[1, 8, 8], [1, 12, 6]]
+        >>> arrays["pixel_values"].shape
+        (136, 1176)
     """
     found: dict[str, list[np.ndarray]] = {}
     for sample in samples:
@@ -88,10 +99,17 @@ def _prepare(image_processor: Any, picture: Image.Image, options: dict[str, Any]
 
 @contextmanager
 def naming(sample: Sample) -> Iterator[None]:
-    """Say of an error about a sample where the sample came from.
+    """Add a sample's origin to errors inside the context.
 
     Raises:
-        InputError: The same with the sample's origin.
+        InputError: The same error with the sample's origin in front.
+
+    Example:
+        >>> with naming(Sample(None, "?", origin="line 7 of 'data.jsonl'")):
+        ...     raise InputError("The picture is missing.", "Add it.")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: line 7 of 'data.jsonl': The picture is missing. Add it.
     """
     try:
         yield
@@ -110,18 +128,28 @@ def encode_row(
     answer: bool,
     rewrite: Rewrite = as_it_is,
 ) -> Row:
-    """Tokenize one sample in the form that the tokenizer's chat template gives it; running text as it is.
+    """Tokenize one sample: a question through the tokenizer's chat template, running text as it is.
 
     Args:
         tokenizer: A tokenizer of transformers with a chat template.
         sample: The question, perhaps with pictures, earlier turns and a reference answer.
         image_token: The token that the template writes for a picture.
-        pictures: For each of the sample's pictures the tokens that stand in place of that one.
+        pictures: For each of the sample's pictures the tokens that replace its image token.
         answer: Whether the reference answer follows the prompt, closed by the end-of-turn token.
-        rewrite: What becomes of the prompt before it is tokenized.
+        rewrite: Changes the prompt before it is tokenized.
 
     Raises:
         InputError: If the template or the tokenizer cannot read the sample.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        >>> sample = Sample("a.png", "is it red?", "yes")
+        >>> row = encode_row(tokenizer, sample, image, pictures=[[image] * 4], answer=True)
+        >>> row.ids.count(image), tokenizer.decode(row.ids[row.prompt_length :])
+        (4, 'yes<|im_end|>')
     """
     spoken: list[int] = []
     if sample.kind == TEXT and sample.image is None:
@@ -146,10 +174,17 @@ def encode_row(
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
-    """Running text with the special tokens that the tokenizer puts around text, no chat template.
+    """Tokenize running text without a chat template, with the tokenizer's special tokens around it.
 
     Raises:
         InputError: If it has no token.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> tokenizer.decode(encode_text(tokenizer, "what color is it?"))
+        'what color is it?'
     """
     ids = text_ids(tokenizer, text, add_special_tokens=True)
     if not ids:
@@ -162,11 +197,18 @@ def check_length(row: Row, context: int, what: str) -> None:
 
     Args:
         row: The sample's tokens.
-        context: Most tokens that the model reads.
-        what: What a message calls the sample.
+        context: The largest number of tokens that the model reads.
+        what: Name of the sample in messages.
 
     Raises:
         InputError: If it is too long.
+
+    Example:
+        >>> check_length(Row([5, 6, 7], prompt_length=3), context=2, what="The prompt")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: The prompt has 3 tokens; the model reads 2. Shorten the text, use
+        smaller pictures, or cut running text into pieces, one a line.
     """
     if len(row.ids) > context:
         raise InputError(
@@ -180,6 +222,13 @@ def check_chat_template(tokenizer: Any, folder: str, image_token: int) -> None: 
 
     Raises:
         ModelError: If so.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        >>> check_chat_template(tokenizer, str(model_path()), image)  # fine: it writes the token once per picture
     """
     if tokenizer.chat_template is None:
         raise ModelError(f"The tokenizer of '{folder}' has no chat template.", REMEDY)
@@ -197,7 +246,15 @@ def left_pad(
     image_token: int,
     pixels: dict[str, np.ndarray],
 ) -> Encoded:
-    """Bring rows to one length; padding stands on the left, so that generation continues every row on the right."""
+    """Bring rows to one length; padding stands on the left, so that generation continues every row on the right.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> rows = [Row([5, 6, 7], prompt_length=2), Row([8], prompt_length=1)]
+        >>> encoded = left_pad(rows, SimpleNamespace(pad_token_id=0), image_token=9, pixels={})
+        >>> encoded.input_ids.tolist(), encoded.attention_mask.tolist(), encoded.answer_mask.tolist()
+        ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]], [[False, False, True], [False, False, False]])
+    """
     length = max(len(row.ids) for row in rows)
     # masked everywhere, so any valid token will do where the tokenizer names none
     pad = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)

@@ -2,7 +2,7 @@
 
 One node a layer, `com.microsoft::GroupQueryAttention`, writes the new keys and values into buffers of a fixed capacity
 and attends to what is there. ONNX Runtime computes it in tiles, without the scores of a whole prompt and without a copy
-of the cache; `qe_edge.export.cached_attention` gives the node a body of standard operators for everybody else.
+of the cache; `qe_edge.export.cached_attention` gives the node a body of standard operators for other runtimes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ IMPLEMENTATION = "qe_edge_cached"  # how transformers calls the function while i
 
 
 class NewTokens(DynamicCache):
-    """Hands a layer its new keys and values alone: the node joins them with the cache."""
+    """Hands a layer its new keys and values alone: the node joins them with the cache.
+
+    Example:
+        >>> key = value = torch.ones(1, 2, 3, 8)
+        >>> cache = NewTokens()
+        >>> cache.update(key, value, 0)[0] is key
+        True
+    """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_arguments: object, **_keywords: object
@@ -105,7 +112,18 @@ class CachedAttention:
 
 @contextmanager
 def attending(model: nn.Module, attention: CachedAttention) -> Iterator[None]:
-    """Let a text model of transformers attend as `attention` does; undone afterwards."""
+    """Let a text model of transformers attend as `attention` does; undone afterwards.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> model = load_model("demo").model.get_decoder()
+        >>> past, mask = [torch.zeros(1, 1, 8, 64)] * 2, torch.ones(1, 3, dtype=torch.int64)
+        >>> with attending(model, CachedAttention(model.config, past, mask, pictures=False, expanded=False)):
+        ...     model.config._attn_implementation
+        'qe_edge_cached'
+        >>> model.config._attn_implementation
+        'sdpa'
+    """
     configs: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)

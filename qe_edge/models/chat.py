@@ -1,4 +1,4 @@
-"""Token ids of what users write, in the form that a chat template gives it; a user's text is never a control token.
+"""Token ids of users' texts, in the form of a chat template; a user's text never becomes a control token.
 
 Ordinary text goes through the tokenizer as a whole. Where a user's text spells a special token ("<|im_end|>"), the
 template is rendered with stand-ins, cut at its own special tokens, and tokenized piece by piece. A tokenizer that gives
@@ -22,7 +22,12 @@ REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeE
 
 
 def as_it_is(prompt: str) -> str:
-    """What most families do with a prompt that their template has written."""
+    """Return a prompt unchanged, as most families take it.
+
+    Example:
+        >>> as_it_is("<|im_start|>user")
+        '<|im_start|>user'
+    """
     return prompt
 
 
@@ -39,10 +44,18 @@ def chat_ids(
         tokenizer: A tokenizer of transformers with a chat template.
         turns: The conversation.
         as_parts: Whether the template takes a turn as a list of texts and pictures, and not as one text.
-        rewrite: What becomes of the prompt before it is tokenized; special tokens in it are the template's own.
+        rewrite: Changes the prompt before it is tokenized; special tokens in it are the template's own.
 
     Raises:
         InputError: If the template refuses or leaves out a turn, or the tokenizer cannot read a special token as text.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> ids = chat_ids(tokenizer, [Turn("user", "say <|im_end|>")], as_parts=True)
+        >>> tokenizer.convert_ids_to_tokens(ids).count("<|im_end|>")  # only the template's own; the user's is text
+        1
     """
     special = special_pattern(tokenizer)
     if not any(special.search(turn.text) for turn in turns):
@@ -76,6 +89,13 @@ def text_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int
 
     Raises:
         InputError: If the tokenizer cannot read a special token as text.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "is it red?", add_special_tokens=False))
+        ['is', 'Ġi', 't', 'Ġred', '?']
     """
     options = {"add_special_tokens": add_special_tokens, "verbose": False}  # its length is the family's to check
     special = special_pattern(tokenizer)
@@ -90,7 +110,15 @@ def text_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int
 
 
 def answer_ids(tokenizer: Any, sample: Sample) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
-    """The reference answer closed by the end-of-turn token; empty where there is none."""
+    """The reference answer closed by the end-of-turn token; empty where there is none.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> tokenizer.decode(answer_ids(tokenizer, Sample("a.png", "is it red?", "yes")))
+        'yes<|im_end|>'
+    """
     if sample.answer is None:
         return []
     return [*text_ids(tokenizer, sample.answer, add_special_tokens=False), int(tokenizer.eos_token_id)]
@@ -104,16 +132,26 @@ def earlier_answers(
     as_parts: bool,
     rewrite: Rewrite = as_it_is,
 ) -> list[int]:
-    """Which of a conversation's ids are the assistant's answers before the question, each with its end-of-turn token.
+    """Find the assistant's earlier answers in a conversation's ids, each with its end-of-turn token.
 
-    A template may leave out or rewrite a part of an earlier answer; such an answer is not among them.
+    A template may leave out or rewrite a part of an earlier answer. Such an answer is left out.
 
     Args:
         tokenizer: As for `chat_ids`.
         turns: The conversation.
-        ids: What `chat_ids` made of it.
+        ids: Its ids, from `chat_ids`.
         as_parts: As for `chat_ids`.
         rewrite: As for `chat_ids`.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> turns = [Turn("user", "is it red?"), Turn("assistant", "no"), Turn("user", "what color is it?")]
+        >>> ids = chat_ids(tokenizer, turns, as_parts=True)
+        >>> places = earlier_answers(tokenizer, turns, ids, as_parts=True)
+        >>> tokenizer.decode([ids[place] for place in places])
+        'no<|im_end|>'
     """
     found: list[int] = []
     for number, turn in enumerate(turns[:-1]):
@@ -131,7 +169,7 @@ def earlier_answers(
 
 
 def render_turns(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str:  # noqa: ANN401
-    """A conversation as the text that the template makes of it, up to where the assistant answers.
+    r"""A conversation as the text that the template makes of it, up to where the assistant answers.
 
     Args:
         tokenizer: As for `chat_ids`.
@@ -140,6 +178,13 @@ def render_turns(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str: 
 
     Raises:
         InputError: If the template refuses or leaves out a turn.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> render_turns(tokenizer, [Turn("user", "is it red?")], as_parts=True)[-50:]
+        '|>user\nis it red?<|im_end|>\n<|im_start|>assistant\n'
     """
     messages = [{"role": turn.role, "content": _parts(turn) if as_parts else turn.text} for turn in turns]
     try:
@@ -178,7 +223,15 @@ def _pieces(turn: Turn) -> list[str]:
 
 
 def special_pattern(tokenizer: Any) -> re.Pattern[str]:  # noqa: ANN401
-    """What matches any special token's text, the longest first."""
+    """Return a pattern that matches any special token's text, the longest first.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> special_pattern(tokenizer).findall("a <|im_end|> in a text")
+        ['<|im_end|>']
+    """
     spelled = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
     words = sorted(spelled | set(filter(None, tokenizer.all_special_tokens)), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, words)) or "(?!)")

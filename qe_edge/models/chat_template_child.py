@@ -23,7 +23,13 @@ REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, Runtime
 
 
 class Generation(Extension):
-    """transformers' block around the assistant's words, which here is nothing but its content."""
+    """transformers' block around the assistant's words; here it renders its content alone.
+
+    Example:
+        >>> environment = ImmutableSandboxedEnvironment(extensions=[Generation])
+        >>> environment.from_string("{% generation %}yes{% endgeneration %}").render()
+        'yes'
+    """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own form
 
@@ -35,7 +41,17 @@ class Generation(Extension):
 
 
 def main() -> None:
-    """Render what standard input says."""
+    """Render what standard input says.
+
+    Example:
+        >>> import subprocess
+        >>> template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+        >>> limits = {"bytes": 1 << 30, "seconds": 5}
+        >>> request = json.dumps({"template": template, "content": "is it red?", "tokens": {}, **limits})
+        >>> command = [sys.executable, "-I", __file__]
+        >>> subprocess.run(command, input=request, capture_output=True, text=True, check=True).stdout  # characters
+        '10'
+    """
     question = json.load(sys.stdin)
     _limit(question["bytes"], question["seconds"])
     environment = ImmutableSandboxedEnvironment(

@@ -1,4 +1,4 @@
-"""Chat templates of strangers: which one of a model's files counts, and what it costs to use it."""
+"""Chat templates of strangers: the choice among a model's files, and checks of their cost."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def take_processor_template(tokenizer: Any, source: str) -> None:  # noqa: ANN40
 
     Raises:
         ModelError: If such a file is broken.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> before = tokenizer.chat_template
+        >>> take_processor_template(tokenizer, str(model_path()))  # this model has no template of a processor
+        >>> tokenizer.chat_template == before
+        True
     """
     for name in ("processor_config.json", "chat_template.json"):
         path = find_file(source, name)
@@ -57,6 +66,10 @@ def check_template_files(source: str) -> None:
 
     Raises:
         ModelError: For one that cannot be used.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> check_template_files(str(model_path()))  # fine
     """
     folder = Path(source) / "additional_chat_templates"
     more = sorted(folder.glob("*.jinja")) if folder.is_dir() else []
@@ -75,6 +88,18 @@ def check_template(tokenizer: Any, source: str, content: object) -> None:  # noq
 
     Raises:
         ModelError: If no template is the one for chats, or it refuses the question, or takes more than its share.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> check_template(tokenizer, "demo", "is it red?")  # fine
+        >>> tokenizer.chat_template = "{{ raise_exception('no') }}"
+        >>> check_template(tokenizer, "demo", "is it red?")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: The chat template of 'demo' refuses a question: no. Copy
+        chat_template.jinja, tokenizer.json and tokenizer_config.json from the original model.
     """
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
@@ -96,10 +121,17 @@ def check_template(tokenizer: Any, source: str, content: object) -> None:  # noq
 
 
 def render_question(tokenizer: Any, content: object) -> str:  # noqa: ANN401 - tokenizers share no typed base
-    """The prompt of one question, up to where the answer begins.
+    r"""The prompt of one question, up to where the answer begins.
 
     Raises:
         ModelError: If the template refuses it.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> render_question(tokenizer, "is it red?")[-50:]
+        '|>user\nis it red?<|im_end|>\n<|im_start|>assistant\n'
     """
     turn = [{"role": "user", "content": content}]
     with Guard("The model's chat template refuses a question", REMEDY):

@@ -1,4 +1,4 @@
-"""Reading config.json: what it says is checked before anything is built from it; imports no torch."""
+"""Read config.json and check it before anything is built from it; imports no torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ else:
 
 CONFIG = "config.json"
 REMEDY = "Get config.json of the original model again."
-MULTIPLES = {  # of what by model_type a vision encoder's head width is a multiple, where it is not 1
+MULTIPLES = {  # by model_type: the number that divides a vision encoder's head width, where it is not 1
     "qwen2_vl": 4,  # rotary positions of two axes
     "qwen2_5_vl": 4,
     "qwen3_vl": 4,
 }
 ENCODERS = ("clip_vision_model", "dinov2", "siglip_vision_model")  # alone: the file is the vision encoder's own
 
-FEATURE_WIDTHS = {  # key of vision_config that names the width of what the language model gets
+FEATURE_WIDTHS = {  # key of vision_config that names the width of the features for the language model
     "qwen2_vl": "hidden_size",
     "qwen2_5_vl": "out_hidden_size",
     "qwen3_vl": "out_hidden_size",
@@ -67,11 +67,16 @@ def load_config(source: str, error: type[QEError] = ModelError) -> Any:  # noqa:
 
 
 def load_family(source: str, error: type[QEError] = ModelError) -> ModelFamily:
-    """The family of a model, from its configuration alone.
+    """Return the family of a model, from its configuration alone.
 
     Raises:
         QEError: Of the class `error`, as `load_config`, and for a generation_config.json that is broken: every later
             stage reads it.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> load_family(str(model_path())).model_type
+        'qwen2_vl'
     """
     config = load_config(source, error)
     read_generation_config(source, error)
@@ -79,7 +84,7 @@ def load_family(source: str, error: type[QEError] = ModelError) -> ModelFamily:
 
 
 def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[str, Any]:
-    """What config.json says, with every value that has a bound inside it; nothing is added.
+    """Read config.json and check every value that has bounds. No defaults are added.
 
     Args:
         source: Folder or hub id.
@@ -87,6 +92,11 @@ def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[s
 
     Raises:
         QEError: Of the class `error`.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> read_config_values(str(model_path()))["model_type"]
+        'qwen2_vl'
     """
     path = find_file(source, CONFIG, error)
     if path is None:
@@ -111,6 +121,14 @@ def check_sizes_file(values: dict[str, Any], path: Path) -> None:
 
     Raises:
         ModelError: If one is missing or out of its bounds.
+
+    Example:
+        >>> check_sizes_file({"model_type": "qwen2_vl", "text_config": {"hidden_size": -1}}, Path("config.json"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: Key 'vision_config' of 'config.json' is wrong: Field required (got
+        {'model_type': 'qwen2_vl', 'text_config': {'hidden_size': -1}}). Get config.json of the original model
+        again.
     """
     check_values(SizesFile, values, path, REMEDY, ModelError)
 

@@ -1,4 +1,4 @@
-"""Writes a model of an original layout as a folder that transformers' own classes load; runs none of its code."""
+"""Write a model of an original layout as a folder that transformers' own classes load; none of its code runs."""
 
 from __future__ import annotations
 
@@ -177,10 +177,14 @@ def _image_processor(original: OriginalConfig) -> Any:  # noqa: ANN401 - transfo
 
 
 def check_converted(folder: Path) -> None:
-    """Every tensor of the new model is there, and no other: what a damaged original lacks is said here.
+    """Check that the new model has all its tensors and no other. This finds damage of the original.
 
     Raises:
-        ModelError: If it is not so, or tokenizer or image processor cannot be read.
+        ModelError: If it has not, or if its tokenizer or image processor cannot be read.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> check_converted(model_path())  # fine: every tensor is there, and no other
     """
     family = load_family(str(folder))
     check_exact(str(folder), family)

@@ -27,6 +27,13 @@ class Decoder(nn.Module):
     Args:
         model: Text model that takes `inputs_embeds`, a float mask and a `Cache`.
         head: Projection to the vocabulary.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> model = load_model("demo").model
+        >>> decoder = Decoder(model.get_decoder(), model.get_output_embeddings())
+        >>> decoder.width, decoder.in_place
+        (256, True)
     """
 
     pictures: ClassVar[bool] = False
@@ -89,6 +96,13 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
 
     Raises:
         ModelError: If its attention or its positions cannot be exported.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> model = load_model("demo").model
+        >>> graph = decoder_graph(Decoder(model.get_decoder(), model.get_output_embeddings()), position_axes=3)
+        >>> graph.name, graph.input_names[:3], len(graph.output_names)
+        ('language', ['inputs_embeds', 'position_ids', 'attention_mask'], 9)
     """
     config: Any = decoder.model.config
     check_exportable(config)
@@ -129,12 +143,24 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
 
 
 def head_width(config: Any) -> int:  # noqa: ANN401 - transformers' configuration classes
-    """Width of a head of keys and values."""
+    """Width of a head of keys and values.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> head_width(LlamaConfig(hidden_size=576, num_attention_heads=9))
+        64
+    """
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def default_lengths(config: Any) -> tuple[int, int]:  # noqa: ANN401 - transformers' configuration classes
-    """Longest context and longest prompt of engines of a text model, unless the user asks for others."""
+    """Longest context and longest prompt of engines of a text model, unless the user asks for others.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> default_lengths(LlamaConfig(max_position_embeddings=131_072))
+        (8192, 4096)
+    """
     context = min(config.max_position_embeddings, MAX_CONTEXT)
     return context, min(context, MAX_PREFILL)
 

@@ -1,7 +1,7 @@
 """A model is loaded exactly or not at all: all its tensors come from its files, and all tensors of the files are used.
 
-What became of every tensor only transformers knows, whose own rules say which names of old files it renames and which
-may be left out: buffers that it computes (rotary frequencies, position ids), and heads that share the embedding.
+Only transformers knows the fate of every tensor. Its own rules say which names of old files it renames, and which
+tensors may be missing: buffers that it computes (rotary frequencies, position ids), and heads that share the embedding.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SLACK = 2**24  # numbers that a model may lack before they are looked for one by
 
 
 def check_amount(source: str, model: nn.Module, held: int) -> None:
-    """Refuse a model of which much is missing, before transformers takes memory for random numbers in its stead.
+    """Refuse a model whose files lack many weights, before transformers fills memory with random numbers for them.
 
-    A vocabulary, a width or a number of layers in config.json that the files do not have ends here.
+    This finds a vocabulary, a width or a number of layers in config.json that the files do not have.
 
     Args:
         source: Folder or hub id, for the message.
@@ -36,6 +36,14 @@ def check_amount(source: str, model: nn.Module, held: int) -> None:
 
     Raises:
         ModelError: If there are too few.
+
+    Example:
+        >>> check_amount("a-model", nn.Linear(8192, 8192, bias=False), held=1000)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: config.json of 'a-model' describes 67 million weights, and the files
+        hold 0 million. Download the weights and config.json again, together; or load the model in transformers
+        and save it anew.
     """
     wanted = sum(parameter.numel() for parameter in model.parameters())
     if wanted > held + SLACK:
@@ -52,10 +60,21 @@ def check_loading(source: str, model: PreTrainedModel, info: Mapping[str, Any]) 
     Args:
         source: Folder or hub id, for the message.
         model: The model.
-        info: What `from_pretrained` returns beside it: missing_keys, unexpected_keys, mismatched_keys, error_msgs.
+        info: The loading info of `from_pretrained`: missing_keys, unexpected_keys, mismatched_keys, error_msgs.
 
     Raises:
         ModelError: Naming one of the tensors and how many there are.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> check_loading("a-model", model, {"missing_keys": ["model.norm.weight"]})
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: The files of 'a-model' lack 1 of the model's tensors, among them
+        'model.norm.weight'. Download the weights and config.json again, together; or load the model in
+        transformers and save it anew.
     """
     other = saved_by(model)
     remedy = other or SAVE
@@ -95,7 +114,7 @@ def _missing_part(model: nn.Module, missing: set[str]) -> str:
 
 
 def check_all_used(source: str, model: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Refuse a tensor that is none of the model's although transformers took it, because two have one place.
+    """Refuse a tensor that transformers took and the model does not use, because another tensor has its place.
 
     Args:
         source: Folder or hub id, for the message.
@@ -104,6 +123,15 @@ def check_all_used(source: str, model: nn.Module, given: Mapping[str, Tensor]) -
 
     Raises:
         ModelError: Naming one of them.
+
+    Example:
+        >>> model = nn.Linear(4, 2, bias=False)
+        >>> check_all_used("a-model", model, {"weight": model.weight, "extra": nn.Linear(4, 2).weight})
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: The files of 'a-model' hold 1 tensors that are none of the model's,
+        among them 'extra'. Download the weights and config.json again, together; or load the model in
+        transformers and save it anew.
     """
     state = model.state_dict(keep_vars=True)
     addresses = {tensor.data_ptr() for tensor in state.values()}
@@ -120,6 +148,12 @@ def note_own_head(model: PreTrainedModel, family: ModelFamily) -> None:
     """Correct a configuration that says that head and embedding are one, where the files hold both.
 
     transformers keeps both in memory, and ties them whenever it ties weights again: the head would be lost.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model  # doctest: +SKIP
+        >>> loaded = load_model("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+        >>> note_own_head(loaded.model, loaded.family)  # doctest: +SKIP
+        >>> loaded.model.config.tie_word_embeddings  # still true: this head shares the embedding  # doctest: +SKIP
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Module) or not isinstance(embedding, nn.Module):
@@ -133,7 +167,16 @@ def note_own_head(model: PreTrainedModel, family: ModelFamily) -> None:
 
 
 def saved_by(model: PreTrainedModel) -> str:
-    """What to do where config.json names another class than the one that is loaded; empty where it does not."""
+    """Return a remedy if config.json names another class than the loaded one, else an empty text.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
+        >>> config = LlamaConfig(**sizes, num_attention_heads=2, architectures=["LlamaForSequenceClassification"])
+        >>> saved_by(LlamaModel(config))
+        'It was saved as a LlamaForSequenceClassification, and QE-Edge quantizes a LlamaModel: give a model of
+        that class.'
+    """
     names = [str(name) for name in getattr(model.config, "architectures", None) or ()]
     mine = type(model).__name__
     if not names or mine in names:

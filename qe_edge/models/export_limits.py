@@ -1,4 +1,4 @@
-"""Which language models can become graphs: asked before anything is quantized, and again by the export itself."""
+"""The language models that can be exported: checked before anything is quantized, and again by the export itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
         config: Configuration of a model, or of its language model.
 
     Raises:
-        ModelError: Naming what cannot be exported, and what to do.
+        ModelError: If a part cannot be exported. The message names it.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> check_exportable(LlamaConfig())  # fine
+        >>> check_exportable(LlamaConfig(layer_types=["linear_attention"] * 32))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: The language model has layers of the kind 'linear_attention', which
+        cannot be exported. Choose a model with full or sliding-window attention in every layer.
     """
     text = config.get_text_config()
     if getattr(text, "num_key_value_heads", None) is None:
@@ -40,14 +49,25 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
 
 
 def layer_kinds(text: Any) -> set[str]:  # noqa: ANN401
-    """The kinds of a language model's layers, as transformers names them; empty where all layers are alike."""
+    """The kinds of a language model's layers, as transformers names them; empty where all layers are alike.
+
+    Example:
+        >>> from transformers import Gemma2Config
+        >>> sorted(layer_kinds(Gemma2Config()))
+        ['full_attention', 'sliding_attention']
+    """
     return set(getattr(text, "layer_types", None) or ())
 
 
 def window_of(text: Any) -> int | None:  # noqa: ANN401
-    """How many tokens, its own included, a token of a sliding-window layer attends to; None where there are no such.
+    """Number of tokens that a token of a sliding-window layer attends to, itself included; None without such layers.
 
     transformers' classes without `layer_types` that have the setting obey it in every layer. Llama ignores it.
+
+    Example:
+        >>> from transformers import Gemma2Config, LlamaConfig
+        >>> window_of(Gemma2Config()), window_of(LlamaConfig())
+        (4096, None)
     """
     kinds = layer_kinds(text)
     known = "sliding_window" in getattr(type(text), "__dataclass_fields__", {})
@@ -62,6 +82,11 @@ def check_deployable(family: ModelFamily) -> None:
 
     Raises:
         ModelError: If it is one.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.configuration import load_family
+        >>> check_deployable(load_family(str(model_path())))  # fine: it writes text
     """
     if not family.writes_text:
         raise ModelError(

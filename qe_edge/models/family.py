@@ -1,4 +1,4 @@
-"""What the rest of QE-Edge needs to know about a family of models: vision-language, language only, vision only."""
+"""The interface of a family of models: vision-language, language only, or vision only."""
 
 from __future__ import annotations
 
@@ -106,6 +106,17 @@ class ModelFamily(ABC):
 
     Args:
         config: The model's configuration.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.configuration import load_family
+        >>> family = load_family(str(model_path()))
+        >>> family.model_type, family.writes_text, family.picture_unit
+        ('qwen2_vl', True, 'patches')
+        >>> processor = family.load_processor(str(model_path()))
+        >>> encoded = family.encode(processor, [Sample(None, "is it red?", "yes")], answers=True)
+        >>> int(encoded.answer_mask.sum())  # the answer and its end
+        2
     """
 
     model_type: ClassVar[str]
@@ -133,7 +144,7 @@ class ModelFamily(ABC):
 
         Args:
             processor: As returned by `load_processor`.
-            samples: What to encode.
+            samples: The samples.
             answers: Whether the reference answer follows the prompt (for calibration and teacher forcing).
 
         Raises:

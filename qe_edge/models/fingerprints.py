@@ -15,10 +15,10 @@ from qe_edge.system.digests import file_digest, folder_digests, hash_parts
 
 
 def model_parts(model: str | LoadedModel) -> dict[str, str]:
-    """What a model consists of: a hash of every file of a folder, or the commit of a hub's model.
+    """Return a hash of every part of a model: every file of a folder, or the commit of a hub's model.
 
-    Of a model that was made or changed in Python: all tensors, configuration, generation settings, and every file that
-    its tokenizer and image processor would be saved as.
+    For a model in memory the parts are its tensors, its configuration, its generation settings, and every file that its
+    tokenizer and image processor would be saved as.
 
     Args:
         model: "demo", a folder, a hub id, or a model in memory.
@@ -28,6 +28,10 @@ def model_parts(model: str | LoadedModel) -> dict[str, str]:
 
     Raises:
         ModelError: If there is no such model.
+
+    Example:
+        >>> sorted(model_parts("demo"))[:3]
+        ['chat_template.jinja', 'config.json', 'generation_config.json']
     """
     if not isinstance(model, str):
         return _parts_in_memory(model)

@@ -51,6 +51,11 @@ def read_generation_config(source: str, error: type[QEError] = ModelError) -> Ge
 
     Raises:
         QEError: Of the class `error`, if the file cannot be read or holds a value that makes no sense.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> read_generation_config(str(model_path())).eos_token_id is not None
+        True
     """
     path = find_file(source, NAME, error)
     if path is None:

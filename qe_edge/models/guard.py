@@ -1,4 +1,4 @@
-"""What a library raises about a stranger's file, as an error that a user can act on."""
+"""Turn a library's exceptions about a stranger's file into errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qe_edge.system.errors import REASON_LENGTH, ModelError, QEError, reason, shown, shown_name
 
-# what transformers, huggingface_hub, jinja2 and Python itself raise about values that they did not expect
+# exceptions of transformers, huggingface_hub, jinja2 and Python itself for unexpected values
 RAISED = (
     ArithmeticError,
     AssertionError,
@@ -32,12 +32,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Guard:
-    """Around one call of a library that reads a stranger's file.
+    """A context around one call of a library that reads a stranger's file.
 
-    tokenizers raises `Exception` itself, so its class is compared, and no subclass of it is taken for one.
+    tokenizers raises `Exception` itself. The guard translates that class, and none of its other subclasses.
 
     Args:
-        problem: What to say, without the reason and the full stop: "config.json cannot be read".
+        problem: The first sentence without the reason and the full stop: "config.json cannot be read".
         remedy: The second sentence.
         error: Class of the error.
 
@@ -82,6 +82,17 @@ def check_values(kind: type[Model], values: object, path: Path | str, remedy: st
 
     Raises:
         QEError: Of the class `error`, naming file, key and value.
+
+    Example:
+        >>> class Sizes(BaseModel):
+        ...     width: int
+        >>> check_values(Sizes, {"width": 8}, "sizes.json", "Get it again.", ModelError).width
+        8
+        >>> check_values(Sizes, {"width": "wide"}, "sizes.json", "Get it again.", ModelError)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: Key 'width' of 'sizes.json' is wrong: Input should be a valid integer,
+        unable to parse string as an integer (got 'wide'). Get it again.
     """
     try:
         return kind.model_validate(values)
@@ -99,6 +110,14 @@ def check_key_names(kind: type, keys: Iterable[str], path: Path | str, remedy: s
 
     Raises:
         QEError: Of the class `error`, naming file and key.
+
+    Example:
+        >>> from transformers import GenerationConfig
+        >>> check_key_names(GenerationConfig, ["update"], "generation_config.json", "Get it again.", ModelError)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: Key 'update' of 'generation_config.json' is no setting of a model. Get
+        it again.
     """
     fields = {found.name for found in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     for key in keys:

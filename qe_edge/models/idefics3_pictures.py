@@ -25,6 +25,14 @@ def picture_graph(image_processor: Any, tile_ids: TileIds, image_token: int, cou
         tile_ids: Tokens of a picture of so many rows and columns of tiles, 0 where it is not cut.
         image_token: The token of a feature, and the one that stands for a picture.
         count: Features of a tile.
+
+    Example:
+        >>> from qe_edge.models.image_processors import pil_image_processor
+        >>> def tile_ids(rows: int, columns: int) -> list[int]:
+        ...     places = [(row, column) for row in range(rows) for column in range(columns)]
+        ...     return [token for row, column in places for token in (100 + 10 * row + column, 9)] + [8, 9, 7]
+        >>> list(picture_graph(pil_image_processor("idefics3")(), tile_ids, image_token=9, count=1).outputs)
+        ['pixel_values', 'placeholder_ids', 'placeholder_positions']
     """
     side, longest = image_processor.max_image_size["longest_edge"], image_processor.size["longest_edge"]
     most = -(-(longest + 1) // side)  # a side may be one pixel longer, to be even

@@ -24,7 +24,7 @@ Three = Field(min_length=3, max_length=3)
 
 
 class PictureValues(BaseModel):
-    """What every image processor does with a picture after it has its size."""
+    """Settings of every image processor for a picture that has its final size."""
 
     model_config = ConfigDict(from_attributes=True)
     do_resize: Annotated[bool, Field(strict=True)] = True
@@ -49,7 +49,7 @@ class _Areas(BaseModel):
 
 
 class PatchValues(PictureValues):
-    """Of a processor that cuts a picture of any size into patches; its edges are numbers of pixels in a picture."""
+    """Settings of a processor that cuts a picture of any size into patches; its edges are numbers of pixels."""
 
     size: _Areas
     patch_size: Factor
@@ -64,7 +64,7 @@ class _Tile(BaseModel):
 
 
 class TileValues(PictureValues):
-    """Of a processor that cuts a picture into tiles of one size."""
+    """Settings of a processor that cuts a picture into tiles of one size."""
 
     size: _Tile
     min_patches: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
@@ -78,13 +78,13 @@ class TileValues(PictureValues):
 
 
 class SquareValues(PictureValues):
-    """Of a processor that scales every picture to one size."""
+    """Settings of a processor that scales every picture to one size."""
 
     size: _Tile
 
 
 class ResolutionValues(SquareValues):
-    """Of a processor that scales a picture to one of several resolutions, and cuts it into tiles of one size."""
+    """Settings of a processor that scales a picture to one of several resolutions and cuts it into tiles."""
 
     image_grid_pinpoints: Annotated[list[Annotated[list[Side], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 
@@ -104,7 +104,7 @@ class _Longest(BaseModel):
 
 
 class SplitValues(PictureValues):
-    """Of a processor that scales a picture to a longest edge and cuts it into tiles of one size, row by row."""
+    """Settings of a processor that scales a picture to a longest edge and cuts it into tiles, row by row."""
 
     size: _Longest
     max_image_size: _Longest
@@ -120,7 +120,7 @@ class _Edges(BaseModel):
 
 
 class CropValues(PictureValues):
-    """Of a processor that scales a picture and may cut out its middle."""
+    """Settings of a processor that scales a picture and may cut out its middle."""
 
     size: _Edges
     do_center_crop: Annotated[bool, Field(strict=True)] = False
@@ -152,6 +152,12 @@ def load_image_processor(source: str, model_type: str, values: type[PictureValue
 
     Raises:
         ModelError: If its file is missing or broken, or holds a value out of its bounds.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> processor = load_image_processor(str(model_path()), "qwen2_vl", PatchValues)
+        >>> processor.patch_size, processor.merge_size
+        (14, 2)
     """
     kind = pil_image_processor(model_type)
     found = None
@@ -184,6 +190,14 @@ def check_equal(source: str, key: str, processor: object, config: object) -> Non
 
     Raises:
         ModelError: If they differ.
+
+    Example:
+        >>> check_equal("a-model", "patch_size", 14, 14)  # fine
+        >>> check_equal("a-model", "patch_size", 14, 16)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: In preprocessor_config.json of 'a-model' patch_size is 14; the vision
+        encoder of config.json has 16. Copy preprocessor_config.json and config.json from the same model.
     """
     if processor != config:
         raise ModelError(

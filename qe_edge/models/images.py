@@ -63,7 +63,13 @@ def open_image(source: Picture) -> Image.Image:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is a file; a text that can be no path at all is none."""
+    r"""Whether a path is a file; a text that can be no path at all is none.
+
+    Example:
+        >>> _ = Path("a.png").write_bytes(b"")
+        >>> is_file(Path("a.png")), is_file(Path("x" * 10_000))  # the second is too long for a path
+        (True, False)
+    """
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -75,6 +81,14 @@ def check_size(size: tuple[int, int], name: str) -> None:
 
     Raises:
         InputError: If it is so.
+
+    Example:
+        >>> check_size((1920, 1080), "A picture")  # fine
+        >>> check_size((100_000, 100_000), "A picture")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: A picture has too many pixels: 100000 x 100000; up to 67 million are
+        read. Scale the picture down first.
     """
     width, height = size
     if width * height > MAX_PIXELS:

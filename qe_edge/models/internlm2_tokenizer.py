@@ -34,6 +34,10 @@ def read_internlm2_tokenizer(path: Path, added: dict[str, Any]) -> Any:  # noqa:
 
     Raises:
         ModelError: If the file is too large, is damaged, or holds no byte-pair encoding.
+
+    Example:
+        >>> tokenizer = read_internlm2_tokenizer(Path("InternVL2-2B/tokenizer.model"), added={})  # doctest: +SKIP
+        >>> tokenizer.encode("is it red?").tokens  # doctest: +SKIP
     """
     data = read_bounded_bytes(path, error=ModelError, remedy=REMEDY, limit=MAX_FILE)
     with Guard(f"'{path}' cannot be read", REMEDY):

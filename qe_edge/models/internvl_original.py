@@ -113,6 +113,11 @@ def converted_config(original: OriginalConfig, image_token: int, end_token: int)
 
     Raises:
         ModelError: If pictures have another size than the vision encoder's.
+
+    Example:
+        >>> import json  # doctest: +SKIP
+        >>> values = json.loads(Path("InternVL2-2B/config.json").read_text())  # doctest: +SKIP
+        >>> converted_config(OriginalConfig.model_validate(values), 92546, 92542)["model_type"]  # doctest: +SKIP
     """
     text, vision = original.llm_config, original.vision_config
     if original.force_image_size not in (None, vision.image_size):
@@ -161,6 +166,13 @@ def converted_tensors(original: OriginalConfig, name: str, tensor: Tensor) -> It
 
     Raises:
         ModelError: If the layout has no such tensor.
+
+    Example:
+        >>> import json  # doctest: +SKIP
+        >>> import torch  # doctest: +SKIP
+        >>> values = json.loads(Path("InternVL2-2B/config.json").read_text())  # doctest: +SKIP
+        >>> config, name = OriginalConfig.model_validate(values), "language_model.model.norm.weight"  # doctest: +SKIP
+        >>> [new for new, _ in converted_tensors(config, name, torch.ones(2048))]  # doctest: +SKIP
     """
     text = original.llm_config
     fused = re.fullmatch(LAYER + r"(?P<module>attention\.wqkv|attn\.qkv)\.(?P<leaf>weight|bias)", name)

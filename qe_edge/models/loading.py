@@ -52,10 +52,10 @@ class LoadedModel:
 
     Attributes:
         model: transformers' own class, in evaluation mode.
-        family: What QE-Edge knows about it.
+        family: Its family.
         processor: Tokenizer and image processor, as `family.load_processor` returns them.
         source: Folder or hub id that it came from; tokenizer and processor files are copied from there.
-        stored: Weights that are on disk only until they are needed; none of a model that was loaded as a whole.
+        stored: Weights that stay on disk until they are needed; none for a model that was loaded as a whole.
     """
 
     model: PreTrainedModel
@@ -66,11 +66,20 @@ class LoadedModel:
 
 
 def resolve_model(reference: str) -> str:
-    """Folder or hub id behind a model reference, with the folder's files checked.
+    """Return the folder or hub id of a model reference. The files of a folder are checked.
 
     Raises:
-        ModelError: If the folder or its files are missing, or are none of an unquantized model.
+        ModelError: If the folder or its files are missing, or do not belong to an unquantized model.
         ArtifactError: If a safetensors file is damaged.
+
+    Example:
+        >>> resolve_model("HuggingFaceTB/SmolVLM2-256M-Video-Instruct")  # the id of a model on the hub
+        'HuggingFaceTB/SmolVLM2-256M-Video-Instruct'
+        >>> resolve_model("./no-such-folder")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: There is no model folder './no-such-folder'. Give a folder with
+        config.json, a hub id 'owner/name', or 'demo'.
     """
     if reference == DEMO:
         return str(model_path())
@@ -98,6 +107,11 @@ def load_model(reference: str, dtype: torch.dtype | str = "auto") -> LoadedModel
     Raises:
         ModelError: If the model cannot be loaded, or not every tensor is found and used.
         ResourceError: If it does not fit into memory.
+
+    Example:
+        >>> loaded = load_model("demo")
+        >>> type(loaded.model).__name__, loaded.family.model_type
+        ('Qwen2VLForConditionalGeneration', 'qwen2_vl')
     """
     source = resolve_model(reference)
     family = load_family(source)
@@ -121,6 +135,12 @@ def check_exact(source: str, family: ModelFamily) -> dict[str, Stored]:
     Raises:
         ModelError: Naming a tensor that is missing, not used, or of another shape.
         ArtifactError: If a file is damaged.
+
+    Example:
+        >>> source = resolve_model("demo")
+        >>> tensors = check_exact(source, load_family(source))
+        >>> tensors["model.norm.weight"].shape  # by its name in the file
+        (256,)
     """
     sources, _, _ = _load_placeholders(source, family)
     return sources
@@ -129,8 +149,7 @@ def check_exact(source: str, family: ModelFamily) -> dict[str, Stored]:
 def load_outside_blocks(reference: str) -> LoadedModel:
     """Load a model exactly, without the weights of its blocks, which are read from their files when needed.
 
-    A checkpoint whose tensors transformers does not only rename but also changes for this architecture is loaded as a
-    whole.
+    If transformers changes the tensors of a checkpoint, beyond renaming them, the whole model is loaded.
 
     Args:
         reference: "demo", a folder or a hub id.
@@ -138,6 +157,12 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     Raises:
         ModelError: If the model cannot be loaded, or not every tensor is found and used.
         ResourceError: If what has to be in memory does not fit.
+
+    Example:
+        >>> loaded = load_outside_blocks("demo")
+        >>> block = loaded.family.blocks(loaded.model)[0]
+        >>> loaded.stored.is_absent(next(block.module.parameters()))  # still in its file
+        True
     """
     source = resolve_model(reference)
     family = load_family(source)
@@ -177,9 +202,9 @@ def load_outside_blocks(reference: str) -> LoadedModel:
 def _load_placeholders(
     source: str, family: ModelFamily
 ) -> tuple[dict[str, Stored], dict[str, torch.Tensor], PreTrainedModel]:
-    """What the files hold, a placeholder for each tensor, and the model made of them.
+    """Return the tensors in the files, a placeholder for each, and the model made of the placeholders.
 
-    Which tensor of the files becomes which of the model only transformers knows, so it loads the placeholders.
+    Only transformers knows which tensor of the files becomes which tensor of the model, so it loads the placeholders.
     """
     check_configuration(family.config.to_dict(), source)
     sources = _checkpoint_tensors(source, family)
@@ -244,7 +269,7 @@ def _checkpoint_tensors(source: str, family: ModelFamily) -> dict[str, Stored]:
 
 
 def _note_narrowed(source: str, sources: Mapping[str, Stored]) -> None:
-    """Say that weights lose digits because config.json says another type than their files have."""
+    """Warn that weights lose digits because config.json names a narrower type than their files have."""
     narrowed = {
         (stored.stored_dtype, stored.dtype)
         for name, stored in sources.items()
@@ -274,12 +299,23 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def auto_class(family: ModelFamily) -> Any:  # noqa: ANN401 - transformers' auto classes share no public base
-    """The class of transformers whose `from_pretrained` and `from_config` make the family's models."""
+    """Return the class of transformers whose `from_pretrained` and `from_config` make the family's models.
+
+    Example:
+        >>> auto_class(load_family(resolve_model("demo"))).__name__
+        'AutoModelForImageTextToText'
+    """
     return getattr(transformers, family.auto_class)
 
 
 def shapes_only(family: ModelFamily) -> PreTrainedModel:
-    """The model on PyTorch's meta device, which has shapes and no data."""
+    """Build the model on PyTorch's meta device, which has shapes and no data.
+
+    Example:
+        >>> model = shapes_only(load_family(resolve_model("demo")))
+        >>> sum(parameter.numel() for parameter in model.parameters()) > 5_000_000, model.device.type
+        (True, 'meta')
+    """
     with Guard("config.json describes no model that can be built", REMEDY), torch.device("meta"):
         model: PreTrainedModel = auto_class(family).from_config(copy.deepcopy(family.config))
     return model
@@ -290,6 +326,9 @@ def check_memory(source: str, dtype: torch.dtype | str) -> None:
 
     Raises:
         ResourceError: If they do.
+
+    Example:
+        >>> check_memory(resolve_model("demo"), "auto")  # fine: 11 MB
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -299,7 +338,7 @@ def check_memory(source: str, dtype: torch.dtype | str) -> None:
 
 
 def _check_memory_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Refuse a model of which what is outside the blocks, with the largest block, exceeds the free memory in float32.
+    """Refuse a model whose parts outside the blocks, with the largest block, exceed the free memory in float32.
 
     Raises:
         ResourceError: If it does.
@@ -315,6 +354,14 @@ def check_free(needed: int) -> None:
 
     Raises:
         ResourceError: If it does.
+
+    Example:
+        >>> check_free(1 << 20)  # fine: 1 MiB
+        >>> check_free(1 << 60)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ResourceError: The model needs 1073741824.0 GiB of memory and ... GiB are free. Use
+        a machine with more memory; engines can be copied to the device afterwards.
     """
     free = psutil.virtual_memory().available
     if needed > free:

@@ -31,7 +31,12 @@ OpenSource = Callable[[Any], Picture]
 
 
 def plain_text(text: str) -> tuple[str, Marks]:
-    """A text in which no word stands for a picture."""
+    """Return a text and no places: no word in it stands for a picture.
+
+    Example:
+        >>> plain_text("is it red?")
+        ('is it red?', ())
+    """
     return text, ()
 
 
@@ -40,6 +45,15 @@ def local_picture(source: Any) -> Picture:  # noqa: ANN401 - whatever a message 
 
     Raises:
         InputError: If it is another address.
+
+    Example:
+        >>> local_picture("cat.png")
+        'cat.png'
+        >>> local_picture("https://example.org/cat.png")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: The picture 'https://example.org/cat.png' is an address, not a file.
+        Download the picture first.
     """
     if not isinstance(source, str):
         picture: Picture = source  # a sample checks its type
@@ -80,14 +94,15 @@ def read_messages(
     *,
     open_source: OpenSource = local_picture,
 ) -> Sample:
-    """The conversation that a prompt or chat messages describe.
+    """Read a prompt or chat messages as one sample.
 
     Args:
         messages: A prompt, or a list of `{"role": ..., "content": ...}`; the content is a text, or a list of
             `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`. OpenAI's
             `{"type": "image_url", "image_url": {"url": ...}}` is read too. The last message is the user's.
-        images: Pictures of parts that name none, in order; without such parts they stand before the user's first words.
-        open_source: Makes a picture of what a part names.
+        images: Pictures for the parts that name none, in order. Without such parts they stand before the user's first
+            words.
+        open_source: Opens the picture that a part names.
 
     Raises:
         InputError: If a message cannot be read, or there are more or fewer pictures than places for them.
@@ -116,10 +131,16 @@ def place_pictures(turns: list[Spoken], count: int, what: str) -> None:
     Args:
         turns: The conversation; changed.
         count: Number of pictures.
-        what: What a message calls a place.
+        what: Name of a place in messages.
 
     Raises:
         InputError: If there are more or fewer places than pictures, or no user.
+
+    Example:
+        >>> turns = [("system", "Be brief.", ()), ("user", "What differs?", ())]
+        >>> place_pictures(turns, count=2, what="image part")
+        >>> turns[1]
+        ('user', 'What differs?', (0, 0))
     """
     marks = sum(len(turn[2]) for turn in turns)
     if not marks and count:
@@ -143,6 +164,11 @@ def read_turns(value: Any, key: str, read_text: ReadText) -> tuple[list[Spoken],
 
     Raises:
         InputError: If it is anything else.
+
+    Example:
+        >>> parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]
+        >>> read_turns([{"role": "user", "content": parts}], "messages", plain_text)
+        ([('user', 'What is it?', (0,))], ['a.png'])
     """
     speaker, words = ("from", "value") if key == "conversations" else ("role", "content")
     if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_TURNS:
@@ -189,10 +215,18 @@ def _parts(parts: Sequence[Any], key: str) -> tuple[str, Marks, list[Any]]:
 
 
 def as_text(value: Any, key: str) -> str:  # noqa: ANN401 - any value
-    """A text, and nothing else.
+    """Return a value if it is a text.
 
     Raises:
         InputError: If it is anything else.
+
+    Example:
+        >>> as_text("yes", "answer")
+        'yes'
+        >>> as_text(7, "answer")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: 'answer' is a number, not a text. Write it as a text in quotes.
     """
     if not isinstance(value, str):
         raise InputError(f"'{key}' is {named(value)}, not a text.", "Write it as a text in quotes.")
@@ -200,6 +234,11 @@ def as_text(value: Any, key: str) -> str:  # noqa: ANN401 - any value
 
 
 def named(value: object) -> str:
-    """What JSON calls a value."""
+    """Return JSON's name for the kind of a value.
+
+    Example:
+        >>> named(True), named(1.5), named(None), named({})
+        ('true or false', 'a number', 'null', 'a table')
+    """
     names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a table"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

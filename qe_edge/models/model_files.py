@@ -16,7 +16,7 @@ else:
 
 
 def find_file(source: str, name: str, error: type[QEError] = ModelError) -> Path | None:
-    """A file of a model, downloaded from the hub if it is not here yet; None if the model has none.
+    """Find a file of a model, and download it from the hub if needed; None if the model has no such file.
 
     Args:
         source: Folder or hub id.
@@ -24,7 +24,14 @@ def find_file(source: str, name: str, error: type[QEError] = ModelError) -> Path
         error: Class of the error.
 
     Raises:
-        QEError: Of the class `error`, if it is on the hub and cannot be had.
+        QEError: Of the class `error`, if it is on the hub and cannot be downloaded.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> find_file(str(model_path()), "config.json").name
+        'config.json'
+        >>> find_file(str(model_path()), "no_such_file.json") is None
+        True
     """
     folder = Path(source)
     if folder.is_dir():

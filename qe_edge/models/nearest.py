@@ -1,4 +1,4 @@
-"""Which supported family a model of an unknown `model_type` is nearest to, and what in its config.json does not fit."""
+"""The supported family that is nearest to a model of an unknown `model_type`, and the keys that do not fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OF_ANY = {  # keys that files of every family have, or had under an earlier vers
 
 
 def describe_nearest(values: Mapping[str, Any]) -> str:
-    """What a message says of the nearest family.
+    """Describe the nearest family in a message.
 
     Args:
         values: Table of a config.json.
@@ -47,7 +47,11 @@ def describe_nearest(values: Mapping[str, Any]) -> str:
 def nearest_family(values: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The family whose configuration knows most of the keys, and the keys that it does not know.
 
-    Among equal ones it is the family with the most similar name.
+    If several know equally many, it is the family with the most similar name.
+
+    Example:
+        >>> nearest_family({"model_type": "lama", "hidden_size": 64, "experts": 8})
+        ('llama', ['experts'])
     """
     name = str(values.get("model_type"))
     unknown = {family: _unknown(values, family) for family in FAMILIES}

@@ -1,7 +1,7 @@
-"""Folders that hold something else than an unquantized model of transformers, named as what they are; imports no torch.
+"""Refuse folders that hold anything but an unquantized model of transformers, and name what they hold; no torch.
 
-Wrappers, adapters and quantizers leave traces in file names, in config.json, and in names and types of tensors. They
-are looked for before transformers loads anything: it would give weights that it does not find random numbers.
+Wrappers, adapters and quantizers leave traces in file names, in config.json, and in names and types of tensors. The
+check runs before transformers loads anything, because transformers fills missing weights with random numbers.
 """
 
 from __future__ import annotations
@@ -46,6 +46,14 @@ def check_adapter(folder: Path) -> None:
 
     Raises:
         ModelError: If there is one, beside a model or alone.
+
+    Example:
+        >>> _ = Path("adapter_config.json").write_text("{}")
+        >>> check_adapter(Path())
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: '.' is an adapter ('adapter_config.json'), not a model. Merge the
+        adapter into its base model (PEFT: merge_and_unload, then save_pretrained) and give that folder.
     """
     found = next((name for name in ADAPTER_FILES if _is_there(folder / name)), None)
     if found is None:
@@ -61,6 +69,10 @@ def adapter_beside(source: str, found: str) -> ModelError:
     Args:
         source: Folder or hub id.
         found: Name of the adapter's file.
+
+    Example:
+        >>> adapter_beside("owner/model", "adapter_config.json").problem
+        "'owner/model' holds an adapter ('adapter_config.json') beside the model; its weights would be left out."
     """
     return ModelError(
         f"'{source}' holds an adapter ('{found}') beside the model; its weights would be left out.",
@@ -73,6 +85,15 @@ def check_configuration(values: Mapping[str, Any], source: str) -> None:
 
     Raises:
         ModelError: If it is one.
+
+    Example:
+        >>> check_configuration({"model_type": "llama"}, "a-model")  # fine
+        >>> check_configuration({"quantization_config": {"quant_method": "awq"}}, "a-model")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: 'a-model' is quantized already by the method 'awq': config.json holds
+        'quantization_config'. Give the original model, or load this one with its own tool, dequantize it and save
+        it in 16 bits.
     """
     for where, key, found in _quantizer_sections(values):
         method = found.get("quant_method") or found.get("quant_algo") if isinstance(found, dict) else None
@@ -95,6 +116,14 @@ def check_quantizer_files(folder: Path) -> None:
 
     Raises:
         ModelError: If it did.
+
+    Example:
+        >>> _ = Path("quantize_config.json").write_text("{}")
+        >>> check_quantizer_files(Path())
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: '.' is quantized already: it holds 'quantize_config.json'. Give the
+        original model, or load this one with its own tool, dequantize it and save it in 16 bits.
     """
     found = next((name for name in QUANTIZER_FILES if _is_there(folder / name)), None)
     if found is not None:
@@ -110,6 +139,15 @@ def check_tensors(header: Mapping[str, tuple[str, tuple[int, ...]]], path: Path)
 
     Raises:
         ModelError: Naming one of them.
+
+    Example:
+        >>> check_tensors({"mlp.up_proj.weight": ("BF16", (64, 32))}, Path("model.safetensors"))  # fine
+        >>> check_tensors({"mlp.up_proj.qweight": ("I32", (64, 4))}, Path("model.safetensors"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: Tensor 'mlp.up_proj.qweight' of 'model.safetensors' is what a quantizer
+        writes, so the model is quantized already. Give the original model, or load this one with its own tool,
+        dequantize it and save it in 16 bits.
     """
     for name, (dtype, _) in header.items():
         if LORA.search(name) or name.startswith("base_model.model."):

@@ -1,4 +1,4 @@
-"""A picture's way to the visual encoder as nodes: what the graphs `preprocess.onnx` of all families share."""
+"""Nodes that prepare a picture for the visual encoder; the graphs `preprocess.onnx` of all families share them."""
 
 from __future__ import annotations
 
@@ -38,12 +38,23 @@ class PictureGraph:
 
 
 def picture_input() -> ir.Value:
-    """The graph's input."""
+    """The graph's input.
+
+    Example:
+        >>> picture_input()
+        Value(name='image', type=Tensor(UINT8), shape=Shape([SymbolicDim('height'), SymbolicDim('width'), 3]))
+    """
     return ir.Value(name=IMAGE, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(["height", "width", 3]))
 
 
 def output(value: ir.Value, dtype: ir.DataType, *sizes: Size) -> ir.Value:
-    """The value with its type and shape written at it; a name stands for a size that depends on the picture."""
+    """Set the type and shape of a value and return it; a name stands for a size that depends on the picture.
+
+    Example:
+        >>> write = Nodes()
+        >>> output(write.constant(np.zeros((4, 3), np.float32)), ir.DataType.FLOAT, "tokens", 3).shape
+        Shape([SymbolicDim('tokens'), 3])
+    """
     value.type, value.shape = ir.TensorType(dtype), ir.Shape(sizes)
     return value
 
@@ -56,6 +67,12 @@ def placeholders(write: Nodes, ids: ir.Value, positions: ir.Value, axes: int) ->
         ids: int64 `[tokens]`.
         positions: int64 `[axes, tokens]`, of the first token 0.
         axes: 3 with M-RoPE, else 1.
+
+    Example:
+        >>> write = Nodes()
+        >>> ids, positions = write.constant(np.zeros(4, np.int64)), write.constant(np.zeros((3, 4), np.int64))
+        >>> {name: str(value.shape) for name, value in placeholders(write, ids, positions, 3).items()}
+        {'placeholder_ids': '[tokens]', 'placeholder_positions': '[3,tokens]'}
     """
     return {
         PLACEHOLDER_IDS: output(write("Identity", ids), ir.DataType.INT64, "tokens"),
@@ -64,12 +81,25 @@ def placeholders(write: Nodes, ids: ir.Value, positions: ir.Value, axes: int) ->
 
 
 def counted(write: Nodes, ids: ir.Value) -> dict[str, ir.Value]:
-    """The outputs of a picture whose tokens count on as text does; `ids` is int64 `[tokens]`."""
+    """The outputs of a picture whose positions count on like text; `ids` is int64 `[tokens]`.
+
+    Example:
+        >>> write = Nodes()
+        >>> list(counted(write, write.constant(np.zeros(4, np.int64))))
+        ['placeholder_ids', 'placeholder_positions']
+    """
     return placeholders(write, ids, write.spread(write.count(write.size(ids, 0)), 0), 1)
 
 
 def value_table(image_processor: Any) -> np.ndarray:  # noqa: ANN401 - image processors share no typed base
-    """What an image processor makes of every value of every channel: float32 `[3 * 256]`, channel by channel."""
+    """Table of an image processor's result for every value of every channel: float32 `[3 * 256]`.
+
+    Example:
+        >>> from qe_edge.models.image_processors import pil_image_processor
+        >>> table = value_table(pil_image_processor("siglip")())
+        >>> table.shape, float(table[0]), float(table[255])  # black and white
+        ((768,), -1.0, 1.0)
+    """
     values = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[:, :, None]
     if image_processor.do_rescale:
         values = image_processor.rescale(values, image_processor.rescale_factor)
@@ -86,6 +116,12 @@ def normalized(write: Nodes, pixels: ir.Value, table: np.ndarray, channel: int) 
         pixels: uint8.
         table: From `value_table`.
         channel: Axis of the channels, counted from the end: -1 is the last.
+
+    Example:
+        >>> write = Nodes()
+        >>> values = normalized(write, picture_input(), np.zeros(768, np.float32), channel=-1)
+        >>> [node.op_type for node in write.nodes]
+        ['Cast', 'Constant', 'Add', 'Constant', 'Gather']
     """
     offsets = (np.arange(3, dtype=np.int32) * 256).reshape(3, *([1] * (-channel - 1)))
     return write("Gather", table, write("Add", write.cast(pixels, ir.DataType.INT32), offsets))
@@ -108,6 +144,13 @@ def finished(
         tokens: From `placeholders` or `counted`.
         placeholder: As in `PictureGraph`.
         max_aspect: As in `PictureGraph`.
+
+    Example:
+        >>> write, image = Nodes(), picture_input()
+        >>> tokens = counted(write, write.constant(np.full(4, 9)))
+        >>> feeds = {"pixel_values": write.cast(image, ir.DataType.FLOAT)}
+        >>> list(finished(write, image, feeds, tokens, placeholder=9).outputs)
+        ['pixel_values', 'placeholder_ids', 'placeholder_positions']
     """
     outputs = {**feeds, **tokens}
     for name, value in outputs.items():

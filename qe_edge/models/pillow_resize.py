@@ -39,6 +39,13 @@ def resize(write: Nodes, image: ir.Value, height: Operand, width: Operand, resam
 
     Returns:
         uint8 `[height, width, 3]`.
+
+    Example:
+        >>> write = Nodes()
+        >>> image = ir.Value(name="image", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([480, 640, 3]))
+        >>> _ = resize(write, image, height=448, width=448, resample=BICUBIC)
+        >>> [node.op_type for node in write.nodes].count("Scan")  # the two passes of Pillow
+        2
     """
     old_height, old_width = write.size(image, 0), write.size(image, 1)
     lost, narrowed = write("Sub", old_height, height), write("Sub", old_width, width)

@@ -31,6 +31,11 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
     Raises:
         InputError: If it holds NaN or infinity.
+
+    Example:
+        >>> transparent = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+        >>> to_rgb(transparent, "A picture").getpixel((0, 0))
+        (255, 255, 255)
     """
     image = _upright(image)
     if image.mode in DEEP or image.mode.startswith("I;16"):
@@ -52,6 +57,15 @@ def array_image(array: np.ndarray) -> Image.Image:
 
     Raises:
         InputError: If the array is no picture.
+
+    Example:
+        >>> array_image(np.zeros((2, 3), bool)).size  # width and height
+        (3, 2)
+        >>> array_image(np.zeros((2, 3, 5), np.uint8))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: An array of uint8 [2, 3, 5] is no picture. Give [height, width], or
+        [height, width, channels] with 3 or 4.
     """
     kind = f"{array.dtype} {list(array.shape)}"
     colour = array.ndim == 3 and array.shape[2] in (3, 4)

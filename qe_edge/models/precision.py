@@ -17,7 +17,13 @@ from qe_edge.system.device import CPU
 
 
 def own_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Parameters and buffers of modules themselves, without their children's."""
+    """Yield the parameters and buffers of modules themselves, without those of their children.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+        >>> [tuple(tensor.shape) for tensor in own_tensors(model.modules())], list(own_tensors([model]))
+        ([(2, 4), (2,)], [])
+    """
     for module in modules:
         yield from module.parameters(recurse=False)
         yield from module.buffers(recurse=False)
@@ -25,7 +31,7 @@ def own_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 @contextmanager
 def in_float32(modules: Iterable[nn.Module], device: torch.device = CPU) -> Iterator[None]:
-    """Own tensors of `modules` in float32 on a device; afterwards the tensors from before are back.
+    """Put the own tensors of `modules` on a device in float32; afterwards the earlier tensors are back.
 
     Example:
         >>> layer = nn.Linear(2, 2).bfloat16()
@@ -49,14 +55,28 @@ def in_float32(modules: Iterable[nn.Module], device: torch.device = CPU) -> Iter
 
 
 def make_float32(modules: Iterable[nn.Module]) -> None:
-    """Bring own tensors of `modules` to float32, for good or until `restore_dtypes`."""
+    """Bring own tensors of `modules` to float32, for good or until `restore_dtypes`.
+
+    Example:
+        >>> layer = nn.Linear(2, 2).bfloat16()
+        >>> make_float32(layer.modules())
+        >>> layer.weight.dtype
+        torch.float32
+    """
     for tensor in own_tensors(modules):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
 
 
 def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Bring tensors of a model to the types that `dtypes` gives their names; the others stay."""
+    """Bring tensors of a model to the types that `dtypes` gives their names; the others stay.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> restore_dtypes(layer, {"weight": torch.bfloat16})
+        >>> layer.weight.dtype, layer.bias.dtype
+        (torch.bfloat16, torch.float32)
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         wanted = dtypes.get(name)
         if wanted is not None and tensor.dtype != wanted:

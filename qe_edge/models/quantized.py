@@ -38,7 +38,14 @@ RUN = "run.json"
 
 
 class StoredRecipe(Protocol):
-    """What a checkpoint has to know of the recipe that it was made with."""
+    """The part of a recipe that a checkpoint stores.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> recipe: StoredRecipe = make_recipe(method="gptq", scheme="w4a16")
+        >>> recipe.get_scheme().weight.bits
+        4
+    """
 
     def get_scheme(self) -> Scheme:
         """Number grids of weights and activations."""
@@ -60,11 +67,16 @@ def save_quantized(
         loaded: The model with its quantized layers.
         recipe: The resolved recipe.
         folder: Folder to write.
-        run: What the run depended on, for `run.json`; None writes none.
+        run: Inputs that the run depended on, for `run.json`; None writes no such file.
 
     Raises:
         InputError: If `folder` holds files that QE-Edge did not write.
         ResourceError: If the disk is full.
+
+    Example:
+        >>> import qe_edge  # doctest: +SKIP
+        >>> loaded, recipe = qe_edge.quantize("demo", qe_edge.make_recipe(method="gptq"))  # doctest: +SKIP
+        >>> save_quantized(loaded, recipe, Path("checkpoint"))  # doctest: +SKIP
     """
     layers = quantized_linears(loaded.model)
     tensors, shared = layer_tensors(layers)
@@ -99,10 +111,14 @@ def save_quantized(
 
 
 def load_quantized(folder: str | Path) -> LoadedModel:
-    """Load a quantized checkpoint; reloading is bit-identical.
+    """Load a quantized checkpoint. The result is bit-identical to the model that was saved.
 
     Raises:
-        ArtifactError: If the folder is no checkpoint of ours, is damaged, or is of a newer version.
+        ArtifactError: If the folder is no checkpoint of QE-Edge, is damaged, or is of another version.
+
+    Example:
+        >>> loaded = load_quantized("checkpoint")  # doctest: +SKIP
+        >>> len(quantized_linears(loaded.model))  # doctest: +SKIP
     """
     folder = Path(folder)
     section = read_section(folder)
@@ -136,10 +152,13 @@ def load_quantized(folder: str | Path) -> LoadedModel:
 
 
 def read_section(folder: Path) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint's config.json: its version, its layers, and which tensors are shared.
+    """Read `quantization_config` of a checkpoint's config.json: version, layers, and shared tensors.
 
     Raises:
-        ArtifactError: If the folder is no checkpoint of ours, is damaged, or is of another version.
+        ArtifactError: If the folder is no checkpoint of QE-Edge, is damaged, or is of another version.
+
+    Example:
+        >>> list(read_section(Path("checkpoint"))["layers"])[0]  # doctest: +SKIP
     """
     if not is_checkpoint(folder):
         raise ArtifactError(

@@ -151,6 +151,11 @@ def in_groups(values: np.ndarray, merge: int) -> np.ndarray:
     """Bring values of patches `[n, height, width]` into the image processor's order `[groups, patches, n]`.
 
     The `merge` x `merge` patches of a group are neighbours, row by row, as the groups are.
+
+    Example:
+        >>> numbers = np.arange(16).reshape(1, 4, 4)  # of 4 x 4 patches
+        >>> in_groups(numbers, merge=2)[:2, :, 0].tolist()
+        [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
     count, height, width = values.shape
     split = values.reshape(count, height // merge, merge, width // merge, merge)

@@ -32,6 +32,12 @@ def picture_graph(processor: Any, image_token: int, frame_feeds: FrameFeeds) -> 
         processor: A `Qwen2VLImageProcessorPil`.
         image_token: The token of every group of patches.
         frame_feeds: Nodes of further inputs of the encoder, of the numbers of rows and columns of patches.
+
+    Example:
+        >>> from qe_edge.models.image_processors import pil_image_processor
+        >>> processor = pil_image_processor("qwen2_vl")()
+        >>> list(picture_graph(processor, image_token=9, frame_feeds=lambda write, rows, columns: {}).outputs)
+        ['pixel_values', 'position_ids', 'placeholder_ids', 'placeholder_positions']
     """
     if not processor.do_resize or processor.resample not in FILTERS:
         return None
@@ -61,7 +67,15 @@ def picture_graph(processor: Any, image_token: int, frame_feeds: FrameFeeds) -> 
 
 
 def in_groups(write: Nodes, values: ir.Value, merge: int, count: int) -> ir.Value:
-    """`[rows, columns, count]` of patches in the image processor's order, `[groups, patches of a group, count]`."""
+    """`[rows, columns, count]` of patches in the image processor's order, `[groups, patches of a group, count]`.
+
+    Example:
+        >>> write = Nodes()
+        >>> values = write.constant(np.zeros((4, 6, 2), np.int64))  # 4 x 6 patches
+        >>> _ = in_groups(write, values, merge=2, count=2)  # 6 groups of 4 patches
+        >>> write.nodes[-1].op_type
+        'Reshape'
+    """
     down, across = (write("Div", write.size(values, axis), merge) for axis in (0, 1))
     parted = write.reshape(values, down, merge, across, merge, count)
     return write.reshape(write("Transpose", parted, perm=[0, 2, 1, 3, 4]), -1, merge**2, count)
@@ -101,7 +115,14 @@ def _target_size(write: Nodes, image: ir.Value, processor: Any) -> tuple[ir.Valu
 
 
 def window_nodes(write: Nodes, rows: ir.Value, columns: ir.Value, merge: int, side: int) -> dict[str, ir.Value]:
-    """Qwen2.5-VL's `window_groups` and `group_places`, as `Qwen25VL.frame_feeds`; `side` is a window's, in groups."""
+    """Qwen2.5-VL's `window_groups` and `group_places`, as `Qwen25VL.frame_feeds`; `side` is a window's, in groups.
+
+    Example:
+        >>> write = Nodes()
+        >>> rows, columns = write.constant(8), write.constant(8)
+        >>> list(window_nodes(write, rows, columns, merge=2, side=4))
+        ['window_groups', 'group_places']
+    """
     down, across = (write("Div", size, merge) for size in (rows, columns))
     whole = [write("Mul", write("Div", write("Add", size, side - 1), side), side) for size in (down, across)]
     count = write("Mul", down, across)
@@ -121,7 +142,14 @@ def window_nodes(write: Nodes, rows: ir.Value, columns: ir.Value, merge: int, si
 
 
 def grid_nodes(write: Nodes, rows: ir.Value, columns: ir.Value, merge: int, side: int) -> dict[str, ir.Value]:
-    """Qwen3-VL's `grid_points` and `grid_weights`, as `Qwen3VL.frame_feeds`; `side` is that of the learnt grid."""
+    """Qwen3-VL's `grid_points` and `grid_weights`, as `Qwen3VL.frame_feeds`; `side` is that of the learnt grid.
+
+    Example:
+        >>> write = Nodes()
+        >>> rows, columns = write.constant(8), write.constant(8)
+        >>> list(grid_nodes(write, rows, columns, merge=2, side=48))
+        ['grid_points', 'grid_weights']
+    """
     (row, row_weight), (column, column_weight) = (_between(write, size, side) for size in (rows, columns))
     along, across = (np.array(axes, np.int64) for axes in ([1, 3], [0, 2]))
     points = write("Add", write("Mul", write("Unsqueeze", row, along), side), write("Unsqueeze", column, across))

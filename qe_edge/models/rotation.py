@@ -1,4 +1,4 @@
-"""Orthogonal changes of basis of a language model that leave what it computes as it is (QuaRot, SpinQuant).
+"""Orthogonal changes of basis of a language model that keep its outputs (QuaRot, SpinQuant).
 
 `h' = h R` for the residual stream: the embedding and everything that writes into the stream is rotated, everything that
 reads it is rotated back. An RMSNorm commutes with that once its gains are folded into the layers that follow it. Per
@@ -36,10 +36,15 @@ WRITERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
 
 class MixedNorm(nn.Module):
-    """A norm, and the matrix that its gains become in front of a head that shares the rotated embedding.
+    """A norm followed by a matrix: the norm's gains, in front of a head that shares the rotated embedding.
 
     Args:
         norm: The norm.
+
+    Example:
+        >>> norm = MixedNorm(nn.RMSNorm(8))
+        >>> tuple(norm.mixing.weight.shape), tuple(norm(torch.ones(2, 8)).shape)
+        ((8, 8), (2, 8))
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -55,19 +60,21 @@ class MixedNorm(nn.Module):
 
 
 def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
-    """Rotate a decoder, in float64; every tensor keeps its dtype, and what is not in memory is rotated when it is read.
+    """Rotate a decoder. Every tensor keeps its dtype; tensors that are not in memory are rotated when they are read.
 
     Raises:
-        ModelError: If the decoder is built otherwise than RMSNorm, attention, RMSNorm, gated MLP, as Llama's and
-            Qwen2's are.
+        ModelError: If the blocks are not RMSNorm, attention, RMSNorm, gated MLP, as those of Llama and Qwen2.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded, ids = load_model("demo", torch.float32), torch.tensor([[5, 6, 7]])
+        >>> before = loaded.model(input_ids=ids).logits
+        >>> rotate_language_model(loaded, seed=0)
+        >>> (loaded.model(input_ids=ids).logits - before).abs().max().item() < 1e-3  # the same outputs
+        True
     """
     blocks = [block for block in loaded.family.blocks(loaded.model) if block.group == "language"]
-    head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
-    if not blocks or not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
-        raise _unknown("it has no language model with a head")
-    for block in blocks:
-        _check_block(loaded, block)
-    norm = check_norm("the last norm", last_norm(loaded.model))
+    embedding, norm, head = _checked_ends(loaded, blocks)
     config = loaded.model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -114,9 +121,16 @@ def rotate_language_model(loaded: LoadedModel, seed: int) -> None:
 
 
 def residual_norms(block: nn.Module) -> dict[str, nn.Module]:
-    """By the name of a block's layer that writes into the residual stream, the norm that reads the stream before it.
+    """For each layer of a block that writes into the residual stream, the norm that reads the stream before it.
 
-    Blocks made otherwise than norm, attention, norm, gated MLP have none.
+    The result is empty for blocks that are not norm, attention, norm, gated MLP.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> block = next(block for block in loaded.family.blocks(loaded.model) if block.group == "language")
+        >>> {name: type(norm).__name__ for name, norm in residual_norms(block.module).items()}
+        {'self_attn.o_proj': 'Qwen2VLRMSNorm', 'mlp.down_proj': 'Qwen2VLRMSNorm'}
     """
     if {child for child, _ in block.named_children()} != PARTS:
         return {}
@@ -128,12 +142,25 @@ def residual_norms(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def last_norm(model: PreTrainedModel) -> nn.Module | None:
-    """The norm in front of the head; None where there is none by that name."""
+    """The norm in front of the head; None where there is none by that name.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> type(last_norm(load_model("demo").model)).__name__
+        'Qwen2VLRMSNorm'
+    """
     return getattr(model.get_decoder() if hasattr(model, "get_decoder") else None, "norm", None)
 
 
 def mix_last_norm(model: PreTrainedModel) -> nn.Linear:
-    """Put a matrix, which is not set yet, after the last norm of a decoder that has one."""
+    """Put a matrix, which is not set yet, after the last norm of a decoder that has one.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> model = load_model("demo").model
+        >>> tuple(mix_last_norm(model).weight.shape)
+        (256, 256)
+    """
     decoder: Any = model.get_decoder()
     mixed = MixedNorm(decoder.norm)
     decoder.norm = mixed
@@ -141,7 +168,13 @@ def mix_last_norm(model: PreTrainedModel) -> nn.Linear:
 
 
 def mixing_of(model: nn.Module) -> list[Tensor]:
-    """The matrices after norms of a model, which it stores and reads beside its layers; one or none."""
+    """Return the matrices after a model's norms, which are stored beside its layers: one or none.
+
+    Example:
+        >>> model = nn.Sequential(MixedNorm(nn.RMSNorm(8)), nn.Linear(8, 8))
+        >>> len(mixing_of(model)), len(mixing_of(nn.Linear(8, 8)))
+        (1, 0)
+    """
     return [module.mixing.weight for module in model.modules() if isinstance(module, MixedNorm)]
 
 
@@ -174,6 +207,20 @@ def _merger_ends(loaded: LoadedModel) -> Iterator[nn.Linear]:
             yield [module for module in block.module.modules() if isinstance(module, nn.Linear)][-1]
 
 
+def _checked_ends(loaded: LoadedModel, blocks: list[Block]) -> tuple[nn.Embedding, nn.Module, nn.Linear]:
+    """Embedding, last norm and head of a decoder that can be rotated.
+
+    Raises:
+        ModelError: If it cannot.
+    """
+    head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
+    if not blocks or not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
+        raise _unknown("it has no language model with a head")
+    for block in blocks:
+        _check_block(loaded, block)
+    return embedding, check_norm("the last norm", last_norm(loaded.model)), head
+
+
 def _check_block(loaded: LoadedModel, block: Block) -> None:
     module, name = block.module, block.name
     children = {child for child, _ in module.named_children()}
@@ -194,11 +241,19 @@ def check_norm(name: str, norm: object) -> nn.Module:
     """Refuse a norm that is not `gains * h / rms(h)`, by what it does; returns it.
 
     Args:
-        name: In the error's words.
-        norm: What stands in the place of a norm.
+        name: Its name in the message.
+        norm: The module in the place of a norm.
 
     Raises:
         ModelError: If it is another module.
+
+    Example:
+        >>> _ = check_norm("the last norm", nn.RMSNorm(8))  # fine
+        >>> check_norm("the last norm", nn.LayerNorm(8))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: This language model cannot be rotated: the last norm is not an RMSNorm.
+        Choose another method, for example gptq, or qe without 'rotate'.
     """
     weight = getattr(norm, "weight", None)
     if not isinstance(norm, nn.Module) or not isinstance(weight, Tensor):

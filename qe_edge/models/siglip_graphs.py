@@ -24,6 +24,11 @@ class SiglipEncoder(nn.Module):
         positions: Learnt positions `[patches, width]` of a tile.
         layers: Encoder layers.
         norm: The last norm.
+
+    Example:
+        >>> encoder = SiglipEncoder(nn.Conv2d(3, 32, 16, stride=16), torch.zeros(4, 32), [], nn.LayerNorm(32))
+        >>> tuple(encoder(torch.zeros(2, 3, 32, 32)).shape)  # two tiles of four patches
+        (2, 4, 32)
     """
 
     def __init__(
@@ -45,7 +50,16 @@ class SiglipEncoder(nn.Module):
 
 
 def run_layer(layer: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401 - of many classes of transformers
-    """A layer on `[tiles, patches, width]`; patches attend to all of their tile."""
+    """A layer on `[tiles, patches, width]`; patches attend to all of their tile.
+
+    Example:
+        >>> from transformers import SiglipVisionConfig
+        >>> from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+        >>> layer = SiglipEncoderLayer(SiglipVisionConfig(**sizes))
+        >>> tuple(run_layer(layer, torch.zeros(1, 4, 32)).shape)
+        (1, 4, 32)
+    """
     attention = layer.self_attn
     x = layer.layer_norm1(hidden)
     heads = (*x.shape[:2], -1, attention.head_dim)
@@ -56,7 +70,14 @@ def run_layer(layer: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401 - of many c
 
 
 def visual_graph(module: SiglipEncoder, side: int, tiles: int) -> GraphSpec:
-    """The graph "visual" for up to `tiles` tiles of `side` pixels in engines."""
+    """The graph "visual" for up to `tiles` tiles of `side` pixels in engines.
+
+    Example:
+        >>> encoder = SiglipEncoder(nn.Conv2d(3, 32, 16, stride=16), torch.zeros(4, 32), [], nn.LayerNorm(32))
+        >>> graph = visual_graph(encoder, side=32, tiles=4)
+        >>> graph.input_names, graph.profiles["default"]["pixel_values"][2]  # the largest input of an engine
+        (['pixel_values'], (4, 3, 32, 32))
+    """
     shape = (3, side, side)
     return GraphSpec(
         name="visual",
@@ -70,7 +91,13 @@ def visual_graph(module: SiglipEncoder, side: int, tiles: int) -> GraphSpec:
 
 
 def merger_graph(module: nn.Module, shape: tuple[int, int], tiles: int) -> GraphSpec:
-    """The graph "merger" over hidden states `[tiles, patches, width]`, of which `shape` are the last two sizes."""
+    """The graph "merger" over hidden states `[tiles, patches, width]`, of which `shape` are the last two sizes.
+
+    Example:
+        >>> graph = merger_graph(nn.Linear(64, 32), shape=(16, 64), tiles=4)
+        >>> graph.name, graph.input_names, graph.output_names
+        ('merger', ['hidden_states'], ['image_features'])
+    """
     return GraphSpec(
         name="merger",
         module=module,

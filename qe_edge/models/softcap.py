@@ -16,6 +16,12 @@ class CappedHead(nn.Module):
     Args:
         head: The projection.
         cap: The bound.
+
+    Example:
+        >>> import torch
+        >>> head = CappedHead(nn.Identity(), cap=30.0)
+        >>> head(torch.tensor([1.0, 30.0, 1000.0]))
+        tensor([ 0.9996, 22.8478, 30.0000])
     """
 
     def __init__(self, head: nn.Module, cap: float) -> None:
@@ -30,7 +36,13 @@ class CappedHead(nn.Module):
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """What a model makes logits with."""
+    """Return the module that makes a model's logits: its head, with the cap if there is one.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> type(head_of(load_model("demo").model)).__name__  # Gemma 2 has a CappedHead
+        'Linear'
+    """
     head: nn.Module = model.get_output_embeddings()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return head if cap is None else CappedHead(head, cap)

@@ -1,7 +1,7 @@
 """Weights that stay in safetensors files until they are needed.
 
-In memory a placeholder stands for each of them: a tensor of its shape and dtype that repeats one NaN, so that it takes
-no memory, and whatever is computed with it by mistake is NaN.
+In memory a placeholder stands for each of them: a tensor of its shape and dtype that repeats one NaN. It takes no
+memory, and every result that is computed with it by mistake is NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Attributes:
         path: A safetensors file.
@@ -34,13 +34,27 @@ class Source:
 
 
 def placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that takes the memory of one number; NaN where the dtype has that."""
+    """Return a tensor that takes the memory of one number; it is NaN if the dtype has NaN.
+
+    Example:
+        >>> tensor = placeholder((1000, 1000), torch.bfloat16)
+        >>> tuple(tensor.shape), tensor.untyped_storage().nbytes(), bool(tensor[0, 0].isnan())
+        ((1000, 1000), 2, True)
+    """
     value = torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
     return value.expand(shape)
 
 
 def read_tensors(sources: Mapping[str, Source]) -> dict[str, Tensor]:
-    """Tensors by the names that `sources` gives them, in memory of their own; every file is opened once."""
+    """Tensors by the names that `sources` gives them, in memory of their own; every file is opened once.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> save_file({"weight": torch.ones(2, 2)}, "model.safetensors")
+        >>> read_tensors({"layer.weight": Source(Path("model.safetensors"), "weight")})
+        {'layer.weight': tensor([[1., 1.],
+                [1., 1.]])}
+    """
     by_file: dict[Path, dict[str, str]] = defaultdict(dict)
     for name, source in sources.items():
         by_file[source.path][name] = source.key
@@ -52,13 +66,25 @@ def read_tensors(sources: Mapping[str, Source]) -> dict[str, Tensor]:
 
 
 class StoredWeights:
-    """Which tensors of a model lie in which files, and which of them are not in memory now.
+    """The files that a model's tensors lie in, and the tensors that are not in memory now.
 
-    A model that was loaded as a whole has none; then nothing here does anything.
+    A model that was loaded as a whole has none, and then all methods do nothing.
 
     Args:
-        sources: By the tensors' full names in the model.
+        sources: Places of the tensors by their full names in the model.
         placeholders: Those tensors of the model that are placeholders already.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> save_file({"weight": torch.eye(2)}, "model.safetensors")
+        >>> stored = StoredWeights({"layer.weight": Source(Path("model.safetensors"), "weight")})
+        >>> stored.release("layer", layer)
+        >>> stored.is_absent(layer.weight), bool(layer.weight.isnan().all())
+        (True, True)
+        >>> with stored.held("layer", layer):
+        ...     layer.weight.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
 
     def __init__(
@@ -75,7 +101,7 @@ class StoredWeights:
         return tensor.data_ptr() in self._addresses
 
     def value(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor itself, or what its placeholder stands for, read for the caller alone."""
+        """Return the tensor itself, or read the one that its placeholder stands for, for the caller alone."""
         if not self.is_absent(tensor):
             return tensor.detach()
         return self._read([name])[name].to(tensor.dtype)
@@ -117,7 +143,7 @@ class StoredWeights:
             self._release(absent)
 
     def wrote(self, sources: Mapping[str, Source]) -> None:
-        """Note in which files tensors of the model lie now, as they are to be, so that they can be released."""
+        """Note the files that now hold tensors of the model in their final form, so that they can be released."""
         self._sources |= sources
         for name in sources:
             self._changes.pop(name, None)

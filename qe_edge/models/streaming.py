@@ -52,7 +52,14 @@ class Chain:
 
 
 def chains_of(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Group neighbouring blocks of the same kind that feed each other: visual, merger, language."""
+    """Group neighbouring blocks of the same kind that feed each other: visual, merger, language.
+
+    Example:
+        >>> names = [("visual.0", "visual"), ("visual.1", "visual"), ("layers.0", "language")]
+        >>> blocks = [Block(name, nn.Identity(), group) for name, group in names]
+        >>> [[block.name for block in chain] for chain in chains_of(blocks)]
+        [['visual.0', 'visual.1'], ['layers.0']]
+    """
     chains: list[list[Block]] = []
     for block in blocks:
         if chains and chains[-1][-1].group == block.group and not chains[-1][-1].ends_chain:
@@ -71,6 +78,14 @@ class Streamer:
         batches: Number of calibration batches.
         forward: Runs the whole model on batch number `i`.
         beyond: The model's further chains, which no batch has to reach.
+
+    Example:
+        >>> blocks = [Block(str(number), nn.Linear(4, 4), "language") for number in range(2)]
+        >>> model = nn.Sequential(*(block.module for block in blocks))
+        >>> streamer = Streamer(model, chains_of(blocks), batches=1, forward=lambda number: model(torch.ones(3, 4)))
+        >>> chain = streamer.record(0)  # the blocks themselves do not run
+        >>> chain.batches, tuple(chain.hidden[0].shape)
+        ([0], (3, 4))
     """
 
     def __init__(
@@ -118,7 +133,13 @@ class Streamer:
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, device: torch.device = CPU) -> Tensor:
-    """One block, which is on `device`, on one batch; returns the hidden states that leave it, in the CPU's memory."""
+    """Run one block, which is on `device`, on one batch. Its hidden states are returned in the CPU's memory.
+
+    Example:
+        >>> block = nn.Linear(4, 4)
+        >>> tuple(run_block(block, torch.ones(3, 4), BlockCall((), {})).shape)
+        (3, 4)
+    """
     args, kwargs = call.args, call.kwargs
     if device != CPU:
         hidden, args, kwargs = to_device((hidden, args, kwargs), device)
@@ -133,6 +154,12 @@ def fast_products(block: nn.Module, narrow: Collection[nn.Module] = ()) -> Itera
     Those of layers in `narrow`, whose weights are bfloat16 in the model's files, are computed from bfloat16 inputs, as
     the model itself does, where the processor multiplies them (twice as fast); the others by numpy's BLAS (torch's is
     half as fast on some processors). There are no gradients.
+
+    Example:
+        >>> layer = nn.Linear(256, 256, dtype=torch.bfloat16)
+        >>> with fast_products(layer), torch.no_grad():
+        ...     tuple(layer(torch.ones(8, 256, dtype=torch.bfloat16)).shape)
+        (8, 256)
     """
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     if not multiplies_bfloat16():
@@ -165,6 +192,10 @@ def first_tensor(output: Any) -> Tensor:  # noqa: ANN401 - checked here
 
     Raises:
         ModelError: If they do: a tensor replayed in place of a tuple would be taken apart along its batch.
+
+    Example:
+        >>> first_tensor(torch.tensor([1.0]))
+        tensor([1.])
     """
     if not isinstance(output, Tensor):
         raise ModelError(
@@ -217,7 +248,16 @@ def _replay(output: Tensor | None) -> Callable[..., Tensor]:
 
 @contextmanager
 def patched(replacements: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
-    """Replace the forward of modules for the duration of the context."""
+    """Replace the forward of modules for the duration of the context.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> with patched([(layer, lambda hidden: hidden + 1)]):
+        ...     layer(torch.tensor([1.0]))
+        tensor([2.])
+        >>> layer(torch.tensor([1.0]))
+        tensor([1.])
+    """
     for module, forward in replacements:
         module.__dict__["forward"] = forward
     try:

@@ -1,4 +1,4 @@
-"""Texts of users, before they are used: what no tokenizer and no file can hold is refused."""
+"""Check texts of users before they are used: text that no tokenizer or no file can hold is refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ def check_text(text: object, what: str) -> None:
     """Refuse anything but a text that can be written as UTF-8.
 
     Args:
-        text: What the user gave.
-        what: What a message calls it.
+        text: The user's value.
+        what: Its name in messages.
 
     Raises:
         InputError: If it is no text, holds half of a surrogate pair, or a NUL character.
+
+    Example:
+        >>> check_text("a question", "A question")  # fine
+        >>> check_text(7, "A question")
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: A question is 7, not a text. Give a str.
     """
     if not isinstance(text, str):
         raise InputError(f"{what} is {shown(text)}, not a text.", "Give a str.")
@@ -26,7 +33,12 @@ def check_text(text: object, what: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8, as a text with lone surrogates cannot."""
+    r"""Whether a text can be written as UTF-8, as a text with lone surrogates cannot.
+
+    Example:
+        >>> is_unicode("red"), is_unicode("red" + chr(0xD83D))  # the second ends in half a surrogate pair
+        (True, False)
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -35,5 +47,10 @@ def is_unicode(text: str) -> bool:
 
 
 def shortened(text: str) -> str:
-    """A text for a message, cut where it is long."""
+    """Return a text for a message, cut if it is long.
+
+    Example:
+        >>> shortened("short"), len(shortened("x" * 1000))
+        ('short', 200)
+    """
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

@@ -22,20 +22,43 @@ from qe_edge.models.pillow_resize import FILTERS, resize
 
 
 def cut(write: Nodes, pixels: ir.Value, rows: Operand, columns: Operand, tile: tuple[int, int]) -> ir.Value:
-    """uint8 tiles `[tiles, 3, height, width]`, row by row, of a picture `[rows * height, columns * width, 3]`."""
+    """uint8 tiles `[tiles, 3, height, width]`, row by row, of a picture `[rows * height, columns * width, 3]`.
+
+    Example:
+        >>> write = Nodes()
+        >>> _ = cut(write, picture_input(), rows=2, columns=2, tile=(448, 448))
+        >>> [node.op_type for node in write.nodes]
+        ['Constant', 'Reshape', 'Transpose', 'Constant', 'Reshape']
+    """
     height, width = tile
     parted = write.reshape(pixels, rows, height, columns, width, 3)
     return write.reshape(write("Transpose", parted, perm=[0, 2, 4, 1, 3]), -1, 3, height, width)
 
 
 def pixel_values(write: Nodes, tiles: ir.Value, image_processor: Any, tile: tuple[int, int]) -> dict[str, ir.Value]:  # noqa: ANN401
-    """The visual encoder's one input of uint8 tiles `[tiles, 3, height, width]`."""
+    """The visual encoder's one input of uint8 tiles `[tiles, 3, height, width]`.
+
+    Example:
+        >>> from qe_edge.models.image_processors import pil_image_processor
+        >>> write = Nodes()
+        >>> tiles = cut(write, picture_input(), 1, 1, (224, 224))
+        >>> values = pixel_values(write, tiles, pil_image_processor("siglip")(), (224, 224))
+        >>> {name: str(value.shape) for name, value in values.items()}
+        {'pixel_values': '[tiles,3,224,224]'}
+    """
     values = normalized(write, tiles, value_table(image_processor), channel=-3)
     return {"pixel_values": output(write("Identity", values), ir.DataType.FLOAT, "tiles", 3, *tile)}
 
 
 def repeated(write: Nodes, token: int, count: Operand) -> ir.Value:
-    """int64 `[count]` of one token."""
+    """int64 `[count]` of one token.
+
+    Example:
+        >>> write = Nodes()
+        >>> _ = repeated(write, token=9, count=256)
+        >>> write.nodes[-1].op_type
+        'Expand'
+    """
     return write("Expand", token, write.joined(count))
 
 
@@ -46,6 +69,12 @@ def single_tile(image_processor: Any, ids: Sequence[int], placeholder: int) -> P
         image_processor: A `PilBackend` whose `size` has a height and a width.
         ids: The tokens of a picture.
         placeholder: The token that they replace.
+
+    Example:
+        >>> from qe_edge.models.image_processors import pil_image_processor
+        >>> graph = single_tile(pil_image_processor("siglip")(), ids=[9] * 256, placeholder=9)
+        >>> list(graph.outputs)
+        ['pixel_values', 'placeholder_ids', 'placeholder_positions']
     """
     if not image_processor.do_resize or image_processor.resample not in FILTERS:
         return None
@@ -69,6 +98,13 @@ def best_grid(
         between: Tokens before a picture, the token of its features, tokens after it.
         tokens_of_tile: How many features a tile has.
         placeholder: The token that a picture's tokens replace.
+
+    Example:
+        >>> from qe_edge.models.image_processors import pil_image_processor
+        >>> processor = pil_image_processor("got_ocr2")(size={"height": 448, "width": 448}, max_patches=12)
+        >>> graph = best_grid(processor, between=([7], 9, [8]), tokens_of_tile=256, placeholder=9)
+        >>> list(graph.outputs), graph.placeholder
+        (['pixel_values', 'placeholder_ids', 'placeholder_positions'], 9)
     """
     if image_processor.resample not in FILTERS:
         return None

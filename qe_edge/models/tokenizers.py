@@ -1,4 +1,4 @@
-"""Loading a tokenizer as downloads and fine-tuning leave it; what the model cannot take is refused here."""
+"""Load a tokenizer as downloads and fine-tuning leave it; a tokenizer that does not fit the model is refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _TokenizerConfig(BaseModel):
 
 
 def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - tokenizers share no typed base
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     A tokenizer that names no end token takes it from generation_config.json or config.json, with a notice.
 
@@ -85,6 +85,12 @@ def load_tokenizer(source: str, vocabulary: int) -> Any:  # noqa: ANN401 - token
 
     Raises:
         ModelError: If a file is missing or broken, if a token is outside the embedding, or if no end token is named.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> tokenizer = load_tokenizer(str(model_path()), vocabulary=10_000)
+        >>> tokenizer.decode(tokenizer("is it red?")["input_ids"]), tokenizer.eos_token
+        ('is it red?', '<|im_end|>')
     """
     tokens = check_tokenizer_files(source)
     remedy = OLDER_REMEDY if tokens is None else REMEDY
@@ -113,6 +119,11 @@ def check_tokenizer_files(source: str) -> dict[str, int | None] | None:
 
     Returns:
         Number of every added token of tokenizer.json, None for the tokens of its model; None without such a file.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> check_tokenizer_files(str(model_path()))["<|im_end|>"] is not None  # an added token, with its number
+        True
     """
     tables = {
         name: read_json_table(path, error=ModelError, remedy=REMEDY, limit=MAX_TOKENIZER)

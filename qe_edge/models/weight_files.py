@@ -1,4 +1,4 @@
-"""Which safetensors files a model consists of: all of them are there, all lie in its folder, and no other does."""
+"""The safetensors files of a model: all of them are present, all lie in its folder, and no other file does."""
 
 from __future__ import annotations
 
@@ -26,11 +26,19 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 def check_links(folder: Path) -> None:
     """Refuse links that point at nothing, and links out of the folder.
 
-    A folder may come from a stranger, and what is read of it ends up in checkpoints and engines. Hub snapshots are
-    folders of links to `../../blobs`, which is a part of the same download, so these are followed.
+    A folder may come from a stranger, and its contents end up in checkpoints and engines. Hub snapshots are folders of
+    links to `../../blobs`. These belong to the same download, so they are followed.
 
     Raises:
         ModelError: Naming the first such link.
+
+    Example:
+        >>> Path("model.safetensors").symlink_to("no-such-file")
+        >>> check_links(Path())
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: The link 'model.safetensors' points at a missing file. Copy the files
+        that the links point at into the folder (cp -rL FOLDER COPY), or download the model again.
     """
     root = folder.resolve()
     roots = [root]
@@ -54,8 +62,14 @@ def weight_headers(source: str) -> dict[Path, Header]:
         source: Folder or hub id.
 
     Raises:
-        ModelError: If there are none, or they are none of an unquantized model.
+        ModelError: If there are none, or they do not belong to an unquantized model.
         ArtifactError: If one is damaged.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> headers = weight_headers(str(model_path()))
+        >>> [path.name for path in headers]
+        ['model.safetensors']
     """
     if Path(source).is_dir():
         return folder_weights(Path(source))
@@ -91,6 +105,13 @@ def folder_weights(folder: Path) -> dict[Path, Header]:
         ModelError: If there are none, if one is missing or does not belong to the others, or if a tensor is none of an
             unquantized model.
         ArtifactError: If a file is damaged.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> ((path, header),) = folder_weights(model_path()).items()
+        >>> dtype, shape = next(iter(header.values()))
+        >>> path.name, len(header) > 50, dtype
+        ('model.safetensors', True, 'BF16')
     """
     present = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     if not present and not (folder / INDEX).exists():
@@ -137,6 +158,11 @@ def read_index(path: Path) -> dict[str, str]:
 
     Raises:
         ModelError: If it cannot be read, or names a file outside its folder.
+
+    Example:
+        >>> _ = Path("index.json").write_text('{"metadata": {}, "weight_map": {"norm.weight": "model-1.safetensors"}}')
+        >>> read_index(Path("index.json"))
+        {'norm.weight': 'model-1.safetensors'}
     """
     table = read_json_table(path, error=ModelError, remedy=DOWNLOAD, limit=MAX_INDEX)
     listed = table.get("weight_map")
@@ -160,6 +186,15 @@ def check_index(listed: Mapping[str, str], headers: Mapping[Path, Header], index
 
     Raises:
         ModelError: If a tensor is in another file than the index says, or in none.
+
+    Example:
+        >>> headers = {Path("model-1.safetensors"): {"norm.weight": ("BF16", (64,))}}
+        >>> check_index({"norm.weight": "model-1.safetensors"}, headers, Path("index.json"))  # fine
+        >>> check_index({"norm.weight": "model-2.safetensors"}, headers, Path("index.json"))
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.ModelError: 'index.json' says that 'model-2.safetensors' holds 'norm.weight', which
+        it does not. Download the model again.
     """
     held = {(name, path.name) for path, header in headers.items() for name in header}
     for name, file in sorted(listed.items() - held):
