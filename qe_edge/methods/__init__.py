@@ -35,6 +35,8 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "omniquant": "qe_edge.methods.omniquant:OmniQuant",
         "autoround": "qe_edge.methods.autoround:AutoRound",
         "lsq": "qe_edge.methods.lsq:LSQ",
+        "llmqat": "qe_edge.methods.llmqat:LLMQAT",
+        "dlqat": "qe_edge.methods.dlqat:DLQAT",
         "lorc": "qe_edge.methods.lorc:LoRC",
         "lqer": "qe_edge.methods.lqer:LQER",
         "svdquant": "qe_edge.methods.svdquant:SVDQuant",

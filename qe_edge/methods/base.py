@@ -103,6 +103,11 @@ class Method(ABC, Generic[OptionsType]):
         return False
 
     @property
+    def trains_model(self) -> bool:
+        """Whether all layers of a model are trained together (`methods.training`), and no block is walked."""
+        return False
+
+    @property
     def weighs_norms(self) -> bool:
         """Whether tokens of layers that write into the residual stream are weighed by the norm that follows."""
         return False

@@ -17,7 +17,7 @@ from qe_edge.layers.magnitudes import check_result
 from qe_edge.methods import LinearProblem
 from qe_edge.methods.checked import quantize_problem
 from qe_edge.models.export_limits import check_exportable
-from qe_edge.models.family import Block, Sample
+from qe_edge.models.family import Block, Encoded, Sample
 from qe_edge.models.groups import linear_groups, set_module
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.precision import make_float32
@@ -38,6 +38,7 @@ from qe_edge.quantization.problems import Member, Problems
 from qe_edge.quantization.run_record import current_environment
 from qe_edge.quantization.side_by_side import SideBySide
 from qe_edge.quantization.walk import BlockWalk, parameters_of
+from qe_edge.quantization.whole_model import train_model
 from qe_edge.quantization.workfolder import WorkFolder
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.system.device import CPU, choose_device, fitting
@@ -165,6 +166,9 @@ def _quantize_blocks(
     """Every block of the chains up to the last one that the recipe selects."""
     recipe, method = job.recipe, job.recipe.build_method()
     batches = encoded_batches(loaded, job.samples)
+    if method.trains_model:
+        _train_blocks(loaded, recipe, batches, folder, progress)
+        return
     rotation = rotation_bits(loaded.model)  # in its own precision, before the walk makes it float32
     walk = BlockWalk(loaded, recipe.modules, batches, device, to_the_end=recipe.head_grid is not None)
     measured = measure(walk, recipe, method, rotation, folder, progress)
@@ -181,6 +185,24 @@ def _quantize_blocks(
     if recipe.head_grid is not None:  # the last chain is the language model's
         valid = [batches[number].attention_mask for number in chain.batches]
         quantize_head(loaded, recipe.head_grid, chain.hidden, valid)
+
+
+def _train_blocks(
+    loaded: LoadedModel, recipe: Recipe, batches: list[Encoded], folder: WorkFolder | None, progress: Progress
+) -> None:
+    """All blocks that the recipe selects, together; from the work folder if it has them."""
+    loaded.stored.read("", loaded.model)
+    blocks = [block for block in loaded.family.blocks(loaded.model) if block.group in recipe.modules]
+    finished = {block.name: folder.load(block.name) if folder else None for block in blocks}
+    if not all(finished.values()):  # a training that was stopped begins again
+        for name, layers in train_model(loaded, blocks, recipe, batches, progress).items():
+            if folder:
+                folder.save(name, layers)
+        return
+    for block in blocks:
+        for name, layer in (finished[block.name] or {}).items():
+            set_module(loaded.model, name, layer)
+        progress.advance(parameters_of(block), block.name)
 
 
 def _quantize_block(

@@ -25,7 +25,10 @@ from qe_edge.system.errors import NumericalError, QEError, QENotice, RecipeError
 ROUTED = {"shrink": False, "experts": 2, "routed_rank": 4, "shared_rank": 4, "important_channels": 4}
 FEW_STEPS = {"refine_epochs": 1, "refine_iterations": 2}
 METHOD_OPTIONS = [
-    *((name, "default", {"steps": 3} if name in ("omniquant", "masquant") else {}) for name in METHODS),
+    *(
+        (name, "default", {"steps": 3} if name in ("omniquant", "masquant", "llmqat", "dlqat") else {})
+        for name in METHODS
+    ),
     ("svdquant", "paper", {"rounding": "gptq"}),
     ("quarot", "rtn", {}),
     ("omniquant", "paper", {"steps": 3, "scale_steps": 3}),
