@@ -85,7 +85,7 @@ class CompressedTensors(TransformersFolder):
     def notes(self, conversion: Conversion) -> list[str]:
         """What its readers lack."""
         bits = {layer.grid.bits for layer in conversion.coded.values()} - {4}
-        found = []
+        found = super().notes(conversion)
         if bits:
             found.append(f"vLLM has kernels for 4 bits; layers of {min(bits)} bits are read by transformers.")
         if not all(layer.grid.symmetric for layer in conversion.coded.values()):

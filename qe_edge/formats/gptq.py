@@ -100,8 +100,11 @@ class GPTQ(TransformersFolder):
     def notes(self, conversion: Conversion) -> list[str]:
         """Which of the two versions was written."""
         if all(layer.grid.symmetric for layer in conversion.coded.values()):
-            return []
-        return ["Zero points are stored as they are: 'gptq_v2', which needs a reader that knows it."]
+            return super().notes(conversion)
+        return [
+            *super().notes(conversion),
+            "Zero points are stored as they are: 'gptq_v2', which needs a reader that knows it.",
+        ]
 
 
 def _inside(name: str) -> str:

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from qe_edge.formats.base import Conversion, Format
 from qe_edge.formats.carried import CarriedLayer
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, rounds_activations
@@ -41,7 +39,7 @@ def write_readme(conversion: Conversion, form: Format, folder: Path, name: str, 
         f"QE-Edge {VERSION} converted this folder from a quantized checkpoint; `files.json` holds the SHA-256 of the "
         f"checkpoint's files and of these. It is for {form.reader}.",
         "\n".join(f"- {line}" for line in lines),
-        form.how_to_load(conversion, name),
+        f"```\n{form.how_to_load(conversion, name)}\n```",
     ]
     (folder / README).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -89,5 +87,3 @@ def _lost(conversion: Conversion) -> Iterator[str]:
     rounded = {layer.geometry.activation_bits for layer in conversion.layers.values()}
     if any(rounds_activations(bits) for bits in rounded):
         yield f"Lost: activations are no longer rounded to {max(rounded)} bits, so answers may differ."
-    if conversion.dtype == torch.bfloat16:
-        yield "The model is bfloat16: a runtime that reads float16 scales as bfloat16 rounds them from 11 bits to 8."

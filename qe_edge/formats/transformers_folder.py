@@ -63,6 +63,12 @@ class TransformersFolder(Format):
                 _write_json(folder / ADAPTER / "adapter_config.json", adapter_config(conversion, name))
                 _write_pieces(adapter, folder / ADAPTER / "adapter_model.safetensors", tracked)
 
+    def notes(self, conversion: Conversion) -> list[str]:
+        """What reading the scales in the model's type does."""
+        if conversion.dtype != torch.bfloat16 or not conversion.coded:
+            return []
+        return ["The model is bfloat16: a runtime that reads scales as bfloat16 rounds them from 11 bits to 8."]
+
     def how_to_load(self, conversion: Conversion, name: str) -> str:
         """With transformers, and PEFT."""
         kind = conversion.source.family.auto_class

@@ -41,7 +41,11 @@ def write_checkpoint(
     """A quantized Llama of two layers; `sizes` are those of its configuration that differ."""
     source = write_small_llama(out / "model", **(sizes or {}))
     made = make_recipe(method=method, scheme=scheme, calibration={"samples": len(SAMPLES)}, **recipe)
-    save_quantized(*quantize(load_model(str(source), dtype), made, SAMPLES), out / "checkpoint")
+    loaded = load_model(str(source), dtype)
+    for parameter in loaded.model.parameters():
+        if parameter.ndim == 1:  # norms whose gains are not all one
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    save_quantized(*quantize(loaded, made, SAMPLES), out / "checkpoint")
     return out / "checkpoint"
 
 

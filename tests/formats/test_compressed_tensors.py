@@ -75,6 +75,21 @@ def test_layers_of_several_kinds_are_written_on_one_grid(tmp_path: Path) -> None
     assert_the_same(reloaded(tmp_path / "out", wanted), wanted, SAMPLES)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dropped_channels_have_codes_that_decode_to_zero(symmetric: bool, tmp_path: Path) -> None:
+    loaded, recipe = quantize(load_model(str(write_small_llama(tmp_path / "model")), torch.float32), RTN, SAMPLES)
+    name = "model.layers.0.mlp.gate_proj"
+    weight = quantize_weight(loaded.model.get_submodule(name).decoded_weight(), WeightGrid(4, 32, symmetric))
+    inverse = torch.ones(64, dtype=torch.float16)
+    inverse[5:40:7] = 0
+    set_module(loaded.model, name, QELinear(QuantizedLinear(weight, 0, inverse)))
+    save_quantized(loaded, recipe, tmp_path / "checkpoint")
+    said = convert_checkpoint(tmp_path / "checkpoint", NAME, tmp_path / "out")
+    assert "5 input channels that the codes leave to the correction have the code of zero." in said
+    wanted = ours(tmp_path / "checkpoint")
+    assert_the_same(reloaded(tmp_path / "out", wanted), wanted, SAMPLES)
+
+
 def test_a_head_of_codes_is_decoded(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, "rtn", head="int4")
     with pytest.raises(TargetError, match="'lm_head' is the head, which readers of this format keep") as caught:
