@@ -10,10 +10,11 @@ import click
 from qe_edge.cli.console import ConsoleProgress
 from qe_edge.cli.inputs import find_onnx, is_manifest_folder
 from qe_edge.cli.limits import read_limits
-from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes
+from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, folder_bytes, human_bytes
 from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
 from qe_edge.export.build import build_engines
-from qe_edge.export.targets import check_targets, has_limits
+from qe_edge.export.targets import CUDA, check_targets, get_target, has_limits
+from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.limits import with_limits
 from qe_edge.runtime.manifest import Manifest, read_any_manifest
 from qe_edge.runtime.picture_limits import tell_limits
@@ -48,7 +49,21 @@ def run(
     built = build_engines(source, output, target, plugin_library=library, limits=wanted, progress=ConsoleProgress())
     if library is not None:
         print_plugin_nodes([built])
+    if get_target(target).backend == CUDA:
+        click.echo(_gpu_memory(built), err=True)
     where = shlex.quote(str(output))
     run_it = f'qe-edge run {where} --image FILE --prompt "What is this?"'
     open_it = f"qe_edge.runtime.encoder.EncoderEngine.load({str(output)!r}) in Python"
     click.echo(f"Wrote '{built}'. Next: {run_it if isinstance(manifest, Manifest) else open_it}")
+
+
+def _gpu_memory(folder: Path) -> str:
+    """Memory that ONNX Runtime will take on a GPU, for engines that have no limits of size."""
+    info, manifest = read_engine_info(folder), read_any_manifest(folder)
+    weights = sum(graph.size for graph in info.graphs.values()) if info else 0
+    line = f"On the GPU the weights take {human_bytes(weights)}"
+    if not isinstance(manifest, Manifest):
+        return f"{line}."
+    kv = manifest.kv
+    token = 4 * kv.layers * kv.heads * kv.head_dim * (1 if kv.in_place else 2)  # keys and values in float16
+    return f"{line}, and a KV cache {human_bytes(1000 * token)} for 1000 tokens."

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from qe_edge.cli.build_work import _gpu_memory
 from qe_edge.export import build
 from qe_edge.export.build import build_engines
 from qe_edge.export.lowering.cuda import lower_for_cuda
@@ -167,6 +168,8 @@ def test_what_the_build_says(engines: Path) -> None:
     assert (info.target, info.backend, info.version) == ("cuda", "onnxruntime_cuda", ort.__version__)
     assert not info.sized
     assert info.plugin is not None
+    # two layers with two heads of 32: 512 bytes a token
+    assert _gpu_memory(engines).endswith(" MiB, and a KV cache 500.0 KiB for 1000 tokens.")
 
 
 def test_a_machine_without_a_gpu(engines: Path) -> None:
