@@ -225,7 +225,8 @@ class OrtDeviceSession:
         for name, buffer in kept.items():
             binding.bind_ortvalue_output(name, buffer.value)
         self._session.run_with_iobinding(binding, options)
-        found = dict(zip(free, binding.get_outputs(), strict=False))
+        values = binding.get_outputs_as_ortvaluevector()  # no object for each of the cache
+        found = {name: ort.OrtValue(values[place]) for place, name in enumerate(free)}
         if step and not known and len(self._results) < MOST_GRAPHS:
             self._results[places] = found
         return found
