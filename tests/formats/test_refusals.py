@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
+from qe_edge.calibration.sources import load_evaluation
 from qe_edge.cli import main
 from qe_edge.formats import FORMATS
 from qe_edge.formats.convert import convert_checkpoint
+from qe_edge.models.loading import load_model
+from qe_edge.models.quantized import save_quantized
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.errors import TargetError
 from tests.formats.checkpoints import write_checkpoint
+from tests.small_models import write_small_dinov2
 
 ROUTED = {"experts": 2, "shared_rank": 8, "routed_rank": 8, "shrink": False, "tokens": 128, "em_steps": 0}
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -34,6 +40,14 @@ def test_what_has_no_place_is_refused(case: str, tmp_path: Path) -> None:
         assert problem in caught.value.problem
         assert remedy in caught.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+def test_vision_encoders_alone_are_refused(tmp_path: Path) -> None:
+    recipe = make_recipe(method="rtn", scheme="w4a16", modules=("visual",), calibration={"samples": 2})
+    encoder = load_model(str(write_small_dinov2(tmp_path / "model")))
+    save_quantized(*quantize(encoder, recipe, load_evaluation("demo")[:2]), tmp_path / "checkpoint")
+    with pytest.raises(TargetError, match="a vision encoder alone"):
+        convert_checkpoint(tmp_path / "checkpoint", "compressed-tensors", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
