@@ -238,14 +238,24 @@ def _gpu(seen: dict[str, dict[str, object] | str]) -> Iterator[Finding]:
             "GPU", "nvcc", MISSING, "not found", "Only for compiling the TensorRT plugin: install the CUDA toolkit."
         )
     yield _plugin()
+    yield _operator()
 
 
 def _plugin() -> Finding:
     """Whether `--plugin` finds its library."""
+    return _library("TensorRT plugin", "--plugin", plugin_library.find_plugin_library)
+
+
+def _operator() -> Finding:
+    """Whether the target `cuda` finds its library."""
+    return _library("ONNX Runtime operator", "the target cuda", plugin_library.find_operator_library)
+
+
+def _library(name: str, use: str, find: Callable[[], Path]) -> Finding:
     try:
-        return Finding("GPU", "TensorRT plugin", OK, f"{plugin_library.find_plugin_library()}, not yet run on hardware")
+        return Finding("GPU", name, OK, f"{find()}, not yet run on hardware")
     except TargetError as error:
-        return Finding("GPU", "TensorRT plugin", MISSING, error.problem, f"Only for --plugin: {error.remedy}")
+        return Finding("GPU", name, MISSING, error.problem, f"Only for {use}: {error.remedy}")
 
 
 def _items(value: object) -> list[object]:

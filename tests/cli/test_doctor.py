@@ -93,6 +93,12 @@ def test_the_plugin_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "qe-edge build-plugin" in finding.remedy
     (tmp_path / "libqe_plugin.so").touch()
     assert doctor._plugin().state == OK
+    finding = doctor._operator()
+    assert finding.state == MISSING
+    assert finding.detail == "The plugin library has no libqe_ort.so beside it, which ONNX Runtime needs."
+    assert finding.remedy == "Only for the target cuda: Build both anew with 'qe-edge build-plugin'."
+    (tmp_path / "libqe_ort.so").touch()
+    assert doctor._operator().state == OK
 
 
 def test_a_jetson_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
