@@ -14,7 +14,17 @@ PREFIX = "base_model.model."  # of PEFT's names
 
 
 def adapter_pieces(conversion: Conversion) -> dict[str, Piece]:
-    """Both factors of every layer that has some, float32, which holds codes times scales exactly."""
+    """Both factors of every layer that has some, float32, which holds codes times scales exactly.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     pieces = adapter_pieces(plan_conversion(source, FORMATS["gptq"]()))
+        ...     print({name: tuple(one.like.shape) for name, one in pieces.items()})
+    """
     found: dict[str, Piece] = {}
     for name, layer in conversion.corrected.items():
         geometry = layer.geometry
@@ -29,6 +39,14 @@ def adapter_config(conversion: Conversion, base: str) -> dict[str, Any]:
     Args:
         conversion: The checkpoint; some of its layers have a correction.
         base: Name of the model's folder.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     print(adapter_config(plan_conversion(source, FORMATS["gptq"]()), base="converted")["r"])
     """
     ranks = {name: layer.rank for name, layer in conversion.corrected.items()}
     largest = max(ranks.values())

@@ -1,4 +1,4 @@
-"""What a format of another runtime is: what it can hold of a checkpoint, and how that is written."""
+"""The interface of a format of another runtime: which checkpoints it can hold, and how it is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qe_edge.formats.folding import Folding
 from qe_edge.formats.source import CheckpointSource
 from qe_edge.system.progress import Progress
 
-Reason = tuple[str, str]  # what has no place in the format, and what the user can do about it
+Reason = tuple[str, str]  # the part that has no place in the format, and the remedy
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Conversion:
 
     Attributes:
         source: The checkpoint.
-        folding: Where its channel scales go.
-        layers: Its quantized layers, as they are carried.
+        folding: New places of its channel scales.
+        layers: Its quantized layers as they are carried.
     """
 
     source: CheckpointSource
@@ -67,9 +67,14 @@ class Format(ABC):
     """A format of another runtime.
 
     Class attributes:
-        reader: Who reads it, in a few words.
-        adapter: Where the correction lies, inside the folder.
-        folds_rows: Whether its scales may be float32, which channel scales of a later layer make of them.
+        reader: The programs that read it, in a few words.
+        adapter: Place of the correction inside the folder.
+        folds_rows: Whether its scales may be float32; channel scales of a later layer that are folded in need that.
+
+    Example:
+        >>> from qe_edge.formats import FORMATS
+        >>> FORMATS["gptq"].reader
+        'vLLM, GPTQModel, and transformers with the packages gptqmodel and optimum'
     """
 
     reader: ClassVar[str]
@@ -77,7 +82,7 @@ class Format(ABC):
     folds_rows: ClassVar[bool] = True
 
     def check(self, conversion: Conversion) -> list[Reason]:  # noqa: ARG002 - most formats take any model
-        """What of a model as a whole has no place in the format; empty if all has. No weight is read.
+        """Return the parts of a whole model that have no place in the format, empty if all have. No weight is read.
 
         Args:
             conversion: The checkpoint.
@@ -85,11 +90,11 @@ class Format(ABC):
         return []
 
     def layer_problem(self, layer: CarriedLayer) -> str | None:  # noqa: ARG002 - likewise
-        """Why the format cannot hold one layer's codes, after the layer's name; None if it can. No weight is read."""
+        """Return why the format cannot hold a layer's codes, without the layer's name; None if it can."""
         return None
 
     def prepared(self, conversion: Conversion) -> Conversion:
-        """The same with layers on the grids that the format writes them on."""
+        """Return the conversion with its layers on the grids that the format writes."""
         return conversion
 
     @abstractmethod
@@ -99,14 +104,14 @@ class Format(ABC):
         Args:
             conversion: The checkpoint, checked.
             folder: An empty folder, which is renamed when everything is written.
-            name: What it will be called.
+            name: Its later name.
             progress: Where to report progress.
         """
 
     @abstractmethod
     def how_to_load(self, conversion: Conversion, name: str) -> str:
-        """Lines that load the folder of this name, for its README."""
+        """Return the lines of code that load the folder of this name, for its README."""
 
     def notes(self, conversion: Conversion) -> list[str]:  # noqa: ARG002 - most have none
-        """What a user of this format should know of this checkpoint, a sentence each."""
+        """Return notes for a user of this format and this checkpoint, a sentence each."""
         return []

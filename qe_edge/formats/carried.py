@@ -1,4 +1,4 @@
-"""One quantized layer as other formats can hold it: codes, scales, zero points, bias, and two factors of a LoRA."""
+"""One quantized layer in the parts that other formats hold: codes, scales, zero points, bias, factors of a LoRA."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ class Piece(NamedTuple):
 
 
 def piece(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> Piece:
-    """A `Piece` of a shape and dtype."""
+    """A `Piece` of a shape and dtype.
+
+    Example:
+        >>> ones = piece((2, 3), torch.float16, lambda: torch.ones(2, 3, dtype=torch.float16))
+        >>> ones.like.device.type, tuple(ones.make().shape)  # made only when it is written
+        ('meta', (2, 3))
+    """
     return Piece(torch.empty(shape, dtype=dtype, device="meta"), make)
 
 
@@ -41,9 +47,9 @@ class CarriedLayer:
 
     Attributes:
         source: The checkpoint.
-        name: Of the layer.
-        folding: Where channel scales go.
-        decoded: Whether the main branch is written as an ordinary weight, which takes what has no place elsewhere.
+        name: Name of the layer.
+        folding: New places of the channel scales.
+        decoded: Whether the main branch is written as an ordinary weight, which holds what has no place elsewhere.
         group: The part of the model that it belongs to: "visual", "merger", "language", or "head".
         wider: Another grid that holds the same numbers: of more bits, smaller groups, or with zero points; None for the
             layer's own.
@@ -74,7 +80,7 @@ class CarriedLayer:
 
     @property
     def groups(self) -> int:
-        """Scales of an output channel."""
+        """Number of scales of an output channel."""
         return 1 if self.grid.group_size == PER_CHANNEL else self.geometry.in_features // self.grid.group_size
 
     @property

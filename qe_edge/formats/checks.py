@@ -1,4 +1,4 @@
-"""What of a checkpoint no other format has a place for, found without reading a weight."""
+"""Find the parts of a checkpoint that a format cannot hold, without reading a weight."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ DECODE = "Add --decode, which writes such layers as ordinary weights, or quantiz
 
 
 def check_conversion(name: str, form: Format, conversion: Conversion, *, drop_rounding: bool) -> None:
-    """Refuse a checkpoint that a format cannot hold; all that stands in the way is said at once.
+    """Refuse a checkpoint that a format cannot hold. The message names all problems at once.
 
     Args:
-        name: Of the format.
+        name: Name of the format.
         form: The format.
         conversion: The checkpoint.
         drop_rounding: Whether activations may stay unrounded.
 
     Raises:
         TargetError: If it cannot.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> form = FORMATS["gptq"]()  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     check_conversion("gptq", form, plan_conversion(source, form), drop_rounding=False)
     """
     problems = [*_of_model(conversion, drop_rounding=drop_rounding), *form.check(conversion)]
     codes = {layer: problem for layer in conversion.coded.values() if (problem := code_problem(form, layer))}
@@ -36,7 +45,17 @@ def check_conversion(name: str, form: Format, conversion: Conversion, *, drop_ro
 
 
 def code_problem(form: Format, layer: CarriedLayer) -> str | None:
-    """Why a layer's main branch cannot be codes of a format, after the layer's name; None if it can."""
+    """Return why a layer's main branch cannot be codes of a format, without the layer's name; None if it can.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> form = FORMATS["gptq"]()  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     print([code_problem(form, layer) for layer in plan_conversion(source, form).layers.values()])
+    """
     if layer.geometry.parts:
         return "has parts that only PyTorch computes"
     if layer.name in layer.folding.stuck:

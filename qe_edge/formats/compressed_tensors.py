@@ -16,7 +16,12 @@ from qe_edge.numerics.grids import PER_CHANNEL
 
 
 class CompressedTensors(TransformersFolder):
-    """What vLLM, TensorRT Edge-LLM and transformers read."""
+    """The format for vLLM, TensorRT Edge-LLM and transformers.
+
+    Example:
+        >>> CompressedTensors().reader
+        'vLLM, TensorRT Edge-LLM and transformers with the package compressed-tensors'
+    """
 
     reader: ClassVar[str] = "vLLM, TensorRT Edge-LLM and transformers with the package compressed-tensors"
 
@@ -83,7 +88,7 @@ class CompressedTensors(TransformersFolder):
         return lines.replace("from transformers import ", "from transformers import CompressedTensorsConfig, ")
 
     def notes(self, conversion: Conversion) -> list[str]:
-        """What its readers lack."""
+        """Return the gaps of its readers."""
         bits = {layer.grid.bits for layer in conversion.coded.values()} - {4}
         found = super().notes(conversion)
         if bits:

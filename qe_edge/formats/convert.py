@@ -1,4 +1,4 @@
-"""A quantized checkpoint becomes a folder that other runtimes read."""
+"""Convert a quantized checkpoint into a folder that other runtimes read."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def convert_checkpoint(
 
     Args:
         checkpoint: Output of `qe-edge quantize`.
-        name: Of the format.
+        name: Name of the format.
         out: Folder to write; one that an earlier conversion wrote is replaced.
         drop_rounding: Whether a checkpoint of rounded activations is converted for a runtime that does not round them.
         decode: Whether layers that the format cannot hold as codes become ordinary weights.
         progress: Where to report progress.
 
     Returns:
-        What was carried and what is lost, a sentence each.
+        Sentences on what was carried over and what was lost.
 
     Raises:
         UnknownNameError: If there is no such format.
@@ -56,7 +56,7 @@ def convert_checkpoint(
     """
     form = FORMATS[name]()
     with open_checkpoint(checkpoint) as source:
-        conversion = form.prepared(_plan(source, form, decode=decode))
+        conversion = form.prepared(plan_conversion(source, form, decode=decode))
         check_conversion(name, form, conversion, drop_rounding=drop_rounding)
         lines = summarize(conversion, form)
         with atomic_folder(out) as part:
@@ -67,14 +67,31 @@ def convert_checkpoint(
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a folder holds what `convert_checkpoint` wrote, found out from its `files.json` and README.md."""
+    """Whether a folder holds what `convert_checkpoint` wrote, found out from its `files.json` and README.md.
+
+    Example:
+        >>> Path("other").mkdir()
+        >>> is_converted(Path("other"))
+        False
+    """
     try:
         return README in read_checkpoint_files(folder).files and not is_checkpoint(folder)
     except ArtifactError:
         return False
 
 
-def _plan(source: CheckpointSource, form: Format, *, decode: bool) -> Conversion:
+def plan_conversion(source: CheckpointSource, form: Format, *, decode: bool = False) -> Conversion:
+    """Plan how the layers of a checkpoint are carried into a format. Only scales and gains of norms are read.
+
+    Args:
+        source: The checkpoint.
+        form: The format.
+        decode: Whether layers that the format cannot hold as codes become ordinary weights.
+
+    Example:
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     len(plan_conversion(source, FORMATS["gptq"]()).coded)
+    """
     model = shapes_only(source.family)
     folding = fold(source, model, rows=form.folds_rows)
     groups = {

@@ -1,4 +1,4 @@
-"""Channel scales, and the last matrix of a rotation, moved to where every runtime has a place for them.
+"""Move channel scales, and the last matrix of a rotation, to places that every runtime has.
 
 A layer computes `W_q (x * inv_omega)`. Other formats have no `inv_omega`. Four things take its place:
 
@@ -48,13 +48,13 @@ class Mixing(NamedTuple):
 
 @dataclass
 class Folding:
-    """Where the channel scales of a checkpoint go.
+    """New places of the channel scales of a checkpoint.
 
     Attributes:
-        dropped: By layer, `[in]` bool, the channels that its main branch drops.
-        inputs: By layer, `[in]` float32, what its input is multiplied by already, by the layer or norm before it.
-        rows: By layer, `[out]` float32, factors of its outputs.
-        norms: By the name of a norm's gains, `[hidden]` float32, their factors.
+        dropped: Channels that the main branch of a layer drops, `[in]` bool, by layer.
+        inputs: Factors that the layer or norm before has already put on a layer's input, `[in]` float32, by layer.
+        rows: Factors of a layer's outputs, `[out]` float32, by layer.
+        norms: Factors of a norm's gains, `[hidden]` float32, by the name of the gains.
         stuck: Layers whose scales have no place.
         mixing: The matrix before the head, which becomes a part of it; None without one.
     """
@@ -73,7 +73,15 @@ def fold(source: CheckpointSource, model: PreTrainedModel, *, rows: bool = True)
     Args:
         source: The checkpoint.
         model: Its model, on the meta device.
-        rows: Whether rows of earlier layers may take some, whose scales are float32 then.
+        rows: Whether rows of earlier layers may take some; the scales of these layers become float32.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> from qe_edge.models.loading import shapes_only  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     folding = fold(source, shapes_only(source.family))
+        ...     print(len(folding.norms), folding.stuck)
     """
     folding = Folding(mixing=_mixing(source, model))
     scales: dict[str, Tensor] = {}

@@ -55,14 +55,18 @@ class Entry(NamedTuple):
 
 
 class GGUF(Format):
-    """What llama.cpp reads: Q4_0 for layers without zero points and of fewer than 4 bits, Q8_0 for the others.
+    """The format of llama.cpp: Q4_0 for layers without zero points or of fewer than 4 bits, Q8_0 for the others.
 
     A weight is a code times a float16 scale, in blocks of 32. A scale of more channels is the scale of all their
     blocks. Codes of 4 bits less their zero points have 5 bits, so they take 8: Q4_1 stores the smallest weight of a
     block in float16, which is rounded.
+
+    Example:
+        >>> GGUF().adapter, GGUF().folds_rows
+        ('adapter.gguf', False)
     """
 
-    reader: ClassVar[str] = "llama.cpp and what is built on it, and transformers with the package gguf"
+    reader: ClassVar[str] = "llama.cpp and programs built on it, and transformers with the package gguf"
     folds_rows: ClassVar[bool] = False  # its scales are float16
     adapter: ClassVar[str] = ADAPTER
 

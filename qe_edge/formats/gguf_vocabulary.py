@@ -20,7 +20,13 @@ SPLITS = {  # llama.cpp's name by the expression that cuts text into words
 
 
 def tokenizer_problem(folder: Path) -> Reason | None:
-    """Why llama.cpp cannot have a model's tokenizer; None if it can."""
+    """Why llama.cpp cannot have a model's tokenizer; None if it can.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> tokenizer_problem(model_path()) is None, tokenizer_problem(Path())[0]
+        (True, "there is no 'tokenizer.json'")
+    """
     remedy = "Convert to compressed-tensors or gptq, which keep the tokenizer as it is."
     path = folder / TOKENIZER
     if not path.is_file():
@@ -38,6 +44,10 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
         writer: Of the file.
         folder: With tokenizer.json, tokenizer_config.json and the chat template.
         size: Rows of the embedding; rows without a token get one that is never used.
+
+    Example:
+        >>> writer = gguf.GGUFWriter("model.gguf", "llama")  # doctest: +SKIP
+        >>> add_vocabulary(writer, Path("checkpoint"), size=49_152)  # doctest: +SKIP
     """
     values = read_json_table(folder / TOKENIZER)
     tokens = [f"[PAD{number}]" for number in range(size)]

@@ -22,10 +22,14 @@ NUMBER = re.compile(r"\.\d+\.")
 
 
 class GPTQ(TransformersFolder):
-    """What vLLM, and transformers with GPTQModel and optimum, read: one grid, in the language model's blocks.
+    """The format for vLLM, and for transformers with GPTQModel and optimum: one grid for the language model's blocks.
 
     Zero points are stored less one ("gptq") where every one is the middle of the grid, and as they are ("gptq_v2")
     elsewhere: a zero point of 0 has no place in the first.
+
+    Example:
+        >>> GPTQ().folds_rows  # channel scales of later layers have no place: its scales are float16
+        False
     """
 
     folds_rows: ClassVar[bool] = False  # its scales are float16

@@ -1,4 +1,4 @@
-"""One grid for layers of several, where that changes no number: many readers take one kind of layer only."""
+"""Put layers of several grids on one grid if that changes no number: many readers take one kind of layer only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ SMALLEST_GROUP = 32  # that kernels have
 
 
 def on_one_grid(conversion: Conversion) -> Conversion:
-    """All coded layers on the narrowest grid that holds each of them.
+    """Put all coded layers on the narrowest grid that holds each of them.
 
-    A code of 3 bits is one of 4 bits too, a scale of 128 channels is that of both halves, and a symmetric layer has
-    zero points of 0. Where groups have no common size of at least 32, each layer keeps its own.
+    A code of 3 bits is also a code of 4 bits, a scale of 128 channels serves both halves, and a symmetric layer has
+    zero points of 0. If the groups have no common size of at least 32, each layer keeps its own.
 
     Args:
         conversion: The checkpoint.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     conversion = on_one_grid(plan_conversion(source, FORMATS["gptq"]()))
+        ...     print({layer.grid for layer in conversion.coded.values()})
     """
     coded = conversion.coded
     own = [layer.own_grid for layer in coded.values()]

@@ -25,6 +25,14 @@ def plain_pieces(conversion: Conversion) -> dict[str, Piece]:
 
     Args:
         conversion: The checkpoint.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     print(sorted(plain_pieces(plan_conversion(source, FORMATS["gptq"]())))[:2])
     """
     source, mixing = conversion.source, conversion.folding.mixing
     found: dict[str, Piece] = {}
@@ -43,7 +51,16 @@ def plain_pieces(conversion: Conversion) -> dict[str, Piece]:
 
 
 def config_of(conversion: Conversion) -> dict[str, Any]:
-    """config.json without the section of quantization; head and embedding are two where a matrix was folded."""
+    """config.json without the section of quantization; head and embedding are two where a matrix was folded.
+
+    Example:
+        >>> from pathlib import Path  # doctest: +SKIP
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     print(config_of(plan_conversion(source, FORMATS["gptq"]()))["model_type"])
+    """
     config = {key: value for key, value in copy.deepcopy(conversion.source.config).items() if key != SECTION}
     if conversion.folding.mixing is not None:
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]

@@ -1,4 +1,4 @@
-"""A quantized checkpoint of ours, read tensor by tensor, so that converting it takes the memory of one layer."""
+"""Read a quantized checkpoint tensor by tensor, so that converting it takes the memory of one layer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """An open checkpoint, whose files have been compared with what was written.
+    """An open checkpoint whose files have been checked against their hashes.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         config: Its config.json.
         family: The family of its model.
         layers: Geometry of every quantized layer by name.
@@ -57,7 +57,7 @@ class CheckpointSource:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Names of tensors that are the same as another one, and which."""
+        """The other tensor's name, by the name of each tensor that equals another one."""
         tied: dict[str, str] = self.section["tied"]
         return tied
 
@@ -88,6 +88,11 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointSource]:
 
     Raises:
         ArtifactError: If it is none, is damaged, or of another version.
+
+    Example:
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     name = next(iter(source.layers))
+        ...     print(name, source.layer(name))
     """
     section = read_section(folder)
     check_checkpoint(folder)

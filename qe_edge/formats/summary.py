@@ -1,4 +1,4 @@
-"""What a conversion carried, folded and lost, as lines for the user and as files in the folder."""
+"""Describe what a conversion carried over, folded and lost, for the user and in the folder's README."""
 
 from __future__ import annotations
 
@@ -15,24 +15,40 @@ README = "README.md"
 
 
 def summarize(conversion: Conversion, form: Format) -> list[str]:
-    """What was carried, which stored bits, and what is lost, a sentence each.
+    r"""Return sentences on what was carried over and what was lost.
 
     Args:
         conversion: The checkpoint.
         form: The format.
+
+    Example:
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> form = FORMATS["gptq"]()  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     print("\n".join(summarize(plan_conversion(source, form), form)))
     """
     return [*_carried(conversion, form.adapter), *_lost(conversion), *form.notes(conversion)]
 
 
 def write_readme(conversion: Conversion, form: Format, folder: Path, name: str, lines: list[str]) -> None:
-    """Write README.md: where the folder came from, what it holds, how it is loaded.
+    """Write README.md: the folder's origin, its content, and how to load it.
 
     Args:
         conversion: The checkpoint.
         form: The format.
-        folder: Where to write.
-        name: What the folder will be called.
-        lines: Of `summarize`.
+        folder: The folder to write into.
+        name: Its later name.
+        lines: The lines of `summarize`.
+
+    Example:
+        >>> from qe_edge.formats import FORMATS  # doctest: +SKIP
+        >>> from qe_edge.formats.convert import plan_conversion  # doctest: +SKIP
+        >>> from qe_edge.formats.source import open_checkpoint  # doctest: +SKIP
+        >>> form = FORMATS["gptq"]()  # doctest: +SKIP
+        >>> with open_checkpoint(Path("checkpoint")) as source:  # doctest: +SKIP
+        ...     write_readme(plan_conversion(source, form), form, Path(), "for-vllm", ["Everything was carried."])
     """
     parts = [
         f"# {name}",

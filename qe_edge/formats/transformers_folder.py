@@ -1,4 +1,4 @@
-"""What the formats share that are folders of transformers: config.json, safetensors, tokenizer, and a LoRA inside."""
+"""Common parts of the formats that are folders of transformers: config.json, safetensors, tokenizer, and a LoRA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ CONFIG = "config.json"
 
 
 class TransformersFolder(Format):
-    """A format with a section of config.json and tensors of its own for every quantized layer."""
+    """A format with a section of config.json and tensors of its own for every quantized layer.
+
+    Example:
+        >>> from qe_edge.formats import FORMATS
+        >>> issubclass(FORMATS["gptq"], TransformersFolder)
+        True
+    """
 
     @abstractmethod
     def layer_pieces(self, layer: CarriedLayer) -> dict[str, Piece]:

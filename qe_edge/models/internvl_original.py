@@ -115,6 +115,7 @@ def converted_config(original: OriginalConfig, image_token: int, end_token: int)
         ModelError: If pictures have another size than the vision encoder's.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> import json  # doctest: +SKIP
         >>> values = json.loads(Path("InternVL2-2B/config.json").read_text())  # doctest: +SKIP
         >>> converted_config(OriginalConfig.model_validate(values), 92546, 92542)["model_type"]  # doctest: +SKIP
@@ -168,6 +169,7 @@ def converted_tensors(original: OriginalConfig, name: str, tensor: Tensor) -> It
         ModelError: If the layout has no such tensor.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> import json  # doctest: +SKIP
         >>> import torch  # doctest: +SKIP
         >>> values = json.loads(Path("InternVL2-2B/config.json").read_text())  # doctest: +SKIP

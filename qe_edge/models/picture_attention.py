@@ -32,7 +32,7 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
         >>> class Attention(torch.nn.Module):
         ...     def forward(self, tokens: Tensor) -> Tensor:
         ...         return attend_all(tokens, tokens, tokens, scale=0.125)
-        >>> traced = torch.onnx.export(Attention(), (torch.zeros(1, 16, 2, 64),), dynamo=True, verbose=False)
+        >>> traced = torch.onnx.export(Attention().eval(), (torch.zeros(1, 16, 2, 64),), dynamo=True, verbose=False)
         >>> [node.op_type for node in traced.model.graph]
         ['Reshape', 'MultiHeadAttention']
     """

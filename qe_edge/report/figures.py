@@ -38,6 +38,7 @@ def draw_all(report: Report) -> dict[str, Markup]:
     """Every plot that the report has data for, by name.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> list(draw_all(load_report(Path("report.json"))))  # doctest: +SKIP
     """
@@ -53,6 +54,7 @@ def layer_errors(report: Report) -> Markup:
     """Relative error of every layer: calibration against held-out, vision against text tokens.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> Path("errors.svg").write_text(layer_errors(load_report(Path("report.json"))))  # doctest: +SKIP
     """
@@ -89,6 +91,7 @@ def bits_and_stream(report: Report) -> Markup:
     """Bits against error of every layer, and the error of the hidden states along the model.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> Path("bits.svg").write_text(bits_and_stream(load_report(Path("report.json"))))  # doctest: +SKIP
     """
@@ -142,6 +145,7 @@ def allocation(report: Report) -> Markup:
     """What every layer's stored bits are spent on: codes, scales, low-rank factors, router; a mark where it routes.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> Path("allocation.svg").write_text(allocation(load_report(Path("report.json"))))  # doctest: +SKIP
     """
@@ -219,6 +223,7 @@ def latency_bars(report: Report) -> Markup:
     """Time to first token by step, and time per decoded token, with quartiles.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> Path("latency.svg").write_text(latency_bars(load_report(Path("report.json"))))  # doctest: +SKIP
     """

@@ -144,6 +144,7 @@ def kind_names(report: Report) -> list[str]:
     """Kinds of question that occur, open ones first.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> kind_names(load_report(Path("out/demo/report.json")))  # doctest: +SKIP
     """
@@ -200,6 +201,7 @@ def headline(report: Report) -> list[Card]:
     """The figures at the top of the page.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> for card in headline(load_report(Path("out/demo/report.json"))):  # doctest: +SKIP
         ...     print(card.label, card.value)
@@ -239,6 +241,7 @@ def fastest_engine(report: Report) -> Latency | None:
     """The engine row with the shortest time to the first token.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> fastest_engine(load_report(Path("out/demo/report.json"))).setting  # doctest: +SKIP
     """
@@ -250,6 +253,7 @@ def limits(report: Report) -> list[str]:
     r"""Return the limits of a report's numbers, one sentence each.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.report.page import load_report  # doctest: +SKIP
         >>> print("\n".join(limits(load_report(Path("out/demo/report.json")))))  # doctest: +SKIP
     """

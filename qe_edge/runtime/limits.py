@@ -40,6 +40,7 @@ def limits_of(manifest: Manifest) -> EngineLimits:
     """The limits that a manifest's profiles hold.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
         >>> limits_of(read_manifest(Path("out/demo/onnx")))  # doctest: +SKIP
     """
@@ -61,6 +62,7 @@ def with_limits(manifest: Manifest, wanted: EngineLimits) -> Manifest:
         InputError: If the model has no such limit, or a limit is above the model's context or contradicts another.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
         >>> manifest = with_limits(read_manifest(Path("out/demo/onnx")), EngineLimits(context=1024))  # doctest: +SKIP
     """
@@ -94,6 +96,7 @@ def with_capacity(manifest: Manifest, capacity: int) -> Manifest:
     """The manifest with profiles for KV caches of one capacity alone.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
         >>> manifest = with_capacity(read_manifest(Path("out/demo/onnx")), capacity=1024)  # doctest: +SKIP
     """
@@ -193,6 +196,7 @@ def describe_limits(manifest: Manifest) -> str:
     """One line that says the limits of engines of this manifest.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
         >>> describe_limits(read_manifest(Path("out/demo/onnx")))  # doctest: +SKIP
     """

@@ -199,7 +199,11 @@ def check_signature(session: Any, entry: GraphFile, folder: Path) -> None:  # no
         ArtifactError: If it is one.
 
     Example:
-        >>> check_signature(session, manifest.graphs["language"], Path("out/demo/onnx"))  # doctest: +SKIP
+        >>> import onnxruntime  # doctest: +SKIP
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> folder = Path("out/demo/onnx")  # doctest: +SKIP
+        >>> session = onnxruntime.InferenceSession(folder / "merger.onnx")  # doctest: +SKIP
+        >>> check_signature(session, read_manifest(folder).graphs["merger"], folder)  # doctest: +SKIP
     """
     for kind, found, wanted in (
         ("inputs", session.get_inputs(), entry.inputs),

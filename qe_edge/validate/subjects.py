@@ -205,6 +205,7 @@ def decode_layers(loaded: LoadedModel) -> None:
     """Decode the weights of all quantized layers once and for all.
 
     Example:
+        >>> from pathlib import Path  # doctest: +SKIP
         >>> from qe_edge.models.quantized import load_quantized  # doctest: +SKIP
         >>> loaded = load_quantized(Path("out/demo/checkpoint"))  # doctest: +SKIP
         >>> decode_layers(loaded)  # answers come faster from now on, for 4 bytes a weight  # doctest: +SKIP
