@@ -37,6 +37,8 @@ OPERATOR = ("kernels", "operator", "register")
 COMPILER = [os.environ.get("CXX", "g++"), "-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 FOR_CPU = '-DQE_ORT_PROVIDER="CPUExecutionProvider"'
+HOSTILE = 150  # models
+ODD = [0, 1, -1, 2, 3, 7, 8, 64, 128, 129, 4096, 2**31 - 1, -(2**31), 2**40]
 HALF_MODES = [mode for mode in MODES if mode.dtype == "f16"]
 
 
@@ -192,13 +194,8 @@ WRONG = {
 }
 
 
-def test_wrong_nodes_are_refused_under_sanitizers(sanitized: Path, tmp_path: Path) -> None:
-    """A process with AddressSanitizer loads every model; every refusal is one of ours, and the right model runs."""
-    for name, (change, _) in WRONG.items():
-        model = packed_model([Mode("w4a8")], [256, 136])
-        change(model)
-        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
-    (tmp_path / "right.onnx").write_bytes(packed_model([Mode("w4a8")], [256, 136]).SerializeToString())
+def run_sanitized(library: Path, folder: Path) -> str:
+    """What a process with AddressSanitizer says of every model of a folder."""
     libraries = [  # that of C++ too, or AddressSanitizer misses its exceptions
         subprocess.run(
             [COMPILER[0], f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -211,17 +208,59 @@ def test_wrong_nodes_are_refused_under_sanitizers(sanitized: Path, tmp_path: Pat
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.onnxruntime_child", str(sanitized), str(tmp_path)],
+        [sys.executable, "-m", "tests.onnxruntime_child", str(library), str(folder)],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "AddressSanitizer" not in done.stderr and "runtime error" not in done.stderr
-    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    return done.stdout
+
+
+def test_wrong_nodes_are_refused_under_sanitizers(sanitized: Path, tmp_path: Path) -> None:
+    """A process with AddressSanitizer loads every model; every refusal is one of ours, and the right model runs."""
+    for name, (change, _) in WRONG.items():
+        model = packed_model([Mode("w4a8")], [256, 136])
+        change(model)
+        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "right.onnx").write_bytes(packed_model([Mode("w4a8")], [256, 136]).SerializeToString())
+    said = dict(line.split(": ", 1) for line in run_sanitized(sanitized, tmp_path).splitlines())
     assert said.pop("right") == "ran"
     assert said.keys() == WRONG.keys()
     for name, (_, words) in WRONG.items():
         assert re.search(words, said[name]), (name, said[name])
         assert re.search(r"QELinear: [^.]+\. \w[^.]+\.", said[name]) or name == "outputs", said[name]
+
+
+def hostile(model: onnx.ModelProto, random: np.random.Generator) -> None:
+    """Numbers that are odd, weights that are cut, and inputs that are missing or given twice."""
+    node = model.graph.node[0]
+    for _ in range(random.integers(1, 4)):
+        choice, odd = random.integers(6), random.choice(ODD)
+        if choice < 4:
+            integers = [each for each in node.attribute if each.type == onnx.AttributeProto.INT]
+            integers[random.integers(len(integers))].i = odd
+        elif choice == 4 and len(node.input) > 2:
+            place = random.integers(1, len(node.input))
+            node.input.insert(place, node.input[place]) if odd % 2 else node.input.pop(place)
+        else:
+            weight = model.graph.initializer[random.integers(len(model.graph.initializer))]
+            size = len(weight.raw_data) // max(weight.dims[0] * weight.dims[1], 1)
+            weight.raw_data = weight.raw_data[: size * weight.dims[1] * (weight.dims[0] - 1)]
+            weight.dims[0] -= 1
+
+
+def test_hostile_nodes_end_in_errors_under_sanitizers(sanitized: Path, tmp_path: Path) -> None:
+    """Each is refused in a sentence of ours, or is a layer that runs."""
+    random = np.random.default_rng(1)
+    for case in range(HOSTILE):
+        model = packed_model([HALF_MODES[random.integers(len(HALF_MODES))]], [256, 136])
+        hostile(model, random)
+        (tmp_path / f"{case}.onnx").write_bytes(model.SerializeToString())
+    said = [line.split(": ", 1)[1] for line in run_sanitized(sanitized, tmp_path).splitlines()]
+    assert len(said) == HOSTILE
+    ran = said.count("ran")
+    assert ran < HOSTILE // 2
+    assert [words for words in said if words != "ran" and "QELinear" not in words] == []
 
 
 def test_wrong_inputs_are_refused(emulated: Path) -> None:
