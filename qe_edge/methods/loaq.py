@@ -94,9 +94,10 @@ def matched_weight(weight: Tensor, gram: Tensor, drift: Drift, shares: tuple[flo
         >>> matched_weight(torch.ones(1, 2), torch.eye(2, dtype=torch.float64), drift, (1.0, 1.0), damping=0.0)
         tensor([[2., 2.]])
     """
-    gain = shares[0] * (weight.double() @ drift.inputs)
+    gain = shares[0] * (weight.double() @ drift.inputs.to(weight.device))
     if drift.residual is not None:
-        gain = gain + shares[1] * drift.residual
+        gain = gain + shares[1] * drift.residual.to(weight.device)
+    gram = gram.double()
     diagonal = gram.diagonal()
     dead = diagonal == 0
     if bool(dead.all()):

@@ -20,6 +20,7 @@ from qe_edge.calibration.importance import split_channels
 from qe_edge.calibration.statistics import InputStatistics, StatisticsRequest
 from qe_edge.layers.linear import Adapters, QuantizedLinear
 from qe_edge.methods.base import Method
+from qe_edge.methods.loaq import matched_weight
 from qe_edge.methods.qe_options import LayerSize, QuantExpertsOptions, shrink_to_layer
 from qe_edge.numerics.grids import WeightGrid, rounds_activations
 from qe_edge.numerics.matrices import Matrix, beside, cast, double, picked, to_numpy, to_tensor
@@ -43,6 +44,7 @@ from qe_edge.reconstruction.router import normalise_router, ridge_router, routed
 from qe_edge.reconstruction.token_weights import gradient_weights
 from qe_edge.system.errors import NumericalError
 
+DAMPING = 0.01  # of the Gram matrix where a weight is moved to the original's output
 EVENNESS = 0.1  # share of the weight that all tokens have alike
 
 
@@ -124,6 +126,16 @@ class QuantExperts(Method[QuantExpertsOptions]):
         """A power of the gradients' magnitudes."""
         return gradient_weights(energy, self.options.token_power, EVENNESS)
 
+    @property
+    def sees_both_models(self) -> bool:
+        """Whether the option `match` is set."""
+        return self.options.match
+
+    @property
+    def weighs_norms(self) -> bool:
+        """Together with `match`."""
+        return self.options.match
+
     def rotates(self, modules: Sequence[str], *, budget: bool) -> bool:
         """Whether the language model is quantized and `rotate` is set; by default, whether a budget is spent."""
         return (budget if self.options.rotate is None else self.options.rotate) and "language" in modules
@@ -141,6 +153,9 @@ class QuantExperts(Method[QuantExpertsOptions]):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Quantize one linear problem (docs/method.md, section 1)."""
+        if problem.drift is not None:
+            weight = matched_weight(problem.weight, to_tensor(problem.gram()), problem.drift, (1.0, 1.0), DAMPING)
+            problem = replace(problem, weight=weight)
         statistics = problem.measured()
         size, choice = self._size(problem), problem.choice
         split = split_channels(_lists(statistics), problem.weight.shape[1], size.important_channels, size.experts)

@@ -42,6 +42,7 @@ class QuantExpertsOptions(MethodOptions):
             (`reconstruction.polishing`).
         token_power: Power of the gradients' magnitudes that weighs tokens in Gram matrices, as in VLMQ; 0 weighs all
             tokens alike.
+        match: Quantize layers one after the other for the outputs that the original model has, as `methods.loaq` does.
         adapter_dtype: Storage of the low-rank factors.
         stack_siblings: Treat layers that read the same input (q/k/v, gate/up) as one.
         rotate: Rotate the language model, where it is quantized, before anything is measured, as `methods.quarot` does.
@@ -82,6 +83,7 @@ class QuantExpertsOptions(MethodOptions):
     clip: bool = True
     polish: int = Field(0, ge=0, le=100)
     token_power: float = Field(0.0, ge=0, le=2)
+    match: bool = False
     adapter_dtype: AdapterDtype = "int8"
     stack_siblings: bool = True
     rotate: bool | None = None
@@ -96,7 +98,12 @@ class QuantExpertsOptions(MethodOptions):
     refine_beta: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
-    def _modality_needs_token_weights(self) -> QuantExpertsOptions:
+    def _options_go_together(self) -> QuantExpertsOptions:
+        if self.match and self.token_power:
+            raise RecipeError(
+                "With 'match' tokens are weighed by the norm that follows, and not by gradients ('token_power') too.",
+                "Leave one of the two out.",
+            )
         if self.assignment == "modality" and self.expert_weighting not in ("gram", "conditional_mean"):
             raise RecipeError(
                 f"The expert weighting '{self.expert_weighting}' reads clusters of channels, which 'modality' lacks.",

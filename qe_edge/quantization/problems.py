@@ -106,18 +106,24 @@ class Problems:
         collectors: dict[nn.Module, StatisticsCollector] = {}
         for group in groups:
             weights = [member.weight for member in self.members(group)]
-            requests = [request for weight in weights if (request := self.method.request(*weight.shape))]
-            if requests:
-                joint = StatisticsRequest(
-                    gram=any(request.gram for request in requests),
-                    tokens=max(request.tokens for request in requests),
-                    important=max(request.important for request in requests),
-                )
+            joint = self.joint_request(weights)
+            if joint:
                 name, first = group.names[0], group.linears[0]
                 collectors[first] = StatisticsCollector(
-                    name, first.in_features, weights, joint, self._seed(name), self.at_work, self._token_weights(group)
+                    name, first.in_features, weights, joint, self.seed(name), self.at_work, self._token_weights(group)
                 )
         return collectors
+
+    def joint_request(self, weights: list[Tensor]) -> StatisticsRequest | None:
+        """What to measure on an input for all weights `[out, in]` that read it; None for nothing."""
+        requests = [request for weight in weights if (request := self.method.request(*weight.shape))]
+        if not requests:
+            return None
+        return StatisticsRequest(
+            gram=any(request.gram for request in requests),
+            tokens=max(request.tokens for request in requests),
+            important=max(request.important for request in requests),
+        )
 
     def members(self, group: LinearGroup) -> list[Member]:
         """Every linear problem of a group: one of all layers stacked, or one per layer."""
@@ -158,7 +164,7 @@ class Problems:
             member.weight.to(self.at_work),
             self.recipe.get_scheme(),
             self._own_statistics(statistics, member.weight) if statistics else None,
-            self._seed(member.name),
+            self.seed(member.name),
             self.measured.choices.get(member.name),
             self.measured.modality_ratios.get(member.name, 1.0),
             self.at_work,
@@ -185,7 +191,7 @@ class Problems:
         lists = statistics.importance[:, : request.important] if request.important else None
         return replace(statistics, importance=lists)
 
-    def _seed(self, name: str) -> int:
+    def seed(self, name: str) -> int:
         """A seed for each layer, which does not depend on the order of work."""
         return (self.recipe.seed + zlib.crc32(name.encode())) % 2**31
 

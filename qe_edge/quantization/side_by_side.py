@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.statistics import StatisticsCollector, StatisticsRequest
 from qe_edge.layers.linear import QELinear
 from qe_edge.methods import LinearProblem
@@ -21,7 +22,7 @@ from qe_edge.models.streaming import BlockCall, Chain, fast_products, run_block
 from qe_edge.quantization.problems import Member, Problems
 from qe_edge.quantization.walk import BlockWalk
 from qe_edge.reconstruction.problem import Drift
-from qe_edge.system.device import moved
+from qe_edge.system.device import CPU, moved
 
 Quantize = Callable[[Member, LinearProblem], dict[str, QELinear]]
 
@@ -104,10 +105,15 @@ class SideBySide:
         original, block = blocks
         local = group.names[0].removeprefix(f"{block.name}.")
         members = self.problems.members(group)
-        request = StatisticsRequest(gram=False, tokens=0)
         weights = [member.weight for member in members]
+        asked = self.problems.joint_request(weights) or StatisticsRequest(tokens=0)
         collector = StatisticsCollector(
-            group.names[0], weights[0].shape[1], weights, request, self.problems.recipe.seed
+            group.names[0],
+            weights[0].shape[1],
+            weights,
+            replace(asked, gram=False),  # it is weighed here
+            self.problems.seed(group.names[0]),
+            self.problems.at_work,
         )
         sums = _Sums()
         with self._ready(original), self._ready(block):
@@ -117,7 +123,10 @@ class SideBySide:
                     _Seen.of(side.module, local, hidden, call, self.walk.device).masked(mask)
                     for side, hidden in ((original, self.hidden[batch]), (block, chain.hidden[batch]))
                 )
-                collector.update(found.inputs)
+                kinds = torch.full((len(found.inputs),), IMAGE, dtype=torch.int8)
+                if mask is not None:
+                    kinds = torch.from_numpy(token_kinds(self.walk.batches[chain.batches[batch]]))[mask]
+                collector.update(found.inputs, kinds)
                 if collector.dropped:
                     raise self.walk.not_finite(
                         f"The input of '{group.names[0]}' is", found.inputs, chain.batches[batch], None
@@ -127,9 +136,9 @@ class SideBySide:
         measured = collector.finish()
         gram, drift = sums.means()
         for number, member in enumerate(members):
-            statistics = replace(measured[number], gram=gram.numpy())
-            problem = self.problems.problem(member, statistics)
-            layers |= work(member, replace(problem, drift=drift))
+            there = gram.numpy() if self.problems.at_work == CPU else gram.to(self.problems.at_work)
+            problem = self.problems.problem(member, replace(measured[number], gram=there))
+            layers |= work(member, replace(problem, drift=drift.scaled(member.factors)))
         return layers
 
     @contextmanager

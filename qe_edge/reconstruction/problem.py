@@ -28,6 +28,12 @@ class Drift:
     inputs: Tensor
     residual: Tensor | None
 
+    def scaled(self, factors: Tensor | None) -> Drift:
+        """The same for a weight whose rows are scaled by `factors` `[out]`."""
+        if factors is None or self.residual is None:
+            return self
+        return Drift(self.inputs, self.residual * factors.double().unsqueeze(1))
+
 
 @dataclass(frozen=True)
 class LinearProblem:

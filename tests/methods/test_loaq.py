@@ -16,6 +16,7 @@ from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.quantization.job import encoded_batches, make_job
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.reconstruction.problem import Drift, LinearProblem
+from qe_edge.system.errors import RecipeError
 from tests.small_vlm import write_small_vlm
 
 CALIBRATION = {"samples": 3}
@@ -130,3 +131,27 @@ def test_every_part_of_a_model_and_a_resumed_run(small: str, tmp_path: Path, mon
     resumed, _ = quantize(small, recipe, work=tmp_path / "work", resume=True)
     after = resumed.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in whole.model.state_dict().items())
+
+
+def test_quant_experts_match_outputs_too(small: str) -> None:
+    options = {"match": True, "shared_rank": 0, "experts": 0, "clip": False, "rotate": False}
+    recipes = [
+        make_recipe(method=method, scheme="w3a16", options=chosen, calibration=CALIBRATION)
+        for method, chosen in (("qe", options), ("loaq", {}))
+    ]
+    own, other = (quantized_linears(quantize(small, recipe)[0].model) for recipe in recipes)
+    for name, layer in own.items():
+        assert (layer.codes() != other[name].codes()).float().mean() < 0.01
+    with pytest.raises(RecipeError, match=r"not by gradients .*Leave one of the two out"):
+        make_recipe(method="qe", options={"match": True, "token_power": 1.0})
+
+
+def test_inside_a_budget_the_drift_is_scaled_like_the_outputs(small: str) -> None:
+    recipe = make_recipe(method="qe", options={"match": True}, budget={"bits": 4.5}, calibration=CALIBRATION)
+    assert quantized_linears(quantize(small, recipe)[0].model)
+    torch.manual_seed(0)
+    weight, read, factors = torch.randn(5, 12), torch.randn(40, 12).double(), torch.tensor([1.0, 2.0, 0.5, 1.0, 4.0])
+    drift, gram = Drift(torch.randn(12, 12).double(), torch.randn(5, 12).double()), read.T @ read / 40
+    plain = matched_weight(weight, gram, drift, (1.0, 1.0), 0.01)
+    scaled = matched_weight(weight * factors[:, None], gram, drift.scaled(factors), (1.0, 1.0), 0.01)
+    torch.testing.assert_close(scaled, plain * factors[:, None])
