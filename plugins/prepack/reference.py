@@ -16,7 +16,7 @@ Values = NDArray[np.float64]
 
 
 def quantize_tokens(x: NDArray[np.float32], bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Per-token symmetric quantization, QE.md section 3: integers ``[M, K]`` and scales ``[M]``, both float32.
+    """Per-token symmetric quantization (docs/method.md, section 3): integers ``[M, K]``, scales ``[M]``, both float32.
 
     Example:
         >>> codes, scale = quantize_tokens(np.array([[127.0, -63.6]], np.float32), bits=8)
