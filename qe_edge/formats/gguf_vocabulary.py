@@ -7,7 +7,10 @@ from typing import Any
 
 import gguf
 
+from qe_edge.checkpoint.files import REMEDY
 from qe_edge.formats.base import Reason
+from qe_edge.models.guard import Guard
+from qe_edge.system.errors import ArtifactError
 from qe_edge.system.json_files import read_json_table
 
 TOKENIZER = "tokenizer.json"
@@ -32,8 +35,9 @@ def tokenizer_problem(folder: Path) -> Reason | None:
     if not path.is_file():
         return f"there is no '{TOKENIZER}'", remedy
     values = read_json_table(path)
-    if values["model"].get("type") != "BPE" or values["model"].get("byte_fallback") or _split(values) is None:
-        return "its tokenizer is none of the byte-level ones of Llama 3, Qwen and GPT-2", remedy
+    with _guard(folder):
+        if values["model"].get("type") != "BPE" or values["model"].get("byte_fallback") or _split(values) is None:
+            return "its tokenizer is none of the byte-level ones of Llama 3, Qwen and GPT-2", remedy
     return None
 
 
@@ -50,18 +54,23 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
         >>> add_vocabulary(writer, Path("checkpoint"), size=49_152)  # doctest: +SKIP
     """
     values = read_json_table(folder / TOKENIZER)
-    tokens = [f"[PAD{number}]" for number in range(size)]
-    kinds = [gguf.TokenType.UNUSED] * size
-    for token, number in values["model"]["vocab"].items():
-        tokens[number], kinds[number] = token, gguf.TokenType.NORMAL
-    for added in values.get("added_tokens", []):
-        kind = gguf.TokenType.CONTROL if added.get("special") else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], kinds[added["id"]] = added["content"], kind
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_split(values) or "")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    with _guard(folder):
+        tokens = [f"[PAD{number}]" for number in range(size)]
+        kinds = [gguf.TokenType.UNUSED] * size
+        for token, number in values["model"]["vocab"].items():
+            tokens[number], kinds[number] = token, gguf.TokenType.NORMAL
+        for added in values.get("added_tokens", []):
+            kind = gguf.TokenType.CONTROL if added.get("special") else gguf.TokenType.USER_DEFINED
+            tokens[added["id"]], kinds[added["id"]] = added["content"], kind
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split(values) or "")
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        gguf.SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def _guard(folder: Path) -> Guard:
+    return Guard(f"The tokenizer or chat template of '{folder}' cannot be read", REMEDY, ArtifactError)
 
 
 def _split(values: dict[str, Any]) -> str | None:

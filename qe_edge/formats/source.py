@@ -116,10 +116,20 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointSource]:
             family,
             layers,
             plain,
-            list(section.get("ignore", [])),
+            _unquantized(folder, section),
             header,
             file,
         )
+
+
+def _unquantized(folder: Path, section: dict[str, Any]) -> list[str]:
+    """Names of the linear layers that are not quantized."""
+    names = section.get("ignore", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(
+            f"'ignore' in the quantization_config of '{folder}' is no list of names.", "Quantize the model again."
+        )
+    return names
 
 
 def _check_layers(folder: Path, layers: dict[str, LayerGeometry], shared: dict[str, str], header: Header) -> set[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from tests.fuzz import artifacts, descriptions, weights
+from tests.fuzz import artifacts, conversions, descriptions, weights
 
-TARGETS = {target.name: target for target in (*weights.TARGETS, *artifacts.TARGETS, *descriptions.TARGETS)}
+TARGETS = {
+    target.name: target
+    for target in (*weights.TARGETS, *conversions.TARGETS, *artifacts.TARGETS, *descriptions.TARGETS)
+}

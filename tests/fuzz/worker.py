@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from qe_edge.checkpoint.files import FILES
 from qe_edge.system.errors import QEError
 from tests.fuzz.mutations import change_file
 from tests.fuzz.target import SilentSuccessError, Target
@@ -175,15 +176,22 @@ def _in_child(target: Target, sound: Path, work: Path, seed: int, case: int, exp
             with suppress(OSError, ValueError, TypeError, LookupError, RecursionError):  # a manifest that is none
                 seal(work / target.sealed)
         changed = not (path.is_file() and path.read_bytes() == before)
-        sealed = not target.repairs and changed and _is_sealed(work, before)
+        sealed = not target.repairs and changed and _is_sealed(work, before, origin=not target.sealed)
     work.with_name(f"{work.name}.change").write_text(change, encoding="utf-8")
     return _judge(target, work, expected, change, sealed=sealed)
 
 
-def _is_sealed(work: Path, content: bytes) -> bool:
-    """Whether the hash of a file stands in another file of the folder."""
+def _is_sealed(work: Path, content: bytes, *, origin: bool) -> bool:
+    """Whether the hash of a file stands in another file of the folder.
+
+    Args:
+        work: The folder.
+        content: Of the file, before it changed.
+        origin: Whether the files of the original model count, which a checkpoint lists beside its own.
+    """
     known = hashlib.sha256(content).hexdigest().encode()
-    return any(known in path.read_bytes() for path in work.rglob("*.json") if path.is_file())
+    files = (path for path in work.rglob("*.json") if path.is_file() and (origin or path.name != FILES))
+    return any(known in path.read_bytes() for path in files)
 
 
 def _judge(target: Target, work: Path, expected: str | None, change: str, *, sealed: bool) -> Outcome:
