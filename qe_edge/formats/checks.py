@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
 from qe_edge.formats.base import Conversion, Format, Reason
 from qe_edge.formats.carried import CarriedLayer
+from qe_edge.formats.folding import MATRIX
+from qe_edge.formats.source import CheckpointSource
 from qe_edge.numerics.grids import rounds_activations
-from qe_edge.system.errors import TargetError
+from qe_edge.system.errors import ArtifactError, TargetError
 
 DECODE = "Add --decode, which writes such layers as ordinary weights, or quantize with --method gptq."
 
@@ -84,3 +88,35 @@ def _of_model(conversion: Conversion, *, drop_rounding: bool) -> Iterable[Reason
 def _named(names: list[str]) -> str:
     """The first name, and how many there are."""
     return f"'{names[0]}'" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def check_complete(source: CheckpointSource, model: nn.Module) -> None:
+    """Refuse a checkpoint that has not exactly the tensors of its model, in their shapes. No weight is read.
+
+    Args:
+        source: The checkpoint.
+        model: The model that its config.json describes, on the meta device.
+
+    Raises:
+        ArtifactError: Naming a tensor that is missing, unknown, or of another shape.
+
+    Example:
+        >>> from qe_edge.models.loading import shapes_only
+        >>> check_complete(source, shapes_only(source.family))  # doctest: +SKIP
+    """
+    inside = tuple(f"{name}." for name in source.layers)
+    whole = model.state_dict()
+    wanted = {name: tuple(like.shape) for name, like in whole.items() if not name.startswith(inside)}
+    for matrix in (name for name in source.plain if name.endswith(MATRIX)):  # a rotated model has a norm in its norm
+        norm = matrix.removesuffix(MATRIX)
+        size = wanted.pop(f"{norm}.weight", ())
+        wanted |= {f"{norm}.norm.weight": size, matrix: size * 2}
+    found = {name: tuple(like.shape) for name, like in source.plain.items()}
+    found |= {name: found.get(stored, ()) for name, stored in source.tied.items()}
+    layers = {f"{name}.weight" for name in source.layers} - whole.keys()
+    wrong = layers | {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
+    if wrong:
+        raise ArtifactError(
+            f"'{source.folder}' is damaged: the tensors of '{min(wrong)}' are not those of the model.",
+            "Quantize the model again.",
+        )

@@ -10,7 +10,7 @@ from qe_edge.checkpoint.files import read_checkpoint_files, write_checkpoint_fil
 from qe_edge.formats import FORMATS
 from qe_edge.formats.base import Conversion, Format
 from qe_edge.formats.carried import CarriedLayer
-from qe_edge.formats.checks import check_conversion, code_problem
+from qe_edge.formats.checks import check_complete, check_conversion, code_problem
 from qe_edge.formats.folding import fold
 from qe_edge.formats.source import CheckpointSource, open_checkpoint
 from qe_edge.formats.summary import README, summarize, write_readme
@@ -93,6 +93,7 @@ def plan_conversion(source: CheckpointSource, form: Format, *, decode: bool = Fa
         ...     len(plan_conversion(source, FORMATS["gptq"]()).coded)
     """
     model = shapes_only(source.family)
+    check_complete(source, model)
     folding = fold(source, model, rows=form.folds_rows)
     groups = {
         f"{block.name}.{name}": block.group

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qe_edge.calibration.sources import load_evaluation
 from qe_edge.cli import main
@@ -15,8 +17,9 @@ from qe_edge.models.loading import load_model
 from qe_edge.models.quantized import save_quantized
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
-from qe_edge.system.errors import TargetError
+from qe_edge.system.errors import ArtifactError, TargetError
 from tests.formats.checkpoints import write_checkpoint
+from tests.sealing import seal
 from tests.small_models import write_small_dinov2
 
 ROUTED = {"experts": 2, "shared_rank": 8, "routed_rank": 8, "shrink": False, "tokens": 128, "em_steps": 0}
@@ -94,3 +97,42 @@ def test_a_damaged_checkpoint_is_not_converted(tmp_path: Path, capfd: pytest.Cap
     assert main(words) == 2
     assert "its SHA-256 is not the one that was written" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("model.norm.weight", "model.norm.wait", "the tensors of 'model.norm.wait' are not those of the model"),
+        ("model.norm.weight", None, "the tensors of 'model.norm.weight' are not those of the model"),
+    ],
+)
+def test_a_strangers_checkpoint_has_the_tensors_of_its_model(
+    old: str, new: str | None, problem: str, tmp_path: Path
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, method="rtn")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensor = tensors.pop(old)
+    save_file(tensors if new is None else {**tensors, new: tensor}, checkpoint / "model.safetensors")
+    seal(checkpoint)
+    for name in FORMATS:
+        with pytest.raises(ArtifactError, match=problem):
+            convert_checkpoint(checkpoint, name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_strangers_list_of_layers_holds_names(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, method="rtn")
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"]["ignore"] = [3]
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    seal(checkpoint)
+    with pytest.raises(ArtifactError, match=r"'ignore' in the quantization_config of .* is no list of names"):
+        convert_checkpoint(checkpoint, "gptq", tmp_path / "out")
+
+
+def test_a_strangers_chat_template_is_text(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, method="rtn")
+    (checkpoint / "chat_template.jinja").write_bytes(b"\xff")
+    seal(checkpoint)
+    with pytest.raises(ArtifactError, match=r"The tokenizer or chat template of .* cannot be read"):
+        convert_checkpoint(checkpoint, "gguf", tmp_path / "out")
