@@ -18,6 +18,8 @@ from qe_edge.deploy.order import make_order
 from qe_edge.export.layers import check_layers
 from qe_edge.methods import METHODS
 from qe_edge.methods.quip import incoherent_scale
+from qe_edge.methods.spqr import spqr_round
+from qe_edge.numerics.grids import WeightGrid
 from qe_edge.numerics.orthogonal import random_orthogonal
 from qe_edge.system.errors import ArtifactError, ModelError, RecipeError
 from tests.layers import correlated_layer, outlier_layer, problem_of
@@ -93,6 +95,15 @@ def test_spqr_equals_the_reference(scheme: str, bits: int, group: int, symmetric
     assert found is not None
     assert np.mean((found.numpy() != 0) != outliers) < 0.004
     assert differing(effective(layer), expected) < 0.02
+
+
+def test_a_lone_extreme_weight_is_an_outlier() -> None:
+    """Its own rounding costs nothing, but its range costs all others."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 64)
+    weight[2, 5] = 40.0
+    _, outliers, _ = spqr_round(weight, torch.eye(64).double(), WeightGrid(4), share=1 / 256)
+    assert outliers.nonzero().tolist() == [[2, 5]]
 
 
 @pytest.mark.parametrize(("scheme", "bits", "group"), [("w2a16", 2, 16), ("w3a8", 3, 48), ("w4a8", 4, 48)])

@@ -15,9 +15,19 @@ def spqr(
     inverses = [np.linalg.inv(hessian[c:, c:]) for c in range(size)]  # of the columns from c on
     pivots = np.array([inverse[0, 0] for inverse in inverses])
 
+    def cost(row: np.ndarray, first: int) -> float:
+        errors = quantize_row(row, bits, symmetric=symmetric) - row
+        return float((errors**2 / pivots[first : first + len(row)]).sum())
+
     def savings(columns: np.ndarray, first: int) -> np.ndarray:
-        rounded = np.stack([quantize_row(row, bits, symmetric=symmetric) for row in columns])
-        return (rounded - columns) ** 2 / pivots[first : first + columns.shape[1]]
+        """What a row costs, less what it costs with one weight put to zero, whose error is zero then."""
+        without = [[np.where(np.arange(len(row)) == i, 0.0, row) for i in range(len(row))] for row in columns]
+        return np.array(
+            [
+                [cost(row, first) - cost(other, first) for other in others]
+                for row, others in zip(columns, without, strict=True)
+            ]
+        )
 
     plain = np.concatenate([savings(weight[:, first : first + group], first) for first in range(0, size, group)], 1)
     threshold = np.sort(plain, axis=None)[plain.size - round(share * plain.size) - 1]
