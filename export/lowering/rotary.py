@@ -10,19 +10,24 @@ same rows for every row of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from onnx_ir import tape
 
 from qe_edge.export.cached_attention import INPUTS, cached_attention_nodes
 from qe_edge.export.lowering.passes import InPlacePass, PassResult, ensure, remove_unused
 from qe_edge.export.lowering.patterns import made_from, maker, number_of
 from qe_edge.export.op import constant
+from qe_edge.runtime.sessions import ort_errors
 
 NAME = "RotaryEmbedding"
+POSITIONS = "position_ids"  # the graph's input
+MOST = 1 << 16  # positions that are tried
 SWAPPED = [0, 2, 1, 3]  # [batch, sequence, heads, width] to [batch, heads, sequence, width], and back
 
 
@@ -118,10 +123,40 @@ class FuseRotary(InPlacePass):
 
 def _rotated_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, _Rotated, _Rotated]]:
     """Attention nodes whose query and key are rotations of a known form, with what was rotated."""
+    fits: dict[ir.Value, bool] = {}
     for node in cached_attention_nodes(model):
         query, key = _rotation(node.inputs[0]), _rotation(node.inputs[1])
-        if len(node.inputs) == len(INPUTS) and query is not None and key is not None:
+        if len(node.inputs) != len(INPUTS) or query is None or key is None:
+            continue
+        angles = {query.cosine, query.sine, key.cosine, key.sine}
+        fits |= {value: _repeats(model, value) for value in angles - fits.keys()}
+        if all(fits[value] for value in angles):
             yield node, query, key
+
+
+def _repeats(model: ir.Model, angles: ir.Value) -> bool:
+    """Whether the second half of cosines or sines is the first one once more, which the node takes for granted.
+
+    They are computed for some positions. Those that depend on anything else are not known.
+    """
+    positions = next((value for value in model.graph.inputs if value.name == POSITIONS), None)
+    if positions is None or positions.shape is None:
+        return False
+    shape = tuple(size if isinstance(size, int) else 3 for size in positions.shape)
+    if math.prod(shape) > MOST:
+        return False
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        part = ir.convenience.extract(model.graph, [positions], [angles])
+        file = ir.to_proto(ir.Model(part, ir_version=model.ir_version)).SerializeToString()
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        numbers = np.random.default_rng(0).integers(0, 1000, shape)
+        found = np.asarray(session.run(None, {POSITIONS: numbers})[0])
+    except ort_errors():  # ValueError too, where the angles depend on anything else
+        return False
+    half = found.shape[-1] // 2
+    return np.array_equal(found[..., :half], found[..., half:])
 
 
 def _half(ops: tape.Tape, angles: ir.Value) -> ir.Value:

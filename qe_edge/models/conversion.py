@@ -74,7 +74,8 @@ def convert_model(source: str, out: Path, *, progress: Progress | None = None) -
         image, end = (tokenizer.convert_tokens_to_ids(token) for token in (IMAGE, END))
         _write_json(part / "config.json", converted_config(original, image, end))
         _write_json(part / "generation_config.json", {"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id})
-        tokenizer.save_pretrained(part)
+        with Guard(f"The tokenizer of '{source}' cannot be written", REMEDY):  # half a surrogate pair is no UTF-8
+            tokenizer.save_pretrained(part)
         _image_processor(original).save_pretrained(part)
         weights: dict[str, str] = {}
         total = 0

@@ -152,6 +152,10 @@ def _read(image: Image.Image, name: str) -> Image.Image:
         return to_rgb(image, name)
     except Image.DecompressionBombError as error:  # a frame may be larger than the file's header says
         raise InputError(f"{name} has too many pixels.", "Scale the picture down first.") from error
+    except MemoryError as error:  # Pillow says so of some damaged files too
+        raise InputError(
+            f"{name} is damaged, or there is too little memory to decode it.", "Replace the picture."
+        ) from error
     except DAMAGE as error:
         raise _damaged(name, error) from error
 

@@ -317,3 +317,13 @@ def test_missing_and_unknown_tensors_are_named(tmp_path: Path) -> None:
     index.write_text(json.dumps(table), encoding="utf-8")
     with pytest.raises(ModelError, match="lambda_1"):
         convert_model(str(tmp_path / "original"), tmp_path / "converted")
+
+
+def test_a_tokenizer_that_no_file_can_hold(tmp_path: Path) -> None:
+    write_original(tmp_path / "model", "qwen2")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(table | {"errors": "half a pair: \ud800"}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"The tokenizer of .* cannot be written"):
+        convert_model(str(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -355,3 +355,16 @@ def test_a_tiff_that_libtiff_reads_in_spite_of_damage_is_said(capfd: pytest.Capt
         said += any("may be damaged; libtiff says: Fax4Decode" in str(found.message) for found in caught)
     assert said > 3
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_picture_that_pillow_finds_too_large_for_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so of some damaged files, too."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+
+    def load(_image: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(InputError, match="is damaged, or there is too little memory"):
+        open_image(file.getvalue())
