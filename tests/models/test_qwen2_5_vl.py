@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.vision_utils import get_vision_window_index
 
+from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.runtime.engine import VisionLanguageEngine
@@ -42,6 +43,7 @@ def test_windows_everywhere_and_nowhere(full: list[int], tmp_path: Path) -> None
     vision = {**VISION, "patch_size": 14, "window_size": 112, "fullatt_block_indexes": full}
     loaded = load_model(str(write_qwen(tmp_path / "model", "qwen2_5_vl", vision_config=vision)), torch.float32)
     export_model(loaded, tmp_path / "onnx")
-    engine = VisionLanguageEngine.load(tmp_path / "onnx", threads=1)
-    made = Made(loaded, engine, tmp_path, tmp_path / "onnx")
+    build_engines(tmp_path / "onnx", tmp_path / "cpu", "cpu")
+    engine, built = (VisionLanguageEngine.load(tmp_path / name, threads=1) for name in ("onnx", "cpu"))
+    made = Made(loaded, engine, built, tmp_path, tmp_path / "onnx")
     assert token_errors(made, CASES["several turns"]).max() < 1e-5
