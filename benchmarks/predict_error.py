@@ -27,7 +27,8 @@ from scipy.optimize import least_squares
 
 from qe_edge.numerics.schemes import SCHEMES, Scheme, WeightGrid
 from qe_edge.predict.shapes import Linear, block_linears, find_model
-from qe_edge.predict.tables import Device, Timing, device_table, get_device, instruction_table, timing_table
+from qe_edge.predict.tables import Device, device_table, get_device, instruction_table, timing_table
+from qe_edge.predict.timing import Timing
 from qe_edge.predict.variants import Adapters, Tables, Way, linear_kernels
 from qe_edge.predict.work import Kernel
 

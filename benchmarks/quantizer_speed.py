@@ -57,7 +57,7 @@ PHASES = {  # functions by where they are looked up
     "gradients": ["qe_edge.quantization.measure.output_gradients"],
     "blocks and Gram matrices": ["qe_edge.quantization.walk:BlockWalk.run"],
     "samples and their channels": ["qe_edge.calibration.statistics:StatisticsCollector.finish"],
-    "factor of GPTQ's Hessian": ["qe_edge.reconstruction.rounding._coupling"],
+    "factor of GPTQ's Hessian": ["qe_edge.reconstruction.gptq._coupling"],
     "codes": ["qe_edge.methods.qe.leave_out_channels",
               "qe_edge.methods.gptq.gptq_round"],
     "spaces and covariances": ["qe_edge.reconstruction.directions:ErrorSpace.covariance",

@@ -29,7 +29,7 @@ from qe_edge.calibration.sources import load_samples
 from qe_edge.models.loading import load_model
 from qe_edge.numerics.int8_products import LEAST_SIDE, add_gram, round_channels
 from qe_edge.numerics.schemes import SCHEMES
-from qe_edge.reconstruction.rounding import gptq_round
+from qe_edge.reconstruction.gptq import gptq_round
 from qe_edge.system.device import multiplies_int8
 from qe_edge.system.errors import QEError, RecipeError
 from qe_edge.validate.subjects import in_float32

@@ -17,9 +17,9 @@ from qe_edge.layers.linear import QELinear, QuantizedLinear
 from qe_edge.methods.base import Method
 from qe_edge.numerics.grids import WeightGrid
 from qe_edge.reconstruction.directions import ErrorSpace, filled, krylov_directions, orthonormal, top_eigenvectors
+from qe_edge.reconstruction.gptq import Hessian, gptq_round
 from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.problem import LinearProblem
-from qe_edge.reconstruction.rounding import Hessian, gptq_round
 from qe_edge.system.device import fitting
 from qe_edge.system.errors import ResourceError
 

@@ -20,7 +20,7 @@ from qe_edge.cli.inputs import (
     runs_here,
 )
 from qe_edge.cli.outputs import check_output_file
-from qe_edge.runtime.engine import check_runnable
+from qe_edge.runtime.backends import check_runnable
 from qe_edge.system.errors import InputError
 
 

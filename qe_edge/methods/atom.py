@@ -20,8 +20,8 @@ from qe_edge.layers.torch_parts import TorchParts, fine_parts
 from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight, WeightGrid, rounds_activations
 from qe_edge.numerics.schemes import Scheme
+from qe_edge.reconstruction.gptq import gptq_round
 from qe_edge.reconstruction.problem import LinearProblem
-from qe_edge.reconstruction.rounding import gptq_round
 
 WIDTH, STEP = 4096, 32  # inputs for which the original keeps 128 channels; fewer inputs keep multiples of 32
 

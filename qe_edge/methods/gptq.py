@@ -12,8 +12,8 @@ from pydantic import Field
 from qe_edge.calibration.statistics import StatisticsRequest
 from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import Method, MethodOptions
+from qe_edge.reconstruction.gptq import gptq_round
 from qe_edge.reconstruction.problem import LinearProblem
-from qe_edge.reconstruction.rounding import gptq_round
 
 
 class GPTQOptions(MethodOptions):

@@ -17,7 +17,7 @@ from qe_edge.layers.linear import QuantizedLinear
 from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.numerics.grids import QuantizedWeight, WeightGrid, scales_of_range, split_groups
 from qe_edge.reconstruction.problem import LinearProblem
-from qe_edge.reconstruction.rounding import search_range
+from qe_edge.reconstruction.range_search import search_range
 from qe_edge.system.errors import NumericalError, RecipeError
 from qe_edge.system.parallel import map_rows
 

@@ -34,12 +34,13 @@ from qe_edge.reconstruction.factors import (
     store_down_factors,
     store_up_factors,
 )
+from qe_edge.reconstruction.gptq import Hessian
 from qe_edge.reconstruction.modality import assign_by_modality
 from qe_edge.reconstruction.offers import offer_candidates
 from qe_edge.reconstruction.packed_factors import pack_correction
 from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.refinement import refine
-from qe_edge.reconstruction.rounding import Hessian, Rounding
+from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router
 from qe_edge.reconstruction.token_weights import gradient_weights
 from qe_edge.system.errors import NumericalError

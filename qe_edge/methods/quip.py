@@ -21,8 +21,8 @@ from qe_edge.methods.base import Method, MethodOptions
 from qe_edge.numerics.channel_scales import storable_inverse
 from qe_edge.numerics.orthogonal import kronecker_sizes, random_orthogonal
 from qe_edge.numerics.schemes import Scheme
+from qe_edge.reconstruction.gptq import gptq_round
 from qe_edge.reconstruction.problem import LinearProblem
-from qe_edge.reconstruction.rounding import gptq_round
 
 SMALLEST = 1e-12
 

@@ -30,8 +30,8 @@ from qe_edge.numerics.grids import QuantizedWeight, fake_quantize_activation, qu
 from qe_edge.reconstruction.branches import static_correction
 from qe_edge.reconstruction.directions import diagonal_directions
 from qe_edge.reconstruction.factors import StoredFactor
+from qe_edge.reconstruction.gptq import gptq_round
 from qe_edge.reconstruction.problem import LinearProblem
-from qe_edge.reconstruction.rounding import gptq_round
 
 DAMPING = 0.01  # of GPTQ on the residual
 SKETCH_EXTRA, SKETCH_POWERS = 8, 2

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qe_edge.predict.problem import DECODE_COLUMNS, DECODE_SHARED, STEP, Problem, divide, main_work
-from qe_edge.predict.tables import Device, InstructionTable, Timing
+from qe_edge.predict.tables import Device, InstructionTable
+from qe_edge.predict.timing import Timing
 from qe_edge.predict.work import Kernel, Work, join
 
 # From plugins/include/qe_edge/sizes.h: blocks of a cluster, tokens, warps of a block and of its correction, steps of

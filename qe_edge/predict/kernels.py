@@ -21,7 +21,8 @@ from qe_edge.predict.problem import (
     main_work,
 )
 from qe_edge.predict.shapes import Linear
-from qe_edge.predict.tables import Device, InstructionTable, Timing
+from qe_edge.predict.tables import Device, InstructionTable
+from qe_edge.predict.timing import Timing
 from qe_edge.predict.work import Kernel, Work
 
 # tokens and warps of a block that prepares and projects down; twice the tokens with 16-bit factors

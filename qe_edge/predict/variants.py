@@ -9,7 +9,8 @@ from qe_edge.numerics.schemes import Scheme
 from qe_edge.predict.kernels import edge_llm_kernel, library_kernel, plugin_kernels
 from qe_edge.predict.problem import Correction, Problem
 from qe_edge.predict.shapes import Linear
-from qe_edge.predict.tables import Device, InstructionTable, Timing
+from qe_edge.predict.tables import Device, InstructionTable
+from qe_edge.predict.timing import Timing
 from qe_edge.predict.work import Kernel, Work
 from qe_edge.prepack.width import has_3_bit_kernels
 from qe_edge.reconstruction.ranks import scale_rank

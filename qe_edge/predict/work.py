@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qe_edge.predict.tables import Device, Timing
+from qe_edge.predict.tables import Device
+from qe_edge.predict.timing import Timing
 
 BLEND = 3  # exponent with which resources of about the same time are joined
 

@@ -16,7 +16,7 @@ from qe_edge.models.groups import set_module
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.rotation import last_norm
 from qe_edge.numerics.grids import QuantizedWeight, WeightGrid
-from qe_edge.reconstruction.rounding import Hessian, gptq_round
+from qe_edge.reconstruction.gptq import Hessian, gptq_round
 from qe_edge.system.errors import RecipeError
 
 if TYPE_CHECKING:

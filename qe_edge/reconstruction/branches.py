@@ -14,7 +14,8 @@ from qe_edge.layers.linear import Adapters
 from qe_edge.numerics.grids import QuantizedWeight, WeightGrid, fake_quantize_activation, rounds_activations
 from qe_edge.numerics.matrices import Matrix, to_tensor
 from qe_edge.reconstruction.factors import AdapterDtype, fit_down_factor, store_factor, store_up_factors
-from qe_edge.reconstruction.rounding import Hessian, Rounding
+from qe_edge.reconstruction.gptq import Hessian
+from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.system.blas import working_dtype
 from qe_edge.system.device import CPU
 

@@ -15,10 +15,10 @@ from qe_edge.numerics.schemes import Scheme
 from qe_edge.reconstruction.branches import MainBranch, activation_rounding, some_tokens
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
 from qe_edge.reconstruction.factors import FACTOR_BITS, AdapterDtype
+from qe_edge.reconstruction.gptq import Hessian
 from qe_edge.reconstruction.packed_factors import packing_loss
 from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.ranks import RANK_STEP
-from qe_edge.reconstruction.rounding import Hessian
 
 LARGEST_RANK = 128  # that the kernels take; on small layers half the smaller side
 LEFT_OUT = (0, 8, 16, 32)  # channels that the main branch may leave to the correction where it rounds activations

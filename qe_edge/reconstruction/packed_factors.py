@@ -20,7 +20,7 @@ from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, pack_int4
 from qe_edge.numerics.matrices import Matrix, beside, cast, double, joined, parts_of, pseudo_solve, to_tensor
 from qe_edge.reconstruction.designs import ErrorSpectrum
 from qe_edge.reconstruction.factors import StoredFactor
-from qe_edge.reconstruction.rounding import Hessian, gptq_round
+from qe_edge.reconstruction.gptq import Hessian, gptq_round
 from qe_edge.reconstruction.shares import GLOBAL_SHARE
 
 GRID = WeightGrid(4, PER_CHANNEL, symmetric=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qe_edge.layers.linear import Adapters
 from qe_edge.numerics.grids import pack_int4, quantize_int8, unpack_int4
+from qe_edge.reconstruction.gptq import gptq_round
 from qe_edge.reconstruction.packed_factors import DOWN_DAMPING, GRID, UP_DAMPING
-from qe_edge.reconstruction.rounding import gptq_round
 
 INT8_LIMIT, INT4_LIMIT = 127, 7
 

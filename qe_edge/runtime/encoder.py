@@ -10,7 +10,8 @@ import numpy as np
 
 from qe_edge.models.family import Encoded, ModelFamily, Sample
 from qe_edge.models.vision_encoder import MAX_PICTURES
-from qe_edge.runtime.engine import check_runnable, family_of_engines, open_sessions
+from qe_edge.runtime.backends import check_runnable, open_sessions
+from qe_edge.runtime.engine import family_of_engines
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.generation import check_finite
 from qe_edge.runtime.manifest import EncoderManifest, read_encoder_manifest

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
-from qe_edge.runtime.engine import check_runnable
+from qe_edge.runtime.backends import check_runnable
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.system import errors
 from qe_edge.system.child_process import isolated_module, safe_environment

@@ -62,7 +62,7 @@ def test_weights_that_stay_on_the_device_change_nothing(
     """All blocks, some of them, or none stay from batch to batch."""
     kept: list[int] = []
 
-    class Counting(sensitivity._Weights):
+    class Counting(sensitivity.BlockWeights):
         def __init__(self, loaded: LoadedModel, device: torch.device) -> None:
             super().__init__(loaded, device, room)
 
@@ -73,7 +73,7 @@ def test_weights_that_stay_on_the_device_change_nothing(
     plain, other = (load_model(folder, torch.bfloat16) for _ in range(2))
     names = linears(plain)
     expected = output_gradients(plain, batches, names)
-    monkeypatch.setattr(sensitivity, "_Weights", Counting)
+    monkeypatch.setattr(sensitivity, "BlockWeights", Counting)
     found = output_gradients(other, batches, names)
     blocks = len(other.family.blocks(other.model))
     assert max(kept) == blocks if room > 60_000 else max(kept) < blocks

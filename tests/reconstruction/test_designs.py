@@ -6,8 +6,8 @@ import torch
 
 from qe_edge.calibration.statistics import StatisticsRequest, collect_statistics
 from qe_edge.reconstruction.designs import ErrorSpectrum, RoutedDesign, routed_losses
+from qe_edge.reconstruction.gptq import Hessian
 from qe_edge.reconstruction.packed_factors import pack_correction, packing_loss
-from qe_edge.reconstruction.rounding import Hessian
 from tests.layers import correlated_layer
 
 CHANNELS, TYPES, OWN = 64, 8, 8

@@ -8,8 +8,8 @@ import torch
 
 from qe_edge import make_recipe, quantize_linear
 from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight, WeightGrid
+from qe_edge.reconstruction.gptq import gptq_round
 from qe_edge.reconstruction.polishing import polished
-from qe_edge.reconstruction.rounding import gptq_round
 from tests.layers import correlated_layer
 
 GRIDS = [WeightGrid(4, PER_CHANNEL, symmetric=True), *(WeightGrid(bits, 32, symmetric=False) for bits in (2, 3))]

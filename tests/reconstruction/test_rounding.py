@@ -11,9 +11,11 @@ from torch import Tensor
 
 from qe_edge import QELinear, make_recipe, quantize_linear
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid, quantize_weight, round_on_grid, scales_of_range
-from qe_edge.reconstruction import rounding
+from qe_edge.reconstruction import gptq
 from qe_edge.reconstruction.branches import leave_out_channels
-from qe_edge.reconstruction.rounding import CLIP_LEAST, Hessian, Rounding, clipped_round, gptq_round
+from qe_edge.reconstruction.gptq import Hessian, gptq_round
+from qe_edge.reconstruction.range_search import CLIP_LEAST, clipped_round
+from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.system.errors import NumericalError
 from tests.layers import correlated_layer
 
@@ -128,8 +130,8 @@ def test_gptq_goes_on_in_float64_where_float32_ends() -> None:
 
 def test_a_hessian_is_factored_once_for_every_damping(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    factor = rounding._coupling
-    monkeypatch.setattr(rounding, "_coupling", lambda gram, damping: calls.append(damping) or factor(gram, damping))
+    factor = gptq._coupling
+    monkeypatch.setattr(gptq, "_coupling", lambda gram, damping: calls.append(damping) or factor(gram, damping))
     weight, x = correlated_layer(16, 32, 200)
     gram = (x.T @ x / len(x)).double().numpy()
     hessian = Hessian(gram)

@@ -23,8 +23,9 @@ from qe_edge.export.lowering.cuda import lower_for_cuda
 from qe_edge.export.targets import get_target
 from qe_edge.models.family import Sample
 from qe_edge.runtime import cuda_provider, ort_cuda_session
+from qe_edge.runtime.backends import check_runnable
 from qe_edge.runtime.cuda_provider import PROVIDER
-from qe_edge.runtime.engine import VisionLanguageEngine, check_runnable
+from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.manifest import read_manifest
 from qe_edge.runtime.ort_cuda_session import OrtBuffer, OrtDevice, OrtDeviceSession, open_device
@@ -56,7 +57,7 @@ def engines(exported: Exported, library: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qe_edge.runtime.engine.open_device", lambda _info, _library=None: ON_CPU)
+    monkeypatch.setattr("qe_edge.runtime.backends.open_device", lambda _info, _library=None: ON_CPU)
 
 
 def test_answers_are_those_of_the_cpu(engines: Path, exported: Exported, on_cpu: None, held_out: list[Sample]) -> None:
