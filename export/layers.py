@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qe_edge.export.op import DOMAIN, INPUTS, NAME, VERSION, Attributes, Operands, linear_function
+from qe_edge.export.op import DOMAIN, INPUTS, NAME, OPSET, VERSION, Attributes, Operands, linear_function
 from qe_edge.export.tracing import LAYER
 from qe_edge.layers.linear import QELinear
 from qe_edge.layers.torch_parts import PART_TENSORS
@@ -150,6 +150,41 @@ def attach_layers(model: ir.Model, layers: Mapping[str, QELinear]) -> None:
     function = linear_function(form.present, form.act_bits, form.per_channel)
     model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
+
+
+def layers_graph(layers: Mapping[str, QELinear]) -> ir.Model:
+    """A canonical graph of nothing but layers, without tracing.
+
+    Args:
+        layers: The layers by dotted name.
+
+    Returns:
+        A graph in which every layer reads an input of its own, `<name>.x` `[batch, sequence, in]` float32, and gives
+        `<name>.output` `[batch, sequence, out]`.
+
+    Example:
+        >>> import qe_edge
+        >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
+        >>> [(node.name, node.op_type) for node in layers_graph({"mlp.up": layer}).graph]
+        [('mlp.up', 'QELinear')]
+    """
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="layers")
+    for name, layer in layers.items():
+        x = ir.Value(
+            name=f"{name}.x",
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape(["batch", "sequence", layer.in_features]),
+        )
+        graph.inputs.append(x)
+        bare = ir.node(NAME, [x], {LAYER: name}, domain=DOMAIN, version=1)
+        bare.outputs[0].name = f"{name}.bare"
+        bare.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        bare.outputs[0].shape = ir.Shape(["batch", "sequence", layer.out_features])
+        graph.append(bare)
+        graph.outputs.append(bare.outputs[0])
+    model = ir.Model(graph, ir_version=10)
+    attach_layers(model, layers)
+    return model
 
 
 def layer_attributes(layer: QELinear, form: GraphForm) -> Attributes:

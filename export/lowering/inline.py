@@ -85,11 +85,9 @@ class InlineLayers(InPlacePass):
 
     Example:
         >>> import qe_edge, torch
-        >>> from qe_edge.export.layers import attach_layers
+        >>> from qe_edge.export.layers import layers_graph
         >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
-        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
-        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
-        >>> attach_layers(model, {"mlp.up": layer})
+        >>> model = layers_graph({"mlp.up": layer})
         >>> work = InlineLayers()
         >>> work(model).modified, work.names
         (True, ['mlp.up'])
@@ -135,11 +133,9 @@ def inline_layers(model: ir.Model) -> list[str]:
 
     Example:
         >>> import qe_edge, torch
-        >>> from qe_edge.export.layers import attach_layers
+        >>> from qe_edge.export.layers import layers_graph
         >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
-        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
-        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
-        >>> attach_layers(model, {"mlp.up": layer})
+        >>> model = layers_graph({"mlp.up": layer})
         >>> inline_layers(model), [node.op_type for node in model.graph][-2:]
         (['mlp.up'], ['DequantizeLinear', 'MatMul'])
     """

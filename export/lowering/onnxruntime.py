@@ -31,11 +31,9 @@ def lower_for_onnxruntime(model: ir.Model) -> None:
 
     Example:
         >>> import qe_edge, torch
-        >>> from qe_edge.export.layers import attach_layers
+        >>> from qe_edge.export.layers import layers_graph
         >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
-        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
-        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
-        >>> attach_layers(model, {"mlp.up": layer})
+        >>> model = layers_graph({"mlp.up": layer})
         >>> lower_for_onnxruntime(model)
         >>> [node.op_type for node in model.graph][-2:]
         ['DequantizeLinear', 'MatMul']
@@ -99,7 +97,7 @@ class _DropReshapes(InPlacePass):
                     [node],
                     [],
                     node.outputs,
-                    [node.inputs[0]],  # type: ignore[list-item]
+                    [node.inputs[0]],  # type: ignore[list-item] # a Reshape has its input
                 )
                 dropped += 1
         return PassResult(model, modified=bool(dropped))

@@ -42,11 +42,9 @@ class PackLayers(InPlacePass):
 
     Example:
         >>> import qe_edge, torch
-        >>> from qe_edge.export.layers import attach_layers
+        >>> from qe_edge.export.layers import layers_graph
         >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
-        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
-        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
-        >>> attach_layers(model, {"mlp.up": layer})
+        >>> model = layers_graph({"mlp.up": layer})
         >>> work = PackLayers()
         >>> work(model).modified, work.names
         (True, ['mlp.up'])
@@ -99,11 +97,9 @@ def pack_layers(model: ir.Model, *, scratch: bool = False) -> list[str]:
 
     Example:
         >>> import qe_edge, torch
-        >>> from qe_edge.export.layers import attach_layers
+        >>> from qe_edge.export.layers import layers_graph
         >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
-        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
-        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
-        >>> attach_layers(model, {"mlp.up": layer})
+        >>> model = layers_graph({"mlp.up": layer})
         >>> pack_layers(model), model.graph[0].attributes[LAYOUT].as_int()
         (['mlp.up'], 4)
     """
@@ -138,11 +134,9 @@ def layer_forms(model: ir.Model) -> list[LayerForm]:
 
     Example:
         >>> import qe_edge, torch
-        >>> from qe_edge.export.layers import attach_layers
+        >>> from qe_edge.export.layers import layers_graph
         >>> layer = qe_edge.quantize_linear(torch.ones(32, 64), torch.ones(2, 64), qe_edge.make_recipe(method="rtn"))
-        >>> text = '<ir_version: 10, opset_import: ["": 21, "qe_edge": 1]> g (float[1, 2, 64] x) => (float[1, 2, 32] y)'
-        >>> model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "mlp.up"> (x) }')
-        >>> attach_layers(model, {"mlp.up": layer})
+        >>> model = layers_graph({"mlp.up": layer})
         >>> layer_forms(model)
         [LayerForm(name='mlp.up', in_features=64, out_features=32, act_bits=8, group_size=-1, rank_shared=0,
         rank_routed=0, num_experts=0)]

@@ -1,4 +1,4 @@
-"""Random quantized layers, and graphs of nothing but such layers in a row of branches; no tracing needed."""
+"""Random quantized layers, and graphs that run in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from qe_edge.export.layers import attach_layers
-from qe_edge.export.op import DOMAIN, NAME, OPSET
-from qe_edge.export.tracing import LAYER
 from qe_edge.layers.linear import Adapters, QELinear, QuantizedLinear
 from qe_edge.numerics.grids import WeightGrid, pack_int4, quantize_int8, quantize_weight
 
@@ -74,27 +71,6 @@ def _adapters(variant: Variant, experts: int, rank: int) -> Adapters:
         num_experts=experts,
         router=router,
     )
-
-
-def layers_graph(layers: dict[str, QELinear]) -> ir.Model:
-    """A canonical graph in which every layer reads an input of its own, `<name>.x`, and gives `<name>.output`."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="layers")
-    for name, layer in layers.items():
-        x = ir.Value(
-            name=f"{name}.x",
-            type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape(["batch", "sequence", layer.in_features]),
-        )
-        graph.inputs.append(x)
-        bare = ir.node(NAME, [x], {LAYER: name}, domain=DOMAIN, version=1)
-        bare.outputs[0].name = f"{name}.bare"
-        bare.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        bare.outputs[0].shape = ir.Shape(["batch", "sequence", layer.out_features])
-        graph.append(bare)
-        graph.outputs.append(bare.outputs[0])
-    model = ir.Model(graph, ir_version=10)
-    attach_layers(model, layers)
-    return model
 
 
 def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import pytest
 from qe_edge.export import targets
 from qe_edge.export.build import build_engines
 from qe_edge.export.engine import EngineRequest, build_engine
+from qe_edge.export.layers import layers_graph
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.targets import TARGETS, get_target
 from qe_edge.models.family import Sample
@@ -21,7 +22,7 @@ from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.manifest import read_manifest
 from qe_edge.system.errors import ArtifactError, ResourceError, TargetError, UnknownNameError
 from tests.conftest import Exported
-from tests.export.single_layers import Variant, layers_graph, make_layer
+from tests.export.single_layers import Variant, make_layer
 from tests.sealing import seal
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")

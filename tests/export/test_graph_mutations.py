@@ -16,12 +16,13 @@ from qe_edge.export import build, targets
 from qe_edge.export.build import build_engines
 from qe_edge.export.contract import check_layers
 from qe_edge.export.engine import EngineFacts, EngineRequest
+from qe_edge.export.layers import layers_graph
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.runtime.graph_files import check_graph_file
 from qe_edge.system.errors import ArtifactError, QEError, TargetError
 from tests.conftest import Exported
 from tests.export.graph_mutations import BYTES, MUTATIONS, mutate, nested, recursion
-from tests.export.single_layers import Variant, layers_graph, make_layer
+from tests.export.single_layers import Variant, make_layer
 from tests.sealing import seal
 
 GRAPHS = ("merger.onnx", "visual.onnx", "merger.onnx", "merger.onnx", "language.onnx")

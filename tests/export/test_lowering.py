@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx_ir import tape
 
+from qe_edge.export.layers import layers_graph
 from qe_edge.export.lowering.expand import expand_gelu
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.onnxruntime import lower_for_onnxruntime
@@ -19,7 +20,7 @@ from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import GRAPHS
 from qe_edge.system.errors import TargetError
 from tests.conftest import Exported
-from tests.export.single_layers import Variant, layers_graph, make_layer, relative_error, run
+from tests.export.single_layers import Variant, make_layer, relative_error, run
 
 VARIANTS = {
     "per channel": Variant(),

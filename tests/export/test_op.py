@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qe_edge.export.layers import layers_graph
 from qe_edge.export.op import DOMAIN, INPUTS, NAME
 from qe_edge.system.errors import ModelError
-from tests.export.single_layers import Variant, layers_graph, make_layer, relative_error, run
+from tests.export.single_layers import Variant, make_layer, relative_error, run
 
 VARIANTS = st.builds(
     Variant,

@@ -6,13 +6,14 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
+from qe_edge.export.layers import layers_graph
 from qe_edge.export.lowering.expand import ExpandGelu
 from qe_edge.export.lowering.inline import InlineLayers
 from qe_edge.export.lowering.passes import InPlacePass, linear_nodes
 from qe_edge.export.lowering.plugin import PackLayers
 from qe_edge.export.lowering.precision import ScaleQueries, ToHalf
 from qe_edge.export.lowering.siblings import JoinSiblings
-from tests.export.single_layers import Variant, layers_graph, make_layer
+from tests.export.single_layers import Variant, make_layer
 
 
 def canonical() -> ir.Model:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qe_edge.export.build import _is_listed, build_engines
-from qe_edge.export.layers import int4
+from qe_edge.export.layers import int4, layers_graph
 from qe_edge.export.lowering import tensorrt
 from qe_edge.export.lowering.half import PLUGIN_PRODUCTS
 from qe_edge.export.lowering.inline import array_of, operands_of
@@ -28,7 +28,7 @@ from qe_edge.runtime.manifest import GRAPHS
 from qe_edge.system.errors import InputError, TargetError
 from tests.conftest import Exported
 from tests.export import single_layers
-from tests.export.single_layers import Variant, layers_graph, make_layer
+from tests.export.single_layers import Variant, make_layer
 from tests.export.test_lowering import HalfSession
 
 NODES = {"visual": 4, "merger": 2, "language": 8}  # q/k/v and gate/up count once
