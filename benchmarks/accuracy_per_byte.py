@@ -10,6 +10,13 @@ beside this script holds those of README's table (32 calibration samples, DINOv2
 runs). All methods see the same calibration samples, number grids and modules. Bits count everything that belongs to a
 layer: packed codes, scales, adapters, router; and the matrix that a rotated model with a tied head needs. The last
 table names, for every budget, the best method of others that fits it, and ours.
+
+    python benchmarks/accuracy_per_byte.py out --results out/options.json --methods loaq --budgets 4.25 \
+        --variants match polish=4 match,polish=4 --seeds 0 1 2
+
+Variants are options of ours, each beside its budget without them. Other seeds draw other calibration samples. The table
+of variants has the ratio of their error to the budget's, its median over seeds, and the interval that holds it in 95 %
+of bootstrap draws over seeds and held-out samples (`benchmarks/intervals.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +25,11 @@ import argparse
 import json
 import math
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -29,13 +37,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from intervals import ratio_interval
 from real_models import REAL_MODELS, RealModel
 
 from qe_edge.budget.accounting import count_bits
 from qe_edge.budget.model import offers_from_json, offers_to_json
+from qe_edge.quantization.job import make_job
 from qe_edge.quantization.quantizer import quantize
+from qe_edge.quantization.run_record import current_environment
+from qe_edge.quantization.workfolder import WorkFolder
 from qe_edge.recipes.recipe import Recipe, make_recipe
 from qe_edge.system.atomic import atomic_file
+from qe_edge.system.device import choose_device
 from qe_edge.system.errors import QEError, RecipeError
 from qe_edge.validate.subjects import block_groups
 
@@ -46,13 +59,14 @@ ERRORS = {"smollm2": "kl", "vlm": "kl", "dinov2": "cosine_loss"}  # what is comp
 TYPICAL = "kl_median"  # compared too where it is measured: a mean over answers may be that of a few
 OTHERS = (
     "rtn", "smoothquant", "awq", "mbq", "gptq", "omniquant", "quarot", "lorc", "lqer", "svdquant", "aser", "aser:plain",
-    "aser:memory",
+    "aser:memory", "loaq", "serq", "spqr", "atom", "quip", "quipsharp", "autoround", "masquant", "vlmq", "bwa",
 )  # fmt: skip
 PAPER = "qe:paper"
 STATIC = "static"  # our budget again, but without routed experts
 AS_IT_IS = "ours not rotated"  # the language model as it is
 ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
-LANGUAGE_ONLY = ("mbq", "quarot")  # need a loss, or a stream of residuals between RMSNorms
+LANGUAGE_ONLY = ("mbq", "quarot", "masquant", "vlmq")  # need a loss, or a stream of residuals between RMSNorms
+LATER = ("match", "polish")  # options that play no part before a budget is spent
 ASER_MEMORY = {"rank": 288}  # r_s + N_r r_r of the paper: its memory, in one static correction
 
 
@@ -70,6 +84,9 @@ class Row:
         measures: All measures by name.
         seconds: Time to quantize.
         routed: Share of the weights in layers with routed experts.
+        seed: Seed of the calibration samples.
+        commit: Commit that measured it.
+        losses: The error on every held-out sample.
     """
 
     model: str
@@ -81,6 +98,9 @@ class Row:
     measures: dict[str, float]
     seconds: float | None
     routed: float | None
+    seed: int = 0
+    commit: str | None = None
+    losses: list[float] | None = None
 
     @property
     def ours(self) -> bool:
@@ -96,8 +116,16 @@ class Job:
     keys: dict[str, Any]
 
 
-def jobs(model: str, scheme: str, methods: Sequence[str]) -> Iterator[Job]:
-    """Every row of one model and scheme."""
+def jobs(
+    model: str,
+    scheme: str,
+    methods: Sequence[str],
+    budgets: Sequence[float] = BUDGETS,
+    variants: Sequence[Mapping[str, Any]] = (),
+    *,
+    all_of_ours: bool = True,
+) -> Iterator[Job]:
+    """Every row of one model and scheme: methods of others, our budgets, and our budgets with other options."""
     for name in methods:
         method, _, preset = name.partition(":")
         if (method in ACTIVATIONS_ONLY and scheme.endswith("a16")) or (method in LANGUAGE_ONLY and model == "dinov2"):
@@ -106,25 +134,39 @@ def jobs(model: str, scheme: str, methods: Sequence[str]) -> Iterator[Job]:
             yield Job(name, {"method": method, "options": ASER_MEMORY})
         else:
             yield Job(name, {"method": method, "preset": preset or "default"})
-    for bits in BUDGETS:
+    for bits in budgets:
         yield Job(f"ours, {bits:g} stored", {"method": "qe", "budget": {"bits": bits}})
+        for options in variants:
+            name = f"ours with {variant_name(options)}, {bits:g} stored"
+            yield Job(name, {"method": "qe", "options": dict(options), "budget": {"bits": bits}})
+    if not all_of_ours:
+        return
     for name in ("ours", STATIC):
         yield Job(f"{name}, {READ_BUDGET:g} read", {"method": "qe", "budget": {"read_bits": READ_BUDGET}})
-    for bits in BUDGETS if model != "dinov2" else ():
+    for bits in budgets if model != "dinov2" else ():
         keys = {"method": "qe", "options": {"rotate": False}, "budget": {"bits": bits}}
         yield Job(f"{AS_IT_IS}, {bits:g} stored", keys)
 
 
-def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
+def variant_of(text: str) -> dict[str, Any]:
+    """Options written as `name`, for true, or `name=value`, with commas between them."""
+    pairs = (part.partition("=") for part in text.split(","))
+    return {name: json.loads(value) if value else True for name, _, value in pairs}
+
+
+def variant_name(options: Mapping[str, Any]) -> str:
+    """Options as they are written."""
+    return ",".join(name if value is True else f"{name}={json.dumps(value)}" for name, value in options.items())
+
+
+def measure(real: RealModel, recipe: Recipe, name: str, offers: Path, seed: int = 0) -> Row:
     """Quantize one way and measure; what budgets measure first is kept in `offers` for the next one."""
     started = time.perf_counter()
     static = name.startswith(STATIC)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) / "run"
-        shutil.copytree(offers, work) if offers.is_dir() else work.mkdir()
-        for path in work.glob("*.offers.json") if static else ():
-            path.write_text(_without_experts(path.read_text(encoding="utf-8")), encoding="utf-8")
-        quantized, _ = quantize(real.folder, recipe, real.calibration, work=work)
+        _begin(work, real, recipe, offers, static=static)
+        quantized, _ = quantize(real.folder, recipe, real.calibration, work=work, resume=True)
         seconds = time.perf_counter() - started
         if recipe.budget and not static:
             offers.mkdir(parents=True, exist_ok=True)
@@ -133,10 +175,31 @@ def measure(real: RealModel, recipe: Recipe, name: str, offers: Path) -> Row:
     counted = count_bits(quantized.model, block_groups(quantized))
     routed = sum(layer.bits.weights for layer in counted.layers if layer.bits.router)
     bits = counted.total
-    measures = real.measure(quantized)
+    measures, losses = real.judge(quantized)
     error = measures[ERRORS[real.name]]
     share = routed / bits.weights
-    return Row(real.name, recipe.scheme, name, bits.stored_bits, bits.read_bits, error, measures, seconds, share)
+    return Row(
+        real.name, recipe.scheme, name, bits.stored_bits, bits.read_bits, error, measures, seconds, share, seed,
+        commit(), [float(f"{loss:.4g}") for loss in losses],
+    )  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of this clone, with `-dirty` where files have changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _begin(work: Path, real: RealModel, recipe: Recipe, offers: Path, *, static: bool) -> None:
+    """An unfinished run in `work` that has measured what `offers` holds."""
+    run = make_job(real.folder, recipe, real.calibration).record(current_environment(str(choose_device("auto"))))
+    folder = WorkFolder.open(work, run, resume=False)
+    for path in sorted(offers.glob("*")):
+        folder.expect(path.name)
+        shutil.copy(path, work)
+        if static and path.name.endswith(".offers.json"):
+            (work / path.name).write_text(_without_experts(path.read_text(encoding="utf-8")), encoding="utf-8")
+        folder.wrote(path.name)
 
 
 def _without_experts(text: str) -> str:
@@ -152,29 +215,38 @@ def _without_experts(text: str) -> str:
 def run(options: argparse.Namespace) -> list[Row]:
     """Measure all rows that the results file lacks."""
     rows = [Row(**row) for row in _read(options.results)]
-    for name in options.models:
+    for name, seed in product(options.models, options.seeds):
         real: RealModel | None = None
         for scheme in options.schemes:
-            for job in jobs(name, scheme, options.methods):
-                if any((row.model, row.scheme, row.name) == (name, scheme, job.name) for row in rows):
+            for job in jobs(
+                name, scheme, options.methods, options.budgets, options.variants, all_of_ours=not options.variants
+            ):
+                if any((row.model, row.scheme, row.name, row.seed) == (name, scheme, job.name, seed) for row in rows):
                     continue
                 if real is None:
-                    real = REAL_MODELS[name](options.folder / name, options.samples, options.questions)
+                    real = REAL_MODELS[name](options.folder / name, options.samples, options.questions, seed)
                     print(name, "original", {key: f"{value:.4g}" for key, value in real.original.items()}, flush=True)
-                recipe = make_recipe(scheme=scheme, modules=real.modules, **job.keys)
-                kept = f"{scheme} not rotated" if job.name.startswith(AS_IT_IS) else scheme
                 try:
-                    row = measure(real, recipe, job.name, options.results.with_suffix("") / name / kept)
-                except RecipeError as error:  # groups of 64 and zero points alone may take more than the least budget
+                    recipe = make_recipe(scheme=scheme, modules=real.modules, **job.keys)
+                    row = measure(real, recipe, job.name, _offers(options, name, scheme, seed, job), seed)
+                except RecipeError as error:  # a budget below groups of 64 and zero points, or a method without 3 bits
                     print(f"{name:8} {scheme:6} {job.name:18} {error.args[0]}", flush=True)
                     continue
                 rows.append(row)
                 _write(options.results, rows)
                 print(
                     f"{name:8} {scheme:6} {job.name:18} {row.stored:6.3f} {row.read:6.3f} {row.error:.3e} "
-                    f"{row.seconds:6.1f} s", flush=True,
+                    f"{row.seconds:6.1f} s  seed {seed}", flush=True,
                 )  # fmt: skip
     return rows
+
+
+def _offers(options: argparse.Namespace, model: str, scheme: str, seed: int, job: Job) -> Path:
+    """Folder of what is measured before a budget is spent; it depends on samples and options."""
+    kept = [scheme, *(["not rotated"] if job.name.startswith(AS_IT_IS) else [])]
+    if job.name.startswith("ours with"):
+        kept.append(variant_name({key: value for key, value in job.keys["options"].items() if key not in LATER}))
+    return Path(options.results.with_suffix("") / model / f"seed {seed}" / " ".join(filter(None, kept)))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -184,6 +256,25 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _write(path: Path, rows: Sequence[Row]) -> None:
     with atomic_file(path) as part:
         part.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+def print_variants(rows: Sequence[Row]) -> None:
+    """Every variant of ours against the same budget without its options."""
+    print("\nvariants: ratio of the error to the budget's own, median over seeds, bootstrap interval of 95 %")
+    named = {(row.model, row.scheme, row.seed, row.name): row for row in rows}
+    for model, scheme, name in dict.fromkeys((row.model, row.scheme, row.name) for row in rows):
+        if not name.startswith("ours with "):
+            continue
+        plain = f"ours, {name.rpartition(', ')[2]}"
+        seeds = sorted(row.seed for row in rows if (row.model, row.scheme, row.name) == (model, scheme, name))
+        pairs = [(named.get((model, scheme, seed, plain)), named[model, scheme, seed, name]) for seed in seeds]
+        known = [(one.losses, other.losses) for one, other in pairs if one and one.losses and other.losses]
+        if known:
+            found = ratio_interval([other for _, other in known], [one for one, _ in known])
+            print(
+                f"  {model:8} {scheme:6} {name:40} x {found.ratio:.3f}  {found.low:.3f} to {found.high:.3f}  "
+                f"{len(known)} seeds"
+            )
 
 
 def best(rows: Sequence[Row], cost: Callable[[Row], float], limit: float, measure: str) -> Row | None:
@@ -280,6 +371,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=list(REAL_MODELS), default=list(REAL_MODELS))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--methods", nargs="*", default=[*OTHERS, PAPER], help="methods of others, and the paper's")
+    parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS), help="stored bits of ours")
+    parser.add_argument("--variants", nargs="*", type=variant_of, default=[], help="options of ours, and nothing else")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration samples")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=200, help="default: %(default)s")
     options = parser.parse_args()
@@ -288,7 +382,8 @@ def main() -> int:
     except QEError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print_tables(rows)
+    print_tables([row for row in rows if row.seed == options.seeds[0]])
+    print_variants(rows)
     if options.markdown:
         print_markdown(rows)
     if options.plot:

@@ -34,15 +34,16 @@ from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.system.errors import CalibrationError, QEError
 from qe_edge.validate.answers import batches
-from qe_edge.validate.features import LinearProbe, extract_features, mean_cosine
+from qe_edge.validate.features import Features, LinearProbe, extract_features, mean_cosine
 from qe_edge.validate.subjects import block_groups, in_float32
-from qe_edge.validate.text import exact_answers, mean_kl, median_kl, perplexity, predict, text_windows
+from qe_edge.validate.text import exact_answers, mean_kl, median_kl, perplexity, predict, sample_kl, text_windows
 
 CALIBRATION = 128  # samples
 QUESTIONS = 200  # questions of the vision-language model, two a picture of the encoder
 WIKI_WINDOWS, NEWS_WINDOWS = 8, 4  # of 256 tokens
 LABELS = ("shape", "color")
 Measures = dict[str, float]
+Losses = list[float]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RealModel:
         modules: What is quantized.
         calibration: Calibration samples.
         original: The original's own values of the measures that are not comparisons.
-        compare: Measures of a quantized model in float32.
+        compare: Measures of a quantized model in float32, and its loss on every sample.
     """
 
     name: str
@@ -63,17 +64,26 @@ class RealModel:
     modules: tuple[str, ...]
     calibration: list[Sample]
     original: Measures
-    compare: Callable[[LoadedModel], Measures] = field(repr=False)
+    compare: Callable[[LoadedModel], tuple[Measures, Losses]] = field(repr=False)
 
     def measure(self, quantized: LoadedModel) -> Measures:
         """Measures of a quantized model by name; it computes in float32 from then on.
 
         Divergences and losses are 0 for the original itself; units are in the table above.
         """
+        return self.judge(quantized)[0]
+
+    def judge(self, quantized: LoadedModel) -> tuple[Measures, Losses]:
+        """Measures by name, and the loss (`kl` or `cosine_loss`) on every window of Wikipedia, question or picture."""
         return self.compare(in_float32(quantized))
 
 
-def smollm2(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS) -> RealModel:  # noqa: ARG001
+def smollm2(
+    folder: Path,
+    samples: int = CALIBRATION,
+    questions: int = QUESTIONS,  # noqa: ARG001
+    seed: int = 0,
+) -> RealModel:
     """SmolLM2-135M-Instruct on running text; `questions` is not used."""
     loaded = in_float32(load_model(str(folder)))
 
@@ -84,35 +94,36 @@ def smollm2(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS
     parts = {"": windows("evaluation", WIKI_WINDOWS), "_news": windows("news", NEWS_WINDOWS)}
     known = {suffix: predict(loaded, part, "text") for suffix, part in parts.items()}
 
-    def compare(quantized: LoadedModel) -> Measures:
+    def compare(quantized: LoadedModel) -> tuple[Measures, Losses]:
+        found = {suffix: predict(quantized, part, "text") for suffix, part in parts.items()}
         measures = {}
-        for suffix, part in parts.items():
-            found = predict(quantized, part, "text")
-            measures[f"kl{suffix}"] = mean_kl(known[suffix], found)
-            measures[f"perplexity{suffix}"] = perplexity(found)
-        return measures
+        for suffix, predicted in found.items():
+            measures[f"kl{suffix}"] = mean_kl(known[suffix], predicted)
+            measures[f"perplexity{suffix}"] = perplexity(predicted)
+        return measures, sample_kl(known[""], found[""]).tolist()
 
     original = {f"perplexity{suffix}": perplexity(predicted) for suffix, predicted in known.items()}
-    return RealModel("smollm2", str(folder), ("language",), _calibration(folder, samples), original, compare)
+    return RealModel("smollm2", str(folder), ("language",), _calibration(folder, samples, seed), original, compare)
 
 
-def vlm(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS) -> RealModel:
+def vlm(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS, seed: int = 0) -> RealModel:
     """The assembled InternVL of 157 M parameters on held-out questions."""
     loaded = in_float32(load_model(str(folder)))
     asked = load_evaluation(str(_data(folder, "evaluation")))[:questions]
     encoded = [loaded.family.encode(loaded.processor, part, answers=True) for part in batches(asked)]
     known = predict(loaded, encoded, "answer")
 
-    def compare(quantized: LoadedModel) -> Measures:
+    def compare(quantized: LoadedModel) -> tuple[Measures, Losses]:
         found = predict(quantized, encoded, "answer")
         divergences = {"kl": mean_kl(known, found), "kl_median": median_kl(known, found)}
-        return {**divergences, **_shares(asked, exact_answers(found, len(asked)))}
+        shares = _shares(asked, exact_answers(found, len(asked)))
+        return {**divergences, **shares}, sample_kl(known, found).tolist()
 
     original = _shares(asked, exact_answers(known, len(asked)))
-    return RealModel("vlm", str(folder), ("language",), _calibration(folder, samples), original, compare)
+    return RealModel("vlm", str(folder), ("language",), _calibration(folder, samples, seed), original, compare)
 
 
-def dinov2(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS) -> RealModel:
+def dinov2(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS, seed: int = 0) -> RealModel:
     """DINOv2 ViT-S/14 on pictures: the probe answers `questions` about half as many, the cosine is of others."""
     pictures = max(questions // len(LABELS), 1)
     loaded = in_float32(load_model(str(folder)))
@@ -127,15 +138,17 @@ def dinov2(folder: Path, samples: int = CALIBRATION, questions: int = QUESTIONS)
         single = {f"probe_{name}": share for name, share in shares.items()}
         return {"probe": sum(shares.values()) / len(shares), **single}
 
-    def compare(quantized: LoadedModel) -> Measures:
-        cosines = mean_cosine(wanted, extract_features(quantized, seen))
-        return {"cosine_loss": 1 - sum(cosines.values()) / len(cosines), **cosines, **read(quantized)}
+    def compare(quantized: LoadedModel) -> tuple[Measures, Losses]:
+        found = extract_features(quantized, seen)
+        cosines = mean_cosine(wanted, found)
+        measures = {"cosine_loss": 1 - sum(cosines.values()) / len(cosines), **cosines, **read(quantized)}
+        return measures, _picture_losses(wanted, found)
 
-    return RealModel("dinov2", str(folder), ("visual",), _calibration(folder, samples), read(loaded), compare)
+    return RealModel("dinov2", str(folder), ("visual",), _calibration(folder, samples, seed), read(loaded), compare)
 
 
 REAL_MODELS: dict[str, Callable[..., RealModel]] = {"smollm2": smollm2, "vlm": vlm, "dinov2": dinov2}
-"""Called with the assembled folder, and perhaps the numbers of calibration samples and of questions."""
+"""Called with the assembled folder, perhaps numbers of calibration samples and questions, and the seed of the draw."""
 
 
 def _data(folder: Path, name: str) -> Path:
@@ -147,8 +160,17 @@ def _data(folder: Path, name: str) -> Path:
     return path
 
 
-def _calibration(folder: Path, samples: int) -> list[Sample]:
-    return load_samples(str(_data(folder, "calibration")), samples)
+def _calibration(folder: Path, samples: int, seed: int) -> list[Sample]:
+    return load_samples(str(_data(folder, "calibration")), samples, seed)
+
+
+def _picture_losses(wanted: Features, found: Features) -> Losses:
+    """1 - cosine of every picture, the mean of class token and patches."""
+    pairs = [
+        mean_cosine(*(Features(side.picture[row : row + 1], side.patches[row : row + 1]) for side in (wanted, found)))
+        for row in range(len(wanted.picture))
+    ]
+    return [1 - sum(pair.values()) / len(pair) for pair in pairs]
 
 
 def _shares(asked: Sequence[Sample], right: Sequence[bool]) -> Measures:

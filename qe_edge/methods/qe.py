@@ -42,6 +42,7 @@ from qe_edge.reconstruction.problem import LinearProblem
 from qe_edge.reconstruction.refinement import refine
 from qe_edge.reconstruction.rounding import Rounding
 from qe_edge.reconstruction.router import normalise_router, ridge_router, routed_residuals, triangle_router
+from qe_edge.reconstruction.shrinkage import chosen_strength, shrunk_gram
 from qe_edge.reconstruction.token_weights import gradient_weights
 from qe_edge.system.errors import NumericalError
 
@@ -154,6 +155,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
 
     def quantize(self, problem: LinearProblem) -> QuantizedLinear:
         """Quantize one linear problem (docs/method.md, section 1)."""
+        problem = self._shrunk(problem)
         if problem.drift is not None:
             weight = matched_weight(problem.weight, to_tensor(problem.gram()), problem.drift, (1.0, 1.0), DAMPING)
             problem = replace(problem, weight=weight)
@@ -184,16 +186,27 @@ class QuantExperts(Method[QuantExpertsOptions]):
 
     def candidates(self, problem: LinearProblem) -> list[Candidate]:
         """Ranks, experts, channels left out and group sizes, with their costs, without dominated candidates."""
+        problem = self._shrunk(problem)
         frequent = frequent_channels(problem.measured())
         hessian = Hessian(problem.gram())
         return offer_candidates(
             problem,
             hessian,
-            lambda grid, count: self._branch(problem, grid, frequent[:count], hessian),
+            lambda grid, count: self._branch(problem, grid, frequent[:count], hessian, polish=0),  # alike in all
             dtypes=dict.fromkeys((self.options.adapter_dtype, "int4")),
             important=shrink_to_layer(self.options, *problem.weight.shape).important_channels,
             routed=self.options.experts > 0,
         )
+
+    def _shrunk(self, problem: LinearProblem) -> LinearProblem:
+        """The problem with its Gram matrix shrunk as the option says."""
+        if not self.options.shrinkage:
+            return problem
+        measured, strength = problem.measured(), self.options.shrinkage
+        if strength == "auto":
+            strength = chosen_strength(measured.tokens)
+        gram = shrunk_gram(problem.gram(), measured.count, strength)
+        return replace(problem, statistics=replace(measured, gram=gram))
 
     def _size(self, problem: LinearProblem) -> LayerSize:
         """Ranks and experts: the budget's choice, or the options shrunk to the layer."""
@@ -204,10 +217,12 @@ class QuantExperts(Method[QuantExpertsOptions]):
         k = min(size.important_channels, problem.weight.shape[1] // (given.experts + 1))
         return LayerSize(given.rank_shared, given.rank_routed, given.experts, k)
 
-    def _branch(self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray, hessian: Hessian) -> MainBranch:
+    def _branch(
+        self, problem: LinearProblem, grid: WeightGrid, left_out: np.ndarray, hessian: Hessian, polish: int
+    ) -> MainBranch:
         """The main branch without the channels `left_out`."""
         options, abs_mean = self.options, problem.measured().abs_mean
-        rounding = Rounding(options.rounding, options.clip, polish=options.polish)
+        rounding = Rounding(options.rounding, options.clip, polish=polish)
         return leave_out_channels(
             problem.weight, grid, left_out, abs_mean, options.independent_channels, rounding, hessian
         )
@@ -215,7 +230,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
     def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
         grid = problem.choice.grid if problem.choice else problem.scheme.weight
-        branch = self._branch(problem, grid, left_out, Hessian(problem.gram()))
+        branch = self._branch(problem, grid, left_out, Hessian(problem.gram()), self.options.polish)
         space = ErrorSpace.of(branch.error)
         covariance = space.covariance(problem.gram())
         return SharedExpert(

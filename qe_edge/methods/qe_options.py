@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,9 @@ class QuantExpertsOptions(MethodOptions):
         guard_independent_channels: Leave these channels out only where that does not raise the calibration error.
         rounding: Rule that chooses the main branch's codes. The correction works with each of them.
         clip: Search the range of every scale ("nearest" and "gptq").
+        shrinkage: Tokens with uncorrelated channels that are added to the Gram matrix, as a multiple of the layer's
+            inputs (`reconstruction.shrinkage`); "auto" takes what serves best where one half of the tokens predicts the
+            other.
         polish: Rounds in which codes and scales of "gptq" are chosen again, each given all others
             (`reconstruction.polishing`).
         token_power: Power of the gradients' magnitudes that weighs tokens in Gram matrices, as in VLMQ; 0 weighs all
@@ -81,6 +84,7 @@ class QuantExpertsOptions(MethodOptions):
     guard_independent_channels: bool = True
     rounding: Literal["nearest", "awq", "gptq"] = "gptq"
     clip: bool = True
+    shrinkage: Annotated[float, Field(ge=0, le=100)] | Literal["auto"] = 0.0
     polish: int = Field(0, ge=0, le=100)
     token_power: float = Field(0.0, ge=0, le=2)
     match: bool = False

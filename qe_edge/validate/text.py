@@ -186,9 +186,24 @@ def median_kl(original: Predictions, other: Predictions) -> float:
         >>> median_kl(original, other), round(mean_kl(original, other), 1)
         (0.0, 0.9)
     """
+    return float(np.median(sample_kl(original, other)))
+
+
+def sample_kl(original: Predictions, other: Predictions) -> np.ndarray:
+    """Mean KL of the tokens of every sample that has some, float64 `[samples]`, in nats.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> head, hidden, samples = nn.Linear(8, 100), torch.randn(50, 8), torch.arange(50) // 10
+        >>> original, other = (Predictions(states, head, samples, samples) for states in (hidden, 1.1 * hidden))
+        >>> found = sample_kl(original, other)
+        >>> found.shape, round(float(found.mean()), 4)
+        ((5,), 0.0014)
+    """
     found, rows = _divergences(original, other).numpy(), original.samples.numpy()
     count = np.bincount(rows)
-    return float(np.median(np.bincount(rows, found)[count > 0] / count[count > 0]))
+    means: np.ndarray = np.bincount(rows, found)[count > 0] / count[count > 0]
+    return means
 
 
 def _divergences(original: Predictions, other: Predictions) -> Tensor:
