@@ -14,6 +14,8 @@ from qe_edge.models.chat import Rewrite, answer_ids, as_it_is, chat_ids, earlier
 from qe_edge.models.chat_templates import PICTURE_QUESTION, REMEDY, check_template, render_question
 from qe_edge.models.family import TEXT, Encoded, Sample
 from qe_edge.models.images import open_image
+from qe_edge.models.video_plans import Planned, plan_videos, prepare_video
+from qe_edge.models.videos import Video
 from qe_edge.system.errors import InputError, ModelError
 
 MAX_VALUES = 1 << 30  # of all pictures of a batch, after preparation; 4 GiB in float32
@@ -37,15 +39,23 @@ class Row:
 def prepare_pictures(
     image_processor: Any,  # noqa: ANN401 - image processors share no typed base
     samples: Sequence[Sample],
-    **options: Any,  # noqa: ANN401 - the processor's own
+    video_processor: Any = None,  # noqa: ANN401 - or what stands for it
+    **options: Any,  # noqa: ANN401 - the image processor's own
 ) -> dict[str, np.ndarray]:
-    """Prepare the samples' pictures with an image processor of transformers; empty if there are no pictures.
+    """Prepare the samples' pictures and videos; empty if there are none.
 
-    Pictures are decoded and prepared one by one, in the samples' order, so that only one of them is in memory.
+    They are decoded and prepared one by one, in the samples' order, so that only one of them is in memory.
+
+    Args:
+        image_processor: An image processor of transformers.
+        samples: The samples.
+        video_processor: What prepares videos, as `qe_edge.models.qwen_vl_videos` does; None where the model takes no videos.
+        **options: Options of the image processor.
 
     Raises:
-        InputError: If a picture cannot be read, has a shape that the processor refuses, or becomes an array of another
-            shape than earlier ones, or if all pictures together would fill the memory. The message names the sample.
+        InputError: If a picture or a video cannot be read, has a shape that the processor refuses, or becomes an array
+            of another shape than earlier ones, if all together would fill the memory, or if the model takes no videos.
+            The message names the sample.
 
     Example:
         >>> from qe_edge.demo import model_path
@@ -61,24 +71,43 @@ def prepare_pictures(
     found: dict[str, list[np.ndarray]] = {}
     for sample in samples:
         with naming(sample):
-            for source in sample.pictures:
-                for name, array in _prepare(image_processor, open_image(source), options).items():
-                    arrays = found.setdefault(name, [])
-                    if arrays and arrays[0].shape[1:] != array.shape[1:]:
-                        raise InputError(
-                            f"A picture becomes an array of {_sizes(array)} for the model, and one before it of "
-                            f"{_sizes(arrays[0])}.",
-                            "Set do_center_crop or a height and a width in preprocessor_config.json, or give pictures "
-                            "of one shape.",
-                        )
-                    arrays.append(array)
-                values = sum(array.size for arrays in found.values() for array in arrays)
-                if values > MAX_VALUES:
-                    raise InputError(
-                        f"The pictures of one batch become {values} numbers for the model; up to {MAX_VALUES} fit.",
-                        "Scale the pictures down, or lower the picture size in preprocessor_config.json.",
-                    )
+            planned = iter(_planned(video_processor, sample))
+            for shown in sample.media:
+                if isinstance(shown, Video):
+                    prepared = prepare_video(video_processor, next(planned))
+                else:
+                    prepared = _prepare(image_processor, open_image(shown), options)
+                _add(found, prepared)
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
+def _planned(video_processor: Any, sample: Sample) -> list[Planned]:  # noqa: ANN401 - as above
+    if sample.videos and video_processor is None:
+        raise InputError(
+            "This model reads no videos here, or its folder has no settings for them.",
+            "Give pictures, or copy video_preprocessor_config.json from the original model.",
+        )
+    return plan_videos(video_processor, sample.videos) if sample.videos else []
+
+
+def _add(found: dict[str, list[np.ndarray]], prepared: dict[str, np.ndarray]) -> None:
+    """Append the arrays of a picture or a video to those of earlier ones."""
+    for name, array in prepared.items():
+        arrays = found.setdefault(name, [])
+        if arrays and arrays[0].shape[1:] != array.shape[1:]:
+            raise InputError(
+                f"A picture becomes an array of {_sizes(array)} for the model, and one before it of "
+                f"{_sizes(arrays[0])}.",
+                "Set do_center_crop or a height and a width in preprocessor_config.json, or give pictures of one "
+                "shape.",
+            )
+        arrays.append(array)
+    values = sum(array.size for arrays in found.values() for array in arrays)
+    if values > MAX_VALUES:
+        raise InputError(
+            f"The pictures of one batch become {values} numbers for the model; up to {MAX_VALUES} fit.",
+            "Scale the pictures down, or lower the picture size in preprocessor_config.json.",
+        )
 
 
 def _sizes(array: np.ndarray) -> str:
@@ -127,6 +156,8 @@ def encode_row(
     *,
     answer: bool,
     rewrite: Rewrite = as_it_is,
+    video_token: int | None = None,
+    videos: Sequence[list[int]] = (),
 ) -> Row:
     """Tokenize one sample: a question through the tokenizer's chat template, running text as it is.
 
@@ -137,6 +168,8 @@ def encode_row(
         pictures: For each of the sample's pictures the tokens that replace its image token.
         answer: Whether the reference answer follows the prompt, closed by the end-of-turn token.
         rewrite: Changes the prompt before it is tokenized.
+        video_token: The token that the rewritten prompt has for a video, or for each part of it.
+        videos: For each of these places the tokens that replace it.
 
     Raises:
         InputError: If the template or the tokenizer cannot read the sample.
@@ -159,18 +192,22 @@ def encode_row(
         ids = chat_ids(tokenizer, turns, as_parts=True, rewrite=rewrite)
         spoken = earlier_answers(tokenizer, turns, ids, as_parts=True, rewrite=rewrite) if answer else []
     reply = answer_ids(tokenizer, sample) if answer else []
-    if image_token in reply or ids.count(image_token) != len(pictures):
-        raise InputError(
-            f"The prompt has {[*ids, *reply].count(image_token)} image tokens for {len(pictures)} pictures.",
-            "Leave image tokens out of the texts, or use a chat template that writes one per picture.",
-        )
-    waiting = iter(pictures)
+    places = {image_token: ("image", pictures), **({} if video_token is None else {video_token: ("video", videos)})}
+    for token, (what, shown) in places.items():
+        if token in reply or ids.count(token) != len(shown):
+            raise InputError(
+                f"The prompt has {[*ids, *reply].count(token)} {what} tokens for {len(shown)} "
+                f"{'pictures' if what == 'image' else 'places of videos'}.",
+                f"Leave {what} tokens out of the texts, or use a chat template that writes one per "
+                f"{'picture' if what == 'image' else 'video'}.",
+            )
+    waiting = {token: iter(shown) for token, (_, shown) in places.items()}
     filled: list[int] = []
-    places = []  # of every id
+    starts = []  # of every id
     for number in ids:
-        places.append(len(filled))
-        filled += next(waiting) if number == image_token else [number]
-    return Row([*filled, *reply], len(filled), tuple(places[index] for index in spoken))
+        starts.append(len(filled))
+        filled += next(waiting[number]) if number in waiting else [number]
+    return Row([*filled, *reply], len(filled), tuple(starts[index] for index in spoken))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base
@@ -245,8 +282,16 @@ def left_pad(
     tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
     image_token: int,
     pixels: dict[str, np.ndarray],
+    video_token: int | None = None,
 ) -> Encoded:
     """Bring rows to one length; padding stands on the left, so that generation continues every row on the right.
+
+    Args:
+        rows: The rows.
+        tokenizer: Names the padding.
+        image_token: The token of a picture's feature.
+        pixels: As in `Encoded`.
+        video_token: The token of a video's feature.
 
     Example:
         >>> from types import SimpleNamespace
@@ -258,8 +303,9 @@ def left_pad(
     length = max(len(row.ids) for row in rows)
     # masked everywhere, so any valid token will do where the tokenizer names none
     pad = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-    if pad == image_token:  # counted as pictures, it would be: fine-tuning leaves such padding
-        pad = 0 if image_token else 1
+    features = [image_token] if video_token is None else [image_token, video_token]
+    if pad in features:  # counted as pictures, it would be: fine-tuning leaves such padding
+        pad = next(number for number in range(3) if number not in features)
     input_ids = np.full((len(rows), length), pad, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
     answer_mask = np.zeros((len(rows), length), bool)
@@ -269,4 +315,4 @@ def left_pad(
         attention_mask[number, start:] = 1
         answer_mask[number, start + row.prompt_length :] = True
         answer_mask[number, [start + place for place in row.earlier]] = True
-    return Encoded(input_ids, attention_mask, input_ids == image_token, answer_mask, pixels)
+    return Encoded(input_ids, attention_mask, np.isin(input_ids, features), answer_mask, pixels)

@@ -204,13 +204,13 @@ def render_turns(tokenizer: Any, turns: Sequence[Turn], as_parts: bool) -> str: 
 
 
 def _parts(turn: Turn) -> list[dict[str, str]]:
-    """A turn as chat templates of vision-language models read it: pictures between pieces of text."""
+    """A turn as chat templates of vision-language models read it: pictures and videos between pieces of text."""
     parts: list[dict[str, str]] = []
     start = 0
-    for mark in turn.marks:
+    for number, mark in enumerate(turn.marks):
         if mark > start:
             parts.append({"type": "text", "text": turn.text[start:mark]})
-        parts.append({"type": "image"})
+        parts.append({"type": "video" if number in turn.videos else "image"})
         start = mark
     if start < len(turn.text) or start == 0:
         parts.append({"type": "text", "text": turn.text[start:]})
@@ -246,7 +246,7 @@ def _mapped(turn: Turn, change: Any) -> Turn:  # noqa: ANN401 - a function of te
     """A turn with other text; marks stay between the same characters unless they split a special token."""
     changed = [change(piece) for piece in _pieces(turn)]
     ends = [sum(map(len, changed[: count + 1])) for count in range(len(turn.marks))]
-    return Turn(turn.role, "".join(changed), tuple(ends))
+    return Turn(turn.role, "".join(changed), tuple(ends), turn.videos)
 
 
 def _in_pieces(tokenizer: Any, prompt: str, special: re.Pattern[str], texts: dict[str, str]) -> list[int]:  # noqa: ANN401

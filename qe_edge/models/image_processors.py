@@ -179,7 +179,9 @@ def load_image_processor(source: str, model_type: str, values: type[PictureValue
     return processor
 
 
-def check_equal(source: str, key: str, processor: object, config: object) -> None:
+def check_equal(
+    source: str, key: str, processor: object, config: object, name: str = "preprocessor_config.json"
+) -> None:
     """Refuse an image processor that was made for another vision encoder.
 
     Args:
@@ -187,6 +189,7 @@ def check_equal(source: str, key: str, processor: object, config: object) -> Non
         key: Name of the value.
         processor: The processor's value.
         config: The vision encoder's.
+        name: The file that the value is from.
 
     Raises:
         ModelError: If they differ.
@@ -201,7 +204,6 @@ def check_equal(source: str, key: str, processor: object, config: object) -> Non
     """
     if processor != config:
         raise ModelError(
-            f"In preprocessor_config.json of '{source}' {key} is {processor}; the vision encoder of config.json has "
-            f"{config}.",
-            "Copy preprocessor_config.json and config.json from the same model.",
+            f"In {name} of '{source}' {key} is {processor}; the vision encoder of config.json has {config}.",
+            f"Copy {name} and config.json from the same model.",
         )

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qe_edge.models.family import GraphSpec
+from qe_edge.models.family import Encoded, GraphSpec
 from qe_edge.models.qwen_vl import QwenVL
+from qe_edge.models.qwen_vl_videos import Qwen25Videos
 from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Qwen25VL(QwenVL):
         "Qwen2_5_VLPatchMerger": "merger",
         "Qwen2_5_VLDecoderLayer": "language",
     }
+
+    videos = Qwen25Videos
+
+    def position_ids(self, encoded: Encoded) -> np.ndarray:
+        """M-RoPE positions `[3, batch, sequence]`; a second of a video is `tokens_per_second` positions."""
+        return self.runs.positions(encoded, self.config.vision_config.tokens_per_second)
 
     def frame_feeds(self, height: int, width: int) -> dict[str, np.ndarray]:
         """Which groups of patches stand in which window.

@@ -1,10 +1,12 @@
-"""What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share: patches of pictures of any size, a merger of 2 x 2 patches, M-RoPE."""
+"""What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share: patches of pictures and videos of any size, 2 x 2 merged, M-RoPE."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,11 +18,15 @@ from qe_edge.models.batching import (
     naming,
     prepare_pictures,
 )
+from qe_edge.models.chat import Rewrite, as_it_is
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, ModelFamily, Sample
 from qe_edge.models.image_processors import PatchValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.qwen_vl_tokens import IMAGE, VIDEO, TokenRuns
+from qe_edge.models.qwen_vl_videos import QwenVideos
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.models.video_values import FILE, VideoValues, load_video_values, write_video_values
 from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -33,16 +39,23 @@ if TYPE_CHECKING:
 else:
     qwen_vl_pictures = lazy_module("qe_edge.models.qwen_vl_pictures")
 
+GRIDS = ("image_grid_thw", "video_grid_thw")
+VALUES = {IMAGE: "pixel_values", VIDEO: "pixel_values_videos"}
+
 
 class QwenVL(ModelFamily):
     """A family that reads pictures as Qwen2-VL does.
 
     Class attributes:
         groups: "visual", "merger" or "language" by the name of a class that is a block.
+        videos: What prepares its videos.
+        times_apart: Whether each step of time of a video has tokens of its own.
     """
 
     picture_unit = "patches"
     groups: ClassVar[dict[str, str]]
+    videos: ClassVar[type[QwenVideos]] = QwenVideos
+    times_apart: ClassVar[bool] = False
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Vision blocks, the patch merger, decoder layers; found by class, not by path."""
@@ -53,7 +66,7 @@ class QwenVL(ModelFamily):
         ]
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
-        """Tokenizer and the PIL image processor of `folder`."""
+        """Tokenizer, the PIL image processor and the settings of videos of `folder`."""
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
         take_processor_template(tokenizer, folder)
         image_processor = load_image_processor(folder, "qwen2_vl", PatchValues)
@@ -62,25 +75,67 @@ class QwenVL(ModelFamily):
         check_equal(folder, "merge_size", image_processor.merge_size, vision.spatial_merge_size)
         check_equal(folder, "temporal_patch_size", image_processor.temporal_patch_size, vision.temporal_patch_size)
         check_chat_template(tokenizer, folder, self.config.image_token_id)
-        return VisionLanguageProcessor(tokenizer, image_processor)
+        values = self._video_values(folder)
+        if values is not None:
+            check_equal(folder, "patch_size", values.patch_size, vision.patch_size, FILE)
+            check_equal(folder, "merge_size", values.merge_size, vision.spatial_merge_size, FILE)
+            check_equal(folder, "temporal_patch_size", values.temporal_patch_size, vision.temporal_patch_size, FILE)
+        context = self.config.get_text_config().max_position_embeddings
+        videos = None if values is None else self.videos(values, max_tokens=context)
+        return VisionLanguageProcessor(tokenizer, image_processor, videos)
+
+    def _video_values(self, folder: str) -> VideoValues | None:
+        return load_video_values(folder, self.videos.defaults, pixel_keys=self.videos.pixel_keys)
+
+    def save_processor(self, processor: VisionLanguageProcessor, folder: Path) -> None:
+        """Write tokenizer, image processor and the settings of videos beside a checkpoint or engine."""
+        super().save_processor(processor, folder)
+        videos = processor.video_processor
+        if videos is not None and self._video_values(str(folder)) != videos.values:
+            write_video_values(videos.values, folder)
 
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
-        """One left-padded batch; each picture's image token is repeated once per merged patch."""
-        pixels = prepare_pictures(processor.image_processor, samples)
-        grids = iter(pixels.get("image_grid_thw", []))
+        """One left-padded batch; each picture's or video's token is repeated once per merged patch."""
+        pixels = prepare_pictures(processor.image_processor, samples, processor.video_processor)
+        grids = {name: iter(pixels.get(name, np.zeros((0, 3), np.int64)).tolist()) for name in GRIDS}
+        seconds = iter(pixels.pop("frame_seconds", np.zeros(0)).tolist())
         merge = self.config.vision_config.spatial_merge_size**2
-        image = self.config.image_token_id
+        image, video = self.config.image_token_id, self.config.video_token_id
         rows = []
         context = self.config.get_text_config().max_position_embeddings
         for sample in samples:
-            pictures = [[image] * (int(np.prod(next(grids))) // merge) for _ in sample.pictures]
+            pictures = [[image] * (math.prod(next(grids[GRIDS[0]])) // merge) for _ in sample.pictures]
+            shown = [next(grids[GRIDS[1]]) for _ in sample.videos]
+            times = [list(itertools.islice(seconds, steps)) for steps, _, _ in shown]
+            apart = [steps if self.times_apart else 1 for steps, _, _ in shown]
+            counts = [
+                math.prod(grid) // merge // parts for grid, parts in zip(shown, apart, strict=True) for _ in range(parts)
+            ]
             with naming(sample):
-                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                row = encode_row(
+                    processor.tokenizer,
+                    sample,
+                    image,
+                    pictures,
+                    answer=answers,
+                    rewrite=self.with_times(processor.tokenizer, times),
+                    video_token=video,
+                    videos=[[video] * count for count in counts],
+                )
                 check_length(row, context, "A prompt")
             rows.append(row)
-        return left_pad(rows, processor.tokenizer, image, pixels)
+        return left_pad(rows, processor.tokenizer, image, pixels, video)
+
+    def with_times(self, tokenizer: Any, times: Sequence[Sequence[float]]) -> Rewrite:  # noqa: ANN401, ARG002
+        """What the family does to a rendered prompt before it is tokenized.
+
+        Args:
+            tokenizer: Of transformers.
+            times: For every video the seconds at which its steps of time were taken.
+        """
+        return as_it_is
 
     def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of the model's forward."""
@@ -88,50 +143,38 @@ class QwenVL(ModelFamily):
             "input_ids": encoded.input_ids,
             "attention_mask": encoded.attention_mask,
             **encoded.pixels,
-            "mm_token_type_ids": encoded.image_mask.astype(np.int64),
+            "mm_token_type_ids": self.runs.kinds(encoded),
         }
+
+    @property
+    def runs(self) -> TokenRuns:
+        """Finds the tokens of pictures and videos."""
+        merge = self.config.vision_config.spatial_merge_size
+        return TokenRuns(merge, self.config.video_token_id, apart=self.times_apart)
 
     def position_ids(self, encoded: Encoded) -> np.ndarray:
         """M-RoPE positions `[3, batch, sequence]`: text counts on, a picture spans its grid of merged patches."""
-        grids = iter(encoded.pixels.get("image_grid_thw", []))
-        merge = self.config.vision_config.spatial_merge_size
-        positions = np.zeros((3, *encoded.input_ids.shape), np.int64)
-        for row, (mask, images) in enumerate(zip(encoded.attention_mask, encoded.image_mask, strict=True)):
-            parts: list[np.ndarray] = []
-            current = 0
-            for is_image, run in itertools.groupby(images[mask.astype(bool)]):
-                length = len(list(run))
-                if not is_image:
-                    parts.append(np.tile(np.arange(current, current + length), (3, 1)))
-                    current += length
-                    continue
-                while length:
-                    frames, height, width = (int(size) for size in next(grids))
-                    shape = (frames, height // merge, width // merge)
-                    parts.append(np.indices(shape).reshape(3, -1) + current)
-                    current += max(height, width) // merge
-                    length -= int(np.prod(shape))
-            valid = np.concatenate(parts, axis=1)
-            positions[:, row, mask.astype(bool)] = valid
-        return positions
+        return self.runs.positions(encoded)
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
-        """Patches of every picture, and of every frame: they attend to nothing outside of it.
+        """Patches of every picture, and of every pair of frames: they attend to nothing outside of it.
 
         Patches come in groups of those that become one token: `pixel_values` float32 `[groups, patches, values]`;
         `position_ids` int64 `[groups, patches, 2]`, row and column; and what `frame_feeds` adds.
         """
         merge = self.config.vision_config.spatial_merge_size
-        pixels = encoded.pixels["pixel_values"].astype(np.float32, copy=False)
-        pixels = pixels.reshape(-1, merge**2, pixels.shape[-1])
+        patches = {kind: _in_rows(encoded.pixels.get(name), merge) for kind, name in VALUES.items()}
+        starts = dict.fromkeys(VALUES, 0)
         feeds: list[dict[str, np.ndarray]] = []
-        start = 0
-        for frames, height, width in encoded.pixels["image_grid_thw"].tolist():
+        for run in itertools.chain.from_iterable(self.runs.of(encoded)):
+            frames, height, width = run.grid
+            if not frames:
+                continue
             shared = {"position_ids": in_groups(np.indices((height, width)), merge), **self.frame_feeds(height, width)}
             for _ in range(frames):
-                end = start + height * width // merge**2
-                feeds.append({"pixel_values": pixels[start:end], **shared})
-                start = end
+                start = starts[run.kind]
+                end = starts[run.kind] = start + height * width // merge**2
+                feeds.append({"pixel_values": patches[run.kind][start:end], **shared})
         return feeds
 
     def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
@@ -145,6 +188,13 @@ class QwenVL(ModelFamily):
     def frame_feeds(self, height: int, width: int) -> dict[str, np.ndarray]:  # noqa: ARG002 - for families that need more
         """Further inputs of the visual encoder for a frame of `height` x `width` patches."""
         return {}
+
+
+def _in_rows(pixels: np.ndarray | None, merge: int) -> np.ndarray:
+    """Patches `[patches, values]` as float32 `[groups, patches of a group, values]`."""
+    if pixels is None:
+        return np.zeros((0, merge**2, 0), np.float32)
+    return pixels.astype(np.float32, copy=False).reshape(-1, merge**2, pixels.shape[-1])
 
 
 def in_groups(values: np.ndarray, merge: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,10 +12,12 @@ from PIL import Image
 
 from qe_edge.models.images import Picture
 from qe_edge.models.texts import check_text
+from qe_edge.models.videos import Video
 from qe_edge.system.errors import InputError
 
 TEXT = "text"  # kind of a sample that is running text, not a question to be put into a chat template
 Role = Literal["system", "user", "assistant"]
+Shown = Picture | Video
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Turn:
     Attributes:
         role: Who speaks: "system", "user" or "assistant".
         text: The words.
-        marks: Where in `text` pictures stand: for each the number of characters before it, in ascending order.
+        marks: Where in `text` pictures and videos stand: for each the number of characters before it, in ascending
+            order.
+        videos: Which of the marks are a video's, by their numbers. A sample fills it in.
 
     Raises:
         InputError: If a role is unknown, a text no valid text, or a mark lies outside it.
@@ -34,6 +38,7 @@ class Turn:
     role: Role
     text: str
     marks: tuple[int, ...] = ()
+    videos: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
@@ -44,12 +49,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with a question, and what is known about the answer; or running text; or a picture alone.
+    """A picture or video with a question, and what is known about the answer; or running text; or a picture alone.
 
     Attributes:
-        image: The picture: path of a file, PIL image, array or the bytes of a file (see `qe_edge.models.images`), or
-            several of them in a sequence, in the order of their places in the conversation; None for a text-only
-            sample. A path is kept as `Path`, several pictures as a tuple, one picture in a sequence as it is alone.
+        image: The picture: path of a file, PIL image, array or the bytes of a file (see `qe_edge.models.images`); a
+            `qe_edge.models.videos.Video`; or several of both in a sequence, in the order of their places in the
+            conversation; None for a text-only sample. A path is kept as `Path`, several in a sequence as a tuple, one
+            in a sequence as it is alone.
         question: The question or instruction; the text itself where `kind` is "text".
         answer: The reference answer, or None.
         kind: "open", "yesno" or "" when unknown; accuracy is reported apart. "text" for running text.
@@ -57,8 +63,8 @@ class Sample:
         answers: All right answers; an answer counts as right if it is one of them. `answer` is the first of them where
             it is not given, and is one of them where it is.
         earlier: Turns of the conversation before the question.
-        marks: Where in `question` pictures stand, as in `Turn`. Pictures that neither `earlier` nor `marks` place stand
-            before the question.
+        marks: Where in `question` pictures and videos stand, as in `Turn`. Those that neither `earlier` nor `marks`
+            place stand before the question.
         origin: Where the sample came from, for messages; equality does not look at it.
 
     Raises:
@@ -69,7 +75,7 @@ class Sample:
         'teal'
     """
 
-    image: Picture | Sequence[Picture] | None
+    image: Shown | Sequence[Shown] | None
     question: str
     answer: str | None = None
     kind: str = ""
@@ -80,8 +86,8 @@ class Sample:
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        pictures = _pictures(self.image)
-        self._set("image", pictures[0] if len(pictures) == 1 else pictures or None)
+        media = _media(self.image)
+        self._set("image", media[0] if len(media) == 1 else media or None)
         check_text(self.question, "A question")
         for name in ("kind", "topic", "origin"):
             if not isinstance(getattr(self, name), str):
@@ -98,15 +104,25 @@ class Sample:
         self._set("earlier", tuple(self.earlier))
         self._set("marks", tuple(self.marks))
         _check_marks(self.marks, self.question)
-        placed = sum(len(turn.marks) for turn in self.conversation)
-        if placed != len(pictures):
-            raise InputError(f"A sample places {placed} pictures and has {len(pictures)}.", "Correct its marks.")
+        placed = sum(len(turn.marks) for turn in (*self.earlier, self._last))
+        if placed != len(media):
+            raise InputError(f"A sample places {placed} pictures and has {len(media)}.", "Correct its marks.")
         self._set("marks", tuple(mark for mark in self.marks if mark))  # the others stand before the question anyway
 
     @property
+    def media(self) -> tuple[Shown, ...]:
+        """All pictures and videos, in the order of their places."""
+        return _media(self.image)
+
+    @property
     def pictures(self) -> tuple[Picture, ...]:
-        """All pictures, in the order of their places."""
-        return _pictures(self.image)
+        """The pictures alone."""
+        return tuple(shown for shown in self.media if not isinstance(shown, Video))
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """The videos alone."""
+        return tuple(shown for shown in self.media if isinstance(shown, Video))
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -115,27 +131,38 @@ class Sample:
 
     @property
     def conversation(self) -> tuple[Turn, ...]:
-        """The earlier turns and the question as the last one, with every picture in its place."""
+        """The earlier turns and the question as the last one, with every picture and video in its place."""
+        waiting = iter(self.media)
+        turns: list[Turn] = []
+        for turn in (*self.earlier, self._last):
+            shown = [next(waiting, None) for _ in turn.marks]
+            videos = tuple(number for number, one in enumerate(shown) if isinstance(one, Video))
+            turns.append(turn if turn.videos == videos else replace(turn, videos=videos))
+        return tuple(turns)
+
+    @property
+    def _last(self) -> Turn:
         placed = sum(len(turn.marks) for turn in self.earlier) + len(self.marks)
-        unplaced = (0,) * (len(self.pictures) - placed)
-        return (*self.earlier, Turn("user", self.question, (*unplaced, *self.marks)))
+        unplaced = (0,) * (len(self.media) - placed)
+        return Turn("user", self.question, (*unplaced, *self.marks))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
 
-def _pictures(image: Picture | Sequence[Picture] | None) -> tuple[Picture, ...]:
+def _media(image: Shown | Sequence[Shown] | None) -> tuple[Shown, ...]:
     if image is None:
         return ()
     parts = list(image) if isinstance(image, list | tuple) else [image]
-    pictures: list[Picture] = []
+    media: list[Shown] = []
     for part in parts:
-        if not isinstance(part, Path | str | Image.Image | np.ndarray | bytes):
+        if not isinstance(part, Path | str | Image.Image | np.ndarray | bytes | Video):
             raise InputError(
-                f"A picture is a {type(part).__name__}.", "Give a path, a PIL image, an array, or the bytes of a file."
+                f"A picture is a {type(part).__name__}.",
+                "Give a path, a PIL image, an array, the bytes of a file, or a Video.",
             )
-        pictures.append(Path(part) if isinstance(part, str) else part)
-    return tuple(pictures)
+        media.append(Path(part) if isinstance(part, str) else part)
+    return tuple(media)
 
 
 def _check_marks(marks: tuple[int, ...], text: str) -> None:
