@@ -1,6 +1,8 @@
 r"""Reads one line of a JSONL file. Every key and every value is understood or refused.
 
-Three forms, whose pictures are `image` or `images`, one path or a list of paths:
+Three forms, whose pictures are `image` or `images`, one path or a list of paths, and whose videos are `video`, or
+`videos` in a list; a video is the path of a folder or file, a list of paths of frames, or either under `frames` in a
+table beside `fps`:
 
 - `{"image": ..., "question": ..., "answer": ...}`, of which `answer` and one of the others may be missing;
 - `{"image": ..., "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", ...}]}`, as
@@ -11,21 +13,30 @@ Three forms, whose pictures are `image` or `images`, one path or a list of paths
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qe_edge.calibration.captions import CAPTION_PROMPT, IMAGE_MARK
 from qe_edge.models.images import is_file
-from qe_edge.models.messages import ADDRESS, Marks, Spoken, as_text, named, place_pictures, read_turns
-from qe_edge.models.samples import TEXT, Sample, Turn
+from qe_edge.models.messages import ADDRESS, Marks, Place, Spoken, as_text, filled, named, read_turns
+from qe_edge.models.samples import TEXT, Sample, Shown, Turn
 from qe_edge.models.texts import shortened
+from qe_edge.models.videos import Video
 from qe_edge.system.errors import CalibrationError, InputError
 from qe_edge.system.json_files import parse_json
 
 PICTURE_KEYS = ("image", "images")
+VIDEO_KEYS = ("video", "videos")
+VIDEO_MARK = "<video>"
+IMAGE_MARKS = re.compile(re.escape(IMAGE_MARK))
+ALL_MARKS = re.compile(f"{re.escape(IMAGE_MARK)}|{VIDEO_MARK}")
+MARK = "<{}> mark"
 CONVERSATION_KEYS = ("conversations", "messages")
-KEYS = (*PICTURE_KEYS, "question", "answer", "answers", *CONVERSATION_KEYS, "text", "kind", "topic")
+KEYS = (*PICTURE_KEYS, *VIDEO_KEYS, "question", "answer", "answers", *CONVERSATION_KEYS, "text", "kind", "topic")
 IGNORED = ("id", "question_id", "image_id", "dataset", "source", "split", "metadata")  # they say nothing to a model
+FILM = 'Name a folder, a file or a list of frames, or write {"frames": ..., "fps": 2}.'
 FORM = 'Each line is JSON: {"image": ..., "question": ..., "answer": ...}, or {"text": ...} alone.'
 
 
@@ -48,8 +59,8 @@ def read_line(line: str, path: Path, number: int) -> Sample:
         Traceback (most recent call last):
             ...
         qe_edge.system.errors.CalibrationError: Line 2 of 'data.jsonl' has the unknown key 'quesion'. Did you mean
-        'question'? Known: image, images, question, answer, answers, conversations, messages, text, kind, topic;
-        ignored: id, question_id, image_id, dataset, source, split, metadata.
+        'question'? Known: image, images, video, videos, question, answer, answers, conversations, messages, text,
+        kind, topic; ignored: id, question_id, image_id, dataset, source, split, metadata.
     """
     where = f"Line {number} of '{path}'"
     entry = parse_json(line, f"Line {number} of {path}", CalibrationError, FORM, strict=True)
@@ -72,7 +83,7 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
                 f"{hint}Known: {', '.join(KEYS)}; ignored: {', '.join(IGNORED)}.",
             )
     used = {key for key in KEYS if entry.get(key) is not None}
-    for one, other in (("image", "images"), CONVERSATION_KEYS, *((key, "question") for key in CONVERSATION_KEYS)):
+    for one, other in (PICTURE_KEYS, VIDEO_KEYS, CONVERSATION_KEYS, *((key, "question") for key in CONVERSATION_KEYS)):
         if {one, other} <= used:
             raise CalibrationError(f"{where} has both '{one}' and '{other}'.", "Keep one of them.")
     beside = sorted(used - {"text", "kind", "topic"})
@@ -91,29 +102,57 @@ def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
     for key in PICTURE_KEYS:
         value = entry.get(key)
         pictures += value if isinstance(value, list) else [] if value is None else [value]
+    films = [] if entry.get("video") is None else [entry["video"]]
+    if entry.get("videos") is not None:
+        if not isinstance(entry["videos"], list):
+            raise InputError("'videos' is no list.", "Write one video as 'video'.")
+        films = entry["videos"]
     answers = _answers(entry)
     form = next((key for key in CONVERSATION_KEYS if entry.get(key) is not None), None)
+    read_text = _marked_with_videos if films else _marked
     if form is None:
-        question = entry.get("question", CAPTION_PROMPT if pictures else None)
+        question = entry.get("question", CAPTION_PROMPT if pictures or films else None)
         if question is None:
             raise InputError("It asks nothing.", FORM)
-        turns: list[Spoken] = [("user", *_marked(as_text(question, "question")))]
+        text, marks, places = read_text(as_text(question, "question"))
+        turns: list[Spoken] = [("user", text, marks)]
     else:
-        turns, inside = read_turns(entry[form], form, _marked)
-        if inside and pictures:
+        turns, places = read_turns(entry[form], form, read_text)
+    media = _placed(turns, places, pictures, films, form, folder)
+    if form is not None and turns[-1][0] == "assistant":
+        _, reply, _ = turns.pop()
+        if answers:
+            raise InputError(f"'{form}' ends with an answer, and there is another beside it.", "Keep one of them.")
+        answers = [reply]
+    return _assembled(turns, media, answers, labels, where)
+
+
+def _placed(
+    turns: list[Spoken],
+    places: list[Place],
+    pictures: list[Any],
+    films: list[Any],
+    form: str | None,
+    folder: Path,
+) -> list[Shown]:
+    """The pictures and videos of a line in the order of their places."""
+    if any(place.source is not None for place in places):
+        if pictures or films:
             raise InputError(f"Pictures are named in '{form}' and beside it.", "Name them in one place.")
-        pictures = pictures or inside
-        if turns[-1][0] == "assistant":
-            _, reply, _ = turns.pop()
-            if answers:
-                raise InputError(f"'{form}' ends with an answer, and there is another beside it.", "Keep one of them.")
-            answers = [reply]
-    return _assembled(turns, [_picture(path, folder) for path in pictures], answers, labels, where)
+        if any(place.source is None for place in places):
+            raise InputError("A part names no picture.", "Name one in each part, or all beside the conversation.")
+        sources = [(place.kind, place.source, place.fps) for place in places]
+    else:
+        still, moving = (
+            [(kind, one, None) for one in given] for kind, given in (("image", pictures), ("video", films))
+        )
+        sources = filled(turns, places, still, moving, MARK)
+    return [_picture(one, folder) if kind == "image" else _film(one, fps, folder) for kind, one, fps in sources]
 
 
 def _assembled(
     turns: list[Spoken],
-    pictures: list[Path],
+    media: list[Shown],
     answers: list[str],
     labels: dict[str, str],
     where: str,
@@ -121,10 +160,9 @@ def _assembled(
     """The sample of a conversation that ends with the question."""
     if not turns or turns[-1][0] != "user":
         raise InputError("The conversation has no question of the user before its end.", "End it with one.")
-    place_pictures(turns, len(pictures), f"{IMAGE_MARK} mark")
     _, question, places = turns.pop()
     return Sample(
-        pictures,
+        media,
         question,
         answers=tuple(answers),
         earlier=tuple(Turn(*turn) for turn in turns),
@@ -134,11 +172,11 @@ def _assembled(
     )
 
 
-def _marked(text: str) -> tuple[str, Marks]:
+def _marked(text: str, marks: re.Pattern[str] = IMAGE_MARKS) -> tuple[str, Marks, list[Place]]:
     """A text without the marks of its pictures, and where they stood; space around marks at its ends goes too."""
-    pieces = text.split(IMAGE_MARK)
+    pieces = marks.split(text)
     if len(pieces) == 1:
-        return text, ()
+        return text, (), []
     first = next((index for index, piece in enumerate(pieces) if piece.strip()), 0)
     last = next((index for index in reversed(range(len(pieces))) if pieces[index].strip()), 0)
     for index, piece in enumerate(pieces):
@@ -148,8 +186,14 @@ def _marked(text: str) -> tuple[str, Marks]:
         pieces[first] = pieces[first].lstrip()
     if last < len(pieces) - 1:
         pieces[last] = pieces[last].rstrip()
-    places = [sum(map(len, pieces[: count + 1])) for count in range(len(pieces) - 1)]
-    return "".join(pieces), tuple(places)
+    ends = [sum(map(len, pieces[: count + 1])) for count in range(len(pieces) - 1)]
+    places = [Place("video" if found == VIDEO_MARK else "image") for found in marks.findall(text)]
+    return "".join(pieces), tuple(ends), places
+
+
+def _marked_with_videos(text: str) -> tuple[str, Marks, list[Place]]:
+    """As `_marked`, in a line that names videos."""
+    return _marked(text, ALL_MARKS)
 
 
 def _answers(entry: dict[str, Any]) -> list[str]:
@@ -178,24 +222,54 @@ def _label(value: Any, key: str) -> str:  # noqa: ANN401 - any JSON value
     return "" if value is None else as_text(value, key)
 
 
+def _film(value: Any, fps: Any, folder: Path) -> Video:  # noqa: ANN401 - any JSON value
+    """The video that a line names: a path, a list of paths, or either with its rate in a table."""
+    every_frame = False
+    if isinstance(value, dict):
+        if not set(value) <= {"frames", "fps", "every_frame"} or "frames" not in value:
+            raise InputError("A video is a table of other keys than 'frames', 'fps' and 'every_frame'.", FILM)
+        value, fps, every_frame = value["frames"], value.get("fps", fps), value.get("every_frame", False)
+        if not isinstance(every_frame, bool):
+            raise InputError("'every_frame' of a video is neither true nor false.", "Write true or false.")
+    if isinstance(value, list):
+        return Video([_picture(frame, folder) for frame in value], fps, every_frame)
+    if not isinstance(value, str):
+        raise InputError(f"A video is {named(value)}.", FILM)
+    return Video(_inside(value, folder, "video", is_there), fps, every_frame)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path is a file or a folder.
+
+    Example:
+        >>> is_there(Path(".")), is_there(Path("missing.gif"))
+        (True, False)
+    """
+    return is_file(path) or path.is_dir()
+
+
 def _picture(value: Any, folder: Path) -> Path:  # noqa: ANN401 - any JSON value
     """The file that a line names, inside `folder`."""
     if not isinstance(value, str):
         raise InputError(f"A picture is {named(value)}, not a path.", "Name the picture's file.")
+    return _inside(value, folder, "picture", is_file)
+
+
+def _inside(value: str, folder: Path, what: str, exists: Callable[[Path], bool]) -> Path:
     shown = shortened(value)
     address = ADDRESS.match(value)
     if address:
-        remedies = {"data": "Save the picture as a file", "file": "Write the path without 'file:'"}
+        remedies = {"data": f"Save the {what} as a file", "file": "Write the path without 'file:'"}
         raise InputError(
-            f"Its picture '{shown}' is an address, not a file.",
-            f"{remedies.get(address.group(1).lower(), 'Download the picture')}, and name the file.",
+            f"Its {what} '{shown}' is an address, not a file.",
+            f"{remedies.get(address.group(1).lower(), f'Download the {what}')}, and name the file.",
         )
     try:
         target = (folder / value).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # NUL, too long, a circle of links
-        raise InputError(f"Its picture '{shown}' is no path of a file.", "Name the picture's file.") from error
+        raise InputError(f"Its {what} '{shown}' is no path of a file.", f"Name the {what}'s file.") from error
     if not target.is_relative_to(folder):
-        raise InputError(f"Its picture '{shown}' lies outside its folder.", "Put the pictures beside the JSONL file.")
-    if not is_file(target):
-        raise InputError(f"It names the missing picture '{shown}'.", "Add the file or remove the line.")
+        raise InputError(f"Its {what} '{shown}' lies outside its folder.", f"Put the {what}s beside the JSONL file.")
+    if not exists(target):
+        raise InputError(f"It names the missing {what} '{shown}'.", "Add the file or remove the line.")
     return target

@@ -19,6 +19,7 @@ from qe_edge.models.batching import naming
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import is_file, open_image
 from qe_edge.models.texts import is_unicode, shortened
+from qe_edge.models.videos import Video, content_of
 from qe_edge.system.errors import CalibrationError, CommonNotice
 
 DEMO = "demo"
@@ -120,7 +121,7 @@ def check_reached(samples: Sequence[Sample], modules: Sequence[str]) -> None:
         Use samples with pictures, or quantize the language model alone ('--modules language').
     """
     blind = [name for name in modules if name in SEEING]
-    if blind and not any(sample.pictures for sample in samples):
+    if blind and not any(sample.media for sample in samples):
         raise CalibrationError(
             f"No calibration sample has a picture, so no data reaches '{blind[0]}'.",
             "Use samples with pictures, or quantize the language model alone ('--modules language').",
@@ -165,9 +166,14 @@ def hash_samples(samples: Sequence[Sample]) -> str:
     """
     digest = hashlib.sha256()
     for sample in samples:
-        for source in sample.pictures:
+        for shown in sample.media:
             with naming(sample):
-                picture = open_image(source)
+                if isinstance(shown, Video):
+                    digest.update(f"video {shown.fps} {shown.every_frame}".encode())
+                    for part in content_of(shown):
+                        digest.update(part)
+                    continue
+                picture = open_image(shown)
             digest.update(f"{picture.size}".encode())
             digest.update(picture.tobytes())
         # running text and a question of the same words become different tokens
@@ -181,7 +187,8 @@ def _further(sample: Sample) -> list[object]:
     turns = sample.conversation
     if not sample.answers and len(turns) == 1 and not any(turns[0].marks):
         return []
-    return [{"answers": sample.answers, "turns": [asdict(turn) for turn in turns]}]
+    told = [{name: value for name, value in asdict(turn).items() if name != "videos" or value} for turn in turns]
+    return [{"answers": sample.answers, "turns": told}]
 
 
 def _read_path(source: str) -> list[Sample]:

@@ -49,7 +49,7 @@ def prepare_pictures(
     Args:
         image_processor: An image processor of transformers.
         samples: The samples.
-        video_processor: What prepares videos, as `qe_edge.models.qwen_vl_videos` does; None where the model takes no videos.
+        video_processor: What prepares videos, as `qe_edge.models.qwen_vl_videos` does; None where nothing does.
         **options: Options of the image processor.
 
     Raises:

@@ -112,7 +112,7 @@ class CausalLM(ModelFamily):
     def _row(self, tokenizer: Any, sample: Sample, *, answers: bool) -> Row:  # noqa: ANN401 - tokenizers share no base
         if sample.image is not None:
             raise InputError(
-                f"A '{self.model_type}' model reads no pictures.",
+                f"A '{self.model_type}' model reads no {'videos' if sample.videos else 'pictures'}.",
                 'Give lines of {"text": ...}, or questions without an image.',
             )
         spoken: list[int] = []

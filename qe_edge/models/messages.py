@@ -6,11 +6,13 @@ import base64
 import binascii
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qe_edge.models.images import Picture
-from qe_edge.models.samples import Role, Sample, Turn
+from qe_edge.models.samples import Role, Sample, Shown, Turn
 from qe_edge.models.texts import shortened
+from qe_edge.models.videos import Video
 from qe_edge.system.errors import InputError
 
 ROLES: dict[str, Role] = {
@@ -20,24 +22,47 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-SOURCES = ("image", "path", "url", "image_url")  # keys that name a part's picture
+PICTURE, VIDEO = "image", "video"
+SOURCES = {  # keys that name the picture or the video of a part, by the part's type
+    "image": ("image", "path", "url", "image_url"),
+    "image_url": ("image", "path", "url", "image_url"),
+    "video": ("video", "path", "url", "video_url"),
+    "video_url": ("video", "path", "url", "video_url"),
+}
 ADDRESS = re.compile(r"^(\w[\w+.-]+):", re.ASCII)  # of a URL; one letter is a drive of Windows
 MAX_TURNS = 10_000
 
-Marks = tuple[int, ...]  # where pictures stand in a text
+Marks = tuple[int, ...]  # where pictures and videos stand in a text
 Spoken = tuple[Role, str, Marks]  # a turn
-ReadText = Callable[[str], tuple[str, Marks]]
 OpenSource = Callable[[Any], Picture]
 
 
-def plain_text(text: str) -> tuple[str, Marks]:
+@dataclass(frozen=True)
+class Place:
+    """A place of a picture or a video in messages.
+
+    Attributes:
+        kind: "image" or "video".
+        source: What the place names itself; None for the next one that is given beside the messages.
+        fps: Frames per second of a video, if the place says so.
+    """
+
+    kind: str
+    source: Any = None
+    fps: float | None = None
+
+
+ReadText = Callable[[str], tuple[str, Marks, list[Place]]]
+
+
+def plain_text(text: str) -> tuple[str, Marks, list[Place]]:
     """Return a text and no places: no word in it stands for a picture.
 
     Example:
         >>> plain_text("is it red?")
-        ('is it red?', ())
+        ('is it red?', (), [])
     """
-    return text, ()
+    return text, (), []
 
 
 def local_picture(source: Any) -> Picture:  # noqa: ANN401 - whatever a message holds
@@ -91,6 +116,7 @@ def data_bytes(address: str) -> bytes:
 def read_messages(
     messages: Any,  # noqa: ANN401 - from a user
     images: Sequence[Picture] = (),
+    videos: Sequence[Video] = (),
     *,
     open_source: OpenSource = local_picture,
 ) -> Sample:
@@ -98,31 +124,100 @@ def read_messages(
 
     Args:
         messages: A prompt, or a list of `{"role": ..., "content": ...}`; the content is a text, or a list of
-            `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`. OpenAI's
-            `{"type": "image_url", "image_url": {"url": ...}}` is read too. The last message is the user's.
+            `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and `{"type": "video", "video": ...}`,
+            which may say its frames per second under `fps`. OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`
+            is read too, and `video_url` likewise. The last message is the user's.
         images: Pictures for the parts that name none, in order. Without such parts they stand before the user's first
             words.
-        open_source: Opens the picture that a part names.
+        videos: The same for videos; they stand behind the pictures.
+        open_source: Opens the picture, or each frame of the video, that a part names.
 
     Raises:
-        InputError: If a message cannot be read, or there are more or fewer pictures than places for them.
+        InputError: If a message cannot be read, or there are more or fewer pictures or videos than places for them.
 
     Example:
         >>> read_messages([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]).question
         'Hello'
     """
-    pictures: list[Any] = list(images)
     if isinstance(messages, str):
-        return Sample(pictures, messages)
-    turns, named = read_turns(messages, "messages", plain_text)
-    if named and pictures:
-        raise InputError("Pictures are named in the messages and beside them.", "Name them in one place.")
-    pictures = pictures or [open_source(source) for source in named]
-    place_pictures(turns, len(pictures), "image part")
+        return Sample([*images, *videos], messages)
+    turns, places = read_turns(messages, "messages", plain_text)
+    if any(place.source is not None for place in places):
+        if images or videos:
+            raise InputError("Pictures are named in the messages and beside them.", "Name them in one place.")
+        unnamed = sum(place.source is None for place in places)
+        if unnamed:
+            raise InputError(
+                f"It has {len(places)} image parts and {len(places) - unnamed} pictures.",
+                "Write one image part for each picture, and no other.",
+            )
+        media = [_open(place, open_source) for place in places]
+    else:
+        media = filled(turns, places, images, videos, "{} part")
     if turns[-1][0] != "user":
         raise InputError(f"The last message is of the {turns[-1][0]}.", "End with a message of the user.")
     _, question, marks = turns.pop()
-    return Sample(pictures, question, earlier=tuple(Turn(*turn) for turn in turns), marks=marks)
+    return Sample(media, question, earlier=tuple(Turn(*turn) for turn in turns), marks=marks)
+
+
+def read_beside(messages: Any, media: Any) -> Sample:  # noqa: ANN401 - from a user
+    """As `read_messages`, with pictures and videos in one list.
+
+    Args:
+        messages: A prompt or chat messages.
+        media: A picture, a `Video`, a list of both, or None. Beside a prompt they keep their order.
+
+    Raises:
+        InputError: As `read_messages`.
+
+    Example:
+        >>> read_beside("What is this?", ["a.png", Video(["1.png", "2.png"], fps=2)]).videos[0].fps
+        2.0
+    """
+    given = [] if media is None else list(media) if isinstance(media, list | tuple) else [media]
+    opened = [shown if isinstance(shown, Video) else local_picture(shown) for shown in given]
+    if isinstance(messages, str):
+        return Sample(opened, messages)
+    images = [shown for shown in opened if not isinstance(shown, Video)]
+    return read_messages(messages, images, [shown for shown in opened if isinstance(shown, Video)])
+
+
+def filled(
+    turns: list[Spoken], places: Sequence[Place], images: Sequence[Any], videos: Sequence[Any], what: str
+) -> list[Any]:
+    """Bring pictures and videos into the order of their places; without places they stand before the user's words.
+
+    Args:
+        turns: The conversation; changed where there are no places.
+        places: Of all turns, in order.
+        images: The pictures, in order.
+        videos: The videos, in order.
+        what: Name of a place in messages, with {} for "image" or "video".
+
+    Raises:
+        InputError: If there are more or fewer places than pictures or videos, or no user.
+
+    Example:
+        >>> turns = [("system", "Be brief.", ()), ("user", "What differs?", ())]
+        >>> filled(turns, [], ["a.png"], ["b.gif"], what="{} part")
+        ['a.png', 'b.gif']
+        >>> turns[1]
+        ('user', 'What differs?', (0, 0))
+    """
+    if not places:
+        place_pictures(turns, len(images) + len(videos), what.format(PICTURE))
+        return [*images, *videos]
+    given = {PICTURE: list(images), VIDEO: list(videos)}
+    for kind, shown in given.items():
+        count = sum(place.kind == kind for place in places)
+        if count != len(shown):
+            noun = "picture" if kind == PICTURE else "video"
+            raise InputError(
+                f"It has {count} {what.format(kind)}s and {len(shown)} {noun}s.",
+                f"Write one {what.format(kind)} for each {noun}, and no other.",
+            )
+    waiting = {kind: iter(shown) for kind, shown in given.items()}
+    return [next(waiting[place.kind]) for place in places]
 
 
 def place_pictures(turns: list[Spoken], count: int, what: str) -> None:
@@ -154,8 +249,8 @@ def place_pictures(turns: list[Spoken], count: int, what: str) -> None:
         )
 
 
-def read_turns(value: Any, key: str, read_text: ReadText) -> tuple[list[Spoken], list[Any]]:  # noqa: ANN401
-    """The turns of a conversation, and the pictures that it names itself.
+def read_turns(value: Any, key: str, read_text: ReadText) -> tuple[list[Spoken], list[Place]]:  # noqa: ANN401
+    """The turns of a conversation, and its places of pictures and videos.
 
     Args:
         value: A list of turns.
@@ -168,13 +263,13 @@ def read_turns(value: Any, key: str, read_text: ReadText) -> tuple[list[Spoken],
     Example:
         >>> parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]
         >>> read_turns([{"role": "user", "content": parts}], "messages", plain_text)
-        ([('user', 'What is it?', (0,))], ['a.png'])
+        ([('user', 'What is it?', (0,))], [Place(kind='image', source='a.png', fps=None)])
     """
     speaker, words = ("from", "value") if key == "conversations" else ("role", "content")
     if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_TURNS:
         raise InputError(f"'{key}' is no list of turns.", f'Write [{{"{speaker}": ..., "{words}": ...}}, ...].')
     turns: list[Spoken] = []
-    pictures: list[Any] = []
+    places: list[Place] = []
     for turn in value:
         if not isinstance(turn, dict) or set(turn) != {speaker, words}:
             raise InputError(f"A turn of '{key}' has not just '{speaker}' and '{words}'.", "Write these two keys.")
@@ -183,35 +278,60 @@ def read_turns(value: Any, key: str, read_text: ReadText) -> tuple[list[Spoken],
             raise InputError(f"There is no speaker '{shortened(str(role))}'.", f"Known: {', '.join(ROLES)}.")
         if isinstance(turn[words], list | tuple):
             text, marks, named = _parts(turn[words], key)
-            pictures += named
         else:
-            text, marks = read_text(as_text(turn[words], words))
+            text, marks, named = read_text(as_text(turn[words], words))
+        places += named
         turns.append((ROLES[role], text, marks))
     if any(marks for role, _, marks in turns if role != "user"):
         raise InputError("A picture stands in a turn that is not the user's.", "Show pictures in the user's turns.")
-    return turns, pictures
+    return turns, places
 
 
-def _parts(parts: Sequence[Any], key: str) -> tuple[str, Marks, list[Any]]:
-    """A turn as a list of texts and pictures: its text, the places of its pictures, and what they name."""
-    text, marks, pictures = "", [], []
+def _parts(parts: Sequence[Any], key: str) -> tuple[str, Marks, list[Place]]:
+    """A turn as a list of texts, pictures and videos: its text, and their places."""
+    text, marks, places = "", [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         rest = {name: value for name, value in part.items() if name != "type"} if kind else {}
         if kind == "text" and set(rest) == {"text"}:
             text += as_text(rest["text"], "text")
             continue
+        film = isinstance(kind, str) and kind.startswith(VIDEO)
+        fps = rest.pop("fps", None) if film else None
         source = next(iter(rest.values()), None)
         if isinstance(source, dict) and "url" in source and set(source) <= {"url", "detail"}:
             source = source["url"]  # OpenAI's detail has no counterpart: a model has one way to read a picture
-        if kind not in ("image", "image_url") or len(rest) > 1 or not set(rest) <= set(SOURCES):
+        if not isinstance(kind, str) or kind not in SOURCES or len(rest) > 1 or not set(rest) <= set(SOURCES[kind]):
             raise InputError(
-                f"A part of '{key}' is neither text nor a picture.",
-                'Write {"type": "text", "text": ...} or {"type": "image", "image": ...}.',
+                f"A part of '{key}' is neither text nor a picture nor a video.",
+                'Write {"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "video", ...}.',
             )
         marks.append(len(text))
-        pictures += [] if source is None else [source]
-    return text, tuple(marks), pictures
+        places.append(Place(VIDEO if film else PICTURE, source, fps))
+    return text, tuple(marks), places
+
+
+def _open(place: Place, open_source: OpenSource) -> Shown:
+    if place.kind == PICTURE:
+        return open_source(place.source)
+    if isinstance(place.source, Video):
+        return place.source
+    return as_video(place.source, place.fps, open_source)
+
+
+def as_video(source: Any, fps: float | None, open_source: OpenSource = local_picture) -> Video:  # noqa: ANN401
+    """The video that a user names: one path, frames in a list or an array, or the bytes of an animated picture.
+
+    Raises:
+        InputError: If it is none of these.
+
+    Example:
+        >>> as_video(["0001.png", "0002.png"], fps=2).fps
+        2.0
+    """
+    if isinstance(source, list | tuple):
+        return Video([open_source(frame) for frame in source], fps)
+    return Video(open_source(source), fps)
 
 
 def as_text(value: Any, key: str) -> str:  # noqa: ANN401 - any value

@@ -33,6 +33,7 @@ class Qwen25VL(QwenVL):
     }
 
     videos = Qwen25Videos
+    counts_seconds = True
 
     def position_ids(self, encoded: Encoded) -> np.ndarray:
         """M-RoPE positions `[3, batch, sequence]`; a second of a video is `tokens_per_second` positions."""

@@ -50,12 +50,14 @@ class QwenVL(ModelFamily):
         groups: "visual", "merger" or "language" by the name of a class that is a block.
         videos: What prepares its videos.
         times_apart: Whether each step of time of a video has tokens of its own.
+        counts_seconds: Whether positions of a video follow from its seconds.
     """
 
     picture_unit = "patches"
     groups: ClassVar[dict[str, str]]
     videos: ClassVar[type[QwenVideos]] = QwenVideos
     times_apart: ClassVar[bool] = False
+    counts_seconds: ClassVar[bool] = False
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Vision blocks, the patch merger, decoder layers; found by class, not by path."""
@@ -101,6 +103,8 @@ class QwenVL(ModelFamily):
         pixels = prepare_pictures(processor.image_processor, samples, processor.video_processor)
         grids = {name: iter(pixels.get(name, np.zeros((0, 3), np.int64)).tolist()) for name in GRIDS}
         seconds = iter(pixels.pop("frame_seconds", np.zeros(0)).tolist())
+        if not self.counts_seconds:
+            pixels.pop("second_per_grid_ts", None)
         merge = self.config.vision_config.spatial_merge_size**2
         image, video = self.config.image_token_id, self.config.video_token_id
         rows = []
@@ -111,7 +115,9 @@ class QwenVL(ModelFamily):
             times = [list(itertools.islice(seconds, steps)) for steps, _, _ in shown]
             apart = [steps if self.times_apart else 1 for steps, _, _ in shown]
             counts = [
-                math.prod(grid) // merge // parts for grid, parts in zip(shown, apart, strict=True) for _ in range(parts)
+                math.prod(grid) // merge // parts
+                for grid, parts in zip(shown, apart, strict=True)
+                for _ in range(parts)
             ]
             with naming(sample):
                 row = encode_row(

@@ -14,12 +14,14 @@ from PIL import Image, UnidentifiedImageError
 
 from qe_edge.models.films import FILM_ENDINGS, open_film
 from qe_edge.models.frames import Frames, check_frame_count
-from qe_edge.models.images import DAMAGE, Picture, check_size, is_file, open_image
+from qe_edge.models.images import DAMAGE, Picture, check_size, count_pixels, is_file, open_image
 from qe_edge.models.pixel_formats import to_rgb
 from qe_edge.models.texts import shortened
 from qe_edge.system.errors import REASON_LENGTH, InputError, shown_name
 
 MAX_FPS = 1000.0
+CHUNK = 1 << 20
+MAX_PIXELS = 1 << 32  # of all frames of one file
 PICTURE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FORMS = "Give a folder of frames, a list of pictures, or an animated GIF or WebP."
 ANIMATED = ("GIF", "WEBP", "PNG")
@@ -128,6 +130,30 @@ def open_video(video: Video) -> Frames:
     return _animated(path, name, video.fps)
 
 
+def content_of(video: Video) -> Iterator[bytes]:
+    """Bytes that are the same for the same video: of its file, or the size and the pixels of every frame.
+
+    Raises:
+        InputError: If it cannot be read.
+
+    Example:
+        >>> [len(part) for part in content_of(Video(np.zeros((2, 4, 8, 3), np.uint8)))]
+        [6, 96, 6, 96]
+    """
+    frames, source = open_video(video), video.source
+    if isinstance(source, bytes):
+        yield source
+    elif isinstance(source, Path) and source.is_file():
+        with source.open("rb") as file:
+            while part := file.read(CHUNK):
+                yield part
+    else:
+        for number in range(frames.count):
+            [frame] = frames.read([number])
+            yield f"{frame.size}".encode()
+            yield frame.tobytes()
+
+
 def _listed(pictures: Sequence[Picture], fps: float | None, name: str) -> Frames:
     """Frames that are pictures each; the first is decoded for its size."""
     check_frame_count(len(pictures), name)
@@ -136,14 +162,35 @@ def _listed(pictures: Sequence[Picture], fps: float | None, name: str) -> Frames
     )
 
 
+def count_video_pixels(video: Video) -> int:
+    """How many pixels all frames of a video have, from headers alone; 0 for what `open_video` refuses.
+
+    Example:
+        >>> count_video_pixels(Video(np.zeros((3, 28, 56, 3), np.uint8)))
+        4704
+    """
+    if isinstance(video.source, tuple):
+        return sum(count_pixels(frame) for frame in video.source)
+    try:
+        frames = open_video(Video(video.source, fps=1.0))  # with a rate nothing has to be decoded
+    except InputError:
+        return 0
+    return frames.count * frames.size[0] * frames.size[1]
+
+
 def _animated(file: Path | bytes, name: str, fps: float | None) -> Frames:
     """Frames of an animated GIF, WebP or PNG; their mean rate follows from the file's durations."""
     called = f"The video {name}" if isinstance(file, Path) else name
     with _picture(file, name) as image:
-        count = int(getattr(image, "n_frames", 1))
+        count, size = int(getattr(image, "n_frames", 1)), image.size
         check_frame_count(count, called)
-        check_size(image.size, called)
-        size = image.size
+        check_size(size, called)
+        if count * size[0] * size[1] > MAX_PIXELS:
+            raise InputError(
+                f"{called} has {count} frames of {size[0]} x {size[1]}; up to {MAX_PIXELS // 10**6} million pixels are "
+                "read.",
+                "Scale it down, or cut it.",
+            )
         durations = [] if fps is not None else [_duration(image, number) for number in range(count)]
     total = sum(durations)
     rate = fps if fps is not None else 1000 * count / total if total > 0 else None

@@ -67,7 +67,7 @@ class VisionEncoder(ModelFamily):
         kind = f"A '{self.model_type}' model"
         for sample in samples:
             with naming(sample):
-                if sample.image is None:
+                if not sample.pictures or sample.videos:
                     raise InputError(f"{kind} reads pictures only.", "Leave samples without a picture out.")
                 if len(sample.pictures) > 1:
                     raise InputError(f"{kind} reads one picture at a time.", "Give every picture its own line.")

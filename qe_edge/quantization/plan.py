@@ -254,8 +254,8 @@ def _memory(
     text = encoded.input_ids.size * batches + rows * max(0, longest - usual)
     masks = rows * (batches * usual**2 + MASK_BYTES * max(longest, usual) ** 2)
     pixels = sum(array.nbytes for array in encoded.pixels.values()) * batches
-    image_grids = encoded.pixels.get("image_grid_thw")
-    patches = text if image_grids is None else int(image_grids.prod(1).sum()) * batches
+    grids = [encoded.pixels[name] for name in ("image_grid_thw", "video_grid_thw") if name in encoded.pixels]
+    patches = sum(int(grid.prod(1).sum()) for grid in grids) * batches if grids else text
     if not family.writes_text:
         patches = pixels // (4 * 3 * SMALLEST_PATCH**2)
     peak, method = 0, recipe.build_method()

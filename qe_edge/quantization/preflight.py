@@ -109,7 +109,7 @@ def note_calibration(loaded: LoadedModel, blocks: Sequence[Block], samples: Sequ
         >>> print(str(notices[0].message).partition(",")[0])
         No calibration sample has a picture
     """
-    if any(block.group == "visual" for block in blocks) and not any(sample.pictures for sample in samples):
+    if any(block.group == "visual" for block in blocks) and not any(sample.media for sample in samples):
         warnings.warn(
             "No calibration sample has a picture, and the model sees: its answers about pictures may suffer. Calibrate "
             "with pictures, or compare with 'qe-edge validate'.",

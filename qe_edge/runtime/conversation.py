@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from qe_edge.models.images import Picture
-from qe_edge.models.messages import local_picture, read_messages
-from qe_edge.models.samples import Sample, Turn
+from qe_edge.models.messages import read_beside
+from qe_edge.models.samples import Sample, Shown, Turn
 from qe_edge.runtime.answer_options import answer_options
 from qe_edge.runtime.answer_stream import AnswerStream
 from qe_edge.runtime.answering import Answering
@@ -43,7 +42,7 @@ class Conversation:
     def __init__(self, answering: Answering, system: str | None = None) -> None:
         self.turns: tuple[Turn, ...] = () if system is None else (Turn("system", system),)
         self._answering = answering
-        self._pictures: tuple[Picture, ...] = ()
+        self._shown: tuple[Shown, ...] = ()
         self._slot: Slot | None = answering.new_slot()
         self._answer: weakref.ref[AnswerStream] | None = None
 
@@ -51,7 +50,7 @@ class Conversation:
     def __call__(
         self,
         prompt: str | Sequence[Mapping[str, Any]],
-        images: Picture | Sequence[Picture] | None = None,
+        images: Shown | Sequence[Shown] | None = None,
         *,
         stream: Literal[True],
         **options: Unpack[Options],
@@ -61,7 +60,7 @@ class Conversation:
     def __call__(
         self,
         prompt: str | Sequence[Mapping[str, Any]],
-        images: Picture | Sequence[Picture] | None = None,
+        images: Shown | Sequence[Shown] | None = None,
         *,
         stream: Literal[False] = False,
         **options: Unpack[Options],
@@ -70,7 +69,7 @@ class Conversation:
     def __call__(
         self,
         prompt: str | Sequence[Mapping[str, Any]],
-        images: Picture | Sequence[Picture] | None = None,
+        images: Shown | Sequence[Shown] | None = None,
         *,
         stream: bool = False,
         **options: Unpack[Options],
@@ -79,7 +78,7 @@ class Conversation:
 
         Args:
             prompt: A text, or a list of parts as the content of a chat message.
-            images: Pictures that come with it, as for `Pipeline`.
+            images: Pictures and videos that come with it, as for `Pipeline`.
             stream: Whether to return an iterator of pieces.
             **options: As for `Pipeline`.
 
@@ -90,11 +89,9 @@ class Conversation:
         if slot is None:
             raise InputError("This conversation is closed.", "Begin another one.")
         chosen = answer_options(self._answering.engine.manifest.generation, options)
-        pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        message = [{"role": "user", "content": prompt}]
-        said = read_messages(message, [local_picture(picture) for picture in pictures])
+        said = read_beside([{"role": "user", "content": prompt}], images)
         (turn,) = said.conversation
-        sample = Sample((*self._pictures, *said.pictures), turn.text, earlier=self.turns, marks=turn.marks)
+        sample = Sample((*self._shown, *said.media), turn.text, earlier=self.turns, marks=turn.marks)
         earlier = None if self._answer is None else self._answer()
         if earlier is not None and not earlier.ended:
             raise InputError("The last answer of this conversation has not ended.", "Read it to its end or close it.")
@@ -118,4 +115,4 @@ class Conversation:
         if answer.finish_reason == "cancelled" and not answer.text:
             return
         self.turns = (*sample.conversation, Turn("assistant", answer.text))
-        self._pictures = sample.pictures
+        self._shown = sample.media

@@ -136,6 +136,8 @@ class FolderModel:
         return following_positions(positions, step)
 
     def _read(self, processor: VisionLanguageProcessor, sample: Sample) -> Prompt:
+        if sample.videos:
+            raise InputError("Without transformers, an engine reads no videos.", REMEDY)
         opened = [open_image(picture) for picture in sample.pictures]
         return self._prompts.filled(sample.conversation, [processor.image_processor(images=[one]) for one in opened])
 

@@ -214,9 +214,9 @@ def _has_patches(manifest: Manifest) -> bool:
 
 
 def _largest_picture(encoded: Encoded) -> int:
-    """Patches of the largest picture or frame."""
-    grids = encoded.pixels.get("image_grid_thw")
-    return 0 if grids is None else int(grids[:, 1:].prod(1).max())
+    """Patches of the largest picture, or of the largest pair of frames."""
+    grids = [encoded.pixels[name] for name in ("image_grid_thw", "video_grid_thw") if name in encoded.pixels]
+    return max((int(grid[:, 1:].prod(1).max()) for grid in grids), default=0)
 
 
 def _language(name: str, triple: Triple, batch: int, sequence: int, total: int, capacity: int, asked: int) -> Triple:

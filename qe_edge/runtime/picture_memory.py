@@ -55,7 +55,12 @@ class PictureMemory:
 
     def __call__(self, *, images: list[Any], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - the processor's own
         """The image processor's arrays for 8-bit RGB pictures, one or a list of lists of them."""
-        digest = hashlib.sha256(repr(sorted(options.items())).encode())
+        return self.prepared(self._image_processor, images, options)
+
+    def prepared(self, processor: Any, images: list[Any], options: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+        """What a processor makes of pictures, or of the frames of a video."""
+        video = [] if processor is self._image_processor else [("video", True)]
+        digest = hashlib.sha256(repr(sorted([*options.items(), *video])).encode())
         _add_pictures(digest, images)
         key = digest.digest()
         self.used.append(key)
@@ -64,7 +69,7 @@ class PictureMemory:
             if entry is not None and entry.prepared:
                 self._entries.move_to_end(key)
                 return entry.prepared
-        prepared = dict(self._image_processor(images=images, **options))
+        prepared = dict(processor(images=images, **options))
         self._keep(key, _Entry(prepared))
         return prepared
 
@@ -104,6 +109,33 @@ class PictureMemory:
             while self._total > self._capacity:
                 _, oldest = self._entries.popitem(last=False)
                 self._total -= oldest.nbytes
+
+
+class VideoMemory:
+    """Stands in for a video processor, and keeps its results in the memory of pictures.
+
+    Args:
+        video_processor: Prepares the frames of a video.
+        memory: Where results are kept.
+
+    Example:
+        >>> from PIL import Image
+        >>> memory = PictureMemory(lambda images: {}, capacity=1 << 20)
+        >>> videos = VideoMemory(lambda images: {"frames": np.stack([np.asarray(image) for image in images])}, memory)
+        >>> frames = [Image.new("RGB", (8, 8))] * 2
+        >>> videos(images=frames) is videos(images=frames), memory.nbytes, len(memory.used)
+        (True, 384, 2)
+    """
+
+    def __init__(self, video_processor: Any, memory: PictureMemory) -> None:  # noqa: ANN401 - as above
+        self._video_processor, self._memory = video_processor, memory
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the processor's own
+        return getattr(self._video_processor, name)
+
+    def __call__(self, *, images: list[Any]) -> dict[str, Any]:
+        """The video processor's arrays for 8-bit RGB frames."""
+        return self._memory.prepared(self._video_processor, images, {})
 
 
 def _add_pictures(digest: Any, images: Any) -> None:  # noqa: ANN401 - hashlib names no type for users

@@ -10,7 +10,8 @@ import numpy as np
 
 from qe_edge.models.family import Sample
 from qe_edge.models.images import Picture
-from qe_edge.models.messages import local_picture, read_messages
+from qe_edge.models.messages import read_beside
+from qe_edge.models.videos import Video
 from qe_edge.runtime.answer_options import AnswerOptions, answer_options
 from qe_edge.runtime.answer_stream import AnswerStream
 from qe_edge.runtime.answering import Answering
@@ -30,7 +31,7 @@ MAX_SLOTS = 1024
 ROWS = 8  # prompts of a list that are answered side by side
 
 Question = str | Sequence[Mapping[str, Any]] | Sample  # a text, chat messages, or what either is read into
-Pictures = Picture | Sequence[Picture]
+Pictures = Picture | Video | Sequence[Picture | Video]
 
 
 class Pipeline:
@@ -120,7 +121,7 @@ class Pipeline:
             prompt: A question; chat messages, as `qe_edge.models.messages.read_messages` reads them; or a list of
                 either, which are answered side by side.
             images: Pictures that the messages do not name themselves: paths, PIL images, arrays `[height, width, 3]`
-                or bytes of files; one or several. For a list of prompts, a list with the pictures of each.
+                or bytes of files; and `Video`s; one or several. For a list of prompts, a list with those of each.
             stream: Whether to return an iterator of pieces.
             **options: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, `seed` and
                 `stop`, as `qe_edge.runtime.answer_options.answer_options` describes them.
@@ -203,5 +204,4 @@ def _sample(prompt: object, images: object) -> Sample:
         return prompt
     if not isinstance(prompt, str | list | tuple):
         raise InputError(f"{shown(prompt)} is no prompt.", "Give a text, or a list of chat messages.")
-    pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-    return read_messages(prompt, [local_picture(picture) for picture in pictures])
+    return read_beside(prompt, images)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qe_edge.models.family import Encoded, Sample
 from qe_edge.runtime.engine import VisionLanguageEngine
-from qe_edge.runtime.picture_memory import PictureMemory, joint_key
+from qe_edge.runtime.picture_memory import PictureMemory, VideoMemory, joint_key
 
 PICTURE_BYTES = 256 << 20  # of pictures that are remembered
 
@@ -25,7 +25,7 @@ class Prompt:
         positions: As `family.position_ids` gives them.
         numbers: The graph's mask on its tokens, int64 `[1, tokens]`. Tokens with the same number above 1 see each other
             in both directions.
-        pictures: A key for the content of each picture; one for all of them where they do not stand alone.
+        pictures: A key for the content of each picture or video; one for all of them where they do not stand alone.
     """
 
     encoded: Encoded
@@ -69,6 +69,11 @@ class PromptReader:
         if engine.manifest.image_token_id is not None:
             self._memory = PictureMemory(engine.processor.image_processor, picture_bytes)
             self._processor = replace(engine.processor, image_processor=self._memory)
+            videos = getattr(engine.processor, "video_processor", None)
+            if videos is not None:  # their tokens are counted before their frames are read
+                most = min(videos.max_tokens or engine.max_context, engine.max_context)
+                bounded = replace(videos, max_tokens=most)
+                self._processor = replace(self._processor, video_processor=VideoMemory(bounded, self._memory))
         self._encoding, self._seeing = threading.Lock(), threading.Lock()
 
     @property
@@ -108,7 +113,7 @@ class PromptReader:
         if self._memory is None or first >= len(prompt.pictures):
             return found, 0.0, 0.0
         stands_alone = self._engine.family.pictures_stand_alone
-        samples = [Sample(picture, "?") for picture in sample.pictures] if stands_alone else [sample]
+        samples = [Sample(shown, "?") for shown in sample.media] if stands_alone else [sample]
         with self._seeing:
             for key, asked in list(zip(prompt.pictures, samples, strict=True))[first:]:
                 features = self._memory.features(key)

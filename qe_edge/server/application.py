@@ -22,7 +22,7 @@ from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.server.errors import RequestError
 from qe_edge.server.jobs import Job, Jobs
 from qe_edge.server.metrics import Metrics
-from qe_edge.server.pictures import bounded, picture_source
+from qe_edge.server.pictures import bounded, check_videos, picture_source
 from qe_edge.server.schema import ChatRequest, choice, conversation, read_request, usage
 from qe_edge.server.settings import ServerSettings
 from qe_edge.system.errors import InputError
@@ -151,12 +151,15 @@ class ChatServer:
     def _begin(self, asked: ChatRequest) -> AnswerStream:
         """Begin an answer; runs in the thread of the job."""
         messages = conversation(asked)
-        _, named = read_turns(messages, "messages", plain_text)
-        count, most = len(named), self._settings.max_pictures
+        _, places = read_turns(messages, "messages", plain_text)
+        named = [place.source for place in places if place.source is not None]
+        count = sum(len(source) if isinstance(source, list) else 1 for source in named)  # every frame of a list is one
+        most = self._settings.max_pictures
         if count > most:
             raise InputError(f"The request has {count} pictures.", f"Send at most {most}.")
         open_source = bounded(self._open_source, self._settings.max_pixels)
         sample = read_messages(messages, open_source=open_source)
+        check_videos(sample.videos, self._settings.max_pixels)
         return self._pipeline(sample, stream=True, **asked.options)
 
     async def _whole(

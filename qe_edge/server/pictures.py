@@ -6,12 +6,13 @@ import http.client
 import ssl
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qe_edge.models.images import Picture, count_pixels
 from qe_edge.models.messages import data_bytes
 from qe_edge.models.texts import shortened
+from qe_edge.models.videos import Video, count_video_pixels
 from qe_edge.server.settings import ServerSettings
 from qe_edge.system.errors import InputError
 
@@ -83,6 +84,28 @@ def bounded(open_source: Callable[[Any], Picture], most: int) -> Callable[[Any],
         return picture
 
     return open_counted
+
+
+def check_videos(videos: Sequence[Video], most: int) -> None:
+    """Limit the pixels of all frames of a request's videos, by their headers.
+
+    Raises:
+        InputError: If they are more than `most`.
+
+    Example:
+        >>> import numpy as np
+        >>> check_videos([Video(np.zeros((4, 8, 10, 3), np.uint8))], most=300)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.InputError: The videos of the request have 320 pixels in all; up to 300 are read.
+        Send fewer or smaller frames.
+    """
+    total = sum(map(count_video_pixels, videos))
+    if total > most:
+        raise InputError(
+            f"The videos of the request have {total} pixels in all; up to {most} are read.",
+            "Send fewer or smaller frames.",
+        )
 
 
 def _split(source: str) -> urllib.parse.SplitResult:

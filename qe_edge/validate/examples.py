@@ -10,6 +10,7 @@ from PIL import Image
 
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
+from qe_edge.models.videos import Video, open_video
 from qe_edge.validate.answers import is_right_for
 from qe_edge.validate.schema import Answer, Example, Role
 
@@ -58,10 +59,10 @@ def _example(sample: Sample, answers: Mapping[Role, str]) -> Example:
 
 
 def _picture(sample: Sample) -> str | None:
-    """A small PNG in Base64; several pictures stand side by side."""
+    """A small PNG in Base64; several pictures stand side by side, of a video its first frame."""
     shown = []
-    for source in sample.pictures:
-        shown.append(open_image(source))
+    for source in sample.media:
+        shown.append(open_video(source).read([0])[0] if isinstance(source, Video) else open_image(source))
         shown[-1].thumbnail((MAX_SIDE, MAX_SIDE))
     if not shown:
         return None

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
+from qe_edge.models.videos import Video, open_video
 from qe_edge.runtime.backends import check_runnable
 from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.system import errors
@@ -27,6 +28,15 @@ REFUSED = 65  # exit code of a child that cannot measure; its last line says why
 
 
 @dataclass(frozen=True)
+class VideoFiles:
+    """A video as a child process opens it: the path of its file or folder, or of every frame."""
+
+    source: str | tuple[str, ...]
+    fps: float | None
+    every_frame: bool
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The task of a child process: one question in one runtime.
 
@@ -38,6 +48,7 @@ class Measurement:
         threads: Threads to use.
         question: The question.
         pictures: Paths of its pictures.
+        videos: Its videos, which follow the pictures.
         repeats: Most repeats.
         seconds: Stop repeating after this time, but not before three repeats.
         new_tokens: Tokens decoded after the first in every repeat.
@@ -51,6 +62,7 @@ class Measurement:
     threads: int
     question: str
     pictures: tuple[str, ...]
+    videos: tuple[VideoFiles, ...] = ()
     repeats: int = 20
     seconds: float = 5.0
     new_tokens: int = 8
@@ -101,8 +113,11 @@ def measure_latency(
         pictures = tuple(str(Path(folder) / f"{number}.png") for number in range(len(sample.pictures)))
         for source, path in zip(sample.pictures, pictures, strict=True):
             open_image(source).save(path)
+        videos = tuple(
+            _video_files(video, Path(folder, f"video{number}")) for number, video in enumerate(sample.videos)
+        )
         first = Measurement(
-            "onnxruntime", "", str(engines), 0, threads, sample.question, pictures,
+            "onnxruntime", "", str(engines), 0, threads, sample.question, pictures, videos,
             seconds=seconds, new_tokens=new_tokens, plugin_library=_text(plugin_library),
         )  # fmt: skip
         wanted = _measurements(first, info, original)
@@ -124,6 +139,18 @@ def _measurements(first: Measurement, info: EngineInfo | None, original: str | N
     if original is not None:
         wanted.append(replace(first, runtime="pytorch", setting="float32", model=original))
     return wanted
+
+
+def _video_files(video: Video, folder: Path) -> VideoFiles:
+    """A video as files; frames that are in memory are written to `folder`."""
+    if isinstance(video.source, Path):
+        return VideoFiles(str(video.source.resolve()), video.fps, video.every_frame)
+    folder.mkdir()
+    frames = open_video(video)
+    paths = tuple(str(folder / f"{number:06}.png") for number in range(frames.count))
+    for number, path in enumerate(paths):
+        frames.read([number])[0].save(path)
+    return VideoFiles(paths, frames.fps, video.every_frame)
 
 
 def _text(path: Path | None) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from qe_edge.models.family import Sample
+from qe_edge.models.videos import Video
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.system.errors import QEError
 from qe_edge.system.lazy import lazy_module
@@ -45,7 +46,8 @@ def measure(request: Measurement) -> Latency:
         >>> request = Measurement("pytorch", "float32", "demo", 0, 4, "what color is it?", pictures)  # doctest: +SKIP
         >>> measure(request).steps["decode"].median  # doctest: +SKIP
     """
-    sample = Sample(request.pictures, request.question)
+    videos = [Video(one.source, one.fps, one.every_frame) for one in request.videos]
+    sample = Sample([*request.pictures, *videos], request.question)
     once, prompt_tokens = (_pytorch if request.runtime == "pytorch" else _engine)(request, sample)
     for _ in range(WARM_UP):
         once({})

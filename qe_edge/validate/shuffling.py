@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qe_edge.models.family import Sample
+from qe_edge.models.videos import Video
 
 
 def shuffle_pictures(samples: Sequence[Sample], seed: int = 0) -> list[Sample] | None:
@@ -17,7 +18,7 @@ def shuffle_pictures(samples: Sequence[Sample], seed: int = 0) -> list[Sample] |
 
     Questions are sorted into sets that share their pictures, and the sets are put in a random order. Then every picture
     moves on by the size of the largest set. A question with several pictures gets the pictures of a question with
-    equally many. The result depends on the seed alone.
+    equally many, and equally many videos. The result depends on the seed alone.
 
     Returns:
         The samples in their order with other pictures, or None if one picture belongs to more than half of them (then
@@ -28,10 +29,10 @@ def shuffle_pictures(samples: Sequence[Sample], seed: int = 0) -> list[Sample] |
         >>> [(sample.question, str(sample.image)) for sample in shuffle_pictures(samples)]
         [('what is a?', 'b.png'), ('what is b?', 'c.png'), ('what is c?', 'a.png')]
     """
-    by_count: dict[int, dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
+    by_count: dict[tuple[int, int], dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, sample in enumerate(samples):
-        if sample.pictures:
-            by_count[len(sample.pictures)][_identity(sample)].append(index)
+        if sample.media:
+            by_count[len(sample.pictures), len(sample.videos)][_identity(sample)].append(index)
     shuffled = list(samples)
     for sets in by_count.values():
         order = list(sets.values())
@@ -47,4 +48,7 @@ def shuffle_pictures(samples: Sequence[Sample], seed: int = 0) -> list[Sample] |
 
 
 def _identity(sample: Sample) -> Hashable:
-    return tuple(picture if isinstance(picture, Path) else id(picture) for picture in sample.pictures)
+    return tuple(
+        shown.identity if isinstance(shown, Video) else shown if isinstance(shown, Path) else id(shown)
+        for shown in sample.media
+    )

@@ -16,11 +16,12 @@ from qe_edge.deploy.layout import Layout, is_deployment
 from qe_edge.deploy.ledger import Ledger
 from qe_edge.models.images import open_image
 from qe_edge.models.messages import plain_text, read_messages, read_turns
+from qe_edge.models.videos import open_video
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.answer_options import answer_options
 from qe_edge.runtime.generation import GenerationSettings
 from qe_edge.server.errors import RequestError
-from qe_edge.server.pictures import bounded, picture_source
+from qe_edge.server.pictures import bounded, check_videos, picture_source
 from qe_edge.server.schema import conversation, read_request
 from qe_edge.server.settings import ServerSettings
 from qe_edge.system.errors import InputError, QEError
@@ -124,9 +125,12 @@ def _read_request(folder: Path) -> str:
     messages = conversation(asked)
     read_turns(messages, "messages", plain_text)
     sample = read_messages(messages, open_source=bounded(picture_source(settings), settings.max_pixels))
+    check_videos(sample.videos, settings.max_pixels)
     answer_options(GenerationSettings(eos_token_ids=(0,), pad_token_id=0), asked.options)
     for picture in sample.pictures:
         open_image(picture)
+    for video in sample.videos:
+        open_video(video).read([0])
     return ""
 
 

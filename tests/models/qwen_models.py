@@ -24,6 +24,8 @@ TEXT = {
     "tie_word_embeddings": True,
 }
 VISION = {"depth": 4, "hidden_size": 160, "num_heads": 2, "intermediate_size": 192, "out_hidden_size": 96}
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "{% elif c['type']=='video' %}<|vision_start|><|video_pad|><|vision_end|>"
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "vision_config": {
@@ -52,16 +54,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def write_qwen(folder: Path, model_type: str, **changes: object) -> Path:
     """A model whose outputs depend on every weight, with the demo's tokenizer and template."""
     tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.chat_template = tokenizer.chat_template.replace(PICTURE, PICTURE + VIDEO)
     marks = {
         "image_token_id": "<|image_pad|>",
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
+        "video_token_id": "<|video_pad|>",
     }
     config = AutoConfig.for_model(
         model_type,
         text_config={**TEXT, **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)},
         tie_word_embeddings=True,
-        video_token_id=511,
         **{key: tokenizer.convert_tokens_to_ids(token) for key, token in marks.items()},
         **{**CONFIGS[model_type], **changes},
     )

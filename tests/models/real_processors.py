@@ -41,7 +41,7 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: InterpolationMod
     return flat.reshape(*image.shape[:-2], *size)
 
 
-def normalize(image: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tensor:  # noqa: ANN401, ARG001
+def normalize(image: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tensor:  # noqa: ANN401
     """Subtract means and divide by deviations, of channels."""
     mean, std = (torch.as_tensor(value, dtype=image.dtype).view(-1, 1, 1) for value in (mean, std))
     return image.clone().sub_(mean).div_(std)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2_5_VLProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from qe_edge.export.build import build_engines
@@ -16,9 +17,12 @@ from qe_edge.runtime.engine import VisionLanguageEngine
 from tests.models.conversations import CASES
 from tests.models.families import FamilyChecks, Made, token_errors
 from tests.models.qwen_models import VISION, write_qwen
+from tests.models.video_checks import VideoChecks
 
 
-class TestQwen25VL(FamilyChecks):
+class TestQwen25VL(VideoChecks, FamilyChecks):
+    processor_class = Qwen2_5_VLProcessor
+    video_processor = "qwen2_vl"
     linears = {"visual": 4 * 5, "merger": 2, "language": 3 * 7}  # noqa: RUF012
 
     @pytest.fixture(scope="class")

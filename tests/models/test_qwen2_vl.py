@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from transformers import Qwen2VLProcessor
 
 from qe_edge.models.loading import LoadedModel
 from tests.models.conversations import CASES
 from tests.models.families import FamilyChecks, Made
 from tests.models.qwen_models import write_qwen
+from tests.models.video_checks import VideoChecks
 
 
-class TestQwen2VL(FamilyChecks):
+class TestQwen2VL(VideoChecks, FamilyChecks):
+    processor_class = Qwen2VLProcessor
+    video_processor = "qwen2_vl"
     linears = {"visual": 4 * 4, "merger": 2, "language": 3 * 7}  # noqa: RUF012
 
     @pytest.fixture(scope="class")

@@ -8,15 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3VLProcessor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.system.errors import ModelError
 from tests.models.families import FamilyChecks
 from tests.models.qwen_models import CONFIGS, write_qwen
+from tests.models.video_checks import VideoChecks
 
 
-class TestQwen3VL(FamilyChecks):
+class TestQwen3VL(VideoChecks, FamilyChecks):
+    processor_class = Qwen3VLProcessor
+    video_processor = "qwen3_vl"
     linears = {"visual": 4 * 4, "merger": 3 * 2, "language": 3 * 7}  # noqa: RUF012
 
     @pytest.fixture(scope="class")

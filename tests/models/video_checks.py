@@ -1,0 +1,123 @@
+"""What has to hold for a Qwen family that reads videos, against transformers' own processors and classes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qe_edge.models.family import Sample
+from qe_edge.models.images import open_image
+from qe_edge.models.samples import Turn
+from qe_edge.models.videos import Video, open_video
+from qe_edge.runtime.pipeline import Pipeline
+from tests.models.conversations import ODD, SQUARE, noise
+from tests.models.families import TOKENS, Made, token_errors
+from tests.models.real_processors import torch_alone, video_class
+
+
+@cache
+def film(count: int, width: int, height: int, fps: float) -> Video:
+    """Frames of noise, always the same for a shape."""
+    return Video([noise(width + 2 * number, height).crop((0, 0, width, height)) for number in range(count)], fps)
+
+
+EVEN, UNEVEN, WIDE = film(6, 84, 64, 2.0), film(5, 117, 90, 3.0), film(4, 150, 60, 1.5)
+VIDEO_CASES: dict[str, list[Sample]] = {
+    "one video": [Sample(EVEN, "what moves in it?", "circle")],
+    "odd number of frames": [Sample(UNEVEN, "what moves in it?", "a shape")],
+    "two videos": [Sample((EVEN, UNEVEN), "what differs?", "the shape", marks=(0, 5))],
+    "video and picture": [Sample((SQUARE, EVEN, ODD), "is it in the video?", "no", marks=(0, 3, 19))],
+    "in several turns": [
+        Sample(
+            (UNEVEN, SQUARE, WIDE),
+            "and which shape is it?",
+            "no",
+            earlier=(
+                Turn("user", "is there a red shape?", (0,)),
+                Turn("assistant", "yes"),
+                Turn("user", "and now this, in one?", (4, 13)),
+                Turn("assistant", "no"),
+            ),
+        )
+    ],
+    "batch": [
+        Sample(WIDE, "what is it?", "red"),
+        Sample(None, "is it?", "no"),
+        Sample((SQUARE, UNEVEN), "what is the color of the shape in these?", "teal", marks=(0, 8)),
+    ],
+}
+
+
+class VideoChecks:
+    """The checks; a subclass has the fixture `made` of `FamilyChecks`, and says what transformers calls its parts."""
+
+    processor_class: Any
+    video_processor: str
+
+    def real_inputs(self, made: Made, sample: Sample) -> dict[str, torch.Tensor]:
+        """What transformers' own combined processor makes of a sample."""
+        tokenizer = AutoTokenizer.from_pretrained(made.checkpoint)
+        content, opened = [], []
+        for turn in sample.conversation:
+            parts: list[dict[str, str]] = []
+            for number, (start, end) in enumerate(zip((0, *turn.marks), (*turn.marks, len(turn.text)), strict=True)):
+                if number:
+                    parts.append({"type": "video" if isinstance(sample.media[len(opened)], Video) else "image"})
+                    opened.append(sample.media[len(opened)])
+                parts.append({"type": "text", "text": turn.text[start:end]})
+            content.append({"role": turn.role, "content": parts})
+        prompt = tokenizer.apply_chat_template(content, add_generation_prompt=True, tokenize=False)
+        frames = [open_video(video) for video in sample.videos]
+        videos = [np.stack([np.asarray(one) for one in film.read(range(film.count))]) for film in frames]
+        known = [
+            {"total_num_frames": film.count, "fps": film.fps, "frames_indices": list(range(film.count))}
+            for film in frames
+        ]
+        with torch_alone():
+            real = video_class(self.video_processor).from_pretrained(made.checkpoint)
+            processor = self.processor_class(made.loaded.processor.image_processor, tokenizer, real)
+            found = processor(
+                text=[prompt],
+                images=[open_image(picture) for picture in sample.pictures] or None,
+                videos=videos or None,
+                video_metadata=known or None,
+                return_tensors="pt",
+            )
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    @pytest.mark.parametrize("case", list(VIDEO_CASES))
+    def test_videos_equal_transformers(self, made: Made, case: str) -> None:
+        """Inputs to the last bit, logits to 1e-5, greedy tokens."""
+        assert token_errors(made, VIDEO_CASES[case]).max() < 1e-5
+        expected = []
+        for sample in VIDEO_CASES[case]:
+            inputs = self.real_inputs(made, sample)
+            encoded = made.engine.encode([sample])
+            ours = made.loaded.family.torch_inputs(encoded)
+            for name, value in inputs.items():
+                assert torch.equal(ours[name], value), name
+            assert set(ours) == set(inputs)
+            with torch.no_grad():
+                logits = made.loaded.model(**inputs).logits.float().numpy()
+            for engine in (made.engine, made.built):
+                assert np.abs(engine.logits(encoded) - logits).max() < 1e-5 * np.abs(logits).max()
+            ids = made.loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)  # type: ignore[operator]
+            answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
+            end = made.loaded.processor.tokenizer.eos_token_id
+            expected.append(answer[: answer.index(end)] if end in answer else answer)
+        for engine in (made.engine, made.built):
+            assert engine.generate_ids(engine.encode(VIDEO_CASES[case]), TOKENS) == expected
+
+    def test_a_pipeline_shows_videos(self, made: Made) -> None:
+        """Whatever its cache holds of earlier prompts, and several prompts at once."""
+        asked = [sample for samples in VIDEO_CASES.values() for sample in samples]
+        asked += [Sample(EVEN, "what color is it?"), asked[4], Sample(UNEVEN, "is there a red shape?")]
+        expected = [made.engine.generate_ids(made.engine.encode([sample]), TOKENS)[0] for sample in asked]
+        pipeline = Pipeline(made.built)
+        assert [list(pipeline(sample, max_new_tokens=TOKENS).token_ids) for sample in asked] == expected
+        assert [list(answer.token_ids) for answer in pipeline(asked, max_new_tokens=TOKENS)] == expected
