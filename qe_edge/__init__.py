@@ -13,6 +13,7 @@ from qe_edge.system.version import VERSION
 
 if TYPE_CHECKING:
     from qe_edge.layers.linear import QELinear
+    from qe_edge.models.videos import Video
     from qe_edge.quantization.quantizer import quantize
     from qe_edge.quantization.single_layer import quantize_linear
     from qe_edge.recipes.recipe import Recipe, make_recipe
@@ -32,6 +33,7 @@ __all__ = [
     "QEError",
     "QELinear",
     "Recipe",
+    "Video",
     "__version__",
     "load_quantized",
     "make_recipe",
@@ -44,6 +46,7 @@ __getattr__ = lazy_names(__name__, {
     "QEError": "qe_edge.system.errors",
     "QELinear": "qe_edge.layers.linear",
     "Recipe": "qe_edge.recipes.recipe",
+    "Video": "qe_edge.models.videos",
     "load_quantized": "qe_edge.runtime.torch_layers",
     "make_recipe": "qe_edge.recipes.recipe",
     "quantize": "qe_edge.quantization.quantizer",

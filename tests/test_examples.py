@@ -21,6 +21,7 @@ SAYS = {
     "05": r"\? \w+\n.*\? \w+\n.*\? \w+\n",
     "06": r"to (100|9\d)% of the questions",
     "08": r"\? \w+  \(0 of 3\d tokens were known\)\n.*\? \w+  \([34]\d of 5\d tokens.*\nseed 1: \w+ \(stop",
+    "09": r"^0\.25 s, 2 frames, 3\d tokens: .*\n(.*\n){2}1\.75 s, 8 frames, 8\d tokens: .*\n.*\n2\.75 s, 8 frames, 8\d",
 }
 LINES = 60
 

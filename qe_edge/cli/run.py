@@ -26,6 +26,21 @@ else:
     multiple=True,
     help="Picture; without one, text only. May be repeated: several pictures stand before the prompt in this order.",
 )
+@click.option(
+    "--video",
+    "videos",
+    metavar="PATH",
+    multiple=True,
+    help="Video: a folder of frames, their files with commas between, an animated GIF or WebP, or a film. May be "
+    "repeated; videos stand behind the pictures.",
+)
+@click.option(
+    "--video-fps",
+    type=click.FloatRange(min=0, min_open=True, max=1000),
+    metavar="N",
+    help="Frames per second of the videos; what a file says by default.",
+)
+@click.option("--every-frame", is_flag=True, help="Show all frames, though the model's settings would choose some.")
 @click.option("--prompt", metavar="TEXT", required=True, help="Question or instruction.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Longest answer."
@@ -40,10 +55,11 @@ else:
 @plugin_library_option()
 @speed_options
 def command(**choices: Any) -> None:  # noqa: ANN401 - the options above
-    """Answer a question about a picture, or about several.
+    """Answer a question about pictures and videos.
 
     The answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX
     graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'. Decoding is greedy: the rules of
     generation_config.json hold, its sampling has no effect.
     """
-    run_work.run(**choices)
+    paths, fps, every = (choices.pop(name) for name in ("videos", "video_fps", "every_frame"))
+    run_work.run(videos=run_work.named_videos(paths, fps, every_frame=every), **choices)

@@ -331,7 +331,8 @@ def as_video(source: Any, fps: float | None, open_source: OpenSource = local_pic
     """
     if isinstance(source, list | tuple):
         return Video([open_source(frame) for frame in source], fps)
-    return Video(open_source(source), fps)
+    opened: Any = open_source(source)  # a video checks its type
+    return Video(opened, fps)
 
 
 def as_text(value: Any, key: str) -> str:  # noqa: ANN401 - any value

@@ -11,6 +11,7 @@ import numpy as np
 from qe_edge.models.family import Encoded
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # transformers' numbers of modalities
+Shape = tuple[tuple[int, int, int], float]  # a grid, and the seconds of its step of time
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Run:
         kind: `TEXT`, `IMAGE` or `VIDEO`.
         length: Number of tokens.
         grid: Steps of time, rows and columns of patches; zeros for text.
-        seconds: Of a step of time; float32.
+        seconds: Of a step of time, a number that float32 holds.
     """
 
     kind: int
@@ -61,8 +62,9 @@ class TokenRuns:
 
     def of(self, encoded: Encoded) -> list[list[Run]]:
         """The runs of every row, without padding."""
-        grids = {
-            IMAGE: ((tuple(grid), 0.0) for grid in encoded.pixels.get("image_grid_thw", np.zeros((0, 3))).tolist()),
+        pictures = encoded.pixels.get("image_grid_thw", np.zeros((0, 3), np.int64)).tolist()
+        grids: dict[int, Iterator[Shape]] = {
+            IMAGE: (((steps, height, width), 0.0) for steps, height, width in pictures),
             VIDEO: self._videos(encoded),
         }
         rows: list[list[Run]] = []
@@ -98,15 +100,17 @@ class TokenRuns:
                 steps, height, width = run.grid
                 places = np.indices((steps, height // self._merge, width // self._merge)).reshape(3, -1)
                 if run.kind == VIDEO and per_second is not None:  # in float32, as transformers
-                    places[0] = (places[0].astype(np.float32) * np.float32(per_second * run.seconds)).astype(np.int64)
+                    places[0] = (
+                        places[0].astype(np.float32) * (np.float32(per_second) * np.float32(run.seconds))
+                    ).astype(np.int64)
                 parts.append(places + current)
                 current += max(height, width) // self._merge
             positions[:, row, encoded.attention_mask[row].astype(bool)] = np.concatenate(parts, axis=1)
         return positions
 
-    def _videos(self, encoded: Encoded) -> Iterator[tuple[tuple[int, int, int], np.float32]]:
+    def _videos(self, encoded: Encoded) -> Iterator[Shape]:
         grids = encoded.pixels.get("video_grid_thw", np.zeros((0, 3), np.int64)).tolist()
-        seconds = encoded.pixels.get("second_per_grid_ts", np.zeros(len(grids), np.float32))
+        seconds = encoded.pixels.get("second_per_grid_ts", np.zeros(len(grids), np.float32)).tolist()
         for (steps, height, width), each in zip(grids, seconds, strict=True):
             for _ in range(steps if self._apart else 1):
                 yield (1 if self._apart else steps, height, width), each

@@ -12,6 +12,7 @@ from PIL import Image
 from qe_edge.calibration.captions import CAPTION_PROMPT
 from qe_edge.calibration.sources import hash_samples, read_jsonl
 from qe_edge.models.samples import TEXT, Sample, Turn
+from qe_edge.models.videos import Video
 from qe_edge.system.errors import CalibrationError
 
 
@@ -92,6 +93,53 @@ def test_messages_of_chat_models(folder: Path) -> None:
     for part in parts:
         part.pop("image", part.pop("image_url", None))
     assert read(folder, {"messages": messages, "images": ["p.png", "q.png"]}) == wanted
+
+
+def test_videos(folder: Path) -> None:
+    """In the order of their marks, or of the parts that name them."""
+    (folder / "film").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "film/1.png")
+    film, pair = Video(folder / "film", 2), Video([folder / "p.png", folder / "q.png"], 4, every_frame=True)
+    both = {"frames": ["p.png", "q.png"], "fps": 4, "every_frame": True}
+    assert read(folder, {"video": "film"}) == Sample(Video(folder / "film"), CAPTION_PROMPT)
+    assert read(folder, {"video": ["p.png"], "question": "?"}).videos == (Video([folder / "p.png"]),)
+    line = {"image": "p.png", "videos": [{"frames": "film", "fps": 2}, both]}
+    wanted = Sample([film, folder / "p.png", pair], "is  in  or ?", marks=(3, 7, 11))
+    assert read(folder, {**line, "question": "is <video> in <image> or <video>?"}) == wanted
+    assert read(folder, {**line, "question": "is it?"}).media == (folder / "p.png", film, pair)
+    parts = [
+        {"type": "video", "video": "film", "fps": 2},
+        {"type": "image", "image": "p.png"},
+        {"type": "text", "text": "is it?"},
+    ]
+    messages = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]}
+    assert read(folder, messages) == Sample([film, folder / "p.png"], "is it?", "no", marks=(0, 0))
+    assert read(folder, {"question": "what does <video> mean in HTML?"}) == Sample(
+        None, "what does <video> mean in HTML?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"video": "film.gif"}, "the missing video 'film.gif'"),
+        ({"video": "../outside.png"}, "lies outside its folder"),
+        ({"video": "http://a/b.mp4"}, "Download the video"),
+        ({"video": ["gone.png"]}, "the missing picture 'gone.png'"),
+        ({"video": []}, "no frames"),
+        ({"video": 3}, "A video is a number"),
+        ({"video": {"fps": 2}}, "a table of other keys"),
+        ({"video": {"frames": ["p.png"], "fps": "2"}}, "no rate of a video"),
+        ({"video": {"frames": ["p.png"], "every_frame": 1}}, "neither true nor false"),
+        ({"videos": "film"}, "'videos' is no list"),
+        ({"video": ["p.png"], "videos": [["p.png"]]}, "both 'video' and 'videos'"),
+        ({"video": ["p.png"], "question": "<video><video>"}, "2 <video> marks and 1 videos"),
+        ({"video": ["p.png"], "question": "<image>"}, "1 <image> marks and 0 pictures"),
+        ({"video": ["p.png"], "text": "Once."}, "'text' beside 'video'"),
+    ],
+)
+def test_videos_that_are_refused(folder: Path, line: dict[str, Any], words: str) -> None:
+    assert words in refusal(folder, {"question": "?", **line} if "text" not in line else line)
 
 
 def test_answers(folder: Path) -> None:

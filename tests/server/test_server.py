@@ -170,6 +170,24 @@ def test_pictures_that_are_refused(served: Served, url: object, words: str) -> N
     assert words in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "video_url", "video_url": {"url": "/etc"}}, "opens no files"),
+        ({"type": "video_url", "video_url": {"url": "http://127.0.0.1/a.mp4"}}, "downloads nothing"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}, "no video of a known format"),
+        ({"type": "video", "video": ["data:image/png;base64,AAAA"] * 17}, "has 17 pictures"),
+        ({"type": "video", "video": []}, "no frames"),
+        ({"type": "video", "video": 3}, "no address"),
+    ],
+)
+def test_videos_that_are_refused(served: Served, part: dict[str, Any], words: str) -> None:
+    request = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": [part]}]}).encode()
+    found, body = get(served.port, "/v1/chat/completions", "POST", request, Content_Type="application/json")
+    assert found == 400, body
+    assert words in json.loads(body)["error"]["message"]
+
+
 def test_the_pixels_of_a_request_are_bounded(tmp_path: Path) -> None:
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     settings = ServerSettings(MODEL, picture_folder=tmp_path)
