@@ -1,9 +1,8 @@
 """Ask about the last frames of a camera, as a robot does.
 
-    python examples/09_camera.py
-    python examples/09_camera.py out/model/engines/cpu
+    python examples/09_camera.py [out/model/engines/cpu]
 
-Without a folder, the unquantized demo is exported first. It was trained on pictures alone, so its answers are guesses.
+Without a folder, the unquantized demo is exported first. It knows pictures alone, so it guesses.
 """
 
 import json

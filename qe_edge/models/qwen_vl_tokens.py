@@ -100,9 +100,8 @@ class TokenRuns:
                 steps, height, width = run.grid
                 places = np.indices((steps, height // self._merge, width // self._merge)).reshape(3, -1)
                 if run.kind == VIDEO and per_second is not None:  # in float32, as transformers
-                    places[0] = (
-                        places[0].astype(np.float32) * (np.float32(per_second) * np.float32(run.seconds))
-                    ).astype(np.int64)
+                    interval = np.float32(per_second) * np.float32(run.seconds)
+                    places[0] = (places[0].astype(np.float32) * interval).astype(np.int64)
                 parts.append(places + current)
                 current += max(height, width) // self._merge
             positions[:, row, encoded.attention_mask[row].astype(bool)] = np.concatenate(parts, axis=1)

@@ -30,7 +30,7 @@ def scale_frames(frames: np.ndarray, height: int, width: int, resample: int) -> 
     Example:
         >>> frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
         >>> scale_frames(frames, 2, 2, BICUBIC)[0, :, :, 0].tolist()
-        [[7, 13], [31, 38]]
+        [[9, 14], [31, 36]]
     """
     across = _one_axis(frames, 2, width, resample)
     return _one_axis(across, 1, height, resample)

@@ -114,9 +114,7 @@ def test_videos(folder: Path) -> None:
     ]
     messages = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]}
     assert read(folder, messages) == Sample([film, folder / "p.png"], "is it?", "no", marks=(0, 0))
-    assert read(folder, {"question": "what does <video> mean in HTML?"}) == Sample(
-        None, "what does <video> mean in HTML?"
-    )
+    assert read(folder, {"question": "is <video> a tag?"}) == Sample(None, "is <video> a tag?")
 
 
 @pytest.mark.parametrize(

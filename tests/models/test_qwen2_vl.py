@@ -73,9 +73,9 @@ class TestQwen2VL(VideoChecks, FamilyChecks):
         assert encoded.image_mask.sum() * 4 == sum(
             encoded.pixels[name].prod(1).sum() for name in ("image_grid_thw", "video_grid_thw")
         )
+        larger = replace(encoded, pixels={**encoded.pixels, "video_grid_thw": np.array([[2, 27, 37]])})
         with pytest.raises(InputError, match="a picture of 999 patches") as caught:
-            pixels = {**encoded.pixels, "video_grid_thw": np.array([[2, 27, 37]])}
-            check_limits(EngineLimits(patches=998), replace(encoded, pixels=pixels), 1)
+            check_limits(EngineLimits(patches=998), larger, 1)
         assert "--max-patches 999" in caught.value.remedy
 
     def test_nothing_in_the_graph_is_as_large_as_all_scores(self, made: Made) -> None:
