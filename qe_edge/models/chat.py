@@ -31,6 +31,18 @@ def as_it_is(prompt: str) -> str:
     return prompt
 
 
+def filled_places(prompt: str, token: str, texts: Sequence[str]) -> str:
+    """Put texts in the places of a token, in order; further places keep it, and further texts are left out.
+
+    Example:
+        >>> filled_places("<v> and <v>, not <v>", "<v>", ["1", "2"])
+        '1 and 2, not <v>'
+    """
+    first, *others = prompt.split(token)
+    placed = [*texts[: len(others)], *[token] * (len(others) - len(texts))]
+    return first + "".join(text + other for text, other in zip(placed, others, strict=True))
+
+
 def chat_ids(
     tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
     turns: Sequence[Turn],

@@ -57,7 +57,9 @@ class PatchValues(PictureValues):
     temporal_patch_size: Factor
 
 
-class _Tile(BaseModel):
+class Tile(BaseModel):
+    """Height and width of a tile."""
+
     model_config = ConfigDict(from_attributes=True)
     height: Side
     width: Side
@@ -66,7 +68,7 @@ class _Tile(BaseModel):
 class TileValues(PictureValues):
     """Settings of a processor that cuts a picture into tiles of one size."""
 
-    size: _Tile
+    size: Tile
     min_patches: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
     max_patches: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
 
@@ -80,7 +82,7 @@ class TileValues(PictureValues):
 class SquareValues(PictureValues):
     """Settings of a processor that scales every picture to one size."""
 
-    size: _Tile
+    size: Tile
 
 
 class ResolutionValues(SquareValues):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +16,15 @@ from qe_edge.models.batching import (
     naming,
     prepare_pictures,
 )
+from qe_edge.models.chat import Rewrite, as_it_is, filled_places
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import TileValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.tile_videos import TileVideos
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.models.video_values import TileVideoValues, load_video_values, write_video_values
+from qe_edge.models.videos import Video
 from qe_edge.system.errors import ModelError
 from qe_edge.system.lazy import lazy_module
 
@@ -76,26 +81,62 @@ class InternVL(ModelFamily):
         tile = [image_processor.size["height"], image_processor.size["width"]]
         check_equal(folder, "size", tile, list(self.config.vision_config.image_size))
         check_chat_template(tokenizer, folder, self.config.image_token_id)
-        return VisionLanguageProcessor(tokenizer, image_processor)
+        return VisionLanguageProcessor(tokenizer, image_processor, self._videos(tokenizer, folder))
+
+    def _videos(self, tokenizer: Any, folder: str) -> TileVideos | None:  # noqa: ANN401 - tokenizers share no base
+        """What prepares videos, if the folder has settings for the vision encoder's size and a token for videos."""
+        values = load_video_values(folder, TileVideoValues, TileVideos.defaults)
+        tile = None if values is None else [values.size.height, values.size.width]
+        if values is None or tile != list(self.config.vision_config.image_size) or not _video_token(tokenizer):
+            return None
+        frame = len(_between_marks(tokenizer, [self.config.image_token_id] * self.config.image_seq_length))
+        return TileVideos(values, frame, self.config.get_text_config().max_position_embeddings)
+
+    def save_processor(self, processor: VisionLanguageProcessor, folder: Path) -> None:
+        """Write tokenizer, image processor and the settings of videos beside a checkpoint or engine."""
+        super().save_processor(processor, folder)
+        if processor.video_processor is not None:
+            write_video_values(processor.video_processor.values, folder)
 
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
-        """One left-padded batch; each picture's image token is repeated `image_seq_length` times per tile."""
+        """One left-padded batch; the image token is repeated `image_seq_length` times per tile or frame."""
         # transformers' own processor always tiles, whatever crop_to_patches says in the file; max_patches 1 prevents it
-        pixels = prepare_pictures(processor.image_processor, samples, crop_to_patches=True)
+        pixels = prepare_pictures(processor.image_processor, samples, processor.video_processor, crop_to_patches=True)
         tiles = iter(pixels.pop("num_patches", ()))
-        image = self.config.image_token_id
+        for name in ("second_per_grid_ts", "frame_seconds"):
+            pixels.pop(name, None)
+        image, length = self.config.image_token_id, self.config.image_seq_length
         rows = []
         context = self.config.get_text_config().max_position_embeddings
         for sample in samples:
-            counts = [int(next(tiles)) * self.config.image_seq_length for _ in sample.pictures]
+            counts, frames = [], []
+            for shown in sample.media:
+                if isinstance(shown, Video):  # frames have an image token each in the prompt
+                    frames.append(int(next(tiles)))
+                    counts += [length] * frames[-1]
+                else:
+                    counts.append(int(next(tiles)) * length)
             pictures = [_between_marks(processor.tokenizer, [image] * count) for count in counts]
             with naming(sample):
-                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                row = encode_row(
+                    processor.tokenizer,
+                    sample,
+                    image,
+                    pictures,
+                    answer=answers,
+                    rewrite=self._with_frames(processor.tokenizer, frames) if frames else as_it_is,
+                )
                 check_length(row, context, "A prompt")
             rows.append(row)
         return left_pad(rows, processor.tokenizer, image, pixels)
+
+    def _with_frames(self, tokenizer: Any, frames: Sequence[int]) -> Rewrite:  # noqa: ANN401 - as above
+        """Put a line for every frame in a video's place, with the token of a picture; `frames` are their numbers."""
+        picture, video = tokenizer.convert_ids_to_tokens(self.config.image_token_id), _video_token(tokenizer)
+        lines = ["\n".join(f"Frame{number + 1}: {picture}" for number in range(count)) for count in frames]
+        return lambda prompt: filled_places(prompt, video, lines)
 
     def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of `InternVLForConditionalGeneration.forward`."""
@@ -128,3 +169,8 @@ def _between_marks(tokenizer: Any, tokens: list[int]) -> list[int]:  # noqa: ANN
     """A picture's tokens between the tokenizer's marks for start and end of a picture, where it has such marks."""
     start, end = (getattr(tokenizer, f"{side}_image_token_id", None) for side in ("start", "end"))
     return tokens if not tokens or start is None or end is None else [start, *tokens, end]
+
+
+def _video_token(tokenizer: Any) -> str:  # noqa: ANN401 - as above
+    """What the chat template writes for a video; empty where the tokenizer has no such token."""
+    return str(getattr(tokenizer, "video_token", None) or "")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qe_edge.models.chat import Rewrite, as_it_is
+from qe_edge.models.chat import Rewrite, as_it_is, filled_places
 from qe_edge.models.family import Block, GraphSpec
 from qe_edge.models.qwen_vl import QwenVL, in_groups
 from qe_edge.models.qwen_vl_videos import Qwen3Videos
@@ -48,14 +48,8 @@ class Qwen3VL(QwenVL):
             [config.vision_start_token_id, config.video_token_id, config.vision_end_token_id]
         )
 
-        def written(prompt: str) -> str:
-            first, *others = prompt.split(token)
-            spans = ["".join(f"<{time:.1f} seconds>{start}{token}{end}" for time in video) for video in times]
-            # a part of the conversation may have fewer videos; a template that writes more is refused later
-            spans += [token] * (len(others) - len(spans))
-            return first + "".join(span + other for span, other in zip(spans, others, strict=False))
-
-        return written if times else as_it_is
+        spans = ["".join(f"<{time:.1f} seconds>{start}{token}{end}" for time in video) for video in times]
+        return (lambda prompt: filled_places(prompt, token, spans)) if times else as_it_is
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Every merger comes after the vision block that it reads; features are added between the first layers."""

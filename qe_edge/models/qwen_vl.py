@@ -87,7 +87,7 @@ class QwenVL(ModelFamily):
         return VisionLanguageProcessor(tokenizer, image_processor, videos)
 
     def _video_values(self, folder: str) -> VideoValues | None:
-        return load_video_values(folder, self.videos.defaults, pixel_keys=self.videos.pixel_keys)
+        return load_video_values(folder, VideoValues, self.videos.defaults, pixel_keys=self.videos.pixel_keys)
 
     def save_processor(self, processor: VisionLanguageProcessor, folder: Path) -> None:
         """Write tokenizer, image processor and the settings of videos beside a checkpoint or engine."""

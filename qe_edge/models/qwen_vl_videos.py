@@ -77,12 +77,6 @@ class QwenVideos:
         """Frames that become one step of time."""
         return self.values.temporal_patch_size
 
-    @property
-    def samples(self) -> bool:
-        """Whether the settings choose some of the frames."""
-        values = self.values
-        return values.do_sample_frames and (values.num_frames is not None or values.fps is not None)
-
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Tokens of `frames` frames of one size.
 
@@ -90,6 +84,7 @@ class QwenVideos:
             InputError: If the model cannot read such frames.
         """
         values, size = self.values, (height, width)
+        values.check_filter()
         factor = values.patch_size * values.merge_size
         if values.do_resize:
             size = self.target_size(frames, height, width)

@@ -68,7 +68,7 @@ def plan_videos(processor: Any, videos: Sequence[Video]) -> list[Planned]:  # no
 
 def _planned(processor: Any, video: Video) -> Planned:  # noqa: ANN401 - as above
     frames = open_video(video)
-    sampled = processor.samples and not video.every_frame
+    sampled = processor.values.samples and not video.every_frame
     if frames.fps is None and (processor.times or sampled):
         warnings.warn(FPS_NOTICE, CommonNotice, stacklevel=2)
     fps = frames.fps or DEFAULT_FPS

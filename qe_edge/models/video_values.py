@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from qe_edge.models.frames import MAX_FRAMES
 from qe_edge.models.guard import check_values
-from qe_edge.models.image_processors import Area, PatchValues
+from qe_edge.models.image_processors import Area, PatchValues, PictureValues, Tile
 from qe_edge.models.model_files import find_file
 from qe_edge.models.torch_resize import FILTERS
 from qe_edge.models.videos import MAX_FPS
-from qe_edge.system.errors import ModelError
+from qe_edge.system.errors import InputError, ModelError
 from qe_edge.system.json_files import read_json_table
 
 FILE = "video_preprocessor_config.json"
@@ -24,44 +24,85 @@ REMEDY = f"Copy {FILE} from the original model."
 EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 Rate = Annotated[float, Field(gt=0, le=MAX_FPS, allow_inf_nan=False)]
 FrameCount = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+Values = TypeVar("Values", bound="SamplingValues")
 
 
-class VideoValues(PatchValues):
-    """Settings of a processor that cuts frames into patches; its edges are numbers of pixels.
+class SamplingValues(PictureValues):
+    """Settings of every video processor.
 
     Attributes:
         do_sample_frames: Whether some of the frames are chosen, by `num_frames` or `fps`.
         num_frames: How many; None for as many as `fps` gives.
         fps: Frames per second that are seen.
-        min_frames: Fewest frames that `fps` gives.
-        max_frames: Most frames that `fps` gives.
-        cap_pixels_per_frame: Whether the pixels of a frame are bounded by `max_video_tokens` too.
-        max_video_tokens: Tokens of a video in Qwen2-VL and Qwen2.5-VL, of a frame in Qwen3-VL.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     do_sample_frames: Annotated[bool, Field(strict=True)] = False
     num_frames: FrameCount | None = None
     fps: Rate | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> SamplingValues:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError("fps and num_frames exclude each other")
+        return self
+
+    @property
+    def samples(self) -> bool:
+        """Whether the settings choose some of the frames."""
+        return self.do_sample_frames and (self.num_frames is not None or self.fps is not None)
+
+    def check_filter(self) -> None:
+        """Refuse a filter that scales no videos here.
+
+        Raises:
+            InputError: If it is one.
+        """
+        if self.do_resize and self.resample not in FILTERS:
+            raise InputError(
+                f"This model's settings scale frames with filter {self.resample}, which scales no videos here.",
+                f"Set resample in {FILE} to one of {', '.join(map(str, FILTERS))}.",
+            )
+
+
+class VideoValues(SamplingValues, PatchValues):
+    """Settings of a processor that cuts frames into patches; its edges are numbers of pixels.
+
+    Attributes:
+        min_frames: Fewest frames that `fps` gives.
+        max_frames: Most frames that `fps` gives.
+        cap_pixels_per_frame: Whether the pixels of a frame are bounded by `max_video_tokens` too.
+        max_video_tokens: Tokens of a video in Qwen2-VL and Qwen2.5-VL, of a frame in Qwen3-VL.
+    """
+
     min_frames: FrameCount = 4
     max_frames: FrameCount = 768
     cap_pixels_per_frame: bool | None = None
     max_video_tokens: Area = 128000
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> VideoValues:
-        if self.fps is not None and self.num_frames is not None:
-            raise ValueError("fps and num_frames exclude each other")
-        if self.do_resize and self.resample not in FILTERS:
-            raise ValueError(f"resample {self.resample} is none of {sorted(FILTERS)}")
-        return self
+
+class TileVideoValues(SamplingValues):
+    """Settings of a processor that scales every frame to one size.
+
+    Attributes:
+        size: Height and width.
+        initial_shift: Number of the first chosen frame; true for the middle of the first share.
+        do_center_crop: Whether the middle of a frame is cut out, which is not done here.
+    """
+
+    size: Tile
+    initial_shift: bool | Annotated[float, Field(ge=0, le=MAX_FRAMES, allow_inf_nan=False)] = True
+    do_center_crop: bool = False
 
 
-def load_video_values(source: str, defaults: Mapping[str, object], *, pixel_keys: bool) -> VideoValues | None:
+def load_video_values(
+    source: str, kind: type[Values], defaults: Mapping[str, object], *, pixel_keys: bool = False
+) -> Values | None:
     """Read a model's settings from the files that transformers reads, in its order.
 
     Args:
         source: Folder or hub id.
+        kind: The keys with their bounds.
         defaults: The settings of transformers' class.
         pixel_keys: Whether `min_pixels` and `max_pixels` count, as older files write them.
 
@@ -74,7 +115,7 @@ def load_video_values(source: str, defaults: Mapping[str, object], *, pixel_keys
     Example:
         >>> from qe_edge.demo import model_path
         >>> from qe_edge.models.qwen_vl_videos import QwenVideos
-        >>> load_video_values(str(model_path()), QwenVideos.defaults, pixel_keys=True).temporal_patch_size
+        >>> load_video_values(str(model_path()), VideoValues, QwenVideos.defaults, pixel_keys=True).temporal_patch_size
         2
     """
     for name in ("processor_config.json", FILE, "preprocessor_config.json"):
@@ -95,11 +136,11 @@ def load_video_values(source: str, defaults: Mapping[str, object], *, pixel_keys
             edges = {EDGES.get(key, key): value for key, value in size.items()}
             edges |= {edge: table[key] for key, edge in EDGES.items() if table.get(key) is not None}
             values["size"] = edges
-        return check_values(VideoValues, values, path, REMEDY, ModelError)
+        return check_values(kind, values, path, REMEDY, ModelError)
     return None
 
 
-def value_table(values: VideoValues) -> np.ndarray:
+def value_table(values: PictureValues) -> np.ndarray:
     """What a value of a channel becomes, float32 `[3, 256]`, by the arithmetic of transformers' torch processors.
 
     They rescale and normalize at once, in float32.
@@ -122,14 +163,14 @@ def value_table(values: VideoValues) -> np.ndarray:
     return table
 
 
-def write_video_values(values: VideoValues, folder: Path) -> None:
+def write_video_values(values: SamplingValues, folder: Path) -> None:
     """Write settings beside a model, where `load_video_values` finds them first.
 
     Example:
         >>> from qe_edge.models.qwen_vl_videos import Qwen3Videos
         >>> values = VideoValues(**Qwen3Videos.defaults)
         >>> write_video_values(values, Path())
-        >>> load_video_values(".", Qwen3Videos.defaults, pixel_keys=False) == values
+        >>> load_video_values(".", VideoValues, Qwen3Videos.defaults) == values
         True
     """
     text = json.dumps(values.model_dump(mode="json", exclude_none=True), indent=2)

@@ -24,7 +24,7 @@ IMAGE_TOKEN, START, END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 # as OpenGVLab's: the template writes the bare image token, the processor puts it between marks
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|image_pad|>\n"
-    "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% elif c.type == 'video' %}<|video_pad|>\n{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = {
@@ -43,7 +43,13 @@ def write_tiny_internvl(folder: Path, text_model: str, **sizes: int) -> Path:
     """A model of about 150 thousand parameters whose outputs depend on every one of them."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(
-        model_path(), extra_special_tokens={"start_image_token": START, "end_image_token": END}
+        model_path(),
+        extra_special_tokens={
+            "start_image_token": START,
+            "end_image_token": END,
+            "context_image_token": IMAGE_TOKEN,
+            "video_token": "<|video_pad|>",
+        },
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     vision = InternVLVisionConfig(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import InternVLProcessor
 
 from qe_edge.export.exporter import export_model
 from qe_edge.layers.linear import quantized_linears
@@ -24,6 +25,7 @@ from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.system.errors import ModelError
 from tests.models.conftest import END, START, TOKENS_PER_TILE, write_tiny_internvl
 from tests.models.families import FamilyChecks
+from tests.models.video_checks import VideoChecks, film, video_cases
 
 QUICK = {"tokens": 128, "em_steps": 1}
 LINEARS = {"visual": 2 * 6, "merger": 2, "language": 2 * 7}
@@ -153,10 +155,14 @@ def test_unquantized_export(tiny_internvl: Path, samples: list[Sample], tmp_path
     assert token_errors(loaded, VisionLanguageEngine.load(tmp_path / "onnx", threads=1), samples).max() < 1e-4
 
 
-class TestInternVL35(FamilyChecks):
-    """A text model as InternVL 3.5 has it."""
+class TestInternVL35(VideoChecks, FamilyChecks):
+    """A text model as InternVL 3.5 has it. transformers prepares videos of one length together, and no others."""
 
     linears = LINEARS
+    processor_class = InternVLProcessor
+    video_processor = "internvl"
+    processor_options = {"image_seq_length": TOKENS_PER_TILE}  # noqa: RUF012
+    video_cases = video_cases(film(5, 84, 64, 2.0), film(5, 117, 90, 3.0), film(5, 150, 60, 1.5))
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -211,19 +211,19 @@ def test_samples_and_their_hash() -> None:
 def test_settings_in_files(tmp_path: Path) -> None:
     """From the files that transformers reads, in its order."""
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 3136, "max_pixels": 50176}')
-    old = load_video_values(str(tmp_path), QwenVideos.defaults, pixel_keys=True)
+    old = load_video_values(str(tmp_path), VideoValues, QwenVideos.defaults, pixel_keys=True)
     assert old is not None
     assert (old.size.shortest_edge, old.size.longest_edge) == (3136, 50176)
     write_video_values(old.model_copy(update={"do_sample_frames": True, "fps": 1.0}), tmp_path)
-    found = load_video_values(str(tmp_path), QwenVideos.defaults, pixel_keys=True)
+    found = load_video_values(str(tmp_path), VideoValues, QwenVideos.defaults, pixel_keys=True)
     assert found is not None
     assert (found.fps, found.size) == (1.0, old.size)
     (tmp_path / "processor_config.json").write_text('{"video_processor": {"fps": 3, "num_frames": 4}}')
     with pytest.raises(ModelError, match="fps and num_frames exclude each other"):
-        load_video_values(str(tmp_path), QwenVideos.defaults, pixel_keys=True)
+        load_video_values(str(tmp_path), VideoValues, QwenVideos.defaults, pixel_keys=True)
     (tmp_path / "processor_config.json").write_text('{"video_processor": {"max_frames": 100000}}')
     with pytest.raises(ModelError, match="max_frames"):
-        load_video_values(str(tmp_path), QwenVideos.defaults, pixel_keys=True)
+        load_video_values(str(tmp_path), VideoValues, QwenVideos.defaults, pixel_keys=True)
 
 
 def test_a_gif_is_one_picture_where_a_picture_is_asked_for() -> None:
