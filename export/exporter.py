@@ -27,8 +27,9 @@ from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.layers.linear import quantized_linears
-from qe_edge.models.decoder import Decoder, head_width
+from qe_edge.models.decoder import Decoder
 from qe_edge.models.family import GraphSpec
+from qe_edge.models.layer_states import head_width, layer_states
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.quantized import load_quantized
 from qe_edge.models.vision_encoder import VisionEncoder
@@ -198,7 +199,7 @@ def _manifest(
         max_context=text.max_position_embeddings,
         generation=generation,
         kv=KVLayout(
-            layers=text.num_hidden_layers,
+            layers=sum(state.part == "key" for state in layer_states(text)),
             heads=text.num_key_value_heads,
             head_dim=head_width(text),
             in_place=in_place,

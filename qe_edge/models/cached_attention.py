@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qe_edge.models.export_limits import SLIDING, layer_kinds, window_of
@@ -25,30 +24,13 @@ MULTIPLE = 8  # of which heads' widths are, where it has one
 IMPLEMENTATION = "qe_edge_cached"  # how transformers calls the function while it is registered
 
 
-class NewTokens(DynamicCache):
-    """Hands a layer its new keys and values alone: the node joins them with the cache.
-
-    Example:
-        >>> key = value = torch.ones(1, 2, 3, 8)
-        >>> cache = NewTokens()
-        >>> cache.update(key, value, 0)[0] is key
-        True
-    """
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_arguments: object, **_keywords: object
-    ) -> tuple[Tensor, Tensor]:
-        """The new keys and values."""
-        return key_states, value_states
-
-
 @dataclass
 class CachedAttention:
     """Attention of all layers for one call of a text model, while a graph is traced.
 
     Attributes:
         config: The text model's configuration.
-        past: Key and value `[batch, kv_heads, capacity, head_dim]` of every layer.
+        past: Key and value `[batch, kv_heads, capacity, head_dim]` of every layer of attention, as "0.key".
         attention_mask: `[batch, total]` int64: a row's tokens, the new ones included, then zeros.
         pictures: Whether the mask numbers pictures from 2, whose tokens see each other.
         expanded: Whether the node is to be written out.
@@ -56,13 +38,13 @@ class CachedAttention:
     """
 
     config: Any
-    past: list[Tensor]
+    past: dict[str, Tensor]
     attention_mask: Tensor
     pictures: bool
     expanded: bool
 
     def __post_init__(self) -> None:
-        self.present: list[Tensor] = list(self.past)
+        self.present: dict[str, Tensor] = {}
         # int32, as the operator wants them: a row's last token, and the most tokens of a row
         self._last = ((self.attention_mask != 0).sum(1) - 1).to(torch.int32)
         self._total = torch.full((1,), self.attention_mask.shape[1], dtype=torch.int32)
@@ -82,7 +64,8 @@ class CachedAttention:
         """As transformers calls it: `[batch, heads, sequence, head_dim]`, and `kv_heads` for keys and values."""
         layer: Any = module.layer_idx
         heads, width = query.shape[1], query.shape[3]
-        past = self.past[2 * layer : 2 * layer + 2]
+        names = [f"{layer}.{part}" for part in ("key", "value")]
+        past = [self.past[name] for name in names]
         further = [self.attention_mask] if self.pictures else []
         mixed, *present = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{NAME}",
@@ -100,7 +83,7 @@ class CachedAttention:
             shapes=[(query.shape[0], query.shape[2], heads * width), past[0].shape, past[1].shape],
             version=VERSION,
         )
-        self.present[2 * layer : 2 * layer + 2] = present
+        self.present.update(zip(names, present, strict=True))
         return mixed, None
 
     def _window(self, layer: int) -> int:
@@ -117,7 +100,7 @@ def attending(model: nn.Module, attention: CachedAttention) -> Iterator[None]:
     Example:
         >>> from qe_edge.models.loading import load_model
         >>> model = load_model("demo").model.get_decoder()
-        >>> past, mask = [torch.zeros(1, 1, 8, 64)] * 2, torch.ones(1, 3, dtype=torch.int64)
+        >>> past, mask = {"0.key": torch.zeros(1, 1, 8, 64)}, torch.ones(1, 3, dtype=torch.int64)
         >>> with attending(model, CachedAttention(model.config, past, mask, pictures=False, expanded=False)):
         ...     model.config._attn_implementation
         'qe_edge_cached'

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from qe_edge.models.cached_attention import MULTIPLE, CachedAttention, NewTokens, attending
+from qe_edge.models.cached_attention import MULTIPLE, CachedAttention, attending
+from qe_edge.models.cached_states import NewTokens
 from qe_edge.models.export_limits import MAX_LOGITS, check_exportable
 from qe_edge.models.family import GraphSpec, Profile
+from qe_edge.models.layer_states import CAPACITY, head_width, layer_states
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
 MAX_CONTEXT = 8192  # the larger, the more memory an engine needs
@@ -19,7 +21,7 @@ LARGEST = 1 << 20  # of any dynamic size at export time
 
 
 class Decoder(nn.Module):
-    """A transformers text model and its head over a flat list of cached keys and values.
+    """A transformers text model and its head over a flat list of the tensors that its layers keep.
 
     Class attributes:
         pictures: Whether tokens of a picture see each other; then the mask numbers pictures from 2.
@@ -62,29 +64,32 @@ class Decoder(nn.Module):
         past: list[Tensor],
         logit_positions: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Logits of the asked positions, then keys and values of every layer with the new tokens written in.
+        """Logits of the asked positions, then the tensors of every layer's cache after the new tokens.
 
         Args:
             inputs_embeds: `[batch, sequence, width]`; a row's new tokens first, then padding.
             position_ids: `[batch, sequence]`, with leading axes where the family has them.
             attention_mask: `[batch, total]` int64: a row's tokens, cached and new, then zeros; as `graph_mask`.
-            past: Key and value `[batch, kv_heads, capacity, head_dim]` of every layer; what lies beyond a row's tokens
-                is not read.
+            past: The tensors that `layer_states` lists. Of keys and values `[batch, kv_heads, capacity, head_dim]`
+                nothing beyond a row's tokens is read.
             logit_positions: `[batch, asked]` int64, which of the `sequence` new tokens logits are wanted of.
         """
         config: Any = self.model.config
-        attention = CachedAttention(config, past, attention_mask, self.pictures, not self.in_place)
+        kept = {state.name: tensor for state, tensor in zip(layer_states(config), past, strict=True)}
+        attention = CachedAttention(config, kept, attention_mask, self.pictures, not self.in_place)
+        tokens = NewTokens(kept, attention_mask, inputs_embeds.shape[1])
         with attending(self.model, attention):
             output = self.hidden_states(
                 inputs_embeds,
                 position_ids=position_ids,
                 attention_mask=inputs_embeds.new_zeros(1, 1, 1, 1),  # transformers keeps a mask of four axes as it is
-                past_key_values=NewTokens(),
+                past_key_values=tokens,
                 use_cache=True,
             )
         hidden = output.last_hidden_state
         places = logit_positions[..., None].expand(-1, -1, hidden.shape[-1])
-        return self.head(hidden.gather(1, places)), *attention.present
+        present = {**kept, **attention.present, **tokens.present}
+        return self.head(hidden.gather(1, places)), *present.values()
 
 
 def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
@@ -106,12 +111,11 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
     """
     config: Any = decoder.model.config
     check_exportable(config)
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    width = head_width(config)
+    states = layer_states(config)
     # sizes of the example; all differ, and none is 0 or 1, which torch would take for constants
     batch, sequence, total, capacity, asked = 2, 3, 7, 9, 4
     axes = (position_axes,) if position_axes else ()
-    cache = [torch.zeros(batch, heads, capacity, width) for _ in range(2 * layers)]
+    cache = [torch.zeros(state.sizes(batch, capacity)) for state in states]
     inputs = (
         torch.zeros(batch, sequence, decoder.width),
         torch.zeros((*axes, batch, sequence), dtype=torch.int64),
@@ -126,31 +130,19 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
         {0: rows, 1: tokens},
         {len(axes): rows, len(axes) + 1: tokens},
         {0: rows, 1: others[0]},
-        [{0: rows, 2: others[1]} for _ in cache],
+        [{0: rows, **({1 + state.shape.index(CAPACITY): others[1]} if CAPACITY in state.shape else {})} for state in states],
         {0: rows, 1: others[2]},
     )
-    names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    past = [f"past_key_values.{name}" for name in names]
+    past = [f"past_key_values.{state.name}" for state in states]
     return GraphSpec(
         name="language",
         module=decoder,
         inputs=inputs,
         input_names=["inputs_embeds", "position_ids", "attention_mask", *past, "logit_positions"],
-        output_names=["logits", *(f"present.{name}" for name in names)],
+        output_names=["logits", *(f"present.{state.name}" for state in states)],
         dynamic_shapes=shapes,
-        profiles=_profiles(config, decoder.width, axes, (heads, width), past),
+        profiles=_profiles(config, decoder.width, axes),
     )
-
-
-def head_width(config: Any) -> int:  # noqa: ANN401 - transformers' configuration classes
-    """Width of a head of keys and values.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> head_width(LlamaConfig(hidden_size=576, num_attention_heads=9))
-        64
-    """
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def default_lengths(config: Any) -> tuple[int, int]:  # noqa: ANN401 - transformers' configuration classes
@@ -169,12 +161,10 @@ def _profiles(
     config: Any,  # noqa: ANN401 - transformers' configuration classes
     embeds_width: int,
     axes: tuple[int, ...],
-    head_shape: tuple[int, int],
-    past: list[str],
 ) -> dict[str, Profile]:
     """Shapes for engines: a prompt into a cache of the context's size, and one token after the other."""
     context, prefill = default_lengths(config)
-    middle, asked = prefill // 4, min(prefill, MAX_LOGITS)
+    states, middle, asked = layer_states(config), prefill // 4, min(prefill, MAX_LOGITS)
     sizes = {  # (batch, sequence, total, capacity, asked) at the smallest, typical and largest
         "prefill": ((1, 1, 1, 1, 1), (1, middle, middle, context, 1), (MAX_BATCH, prefill, prefill, context, asked)),
         "decode": ((1, 1, 1, 1, 1), (1, 1, context // 4, context, 1), (MAX_BATCH, 1, context, context, 1)),
@@ -185,7 +175,7 @@ def _profiles(
             "inputs_embeds": (batch, sequence, embeds_width),
             "position_ids": (*axes, batch, sequence),
             "attention_mask": (batch, total),
-            **dict.fromkeys(past, (batch, head_shape[0], capacity, head_shape[1])),
+            **{f"past_key_values.{state.name}": state.sizes(batch, capacity) for state in states},
             "logit_positions": (batch, asked),
         }
 

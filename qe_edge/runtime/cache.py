@@ -1,4 +1,4 @@
-"""The KV cache of a batch: buffers of a fixed capacity that live where a backend computes."""
+"""The cache of a batch: buffers of a fixed capacity, and states, that live where a backend computes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qe_edge.runtime.cache_tensors import PAST, PRESENT, is_state, output_of
 from qe_edge.runtime.sessions import Array
 from qe_edge.system.errors import InputError
-
-PAST, PRESENT = "past_key_values.", "present."  # how the language graph's inputs and outputs of the cache begin
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens that a batch has read. Places beyond a row's length are never read.
+    """Keys, values and states of the tokens that a batch has read. Places beyond a row's length are never read.
 
     Attributes:
         batch: Rows.
         capacity: Tokens that fit into a row.
         past: Buffers under the names of the language graph's inputs.
         present: Buffers that the next call writes, under the names of its outputs: the same ones where it writes in
-            place.
+            place. States have always others.
         lengths: Tokens of every row, int64 `[batch]`.
-        in_place: Whether a call writes where it reads.
+        in_place: Whether a call writes keys and values where it reads them.
+        states: Names of the inputs that are states.
         mask: The graph's `attention_mask`, int64 `[batch, capacity]`: 1 on text, numbers of pictures where a model's
             pictures have some, 0 beyond a row's length.
     """
@@ -36,11 +36,14 @@ class KVCache:
     lengths: np.ndarray = field(init=False)
     mask: np.ndarray = field(init=False)
     in_place: bool = field(init=False)
+    states: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.lengths = np.zeros(self.batch, np.int64)
         self.mask = np.zeros((self.batch, self.capacity), np.int64)
-        self.in_place = all(self.present[name.replace(PAST, PRESENT, 1)] is array for name, array in self.past.items())
+        self.states = tuple(name for name in self.past if is_state(name))
+        grown = {name: array for name, array in self.past.items() if name not in self.states}
+        self.in_place = all(self.present[output_of(name)] is array for name, array in grown.items())
 
     @property
     def nbytes(self) -> int:
@@ -52,10 +55,18 @@ class KVCache:
         """Forget every token after the first `length` of each row.
 
         Raises:
-            InputError: If `length` is negative.
+            InputError: If `length` is negative, or lies within the tokens that a state stands for.
         """
         if length < 0:
             raise InputError(f"A cache cannot hold {length} tokens.", "Give 0 to forget everything.")
+        if self.states and length and self.lengths.max() > length:
+            raise InputError(
+                f"A cache of {self.lengths.max()} tokens cannot be cut to {length}: its layers keep states of all of them.",
+                "Give 0, and read the tokens again.",
+            )
+        if length == 0:
+            for name in self.states:
+                np.asarray(self.past[name])[...] = 0
         self.lengths = np.minimum(self.lengths, length)
         self.mask[:, length:] = 0
 
@@ -74,17 +85,23 @@ class KVCache:
             mask[row, start : start + new] = np.where(np.asarray(found) > 1, found + earlier, found)
         return mask
 
-    def written(self, outputs: dict[str, Array]) -> None:
-        """Take the outputs of a call as the new cache; the next call may write into the old one."""
-        if self.in_place and all(outputs[name] is array for name, array in self.present.items()):
-            return
+    def written(self, outputs: dict[str, Array], kept: np.ndarray | None = None) -> None:
+        """Take the outputs of a call as the new cache; the next call may write into the old one.
+
+        Args:
+            outputs: Tensors by the names of the graph's outputs.
+            kept: Rows whose states become those of the call, bool `[batch]`; None for all.
+        """
+        if kept is not None:
+            for name in self.states:
+                np.asarray(outputs[output_of(name)])[~kept] = np.asarray(self.past[name])[~kept]
         spare = self.past
         self.past = {name.replace(PRESENT, PAST, 1): array for name, array in outputs.items()}
-        self.present = {name.replace(PAST, PRESENT, 1): array for name, array in spare.items()}
+        self.present = {output_of(name): array for name, array in spare.items()}
 
 
 def new_cache(
-    batch: int, capacity: int, zeros: Callable[[tuple[int, ...]], Array], names: list[str], shape: tuple[int, int], *,
+    batch: int, capacity: int, zeros: Callable[[tuple[int, ...]], Array], shapes: dict[str, tuple[int, ...]], *,
     in_place: bool,
 ) -> KVCache:  # fmt: skip
     """An empty cache.
@@ -93,18 +110,20 @@ def new_cache(
         batch: Rows.
         capacity: Tokens that fit into a row.
         zeros: Makes a buffer of a shape.
-        names: The language graph's inputs that are the cache.
-        shape: Heads and their width.
-        in_place: Whether a call may write where it reads.
+        shapes: Of the language graph's inputs that are the cache.
+        in_place: Whether a call may write keys and values where it reads them.
 
     Example:
-        >>> cache = new_cache(1, 8, np.zeros, ["past_key_values.0.key"], shape=(2, 4), in_place=True)
-        >>> cache.past["past_key_values.0.key"].shape, cache.nbytes
-        ((1, 2, 8, 4), 512)
+        >>> shapes = {"past_key_values.0.key": (1, 2, 8, 4), "past_key_values.1.conv": (1, 16, 2)}
+        >>> cache = new_cache(1, 8, np.zeros, shapes, in_place=True)
+        >>> cache.nbytes, cache.states  # a state has two buffers
+        (1024, ('past_key_values.1.conv',))
     """
-    size = (batch, shape[0], capacity, shape[1])
-    past = {name: zeros(size) for name in names}
-    present = {name.replace(PAST, PRESENT, 1): past[name] if in_place else zeros(size) for name in names}
+    past = {name: zeros(shape) for name, shape in shapes.items()}
+    present = {
+        output_of(name): past[name] if in_place and not is_state(name) else zeros(shape)
+        for name, shape in shapes.items()
+    }
     return KVCache(batch, capacity, past, present)
 
 

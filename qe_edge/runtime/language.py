@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from qe_edge.runtime.cache import PAST, KVCache, new_cache, take_tokens
+from qe_edge.runtime.cache import KVCache, new_cache, take_tokens
+from qe_edge.runtime.cache_tensors import sizes_of
 from qe_edge.runtime.embedding import TokenEmbedding
 from qe_edge.runtime.generation import check_context
 from qe_edge.runtime.limits import EngineLimits
@@ -106,20 +107,15 @@ class LanguageEngine:
                 f"A cache of {capacity} tokens cannot be had: at most {self._largest} fit.",
                 "Choose fewer, or build or load with a larger --max-context.",
             )
-        kv, entry = self.manifest.kv, self.manifest.graphs["language"]
-        specs = [spec for spec in entry.inputs if spec.name.startswith(PAST)]
-        dtype, session = np.dtype(specs[0].dtype), self._sessions["language"]
+        kv, specs, session = self.manifest.kv, self.manifest.cache, self._sessions["language"]
+        shapes = {spec.name: sizes_of(spec, batch, capacity, (kv.heads, kv.head_dim)) for spec in specs}
+        dtype = np.dtype(specs[0].dtype)
         try:
             return new_cache(
-                batch,
-                capacity,
-                lambda shape: session.zeros(shape, dtype),
-                [spec.name for spec in specs],
-                (kv.heads, kv.head_dim),
-                in_place=kv.in_place,
+                batch, capacity, lambda shape: session.zeros(shape, dtype), shapes, in_place=kv.in_place
             )
         except (MemoryError, OSError) as error:  # the latter where pages are asked for
-            size = 2 * kv.layers * kv.heads * kv.head_dim * capacity * batch * dtype.itemsize
+            size = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
             raise ResourceError(
                 f"A cache of {batch} x {capacity} tokens needs {size >> 20} MiB of memory.", "Choose a smaller context."
             ) from error
@@ -230,7 +226,7 @@ class LanguageEngine:
             logits = np.asarray(outputs.pop("logits"))
             check_shape(logits, (*part.shape, self.manifest.vocab_size), "language")
             parts.append(logits)
-            cache.written(outputs)
+        cache.written(outputs, kept)  # once: every part begins with the same states
         cache.lengths = after if kept is None else np.where(kept, after, cache.lengths)
         cache.mask = mask if kept is None else np.where(kept[:, None], mask, cache.mask)
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

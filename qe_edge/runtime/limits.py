@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qe_edge.models.export_limits import MAX_LOGITS
 from qe_edge.models.family import Encoded
+from qe_edge.runtime.cache_tensors import PAST, is_state
 from qe_edge.runtime.manifest import GraphEntry, Manifest, Size
 from qe_edge.system.errors import InputError
 
@@ -105,7 +106,7 @@ def with_capacity(manifest: Manifest, capacity: int) -> Manifest:
         name: {
             key: (
                 tuple((batch, heads, capacity, width) for batch, heads, _, width in triple)
-                if key.startswith("past_key_values.")
+                if key.startswith(PAST) and not is_state(key)
                 else triple
             )
             for key, triple in shapes.items()

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qe_edge.checkpoint.integrity import Digest, FileTable, Sealed, check_files, check_sizes, describe
+from qe_edge.runtime.cache_tensors import cache_inputs, check_cache
 from qe_edge.runtime.embedding import EMBEDDING
 from qe_edge.runtime.generation import GenerationSettings
 from qe_edge.system.errors import ArtifactError, shown
@@ -99,15 +100,17 @@ class PictureEntry(GraphFile):
 
 
 class KVLayout(_Strict):
-    """The KV cache: inputs `past_key_values.{layer}.key|value`, outputs `present.{layer}.key|value`.
+    """Keys and values: inputs `past_key_values.{layer}.key|value`, outputs `present.{layer}.key|value`.
 
-    Every tensor is `[batch, heads, capacity, head_dim]`.
+    Every tensor is `[batch, heads, capacity, head_dim]`. A layer of another kind has inputs and outputs with other last
+    names, for example `past_key_values.{layer}.conv`. Their sizes behind the batch's are fixed, the graph's entry has
+    them, and input and output must be two buffers.
 
     Attributes:
-        layers: Layers of the language model.
+        layers: Layers of the language model that keep keys and values.
         heads: Heads of keys and values.
         head_dim: Width of a head.
-        in_place: Whether an input and its output may be one buffer; if not, they must be two.
+        in_place: Whether a key's or value's input and output may be one buffer; if not, they must be two.
     """
 
     layers: int = Field(ge=1, le=4096)
@@ -193,7 +196,14 @@ class Manifest(FolderManifest):
         ids = (rules.pad_token_id, *rules.eos_token_ids, *rules.suppress_tokens, *rules.begin_suppress_tokens)
         if max(ids) >= self.vocab_size:
             raise ValueError(f"generation names token {max(ids)} of a vocabulary of {self.vocab_size}")
+        language, kv = self.graphs["language"], self.kv
+        check_cache(language.inputs, language.outputs, kv.layers, (kv.heads, kv.head_dim))
         return self
+
+    @property
+    def cache(self) -> tuple[TensorSpec, ...]:
+        """The language graph's inputs that are tensors of its cache."""
+        return cache_inputs(self.graphs["language"].inputs)
 
     @property
     def embeds_width(self) -> int:

@@ -16,7 +16,7 @@ from qe_edge.runtime.answer_options import AnswerOptions, answer_options
 from qe_edge.runtime.answer_stream import AnswerStream
 from qe_edge.runtime.answering import Answering
 from qe_edge.runtime.answers import Answer
-from qe_edge.runtime.cache import PAST
+from qe_edge.runtime.cache_tensors import is_state, sizes_of
 from qe_edge.runtime.conversation import Conversation
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.sampling import check_count
@@ -169,10 +169,12 @@ class Pipeline:
     @property
     def slot_bytes(self) -> int:
         """Memory of such a cache, which is taken when a slot is used first."""
-        kv, inputs = self.engine.manifest.kv, self.engine.manifest.graphs["language"].inputs
-        size = next(np.dtype(spec.dtype).itemsize for spec in inputs if spec.name.startswith(PAST))
-        copies = 1 if kv.in_place else 2
-        return copies * 2 * kv.layers * kv.heads * kv.head_dim * self.slot_tokens * size
+        manifest, found = self.engine.manifest, 0
+        for spec in manifest.cache:
+            shape = sizes_of(spec, 1, self.slot_tokens, (manifest.kv.heads, manifest.kv.head_dim))
+            copies = 1 if manifest.kv.in_place and not is_state(spec.name) else 2
+            found += copies * int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+        return found
 
     @property
     def remembered_bytes(self) -> int:

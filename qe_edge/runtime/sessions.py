@@ -109,7 +109,7 @@ class OrtSession:
             ) from error
         check_signature(self._session, entry, folder)
         self._outputs = [spec.name for spec in entry.outputs]
-        self._held: _Binding | None = None
+        self._held: list[_Binding] = []
 
     def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run on named inputs; returns the named outputs, those of `into` in its arrays.
@@ -136,13 +136,15 @@ class OrtSession:
         """Run with inputs and outputs bound to arrays, so that nothing is copied.
 
         Arrays that are read and written in place stay bound until other ones come: a token takes as long to bind a
-        cache of 30 layers as to compute several of them.
+        cache of 30 layers as to compute several of them. States are written into two arrays in turn, so that the last
+        two bindings are kept.
         """
         written = {id(array) for array in into.values()}
         kept = {name: array for name, array in feeds.items() if id(array) in written}
         free = [name for name in self._outputs if name not in into]
-        held, self._held = self._held, None  # another thread that comes meanwhile makes its own
-        if held is None or not held.fits(kept, into):
+        every, self._held = self._held, []  # another thread that comes meanwhile makes its own
+        held = next((one for one in every if one.fits(kept, into)), None)
+        if held is None:
             held = _Binding.of(self._session, free, kept, into)
         for name in free:
             held.binding.bind_output(name, "cpu")
@@ -152,7 +154,7 @@ class OrtSession:
         self._session.run_with_iobinding(held.binding)
         values = held.binding.get_outputs_as_ortvaluevector()  # no object for each of the cache
         found: dict[str, Array] = {name: values[place].numpy() for place, name in enumerate(free)}
-        self._held = held
+        self._held = [held, *(one for one in every if one is not held)][:2]
         return {**found, **into}
 
 

@@ -83,6 +83,8 @@ class Slot:
         numbers = prompt.numbers[0]
         if tokens and numbers[tokens] == numbers[tokens - 1] > 1:  # these see each other, so they are read together
             tokens = int(np.flatnonzero(numbers == numbers[tokens])[0])
+        if self._cache.states and tokens < self._length:  # they stand for all of the tokens, or are of no use
+            tokens = 0
         return tokens, sum(seen.end <= tokens for seen in self._seen)
 
     def read(self, prompt: Prompt, features: Sequence[np.ndarray], tokens: int, pictures: int) -> np.ndarray:

@@ -48,6 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma 2": ("gemma2", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32, **CAPS}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
     "gemma 3": ("gemma3_text", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32}),
 }
 TEXTS = [
@@ -74,25 +75,31 @@ def write(folder: Path, model_type: str, **changes: Any) -> Path:  # noqa: ANN40
     return folder
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Any]:
-    """A model in W4A16 in float32, and the engine of its graph."""
-    model_type, changes = MODELS[request.param]
-    folder = tmp_path_factory.mktemp("decoder")
+def export_of(name: str, folder: Path) -> Path:
+    """A folder with a model, its checkpoint in W4A16 and its graph."""
+    model_type, changes = MODELS[name]
     write(folder / "model", model_type, **changes)
     save_quantized(
         *quantize(str(folder / "model"), make_recipe(method="rtn", scheme="w4a16"), TEXTS), folder / "checkpoint"
     )
+    export_model(folder / "checkpoint", folder / "onnx")
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Any]:
+    """A model in W4A16 in float32, and the engine of its graph."""
+    folder = export_of(request.param, tmp_path_factory.mktemp("decoder"))
     loaded = load_quantized(folder / "checkpoint")
     loaded.model.float()
-    export_model(folder / "checkpoint", folder / "onnx")
     return loaded, VisionLanguageEngine.load(folder / "onnx", threads=1)
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS, LONG], ids=["one", "batch", "long"])
 def test_the_graph_equals_transformers(made: tuple[LoadedModel, Any], texts: list[Sample]) -> None:
     loaded, engine = made
-    assert len(quantized_linears(loaded.model)) == LAYERS * 7
+    kinds = getattr(loaded.family.config, "layer_types", None) or []
+    assert len(quantized_linears(loaded.model)) == LAYERS * 7 - 2 * kinds.count("conv")
     encoded = engine.encode(texts, answers=True)
     valid = encoded.attention_mask.astype(bool)
     wanted = torch_logits(loaded, texts)[valid]

@@ -9,7 +9,7 @@
 namespace qe_edge {
 namespace {
 
-constexpr char kPast[] = "past_key_values.", kPresent[] = "present.";
+std::string OutputOf(const std::string& name) { return kPresent + name.substr(std::strlen(kPast)); }
 
 Tensor Numbers(std::vector<int64_t> shape, int64_t value) {
   Tensor tensor = Zeros("int64", std::move(shape));
@@ -23,10 +23,26 @@ Language::Language(std::shared_ptr<const Core> core, int64_t capacity) : core_(s
   const Manifest& manifest = core_->manifest;
   for (const TensorSpec& spec : manifest.graphs.at("language").inputs) {
     if (spec.name.rfind(kPast, 0) != 0) continue;
+    if (IsState(spec.name)) {
+      std::vector<int64_t> shape = spec.shape;
+      shape[0] = 1;
+      past_[spec.name] = Zeros(spec.dtype, shape);
+      present_[OutputOf(spec.name)] = Zeros(spec.dtype, shape);
+      states_.push_back(spec.name);
+      continue;
+    }
     Tensor buffer = Zeros(spec.dtype, {1, manifest.kv_heads, capacity, manifest.kv_head_dim});
-    present_[kPresent + spec.name.substr(std::strlen(kPast))] = buffer;
+    present_[OutputOf(spec.name)] = buffer;
     past_[spec.name] = std::move(buffer);
   }
+}
+
+// How many tokens of the prompt need not be fed. A state stands for all tokens that were, so that it is of use for all of
+// them or for none.
+size_t Language::Shared(const Prompt& prompt) const {
+  size_t count = 0;
+  while (count + 1 < prompt.size() && count < held_.size() && prompt[count].Same(held_[count])) ++count;
+  return states_.empty() || count == held_.size() ? count : 0;
 }
 
 Tensor Language::Embeds(const Prompt& prompt, size_t start) const {
@@ -56,9 +72,14 @@ std::vector<float> Language::Read(const Prompt& prompt) {
   if (prompt.empty()) throw InputError("There is nothing to answer.", "Give at least one token of text.");
   if (static_cast<int64_t>(prompt.size()) > capacity_)
     throw InputError("The context of " + std::to_string(capacity_) + " tokens is full.", "Ask for a shorter answer.");
-  size_t start = 0;
-  while (start + 1 < prompt.size() && start < held_.size() && prompt[start].Same(held_[start])) ++start;
-  held_.resize(std::min(held_.size(), start));  // what a failed call has written is not read
+  const size_t start = Shared(prompt);
+  held_.resize(start);  // what a failed call has written is not read
+  if (start == 0) {
+    for (const std::string& name : states_) {
+      Tensor& state = past_[name];
+      state = Zeros(state.dtype, state.shape);
+    }
+  }
   reused_ = start;
   const auto total = static_cast<int64_t>(prompt.size());
   Tensors inputs = past_;
@@ -70,6 +91,7 @@ std::vector<float> Language::Read(const Prompt& prompt) {
   const auto logits = outputs.find("logits");
   if (logits == outputs.end() || logits->second.dtype != "float32" || logits->second.Count() != core_->manifest.vocab_size)
     throw ArtifactError("The graph 'language' computes other logits than the manifest says.", kAgain);
+  for (const std::string& name : states_) std::swap(past_[name], present_[OutputOf(name)]);
   held_.insert(held_.end(), prompt.begin() + static_cast<std::ptrdiff_t>(start), prompt.end());
   const auto* first = logits->second.As<float>();
   std::vector<float> values(first, first + logits->second.Count());

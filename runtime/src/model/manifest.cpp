@@ -1,5 +1,6 @@
 #include "model/manifest.h"
 
+#include <algorithm>
 #include <cctype>
 
 #include "base/files.h"
@@ -89,6 +90,33 @@ GenerationSettings Settings(const Json& table, int64_t vocabulary) {
   return found;
 }
 
+bool EndsWith(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// The cache's tensors have the shapes that their names say, and every one has its output.
+void CheckCache(const GraphFile& graph, const Manifest& manifest) {
+  constexpr int64_t most = int64_t{1} << 31;
+  for (const TensorSpec& spec : graph.inputs) {
+    if (spec.name.rfind(kPast, 0) != 0) continue;
+    const std::string output = kPresent + spec.name.substr(sizeof(kPast) - 1);
+    bool fits = std::any_of(graph.outputs.begin(), graph.outputs.end(), [&](const TensorSpec& written) {
+      return written.name == output && written.dtype == spec.dtype && written.shape.size() == spec.shape.size();
+    });
+    if (IsState(spec.name)) {
+      fits = fits && spec.shape.size() > 1;
+      int64_t count = 1;
+      for (size_t axis = 1; fits && axis < spec.shape.size(); ++axis) {
+        fits = spec.shape[axis] >= 1 && spec.shape[axis] <= most / count;
+        count *= spec.shape[axis];
+      }
+    } else {
+      fits = fits && spec.shape.size() == 4 && spec.shape[1] == manifest.kv_heads && spec.shape[3] == manifest.kv_head_dim;
+    }
+    if (!fits) throw ArtifactError("A manifest's '" + spec.name + "' has another shape than a cache's tensor.", kAgain);
+  }
+}
+
 Manifest Read(const Json& table) {
   Manifest manifest;
   manifest.model_type = table.at("model_type").get<std::string>();
@@ -104,6 +132,7 @@ Manifest Read(const Json& table) {
   manifest.kv_in_place = kv.at("in_place").get<bool>();
   manifest.generation = Settings(table.at("generation"), manifest.vocab_size);
   for (const auto& item : table.at("graphs").items()) ReadGraph(item.value(), manifest.graphs[item.key()]);
+  CheckCache(manifest.graphs.at("language"), manifest);
   if (const Json& picture = table.at("picture"); !picture.is_null()) {
     manifest.picture.emplace();
     ReadGraph(picture, *manifest.picture);
@@ -149,6 +178,8 @@ void CheckBackend(const fs::path& folder) {
 }
 
 }  // namespace
+
+bool IsState(const std::string& name) { return !EndsWith(name, ".key") && !EndsWith(name, ".value"); }
 
 int64_t Manifest::EmbedsWidth() const {
   for (const TensorSpec& spec : graphs.at("language").inputs) {

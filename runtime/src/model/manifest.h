@@ -9,6 +9,11 @@
 
 namespace qe_edge {
 
+constexpr char kPast[] = "past_key_values.", kPresent[] = "present.";  // a cache's inputs and outputs begin so
+
+// Whether a cache's tensor has fixed sizes and stands for all tokens so far; keys and values grow with the context.
+bool IsState(const std::string& name);
+
 // An input or output of a graph. Sizes that depend on a call are -1.
 struct TensorSpec {
   std::string name, dtype;

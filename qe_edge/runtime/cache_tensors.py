@@ -1,0 +1,101 @@
+"""The tensors of a cache, as the inputs of a language graph name them.
+
+A tensor `past_key_values.{layer}.key` or `.value` is `[batch, heads, capacity, head_dim]` and grows with the context. Any
+other, as `past_key_values.{layer}.conv`, is a state: `[batch, ...]` of fixed sizes, which stands for all tokens so far
+and cannot be taken back to fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qe_edge.runtime.manifest import TensorSpec
+
+PAST, PRESENT = "past_key_values.", "present."  # how the language graph's inputs and outputs of the cache begin
+GROWING = (".key", ".value")
+AXES = 4  # of keys and values
+
+
+def is_state(name: str) -> bool:
+    """Whether a cache's tensor has the same size for every context.
+
+    Example:
+        >>> is_state("past_key_values.0.key"), is_state("past_key_values.1.conv")
+        (False, True)
+    """
+    return not name.endswith(GROWING)
+
+
+def cache_inputs(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Those of a graph's inputs that are tensors of its cache."""
+    return tuple(spec for spec in inputs if spec.name.startswith(PAST))
+
+
+def output_of(name: str) -> str:
+    """The output that belongs to an input.
+
+    Example:
+        >>> output_of("past_key_values.0.key")
+        'present.0.key'
+    """
+    return name.replace(PAST, PRESENT, 1)
+
+
+def sizes_of(spec: TensorSpec, batch: int, capacity: int, head: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of a tensor of a cache.
+
+    Args:
+        spec: Its entry in the manifest.
+        batch: Rows.
+        capacity: Tokens that fit into a row.
+        head: Heads of keys and values, and their width.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> key = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=("batch", 2, "capacity", 8))
+        >>> conv = TensorSpec(name="past_key_values.1.conv", dtype="float32", shape=("batch", 64, 2))
+        >>> sizes_of(key, 1, 512, (2, 8)), sizes_of(conv, 1, 512, (2, 8))
+        ((1, 2, 512, 8), (1, 64, 2))
+    """
+    if is_state(spec.name):
+        return (batch, *(int(size) for size in spec.shape[1:]))
+    return (batch, head[0], capacity, head[1])
+
+
+def check_cache(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], layers: int, head: tuple[int, int]) -> None:
+    """Refuse a graph's cache that runtimes cannot keep.
+
+    Args:
+        inputs: The language graph's inputs.
+        outputs: Its outputs.
+        layers: Layers with keys and values.
+        head: Their heads, and the width of a head.
+
+    Raises:
+        ValueError: If a tensor has another shape than its name says, or an output is missing.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> key = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=("batch", 2, "capacity", 8))
+        >>> check_cache([key], [], layers=1, head=(2, 8))
+        Traceback (most recent call last):
+            ...
+        ValueError: the cache's 'past_key_values.0.key' has no output of its type and shape
+    """
+    written = {spec.name: spec for spec in outputs}
+    found = cache_inputs(inputs)
+    for spec in found:
+        given = written.get(output_of(spec.name))
+        if given is None or given.dtype != spec.dtype or len(given.shape) != len(spec.shape):
+            raise ValueError(f"the cache's '{spec.name}' has no output of its type and shape")
+        if is_state(spec.name):
+            fits = all(isinstance(size, int) and size >= 1 for size in spec.shape[1:]) and len(spec.shape) > 1
+        else:
+            fits = len(spec.shape) == AXES and (spec.shape[1], spec.shape[3]) == head
+        if not fits:
+            raise ValueError(f"the cache's '{spec.name}' has the shape {list(spec.shape)}")
+    grown = sum(not is_state(spec.name) for spec in found)
+    if grown != 2 * layers:
+        raise ValueError(f"the cache has {grown} tensors of keys and values for {layers} layers")
