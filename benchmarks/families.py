@@ -25,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models import FAMILIES, Sample
@@ -148,8 +149,9 @@ def text_row(family: str, name: str, changes: dict[str, Any], scratch: Path) -> 
     folder = test_decoders.write(scratch / "model", family, **changes)
     texts, long = test_decoders.TEXTS, test_decoders.LONG
     loaded = _quantized(folder, "language", texts, scratch)
-    engine = VisionLanguageEngine.load(scratch / "onnx", threads=1)
-    made = Made(loaded, engine, scratch / "checkpoint", scratch / "onnx")
+    build_engines(scratch / "onnx", scratch / "cpu", "cpu")
+    engine, built = (VisionLanguageEngine.load(scratch / name, threads=1) for name in ("onnx", "cpu"))
+    made = Made(loaded, engine, built, scratch / "checkpoint", scratch / "onnx")
     return _answered(family, name, made, {"one": texts[:1], "batch": texts, "long": long})
 
 

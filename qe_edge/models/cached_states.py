@@ -46,7 +46,9 @@ class NewTokens(DynamicCache):
         """None: `update_conv_state` joins the state with the new inputs."""
         return None
 
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *_arguments: object, **_keywords: object) -> Tensor:
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *_arguments: object, **_keywords: object
+    ) -> Tensor:
         """The last inputs of a convolution and its new ones, `[batch, channels, kernel - 1 + sequence]`."""
         name = f"{layer_idx}.conv"
         past = self.past[name]

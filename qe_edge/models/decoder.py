@@ -130,7 +130,10 @@ def decoder_graph(decoder: Decoder, position_axes: int = 0) -> GraphSpec:
         {0: rows, 1: tokens},
         {len(axes): rows, len(axes) + 1: tokens},
         {0: rows, 1: others[0]},
-        [{0: rows, **({1 + state.shape.index(CAPACITY): others[1]} if CAPACITY in state.shape else {})} for state in states],
+        [
+            {0: rows, **({1 + state.shape.index(CAPACITY): others[1]} if CAPACITY in state.shape else {})}
+            for state in states
+        ],
         {0: rows, 1: others[2]},
     )
     past = [f"past_key_values.{state.name}" for state in states]

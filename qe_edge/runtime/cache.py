@@ -61,7 +61,7 @@ class KVCache:
             raise InputError(f"A cache cannot hold {length} tokens.", "Give 0 to forget everything.")
         if self.states and length and self.lengths.max() > length:
             raise InputError(
-                f"A cache of {self.lengths.max()} tokens cannot be cut to {length}: its layers keep states of all of them.",
+                f"A cache of {self.lengths.max()} tokens cannot be cut to {length}: its layers keep states of all.",
                 "Give 0, and read the tokens again.",
             )
         if length == 0:

@@ -1,8 +1,8 @@
 """The tensors of a cache, as the inputs of a language graph name them.
 
-A tensor `past_key_values.{layer}.key` or `.value` is `[batch, heads, capacity, head_dim]` and grows with the context. Any
-other, as `past_key_values.{layer}.conv`, is a state: `[batch, ...]` of fixed sizes, which stands for all tokens so far
-and cannot be taken back to fewer of them.
+A tensor `past_key_values.{layer}.key` or `.value` is `[batch, heads, capacity, head_dim]` and grows with the context.
+Any other, as `past_key_values.{layer}.conv`, is a state: `[batch, ...]` of fixed sizes. It stands for all tokens so
+far, and cannot be taken back to fewer of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def sizes_of(spec: TensorSpec, batch: int, capacity: int, head: tuple[int, int])
     return (batch, head[0], capacity, head[1])
 
 
-def check_cache(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], layers: int, head: tuple[int, int]) -> None:
+def check_cache(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], layers: int, head: tuple[int, int]
+) -> None:
     """Refuse a graph's cache that runtimes cannot keep.
 
     Args:

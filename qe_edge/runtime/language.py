@@ -111,9 +111,7 @@ class LanguageEngine:
         shapes = {spec.name: sizes_of(spec, batch, capacity, (kv.heads, kv.head_dim)) for spec in specs}
         dtype = np.dtype(specs[0].dtype)
         try:
-            return new_cache(
-                batch, capacity, lambda shape: session.zeros(shape, dtype), shapes, in_place=kv.in_place
-            )
+            return new_cache(batch, capacity, lambda shape: session.zeros(shape, dtype), shapes, in_place=kv.in_place)
         except (MemoryError, OSError) as error:  # the latter where pages are asked for
             size = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
             raise ResourceError(

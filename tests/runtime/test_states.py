@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,10 @@ def test_targets_without_states_are_refused_before_any_work(
     ],
 )
 def test_a_manifest_whose_states_cannot_be_kept_is_refused(
-    folder: Path, tmp_path: Path, change: Any, reason: str  # noqa: ANN401 - changes a table
+    folder: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    reason: str,
 ) -> None:
     values = json.loads((folder / "onnx" / "manifest.json").read_text())
     inputs = values["graphs"]["language"]["inputs"]
