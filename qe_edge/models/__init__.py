@@ -20,6 +20,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "idefics3": "qe_edge.models.idefics3:Idefics3",
         "internvl": "qe_edge.models.internvl:InternVL",
         "lfm2": "qe_edge.models.lfm2:Lfm2",
+        "lfm2_vl": "qe_edge.models.lfm2_vl:Lfm2VL",
         "llama": "qe_edge.models.causal_lm:CausalLM",
         "llava_onevision": "qe_edge.models.llava_onevision:LlavaOnevision",
         "mistral": "qe_edge.models.causal_lm:CausalLM",

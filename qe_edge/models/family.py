@@ -156,6 +156,12 @@ class ModelFamily(ABC):
     def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Keyword arguments of the PyTorch model's forward and generate, as arrays."""
 
+    def adapt(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families change nothing
+        """Change how a loaded model calls its blocks, so that a forward pass calls each of them once.
+
+        The model computes what it did. Nothing is changed where transformers calls a block once.
+        """
+
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         """`model_inputs` as tensors."""
         arrays = self.model_inputs(encoded)

@@ -15,6 +15,7 @@ from qe_edge.system.json_files import read_json_table
 REMEDY = "Copy preprocessor_config.json from the original model."
 MAX_PIXELS = 2**25  # of a picture after scaling; Qwen2-VL's largest has 2**23.6
 MAX_TILES = 64
+OWN = {"lfm2_vl": "qe_edge.models.lfm2_vl_processor"}  # where transformers has one for torchvision alone
 Number = Annotated[float, Field(strict=True, ge=-1024, le=1024, allow_inf_nan=False)]
 Deviation = Annotated[float, Field(strict=True, ge=1e-4, le=1024, allow_inf_nan=False)]
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
@@ -100,6 +101,29 @@ class ResolutionValues(SquareValues):
         return self
 
 
+class GridValues(PictureValues):
+    """Settings of a processor that scales a picture to whole patches and cuts a large one into tiles."""
+
+    downsample_factor: Factor
+    encoder_patch_size: Factor
+    tile_size: Side
+    min_tiles: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
+    max_tiles: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
+    min_image_tokens: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    max_image_tokens: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    max_pixels_tolerance: Annotated[float, Field(strict=True, gt=0, le=1024, allow_inf_nan=False)]
+    do_image_splitting: Annotated[bool, Field(strict=True)] = True
+    use_thumbnail: Annotated[bool, Field(strict=True)] = True
+
+    @model_validator(mode="after")
+    def _whole(self) -> GridValues:
+        if self.min_tiles > self.max_tiles or self.min_image_tokens > self.max_image_tokens:
+            raise ValueError("the fewest tiles or tokens are above the most")
+        if self.tile_size % (self.encoder_patch_size * self.downsample_factor):
+            raise ValueError(f"a tile of {self.tile_size} pixels is no whole number of tokens")
+        return self
+
+
 class _Longest(BaseModel):
     model_config = ConfigDict(from_attributes=True)
     longest_edge: Side
@@ -140,7 +164,8 @@ def pil_image_processor(model_type: str) -> Any:  # noqa: ANN401 - a class of tr
         'CLIPImageProcessorPil'
     """
     # by module: some versions of transformers hide the class itself where torchvision is not installed
-    module = importlib.import_module(f"transformers.models.{model_type}.image_processing_pil_{model_type}")
+    theirs = f"transformers.models.{model_type}.image_processing_pil_{model_type}"
+    module = importlib.import_module(OWN.get(model_type, theirs))
     return getattr(module, next(name for name in module.__all__ if name.endswith("ImageProcessorPil")))
 
 

@@ -6,9 +6,11 @@ from typing import ClassVar
 
 from qe_edge.models.causal_lm import CausalLM
 
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("w1", "w3"))
+
 
 class Lfm2(CausalLM):
     """A language model most of whose layers keep the last inputs of a convolution instead of keys and values."""
 
     model_type = "lfm2"
-    siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("w1", "w3"))
+    siblings: ClassVar[tuple[tuple[str, ...], ...]] = SIBLINGS

@@ -64,6 +64,9 @@ class LoadedModel:
     source: str
     stored: StoredWeights = field(default_factory=StoredWeights)
 
+    def __post_init__(self) -> None:
+        self.family.adapt(self.model)
+
 
 def resolve_model(reference: str) -> str:
     """Return the folder or hub id of a model reference. The files of a folder are checked.
