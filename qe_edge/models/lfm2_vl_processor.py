@@ -16,7 +16,7 @@ from qe_edge.models.torch_resize import scale_frames
 __all__ = ["Lfm2VlImageProcessorPil"]
 
 
-class Lfm2VlOptions(ImagesKwargs, total=False):
+class _Options(ImagesKwargs, total=False):
     """Settings of preprocessor_config.json besides every image processor's."""
 
     downsample_factor: int
@@ -56,12 +56,12 @@ class Lfm2VlImageProcessorPil(PilBackend):
         >>> processor = Lfm2VlImageProcessorPil()
         >>> small, large = (Image.new("RGB", size) for size in ((320, 240), (1280, 720)))
         >>> processor.layout(240, 320), processor.layout(720, 1280)
-        (Layout(rows=1, columns=1, height=256, width=320), Layout(rows=2, columns=4, height=352, width=672))
+        (Layout(rows=1, columns=1, height=256, width=320), Layout(rows=1, columns=2, height=384, width=672))
         >>> processor(images=[large])["grids"].tolist()[-2:]  # patches of the last tile, and of the whole picture
-        [[32, 32], [22, 42]]
+        [[32, 32], [24, 42]]
     """
 
-    valid_kwargs = Lfm2VlOptions
+    valid_kwargs = _Options
     model_input_names = ["pixel_values", "pixel_attention_mask", "spatial_shapes"]  # noqa: RUF012 - transformers' own
     downsample_factor, encoder_patch_size, tile_size = 2, 16, 512
     do_image_splitting, min_tiles, max_tiles, use_thumbnail = True, 2, 10, True

@@ -29,7 +29,14 @@ def is_state(name: str) -> bool:
 
 
 def cache_inputs(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Those of a graph's inputs that are tensors of its cache."""
+    """The inputs of a graph that are tensors of its cache.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> names = ("inputs_embeds", "past_key_values.0.conv")
+        >>> [spec.name for spec in cache_inputs([TensorSpec(name=name, dtype="float32", shape=(1,)) for name in names])]
+        ['past_key_values.0.conv']
+    """
     return tuple(spec for spec in inputs if spec.name.startswith(PAST))
 
 
