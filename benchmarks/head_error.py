@@ -1,9 +1,10 @@
-"""What a head of 4 bits costs a language model whose other layers stay as they are.
+"""What a head of 4 bits, and an embedding of 8, cost a language model whose other layers stay as they are.
 
     python benchmarks/head_error.py OUT
 
 OUT is SmolLM2 as `assemble_real_models.py smollm2` makes it. Divergence from the original's predictions and the share
-of equal most likely tokens, on news that calibration does not see: rounded to nearest, and as `--head int4` does it.
+of equal most likely tokens, on news that calibration does not see: a head rounded to nearest, the head of
+`--head int4`, and the embedding of `--embedding int8` under the original head.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.rotation import last_norm
 from qe_edge.numerics.grids import quantize_weight
+from qe_edge.quantization.embedding import quantize_embedding
 from qe_edge.quantization.head import head_of, quantize_head
-from qe_edge.recipes.recipe import HEADS
+from qe_edge.recipes.recipe import HEADS, make_recipe
 
 TOKENS = 192  # of a text
 
@@ -37,12 +39,16 @@ def main() -> None:
     hidden = torch.cat([part[0] for part in normed(loaded, news)])
     name, head = head_of(loaded.model)
     weight, grid = head.weight.detach(), HEADS["int4"]
-    found = {"nearest": compare(hidden, weight, quantize_weight(weight, grid).decode())}
+    logits = hidden @ weight.T
+    found = {"head, nearest": compare(logits, hidden @ quantize_weight(weight, grid).decode().T)}
     quantize_head(loaded, grid, seen, [torch.ones(part.shape[:2]).numpy() for part in seen])
-    found["--head int4"] = compare(hidden, weight, quantized_linears(loaded.model)[name].decoded_weight())
+    found["--head int4"] = compare(logits, hidden @ quantized_linears(loaded.model)[name].decoded_weight().T)
+    quantize_embedding(loaded, make_recipe(head="int4", embedding="int8"))
+    rounded = normed(loaded, states(loaded, arguments.model / "data/news.jsonl", arguments.texts))
+    found["--embedding int8"] = compare(logits, torch.cat([part[0] for part in rounded]) @ weight.T)
     print(f"{len(hidden)} tokens of news")
     for title, (divergence, same) in found.items():
-        print(f"{title:<12} KL {divergence:.4f}  same top token {100 * same:.1f} %")
+        print(f"{title:<16} KL {divergence:.2g}  same top token {100 * same:.1f} %")
     print(json.dumps({"script": "head_error", "tokens": len(hidden), **found}))
 
 
@@ -68,9 +74,9 @@ def normed(loaded: LoadedModel, parts: list[Tensor]) -> list[Tensor]:
         return [] if norm is None else [norm(part) for part in parts]
 
 
-def compare(hidden: Tensor, wanted: Tensor, found: Tensor) -> tuple[float, float]:
-    """Mean divergence of the predictions of two heads, and the share of equal most likely tokens."""
-    one, other = (torch.log_softmax(hidden @ weight.T, -1) for weight in (wanted, found))
+def compare(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Mean divergence of two sets of predictions `[tokens, vocabulary]`, and the share of equal most likely tokens."""
+    one, other = (torch.log_softmax(logits, -1) for logits in (wanted, found))
     divergence = float((one.exp() * (one - other)).sum(-1).mean())
     return divergence, float((one.argmax(-1) == other.argmax(-1)).float().mean())
 

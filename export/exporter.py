@@ -26,6 +26,7 @@ from qe_edge.export.norms import divide_by_roots
 from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, trace_graph
+from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.decoder import Decoder
 from qe_edge.models.family import GraphSpec
@@ -36,7 +37,7 @@ from qe_edge.models.vision_encoder import VisionEncoder
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.runtime.chat_segments import CHAT
-from qe_edge.runtime.embedding import EMBEDDING, TENSOR
+from qe_edge.runtime.embedding import EMBEDDING, SCALES, TENSOR
 from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
 from qe_edge.runtime.manifest import FORMAT_VERSION, EncoderManifest, GraphEntry, KVLayout, Manifest
 from qe_edge.system.atomic import atomic_folder
@@ -87,7 +88,7 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
                 entries[spec.name] = _export_graph(spec, loaded, part)
                 tracked.advance(_work(spec), spec.name)
         if embedding is not None:
-            save_file({TENSOR: embedding.contiguous()}, part / EMBEDDING)
+            save_file(embedding, part / EMBEDDING)
         _write_runtime_files(loaded, part)
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
@@ -111,11 +112,14 @@ def _graphs(loaded: LoadedModel) -> list[GraphSpec]:
     return [loaded.family.encoder_graph(loaded.model, loaded.family.picture_size(loaded.processor))]
 
 
-def _embedding_table(embedding: nn.Module) -> Tensor:
+def _embedding_table(embedding: nn.Module) -> dict[str, Tensor]:
     """What stands for every token in `inputs_embeds`; Gemma multiplies its weights by a number."""
-    weight = embedding.get_parameter("weight").detach()
     scale = getattr(embedding, "embed_scale", None)
-    return weight if scale is None else weight * scale.to(weight.dtype)
+    if isinstance(embedding, QuantizedEmbedding):
+        scales = embedding.scales.float()
+        return {TENSOR: embedding.codes, SCALES: scales if scale is None else scales * scale.float()}
+    weight = embedding.get_parameter("weight").detach()
+    return {TENSOR: (weight if scale is None else weight * scale.to(weight.dtype)).contiguous()}
 
 
 def _work(spec: GraphSpec) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qe_edge.export.op import DOMAIN, NAME, OPSET, VERSION
+from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.precision import in_float32
@@ -34,8 +35,9 @@ def exportable(model: nn.Module) -> Iterator[None]:
         eager torch.float32
     """
     with ExitStack() as stack:
-        # tensors of QELinear layers are converted when they are written
-        stack.enter_context(in_float32(one for one in model.modules() if not isinstance(one, QELinear)))
+        # tensors of quantized layers and embeddings are converted when they are written
+        kept = (QELinear, QuantizedEmbedding)
+        stack.enter_context(in_float32(one for one in model.modules() if not isinstance(one, kept)))
         stack.enter_context(_eager_attention(model))
         stack.enter_context(_fixed_rotary(model))
         for name, layer in quantized_linears(model).items():

@@ -60,6 +60,23 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def tensor_offset(path: Path, name: str) -> int:
+    r"""The byte of a file at which a tensor begins that `check_safetensors` has found in it.
+
+    Raises:
+        ArtifactError: If there is no such tensor any more, or its entry is damaged.
+
+    Example:
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> save_file({"codes": np.array([7, 8], np.int8), "scales": np.ones(2, np.float32)}, "two.safetensors")
+        >>> Path("two.safetensors").read_bytes()[tensor_offset(Path("two.safetensors"), "codes") :]
+        b'\x07\x08'
+    """
+    header, length, _ = _read_header(path)
+    return 8 + length + _entry(path, name, header.get(name))[2][0]
+
+
 def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     """The table that describes the tensors, its length in bytes, and the file's size."""
     try:

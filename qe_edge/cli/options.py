@@ -206,6 +206,7 @@ def recipe_options(function: Function) -> Function:
             "--modules", metavar="NAMES", help="Parts of the model, with commas: language (default), visual, merger."
         ),
         click.option("--head", metavar="GRID", help="Grid of the language model's head: int4, or none (default)."),
+        click.option("--embedding", metavar="GRID", help="Codes of the token embedding: int8, or none (default)."),
         click.option(
             "--bits", type=float, metavar="B", help="Budget: mean stored bits per weight, spent over layers by gain."
         ),

@@ -17,6 +17,7 @@ from qe_edge.checkpoint.dtypes import torch_dtypes
 from qe_edge.checkpoint.files import check_checkpoint
 from qe_edge.checkpoint.layer_files import LayerGeometry, assemble_layers, check_layer, parse_geometry
 from qe_edge.checkpoint.safetensors_check import check_safetensors
+from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import QELinear
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import ModelFamily
@@ -24,6 +25,7 @@ from qe_edge.models.quantized import WEIGHTS, read_section
 from qe_edge.system.errors import ArtifactError
 from qe_edge.system.json_files import read_json_table
 
+CODES, SCALES = "codes", "scales"  # of an embedding in INT8
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -63,6 +65,10 @@ class CheckpointSource:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored, in memory of its own; a name that shares another's tensor gives that one."""
+        table = name.removesuffix(".weight")
+        if f"{table}.{CODES}" in self._header and name not in self._header:
+            parts = (self._file.get_tensor(f"{table}.{part}") for part in (CODES, SCALES))
+            return QuantizedEmbedding(*parts).decode()
         found: Tensor = self._file.get_tensor(self.section["shared"].get(name, name)).clone()
         return found
 
@@ -105,6 +111,11 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointSource]:
         for name, (dtype, shape) in header.items()
         if name not in inside
     }
+    for table in [name.removesuffix(f".{CODES}") for name in plain if name.endswith(f".{CODES}")]:
+        codes, scales = plain.pop(f"{table}.{CODES}"), plain.pop(f"{table}.{SCALES}", None)
+        if scales is None or codes.dtype != torch.int8 or codes.ndim != 2 or scales.shape != codes.shape[:1]:
+            raise ArtifactError(f"The embedding '{table}' of '{folder}' is damaged.", "Quantize the model again.")
+        plain[f"{table}.weight"] = torch.empty(codes.shape, dtype=scales.dtype, device="meta")
     family = load_family(str(folder), ArtifactError)
     family.config = copy.deepcopy(family.config)
     if hasattr(family.config, "quantization_config"):

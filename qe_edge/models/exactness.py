@@ -158,8 +158,8 @@ def note_own_head(model: PreTrainedModel, family: ModelFamily) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Module) or not isinstance(embedding, nn.Module):
         return
-    own, shared = getattr(head, "weight", None), embedding.get_parameter("weight")  # a quantized head has codes
-    if own is not None and own.data_ptr() == shared.data_ptr():
+    own, shared = getattr(head, "weight", None), getattr(embedding, "weight", None)  # quantized ones have codes
+    if own is not None and shared is not None and own.data_ptr() == shared.data_ptr():
         return
     for config in (model.config, family.config):
         for part in (config, config.get_text_config()):

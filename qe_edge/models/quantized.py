@@ -16,6 +16,7 @@ from qe_edge.checkpoint.files import RECIPE, check_checkpoint, write_checkpoint_
 from qe_edge.checkpoint.layer_files import LayerGeometry, assemble_layers, layer_tensors
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.checkpoint.safetensors_write import write_tensors
+from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.configuration import load_config, load_family
 from qe_edge.models.exactness import note_own_head
@@ -179,6 +180,13 @@ def _empty_model(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -
         if last_norm(model) is None:
             raise _damaged(Path(folder), "it is rotated, and the model has no last norm")
         mix_last_norm(model)
+    for name in [name for name, module in model.named_modules() if module is model.get_input_embeddings()]:
+        codes, scales = (tensors.get(f"{name}.{part}") for part in ("codes", "scales"))
+        if codes is None or scales is None:
+            continue
+        if codes.dtype != torch.int8 or not scales.is_floating_point():
+            raise _damaged(Path(folder), "its embedding is no INT8 codes with scales")
+        set_module(model, name, QuantizedEmbedding.like(model.get_input_embeddings()))
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)

@@ -28,6 +28,7 @@ from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import shapes_only
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.numerics.schemes import Scheme
+from qe_edge.quantization.embedding import embedding_of
 from qe_edge.quantization.head import head_of
 from qe_edge.quantization.job import BATCH
 from qe_edge.quantization.preflight import check_modules, check_shapes, note_groups
@@ -122,6 +123,8 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
             linears |= _planned_group(group, method, recipe, adapters)
             groups |= dict.fromkeys(group.names, block.group)
             joint |= dict.fromkeys(group.names, sum(linear.out_features for linear in group.linears))
+    if recipe.embedding != "none":
+        embedding_of(model, recipe)
     if recipe.head_grid is not None:
         name, head = head_of(model)
         linears[name] = QELinear(
@@ -140,7 +143,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     stored = _stored_bytes(total, recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     own = parameters - total.weights + (_shared_head(model) if recipe.head_grid else 0)  # an embedding stays
-    checkpoint = stored + own * _itemsize(family)
+    checkpoint = stored + own * _itemsize(family) - _saved_by_embedding(model, family, recipe)
     memory = _memory(source, family, model, blocks, recipe, samples)
     return Plan(layers, total, checkpoint, checkpoint + stored, memory)
 
@@ -276,6 +279,14 @@ def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:
     embedding: Any = model.get_input_embeddings()
     shared = isinstance(head, nn.Module) and head.weight is embedding.weight
     return int(embedding.weight.shape[1]) ** 2 if shared and recipe.rotates else 0
+
+
+def _saved_by_embedding(model: PreTrainedModel, family: ModelFamily, recipe: Recipe) -> int:
+    """Bytes that an embedding in INT8, with a scale for every row, takes less than one as it is."""
+    if recipe.embedding == "none":
+        return 0
+    rows, width = embedding_of(model, recipe)[1].weight.shape
+    return rows * width * (_itemsize(family) - 1) - rows * _itemsize(family)
 
 
 def _shared_head(model: PreTrainedModel) -> int:

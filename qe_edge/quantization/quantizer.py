@@ -23,6 +23,7 @@ from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.precision import make_float32
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.streaming import Chain
+from qe_edge.quantization.embedding import embedding_of, quantize_embedding
 from qe_edge.quantization.head import head_of, quantize_head
 from qe_edge.quantization.job import Job, encoded_batches, make_job
 from qe_edge.quantization.measure import measure
@@ -132,6 +133,8 @@ def run_job(
             rotate_language_model(loaded, job.recipe.seed)
         with track(progress or Silent(), "Quantizing", total) as tracked, fitting(chosen_device, LAYER, SMALLER):
             _quantize_blocks(loaded, job, folder, tracked, chosen_device, on_disk=on_disk)
+    if job.recipe.embedding != "none":
+        quantize_embedding(loaded, job.recipe)
     if not on_disk:
         loaded.stored.read("", loaded.model)
     return loaded
@@ -151,6 +154,8 @@ def _checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
     note_torch_only(job.recipe)
     if job.recipe.head_grid is not None:
         head_of(loaded.model)
+    if job.recipe.embedding != "none":
+        embedding_of(loaded.model, job.recipe)
     return chosen
 
 

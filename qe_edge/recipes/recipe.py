@@ -16,6 +16,7 @@ from qe_edge.system.errors import QEError, QENotice, RecipeError, UnknownNameErr
 
 MODULES = ("language", "visual", "merger")
 HEADS = {"int4": WeightGrid(4, 32)}  # grids of a language model's head
+EMBEDDINGS = ("int8",)  # codes of a row of the token embedding, with one scale
 
 
 class CalibrationSpec(BaseModel):
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
         preset: Named defaults of the method, for example "paper".
         options: The method's own options, over the preset's.
         head: Grid of the language model's head, "int4", or "none" to leave it in its own precision.
+        embedding: Codes of the token embedding, "int8", or "none" to leave it in its own precision.
         flow: "parallel" takes every layer's calibration input from the original model; "sequential" from the already
             quantized blocks before it (as GPTQ does).
         budget: Effective bits per weight to spend over the layers; without, the method's options size each alone.
@@ -67,6 +69,7 @@ class Recipe(BaseModel):
     preset: str = "default"
     options: dict[str, Any] = Field(default_factory=dict)
     head: str = "none"
+    embedding: str = "none"
     flow: Literal["parallel", "sequential"] = "parallel"
     budget: Budget = Field(default_factory=Budget)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
@@ -101,6 +104,8 @@ class Recipe(BaseModel):
                 raise UnknownNameError("module", module, MODULES)
         if self.head not in ("none", *HEADS):
             raise UnknownNameError("head", self.head, ("none", *HEADS))
+        if self.embedding not in ("none", *EMBEDDINGS):
+            raise UnknownNameError("embedding", self.embedding, ("none", *EMBEDDINGS))
         if self.head != "none" and "language" not in self.modules:
             raise RecipeError(
                 "The head is rounded on what the language model hands it, and that is not among the modules.",

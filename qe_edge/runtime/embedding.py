@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from qe_edge.checkpoint.dtypes import KINDS
-from qe_edge.checkpoint.safetensors_check import check_safetensors
+from qe_edge.checkpoint.safetensors_check import check_safetensors, tensor_offset
 from qe_edge.system.errors import ArtifactError
 
 EMBEDDING = "embedding.safetensors"
 TENSOR = "embedding"
-STORAGE = ("F32", "F16", "BF16")
+SCALES = "scales"  # of every row, where the table is INT8 codes
+STORAGE = ("F32", "F16", "BF16", "I8")
 
 
 class TokenEmbedding:
@@ -41,17 +42,22 @@ class TokenEmbedding:
             raise ArtifactError(f"'{folder}' is damaged: '{EMBEDDING}' is missing.", "Export the model again.")
         header = check_safetensors(path)
         dtype, shape = header.get(TENSOR, ("none", ()))
-        if set(header) != {TENSOR} or dtype not in STORAGE or len(shape) != 2 or shape[0] < rows or shape[1] != width:
+        wanted = {TENSOR: (dtype, shape)} | ({SCALES: ("F32", shape[:1])} if dtype == "I8" else {})
+        if header != wanted or dtype not in STORAGE or len(shape) != 2 or shape[0] < rows or shape[1] != width:
             raise ArtifactError(
                 f"'{path}' is {dtype}{list(shape)} and should have {rows} rows of {width}.", "Export the model again."
             )
-        # the only tensor fills the file to its end
-        start = path.stat().st_size - int(np.prod(shape)) * KINDS[dtype].bits // 8
-        self._table = np.memmap(path, KINDS[dtype].numpy, mode="r", offset=start, shape=shape)
+        self._table = _mapped(path, TENSOR, dtype, shape)
+        self._scales = _mapped(path, SCALES, "F32", shape[:1]) if dtype == "I8" else None
 
     def __call__(self, token_ids: np.ndarray) -> np.ndarray:
         """Embeddings float32 `[..., width]` of int64 `token_ids` `[...]`."""
         rows = np.asarray(self._table[token_ids])
         if rows.dtype == np.uint16:  # bfloat16 is the upper half of a float32
             return (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float32, copy=False)
+        found = rows.astype(np.float32, copy=False)
+        return found if self._scales is None else found * np.asarray(self._scales[token_ids])[..., None]
+
+
+def _mapped(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.memmap(path, KINDS[dtype].numpy, mode="r", offset=tensor_offset(path, name), shape=shape)

@@ -10,19 +10,21 @@ namespace qe_edge {
 // embedding.safetensors: rows of the token embedding, gathered from the mapped file.
 class TokenEmbedding {
  public:
-  // Throws ArtifactError if the file is damaged, or is not [at least rows, width] of F32, F16 or BF16.
+  // Throws ArtifactError if the file is damaged, or is not [at least rows, width] of F32, F16, BF16, or of I8 with
+  // a float for every row.
   TokenEmbedding(const std::filesystem::path& path, int64_t rows, int64_t width);
 
   // Writes the row of a token, `width` floats.
   void Copy(int64_t token, float* out) const;
 
  private:
-  enum class Kind { kF32, kF16, kBF16 };
+  enum class Kind { kF32, kF16, kBF16, kI8 };
 
   MappedFile file_;
   int64_t rows_, width_;
   Kind kind_ = Kind::kF32;
   const char* table_ = nullptr;
+  const char* scales_ = nullptr;  // of I8, maybe unaligned
 };
 
 }  // namespace qe_edge
