@@ -19,8 +19,8 @@ class QuantizedEmbedding(nn.Module):
     Example:
         >>> table = nn.Embedding.from_pretrained(torch.tensor([[127.0, -1.4], [0.0, 0.0], [0.5, 0.25]]))
         >>> QuantizedEmbedding.of(table)(torch.tensor([2, 0]))
-        tensor([[   0.5000,    0.2520],
-                [ 127.0000,   -1.0000]])
+        tensor([[  0.5000,   0.2520],
+                [127.0000,  -1.0000]])
     """
 
     codes: Tensor

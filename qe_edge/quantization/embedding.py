@@ -66,7 +66,7 @@ def quantize_embedding(loaded: LoadedModel, recipe: Recipe) -> None:
         >>> loaded = load_model("demo")
         >>> quantize_embedding(loaded, make_recipe(head="int4", embedding="int8"))
         >>> loaded.model.get_input_embeddings()
-        QuantizedEmbedding(2048, 256, bits=8)
+        QuantizedEmbedding(512, 256, bits=8)
     """
     name, embedding = embedding_of(loaded.model, recipe)
     set_module(loaded.model, name, QuantizedEmbedding.of(embedding))

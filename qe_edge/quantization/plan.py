@@ -123,8 +123,6 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
             linears |= _planned_group(group, method, recipe, adapters)
             groups |= dict.fromkeys(group.names, block.group)
             joint |= dict.fromkeys(group.names, sum(linear.out_features for linear in group.linears))
-    if recipe.embedding != "none":
-        embedding_of(model, recipe)
     if recipe.head_grid is not None:
         name, head = head_of(model)
         linears[name] = QELinear(
