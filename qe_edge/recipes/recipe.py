@@ -197,7 +197,7 @@ def make_recipe(**values: object) -> Recipe:
         Traceback (most recent call last):
             ...
         qe_edge.system.errors.UnknownNameError: There is no recipe key 'shceme'. Did you mean 'scheme'? Known:
-        budget, calibration, flow, head, method, modules, options, preset, scheme, seed.
+        budget, calibration, embedding, flow, head, method, modules, options, preset, scheme, seed.
     """
     recipe: Recipe = _validate(Recipe, values, "")
     return recipe
