@@ -12,6 +12,7 @@ import numpy as np
 
 from qe_edge.models.chat import render_turns
 from qe_edge.models.samples import TEXT, Sample, Turn
+from qe_edge.models.video_values import write_video_settings
 from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -217,9 +218,11 @@ class ModelFamily(ABC):
         return following_positions(positions, step)
 
     def save_processor(self, processor: Any, folder: Path) -> None:  # noqa: ANN401
-        """Write tokenizer and image processor beside a checkpoint or engine."""
+        """Write tokenizer, image processor and the settings of videos beside a checkpoint or engine."""
         processor.tokenizer.save_pretrained(folder)
         processor.image_processor.save_pretrained(folder)
+        if processor.video_processor is not None:
+            write_video_settings(processor.video_processor, folder)
 
 
 def following_positions(positions: np.ndarray, step: int) -> np.ndarray:

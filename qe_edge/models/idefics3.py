@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qe_edge.models.batching import (
+    Row,
     check_chat_template,
     check_length,
     encode_row,
@@ -16,11 +18,16 @@ from qe_edge.models.batching import (
     naming,
     prepare_pictures,
 )
+from qe_edge.models.chat import filled_places
 from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SplitValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
+from qe_edge.models.smolvlm_videos import PLACE, load_smol_videos, video_text, with_video_template
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.models.video_plans import take_times
+from qe_edge.models.videos import Video
+from qe_edge.system.errors import InputError
 from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -82,28 +89,64 @@ class Idefics3(ModelFamily):
         side = image_processor.max_image_size["longest_edge"]
         check_equal(folder, "max_image_size", side, self.config.vision_config.image_size)
         check_chat_template(tokenizer, folder, self.config.image_token_id)
-        return VisionLanguageProcessor(tokenizer, image_processor)
+        videos = load_smol_videos(folder, self.config, self._tokens)
+        return VisionLanguageProcessor(tokenizer, image_processor, videos)
 
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
         """One left-padded batch; every tile has its place named and its tokens, as transformers' processor writes."""
-        pixels = prepare_pictures(Tiles(processor.image_processor), samples)
-        grids = iter(pixels.pop("grid", ()))
+        pixels = prepare_pictures(Tiles(processor.image_processor), samples, processor.video_processor)
+        grids, frames, times = iter(pixels.pop("grid", ())), iter(pixels.pop("frames", ())), take_times(pixels)
+        seconds, durations = iter(times["frame_seconds"].tolist()), iter(times["duration"].tolist())
         rows, counts = [], []
         context = self.config.get_text_config().max_position_embeddings
         image = self.config.image_token_id
+        word = processor.tokenizer.convert_ids_to_tokens(image)
         for sample in samples:
-            cut = [tuple(map(int, next(grids))) for _ in sample.pictures]
-            pictures = [self._tile_ids(processor.tokenizer, *grid) for grid in cut]
-            counts.append(sum(height * width + 1 for height, width in cut))
+            pictures: list[list[int]] = []
+            films: list[str] = []
+            counts.append(0)
+            for shown in sample.media:
+                if isinstance(shown, Video):
+                    taken = list(itertools.islice(seconds, count := int(next(frames))))
+                    pictures += [[image] * self._tokens] * count
+                    films.append(video_text(taken, next(durations), f"{AROUND}{OVERVIEW}{word}{AROUND}"))
+                else:
+                    height, width = map(int, next(grids))
+                    count = height * width + 1
+                    pictures.append(self._tile_ids(processor.tokenizer, height, width))
+                counts[-1] += count
             with naming(sample):
-                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                row = self._row(processor.tokenizer, sample, pictures, films, answer=answers)
                 check_length(row, context, "A prompt")
             rows.append(row)
         if pixels:
             pixels["tiles"] = np.array(counts, np.int64)
         return left_pad(rows, processor.tokenizer, image, pixels)
+
+    def _row(
+        self,
+        tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
+        sample: Sample,
+        pictures: Sequence[list[int]],
+        films: Sequence[str],
+        *,
+        answer: bool,
+    ) -> Row:
+        image = self.config.image_token_id
+        if not films:
+            return encode_row(tokenizer, sample, image, pictures, answer=answer)
+        if any(PLACE in turn.text for turn in sample.conversation):
+            raise InputError(f"A text spells {PLACE}, which stands for a video here.", "Leave it out.")
+        return encode_row(
+            with_video_template(tokenizer),
+            sample,
+            image,
+            pictures,
+            answer=answer,
+            rewrite=lambda prompt: filled_places(prompt, PLACE, films),
+        )
 
     def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of the model's forward, which takes as many tiles for every row; those of zeros are none."""

@@ -124,7 +124,9 @@ class GridValues(PictureValues):
         return self
 
 
-class _Longest(BaseModel):
+class Longest(BaseModel):
+    """The longest edge of a picture."""
+
     model_config = ConfigDict(from_attributes=True)
     longest_edge: Side
 
@@ -132,8 +134,8 @@ class _Longest(BaseModel):
 class SplitValues(PictureValues):
     """Settings of a processor that scales a picture to a longest edge and cuts it into tiles, row by row."""
 
-    size: _Longest
-    max_image_size: _Longest
+    size: Longest
+    max_image_size: Longest
     do_image_splitting: Annotated[bool, Field(strict=True)] = True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from qe_edge.models.image_processors import TileValues, check_equal, load_image_
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tile_videos import TileVideos
 from qe_edge.models.tokenizers import load_tokenizer
-from qe_edge.models.video_values import TileVideoValues, load_video_values, write_video_values
+from qe_edge.models.video_plans import take_times
+from qe_edge.models.video_values import TileVideoValues, load_video_values
 from qe_edge.models.videos import Video
 from qe_edge.system.errors import ModelError
 from qe_edge.system.lazy import lazy_module
@@ -92,12 +92,6 @@ class InternVL(ModelFamily):
         frame = len(_between_marks(tokenizer, [self.config.image_token_id] * self.config.image_seq_length))
         return TileVideos(values, frame, self.config.get_text_config().max_position_embeddings)
 
-    def save_processor(self, processor: VisionLanguageProcessor, folder: Path) -> None:
-        """Write tokenizer, image processor and the settings of videos beside a checkpoint or engine."""
-        super().save_processor(processor, folder)
-        if processor.video_processor is not None:
-            write_video_values(processor.video_processor.values, folder)
-
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
@@ -105,8 +99,7 @@ class InternVL(ModelFamily):
         # transformers' own processor always tiles, whatever crop_to_patches says in the file; max_patches 1 prevents it
         pixels = prepare_pictures(processor.image_processor, samples, processor.video_processor, crop_to_patches=True)
         tiles = iter(pixels.pop("num_patches", ()))
-        for name in ("second_per_grid_ts", "frame_seconds"):
-            pixels.pop(name, None)
+        take_times(pixels)
         image, length = self.config.image_token_id, self.config.image_seq_length
         rows = []
         context = self.config.get_text_config().max_position_embeddings

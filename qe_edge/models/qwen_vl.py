@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,7 +25,8 @@ from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.qwen_vl_tokens import IMAGE, VIDEO, TokenRuns
 from qe_edge.models.qwen_vl_videos import QwenVideos
 from qe_edge.models.tokenizers import load_tokenizer
-from qe_edge.models.video_values import FILE, VideoValues, load_video_values, write_video_values
+from qe_edge.models.video_plans import take_times
+from qe_edge.models.video_values import FILE, VideoValues, load_video_values
 from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -89,22 +89,16 @@ class QwenVL(ModelFamily):
     def _video_values(self, folder: str) -> VideoValues | None:
         return load_video_values(folder, VideoValues, self.videos.defaults, pixel_keys=self.videos.pixel_keys)
 
-    def save_processor(self, processor: VisionLanguageProcessor, folder: Path) -> None:
-        """Write tokenizer, image processor and the settings of videos beside a checkpoint or engine."""
-        super().save_processor(processor, folder)
-        videos = processor.video_processor
-        if videos is not None and self._video_values(str(folder)) != videos.values:
-            write_video_values(videos.values, folder)
-
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
         """One left-padded batch; each picture's or video's token is repeated once per merged patch."""
         pixels = prepare_pictures(processor.image_processor, samples, processor.video_processor)
         grids = {name: iter(pixels.get(name, np.zeros((0, 3), np.int64)).tolist()) for name in GRIDS}
-        seconds = iter(pixels.pop("frame_seconds", np.zeros(0)).tolist())
-        if not self.counts_seconds:
-            pixels.pop("second_per_grid_ts", None)
+        times = take_times(pixels)
+        seconds = iter(times["frame_seconds"].tolist())
+        if self.counts_seconds and "video_grid_thw" in pixels:
+            pixels["second_per_grid_ts"] = times["second_per_grid_ts"]
         merge = self.config.vision_config.spatial_merge_size**2
         image, video = self.config.image_token_id, self.config.video_token_id
         rows = []
@@ -112,7 +106,7 @@ class QwenVL(ModelFamily):
         for sample in samples:
             pictures = [[image] * (math.prod(next(grids[GRIDS[0]])) // merge) for _ in sample.pictures]
             shown = [next(grids[GRIDS[1]]) for _ in sample.videos]
-            times = [list(itertools.islice(seconds, steps)) for steps, _, _ in shown]
+            taken = [list(itertools.islice(seconds, steps)) for steps, _, _ in shown]
             apart = [steps if self.times_apart else 1 for steps, _, _ in shown]
             counts = [
                 math.prod(grid) // merge // parts
@@ -126,7 +120,7 @@ class QwenVL(ModelFamily):
                     image,
                     pictures,
                     answer=answers,
-                    rewrite=self.with_times(processor.tokenizer, times),
+                    rewrite=self.with_times(processor.tokenizer, taken),
                     video_token=video,
                     videos=[[video] * count for count in counts],
                 )

@@ -13,6 +13,7 @@ from qe_edge.models.frames import Frames
 from qe_edge.models.videos import Video, open_video
 from qe_edge.system.errors import CommonNotice, InputError
 
+TIMES = ("second_per_grid_ts", "frame_seconds", "duration")
 DEFAULT_FPS = 24.0  # transformers' too
 FPS_NOTICE = f"Some videos do not say how many frames a second they have, so {DEFAULT_FPS:g} are assumed."
 
@@ -82,8 +83,9 @@ def prepare_video(processor: Any, plan: Planned) -> dict[str, np.ndarray]:  # no
     """Decode and prepare a video.
 
     Returns:
-        What the processor returns, `second_per_grid_ts` float32 `[1]`, the seconds of a step of time, and
-        `frame_seconds` float64 `[steps of time]`: when each was taken, counted from the first frame.
+        What the processor returns, and `TIMES`: `second_per_grid_ts` float32 `[1]`, the seconds of a step of time;
+        `frame_seconds` float64 `[steps of time]`, when each was taken, counted from the first frame; and `duration`
+        float64 `[1]`, the seconds of the video.
 
     Raises:
         InputError: If a frame cannot be read.
@@ -102,4 +104,16 @@ def prepare_video(processor: Any, plan: Planned) -> dict[str, np.ndarray]:  # no
         **processor(images=plan.frames.read(plan.numbers)),
         "second_per_grid_ts": np.array([step / plan.seen_fps], np.float32),
         "frame_seconds": (seconds[:, 0] + seconds[:, -1]) / 2,
+        "duration": np.array([plan.frames.count / plan.fps if plan.frames.fps else plan.numbers[-1] / plan.fps]),
     }
+
+
+def take_times(pixels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Take `TIMES` of all videos out of the prepared arrays of a batch; empty ones where there are no videos.
+
+    Example:
+        >>> pixels = {"pixel_values": np.zeros(3), "duration": np.array([2.0])}
+        >>> {name: len(times) for name, times in take_times(pixels).items()}, list(pixels)
+        ({'second_per_grid_ts': 0, 'frame_seconds': 0, 'duration': 1}, ['pixel_values'])
+    """
+    return {name: pixels.pop(name, np.zeros(0, np.float32)) for name in TIMES}

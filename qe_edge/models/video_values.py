@@ -41,12 +41,6 @@ class SamplingValues(PictureValues):
     num_frames: FrameCount | None = None
     fps: Rate | None = None
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> SamplingValues:
-        if self.fps is not None and self.num_frames is not None:
-            raise ValueError("fps and num_frames exclude each other")
-        return self
-
     @property
     def samples(self) -> bool:
         """Whether the settings choose some of the frames."""
@@ -80,6 +74,12 @@ class VideoValues(SamplingValues, PatchValues):
     cap_pixels_per_frame: bool | None = None
     max_video_tokens: Area = 128000
 
+    @model_validator(mode="after")
+    def _one_rule(self) -> VideoValues:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError("fps and num_frames exclude each other")
+        return self
+
 
 class TileVideoValues(SamplingValues):
     """Settings of a processor that scales every frame to one size.
@@ -93,6 +93,12 @@ class TileVideoValues(SamplingValues):
     size: Tile
     initial_shift: bool | Annotated[float, Field(ge=0, le=MAX_FRAMES, allow_inf_nan=False)] = True
     do_center_crop: bool = False
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> TileVideoValues:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError("fps and num_frames exclude each other")
+        return self
 
 
 def load_video_values(
@@ -131,7 +137,7 @@ def load_video_values(
             raise ModelError(f"Key 'video_processor' of '{path}' is no table.", REMEDY)
         given = {key: value for key, value in table.items() if value is not None or key not in defaults}
         values = {**defaults, **given}
-        size = values["size"]
+        size = values.get("size")
         if isinstance(size, dict) and pixel_keys:
             edges = {EDGES.get(key, key): value for key, value in size.items()}
             edges |= {edge: table[key] for key, edge in EDGES.items() if table.get(key) is not None}
@@ -163,15 +169,21 @@ def value_table(values: PictureValues) -> np.ndarray:
     return table
 
 
-def write_video_values(values: SamplingValues, folder: Path) -> None:
-    """Write settings beside a model, where `load_video_values` finds them first.
+def write_video_settings(processor: Any, folder: Path) -> None:  # noqa: ANN401 - of any family
+    """Write a video processor's settings beside a model, where `load_video_values` finds them.
+
+    Nothing is written if the files that are there say the same, as the image processor's file may.
 
     Example:
         >>> from qe_edge.models.qwen_vl_videos import Qwen3Videos
-        >>> values = VideoValues(**Qwen3Videos.defaults)
-        >>> write_video_values(values, Path())
-        >>> load_video_values(".", VideoValues, Qwen3Videos.defaults) == values
+        >>> processor = Qwen3Videos(VideoValues(**Qwen3Videos.defaults))
+        >>> write_video_settings(processor, Path())
+        >>> load_video_values(".", VideoValues, Qwen3Videos.defaults) == processor.values
         True
     """
+    values = processor.values
+    keys = getattr(processor, "pixel_keys", False)
+    if load_video_values(str(folder), type(values), processor.defaults, pixel_keys=keys) == values:
+        return
     text = json.dumps(values.model_dump(mode="json", exclude_none=True), indent=2)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")

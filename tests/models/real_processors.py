@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import image_processing_backends, video_processing_utils
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
+
+from qe_edge.models.smolvlm_videos import in_words
 
 NAMES = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
 
@@ -63,7 +66,10 @@ def torch_alone() -> Iterator[None]:
         mapping = {1: InterpolationMode.LANCZOS, 3: InterpolationMode.BICUBIC, 2: InterpolationMode.BILINEAR}
         for module in (image_processing_backends, video_processing_utils):
             patch.setattr(module, "tvF", functional, raising=False)
+        patch.setattr(image_processing_backends, "is_torchvision_greater_or_equal", lambda _: True)
         patch.setattr(image_processing_backends, "pil_torch_interpolation_mapping", mapping, raising=False)
+        if processing_smolvlm.num2words is None:  # a package of its own
+            patch.setattr(processing_smolvlm, "num2words", in_words)
         patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
         yield
 

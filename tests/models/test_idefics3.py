@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE, SmolVLMProcessor
 
 from qe_edge.demo import model_path
 from qe_edge.models.family import Sample
@@ -20,11 +21,13 @@ from qe_edge.models.loading import LoadedModel
 from tests.models.conversations import ODD, SQUARE, WIDE
 from tests.models.families import FamilyChecks
 from tests.models.random_models import save_random_model
+from tests.models.video_checks import VideoChecks, film, video_cases
 
 SIDE, PATCH = 64, 8
 TEMPLATE = (
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
-    "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% else %}<image>{% endif %}{% endfor %}"
+    "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% elif c.type == 'video' %}<video>"
+    "{% else %}<image>{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
@@ -68,8 +71,16 @@ def write(folder: Path, model_type: str) -> Path:
     return folder
 
 
-class TestSmolVLM(FamilyChecks):
+class TestSmolVLM(VideoChecks, FamilyChecks):
+    """transformers' processor takes pictures or videos of one length, not both at once."""
+
     linears = {"visual": 2 * 6, "merger": 1, "language": 3 * 7}  # noqa: RUF012
+    processor_class = SmolVLMProcessor
+    video_processor = "smolvlm"
+    processor_options = {"image_seq_len": 4}  # noqa: RUF012
+    video_template = DEFAULT_CHAT_TEMPLATE
+    mixes = False
+    video_cases = video_cases(film(5, 84, 64, 2.0), film(5, 117, 90, 3.0), film(5, 150, 60, 0.05))
 
     @pytest.fixture(scope="class")
     @classmethod

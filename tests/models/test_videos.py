@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from qe_edge.models.family import Sample
 from qe_edge.models.films import FILM_ENDINGS
 from qe_edge.models.qwen_vl_videos import Qwen3Videos, QwenVideos
 from qe_edge.models.samples import Turn
+from qe_edge.models.smolvlm_videos import SmolVideos, SmolVideoValues
+from qe_edge.models.tile_videos import TileVideos
 from qe_edge.models.torch_resize import scale_frames
 from qe_edge.models.video_plans import plan_videos, prepare_video
-from qe_edge.models.video_values import VideoValues, load_video_values, write_video_values
+from qe_edge.models.video_values import TileVideoValues, VideoValues, load_video_values, write_video_settings
 from qe_edge.models.videos import Video, content_of, count_video_pixels, open_video
 from qe_edge.system.errors import InputError, ModelError, QENotice
 from tests.models.conversations import noise
@@ -30,7 +33,11 @@ FRAMES = [noise(40, 30 + number).resize((40, 30)) for number in range(4)]
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 200 * 200}},
-    {"cap_pixels_per_frame": True, "size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 200 * 200}},
+    {
+        "cap_pixels_per_frame": True,
+        "max_video_tokens": 4,
+        "size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 200 * 200},
+    },
     {"num_frames": 4, "fps": None, "do_sample_frames": True, "do_normalize": False},
     {"fps": 1.0, "do_sample_frames": True, "min_frames": 2, "max_frames": 6, "do_rescale": False, "resample": 2},
 )
@@ -80,6 +87,49 @@ def test_patches_are_those_of_transformers(model_type: str, kind: type[QwenVideo
             assert plan.tokens * 4 == len(found["pixel_values_videos"])
             assert np.array_equal(found["video_grid_thw"], wanted["video_grid_thw"])
             assert np.array_equal(found["pixel_values_videos"], wanted["pixel_values_videos"])
+
+
+TILE = {"size": {"height": 56, "width": 56}, "do_sample_frames": True}
+SMOL = {"max_image_size": {"longest_edge": 64}, "do_sample_frames": True}
+SAMPLING = {"fps": 1.0, "max_frames": 8, "video_size": {"longest_edge": 96}}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("internvl", {**TILE, "num_frames": 4}),
+        ("internvl", {**TILE, "fps": 1.5, "initial_shift": 0}),
+        ("internvl", {**TILE, "fps": 1.5, "initial_shift": 1.5, "do_sample_frames": False}),
+        ("smolvlm", {**SMOL, "num_frames": 3, "fps": 0.5, "size": {"longest_edge": 192}}),
+        ("smolvlm", {**SMOL, "video_sampling": SAMPLING, "do_sample_frames": False}),
+        ("smolvlm", {**SMOL, "video_sampling": SAMPLING, "size": {"longest_edge": 128}, "do_normalize": False}),
+    ],
+)
+def test_frames_as_tiles_are_those_of_transformers(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(changes))
+    with torch_alone():
+        real = video_class(model_type).from_pretrained(tmp_path)
+        ours: TileVideos | SmolVideos
+        if model_type == "internvl":
+            tiles = load_video_values(str(tmp_path), TileVideoValues, TileVideos.defaults)
+            assert tiles is not None
+            ours = TileVideos(tiles, tokens_of_frame=6)
+        else:
+            smol = load_video_values(str(tmp_path), SmolVideoValues, SmolVideos.defaults)
+            assert smol is not None
+            ours = SmolVideos(smol, tokens_of_frame=6)
+        for count, height, width, fps in ((5, 117, 203, 2.0), (9, 150, 40, 3.0), (60, 20, 51, 4.0)):
+            frames = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
+            known = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
+            known["duration"] = count / fps
+            wanted = real(videos=[frames], video_metadata=[known], return_tensors="np", return_metadata=True)
+            [plan] = plan_videos(ours, [Video(frames, fps)])
+            found = prepare_video(ours, plan)
+            assert plan.numbers == list(wanted["video_metadata"][0].frames_indices)
+            assert plan.tokens == 6 * len(plan.numbers)
+            name = "pixel_values_videos" if model_type == "internvl" else "pixel_values"
+            assert np.array_equal(found["pixel_values"], np.asarray(wanted[name])[0])
+            assert np.allclose(found["frame_seconds"], np.array(plan.numbers) / fps)
 
 
 def saved(folder: Path, name: str, **options: Any) -> Path:  # noqa: ANN401 - Pillow's own
@@ -214,7 +264,9 @@ def test_settings_in_files(tmp_path: Path) -> None:
     old = load_video_values(str(tmp_path), VideoValues, QwenVideos.defaults, pixel_keys=True)
     assert old is not None
     assert (old.size.shortest_edge, old.size.longest_edge) == (3136, 50176)
-    write_video_values(old.model_copy(update={"do_sample_frames": True, "fps": 1.0}), tmp_path)
+    write_video_settings(QwenVideos(old), tmp_path)
+    assert not (tmp_path / "video_preprocessor_config.json").exists()  # the older file says it all
+    write_video_settings(QwenVideos(old.model_copy(update={"do_sample_frames": True, "fps": 1.0})), tmp_path)
     found = load_video_values(str(tmp_path), VideoValues, QwenVideos.defaults, pixel_keys=True)
     assert found is not None
     assert (found.fps, found.size) == (1.0, old.size)
