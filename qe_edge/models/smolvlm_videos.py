@@ -44,7 +44,7 @@ class SmolVideoValues(SamplingValues):
     @model_validator(mode="before")
     @classmethod
     def _older_names(cls, values: Any) -> Any:  # noqa: ANN401 - of a file
-        """`video_sampling` of older files has the number of frames, their rate, and their size if nothing else says it."""
+        """`video_sampling` of older files has the number of frames, their rate, and perhaps their size."""
         if not isinstance(values, dict):
             return values
         sampling = values.get("video_sampling")
