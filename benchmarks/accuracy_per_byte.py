@@ -165,7 +165,7 @@ def measure(real: RealModel, recipe: Recipe, name: str, offers: Path, seed: int 
     static = name.startswith(STATIC)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) / "run"
-        _begin(work, real, recipe, offers, static=static)
+        begin(work, real, recipe, offers, static=static)
         quantized, _ = quantize(real.folder, recipe, real.calibration, work=work, resume=True)
         seconds = time.perf_counter() - started
         if recipe.budget and not static:
@@ -190,7 +190,7 @@ def commit() -> str:
     return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _begin(work: Path, real: RealModel, recipe: Recipe, offers: Path, *, static: bool) -> None:
+def begin(work: Path, real: RealModel, recipe: Recipe, offers: Path, *, static: bool) -> None:
     """An unfinished run in `work` that has measured what `offers` holds."""
     run = make_job(real.folder, recipe, real.calibration).record(current_environment(str(choose_device("auto"))))
     folder = WorkFolder.open(work, run, resume=False)

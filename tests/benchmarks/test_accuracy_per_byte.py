@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy_per_byte import RealModel, Row, jobs, measure, print_variants, variant_of
+from benchmarks.accuracy_per_byte import RealModel, Row, begin, jobs, measure, print_variants, variant_of
+from qe_edge.budget.model import AdapterSize, Candidate, Choice, Offer, offers_from_json, offers_to_json
 from qe_edge.methods.qe import QuantExperts
 from qe_edge.models.family import Sample
+from qe_edge.numerics.grids import WeightGrid
 from qe_edge.recipes.recipe import make_recipe
 from tests.small_models import write_small_llama
 
@@ -34,12 +36,26 @@ def test_what_a_budget_measures_serves_the_next_one(tmp_path: Path, monkeypatch:
     samples = [Sample(None, "some text to calibrate on", kind="text")]
     real = RealModel("smollm2", folder, ("language",), samples, {}, lambda _: ({"kl": 0.0}, [0.0]))
     rows = []
-    for bits, name in ((5.5, "ours, 5.5 stored"), (6.0, "ours, 6 stored"), (6.0, "static, 6 stored")):
+    for bits, name in ((5.5, "ours, 5.5 stored"), (6.0, "ours, 6 stored")):
         recipe = make_recipe(method="qe", budget={"bits": bits}, options={"experts": 2, "rotate": False})
         rows.append(measure(real, recipe, name, tmp_path / "offers"))
         monkeypatch.setattr(QuantExperts, "candidates", None)  # nothing is measured again
     assert rows[0].stored < rows[1].stored <= 6
-    assert rows[2].routed == 0
+
+
+@pytest.mark.parametrize(("static", "kept"), [(False, [0, 4]), (True, [0])])
+def test_static_corrections_are_offered_no_experts(static: bool, kept: list[int], tmp_path: Path) -> None:
+    samples = [Sample(None, "some text to calibrate on", kind="text")]
+    folder = str(write_small_llama(tmp_path / "model"))
+    real = RealModel("smollm2", folder, ("language",), samples, {}, lambda _: ({"kl": 0.0}, [0.0]))
+    choices = [Choice(AdapterSize(8, 8 if experts else 0, experts, 8), 0, WeightGrid(4)) for experts in (0, 4)]
+    candidates = [Candidate(choice, 1.0, stored=100, read=100) for choice in choices]
+    (tmp_path / "offers").mkdir()
+    text = offers_to_json({"query": Offer(100, 1.0, candidates)})
+    (tmp_path / "offers" / "block.offers.json").write_text(text, encoding="utf-8")
+    begin(tmp_path / "work", real, make_recipe(method="qe"), tmp_path / "offers", static=static)
+    found = offers_from_json((tmp_path / "work" / "block.offers.json").read_text(encoding="utf-8"))
+    assert [one.choice.adapters.experts for one in found["query"].candidates] == kept
 
 
 def test_variants_stand_beside_the_budget_that_they_change() -> None:
