@@ -64,6 +64,7 @@ OTHERS = (
 PAPER = "qe:paper"
 STATIC = "static"  # our budget again, but without routed experts
 AS_IT_IS = "ours not rotated"  # the language model as it is
+WITH = "ours with "  # our budgets with other options
 ACTIVATIONS_ONLY = ("smoothquant",)  # nothing to smooth for 16-bit activations
 LANGUAGE_ONLY = ("mbq", "quarot", "masquant", "vlmq")  # need a loss, or a stream of residuals between RMSNorms
 LATER = ("match", "polish")  # options that play no part before a budget is spent
@@ -137,7 +138,7 @@ def jobs(
     for bits in budgets:
         yield Job(f"ours, {bits:g} stored", {"method": "qe", "budget": {"bits": bits}})
         for options in variants:
-            name = f"ours with {variant_name(options)}, {bits:g} stored"
+            name = f"{WITH}{variant_name(options)}, {bits:g} stored"
             yield Job(name, {"method": "qe", "options": dict(options), "budget": {"bits": bits}})
     if not all_of_ours:
         return
@@ -244,7 +245,7 @@ def run(options: argparse.Namespace) -> list[Row]:
 def _offers(options: argparse.Namespace, model: str, scheme: str, seed: int, job: Job) -> Path:
     """Folder of what is measured before a budget is spent; it depends on samples and options."""
     kept = [scheme, *(["not rotated"] if job.name.startswith(AS_IT_IS) else [])]
-    if job.name.startswith("ours with"):
+    if job.name.startswith(WITH):
         kept.append(variant_name({key: value for key, value in job.keys["options"].items() if key not in LATER}))
     return Path(options.results.with_suffix("") / model / f"seed {seed}" / " ".join(filter(None, kept)))
 
@@ -263,7 +264,7 @@ def print_variants(rows: Sequence[Row]) -> None:
     print("\nvariants: ratio of the error to the budget's own, median over seeds, bootstrap interval of 95 %")
     named = {(row.model, row.scheme, row.seed, row.name): row for row in rows}
     for model, scheme, name in dict.fromkeys((row.model, row.scheme, row.name) for row in rows):
-        if not name.startswith("ours with "):
+        if not name.startswith(WITH):
             continue
         plain = f"ours, {name.rpartition(', ')[2]}"
         seeds = sorted(row.seed for row in rows if (row.model, row.scheme, row.name) == (model, scheme, name))
@@ -300,7 +301,7 @@ def print_tables(rows: Sequence[Row]) -> None:
         measures = [ERRORS[model]] + [TYPICAL] * all(TYPICAL in row.measures for row in group)
         for measure, (title, cost), limit in product(measures, (("stored", _stored), ("read", _read_bits)), BUDGETS):
             other = best(peers, cost, limit, measure)
-            ours = best([row for row in group if row.ours], cost, limit, measure)
+            ours = best([row for row in group if row.ours and not row.name.startswith(WITH)], cost, limit, measure)
             if other and ours:
                 theirs, found = other.measures[measure], ours.measures[measure]
                 print(
