@@ -118,7 +118,7 @@ def line(row: Row) -> str:
 def measurements() -> list[tuple[str, Callable[[Path], Row]]]:
     """Family and what measures a model of it in a folder, in the order of the families."""
     seeing: list[tuple[str, str, Write]] = [
-        *((name, name, partial(_qwen, name)) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        *((name, name, partial(_qwen, name)) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")),
         *(("internvl", f"internvl, {text} text", partial(_internvl, text)) for text in ("llama", "qwen2", "qwen3")),
         ("gemma3", "gemma3", test_gemma3.write),
         *((name, name, partial(_idefics3, name)) for name in ("idefics3", "smolvlm")),

@@ -21,6 +21,7 @@ from qe_edge.export.chat_parts import chat_segments
 from qe_edge.export.decoding import check_decoding
 from qe_edge.export.head import attach_head, heads_of
 from qe_edge.export.layers import attach_layers, check_layers
+from qe_edge.export.linear_attention import attach_linear_attention
 from qe_edge.export.naming import name_nodes
 from qe_edge.export.norms import divide_by_roots
 from qe_edge.export.preprocessing import write_preprocessing
@@ -136,6 +137,7 @@ def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEn
     attach_attention(model)
     name_nodes(model, spec.module, loaded.model)
     attach_cached_attention(model)
+    attach_linear_attention(model)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "qe-edge", VERSION
     model.graph.name = spec.name

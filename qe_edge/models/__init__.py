@@ -29,6 +29,8 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "qwen2_5_vl": "qe_edge.models.qwen2_5_vl:Qwen25VL",
         "qwen2_vl": "qe_edge.models.qwen2_vl:Qwen2VL",
         "qwen3": "qe_edge.models.causal_lm:CausalLM",
+        "qwen3_5": "qe_edge.models.qwen3_5:Qwen35",
+        "qwen3_5_text": "qe_edge.models.qwen3_5:Qwen35Text",
         "qwen3_vl": "qe_edge.models.qwen3_vl:Qwen3VL",
         "siglip_vision_model": "qe_edge.models.clip_vision:SiglipVision",
         "smolvlm": "qe_edge.models.idefics3:Idefics3",

@@ -32,7 +32,9 @@ class NewTokens(DynamicCache):
     def __init__(self, past: dict[str, Tensor], attention_mask: Tensor, sequence: int) -> None:
         super().__init__()
         self.past = past
+        self._sequence = sequence
         self.present: dict[str, Tensor] = {}
+        self._layer = 0
         # all of a row's tokens are new ones, or its new ones fill the sequence
         self._new = torch.minimum((attention_mask != 0).sum(1), torch.full((1,), sequence, dtype=torch.int64))
 
@@ -45,6 +47,28 @@ class NewTokens(DynamicCache):
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:  # noqa: ARG002 - transformers' names
         """None: `update_conv_state` joins the state with the new inputs."""
         return None
+
+    @property
+    def real(self) -> Tensor:
+        """Which new tokens are no padding, bool `[batch, sequence]`."""
+        return torch.arange(self._sequence) < self._new[:, None]
+
+    @property
+    def recurrent(self) -> Tensor:
+        """The matrices `[batch, heads, key width, value width]` of the layer that asked last."""
+        return self.past[f"{self._layer}.recurrent"]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:  # noqa: ARG002 - as above
+        """None: the node of the layer takes `recurrent`."""
+        self._layer = layer_idx
+        return None
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *_arguments: object, **_keywords: object
+    ) -> Tensor:
+        """Keep the matrices after the new tokens."""
+        self.present[f"{layer_idx}.recurrent"] = recurrent_states
+        return recurrent_states
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, *_arguments: object, **_keywords: object

@@ -29,6 +29,7 @@ REMEDY = "Get config.json of the original model again."
 MULTIPLES = {  # by model_type: the number that divides a vision encoder's head width, where it is not 1
     "qwen2_vl": 4,  # rotary positions of two axes
     "qwen2_5_vl": 4,
+    "qwen3_5": 4,
     "qwen3_vl": 4,
 }
 ENCODERS = ("clip_vision_model", "dinov2", "siglip_vision_model")  # alone: the file is the vision encoder's own
@@ -36,6 +37,7 @@ ENCODERS = ("clip_vision_model", "dinov2", "siglip_vision_model")  # alone: the 
 FEATURE_WIDTHS = {  # key of vision_config that names the width of the features for the language model
     "qwen2_vl": "hidden_size",
     "qwen2_5_vl": "out_hidden_size",
+    "qwen3_5": "out_hidden_size",
     "qwen3_vl": "out_hidden_size",
 }
 
@@ -187,6 +189,12 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         _check_tiles(config, facts)
     if config.model_type == "gemma3":
         _check_pooling(config, facts)
+    if config.model_type == "lfm2_vl":
+        points = getattr(vision, "num_patches", 0)
+        facts.require(
+            vision.model_type == "siglip2_vision_model" and points == isqrt(points) ** 2 > 0,
+            f"vision_config is a '{vision.model_type}' of {points} learnt positions, no square of SigLIP 2's",
+        )
     if config.model_type in ("llava_onevision", "paligemma"):
         facts.known_tokens(config, ("image_token_index",))
     if config.model_type == "paligemma":
@@ -218,6 +226,9 @@ def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # no
             sections is not None and len(sections) == 3 and 2 * sum(sections) == head_dim,
             f"mrope_section {sections} does not share out the width per head {head_dim} among three axes",
         )
+    if hasattr(text, "linear_num_value_heads"):
+        heads = ("linear_num_value_heads", text.linear_num_value_heads)
+        facts.divides(("linear_num_key_heads", text.linear_num_key_heads), heads)
     for section, table in _tables(values):
         for key, found in table.items():
             ids = found if isinstance(found, list) else [found]

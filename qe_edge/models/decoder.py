@@ -13,6 +13,7 @@ from qe_edge.models.cached_states import NewTokens
 from qe_edge.models.export_limits import MAX_LOGITS, check_exportable
 from qe_edge.models.family import GraphSpec, Profile
 from qe_edge.models.layer_states import CAPACITY, head_width, layer_states
+from qe_edge.models.linear_attention import remembering
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
 MAX_CONTEXT = 8192  # the larger, the more memory an engine needs
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
         kept = {state.name: tensor for state, tensor in zip(layer_states(config), past, strict=True)}
         attention = CachedAttention(config, kept, attention_mask, self.pictures, not self.in_place)
         tokens = NewTokens(kept, attention_mask, inputs_embeds.shape[1])
-        with attending(self.model, attention):
+        with attending(self.model, attention), remembering(self.model, tokens):
             output = self.hidden_states(
                 inputs_embeds,
                 position_ids=position_ids,

@@ -11,7 +11,9 @@ from qe_edge.system.errors import ModelError
 # beyond max_position_embeddings, which no prompt may exceed
 FIXED_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 MAX_LOGITS = 256  # positions of a row whose logits an engine computes at a time: 622 MB for four rows of Qwen2-VL-2B
-FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"  # the last one is a short convolution
+FULL, SLIDING = "full_attention", "sliding_attention"
+CONV, LINEAR = "conv", "linear_attention"  # a short convolution; the gated delta rule behind one
+SIZES = {CONV: "conv_L_cache", LINEAR: "linear_conv_kernel_dim"}  # the setting that models with such layers have
 ANOTHER = f"Choose a model whose rope_type is one of {', '.join(FIXED_ROPES)}."
 
 
@@ -31,8 +33,8 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
         Traceback (most recent call last):
             ...
         qe_edge.system.errors.ModelError: The language model has layers of the kind 'linear_attention', which
-        cannot be exported. Choose a model whose layers are full or sliding-window attention, or short
-        convolutions.
+        cannot be exported. Choose a model of full or sliding-window attention, short convolutions or gated
+        delta rules.
     """
     text = config.get_text_config()
     if getattr(text, "num_key_value_heads", None) is None:
@@ -41,12 +43,12 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in FIXED_ROPES:
             raise ModelError(f"The language model's rope_type '{kind}' cannot be exported.", ANOTHER)
-    convolutions = {CONV} if hasattr(text, "conv_L_cache") else set()
-    kinds = sorted(layer_kinds(text) - {FULL, SLIDING} - convolutions)
+    stateful = {kind for kind, setting in SIZES.items() if hasattr(text, setting)}
+    kinds = sorted(layer_kinds(text) - {FULL, SLIDING} - stateful)
     if kinds:
         raise ModelError(
             f"The language model has layers of the kind '{kinds[0]}', which cannot be exported.",
-            "Choose a model whose layers are full or sliding-window attention, or short convolutions.",
+            "Choose a model of full or sliding-window attention, short convolutions or gated delta rules.",
         )
 
 

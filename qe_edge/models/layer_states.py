@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qe_edge.models.export_limits import CONV
+from qe_edge.models.export_limits import CONV, LINEAR
 
 CAPACITY = -1  # the size of an axis that has room for every token of a context
 
@@ -16,7 +16,8 @@ class LayerState:
 
     Attributes:
         layer: Number of the layer.
-        part: "key" or "value" of an attention layer, "conv" for the last inputs of a convolution.
+        part: "key" or "value" of an attention layer, "conv" for the last inputs of a convolution,
+            "recurrent" for the matrices of the gated delta rule.
         shape: Sizes behind the batch's; `CAPACITY` where it grows with the context.
     """
 
@@ -38,7 +39,8 @@ def layer_states(config: Any) -> list[LayerState]:  # noqa: ANN401 - transformer
     """All tensors of a text model's cache, layer by layer.
 
     A layer of attention keeps keys and values `[kv_heads, capacity, head_dim]`; a short convolution keeps its last
-    inputs `[hidden_size, kernel - 1]`, whatever the length of the text.
+    inputs `[hidden_size, kernel - 1]`, whatever the length of the text. A gated delta rule keeps those of its own
+    convolution, and a matrix for each head.
 
     Example:
         >>> from transformers import Lfm2Config
@@ -51,7 +53,12 @@ def layer_states(config: Any) -> list[LayerState]:  # noqa: ANN401 - transformer
     grown = (config.num_key_value_heads, CAPACITY, head_width(config))
     found: list[LayerState] = []
     for layer, kind in enumerate(kinds[: config.num_hidden_layers]):
-        if kind == CONV:
+        if kind == LINEAR:
+            widths, heads = (config.linear_key_head_dim, config.linear_value_head_dim), config.linear_num_value_heads
+            channels = 2 * config.linear_num_key_heads * widths[0] + heads * widths[1]
+            found.append(LayerState(layer, "conv", (channels, config.linear_conv_kernel_dim - 1)))
+            found.append(LayerState(layer, "recurrent", (heads, *widths)))
+        elif kind == CONV:
             found.append(LayerState(layer, "conv", (config.hidden_size, config.conv_L_cache - 1)))
         else:
             found += [LayerState(layer, part, grown) for part in ("key", "value")]

@@ -19,7 +19,7 @@ class TappedEncoder(qwen_vl_graphs.PatchEncoder):
     def __init__(self, visual: Any) -> None:  # noqa: ANN401 - transformers' own class
         super().__init__(visual)
         self.pos_embed = visual.pos_embed
-        self.taps = list(visual.deepstack_visual_indexes)
+        self.taps = list(getattr(visual, "deepstack_visual_indexes", ()))  # Qwen3.5 has none
 
     def forward(  # type: ignore[override] # it takes more
         self, pixel_values: Tensor, position_ids: Tensor, grid_points: Tensor, grid_weights: Tensor
@@ -51,7 +51,7 @@ class Mergers(nn.Module):
     def __init__(self, visual: Any) -> None:  # noqa: ANN401 - transformers' own class
         super().__init__()
         self.merger = visual.merger
-        self.deepstack_merger_list = visual.deepstack_merger_list
+        self.deepstack_merger_list = getattr(visual, "deepstack_merger_list", nn.ModuleList())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[groups, patches of a group, (1 + taps) * width]` to features `[groups, (1 + taps) * hidden]`."""
@@ -114,5 +114,6 @@ def visual_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own 
 
 def merger_graph(visual: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own class
     """The graph "merger"."""
-    width = (1 + len(visual.deepstack_merger_list)) * visual.config.hidden_size
-    return qwen_vl_graphs.merger_graph(Mergers(visual), visual.spatial_merge_size**2, width)
+    mergers = Mergers(visual)
+    width = (1 + len(mergers.deepstack_merger_list)) * visual.config.hidden_size
+    return qwen_vl_graphs.merger_graph(mergers, visual.spatial_merge_size**2, width)

@@ -40,6 +40,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {
         "vision_config": {**VISION, "patch_size": 14, "fullatt_block_indexes": [1, 3], "window_size": 112},
     },
+    "qwen3_5": {
+        "text": {
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        "vision_config": {**VISION, "patch_size": 16, "num_position_embeddings": 64},
+    },
     "qwen3_vl": {
         "vision_config": {
             **VISION,
@@ -63,12 +80,17 @@ def write_qwen(folder: Path, model_type: str, **changes: object) -> Path:
     }
     config = AutoConfig.for_model(
         model_type,
-        text_config={**TEXT, **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)},
+        text_config={
+            **TEXT,
+            **CONFIGS[model_type].get("text", {}),
+            **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
+        },
         tie_word_embeddings=True,
         **{key: tokenizer.convert_tokens_to_ids(token) for key, token in marks.items()},
-        **{**CONFIGS[model_type], **changes},
+        **{**{key: values for key, values in CONFIGS[model_type].items() if key != "text"}, **changes},
     )
-    save_random_model(AutoModelForImageTextToText.from_config, config, tokenizer, folder, norms=(0.5, 1.5))
+    norms = (0.1, 0.9) if model_type == "qwen3_5" else (0.5, 1.5)  # whose norms multiply by one plus their weights
+    save_random_model(AutoModelForImageTextToText.from_config, config, tokenizer, folder, norms)
     vision = config.vision_config
     Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,

@@ -22,6 +22,7 @@ from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.system.errors import ModelError
 from tests.models.conversations import greedy, torch_logits
+from tests.models.qwen_models import CONFIGS
 from tests.small_models import CHAT_TEMPLATE
 
 LAYERS, WINDOW = 3, 8
@@ -49,6 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma 2": ("gemma2", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32, **CAPS}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
+    "qwen3.5": ("qwen3_5_text", CONFIGS["qwen3_5"]["text"]),
     "gemma 3": ("gemma3_text", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32}),
 }
 TEXTS = [
@@ -99,7 +101,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_the_graph_equals_transformers(made: tuple[LoadedModel, Any], texts: list[Sample]) -> None:
     loaded, engine = made
     kinds = getattr(loaded.family.config, "layer_types", None) or []
-    assert len(quantized_linears(loaded.model)) == LAYERS * 7 - 2 * kinds.count("conv")
+    assert len(quantized_linears(loaded.model)) == LAYERS * 7 - 2 * kinds.count("conv") + kinds.count(
+        "linear_attention"
+    )
     encoded = engine.encode(texts, answers=True)
     valid = encoded.attention_mask.astype(bool)
     wanted = torch_logits(loaded, texts)[valid]

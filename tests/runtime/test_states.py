@@ -33,9 +33,9 @@ ASKED = [
 PROMPTS = [Sample(None, "is there a red shape in the image? " * 2, kind=TEXT), Sample(None, "why?", kind=TEXT)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_of("lfm2", tmp_path_factory.mktemp("lfm2"))
+@pytest.fixture(scope="module", params=["lfm2", "qwen3.5"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_of(request.param, tmp_path_factory.mktemp("states"))
 
 
 @pytest.fixture(scope="module")
