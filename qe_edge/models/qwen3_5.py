@@ -25,14 +25,26 @@ SIBLINGS = (
 
 
 class Qwen35Text(CausalLM):
-    """A language model three of four layers of which keep a matrix for each head instead of keys and values."""
+    """A language model three of four layers of which keep a matrix for each head instead of keys and values.
+
+    Example:
+        >>> from transformers import Qwen3_5TextConfig
+        >>> Qwen35Text(Qwen3_5TextConfig()).model_type
+        'qwen3_5_text'
+    """
 
     model_type = "qwen3_5_text"
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = SIBLINGS
 
 
 class Qwen35(Qwen3VL):
-    """Any `Qwen3_5ForConditionalGeneration`."""
+    """Any `Qwen3_5ForConditionalGeneration`.
+
+    Example:
+        >>> from transformers import Qwen3_5Config
+        >>> Qwen35(Qwen3_5Config()).picture_unit
+        'patches'
+    """
 
     model_type = "qwen3_5"
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = SIBLINGS

@@ -8,6 +8,7 @@ far, and cannot be taken back to fewer of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PAST, PRESENT = "past_key_values.", "present."  # how the language graph's inputs and outputs of the cache begin
 GROWING = (".key", ".value")
 AXES = 4  # of keys and values
+LARGEST = 1 << 28  # numbers of a state of one row
 
 
 def is_state(name: str) -> bool:
@@ -100,7 +102,8 @@ def check_cache(
         if given is None or given.dtype != spec.dtype or len(given.shape) != len(spec.shape):
             raise ValueError(f"the cache's '{spec.name}' has no output of its type and shape")
         if is_state(spec.name):
-            fits = all(isinstance(size, int) and size >= 1 for size in spec.shape[1:]) and len(spec.shape) > 1
+            sizes = [size if isinstance(size, int) else 0 for size in spec.shape[1:]]
+            fits = len(sizes) > 0 and min(sizes) >= 1 and prod(sizes) <= LARGEST
         else:
             fits = len(spec.shape) == AXES and (spec.shape[1], spec.shape[3]) == head
         if not fits:

@@ -14,22 +14,22 @@ from test_answers import ROOT, Runner, asked, python_ids
 MAKE = """
 import pathlib, sys
 from tests.models.test_decoders import export_of
-export_of("lfm2", pathlib.Path(sys.argv[1]))
+export_of(sys.argv[1], pathlib.Path(sys.argv[2]))
 """
 
 
-@pytest.fixture(scope="module")
-def lfm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("lfm2")
-    subprocess.run([sys.executable, "-c", MAKE, str(out)], cwd=ROOT, check=True)
+@pytest.fixture(scope="module", params=["lfm2", "qwen3.5"])
+def stateful(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stateful")
+    subprocess.run([sys.executable, "-c", MAKE, request.param, str(out)], cwd=ROOT, check=True)
     return out / "onnx"
 
 
 def test_turns_and_prompts_that_are_cut_are_answered_as_in_python(
-    build: Path, lfm2: Path, onnxruntime: Path, tmp_path: Path
+    build: Path, stateful: Path, onnxruntime: Path, tmp_path: Path
 ) -> None:
-    engine = VisionLanguageEngine.load(lfm2, threads=1)
-    runner = Runner(build / "tests/answer", lfm2, onnxruntime, tmp_path)
+    engine = VisionLanguageEngine.load(stateful, threads=1)
+    runner = Runner(build / "tests/answer", stateful, onnxruntime, tmp_path)
     told = ["what color is the shape?", "why?", "is there a red shape in the image?"]
     options = {"max_new_tokens": 2}  # so few that their text has the same tokens again
     turns = [[asked(text)] for text in told]

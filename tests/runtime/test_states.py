@@ -165,6 +165,7 @@ def test_targets_without_states_are_refused_before_any_work(
     [
         (lambda spec: spec.update(shape=["batch", 96, "capacity"]), "has the shape"),
         (lambda spec: spec.update(shape=["batch", 0, 2]), "has the shape"),
+        (lambda spec: spec.update(shape=["batch", 1 << 62, 2]), "has the shape"),
         (lambda spec: spec.update(name="past_key_values.0.other"), "has no output"),
         (lambda spec: spec.update(name="past_key_values.0.key"), "has no output"),
     ],

@@ -96,7 +96,7 @@ bool EndsWith(const std::string& text, const std::string& end) {
 
 // The cache's tensors have the shapes that their names say, and every one has its output.
 void CheckCache(const GraphFile& graph, const Manifest& manifest) {
-  constexpr int64_t most = int64_t{1} << 31;
+  constexpr int64_t most = int64_t{1} << 28;  // numbers of a state
   for (const TensorSpec& spec : graph.inputs) {
     if (spec.name.rfind(kPast, 0) != 0) continue;
     const std::string output = kPresent + spec.name.substr(sizeof(kPast) - 1);
