@@ -13,24 +13,37 @@ import json
 import time
 import warnings
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 
 from qe_edge.models.qwen_vl_videos import Qwen3Videos, QwenVideos
+from qe_edge.models.smolvlm_videos import SmolVideos, SmolVideoValues
+from qe_edge.models.tile_videos import TileVideos
 from qe_edge.models.video_plans import plan_videos, prepare_video
-from qe_edge.models.video_values import VideoValues
+from qe_edge.models.video_values import TileVideoValues, VideoValues
 from qe_edge.models.videos import Video
 
-PROCESSORS = {"qwen2_vl": QwenVideos, "qwen3_vl": Qwen3Videos}
-SIZE = {"shortest_edge": 32 * 32 * 4, "longest_edge": 640 * 480}
+PIXELS = {"size": {"shortest_edge": 32 * 32 * 4, "longest_edge": 640 * 480}}
+TILE, SMOL = {"size": {"height": 448, "width": 448}}, {"max_image_size": {"longest_edge": 512}}
+Ours = QwenVideos | TileVideos | SmolVideos
+
+
+def processors() -> dict[str, tuple[dict[str, Any], Ours]]:
+    """By transformers' name of a family: what differs from the defaults of its class, and our counterpart."""
+    return {
+        "qwen2_vl": (PIXELS, QwenVideos(VideoValues.model_validate({**QwenVideos.defaults, **PIXELS}))),
+        "qwen3_vl": (PIXELS, Qwen3Videos(VideoValues.model_validate({**Qwen3Videos.defaults, **PIXELS}))),
+        "internvl": (TILE, TileVideos(TileVideoValues.model_validate({**TileVideos.defaults, **TILE}), 1)),
+        "smolvlm": (SMOL, SmolVideos(SmolVideoValues.model_validate({**SmolVideos.defaults, **SMOL}), 1)),
+    }
 
 
 def compare(model_type: str, videos: int) -> dict[str, object]:
     """How many videos become the same arrays, and the seconds of both."""
     module = import_module(f"transformers.models.{model_type}.video_processing_{model_type}")
-    real = getattr(module, module.__all__[0])(size=SIZE)
-    kind = PROCESSORS[model_type]
-    ours = kind(VideoValues.model_validate({**kind.defaults, "size": SIZE}))
+    changes, ours = processors()[model_type]
+    real = getattr(module, module.__all__[0])(**changes)
     random = np.random.default_rng(0)
     equal, seconds = 0, np.zeros(2)
     for _ in range(videos):
@@ -45,8 +58,9 @@ def compare(model_type: str, videos: int) -> dict[str, object]:
         found = prepare_video(ours, plan)
         marks.append(time.perf_counter())
         seconds += np.diff(marks)
-        names = ("pixel_values_videos", "video_grid_thw")
-        same = all(np.array_equal(found[name], wanted[name]) for name in names)
+        pixels = found["pixel_values_videos" if "pixel_values_videos" in found else "pixel_values"]
+        expected = np.asarray(wanted.get("pixel_values_videos", wanted.get("pixel_values")))
+        same = np.array_equal(pixels, expected if expected.ndim == 2 else expected[0])
         equal += same and plan.numbers == list(wanted["video_metadata"][0].frames_indices)
     row = {"family": model_type, "videos": videos, "equal": int(equal)}
     return {**row, "seconds_transformers": round(seconds[0], 2), "seconds_ours": round(seconds[1], 2)}
@@ -58,7 +72,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=60, help="videos of each family")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = [compare(model_type, asked.videos) for model_type in PROCESSORS]
+    rows = [compare(model_type, asked.videos) for model_type in processors()]
     print("| family | videos | equal to the last bit | seconds of transformers | ours |")
     print("| --- | --- | --- | --- | --- |")
     for row in rows:

@@ -6,12 +6,14 @@ of bits at which they fit into 16, columns are always scaled first, and pixels o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 LANCZOS, BILINEAR, BICUBIC = 1, 2, 3  # Pillow's numbers of filters
 MOST_BITS = 22
+BLOCK = 16  # outputs computed together
 Weights = tuple[np.ndarray, np.ndarray, int]
 
 
@@ -32,24 +34,60 @@ def scale_frames(frames: np.ndarray, height: int, width: int, resample: int) -> 
         >>> scale_frames(frames, 2, 2, BICUBIC)[0, :, :, 0].tolist()
         [[9, 14], [31, 36]]
     """
-    across = _one_axis(frames, 2, width, resample)
-    return _one_axis(across, 1, height, resample)
-
-
-def _one_axis(frames: np.ndarray, axis: int, size: int, resample: int) -> np.ndarray:
-    """Scale one axis; frames one by one, so that whole numbers of 32 bits take the memory of one."""
-    if frames.shape[axis] == size:
-        return frames
-    places, weights, bits = _weights(frames.shape[axis], size, resample)
-    shape = (*frames.shape[:axis], size, *frames.shape[axis + 1 :])
-    scaled = np.empty(shape, np.uint8)
-    spread = (-1,) + (1,) * (frames.ndim - 1 - axis)
+    columns = _blocks(frames.shape[2], width, resample) if frames.shape[2] != width else []
+    rows = _blocks(frames.shape[1], height, resample) if frames.shape[1] != height else []
+    scaled = np.empty((len(frames), height, width, frames.shape[3]), np.uint8)
     for frame, target in zip(frames, scaled, strict=True):
-        total = np.full(shape[1:], 1 << (bits - 1), np.int32)
-        for place, weight in zip(places.T, weights.T, strict=True):
-            total += np.take(frame, place, axis=axis - 1) * weight.reshape(spread)
-        target[:] = np.clip(total >> bits, 0, 255)
+        planes = frame.transpose(2, 0, 1).astype(np.float64 if _wide(columns + rows) else np.float32)
+        if columns:
+            across = np.empty((*planes.shape[:2], width), planes.dtype)
+            for block in columns:
+                across[..., block.outputs] = _rounded(planes[..., block.inputs] @ block.weights.T, block.bits)
+            planes = across
+        if rows:
+            down = np.empty((planes.shape[0], height, planes.shape[2]), planes.dtype)
+            for block in rows:
+                down[:, block.outputs] = _rounded(block.weights @ planes[:, block.inputs], block.bits)
+            planes = down
+        target[:] = planes.transpose(1, 2, 0)
     return scaled
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Outputs that are computed together: a product of weights `[outputs, inputs]` with the inputs that they read."""
+
+    outputs: slice
+    inputs: slice
+    weights: np.ndarray
+    bits: int
+
+
+def _wide(blocks: Sequence[_Block]) -> bool:
+    """Whether products need more bits than float32 has for whole numbers."""
+    return any(255 * np.abs(block.weights).sum(1).max() + (1 << block.bits) >= 1 << 24 for block in blocks)
+
+
+def _rounded(products: np.ndarray, bits: int) -> np.ndarray:
+    """Whole products in units of 1 / 2^bits as pixels, in place; a division by a power of two is exact."""
+    products += 1 << (bits - 1)
+    products *= 1 / (1 << bits)
+    np.floor(products, out=products)
+    return np.clip(products, 0, 255, out=products)
+
+
+def _blocks(old: int, new: int, resample: int) -> list[_Block]:
+    places, weights, bits = _weights(old, new, resample)
+    blocks = []
+    for start in range(0, new, BLOCK):
+        where, share = places[start : start + BLOCK], weights[start : start + BLOCK]
+        first, end = int(where.min()), int(where.max()) + 1
+        dense = np.zeros((len(where), end - first))
+        np.add.at(dense, (np.arange(len(where))[:, None], where - first), share)
+        blocks.append(_Block(slice(start, start + len(where)), slice(first, end), dense, bits))
+    if _wide(blocks):
+        return blocks
+    return [replace(block, weights=block.weights.astype(np.float32)) for block in blocks]
 
 
 def _weights(old: int, new: int, resample: int) -> Weights:
