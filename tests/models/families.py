@@ -61,13 +61,16 @@ class Made:
     onnx: Path
 
 
-def make(model: Path, out: Path, method: str, scheme: str, modules: tuple[str, ...] = GROUPS) -> Made:
-    """Quantize, save, load again, export, open."""
-    options = QUICK if method == "qe" else {}
-    recipe = make_recipe(
-        method=method, scheme=scheme, modules=modules, options=options, calibration={"source": "demo", "samples": 4}
-    )
+def make(model: Path, out: Path, modules: tuple[str, ...] = GROUPS) -> Made:
+    """Quantize in W4A16, save, load again, export, build, open."""
+    calibration = {"source": "demo", "samples": 4}
+    recipe = make_recipe(method="rtn", scheme="w4a16", modules=modules, calibration=calibration)
     save_quantized(*quantize(str(model), recipe), out / "checkpoint")
+    return opened(out)
+
+
+def opened(out: Path) -> Made:
+    """Load `out/checkpoint`, export it, build and open its engines."""
     loaded = load_quantized(out / "checkpoint")
     loaded.model.float()
     export_model(out / "checkpoint", out / "onnx")
@@ -146,7 +149,17 @@ class FamilyChecks:
     @pytest.fixture(scope="class")
     @classmethod
     def made(cls, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-        return make(folder, tmp_path_factory.mktemp("w4a16"), "rtn", "w4a16", tuple(cls.linears))
+        return make(folder, tmp_path_factory.mktemp("w4a16"), tuple(cls.linears))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def experts(cls, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
+        """The model with Quant Experts in W4A8, and a folder with its `checkpoint`."""
+        out = tmp_path_factory.mktemp("w4a8")
+        recipe = make_recipe(method="qe", modules=tuple(cls.linears), options=QUICK)
+        loaded, recipe = quantize(str(folder), recipe, cls.samples)
+        save_quantized(loaded, recipe, out / "checkpoint")
+        return loaded, out
 
     @pytest.mark.parametrize("module", GROUPS)
     def test_each_part_alone(self, folder: Path, module: str) -> None:
@@ -173,15 +186,13 @@ class FamilyChecks:
                 assert torch.equal(chain.hidden[0], plain[block.name]), block.name
             streamer.finish(chain)
 
-    def test_quant_experts_and_its_checkpoint(self, folder: Path, original: LoadedModel, tmp_path: Path) -> None:
-        recipe = make_recipe(method="qe", modules=tuple(self.linears), options=QUICK)
-        loaded, recipe = quantize(str(folder), recipe, self.samples)
+    def test_quant_experts_and_its_checkpoint(self, experts: tuple[LoadedModel, Path], original: LoadedModel) -> None:
+        loaded, out = experts
         assert len(quantized_linears(loaded.model)) == sum(self.linears.values())
         inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, self.samples, answers=True))
         with torch.no_grad():
             logits, wanted = (model.model(**inputs).logits.float() for model in (loaded, original))
-            save_quantized(loaded, recipe, tmp_path / "checkpoint")
-            again = load_quantized(tmp_path / "checkpoint").model(**inputs).logits.float()
+            again = load_quantized(out / "checkpoint").model(**inputs).logits.float()
         assert torch.equal(again, logits)
         assert 0 < (logits - wanted).square().mean() / wanted.square().mean() < 0.5
 
@@ -256,22 +267,22 @@ class FamilyChecks:
                 assert np.array_equal(one, other), name
 
     @pytest.mark.slow
-    def test_graphs_round_activations_alike(self, folder: Path, tmp_path: Path) -> None:
+    def test_graphs_round_activations_alike(self, experts: tuple[LoadedModel, Path]) -> None:
         """Now and then the order of a sum decides between two codes, and later tokens of that row differ a little.
 
         How many tokens come after such a code is chance: the order depends on the machine and its threads. Those before
         it are exact, whatever the pictures.
         """
-        made = make(folder, tmp_path, "qe", "w4a8", tuple(self.linears))
+        made = opened(experts[1])
         errors = {case: token_errors(made, CASES[case]) for case in self.cases}
         assert max(error.min() for error in errors.values()) < 1e-6
         assert errors["batch"].max() < 0.1
 
     @pytest.mark.slow
-    def test_validation(self, folder: Path, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_validation(self, folder: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("qe_edge.validate.latency._in_child", measured_here)
-        build_engines(made.onnx, tmp_path / "engine", "cpu")
-        report = validate(str(folder), made.checkpoint, tmp_path / "engine", "demo", onnx=made.onnx, limit=3)
+        engines = made.onnx.parent / "cpu"
+        report = validate(str(folder), made.checkpoint, engines, "demo", onnx=made.onnx, limit=3)
         assert [row.role for row in report.contenders] == ["original", "quantized", "engine"]
         tokens = report.contenders[2].text_tokens
         assert tokens is not None

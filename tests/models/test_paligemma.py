@@ -19,7 +19,7 @@ from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.samples import Turn
 from qe_edge.system.errors import InputError, ModelError
 from tests.models.conversations import CASES, ODD, SQUARE
-from tests.models.families import FamilyChecks, make, token_errors
+from tests.models.families import FamilyChecks, opened, token_errors
 from tests.models.random_models import save_random_model
 
 SIDE, PATCH, TOKENS = 32, 8, 16
@@ -84,9 +84,9 @@ class PaliGemmaChecks(FamilyChecks):
     test_validation = None  # type: ignore[assignment] # as of Gemma 3, which it would repeat
 
     @pytest.mark.slow
-    def test_graphs_round_activations_alike(self, folder: Path, tmp_path: Path) -> None:
+    def test_graphs_round_activations_alike(self, experts: tuple[LoadedModel, Path]) -> None:
         """Every token of a prompt sees a code that rounds otherwise; prompts without such a code are exact."""
-        made = make(folder, tmp_path, "qe", "w4a8", tuple(self.linears))
+        made = opened(experts[1])
         errors = [token_errors(made, CASES[case]).max() for case in self.cases if case != "long"]
         assert min(errors) < 1e-6
         assert max(errors) < 0.1
