@@ -8,10 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from transformers import Qwen3VLProcessor
 
 from qe_edge.export.linear_attention import attach_linear_attention
 from tests.models.families import FamilyChecks
 from tests.models.qwen_models import write_qwen
+from tests.models.video_checks import VideoChecks
 
 HEADS, KEY, VALUE = 3, 8, 12
 INPUTS = {
@@ -24,7 +26,9 @@ INPUTS = {
 }
 
 
-class TestQwen35(FamilyChecks):
+class TestQwen35(VideoChecks, FamilyChecks):
+    processor_class = Qwen3VLProcessor
+    video_processor = "qwen3_vl"
     linears = {"visual": 4 * 4, "merger": 2, "language": 2 * 8 + 7}  # noqa: RUF012
     unrotated = 1  # a quarter of a head is rotated
 
