@@ -39,6 +39,7 @@ from qe_edge.validate.features import extract_features
 from tests.models import (
     test_decoders,
     test_gemma3,
+    test_gemma4,
     test_idefics3,
     test_lfm2_vl,
     test_llava_onevision,
@@ -117,18 +118,8 @@ def line(row: Row) -> str:
 
 def measurements() -> list[tuple[str, Callable[[Path], Row]]]:
     """Family and what measures a model of it in a folder, in the order of the families."""
-    seeing: list[tuple[str, str, Write]] = [
-        *((name, name, partial(_qwen, name)) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")),
-        *(("internvl", f"internvl, {text} text", partial(_internvl, text)) for text in ("llama", "qwen2", "qwen3")),
-        ("gemma3", "gemma3", test_gemma3.write),
-        *((name, name, partial(_idefics3, name)) for name in ("idefics3", "smolvlm")),
-        ("lfm2_vl", "lfm2_vl", test_lfm2_vl.write),
-        ("llava_onevision", "llava_onevision", test_llava_onevision.write),
-        ("paligemma", PROMPT_ALONE[0], partial(_paligemma, "gemma")),
-        ("paligemma", PROMPT_ALONE[1], partial(_paligemma, "gemma2")),
-    ]
     found: list[tuple[str, Callable[[Path], Row]]] = [
-        (family, partial(seeing_row, family, name, write)) for family, name, write in seeing
+        (family, partial(seeing_row, family, name, write)) for family, name, write in seeing_models()
     ]
     found += [
         (family, partial(text_row, family, name, changes)) for name, (family, changes) in test_decoders.MODELS.items()
@@ -136,6 +127,21 @@ def measurements() -> list[tuple[str, Callable[[Path], Row]]]:
     found += [(family, partial(encoder_row, family)) for family in test_vision_encoders.MODELS]
     order = list(FAMILIES)
     return sorted(found, key=lambda one: order.index(one[0]))
+
+
+def seeing_models() -> list[tuple[str, str, Write]]:
+    """Family, name and what writes it into a folder, of every model that reads pictures and writes text."""
+    return [
+        *((name, name, partial(_qwen, name)) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")),
+        *(("internvl", f"internvl, {text} text", partial(_internvl, text)) for text in ("llama", "qwen2", "qwen3")),
+        ("gemma3", "gemma3", test_gemma3.write),
+        *(("gemma4", f"gemma 4 {kind}", partial(_gemma4, kind)) for kind in ("E2B", "31B")),
+        *((name, name, partial(_idefics3, name)) for name in ("idefics3", "smolvlm")),
+        ("lfm2_vl", "lfm2_vl", test_lfm2_vl.write),
+        ("llava_onevision", "llava_onevision", test_llava_onevision.write),
+        ("paligemma", PROMPT_ALONE[0], partial(_paligemma, "gemma")),
+        ("paligemma", PROMPT_ALONE[1], partial(_paligemma, "gemma2")),
+    ]
 
 
 def seeing_row(family: str, name: str, write: Write, scratch: Path) -> Row:
@@ -199,6 +205,10 @@ def _qwen(model_type: str, folder: Path) -> Path:
 
 def _internvl(text_model: str, folder: Path) -> Path:
     return write_tiny_internvl(folder, text_model, head_dim=32, max_position_embeddings=2048)
+
+
+def _gemma4(kind: str, folder: Path) -> Path:
+    return test_gemma4.write(folder, kind)
 
 
 def _idefics3(model_type: str, folder: Path) -> Path:

@@ -2,6 +2,9 @@
 
 ONNX Runtime computes the node itself and never reads the function. Lowerings for other targets, and models whose masks
 the node cannot express, have the body in the node's place.
+
+A node that reads the keys and values of an earlier layer gets none to write: those inputs have no tokens, the node has
+one output, and its function is an overload.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from qe_edge.export.lowering.passes import remove_unused
 from qe_edge.export.op import OPSET, constant, real_constant, reference
 from qe_edge.models.cached_attention import DOMAIN, EXPANDED, NAME, VERSION
 
@@ -21,6 +25,7 @@ INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total
 NUMBERS = ("num_heads", "kv_num_heads", "local_window_size")
 REALS = ("scale", "softcap")
 LOWEST = float(np.finfo(np.float32).min)  # instead of -inf: rows of padding stay finite
+READS = "reads"  # overload of nodes that write nothing
 SCATTER_OPSET = 24  # the first with TensorScatter
 
 Write = Literal["ScatterND", "TensorScatter"]  # how new keys and values come into the cache: a copy of it, or in place
@@ -36,8 +41,8 @@ class Places:
         key: Places of the cache, `[total]`.
         total: `[1]` int64.
         pictures: Numbers of pictures at the new tokens `[batch, sequence, 1]` and in the cache `[batch, 1, total]`.
-        indices: `[batch, kv_heads, sequence, 3]` of ScatterND.
-        masks: Additive masks `[batch, 1, sequence, total]` by window.
+        indices: By number of heads `[batch, kv_heads, sequence, 3]` of ScatterND.
+        masks: Additive masks `[batch, 1, sequence, total]` by window, and by whether pictures count.
     """
 
     start: ir.Value
@@ -45,8 +50,8 @@ class Places:
     key: ir.Value
     total: ir.Value
     pictures: tuple[ir.Value, ir.Value] | None = None
-    indices: ir.Value | None = None
-    masks: dict[int | None, ir.Value] = field(default_factory=dict)
+    indices: dict[int | None, ir.Value] = field(default_factory=dict)
+    masks: dict[tuple[int | None, bool], ir.Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Numbers:
         softcap: Bound of the scores.
         window: Tokens that a token sees, its own included.
         key: Stands for the window, where it is known.
+        kv_key: Stands for the number of heads of keys and values, where it is known.
+        pictures: Whether the tokens of a picture see each other.
     """
 
     heads: ir.Value
@@ -68,6 +75,8 @@ class Numbers:
     softcap: ir.Value | None
     window: ir.Value | None
     key: int | None = None
+    kv_key: int | None = None
+    pictures: bool = False
 
 
 def attach_cached_attention(model: ir.Model) -> None:
@@ -86,9 +95,10 @@ def attach_cached_attention(model: ir.Model) -> None:
         [('com.microsoft', 'GroupQueryAttention', '')]
     """
     expand_cached_attention(model, [node for node in cached_attention_nodes(model) if EXPANDED in node.attributes])
-    if cached_attention_nodes(model):
-        function = _function()
-        model.functions[function.identifier()] = function
+    for node in cached_attention_nodes(model):
+        node.overload = "" if writes(node) else READS
+        if node.op_identifier() not in model.functions:
+            model.functions[node.op_identifier()] = _function(node.overload)
         model.opset_imports[DOMAIN] = VERSION
 
 
@@ -101,6 +111,16 @@ def cached_attention_nodes(model: ir.Model) -> list[ir.Node]:
         []
     """
     return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]
+
+
+def writes(node: ir.Node) -> bool:
+    """Whether a node writes keys and values, and does not read those of an earlier layer.
+
+    Example:
+        >>> writes(ir.node("GroupQueryAttention", [], num_outputs=3))
+        True
+    """
+    return len(node.outputs) > 1
 
 
 def expand_cached_attention(
@@ -133,7 +153,9 @@ def expand_cached_attention(
             raise ValueError(f"node {node.name} lacks an input")
         if places is None:
             places = _places(ops, given)
-        results = _body(ops, given, _numbers(ops, node), places, write)
+        if len(given) > len(INPUTS) and places.pictures is None:
+            places.pictures = _pictures(ops, given[len(INPUTS)], places)
+        results = _body(ops, given, _numbers(ops, node), places, write if writes(node) else None)[: len(node.outputs)]
         for number, inner in enumerate(ops.nodes):
             inner.name = f"{node.name}/{inner.op_type}_{number}"
             inner.outputs[0].name = f"{inner.name}.output"
@@ -141,10 +163,13 @@ def expand_cached_attention(
             result.type, result.shape = output.type, output.shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], ops.nodes, node.outputs, results)
     if places is not None:
-        model.functions.pop((DOMAIN, NAME, ""), None)
+        remove_unused(model)
+    if places is not None and not cached_attention_nodes(model):
+        for overload in ("", READS):
+            model.functions.pop((DOMAIN, NAME, overload), None)
         model.opset_imports.pop(DOMAIN, None)
-        if write == "TensorScatter":
-            model.opset_imports[""] = SCATTER_OPSET
+    if places is not None and write == "TensorScatter":
+        model.opset_imports[""] = SCATTER_OPSET
 
 
 def _numbers(ops: tape.Tape, node: ir.Node) -> Numbers:
@@ -157,10 +182,12 @@ def _numbers(ops: tape.Tape, node: ir.Node) -> Numbers:
         softcap=real_constant(ops, softcap) if softcap else None,
         window=constant(ops, np.array([window], np.int64)) if window > 0 else None,
         key=window if window > 0 else None,
+        kv_key=kv_heads,
+        pictures=len(node.inputs) > len(INPUTS),
     )
 
 
-def _function() -> ir.Function:
+def _function(overload: str) -> ir.Function:
     """For any number of heads, any scale, window and cap, which are the node's attributes."""
     values = [ir.Value(name=name) for name in INPUTS]
     ops = tape.Tape()
@@ -176,12 +203,13 @@ def _function() -> ir.Function:
     capped = ops.op("Where", [ops.op("Greater", [softcap, real_constant(ops, 0)]), softcap, real_constant(ops, 1e9)])
     near = ops.op("Where", [ops.op("Greater", [window, zero]), window, _whole(ops, 1 << 40)])
     numbers = Numbers(heads, kv_heads, scale, capped, near)
-    results = _body(ops, values, numbers, _places(ops, values), "ScatterND")
-    for name, result in zip(("output", "present_key", "present_value"), results, strict=True):
+    write: Write | None = None if overload == READS else "ScatterND"
+    results = _body(ops, values, numbers, _places(ops, values), write)[: 1 if write is None else 3]
+    for name, result in zip(("output", "present_key", "present_value"), results, strict=False):
         result.name = name
     graph = ir.Graph(values, results, nodes=ops.nodes, opset_imports={"": OPSET}, name=NAME)
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in (*NUMBERS, *REALS)]
-    return ir.Function(DOMAIN, NAME, graph=graph, attributes=declared)
+    return ir.Function(DOMAIN, NAME, overload, graph=graph, attributes=declared)
 
 
 def _places(ops: tape.Tape, inputs: list[ir.Value]) -> Places:
@@ -194,23 +222,32 @@ def _places(ops: tape.Tape, inputs: list[ir.Value]) -> Places:
     tokens = ops.op("Add", [ops.op("Unsqueeze", [start, one]), steps])
     total = _int64(ops, total)
     key = ops.op("Range", [_scalar(ops, zero), _scalar(ops, total), _scalar(ops, one)])
-    places = Places(start, ops.op("Unsqueeze", [tokens, _whole(ops, 2)]), key, total)
-    if len(inputs) > len(INPUTS):
-        numbers = inputs[len(INPUTS)]
-        own = ops.op("GatherElements", [numbers, tokens], {"axis": 1})
-        places.pictures = ops.op("Unsqueeze", [own, _whole(ops, 2)]), ops.op("Unsqueeze", [numbers, one])
-    return places
+    return Places(start, ops.op("Unsqueeze", [tokens, _whole(ops, 2)]), key, total)
 
 
-def _body(ops: tape.Tape, inputs: list[ir.Value], numbers: Numbers, places: Places, write: Write) -> list[ir.Value]:
-    """Mixed values `[batch, sequence, heads * head_dim]`, keys and values with the new ones written in."""
+def _pictures(ops: tape.Tape, numbers: ir.Value, places: Places) -> tuple[ir.Value, ir.Value]:
+    """Numbers of pictures at the new tokens, and in the cache."""
+    tokens = ops.op("Squeeze", [places.query, _whole(ops, 2)])
+    own = ops.op("GatherElements", [numbers, tokens], {"axis": 1})
+    return ops.op("Unsqueeze", [own, _whole(ops, 2)]), ops.op("Unsqueeze", [numbers, _whole(ops, 1)])
+
+
+def _body(
+    ops: tape.Tape, inputs: list[ir.Value], numbers: Numbers, places: Places, write: Write | None
+) -> list[ir.Value]:
+    """Mixed values `[batch, sequence, heads * head_dim]`, keys and values with the new ones written in.
+
+    Where `write` is None the cache has them already: an earlier layer wrote them.
+    """
     kept, rest, width = _whole(ops, 0, 0), _whole(ops, -1), ops.op("Shape", [inputs[3]], {"start": 3})
     parted = []
     for value, heads in zip(inputs[:3], (numbers.heads, numbers.kv_heads, numbers.kv_heads), strict=True):
         split = ops.op("Reshape", [value, ops.op("Concat", [kept, heads, rest], {"axis": 0})])
         parted.append(ops.op("Transpose", [split], {"perm": [0, 2, 1, 3]}))
     query, *new = parted
-    present = [_written(ops, past, part, numbers, places, write) for past, part in zip(inputs[3:5], new, strict=True)]
+    present = list(inputs[3:5])
+    if write is not None:
+        present = [_written(ops, past, part, numbers, places, write) for past, part in zip(present, new, strict=True)]
     one = _whole(ops, 1)
     group = ops.op("Concat", [one, one, ops.op("Div", [numbers.heads, numbers.kv_heads]), one, one], {"axis": 0})
     joined = ops.op("Concat", [_whole(ops, 0), numbers.heads, rest, width], {"axis": 0})
@@ -233,7 +270,7 @@ def _written(ops: tape.Tape, past: ir.Value, new: ir.Value, numbers: Numbers, pl
     """The cache `[batch, kv_heads, capacity, head_dim]` with `new` `[batch, kv_heads, sequence, head_dim]` in it."""
     if write == "TensorScatter":
         return ops.op("TensorScatter", [past, new, places.start], {"axis": -2, "mode": "linear"})
-    if places.indices is None:
+    if numbers.kv_key not in places.indices:
         zero, one, last = _whole(ops, 0), _whole(ops, 1), _whole(ops, -1)
         rows = ops.op("Shape", [past], {"start": 0, "end": 1})
         tokens = ops.op("Shape", [places.query], {"start": 1, "end": 2})
@@ -247,16 +284,19 @@ def _written(ops: tape.Tape, past: ir.Value, new: ir.Value, numbers: Numbers, pl
             ops.op("Reshape", [head, ops.op("Concat", [one, last, one, one], {"axis": 0})]),
             ops.op("Unsqueeze", [places.query, one]),
         )
-        places.indices = ops.op("Concat", [ops.op("Expand", [part, shape]) for part in columns], {"axis": -1})
-    return ops.op("ScatterND", [past, places.indices, new])
+        places.indices[numbers.kv_key] = ops.op(
+            "Concat", [ops.op("Expand", [part, shape]) for part in columns], {"axis": -1}
+        )
+    return ops.op("ScatterND", [past, places.indices[numbers.kv_key], new])
 
 
 def _mask(ops: tape.Tape, numbers: Numbers, places: Places) -> ir.Value:
     """0 where a new token sees a place of the cache, the lowest number elsewhere."""
-    if numbers.key in places.masks:
-        return places.masks[numbers.key]
+    kind = (numbers.key, numbers.pictures)
+    if kind in places.masks:
+        return places.masks[kind]
     seen = ops.op("LessOrEqual", [places.key, places.query])
-    if places.pictures is not None:
+    if numbers.pictures and places.pictures is not None:
         own, numbered = places.pictures
         same = ops.op("And", [ops.op("Equal", [own, numbered]), ops.op("Greater", [own, _whole(ops, 1)])])
         seen = ops.op("Or", [seen, same])
@@ -264,8 +304,8 @@ def _mask(ops: tape.Tape, numbers: Numbers, places: Places) -> ir.Value:
         near = ops.op("Greater", [places.key, ops.op("Sub", [places.query, numbers.window])])
         seen = ops.op("And", [seen, near])
     mask = ops.op("Where", [seen, real_constant(ops, 0), real_constant(ops, LOWEST)])
-    places.masks[numbers.key] = ops.op("Unsqueeze", [mask, _whole(ops, 1)])
-    return places.masks[numbers.key]
+    places.masks[kind] = ops.op("Unsqueeze", [mask, _whole(ops, 1)])
+    return places.masks[kind]
 
 
 def _whole(ops: tape.Tape, *numbers: int) -> ir.Value:

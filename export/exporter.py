@@ -9,12 +9,14 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import torch
 from onnx.checker import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.files import RECIPE, read_checkpoint_files
+from qe_edge.checkpoint.safetensors_write import write_rows
 from qe_edge.export.attention import attach_attention
 from qe_edge.export.cached_attention import attach_cached_attention
 from qe_edge.export.chat_parts import chat_segments
@@ -26,10 +28,11 @@ from qe_edge.export.naming import name_nodes
 from qe_edge.export.norms import divide_by_roots
 from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
-from qe_edge.export.tracing import exportable, trace_graph
+from qe_edge.export.tracing import exportable, second_embedding, trace_graph
 from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.decoder import Decoder
+from qe_edge.models.export_limits import layer_config
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.layer_states import head_width, layer_states
 from qe_edge.models.loading import LoadedModel
@@ -78,17 +81,22 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     source = None if isinstance(checkpoint, LoadedModel) else read_checkpoint_files(checkpoint).digest
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
     check_layers(quantized_linears(loaded.model))
+    tables = _layered_tables(loaded.model)
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = _graphs(loaded)
         writes_text = loaded.family.writes_text
         generation = _generation(loaded) if writes_text else None
-        embedding = _embedding_table(loaded.model.get_input_embeddings()) if writes_text else None
+        embedding = None
+        if writes_text and not tables:
+            embedding = _embedding_table(loaded.model.get_input_embeddings())
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
             for spec in specs:
                 entries[spec.name] = _export_graph(spec, loaded, part)
                 tracked.advance(_work(spec), spec.name)
-        if embedding is not None:
+        if tables:
+            write_rows(part / EMBEDDING, TENSOR, tables)
+        elif embedding is not None:
             save_file(embedding, part / EMBEDDING)
         _write_runtime_files(loaded, part)
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
@@ -121,6 +129,19 @@ def _embedding_table(embedding: nn.Module) -> dict[str, Tensor]:
         return {TENSOR: embedding.codes, SCALES: scales if scale is None else scales * scale.float()}
     weight = embedding.get_parameter("weight").detach()
     return {TENSOR: (weight if scale is None else weight * scale.to(weight.dtype)).contiguous()}
+
+
+def _layered_tables(model: Any) -> list[Tensor]:  # noqa: ANN401 - transformers' own classes
+    """Both embeddings of a token as they are stored, where a model has a second one for its layers, as Gemma 4.
+
+    The second one is far larger than the rest of the model, so that it must not become float32. The graphs multiply.
+    """
+    second = second_embedding(model)
+    if second is None:
+        return []
+    first = model.get_input_embeddings().weight.detach()
+    dtype = torch.promote_types(first.dtype, second.weight.dtype)
+    return [table.to(dtype)[: len(first)] for table in (first, second.weight.detach())]
 
 
 def _work(spec: GraphSpec) -> float:
@@ -195,6 +216,7 @@ def _manifest(
 ) -> Manifest:
     config: Any = loaded.family.config
     text = config.get_text_config()
+    first = layer_config(text, 0)
     return Manifest(
         format_version=FORMAT_VERSION,
         model_type=config.model_type,
@@ -206,8 +228,8 @@ def _manifest(
         generation=generation,
         kv=KVLayout(
             layers=sum(state.part == "key" for state in layer_states(text)),
-            heads=text.num_key_value_heads,
-            head_dim=head_width(text),
+            heads=first.num_key_value_heads,
+            head_dim=head_width(first),
             in_place=in_place,
         ),
         graphs=entries,

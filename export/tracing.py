@@ -35,15 +35,29 @@ def exportable(model: nn.Module) -> Iterator[None]:
         eager torch.float32
     """
     with ExitStack() as stack:
-        # tensors of quantized layers and embeddings are converted when they are written
-        kept = (QELinear, QuantizedEmbedding)
-        stack.enter_context(in_float32(one for one in model.modules() if not isinstance(one, kept)))
+        # tensors of quantized layers and embeddings are converted when they are written, a second embedding never
+        kept, second = (QELinear, QuantizedEmbedding), second_embedding(model)
+        others = (one for one in model.modules() if not isinstance(one, kept) and one is not second)
+        stack.enter_context(in_float32(others))
         stack.enter_context(_eager_attention(model))
         stack.enter_context(_fixed_rotary(model))
         for name, layer in quantized_linears(model).items():
             layer.__dict__["forward"] = _bare_node(name, layer.out_features)
             stack.callback(layer.__dict__.pop, "forward")
         yield
+
+
+def second_embedding(model: Any) -> Any:  # noqa: ANN401 - transformers' own classes
+    """A text model's embedding of tokens for its layers, as Gemma 4 has one; None of any other model.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> second_embedding(load_model("demo").model) is None
+        True
+    """
+    found = getattr(model, "get_per_layer_input_embeddings", None)
+    width: Any = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0)
+    return found() if found is not None and width else None
 
 
 def trace_graph(spec: GraphSpec) -> ir.Model:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qe_edge.export.cached_attention import cached_attention_nodes, expand_cached_attention, writes
 from qe_edge.export.lowering.half import finish_in_half
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
@@ -36,7 +37,8 @@ def lower_for_cuda(model: ir.Model, *, plugin: bool = True) -> Precision:
     """Lower a canonical graph in place; returns what computes in which precision.
 
     `GroupQueryAttention` and `MultiHeadAttention` stay: the provider has kernels for them, and those of the former
-    write the cache in place.
+    write the cache in place. Nodes that read the keys and values of an earlier layer become standard operators: whether
+    the kernel takes no new ones has not been tried on a GPU.
 
     Args:
         model: A canonical graph.
@@ -54,6 +56,7 @@ def lower_for_cuda(model: ir.Model, *, plugin: bool = True) -> Precision:
         >>> lower_for_cuda(model).products
         {'mlp.up': 'int4 weights, plugin'}
     """
+    expand_cached_attention(model, [node for node in cached_attention_nodes(model) if not writes(node)])
     if plugin:
         pack_layers(model, scratch=True)
     else:

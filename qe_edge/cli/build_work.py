@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qe_edge.cli.outputs import check_apart, check_disk, check_output_folder, fo
 from qe_edge.cli.plugin import print_plugin_nodes, read_plugin
 from qe_edge.export.build import build_engines
 from qe_edge.export.targets import CUDA, check_targets, get_target, has_limits
+from qe_edge.runtime.cache_tensors import is_state, sizes_of
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.limits import with_limits
 from qe_edge.runtime.manifest import Manifest, read_any_manifest
@@ -64,6 +66,6 @@ def _gpu_memory(folder: Path) -> str:
     line = f"On the GPU the weights take {human_bytes(weights)}"
     if not isinstance(manifest, Manifest):
         return f"{line}."
-    kv = manifest.kv
-    token = 4 * kv.layers * kv.heads * kv.head_dim * (1 if kv.in_place else 2)  # keys and values in float16
+    token = 2 * sum(math.prod(sizes_of(spec, 1, 1)) for spec in manifest.cache if not is_state(spec.name))  # float16
+    token *= 1 if manifest.kv.in_place else 2
     return f"{line}, and a KV cache {human_bytes(1000 * token)} for 1000 tokens."

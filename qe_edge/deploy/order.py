@@ -14,6 +14,7 @@ from qe_edge.export.decoding import check_decoding
 from qe_edge.export.targets import check_states, check_targets, get_target, has_limits
 from qe_edge.models.configuration import load_family
 from qe_edge.models.decoder import default_lengths
+from qe_edge.models.export_limits import layer_config
 from qe_edge.models.layer_states import layer_states
 from qe_edge.models.loading import resolve_model
 from qe_edge.quantization.job import Job, make_job
@@ -138,7 +139,11 @@ def _plugins(targets: Sequence[str], library: Path) -> dict[str, Path]:
 def _cached(source: str) -> list[str]:
     """Names of the tensors that a model's layers keep; none of a vision encoder's."""
     text = load_family(source).config.get_text_config()
-    return [state.name for state in layer_states(text)] if getattr(text, "num_key_value_heads", None) else []
+    return (
+        [state.name for state in layer_states(text)]
+        if getattr(layer_config(text, 0), "num_key_value_heads", None)
+        else []
+    )
 
 
 def _check_limits(limits: EngineLimits, source: str) -> None:

@@ -141,7 +141,8 @@ def _into_norms(source: CheckpointSource, block: Block, scales: dict[str, Tensor
 
 def _into_values(source: CheckpointSource, block: Block, scales: dict[str, Tensor], folding: Folding) -> None:
     name, values = (f"{block.name}.self_attn.{leaf}" for leaf in ("o_proj", "v_proj"))
-    if name not in scales or values not in source.layers:
+    normed = hasattr(block.module.get_submodule("self_attn"), "v_norm")  # which would take a scale away again
+    if name not in scales or values not in source.layers or normed:
         return
     rows = source.layers[values].out_features
     config = source.family.config.get_text_config()

@@ -17,6 +17,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "gemma2": "qe_edge.models.causal_lm:CausalLM",
         "gemma3": "qe_edge.models.gemma3:Gemma3",
         "gemma3_text": "qe_edge.models.causal_lm:CausalLM",
+        "gemma4": "qe_edge.models.gemma4:Gemma4",
         "idefics3": "qe_edge.models.idefics3:Idefics3",
         "internvl": "qe_edge.models.internvl:InternVL",
         "lfm2": "qe_edge.models.lfm2:Lfm2",

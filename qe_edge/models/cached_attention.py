@@ -7,7 +7,7 @@ of the cache; `qe_edge.export.cached_attention` gives the node a body of standar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qe_edge.models.export_limits import SLIDING, layer_kinds, window_of
+from qe_edge.models.layer_states import keeper_of
 
 DOMAIN, NAME, VERSION = "com.microsoft", "GroupQueryAttention", 1
 EXPANDED = "expanded"  # attribute of a node that ONNX Runtime has no kernel for: the export writes it out
@@ -32,7 +33,7 @@ class CachedAttention:
         config: The text model's configuration.
         past: Key and value `[batch, kv_heads, capacity, head_dim]` of every layer of attention, as "0.key".
         attention_mask: `[batch, total]` int64: a row's tokens, the new ones included, then zeros.
-        pictures: Whether the mask numbers pictures from 2, whose tokens see each other.
+        pictures: Layers in which the tokens of a picture see each other; the mask numbers pictures from 2.
         expanded: Whether the node is to be written out.
         present: What the layers leave, as `past`; filled by the calls.
     """
@@ -40,7 +41,7 @@ class CachedAttention:
     config: Any
     past: dict[str, Tensor]
     attention_mask: Tensor
-    pictures: bool
+    pictures: Collection[int]
     expanded: bool
 
     def __post_init__(self) -> None:
@@ -63,26 +64,32 @@ class CachedAttention:
     ) -> tuple[Tensor, None]:
         """As transformers calls it: `[batch, heads, sequence, head_dim]`, and `kv_heads` for keys and values."""
         layer: Any = module.layer_idx
-        heads, width = query.shape[1], query.shape[3]
-        names = [f"{layer}.{part}" for part in ("key", "value")]
-        past = [self.past[name] for name in names]
-        further = [self.attention_mask] if self.pictures else []
+        keeper = keeper_of(self.config, layer)
+        heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
+        names = [f"{keeper}.{part}" for part in ("key", "value")]
+        past = [(self.past if keeper == layer else self.present)[name] for name in names]
+        query, key, value = (part.transpose(1, 2).flatten(2) for part in (query, key, value))
+        if keeper != layer:  # the new ones are there already
+            key, value = key[:, :0], value[:, :0]
+        further = [self.attention_mask] if layer in self.pictures else []
+        outputs = [(query.shape[0], query.shape[1], heads * width), past[0].shape, past[1].shape]
         mixed, *present = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{NAME}",
-            [part.transpose(1, 2).flatten(2) for part in (query, key, value)]
-            + [*past, self._last, self._total, *further],
+            [query, key, value, *past, self._last, self._total, *further],
             attrs={
                 "num_heads": heads,
-                "kv_num_heads": key.shape[1],
+                "kv_num_heads": kv_heads,
                 "scale": width**-0.5 if scaling is None else float(scaling),
                 "local_window_size": self._window(layer),
                 "softcap": float(softcap or 0.0),
                 **({EXPANDED: 1} if self.expanded else {}),
             },
-            dtypes=[query.dtype] * 3,
-            shapes=[(query.shape[0], query.shape[2], heads * width), past[0].shape, past[1].shape],
+            dtypes=[query.dtype] * (3 if keeper == layer else 1),
+            shapes=outputs[: 3 if keeper == layer else 1],
             version=VERSION,
         )
+        if keeper != layer:
+            return mixed, None
         self.present.update(zip(names, present, strict=True))
         return mixed, None
 
@@ -101,7 +108,7 @@ def attending(model: nn.Module, attention: CachedAttention) -> Iterator[None]:
         >>> from qe_edge.models.loading import load_model
         >>> model = load_model("demo").model.get_decoder()
         >>> past, mask = {"0.key": torch.zeros(1, 1, 8, 64)}, torch.ones(1, 3, dtype=torch.int64)
-        >>> with attending(model, CachedAttention(model.config, past, mask, pictures=False, expanded=False)):
+        >>> with attending(model, CachedAttention(model.config, past, mask, pictures=(), expanded=False)):
         ...     model.config._attn_implementation
         'qe_edge_cached'
         >>> model.config._attn_implementation

@@ -80,6 +80,14 @@ class Sizes(BaseModel):
 ATTENTION = ("sdpa", "eager")  # implementations that every machine has
 
 
+class LayerSizes(BaseModel):
+    """Sizes in which one layer of Gemma 4 differs from the others."""
+
+    model_config = ConfigDict(extra="forbid")
+    head_dim: HeadWidth | None = None
+    num_key_value_heads: Heads | None = None
+
+
 class Section(Sizes):
     """One transformer: sizes, numbers of its formulas, token ids.
 
@@ -115,7 +123,14 @@ class Section(Sizes):
     output_attentions: Annotated[bool, Field(strict=True)] | None = None
     output_hidden_states: Annotated[bool, Field(strict=True)] | None = None
     is_encoder_decoder: Literal[False] | None = None
-    per_layer_config: None = None
+    per_layer_config: dict[Annotated[str, Field(pattern=r"^[0-9]{1,3}$")], LayerSizes] | None = None
+    global_head_dim: HeadWidth | None = None
+    num_global_key_value_heads: Heads | None = None
+    num_kv_shared_layers: Annotated[int, Field(strict=True, ge=0, le=511)] | None = None
+    hidden_size_per_layer_input: Annotated[int, Field(strict=True, ge=0, le=2**12)] | None = None
+    vocab_size_per_layer_input: Vocabulary | None = None
+    position_embedding_size: Annotated[int, Field(strict=True, ge=1, le=2**16)] | None = None
+    pooling_kernel_size: Factor | None = None
     bos_token_id: Token | Annotated[list[Token], Field(max_length=64)] | None = None
     eos_token_id: Token | Annotated[list[Token], Field(max_length=64)] | None = None
     pad_token_id: Token | None = None
@@ -145,6 +160,13 @@ class ConfigFile(Section):
     scale_factor: Factor | None = None
     image_grid_pinpoints: Annotated[list[Pair], Field(min_length=1, max_length=256)] | None = None
     vision_aspect_ratio: Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]?$")] | None = None
+
+    @model_validator(mode="after")
+    def _layers_differ_in_gemma4_alone(self) -> ConfigFile:
+        sections = (self, self.text_config, self.vision_config)
+        if (self.model_extra or {}).get("model_type") != "gemma4" and any(s and s.per_layer_config for s in sections):
+            raise ValueError("'per_layer_config' gives layers other sizes, which only Gemma 4 has")
+        return self
 
 
 class _SizesSection(Sizes):

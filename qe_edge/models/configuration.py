@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qe_edge.models import FAMILIES
 from qe_edge.models.config_values import ConfigFile, SizesFile
+from qe_edge.models.export_limits import layer_config
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard, check_key_names, check_values
@@ -195,6 +196,8 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
             vision.model_type == "siglip2_vision_model" and points == isqrt(points) ** 2 > 0,
             f"vision_config is a '{vision.model_type}' of {points} learnt positions, no square of SigLIP 2's",
         )
+    if config.model_type == "gemma4":
+        _check_layers(config, facts)
     if config.model_type in ("llava_onevision", "paligemma"):
         facts.known_tokens(config, ("image_token_index",))
     if config.model_type == "paligemma":
@@ -208,12 +211,14 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
 def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # noqa: ANN401
     """Heads, rotary sections and token ids of a language model."""
     heads, width = text.num_attention_heads, text.hidden_size
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None:
-        facts.divides(("num_attention_heads", heads), ("hidden_size", width))
-        head_dim = width // heads
-    facts.divides(("num_key_value_heads", text.num_key_value_heads or heads), ("num_attention_heads", heads))
-    facts.divides(("", 2), ("the width per head", head_dim))
+    for layer in range(text.num_hidden_layers if getattr(text, "is_heterogeneous", False) else 1):
+        own = layer_config(text, layer)
+        head_dim = getattr(own, "head_dim", None)
+        if head_dim is None:
+            facts.divides(("num_attention_heads", heads), ("hidden_size", width))
+            head_dim = width // heads
+        facts.divides(("num_key_value_heads", own.num_key_value_heads or heads), ("num_attention_heads", heads))
+        facts.divides(("", 2), ("the width per head", head_dim))
     layer_types = getattr(text, "layer_types", None)
     facts.require(
         layer_types is None or len(layer_types) == text.num_hidden_layers,
@@ -260,6 +265,26 @@ def _check_patches(config: Any, facts: _Facts) -> None:  # noqa: ANN401
         len(set(taps)) == len(taps) <= text.num_hidden_layers and all(0 <= tap < vision.depth for tap in taps),
         f"deepstack_visual_indexes {taps} do not fit {vision.depth} vision blocks and {text.num_hidden_layers} layers",
     )
+
+
+def _check_layers(config: Any, facts: _Facts) -> None:  # noqa: ANN401
+    """Gemma 4: layers of a kind have the same sizes, and every kind a layer with keys and values of its own."""
+    text = config.text_config
+    own = text.num_hidden_layers - text.num_kv_shared_layers
+    facts.require(
+        own > 0 and set(text.layer_types) == set(text.layer_types[:own]),
+        f"num_kv_shared_layers {text.num_kv_shared_layers} leaves a kind of layers without keys and values",
+    )
+    layers = [layer_config(text, layer) for layer in range(text.num_hidden_layers)]
+    sizes = {(kind, one.head_dim, one.num_key_value_heads) for kind, one in zip(text.layer_types, layers, strict=True)}
+    facts.require(len(sizes) == len(set(text.layer_types)), "layers of one kind differ in their heads")
+    facts.known_tokens(config, ("image_token_id", "boi_token_id", "eoi_token_id"))
+    facts.require(
+        isinstance(text.pad_token_id, int) and 0 <= text.pad_token_id < text.vocab_size,
+        f"pad_token_id {text.pad_token_id}, which stands for pictures, is outside the vocabulary of {text.vocab_size}",
+    )
+    if config.vision_config is not None:
+        facts.divides(("", 4), ("the vision encoder's width per head", config.vision_config.head_dim))
 
 
 def _check_pooling(config: Any, facts: _Facts) -> None:  # noqa: ANN401

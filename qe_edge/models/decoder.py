@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.export import Dim
 
 from qe_edge.models.cached_attention import MULTIPLE, CachedAttention, attending
 from qe_edge.models.cached_states import NewTokens
-from qe_edge.models.export_limits import MAX_LOGITS, check_exportable
+from qe_edge.models.export_limits import MAX_LOGITS, check_exportable, layer_config
 from qe_edge.models.family import GraphSpec, Profile
 from qe_edge.models.layer_states import CAPACITY, head_width, layer_states
 from qe_edge.models.linear_attention import remembering
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         (256, True)
     """
 
-    pictures: ClassVar[bool] = False
+    pictures: bool = False
 
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -51,7 +52,15 @@ class Decoder(nn.Module):
     @property
     def in_place(self) -> bool:
         """Whether the graph can write its cache in place: ONNX Runtime has a kernel for its attention."""
-        return not self.pictures and head_width(self.model.config) % MULTIPLE == 0
+        config: Any = self.model.config
+        widths = [head_width(layer_config(config, layer)) for layer in range(config.num_hidden_layers)]
+        return not self.pictures and all(width % MULTIPLE == 0 for width in widths)
+
+    @property
+    def picture_layers(self) -> Collection[int]:
+        """Numbers of the layers in which the tokens of a picture see each other."""
+        config: Any = self.model.config
+        return range(config.num_hidden_layers) if self.pictures else ()
 
     def hidden_states(self, inputs_embeds: Tensor, **inputs: Any) -> Any:  # noqa: ANN401 - transformers' output
         """The text model's output."""
@@ -77,7 +86,7 @@ class Decoder(nn.Module):
         """
         config: Any = self.model.config
         kept = {state.name: tensor for state, tensor in zip(layer_states(config), past, strict=True)}
-        attention = CachedAttention(config, kept, attention_mask, self.pictures, not self.in_place)
+        attention = CachedAttention(config, kept, attention_mask, self.picture_layers, not self.in_place)
         tokens = NewTokens(kept, attention_mask, inputs_embeds.shape[1])
         with attending(self.model, attention), remembering(self.model, tokens):
             output = self.hidden_states(

@@ -9,7 +9,7 @@ from qe_edge.system.errors import ModelError
 
 # frequencies that do not depend on the length of the text; longrope chooses among several at run time, and dynamic only
 # beyond max_position_embeddings, which no prompt may exceed
-FIXED_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+FIXED_ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "proportional")
 MAX_LOGITS = 256  # positions of a row whose logits an engine computes at a time: 622 MB for four rows of Qwen2-VL-2B
 FULL, SLIDING = "full_attention", "sliding_attention"
 CONV, LINEAR = "conv", "linear_attention"  # a short convolution; the gated delta rule behind one
@@ -37,7 +37,7 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
         delta rules.
     """
     text = config.get_text_config()
-    if getattr(text, "num_key_value_heads", None) is None:
+    if getattr(layer_config(text, 0), "num_key_value_heads", None) is None:
         return
     for rope in _ropes(text):
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -50,6 +50,20 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
             f"The language model has layers of the kind '{kinds[0]}', which cannot be exported.",
             "Choose a model of full or sliding-window attention, short convolutions or gated delta rules.",
         )
+
+
+def layer_config(config: Any, layer: int) -> Any:  # noqa: ANN401 - transformers' configuration classes
+    """A text model's configuration with the sizes of one layer, where layers differ.
+
+    Example:
+        >>> from transformers import Gemma4TextConfig, LlamaConfig
+        >>> config = Gemma4TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+        >>> [layer_config(config, layer).head_dim for layer in range(2)]
+        [256, 512]
+        >>> layer_config(LlamaConfig(), 3).num_key_value_heads
+        32
+    """
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
 def layer_kinds(text: Any) -> set[str]:  # noqa: ANN401

@@ -116,10 +116,7 @@ class Gemma3(ModelFamily):
 
     def graph_mask(self, encoded: Encoded) -> np.ndarray:
         """0 on padding, 1 on text, and a number of its own, from 2, on every picture: its tokens see each other."""
-        image = encoded.image_mask
-        first = image & ~np.pad(image, ((0, 0), (1, 0)))[:, :-1]
-        number = np.cumsum(first, axis=1) - 1 + FIRST_PICTURE
-        return np.where(image, number, encoded.attention_mask)
+        return numbered_pictures(encoded)
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[pictures, 3, side, side]`."""
@@ -133,3 +130,18 @@ class Gemma3(ModelFamily):
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over pictures, pooling with projection, decoder with positions `[batch, sequence]`."""
         return gemma3_graphs.graphs(model)
+
+
+def numbered_pictures(encoded: Encoded) -> np.ndarray:
+    """`attention_mask` int64 `[batch, sequence]` with a number from 2 on every picture's tokens, 1 on text.
+
+    Example:
+        >>> image = np.array([[False, True, True, False, True]])
+        >>> numbered_pictures(Encoded(image, np.ones_like(image, np.int64), image, image)).tolist()
+        [[1, 2, 2, 1, 3]]
+    """
+    image = encoded.image_mask
+    first = image & ~np.pad(image, ((0, 0), (1, 0)))[:, :-1]
+    number = np.cumsum(first, axis=1) - 1 + FIRST_PICTURE
+    numbered: np.ndarray = np.where(image, number, encoded.attention_mask)
+    return numbered

@@ -139,6 +139,20 @@ class SplitValues(PictureValues):
     do_image_splitting: Annotated[bool, Field(strict=True)] = True
 
 
+class SoftTokenValues(PictureValues):
+    """Settings of a processor that scales a picture of any shape to at most so many tokens."""
+
+    patch_size: Factor
+    pooling_kernel_size: Factor
+    max_soft_tokens: Annotated[int, Field(strict=True, ge=1, le=4096)]
+
+    @model_validator(mode="after")
+    def _few_pixels(self) -> SoftTokenValues:
+        if self.max_soft_tokens * (self.pooling_kernel_size * self.patch_size) ** 2 > MAX_PIXELS:
+            raise ValueError(f"a picture would have more than {MAX_PIXELS} pixels")
+        return self
+
+
 class _Edges(BaseModel):
     model_config = ConfigDict(from_attributes=True)
     height: Side | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qe_edge.models.export_limits import CONV, LINEAR
+from qe_edge.models.export_limits import CONV, LINEAR, layer_config
 
 CAPACITY = -1  # the size of an axis that has room for every token of a context
 
@@ -40,7 +40,7 @@ def layer_states(config: Any) -> list[LayerState]:  # noqa: ANN401 - transformer
 
     A layer of attention keeps keys and values `[kv_heads, capacity, head_dim]`; a short convolution keeps its last
     inputs `[hidden_size, kernel - 1]`, whatever the length of the text. A gated delta rule keeps those of its own
-    convolution, and a matrix for each head.
+    convolution, and a matrix for each head. A layer that reads the keys and values of an earlier one keeps nothing.
 
     Example:
         >>> from transformers import Lfm2Config
@@ -50,7 +50,6 @@ def layer_states(config: Any) -> list[LayerState]:  # noqa: ANN401 - transformer
         [('0.conv', (1, 64, 2)), ('1.key', (1, 2, 8, 16)), ('1.value', (1, 2, 8, 16))]
     """
     kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    grown = (config.num_key_value_heads, CAPACITY, head_width(config))
     found: list[LayerState] = []
     for layer, kind in enumerate(kinds[: config.num_hidden_layers]):
         if kind == LINEAR:
@@ -60,9 +59,27 @@ def layer_states(config: Any) -> list[LayerState]:  # noqa: ANN401 - transformer
             found.append(LayerState(layer, "recurrent", (heads, *widths)))
         elif kind == CONV:
             found.append(LayerState(layer, "conv", (config.hidden_size, config.conv_L_cache - 1)))
-        else:
+        elif keeper_of(config, layer) == layer:
+            own = layer_config(config, layer)
+            grown = (own.num_key_value_heads, CAPACITY, head_width(own))
             found += [LayerState(layer, part, grown) for part in ("key", "value")]
     return found
+
+
+def keeper_of(config: Any, layer: int) -> int:  # noqa: ANN401 - transformers' configuration classes
+    """The layer whose keys and values a layer of attention reads: in Gemma 4 an earlier one, in other models itself.
+
+    Example:
+        >>> from transformers import Gemma4TextConfig
+        >>> kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+        >>> config = Gemma4TextConfig(num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+        >>> [keeper_of(config, layer) for layer in range(4)]
+        [0, 1, 0, 1]
+    """
+    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    if layer < own:
+        return layer
+    return max(number for number in range(own) if config.layer_types[number] == config.layer_types[layer])
 
 
 def head_width(config: Any) -> int:  # noqa: ANN401 - transformers' configuration classes

@@ -199,6 +199,9 @@ def _fill(model: PreTrainedModel, plain: dict[str, Tensor], prefixes: tuple[str,
     Raises:
         ArtifactError: If there is one too many or too few, or one of another shape.
     """
+    # a buffer must own its memory: the export changes its type, which no view of the file's tensors can follow
+    buffers = {name for name, _ in model.named_buffers()}
+    plain = {name: tensor.clone() if name in buffers else tensor for name, tensor in plain.items()}
     try:
         missing, unexpected = model.load_state_dict(plain, strict=False, assign=True)
     except RuntimeError as error:

@@ -214,10 +214,11 @@ def _recording(chain: Chain) -> Iterator[None]:
     """Blocks of `chain` note their arguments and pass the hidden states through."""
 
     def recorder(position: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        def forward(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+            hidden_states, call = _parted(args, kwargs)
             if position == 0:
                 chain.hidden.append(hidden_states.detach())
-            chain.calls[position].append(BlockCall(args, kwargs))
+            chain.calls[position].append(call)
             if position == len(chain.blocks) - 1:
                 raise _ChainRecorded
             return hidden_states
@@ -240,10 +241,18 @@ def _stopping(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _replay(output: Tensor | None) -> Callable[..., Tensor]:
-    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:  # noqa: ANN401
-        return hidden_states if output is None else output
+    def forward(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        return _parted(args, kwargs)[0] if output is None else output
 
     return forward
+
+
+def _parted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Hidden states, the first argument, which transformers gives some blocks by name; and all others."""
+    if args:
+        return args[0], BlockCall(args[1:], kwargs)
+    (_, hidden_states), *others = kwargs.items()
+    return hidden_states, BlockCall((), dict(others))
 
 
 @contextmanager

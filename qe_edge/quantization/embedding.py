@@ -41,6 +41,11 @@ def embedding_of(model: PreTrainedModel, recipe: Recipe) -> tuple[str, nn.Embedd
     head: Any = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or head is None:
         raise RecipeError("The model has no token embedding that could be quantized.", REMEDY)
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise RecipeError(
+            "The model has a second embedding, whose rows lie beside the first one's in one file and of one type.",
+            REMEDY,
+        )
     if recipe.head_grid is None and getattr(head, "weight", None) is embedding.weight:
         raise RecipeError(
             "The model's head is the same matrix as its embedding. With a head in full precision, an embedding in INT8 "

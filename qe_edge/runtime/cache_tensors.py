@@ -18,6 +18,7 @@ PAST, PRESENT = "past_key_values.", "present."  # how the language graph's input
 GROWING = (".key", ".value")
 AXES = 4  # of keys and values
 LARGEST = 1 << 28  # numbers of a state of one row
+WIDEST = 4096  # number of heads, and width of a head
 
 
 def is_state(name: str) -> bool:
@@ -52,37 +53,33 @@ def output_of(name: str) -> str:
     return name.replace(PAST, PRESENT, 1)
 
 
-def sizes_of(spec: TensorSpec, batch: int, capacity: int, head: tuple[int, int]) -> tuple[int, ...]:
+def sizes_of(spec: TensorSpec, batch: int, capacity: int) -> tuple[int, ...]:
     """Shape of a tensor of a cache.
 
     Args:
         spec: Its entry in the manifest.
         batch: Rows.
         capacity: Tokens that fit into a row.
-        head: Heads of keys and values, and their width.
 
     Example:
         >>> from qe_edge.runtime.manifest import TensorSpec
         >>> key = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=("batch", 2, "capacity", 8))
         >>> conv = TensorSpec(name="past_key_values.1.conv", dtype="float32", shape=("batch", 64, 2))
-        >>> sizes_of(key, 1, 512, (2, 8)), sizes_of(conv, 1, 512, (2, 8))
+        >>> sizes_of(key, 1, 512), sizes_of(conv, 1, 512)
         ((1, 2, 512, 8), (1, 64, 2))
     """
     if is_state(spec.name):
         return (batch, *(int(size) for size in spec.shape[1:]))
-    return (batch, head[0], capacity, head[1])
+    return (batch, int(spec.shape[1]), capacity, int(spec.shape[3]))
 
 
-def check_cache(
-    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], layers: int, head: tuple[int, int]
-) -> None:
+def check_cache(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], layers: int) -> None:
     """Refuse a graph's cache that runtimes cannot keep.
 
     Args:
         inputs: The language graph's inputs.
         outputs: Its outputs.
         layers: Layers with keys and values.
-        head: Their heads, and the width of a head.
 
     Raises:
         ValueError: If a tensor has another shape than its name says, or an output is missing.
@@ -90,7 +87,7 @@ def check_cache(
     Example:
         >>> from qe_edge.runtime.manifest import TensorSpec
         >>> key = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=("batch", 2, "capacity", 8))
-        >>> check_cache([key], [], layers=1, head=(2, 8))
+        >>> check_cache([key], [], layers=1)
         Traceback (most recent call last):
             ...
         ValueError: the cache's 'past_key_values.0.key' has no output of its type and shape
@@ -101,11 +98,11 @@ def check_cache(
         given = written.get(output_of(spec.name))
         if given is None or given.dtype != spec.dtype or len(given.shape) != len(spec.shape):
             raise ValueError(f"the cache's '{spec.name}' has no output of its type and shape")
+        sizes = [size if isinstance(size, int) else 0 for size in spec.shape[1:]]
         if is_state(spec.name):
-            sizes = [size if isinstance(size, int) else 0 for size in spec.shape[1:]]
             fits = len(sizes) > 0 and min(sizes) >= 1 and prod(sizes) <= LARGEST
         else:
-            fits = len(spec.shape) == AXES and (spec.shape[1], spec.shape[3]) == head
+            fits = len(spec.shape) == AXES and all(1 <= size <= WIDEST for size in sizes[::2])
         if not fits:
             raise ValueError(f"the cache's '{spec.name}' has the shape {list(spec.shape)}")
     grown = sum(not is_state(spec.name) for spec in found)

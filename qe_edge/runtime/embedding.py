@@ -23,6 +23,7 @@ class TokenEmbedding:
         folder: Folder that holds `embedding.safetensors`.
         rows: Expected number of tokens; the table may have more (padding).
         width: Expected width.
+        widest: Width of a table that holds further embeddings of every token behind the first one; None for none.
 
     Raises:
         ArtifactError: If the file is missing, damaged or of another size.
@@ -36,14 +37,15 @@ class TokenEmbedding:
                 [0., 1.]]], dtype=float32)
     """
 
-    def __init__(self, folder: Path, rows: int, width: int) -> None:
+    def __init__(self, folder: Path, rows: int, width: int, widest: int | None = None) -> None:
         path = folder / EMBEDDING
         if not path.is_file():
             raise ArtifactError(f"'{folder}' is damaged: '{EMBEDDING}' is missing.", "Export the model again.")
         header = check_safetensors(path)
         dtype, shape = header.get(TENSOR, ("none", ()))
         wanted = {TENSOR: (dtype, shape)} | ({SCALES: ("F32", shape[:1])} if dtype == "I8" else {})
-        if header != wanted or dtype not in STORAGE or len(shape) != 2 or shape[0] < rows or shape[1] != width:
+        fits = len(shape) == 2 and shape[0] >= rows and shape[1] in (width, max(width, widest or 0))
+        if header != wanted or dtype not in STORAGE or not fits:
             raise ArtifactError(
                 f"'{path}' is {dtype}{list(shape)} and should have {rows} rows of {width}.", "Export the model again."
             )

@@ -126,7 +126,7 @@ class VisionLanguageEngine(LanguageEngine):
             info.check_belongs(manifest, folder)
         limits = limits_of(manifest) if info is not None and info.sized else None
         _check_max_context(max_context, manifest, limits)
-        embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size)
+        embedding = TokenEmbedding(folder, manifest.vocab_size, manifest.hidden_size, manifest.embeds_width)
         family, processor = _family_and_processor(folder, manifest)
         sessions = open_sessions(
             folder, manifest.graphs, info, threads, plugin_library, accuracy_level, cuda_graph=cuda_graph

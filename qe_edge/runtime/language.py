@@ -108,7 +108,7 @@ class LanguageEngine:
                 "Choose fewer, or build or load with a larger --max-context.",
             )
         kv, specs, session = self.manifest.kv, self.manifest.cache, self._sessions["language"]
-        shapes = {spec.name: sizes_of(spec, batch, capacity, (kv.heads, kv.head_dim)) for spec in specs}
+        shapes = {spec.name: sizes_of(spec, batch, capacity) for spec in specs}
         dtype = np.dtype(specs[0].dtype)
         try:
             return new_cache(batch, capacity, lambda shape: session.zeros(shape, dtype), shapes, in_place=kv.in_place)

@@ -216,6 +216,9 @@ def _has_patches(manifest: Manifest) -> bool:
 
 def _largest_picture(encoded: Encoded) -> int:
     """Patches of the largest picture, or of the largest pair of frames."""
+    places = encoded.pixels.get("image_position_ids")
+    if places is not None:  # Gemma 4; padding stands at -1
+        return int((places >= 0).all(-1).sum(-1).max())
     grids = [encoded.pixels[name] for name in ("image_grid_thw", "video_grid_thw") if name in encoded.pixels]
     return max((int(grid[:, 1:].prod(1).max()) for grid in grids), default=0)
 

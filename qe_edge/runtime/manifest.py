@@ -108,8 +108,8 @@ class KVLayout(_Strict):
 
     Attributes:
         layers: Layers of the language model that keep keys and values.
-        heads: Heads of keys and values.
-        head_dim: Width of a head.
+        heads: Heads of keys and values in the first layer; the graph's entry has the shapes of all.
+        head_dim: Width of a head there.
         in_place: Whether a key's or value's input and output may be one buffer; if not, they must be two.
     """
 
@@ -197,7 +197,7 @@ class Manifest(FolderManifest):
         if max(ids) >= self.vocab_size:
             raise ValueError(f"generation names token {max(ids)} of a vocabulary of {self.vocab_size}")
         language, kv = self.graphs["language"], self.kv
-        check_cache(language.inputs, language.outputs, kv.layers, (kv.heads, kv.head_dim))
+        check_cache(language.inputs, language.outputs, kv.layers)
         return self
 
     @property

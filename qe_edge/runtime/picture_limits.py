@@ -73,8 +73,7 @@ def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa:
     """
     limits = limits_of(manifest)
     if limits.patches is not None:
-        pixels, name = image_processor.size["longest_edge"], "patches"
-        largest, most = pixels // image_processor.patch_size**2, limits.patches
+        largest, most, name = _most_patches(image_processor), limits.patches, "patches"
     elif limits.tiles is not None:
         tiles, name = _most_tiles(image_processor), "tiles"
         largest, most = tiles + (tiles > 1), limits.tiles
@@ -87,6 +86,14 @@ def warn_of_pictures(manifest: Manifest, image_processor: Any) -> None:  # noqa:
             QENotice,
             stacklevel=2,
         )
+
+
+def _most_patches(image_processor: Any) -> int:  # noqa: ANN401 - transformers' own classes
+    """Patches that an image processor cuts the largest picture into."""
+    tokens = getattr(image_processor, "max_soft_tokens", None)
+    if tokens is not None:
+        return int(tokens) * int(image_processor.pooling_kernel_size) ** 2
+    return int(image_processor.size["longest_edge"]) // int(image_processor.patch_size) ** 2
 
 
 def _most_tiles(image_processor: Any) -> int:  # noqa: ANN401 - transformers' own classes

@@ -171,7 +171,7 @@ class Pipeline:
         """Memory of such a cache, which is taken when a slot is used first."""
         manifest, found = self.engine.manifest, 0
         for spec in manifest.cache:
-            shape = sizes_of(spec, 1, self.slot_tokens, (manifest.kv.heads, manifest.kv.head_dim))
+            shape = sizes_of(spec, 1, self.slot_tokens)
             copies = 1 if manifest.kv.in_place and not is_state(spec.name) else 2
             found += copies * int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
         return found

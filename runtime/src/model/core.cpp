@@ -58,7 +58,8 @@ Core::Core(const fs::path& folder, const LoadOptions& options)
       max_context(Context(manifest, options.max_context)),
       tokenizer(ReadTokenizer(folder)),
       chat(ReadChat(folder)),
-      embedding(folder / "embedding.safetensors", manifest.vocab_size, manifest.hidden_size),
+      embedding(folder / "embedding.safetensors", manifest.vocab_size, manifest.hidden_size,
+                manifest.EmbedsWidth()),
       backend_(OpenOnnxRuntime(options.onnxruntime)) {
   if (options.threads < 0) throw InputError("A negative number of threads cannot run anything.", "Choose at least 1, or 0.");
   const auto open = [&](const char* name, bool frugal) {

@@ -40,7 +40,7 @@ const char* Bytes(const Json& tensor, std::string_view data, uint64_t size, cons
 
 }  // namespace
 
-TokenEmbedding::TokenEmbedding(const std::filesystem::path& path, int64_t rows, int64_t width)
+TokenEmbedding::TokenEmbedding(const std::filesystem::path& path, int64_t rows, int64_t width, int64_t widest)
     : file_(path), rows_(rows), width_(width) {
   const std::string where = path.string();
   const std::string_view bytes = file_.bytes();
@@ -51,18 +51,20 @@ TokenEmbedding::TokenEmbedding(const std::filesystem::path& path, int64_t rows, 
   if (bytes.size() < 8 || length > kMaxHeader || length > bytes.size() - 8)
     throw ArtifactError("'" + where + "' is no safetensors file.", kAgain);
   const std::string_view data = bytes.substr(8 + length);
-  const auto least = static_cast<uint64_t>(rows), columns = static_cast<uint64_t>(width);
+  const auto least = static_cast<uint64_t>(rows);
   try {
     const Json header = ParseJsonTable(bytes.substr(8, length), where, kAgain);
     const Json& tensor = header.at("embedding");
     const auto dtype = tensor.at("dtype").get<std::string>();
     const auto shape = tensor.at("shape").get<std::vector<uint64_t>>();
     const auto kind = std::find(std::begin(kTypes), std::end(kTypes), dtype);
+    if (shape.size() == 2 && shape[1] == static_cast<uint64_t>(widest)) width_ = widest;
+    const auto columns = static_cast<uint64_t>(width_);
     // a file holds at least a byte for every number, so that no product below overflows
     if (kind == std::end(kTypes) || shape.size() != 2 || shape[0] < least || shape[1] != columns ||
         shape[0] > data.size() / columns) {
       throw ArtifactError("'" + where + "' is damaged: it should have " + std::to_string(rows) + " rows of " +
-                              std::to_string(width) + ".", kAgain);
+                              std::to_string(width_) + ".", kAgain);
     }
     kind_ = static_cast<Kind>(kind - kTypes);
     table_ = Bytes(tensor, data, shape[0] * columns * kSizes[kind - kTypes], where);

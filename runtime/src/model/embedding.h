@@ -10,11 +10,11 @@ namespace qe_edge {
 // embedding.safetensors: rows of the token embedding, gathered from the mapped file.
 class TokenEmbedding {
  public:
-  // Throws ArtifactError if the file is damaged, or is not [at least rows, width] of F32, F16, BF16, or of I8 with
-  // a float for every row.
-  TokenEmbedding(const std::filesystem::path& path, int64_t rows, int64_t width);
+  // Throws ArtifactError if the file is damaged, or is not [at least rows, width or widest] of F32, F16, BF16, or of I8
+  // with a float for every row. A table of the second width holds further embeddings of every token behind the first.
+  TokenEmbedding(const std::filesystem::path& path, int64_t rows, int64_t width, int64_t widest);
 
-  // Writes the row of a token, `width` floats.
+  // Writes the row of a token, `width` or `widest` floats.
   void Copy(int64_t token, float* out) const;
 
  private:

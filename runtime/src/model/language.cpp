@@ -31,7 +31,7 @@ Language::Language(std::shared_ptr<const Core> core, int64_t capacity) : core_(s
       states_.push_back(spec.name);
       continue;
     }
-    Tensor buffer = Zeros(spec.dtype, {1, manifest.kv_heads, capacity, manifest.kv_head_dim});
+    Tensor buffer = Zeros(spec.dtype, {1, spec.shape[1], capacity, spec.shape[3]});
     present_[OutputOf(spec.name)] = buffer;
     past_[spec.name] = std::move(buffer);
   }

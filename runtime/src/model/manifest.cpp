@@ -95,7 +95,7 @@ bool EndsWith(const std::string& text, const std::string& end) {
 }
 
 // The cache's tensors have the shapes that their names say, and every one has its output.
-void CheckCache(const GraphFile& graph, const Manifest& manifest) {
+void CheckCache(const GraphFile& graph) {
   constexpr int64_t most = int64_t{1} << 28;  // numbers of a state
   for (const TensorSpec& spec : graph.inputs) {
     if (spec.name.rfind(kPast, 0) != 0) continue;
@@ -111,7 +111,8 @@ void CheckCache(const GraphFile& graph, const Manifest& manifest) {
         count *= spec.shape[axis];
       }
     } else {
-      fits = fits && spec.shape.size() == 4 && spec.shape[1] == manifest.kv_heads && spec.shape[3] == manifest.kv_head_dim;
+      fits = fits && spec.shape.size() == 4;
+      for (size_t axis = 1; fits && axis < 4; axis += 2) fits = spec.shape[axis] >= 1 && spec.shape[axis] <= 4096;
     }
     if (!fits) throw ArtifactError("A manifest's '" + spec.name + "' has another shape than a cache's tensor.", kAgain);
   }
@@ -127,12 +128,12 @@ Manifest Read(const Json& table) {
     manifest.image_token_id = Within(table, "image_token_id", 0, int64_t{1} << 31);
   const Json& kv = table.at("kv");
   manifest.kv_layers = Within(kv, "layers", 1, 4096);
-  manifest.kv_heads = Within(kv, "heads", 1, 4096);
-  manifest.kv_head_dim = Within(kv, "head_dim", 1, 4096);
+  Within(kv, "heads", 1, 4096);  // of the first layer; the graph's entry has the shapes of all
+  Within(kv, "head_dim", 1, 4096);
   manifest.kv_in_place = kv.at("in_place").get<bool>();
   manifest.generation = Settings(table.at("generation"), manifest.vocab_size);
   for (const auto& item : table.at("graphs").items()) ReadGraph(item.value(), manifest.graphs[item.key()]);
-  CheckCache(manifest.graphs.at("language"), manifest);
+  CheckCache(manifest.graphs.at("language"));
   if (const Json& picture = table.at("picture"); !picture.is_null()) {
     manifest.picture.emplace();
     ReadGraph(picture, *manifest.picture);

@@ -48,7 +48,7 @@ struct Manifest {
   std::string model_type;
   int64_t hidden_size = 0, vocab_size = 0, max_context = 0;
   std::optional<int64_t> image_token_id;
-  int64_t kv_layers = 0, kv_heads = 0, kv_head_dim = 0;
+  int64_t kv_layers = 0;
   bool kv_in_place = false;
   GenerationSettings generation;
   std::map<std::string, GraphFile> graphs;  // "language", and "visual" and "merger" where the model reads pictures
