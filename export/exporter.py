@@ -81,14 +81,12 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     source = None if isinstance(checkpoint, LoadedModel) else read_checkpoint_files(checkpoint).digest
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
     check_layers(quantized_linears(loaded.model))
+    writes_text = loaded.family.writes_text
     tables = _layered_tables(loaded.model)
+    embedding = _embedding_table(loaded.model.get_input_embeddings()) if writes_text and not tables else None
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = _graphs(loaded)
-        writes_text = loaded.family.writes_text
         generation = _generation(loaded) if writes_text else None
-        embedding = None
-        if writes_text and not tables:
-            embedding = _embedding_table(loaded.model.get_input_embeddings())
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
             for spec in specs:
@@ -122,13 +120,13 @@ def _graphs(loaded: LoadedModel) -> list[GraphSpec]:
 
 
 def _embedding_table(embedding: nn.Module) -> dict[str, Tensor]:
-    """What stands for every token in `inputs_embeds`; Gemma multiplies its weights by a number."""
+    """What stands for every token in `inputs_embeds`, as it is stored; Gemma multiplies its weights by a number."""
     scale = getattr(embedding, "embed_scale", None)
     if isinstance(embedding, QuantizedEmbedding):
         scales = embedding.scales.float()
         return {TENSOR: embedding.codes, SCALES: scales if scale is None else scales * scale.float()}
     weight = embedding.get_parameter("weight").detach()
-    return {TENSOR: (weight if scale is None else weight * scale.to(weight.dtype)).contiguous()}
+    return {TENSOR: (weight if scale is None else weight.float() * scale.float()).contiguous()}
 
 
 def _layered_tables(model: Any) -> list[Tensor]:  # noqa: ANN401 - transformers' own classes

@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qe_edge.runtime.embedding import EMBEDDING, TokenEmbedding
 from qe_edge.runtime.engine import VisionLanguageEngine
@@ -171,6 +171,14 @@ def test_an_engine_info_that_is_no_file_does_not_pass_for_none(folder: Path) -> 
     with pytest.raises(ArtifactError, match=r"engine\.json' is not a file") as caught:
         VisionLanguageEngine.load(folder)
     assert caught.value.remedy == "Build it again."
+
+
+def test_an_export_stores_the_embedding_as_the_checkpoint_does(exported: Exported) -> None:
+    tensors = load_file(exported.checkpoint / "model.safetensors")
+    (stored,) = (tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+    found = load_file(exported.onnx / EMBEDDING)["embedding"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
