@@ -30,7 +30,7 @@ from qe_edge.runtime.embedding import EMBEDDING, TokenEmbedding
 from qe_edge.runtime.limits import EngineLimits, with_capacity, with_limits
 from qe_edge.system.errors import ModelError
 from tests.models.conversations import CASES, SQUARE, WIDE
-from tests.models.families import FamilyChecks, Made
+from tests.models.families import FamilyChecks, Made, opened, token_errors
 from tests.models.random_models import save_random_model
 
 PATCH, TOKENS = 4, 70  # transformers' processor knows no fewer
@@ -123,6 +123,15 @@ class TestE2B(FamilyChecks):
     @classmethod
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write(tmp_path_factory.mktemp("model") / "gemma4", "E2B")
+
+    @pytest.mark.slow
+    def test_graphs_round_activations_alike(self, experts: tuple[LoadedModel, Path]) -> None:
+        """A code of a picture that rounds otherwise moves every later token of this model; a text has none."""
+        made = opened(experts[1])
+        assert token_errors(made, CASES["text only"]).max() < 1e-5
+        errors = token_errors(made, CASES["several turns"])
+        assert errors.min() < 1e-6
+        assert errors.max() < 0.5
 
     def test_prompts_are_those_of_transformers(self, original: LoadedModel) -> None:
         """The combined class wants a processor of sounds and one of videos; what it writes needs three names."""

@@ -69,7 +69,7 @@ def test_sections_get_the_familys_own_names() -> None:
 @pytest.mark.parametrize(
     ("model_type", "family", "key"),
     [
-        ("qwen3_5", "qwen3_vl", "text_config.linear_num_key_heads"),
+        ("qwen3_5_moe", "qwen3_5", "text_config.num_experts"),
         ("smollm3", "qwen3", "no_rope_layers"),
         ("llava", "llava_onevision", "image_seq_length"),
     ],
