@@ -5,8 +5,9 @@
 
 Every model is transformers' own class with small random weights, the one of the family's tests. It is quantized (round
 to nearest, W4A8, all parts), exported and built as `qe-edge build --target rtx --plugin` does. A number is how many
-layers of an engine the plugin runs, as the built engine itself lists them; layers that read the same input are one. The
-engines do not run: that needs a GPU. Needs the extras `dev` and `rtx`.
+layers of an engine the plugin runs, as the built engine itself lists them; layers that read the same input are one. A
+model that the target refuses has the reason instead. The engines do not run: that needs a GPU. Needs the extras `dev`
+and `rtx`.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ class Row:
         model: Which architecture.
         layers: Layers of each engine that the plugin runs, by graph.
         whole: Whether these are all quantized layers of the engines.
+        refused: What the build refuses; empty where there are engines.
     """
 
     model: str
     layers: dict[str, int]
     whole: bool
+    refused: str = ""
 
 
 def main() -> None:
@@ -64,13 +67,18 @@ def main() -> None:
     for name in arguments.models:
         write, modules, samples = models[name]
         with tempfile.TemporaryDirectory() as scratch:
-            rows.append(build(name, write, modules, samples, Path(scratch), arguments.plugin_library))
+            try:
+                rows.append(build(name, write, modules, samples, Path(scratch), arguments.plugin_library))
+            except TargetError as error:
+                rows.append(Row(name, {}, whole=True, refused=str(error)))
         print(line(rows[-1]), flush=True)
     print(json.dumps([asdict(row) for row in rows]))
 
 
 def line(row: Row) -> str:
     """A line of the table."""
+    if row.refused:
+        return f"| {row.model} | refused: {row.refused} |"
     counts = ", ".join(str(row.layers.get(group) or "-") for group in GROUPS)
     return f"| {row.model} | {counts}{'' if row.whole else ', others beside'} |"
 
