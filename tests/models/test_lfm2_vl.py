@@ -99,14 +99,26 @@ class TestLfm2VL(FamilyChecks):
         assert (logits - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_thumbnail": False}, {"do_image_splitting": False}], ids=str)
-def test_images_are_those_of_transformers(changes: dict[str, bool]) -> None:
-    """Its own processor has torchvision's functions, which are torch's."""
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_thumbnail": False}, {"do_image_splitting": False}, {"max_tiles": 10}], ids=str
+)
+def test_images_are_those_of_transformers(changes: dict[str, int]) -> None:
+    """Its own processor has torchvision's functions, which are torch's. Of 10 tiles, two grids have the last one's shape."""
     with torch_alone():
         module = importlib.import_module("transformers.models.lfm2_vl.image_processing_lfm2_vl")
-        theirs = module.Lfm2VlImageProcessor(**SETTINGS, return_row_col_info=True, **changes)
-        ours = Lfm2VlImageProcessorPil(**SETTINGS, **changes)
-        for width, height in [(64, 64), (300, 60), (56, 168), (117, 203), (9, 5), (1, 200), (96, 96), (240, 161)]:
+        theirs = module.Lfm2VlImageProcessor(**{**SETTINGS, **changes}, return_row_col_info=True)
+        ours = Lfm2VlImageProcessorPil(**{**SETTINGS, **changes})
+        for width, height in [
+            (64, 64),
+            (300, 60),
+            (56, 168),
+            (117, 203),
+            (9, 5),
+            (1, 200),
+            (96, 96),
+            (240, 161),
+            (96, 192),
+        ]:
             wanted = theirs(images=[noise(width, height)], return_tensors="np")
             found = ours(images=[noise(width, height)])
             mask = wanted["pixel_attention_mask"].astype(bool)
