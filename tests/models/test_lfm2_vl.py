@@ -103,7 +103,7 @@ class TestLfm2VL(FamilyChecks):
     "changes", [{}, {"use_thumbnail": False}, {"do_image_splitting": False}, {"max_tiles": 10}], ids=str
 )
 def test_images_are_those_of_transformers(changes: dict[str, int]) -> None:
-    """Its own processor has torchvision's functions, which are torch's. Of 10 tiles, two grids have the last one's shape."""
+    """Its own processor has torchvision's functions, which are torch's. With 10 tiles two grids have one shape."""
     with torch_alone():
         module = importlib.import_module("transformers.models.lfm2_vl.image_processing_lfm2_vl")
         theirs = module.Lfm2VlImageProcessor(**{**SETTINGS, **changes}, return_row_col_info=True)
