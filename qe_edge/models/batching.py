@@ -195,11 +195,10 @@ def encode_row(
     places = {image_token: ("image", pictures), **({} if video_token is None else {video_token: ("video", videos)})}
     for token, (what, shown) in places.items():
         if token in reply or ids.count(token) != len(shown):
+            noun = "picture" if what == "image" else "video"
             raise InputError(
-                f"The prompt has {[*ids, *reply].count(token)} {what} tokens for {len(shown)} "
-                f"{'pictures' if what == 'image' else 'places of videos'}.",
-                f"Leave {what} tokens out of the texts, or use a chat template that writes one per "
-                f"{'picture' if what == 'image' else 'video'}.",
+                f"The prompt has {[*ids, *reply].count(token)} {what} tokens, and {len(shown)} places of a {noun}.",
+                f"Leave {what} tokens out of the texts, or use a chat template that writes one per {noun}.",
             )
     waiting = {token: iter(shown) for token, (_, shown) in places.items()}
     filled: list[int] = []
