@@ -40,7 +40,7 @@ def can_fork() -> bool:
 def run_part(part: str, body: Body, seconds: float) -> dict[str, Any]:
     """A part in a process of its own, which is ended when its time is over. `body` can be pickled."""
     print(f"== {part}, {seconds:.0f} s left", flush=True)
-    context = multiprocessing.get_context("fork" if can_fork() else "spawn")
+    context: Any = multiprocessing.get_context("fork" if can_fork() else "spawn")  # typed without its Process
     receiver, sender = context.Pipe(duplex=False)
     started = time.perf_counter()
     child = context.Process(target=in_child, args=(part, body, sender))

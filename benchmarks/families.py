@@ -147,7 +147,7 @@ def seeing_models() -> list[tuple[str, str, Write]]:
 def seeing_row(family: str, name: str, write: Write, scratch: Path) -> Row:
     """A model that reads pictures and writes text."""
     modules = tuple(group for group in GROUPS if (family, group) != ("gemma3", "merger"))
-    made = make(write(scratch / "model"), scratch, "rtn", "w4a16", modules)
+    made = make(write(scratch / "model"), scratch, modules)
     cases = {key: samples for key, samples in CASES.items() if name not in PROMPT_ALONE or key != "several turns"}
     return _answered(family, name, made, cases)
 

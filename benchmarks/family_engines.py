@@ -22,7 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.families import Write, seeing_models
+from families import Write, seeing_models
+
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
 from qe_edge.models import Sample

@@ -72,7 +72,7 @@ def internvl() -> Family:
 
     from qe_edge.models.tile_pictures import best_grid
 
-    processor = GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, min_patches=1, max_patches=12)
+    processor: Any = GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, min_patches=1, max_patches=12)
     graph = best_grid(processor, ((), IMAGE_TOKEN, ()), 256, IMAGE_TOKEN)
     return Family(
         processor,
@@ -104,7 +104,7 @@ def gemma3() -> Family:
 
     from qe_edge.models.tile_pictures import single_tile
 
-    processor = Gemma3ImageProcessorPil(size={"height": 896, "width": 896})
+    processor: Any = Gemma3ImageProcessorPil(size={"height": 896, "width": 896})
     graph = single_tile(processor, [IMAGE_TOKEN] * 256, IMAGE_TOKEN)
     return Family(
         processor,

@@ -223,8 +223,9 @@ def measure(layer: Layer, scheme: str, rounding: str, refine: str | None) -> Ite
             found |= {"random": error.mean(1), "oracle": error.amin(1)}
         bits = add_counts(layer_counts({layer.name: made}).values())
         for name, energy in found.items():
-            parts = [float((energy[rows].sum() / total[rows].sum()).sqrt()) for rows in (layer.image, ~layer.image)]
-            yield Row(layer.name, rounding, name, *parts, bits.stored_bits, bits.read_bits)
+            kinds = (layer.image, ~layer.image)
+            image, text = (float((energy[rows].sum() / total[rows].sum()).sqrt()) for rows in kinds)
+            yield Row(layer.name, rounding, name, image, text, bits.stored_bits, bits.read_bits)
 
 
 def summary(rows: Sequence[Row], rounding: str, kind: str) -> dict[str, float]:
