@@ -205,11 +205,13 @@ def test_folders_that_are_links_and_names_of_every_kind(cli: Run, tmp_path: Path
     place.symlink_to(tmp_path / "large disk")
     model = write_small_vlm(place / "mein Modell")
     words = ["--method", "rtn", "--modules", "merger", "--samples", "1", "--limit", "1"]
-    for out in (place / "aus", place / "new" / "er"):
-        outcome = cli("deploy", model, "-o", out, *words)
+    for line in (
+        ("deploy", model, "-o", place / "aus", *words),
+        ("run", place / "aus", "--prompt", "what is it?", "--max-tokens", 2),
+        ("report", place / "aus", "-o", place / "page.html"),
+        ("export", place / "aus" / "checkpoint", "-o", place / "new" / "er"),
+        ("run", place / "new" / "er", "--prompt", "what is it?", "--max-tokens", 2),
+    ):
+        outcome = cli(*line)
         assert outcome.code == 0, outcome.err
-        asked = cli("run", out, "--prompt", "what is it?", "--max-tokens", 2)
-        assert asked.code == 0, asked.err
-    page = cli("report", place / "aus", "-o", place / "page.html")
-    assert page.code == 0, page.err
     assert sorted(path.name for path in place.iterdir()) == ["aus", "mein Modell", "new", "page.html"]

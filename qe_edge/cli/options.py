@@ -14,9 +14,11 @@ from qe_edge.system.errors import InputError
 from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
+    from qe_edge.quantization import executors
     from qe_edge.system import device
 else:
     device = lazy_module("qe_edge.system.device")
+    executors = lazy_module("qe_edge.quantization.executors")
 
 Function = Callable[..., None]  # what a command runs
 Decorator = Callable[[Function], Function]
@@ -123,6 +125,24 @@ def device_option(function: Function) -> Function:
         show_default=True,
         callback=check,
         help="Where to quantize: auto (a GPU if there is one), cpu, cuda. Of GPUs only an H100 was tried.",
+    )(function)
+
+
+def executor_option(function: Function) -> Function:
+    """`--executor`, checked at once."""
+
+    def check(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+        if value != "local":  # that needs no look at torch
+            executors.check_executor(value)
+        return value
+
+    return click.option(
+        "--executor",
+        metavar="NAME",
+        default="local",
+        show_default=True,
+        callback=check,
+        help="Who solves the layers of blocks: local, ray (workers on this machine), ray:ADDRESS (a cluster's).",
     )(function)
 
 

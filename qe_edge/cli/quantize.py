@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qe_edge.cli.options import Command, device_option, output_option, overwrite_option, recipe_options, resume_option
+from qe_edge.cli.options import (
+    Command,
+    device_option,
+    executor_option,
+    output_option,
+    overwrite_option,
+    recipe_options,
+    resume_option,
+)
 from qe_edge.cli.outputs import check_apart_from_sources, check_output_path, check_writable
 from qe_edge.system.lazy import lazy_module
 
@@ -26,6 +34,7 @@ else:
 @output_option("Folder for the quantized checkpoint.")
 @recipe_options
 @device_option
+@executor_option
 @click.option("--dry-run", is_flag=True, help="Show recipe, layers, bits, memory and disk; do nothing.")
 @resume_option("Continue a run that was stopped, from the blocks that it had finished.")
 @overwrite_option()
@@ -34,6 +43,7 @@ def command(
     model: str,
     output: Path,
     device: str,
+    executor: str,
     dry_run: bool,
     resume: bool,
     overwrite: bool,
@@ -51,7 +61,9 @@ def command(
     check_apart_from_sources(output, model, recipe.calibration.source)
     if dry_run:
         quantize_work.show_plan(model, recipe)
-    elif quantize_work.write_checkpoint(model, recipe, output, device=device, resume=resume, overwrite=overwrite):
+    elif quantize_work.write_checkpoint(
+        model, recipe, output, device=device, executor=executor, resume=resume, overwrite=overwrite
+    ):
         click.echo(f"Wrote '{output}'. Next: qe-edge export {shlex.quote(str(output))} -o ONNX")
     else:
         click.echo(f"'{output}' is complete already; nothing is left to do.")

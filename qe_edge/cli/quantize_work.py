@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.known_files import work_folder
@@ -31,7 +32,9 @@ def show_plan(model: str, recipe: Recipe) -> None:
     print_plan(recipe, make_plan(str(job.model), job.recipe, job.samples), len(job.samples))
 
 
-def write_checkpoint(model: str, recipe: Recipe, output: Path, *, device: str, resume: bool, overwrite: bool) -> bool:
+def write_checkpoint(
+    model: str, recipe: Recipe, output: Path, *, device: str, executor: str, resume: bool, overwrite: bool
+) -> bool:
     """Quantize with progress on stderr; `overwrite` throws an unfinished run away. False if nothing was left to do."""
     with hold(output):
         check_checkpoint_output(output, overwrite=overwrite, resume=resume)
@@ -43,7 +46,8 @@ def write_checkpoint(model: str, recipe: Recipe, output: Path, *, device: str, r
         check_memory(plan.memory_bytes)
         if overwrite and not resume:
             WorkFolder.discard(work_folder(output))
-        quantize_to_folder(job, output, resume=resume, device=device, progress=ConsoleProgress(), locked=True)
+        way: dict[str, Any] = {"device": device, "executor": executor, "resume": resume}
+        quantize_to_folder(job, output, **way, progress=ConsoleProgress(), locked=True)
     return True
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qe_edge.checkpoint.known_files import work_folder
 from qe_edge.models.quantized import save_quantized
+from qe_edge.quantization.executors import LOCAL
 from qe_edge.quantization.job import Job
 from qe_edge.quantization.quantizer import run_job
 from qe_edge.quantization.workfolder import WorkFolder
@@ -21,6 +22,7 @@ def quantize_to_folder(
     *,
     resume: bool = False,
     device: str = "auto",
+    executor: str = LOCAL,
     progress: Progress | None = None,
     locked: bool = False,
 ) -> None:
@@ -31,6 +33,7 @@ def quantize_to_folder(
         output: Folder of the checkpoint; it appears when it is complete.
         resume: Continue from the finished blocks of a stopped run.
         device: As of `qe_edge.quantize`.
+        executor: Likewise.
         progress: Where to report progress.
         locked: Whether the caller holds the lock on `output`.
 
@@ -50,6 +53,8 @@ def quantize_to_folder(
     work = work_folder(output)
     with nullcontext() if locked else hold(output):
         refuse_strangers(output)
-        loaded = run_job(job, work=work, resume=resume, on_disk=True, device=device, progress=progress)
+        loaded = run_job(
+            job, work=work, resume=resume, on_disk=True, device=device, executor=executor, progress=progress
+        )
         save_quantized(loaded, job.recipe, output, WorkFolder.run_of(work))
         WorkFolder.discard(work)

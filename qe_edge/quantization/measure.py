@@ -10,7 +10,7 @@ import numpy as np
 
 from qe_edge.budget.accounting import BitCount, add_counts
 from qe_edge.budget.allocation import allocate
-from qe_edge.budget.model import AdapterSize, Budget, Offer, check_affordable
+from qe_edge.budget.model import AdapterSize, Budget, Candidate, Offer, check_affordable
 from qe_edge.budget.sizes import predicted_bits
 from qe_edge.calibration.modality import modality_ratios
 from qe_edge.calibration.sensitivity import (
@@ -20,11 +20,13 @@ from qe_edge.calibration.sensitivity import (
     output_gradients,
     save_sensitivities,
 )
-from qe_edge.methods import LinearProblem, Method
+from qe_edge.methods import Method
 from qe_edge.methods.checked import candidates_of
+from qe_edge.models.family import Block
 from qe_edge.models.groups import LinearGroup, linear_groups
+from qe_edge.quantization.executors import FarBlocks, Solved, Workers
 from qe_edge.quantization.problems import Measured, Member, Problems
-from qe_edge.quantization.walk import BlockWalk, parameters_of
+from qe_edge.quantization.walk import BlockWalk
 from qe_edge.quantization.workfolder import WorkFolder
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.system.atomic import atomic_file
@@ -41,6 +43,7 @@ def measure(
     rotation: BitCount,
     folder: WorkFolder | None,
     progress: Progress,
+    workers: Workers | None = None,
 ) -> Measured:
     """Measure the statistics that the method and the budget need, and spend the budget.
 
@@ -51,6 +54,7 @@ def measure(
         rotation: Bits that a rotation puts beside the layers.
         folder: Folder that keeps the measurements, so that a stopped run can be resumed; None keeps nothing.
         progress: Where to report progress.
+        workers: Who measures candidates; None for this process.
 
     Raises:
         RecipeError: If the budget cannot be met.
@@ -81,7 +85,7 @@ def measure(
     )
     if left is None:
         return measured
-    offers = _offers(walk, Problems(recipe, method, walk.device, measured), folder, progress)
+    offers = _offers(walk, Problems(recipe, method, walk.device, measured), folder, progress, workers)
     return replace(measured, choices=allocate(offers, left))
 
 
@@ -116,28 +120,42 @@ def _gradients(
     return found
 
 
-def _offers(walk: BlockWalk, problems: Problems, folder: WorkFolder | None, progress: Progress) -> dict[str, Offer]:
+def _offers(
+    walk: BlockWalk, problems: Problems, folder: WorkFolder | None, progress: Progress, workers: Workers | None
+) -> dict[str, Offer]:
     """The candidates of every layer, measured on the original model."""
     gradients = problems.measured.gradients
-
-    def look(member: Member, problem: LinearProblem) -> tuple[str, Offer]:
-        candidates = candidates_of(problems.method, problem)
-        return problem.name, Offer(problem.weight.numel(), _sensitivity(gradients, member), candidates)
-
     offers: dict[str, Offer] = {}
-    for chain, position, block in walk:
-        groups = linear_groups(block, walk.loaded.family.siblings)
-        known = folder.load_offers(block.name) if folder else None
-        with walk.original(block):
-            collectors = {} if known else problems.collectors(groups)
-            outputs = walk.run(chain, position, block, collectors)
-            walk.hand_on(chain, position, outputs)
-            found = known or dict(problems.each(groups, collectors, look))
-        if folder and not known:
+
+    def done(block: Block, solved: Solved[list[Candidate]]) -> None:
+        found = {
+            member.name: Offer(sum(member.weights), _sensitivity(gradients, member), candidates)
+            for member, candidates in solved
+        }
+        if folder:
             folder.save_offers(block.name, found)
+        known(block, found)
+
+    def known(block: Block, found: Mapping[str, Offer]) -> None:
         offers.update(found)
         trim_heap()
-        progress.advance(parameters_of(block), f"{block.name}: measuring")
+        progress.advance(walk.sizes[block.name], f"{block.name}: measuring")
+
+    far = FarBlocks(workers, problems.method, candidates_of, done) if workers else None
+    for chain, position, block in walk:
+        groups = linear_groups(block, walk.loaded.family.siblings)
+        before = folder.load_offers(block.name) if folder else None
+        with walk.original(block):
+            collectors = {} if before else problems.collectors(groups)
+            walk.hand_on(chain, position, walk.run(chain, position, block, collectors))
+            if before:
+                known(block, before)
+            elif far:
+                far.send(block, problems.of_groups(groups, collectors))
+            else:
+                done(block, list(problems.each(groups, collectors, candidates_of)))
+    if far:
+        far.finish()
     return offers
 
 

@@ -18,9 +18,8 @@ from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector,
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.models.groups import LinearGroup
 from qe_edge.recipes.recipe import Recipe
-from qe_edge.system.blas import one_lapack_thread
 from qe_edge.system.device import CPU
-from qe_edge.system.parallel import gains_by_one_thread, map_threads
+from qe_edge.system.parallel import map_layers
 
 Result = TypeVar("Result")
 
@@ -68,8 +67,13 @@ class Member:
         """Output channels of every layer."""
         return [self.group.linears[number].out_features for number in self.numbers]
 
+    @property
+    def weights(self) -> list[int]:
+        """Number of weights of every layer."""
+        return [outputs * self.group.linears[0].in_features for outputs in self.outputs]
 
-Work = Callable[[Member, LinearProblem], Result]
+
+Solve = Callable[[Method[Any], LinearProblem], Result]
 
 
 class Problems:
@@ -135,27 +139,34 @@ class Problems:
         return found
 
     def each(
-        self, groups: list[LinearGroup], collectors: dict[nn.Module, StatisticsCollector], work: Work[Result]
-    ) -> Iterator[Result]:
-        """`work` for every linear problem of a block: large groups one by one, the others side by side."""
+        self, groups: list[LinearGroup], collectors: dict[nn.Module, StatisticsCollector], solve: Solve[Result]
+    ) -> Iterator[tuple[Member, Result]]:
+        """`solve` for every linear problem of a block: large groups one by one, the others side by side."""
 
-        def run(group: LinearGroup) -> list[Result]:
-            collector = collectors.pop(group.linears[0], None)
-            measured = collector.finish() if collector else None
-            results = []
-            for number, member in enumerate(self.members(group)):
-                results.append(work(member, self.problem(member, measured[number] if measured else None)))
-            return results
+        def run(number: int) -> list[tuple[Member, Result]]:
+            return [
+                (member, solve(self.method, problem)) for member, problem in self.of_group(groups[number], collectors)
+            ]
 
-        # where a device computes, threads would only wait for it
-        apart = [group for group in groups if self.device == CPU and gains_by_one_thread(_weights(group))]
+        sizes = [(number, _weights(group), group.linears[0].in_features) for number, group in enumerate(groups)]
+        for _, results in map_layers(run, sizes, threads=self.device == CPU):
+            yield from results
+
+    def of_group(
+        self, group: LinearGroup, collectors: dict[nn.Module, StatisticsCollector]
+    ) -> Iterator[tuple[Member, LinearProblem]]:
+        """The problems of a group, whose collector is taken out of `collectors`."""
+        collector = collectors.pop(group.linears[0], None)
+        measured = collector.finish() if collector else None
+        for number, member in enumerate(self.members(group)):
+            yield member, self.problem(member, measured[number] if measured else None)
+
+    def of_groups(
+        self, groups: list[LinearGroup], collectors: dict[nn.Module, StatisticsCollector]
+    ) -> Iterator[tuple[Member, LinearProblem]]:
+        """The problems of groups, in their order."""
         for group in groups:
-            if group not in apart:
-                yield from run(group)
-        apart.sort(key=lambda group: -_weights(group) * group.linears[0].in_features)  # the longest first
-        with one_lapack_thread():
-            for results in map_threads(run, apart):
-                yield from results
+            yield from self.of_group(group, collectors)
 
     def problem(self, member: Member, statistics: InputStatistics | None) -> LinearProblem:
         """The linear problem of a member, with all its statistics."""

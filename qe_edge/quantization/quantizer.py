@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from qe_edge.budget.accounting import rotation_bits
 from qe_edge.budget.allocation import scaled_back
 from qe_edge.calibration.sources import check_reached
-from qe_edge.layers.linear import QELinear
+from qe_edge.layers.linear import QELinear, QuantizedLinear
 from qe_edge.layers.magnitudes import check_result
 from qe_edge.methods import LinearProblem
 from qe_edge.methods.checked import quantize_problem
@@ -24,6 +26,7 @@ from qe_edge.models.precision import make_float32
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.streaming import Chain
 from qe_edge.quantization.embedding import embedding_of, quantize_embedding
+from qe_edge.quantization.executors import LOCAL, FarBlocks, Solved, Workers, check_executor, open_workers
 from qe_edge.quantization.head import head_of, quantize_head
 from qe_edge.quantization.job import Job, encoded_batches, make_job
 from qe_edge.quantization.measure import measure
@@ -50,7 +53,7 @@ from qe_edge.system.progress import Progress, Silent, track
 LAYER, SMALLER = "one layer and its calibration tokens", "Choose --device cpu, or a smaller option 'tokens'."
 
 
-def quantize(
+def quantize(  # noqa: PLR0913 - an argument for every choice
     model: str | LoadedModel,
     recipe: Recipe,
     calibration: str | Sequence[Sample] | None = None,
@@ -59,6 +62,7 @@ def quantize(
     resume: bool = False,
     on_disk: bool = False,
     device: str = "auto",
+    executor: str = LOCAL,
     progress: Progress | None = None,
 ) -> tuple[LoadedModel, Recipe]:
     """Quantize a model.
@@ -76,6 +80,8 @@ def quantize(
             placeholders that `save_quantized` follows. Otherwise the model that is returned is all in memory.
         device: Device that runs blocks: "auto" (a GPU if there is one), "cpu", "cuda". The methods qe, gptq and quarot
             do all work on a layer there. The only GPU that was tried is an H100.
+        executor: Who solves the problems of blocks: "local", "ray" for workers of Ray on this machine, "ray:ADDRESS"
+            for those of a cluster. The result is the same, to the last bit.
         progress: Where to report progress.
 
     Returns:
@@ -93,8 +99,10 @@ def quantize(
         rank_shared=0, experts=0x0)
     """
     choose_device(device)  # a wrong name is refused before samples are drawn
+    check_executor(executor)
     job = make_job(model, recipe, calibration)
-    loaded = run_job(job, work=work, resume=resume, on_disk=on_disk, device=device, progress=progress)
+    keywords: dict[str, Any] = {"device": device, "executor": executor, "progress": progress}
+    loaded = run_job(job, work=work, resume=resume, on_disk=on_disk, **keywords)
     return loaded, job.recipe
 
 
@@ -105,6 +113,7 @@ def run_job(
     resume: bool = False,
     on_disk: bool = False,
     device: str = "auto",
+    executor: str = LOCAL,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Do a job. `quantize` describes the arguments and errors.
@@ -131,8 +140,9 @@ def run_job(
             folder = held.enter_context(WorkFolder.open(work, run, resume=resume).removed_if_useless())
         if job.recipe.rotates:
             rotate_language_model(loaded, job.recipe.seed)
+        workers = held.enter_context(open_workers(executor, job.recipe, chosen_device))
         with track(progress or Silent(), "Quantizing", total) as tracked, fitting(chosen_device, LAYER, SMALLER):
-            _quantize_blocks(loaded, job, folder, tracked, chosen_device, on_disk=on_disk)
+            _quantize_blocks(loaded, job, folder, tracked, chosen_device, workers, on_disk=on_disk)
     if job.recipe.embedding != "none":
         quantize_embedding(loaded, job.recipe)
     if not on_disk:
@@ -165,6 +175,7 @@ def _quantize_blocks(
     folder: WorkFolder | None,
     progress: Progress,
     device: torch.device,
+    workers: Workers | None,
     *,
     on_disk: bool,
 ) -> None:
@@ -176,16 +187,26 @@ def _quantize_blocks(
         return
     rotation = rotation_bits(loaded.model)  # in its own precision, before the walk makes it float32
     walk = BlockWalk(loaded, recipe.modules, batches, device, to_the_end=recipe.head_grid is not None)
-    measured = measure(walk, recipe, method, rotation, folder, progress)
+    measured = measure(walk, recipe, method, rotation, folder, progress, workers)
     problems = Problems(recipe, method, device, measured)
     both = SideBySide(walk, problems) if method.sees_both_models else None
-    for chain, position, block in walk:
-        _quantize_block(walk, problems, both, folder, chain, position, block)
+
+    def done(block: Block) -> None:
         if on_disk and folder:
             loaded.stored.wrote(folder.sources(block.name))
             loaded.stored.release(block.name, block.module)
         trim_heap()
         progress.advance(walk.sizes[block.name], block.name)
+
+    far = FarBlocks(workers, method, quantize_problem, partial(_receive, walk, folder, done)) if workers else None
+    for chain, position, block in walk:
+        if far:
+            _send_block(walk, problems, far, folder, chain, position, block, done)
+        else:
+            _quantize_block(walk, problems, both, folder, chain, position, block)
+            done(block)
+    if far:
+        far.finish()
     walk.restore()
     if recipe.head_grid is not None:  # the last chain is the language model's
         valid = [batches[number].attention_mask for number in chain.batches]
@@ -226,10 +247,11 @@ def _quantize_block(
     groups = linear_groups(block, loaded.family.siblings)
     finished = folder.load(block.name) if folder else None
 
-    def work(member: Member, problem: LinearProblem) -> dict[str, QELinear]:
-        return _layers(problems, member, problem)
-
     if both:
+
+        def work(member: Member, problem: LinearProblem) -> dict[str, QELinear]:
+            return _layers(member, quantize_problem(problems.method, problem))
+
         layers = both.quantize(chain, position, block, groups, finished, work)
         if folder and not finished:
             folder.save(block.name, layers)
@@ -239,8 +261,8 @@ def _quantize_block(
     outputs = walk.run(chain, position, block, collectors)
     layers = finished or {}
     if not finished:
-        for quantized in problems.each(groups, collectors, work):
-            layers.update(quantized)
+        for member, result in problems.each(groups, collectors, quantize_problem):
+            layers.update(_layers(member, result))
         if folder:
             folder.save(block.name, layers)
     _put(walk, chain, position, block, layers, None if problems.recipe.flow == "sequential" else outputs)
@@ -261,12 +283,60 @@ def _put(
     walk.restore_block(block)
 
 
-def _layers(problems: Problems, member: Member, problem: LinearProblem) -> dict[str, QELinear]:
+def _send_block(
+    walk: BlockWalk,
+    problems: Problems,
+    far: FarBlocks[QuantizedLinear],
+    folder: WorkFolder | None,
+    chain: Chain,
+    position: int,
+    block: Block,
+    done: Callable[[Block], None],
+) -> None:
+    """Send a block's problems to workers, unless the work folder has their results, and hand its outputs on."""
+    walk.loaded.stored.read(block.name, block.module)
+    make_float32(block.module.modules())
+    groups = linear_groups(block, walk.loaded.family.siblings)
+    finished = folder.load(block.name) if folder else None
+    collectors = {} if finished else problems.collectors(groups)
+    walk.hand_on(chain, position, walk.run(chain, position, block, collectors))
+    if finished:
+        _set_layers(walk, block, finished)
+        done(block)
+    else:
+        far.send(block, problems.of_groups(groups, collectors))
+        walk.restore_block(block)
+
+
+def _receive(
+    walk: BlockWalk,
+    folder: WorkFolder | None,
+    done: Callable[[Block], None],
+    block: Block,
+    solved: Solved[QuantizedLinear],
+) -> None:
+    """Put what workers sent back into a block."""
+    layers: dict[str, QELinear] = {}
+    for member, result in solved:
+        layers |= _layers(member, result)
+    if folder:
+        folder.save(block.name, layers)
+    _set_layers(walk, block, layers)
+    done(block)
+
+
+def _set_layers(walk: BlockWalk, block: Block, layers: dict[str, QELinear]) -> None:
+    for name, layer in layers.items():
+        set_module(walk.loaded.model, name, layer)
+    walk.restore_block(block)
+
+
+def _layers(member: Member, result: QuantizedLinear) -> dict[str, QELinear]:
     """The quantized layers of one problem."""
-    result = quantize_problem(problems.method, problem).to(CPU)
+    result = result.to(CPU)
     if member.factors is not None:
         result = scaled_back(result, member.factors)
-        check_result(problem.name, result)
+        check_result(member.name, result)
     parts = result.split(member.outputs)
     return {
         member.group.names[number]: QELinear(part, member.group.linears[number].bias)

@@ -8,11 +8,13 @@ number of threads, so neither do the results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from qe_edge.system.blas import one_lapack_thread
 
 SMALL = 1 << 21  # weights up to which a layer gains nothing by a second thread of its own
 MEDIUM = 1 << 25  # weights up to which, on two cores, another layer gains more by that thread; and both fit
@@ -47,6 +49,30 @@ def gains_by_one_thread(weights: int) -> bool:
         (True, False)
     """
     return weights <= (MEDIUM if torch.get_num_threads() <= 2 else SMALL)
+
+
+def map_layers(
+    work: Callable[[Item], Result], layers: Sequence[tuple[Item, int, int]], *, threads: bool = True
+) -> Iterator[tuple[Item, Result]]:
+    """Call `work` for layers: large ones in turn, with all threads, and then the others side by side.
+
+    Args:
+        work: What to do.
+        layers: What stands for a layer, its number of weights, and its number of inputs.
+        threads: Whether threads help. Where a device computes, they would only wait for it.
+
+    Example:
+        >>> sorted(map_layers(str.upper, [("up", 32, 8), ("down", 32, 4)]))
+        [('down', 'DOWN'), ('up', 'UP')]
+    """
+    apart = [layer for layer in layers if threads and gains_by_one_thread(layer[1])]
+    for layer in layers:
+        if layer not in apart:
+            yield layer[0], work(layer[0])
+    apart.sort(key=lambda layer: -layer[1] * layer[2])  # the longest first
+    items = [layer[0] for layer in apart]
+    with one_lapack_thread():
+        yield from zip(items, map_threads(work, items), strict=True)
 
 
 def map_rows(work: Callable[[slice], Result], rows: int, piece: int) -> list[Result]:

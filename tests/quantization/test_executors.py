@@ -1,0 +1,184 @@
+"""Blocks whose problems are solved elsewhere: the same bits, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from qe_edge.layers.linear import quantized_linears
+from qe_edge.quantization.executors import open_workers
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.quantization.ray_workers import RayWorkers, answer
+from qe_edge.quantization.run_record import current_environment
+from qe_edge.recipes.recipe import Recipe, make_recipe
+from qe_edge.system.device import CPU
+from qe_edge.system.errors import NumericalError, QENotice, RecipeError, ResourceError, TargetError, UnknownNameError
+from qe_edge.system.version import VERSION
+
+HERE = {**current_environment("cpu"), "qe_edge": VERSION}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many workers as the machine has cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def recipe() -> Recipe:
+    options = {"tokens": 128, "em_steps": 1}
+    budget, calibration = {"bits": 4.5}, {"source": "demo", "samples": 2}
+    return make_recipe(method="qe", scheme="w4a8", options=options, budget=budget, calibration=calibration)
+
+
+def tensors(model: str, executor: str) -> dict[str, Tensor]:
+    loaded, _ = quantize(model, recipe(), executor=executor, device="cpu")
+    assert quantized_linears(loaded.model)
+    return dict(loaded.model.state_dict())
+
+
+def kill_one_worker(killed: list[int], over: threading.Event) -> None:
+    """Kill the first worker that is at work."""
+    while not killed and not over.wait(0.005):
+        with suppress(psutil.Error):  # one that is gone already
+            for process in psutil.Process().children(recursive=True):
+                if not killed and "ray::answer" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_ray_gives_the_same_bits_even_if_a_worker_is_killed(small: str) -> None:
+    pytest.importorskip("ray")
+    expected = tensors(small, "local")
+    killed: list[int] = []
+    over = threading.Event()
+    killer = threading.Thread(target=kill_one_worker, args=(killed, over))
+    killer.start()
+    try:
+        found = tensors(small, "ray")
+    finally:
+        over.set()
+        killer.join()
+    assert killed
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+class FakeRay:
+    """Ray as far as it is used, in this process."""
+
+    exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (Exception,), {}), RayError=OSError)
+    cloudpickle = pickle
+
+    def __init__(self, call: Callable[..., Any] = answer) -> None:
+        self.call = call
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 3.0 * torch.get_num_threads()}
+
+    def remote(self, **_choices: object) -> Callable[[object], SimpleNamespace]:
+        return lambda _function: SimpleNamespace(remote=lambda *given: lambda: self.call(*given))
+
+    def get(self, waiting: Callable[[], Any]) -> Any:  # noqa: ANN401 - as the call returns it
+        return waiting()
+
+
+def says() -> int:
+    warnings.warn("Groups are smaller.", QENotice, stacklevel=1)
+    warnings.warn("Groups are smaller.", QENotice, stacklevel=1)
+    return 7
+
+
+def fails() -> int:
+    raise NumericalError("The weights hold NaN.", "Get sound ones.")
+
+
+def test_what_a_worker_says_and_raises_arrives() -> None:
+    workers = RayWorkers(FakeRay())
+    assert workers.ahead == 3
+    with pytest.warns(QENotice, match="Groups are smaller") as notices:
+        assert workers.submit(says)() == 7
+    assert len(notices) == 1
+    with pytest.raises(NumericalError, match=r"hold NaN\. Get sound ones"):
+        workers.submit(fails)()
+
+
+def test_a_worker_that_computes_otherwise_is_refused() -> None:
+    def elsewhere(work: bytes, environment: dict[str, object]) -> object:
+        return answer(work, {**environment, "torch": "2.0.0"})
+
+    with pytest.raises(TargetError, match=r"computes otherwise than this process \(torch: 2.0.0 here, .* there\)"):
+        RayWorkers(FakeRay(elsewhere)).submit(says)()
+
+
+def test_lost_workers_are_said() -> None:
+    def lost(*_given: object) -> object:
+        raise OSError("The node died")
+
+    with pytest.raises(ResourceError, match=r"was lost 4 times: The node died. .* --resume"):
+        RayWorkers(FakeRay(lost)).submit(says)()
+
+
+def test_a_worker_keeps_the_number_of_threads_that_it_is_told() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert answer(pickle.dumps(torch.get_num_threads), {**HERE, "threads": before + 1}).result == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "device", "error", "words"),
+    [
+        ("dask", {}, CPU, UnknownNameError, "There is no executor 'dask'"),
+        ("ray", {"flow": "sequential"}, CPU, RecipeError, "needs the quantized blocks before it"),
+        ("ray", {"method": "loaq"}, CPU, RecipeError, "needs the quantized blocks before it"),
+        ("ray", {"method": "llmqat"}, CPU, RecipeError, "needs the quantized blocks before it"),
+        ("ray", {}, torch.device("cuda"), TargetError, "Workers compute on CPUs"),
+    ],
+)
+def test_what_workers_cannot_do_is_refused(
+    name: str, values: dict[str, Any], device: torch.device, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words), open_workers(name, make_recipe(**{"method": "gptq", **values}), device):
+        pass
+
+
+def test_without_ray_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(TargetError, match=r"Ray is not installed. Run: pip install 'qe-edge\[ray\]'"),
+        open_workers("ray", make_recipe(method="rtn"), CPU),
+    ):
+        pass
+
+
+def test_where_no_cluster_is_the_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def refuse(**_choices: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(
+            TargetError, match=r"No cluster of Ray answers at '10\.0\.0\.5:6379': Could not find any running"
+        ),
+        open_workers("ray:10.0.0.5:6379", make_recipe(method="rtn"), CPU),
+    ):
+        pass
