@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from qe_edge.system.version import VERSION
 
 Result = TypeVar("Result")
 TRIES = 3  # further tries of a piece of work whose worker was lost
+CONNECT_SECONDS = 5.0
 INSTALL = "Run: pip install 'qe-edge[ray]'."
 
 
@@ -145,6 +147,7 @@ def ray_workers(address: str) -> Iterator[RayWorkers]:
     except ImportError as error:
         raise TargetError("Ray is not installed.", INSTALL) from error
     try:
+        _reach(address)
         ray.init(
             address=address or "local",
             include_dashboard=False if not address else None,
@@ -154,12 +157,20 @@ def ray_workers(address: str) -> Iterator[RayWorkers]:
     except Exception as error:  # Ray raises a dozen kinds
         raise TargetError(
             f"No cluster of Ray answers at '{address or 'this machine'}': {reason(error)}.",
-            "Start one with 'ray start --head', and give the address that it prints.",
+            "Start one with 'ray start --head', and give the address that it prints. If it asks for a token, set "
+            "RAY_AUTH_MODE=token.",
         ) from error
     try:
         yield RayWorkers(ray)
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Refuse at once an address where nothing listens; Ray tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _environment() -> dict[str, object]:
