@@ -24,6 +24,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "lfm2_vl": "qe_edge.models.lfm2_vl:Lfm2VL",
         "llama": "qe_edge.models.causal_lm:CausalLM",
         "llava_onevision": "qe_edge.models.llava_onevision:LlavaOnevision",
+        "minicpmv4_6": "qe_edge.models.minicpmv4_6:MiniCPMV46",
         "mistral": "qe_edge.models.causal_lm:CausalLM",
         "paligemma": "qe_edge.models.paligemma:PaliGemma",
         "qwen2": "qe_edge.models.causal_lm:CausalLM",

@@ -196,6 +196,8 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
             vision.model_type == "siglip2_vision_model" and points == isqrt(points) ** 2 > 0,
             f"vision_config is a '{vision.model_type}' of {points} learnt positions, no square of SigLIP 2's",
         )
+    if config.model_type == "minicpmv4_6":
+        _check_joining(config, facts)
     if config.model_type == "gemma4":
         _check_layers(config, facts)
     if config.model_type in ("llava_onevision", "paligemma"):
@@ -285,6 +287,24 @@ def _check_layers(config: Any, facts: _Facts) -> None:  # noqa: ANN401
     )
     if config.vision_config is not None:
         facts.divides(("", 4), ("the vision encoder's width per head", config.vision_config.head_dim))
+
+
+def _check_joining(config: Any, facts: _Facts) -> None:  # noqa: ANN401
+    """MiniCPM-V's patches: windows of two by two after one of the layers, merged two by two, once."""
+    vision = config.vision_config
+    for name, size in (("window_kernel_size", vision.window_kernel_size), ("merge_kernel_size", config.merge_kernel_size)):
+        facts.require(list(size) == [2, 2], f"{name} is {list(size)}, and patches are joined two by two")
+    facts.require(config.merger_times == 1, f"merger_times is {config.merger_times}, and tokens are counted for 1")
+    modes = ("4x", "16x")
+    facts.require(config.downsample_mode in modes, f"downsample_mode '{config.downsample_mode}' is none of {modes}")
+    layers, place = vision.num_hidden_layers, vision.insert_layer_id
+    facts.require(0 <= place < layers, f"insert_layer_id {place} is none of the vision encoder's {layers} layers")
+    sizes = (vision.patch_size, vision.image_size)
+    facts.require(
+        all(isinstance(size, int) for size in sizes) and sizes[0] <= sizes[1],
+        f"patches of {sizes[0]} pixels do not fit an image_size of {sizes[1]}",
+    )
+    facts.known_tokens(config, ("image_token_id",))
 
 
 def _check_pooling(config: Any, facts: _Facts) -> None:  # noqa: ANN401

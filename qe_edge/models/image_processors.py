@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -122,6 +122,17 @@ class GridValues(PictureValues):
         if self.tile_size % (self.encoder_patch_size * self.downsample_factor):
             raise ValueError(f"a tile of {self.tile_size} pixels is no whole number of tokens")
         return self
+
+
+class SliceValues(PictureValues):
+    """Settings of a processor that scales a picture to whole patches and cuts a large one into slices of one size."""
+
+    do_resize: Literal[True] = True  # a picture as it is rarely has whole patches
+    patch_size: Factor
+    scale_resolution: Side
+    max_slice_nums: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
+    slice_mode: Annotated[bool, Field(strict=True)] = True
+    use_image_id: Annotated[bool, Field(strict=True)] = True
 
 
 class Longest(BaseModel):

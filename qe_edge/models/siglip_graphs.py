@@ -60,13 +60,25 @@ def run_layer(layer: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401 - of many c
         >>> tuple(run_layer(layer, torch.zeros(1, 4, 32)).shape)
         (1, 4, 32)
     """
-    attention = layer.self_attn
-    x = layer.layer_norm1(hidden)
-    heads = (*x.shape[:2], -1, attention.head_dim)
-    query, key, value = (getattr(attention, f"{name}_proj")(x).reshape(heads) for name in "qkv")
-    hidden = hidden + attention.out_proj(attend_all(query, key, value, attention.scale))
+    hidden = hidden + attended(layer.self_attn, layer.layer_norm1(hidden))
     output: Tensor = hidden + layer.mlp(layer.layer_norm2(hidden))
     return output
+
+
+def attended(attention: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - of many classes of transformers
+    """An attention of a layer on `[tiles, patches, width]`, with its projections.
+
+    Example:
+        >>> from transformers import SiglipVisionConfig
+        >>> from transformers.models.siglip.modeling_siglip import SiglipAttention
+        >>> attention = SiglipAttention(SiglipVisionConfig(hidden_size=32, num_attention_heads=2))
+        >>> tuple(attended(attention, torch.zeros(1, 4, 32)).shape)
+        (1, 4, 32)
+    """
+    heads = (*x.shape[:2], -1, attention.head_dim)
+    query, key, value = (getattr(attention, f"{name}_proj")(x).reshape(heads) for name in "qkv")
+    projected: Tensor = attention.out_proj(attend_all(query, key, value, attention.head_dim**-0.5))
+    return projected
 
 
 def visual_graph(module: SiglipEncoder, side: int, tiles: int) -> GraphSpec:
