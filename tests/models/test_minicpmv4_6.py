@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, MiniCPMV4_6Processor
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from qe_edge.demo import model_path
-from tests.models.families import FamilyChecks
+from qe_edge.export.attention import attach_attention
+from qe_edge.export.build import build_engines
+from qe_edge.export.tracing import exportable, trace_graph
+from qe_edge.models.configuration import load_family
+from qe_edge.models.family import ModelFamily, Sample
+from qe_edge.models.images import open_image
+from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.videos import Video
+from qe_edge.system.errors import InputError, ModelError, TargetError
+from tests.models.conversations import CASES, SQUARE, noise
+from tests.models.families import TOKENS, FamilyChecks, Made, opened, token_errors
+from tests.models.model_files import copy_files, edit
 from tests.models.random_models import save_random_model
+from tests.models.real_processors import torch_alone, video_class
 
 PATCH = 14
 SETTINGS: dict[str, Any] = {"patch_size": PATCH, "scale_resolution": 112, "max_slice_nums": 6}
-TOKENS = {
+MARKS = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
     "image_start_token": "<image>",
@@ -34,14 +52,14 @@ TEMPLATE = (
 
 def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a configuration
     """A model with the heads, the learnt positions and the patches of the real one."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path(), extra_special_tokens=TOKENS)
+    tokenizer = AutoTokenizer.from_pretrained(model_path(), extra_special_tokens=MARKS)
     tokenizer.chat_template = TEMPLATE
     config = AutoConfig.for_model(
         "minicpmv4_6",
         vision_config={
             "hidden_size": 64,
             "intermediate_size": 96,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "num_attention_heads": 16,
             "patch_size": PATCH,
             "image_size": 980,
@@ -51,21 +69,21 @@ def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a c
             "vocab_size": 576,
             "hidden_size": 96,
             "intermediate_size": 160,
-            "num_hidden_layers": 3,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
             "head_dim": 32,
             "linear_num_key_heads": 16,
             "linear_num_value_heads": 16,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 24,
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
             "tie_word_embeddings": True,
             **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
         },
-        insert_layer_id=1,
+        insert_layer_id=0,
         tie_word_embeddings=True,
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.video_token_id,
@@ -77,8 +95,35 @@ def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a c
     return folder
 
 
+def real_inputs(family: ModelFamily, processor: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """What transformers' own combined processor makes of samples, with the image processor and tokenizer of another."""
+    prompts = [family.chat_text(processor, sample.conversation) for sample in samples]
+    pictures = [open_image(picture) for sample in samples for picture in sample.pictures]
+    mode = processor.image_processor.downsample_mode
+    with torch_alone():
+        videos = video_class("minicpmv4_6")(downsample_mode=mode)
+        real = MiniCPMV4_6Processor(processor.image_processor, videos, processor.tokenizer)
+        return dict(real(text=prompts, images=pictures or None))
+
+
+def check_inputs(family: ModelFamily, processor: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """Compare our inputs with transformers' own to the last bit, and return these."""
+    inputs, ours = real_inputs(family, processor, samples), family.torch_inputs(family.encode(processor, samples))
+    assert set(ours) - set(inputs) == {"position_ids"}
+    for name, value in inputs.items():
+        assert torch.equal(ours[name], value), name
+    return inputs
+
+
+def plain(loaded: LoadedModel) -> Any:  # noqa: ANN401 - transformers' own class
+    """The same weights in a model that is all transformers' own."""
+    model: Any = copy.deepcopy(loaded.model)
+    assert model.model.merger.__dict__.pop("forward") is not None
+    return model
+
+
 class TestMiniCPMV46(FamilyChecks):
-    linears = {"visual": 3 * 6 + 6, "merger": 2, "language": 2 * 8 + 7}  # noqa: RUF012
+    linears = {"visual": 3 * 6, "merger": 2, "language": 8 + 7}  # noqa: RUF012
     prepares = False
     unrotated = 1  # a quarter of a head is rotated
 
@@ -86,3 +131,147 @@ class TestMiniCPMV46(FamilyChecks):
     @classmethod
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write(tmp_path_factory.mktemp("model") / "minicpmv4_6")
+
+    @pytest.mark.slow
+    def test_graphs_round_activations_alike(self, experts: tuple[LoadedModel, Path]) -> None:
+        """A code of a picture that rounds otherwise moves every later token of this model; few of a text's do."""
+        made = opened(experts[1])
+        assert np.median(token_errors(made, CASES["text only"])) < 1e-6
+        errors = token_errors(made, CASES["several turns"])
+        assert errors.min() < 1e-6
+        assert errors.max() < 0.5
+
+    def test_what_joins_patches_runs_among_the_layers(self, original: LoadedModel) -> None:
+        names = [block.name.partition("model.")[2] for block in original.family.blocks(original.model)]
+        tower, layers = "vision_tower", "vision_tower.encoder.layers"
+        assert names[:4] == [f"{layers}.0", f"{tower}.vit_merger", f"{layers}.1", "merger.mlp.0"]
+
+    @pytest.mark.parametrize("case", list(CASES))
+    def test_engines_equal_transformers_own_processor_and_model(self, made: Made, case: str) -> None:
+        """Inputs to the last bit, logits to 1e-5, greedy tokens; nothing of ours computes what is wanted."""
+        inputs, model = check_inputs(made.loaded.family, made.loaded.processor, CASES[case]), plain(made.loaded)
+        with torch.no_grad():
+            wanted = model(**inputs, position_ids=made_positions(inputs)).logits.numpy()
+        encoded = made.engine.encode(CASES[case])
+        valid = inputs["attention_mask"].bool().numpy()
+        for engine in (made.engine, made.built):
+            assert np.abs(engine.logits(encoded) - wanted)[valid].max() < 1e-5 * np.abs(wanted).max()
+        ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        end = made.loaded.processor.tokenizer.eos_token_id
+        answers = [answer[: answer.index(end)] if end in answer else answer for answer in ids.tolist()]
+        for engine in (made.engine, made.built):
+            assert engine.generate_ids(encoded, TOKENS) == answers
+
+    def test_pictures_of_the_real_size(self, made: Made) -> None:
+        """Slices of 448 pixels as the real image processor cuts them: 3 images of 640 x 480, 7 of 1344 x 896.
+
+        Compared in float64: after so many tokens of noise float32 itself is 6e-6 away from it.
+        """
+        processor = replace(made.loaded.processor, image_processor=MiniCPMV4_6ImageProcessorPil())
+        samples = [Sample((noise(640, 480), noise(1344, 896)), "what differs?")]
+        inputs, encoded = check_inputs(made.loaded.family, processor, samples), made.loaded.family.encode(processor, samples)
+        assert inputs["target_sizes"].shape == (10, 2)
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        with torch.no_grad():
+            wanted = plain(made.loaded).double()(**inputs).logits.numpy()
+        assert np.abs(made.engine.logits(encoded) - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+    @pytest.mark.parametrize("changes", [{"slice_mode": False}, {"use_image_id": False}, {"max_slice_nums": 9}], ids=str)
+    def test_settings_of_the_image_processor(self, original: LoadedModel, changes: dict[str, Any]) -> None:
+        image_processor = MiniCPMV4_6ImageProcessorPil(**{**SETTINGS, **changes})
+        processor = replace(original.processor, image_processor=image_processor)
+        for width, height in [(300, 60), (56, 168), (9, 5), (1, 200), (336, 330), (240, 161)]:
+            check_inputs(original.family, processor, [Sample((SQUARE, noise(width, height)), "what?")])
+
+    def test_a_picture_that_grows_too_large_is_refused(self, original: LoadedModel) -> None:
+        narrow = Sample(np.zeros((3_000_000, 1, 3), np.uint8), "what?", origin="line 3")
+        with pytest.raises(InputError, match=r"line 3: .* it has \d+ pixels, and up to 33554432 fit .*Crop or scale"):
+            original.family.encode(original.processor, [narrow])
+
+    def test_videos_are_refused(self, original: LoadedModel) -> None:
+        with pytest.raises(InputError, match="This model reads no videos here"):
+            original.family.encode(original.processor, [Sample(Video([SQUARE] * 2, 2.0), "what moves?")])
+
+    def test_engines_for_gpus_are_refused(self, made: Made, tmp_path: Path) -> None:
+        with pytest.raises(TargetError, match=r"layer 0 keeps a state 'conv'\. Build for the target 'cpu'"):
+            build_engines(made.onnx, tmp_path / "engines", "jetson-orin")
+
+    @pytest.mark.parametrize(
+        ("changes", "complaint"),
+        [
+            ({"downsample_mode": "8x"}, "downsample_mode '8x' is none of"),
+            ({"merger_times": 2}, "merger_times is 2, and tokens are counted for 1"),
+            ({"merge_kernel_size": [1, 4]}, r"merge_kernel_size is \[1, 4\], and patches are joined two by two"),
+            ({"insert_layer_id": 2}, "insert_layer_id 2 is none of the vision encoder's 2 layers"),
+            ({"image_token_id": None}, "image_token_id None is outside the vocabulary"),
+            ({"vision_config": {"image_size": 10}}, "patches of 14 pixels do not fit an image_size of 10"),
+            ({"vision_config": {"window_kernel_size": [4, 4]}}, r"window_kernel_size is \[4, 4\]"),
+        ],
+        ids=str,
+    )
+    def test_configurations_that_no_model_has(
+        self, folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+    ) -> None:
+        copied = copy_files(folder, tmp_path / "model")
+        edit(copied / "config.json", lambda table: merge(table, changes))
+        with pytest.raises(ModelError, match=complaint):
+            load_family(str(copied))
+
+    @pytest.mark.parametrize(
+        ("file", "changes", "complaint"),
+        [
+            ("preprocessor_config.json", {"patch_size": 16}, "patch_size is 16; the vision encoder of config.json has 14"),
+            ("preprocessor_config.json", {"downsample_mode": "4x"}, "downsample_mode is 4x; the vision encoder"),
+            ("preprocessor_config.json", {"do_resize": False}, "Key 'do_resize' of"),
+            ("preprocessor_config.json", {"max_slice_nums": 10**6}, "Key 'max_slice_nums' of"),
+            (
+                "tokenizer_config.json",
+                {"slice_end_token": None, "model_specific_special_tokens": {}},
+                "has no slice_end_token, which stands at",
+            ),
+        ],
+        ids=str,
+    )
+    def test_files_of_another_model(
+        self, folder: Path, tmp_path: Path, file: str, changes: dict[str, Any], complaint: str
+    ) -> None:
+        copied = copy_files(folder, tmp_path / "model")
+        edit(copied / file, lambda table: merge(table, changes))
+        with pytest.raises(ModelError, match=complaint):
+            load_family(str(copied)).load_processor(str(copied))
+
+
+def made_positions(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions that transformers' `generate` gives the tokens of a padded batch, which `forward` does not."""
+    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+def merge(table: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Change a table and the tables in it."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and value:
+            merge(table[key], value)
+        else:
+            table[key] = value
+
+
+def test_four_times_as_many_tokens(tmp_path: Path) -> None:
+    """Without what joins patches in the vision encoder: inputs and features of transformers."""
+    loaded = load_model(str(write(tmp_path / "model", downsample_mode="4x")), torch.float32)
+    family = loaded.family
+    assert sum(block.group == "visual" for block in family.blocks(loaded.model)) == 2
+    inputs = check_inputs(family, loaded.processor, CASES["several turns"])
+    with torch.no_grad():
+        images = plain(loaded).get_image_features(inputs["pixel_values"], inputs["target_sizes"]).pooler_output
+    assert sum(map(len, images)) == (inputs["input_ids"] == family.config.image_token_id).sum()
+    sessions = {}
+    with exportable(loaded.model):
+        for spec in family.graphs(loaded.model)[:2]:
+            model = trace_graph(spec)
+            attach_attention(model)
+            sessions[spec.name] = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    feeds = family.visual_feeds(family.encode(loaded.processor, CASES["several turns"]))
+    hidden = np.concatenate([sessions["visual"].run(None, feed)[0] for feed in feeds])
+    (found,) = sessions["merger"].run(None, {"hidden_states": hidden})
+    wanted = torch.cat(list(images)).numpy()
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
