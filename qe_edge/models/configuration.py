@@ -292,7 +292,10 @@ def _check_layers(config: Any, facts: _Facts) -> None:  # noqa: ANN401
 def _check_joining(config: Any, facts: _Facts) -> None:  # noqa: ANN401
     """MiniCPM-V's patches: windows of two by two after one of the layers, merged two by two, once."""
     vision = config.vision_config
-    for name, size in (("window_kernel_size", vision.window_kernel_size), ("merge_kernel_size", config.merge_kernel_size)):
+    for name, size in (
+        ("window_kernel_size", vision.window_kernel_size),
+        ("merge_kernel_size", config.merge_kernel_size),
+    ):
         facts.require(list(size) == [2, 2], f"{name} is {list(size)}, and patches are joined two by two")
     facts.require(config.merger_times == 1, f"merger_times is {config.merger_times}, and tokens are counted for 1")
     modes = ("4x", "16x")

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6: pictures of any size through a SigLIP that joins patches midway, cut into slices, and Qwen3.5's text."""
+"""MiniCPM-V 4.6: pictures of any size, large ones in slices, a SigLIP that joins patches midway, and Qwen3.5's text."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class MiniCPMV46(ModelFamily):
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
-        """One left-padded batch; a picture has its number, its tokens and its slices', as transformers' processor writes."""
+        """One left-padded batch; before a picture stands its number, and its slices follow, as transformers writes."""
         pixels = prepare_pictures(Slices(processor.image_processor), samples)
         sizes, cut = pixels.get("target_sizes", np.zeros((0, 2), np.int64)), iter(pixels.pop("slices", ()))
         counts = iter((sizes.prod(1) // math.prod(self.joined)).tolist())

@@ -105,13 +105,13 @@ def merge_once(model: Any) -> None:  # noqa: ANN401 - transformers' own class
 def _merged(self: Any, hidden_states: Tensor, target_sizes: Tensor) -> list[Tensor]:  # noqa: ANN401
     """`MiniCPMV4_6Merger.forward` with one call of its layers: features `[tokens, hidden]` of every image."""
     sizes = target_sizes.tolist()
-    images = hidden_states[0].split([rows * columns for rows, columns in sizes])
+    images = torch.split(hidden_states[0], [rows * columns for rows, columns in sizes])
     tokens = [
         image.reshape(rows // 2, 2, columns // 2, 2, -1).transpose(1, 2).flatten(0, 1).flatten(1)
         for image, (rows, columns) in zip(images, sizes, strict=True)
     ]
     features: Tensor = self.mlp[0](torch.cat(tokens))
-    return list(features.split([len(image) for image in tokens]))
+    return list(torch.split(features, [len(image) for image in tokens]))
 
 
 def graphs(model: Any, *, windows: bool) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class

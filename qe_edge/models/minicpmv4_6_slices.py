@@ -13,7 +13,7 @@ from qe_edge.models.image_processors import MAX_PIXELS
 
 @dataclass(frozen=True)
 class Slices:
-    """An image processor that gives the images of one picture as patches, and refuses a picture that grows too large."""
+    """An image processor that gives the images of one picture as patches; too narrow a picture is refused."""
 
     image_processor: Any
 
@@ -48,5 +48,7 @@ class Slices:
         grid = None
         if processor.slice_mode:
             grid = processor.get_sliced_grid(size, processor.max_slice_nums, processor.scale_resolution)
-        whole = math.prod(processor.find_best_resize(size, *options, allow_upscale=grid is None))
-        return whole + (math.prod(processor.get_refine_size(size, grid, *options, allow_upscale=True)) if grid else 0)
+        scaled: list[tuple[int, int]] = [processor.find_best_resize(size, *options, allow_upscale=grid is None)]
+        if grid:
+            scaled.append(processor.get_refine_size(size, grid, *options, allow_upscale=True))
+        return sum(math.prod(one) for one in scaled)
