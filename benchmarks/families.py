@@ -43,6 +43,7 @@ from tests.models import (
     test_idefics3,
     test_lfm2_vl,
     test_llava_onevision,
+    test_minicpmv4_6,
     test_paligemma,
     test_vision_encoders,
 )
@@ -139,6 +140,7 @@ def seeing_models() -> list[tuple[str, str, Write]]:
         *((name, name, partial(_idefics3, name)) for name in ("idefics3", "smolvlm")),
         ("lfm2_vl", "lfm2_vl", test_lfm2_vl.write),
         ("llava_onevision", "llava_onevision", test_llava_onevision.write),
+        ("minicpmv4_6", "minicpmv4_6", test_minicpmv4_6.write),
         ("paligemma", PROMPT_ALONE[0], partial(_paligemma, "gemma")),
         ("paligemma", PROMPT_ALONE[1], partial(_paligemma, "gemma2")),
     ]

@@ -70,6 +70,7 @@ def test_sections_get_the_familys_own_names() -> None:
     ("model_type", "family", "key"),
     [
         ("qwen3_5_moe", "qwen3_5", "text_config.num_experts"),
+        ("minicpmv4_7", "minicpmv4_6", "slice_start_id"),
         ("smollm3", "qwen3", "no_rope_layers"),
         ("llava", "llava_onevision", "image_seq_length"),
     ],
