@@ -121,6 +121,26 @@ COMBINATIONS = _combinations() + _three_bit_combinations() + _prompts_without_a_
 COMBINATION_IDS = [f"{mode.name}-{tokens}" for mode, tokens in COMBINATIONS]
 
 
+def _one_prompt_each() -> list[tuple[Mode, int]]:
+    """The combinations with one of the two long prompts each, which take most of an emulator's time.
+
+    Which one alternates by groups, zero points and adapters alike. Every kernel is among them, as a test says.
+    """
+    regular = len(_combinations() + _three_bit_combinations())
+    kept = []
+    for number, (mode, tokens) in enumerate(COMBINATIONS):
+        kind = number // len(TOKENS)
+        which = (kind + kind // 2 + kind // 4) % 2
+        if number >= regular or tokens not in LONG or tokens == LONG[which]:
+            kept.append((mode, tokens))
+    return kept
+
+
+LONG = (65, 150)
+FEWER = _one_prompt_each()
+FEWER_IDS = [f"{mode.name}-{tokens}" for mode, tokens in FEWER]
+
+
 def shape_for(mode: Mode, tokens: int) -> tuple[int, int]:
     """K and N with tails: K is no multiple of 128 unless groups ask for it, N none of 32 or 128.
 

