@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +26,12 @@ from qe_edge.models.family import Block
 from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.quantization.executors import FarBlocks, Solved, Workers
 from qe_edge.quantization.problems import Measured, Member, Problems
-from qe_edge.quantization.walk import BlockWalk
+from qe_edge.quantization.walk import BlockWalk, parameters_of
 from qe_edge.quantization.workfolder import WorkFolder
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.system.atomic import atomic_file
 from qe_edge.system.heap import trim_heap
-from qe_edge.system.progress import Progress
+from qe_edge.system.progress import Part, Progress, track
 
 GRADIENTS = "gradients.safetensors"  # in the work folder
 
@@ -74,10 +74,13 @@ def measure(
         ({}, {})
     """
     left = _affordable(walk, recipe, rotation) if recipe.budget else None
-    blocks = [block for chain in walk.chains for block in chain if block.group == "language"]
+    chosen = [block for chain in walk.chains for block in chain]
+    blocks = [block for block in chosen if block.group == "language"]
     weighs = method.needs_gradients and bool(blocks)
     tokens = method.weighs_tokens
-    gradients = _gradients(walk, recipe, method, folder) if weighs or left or tokens else {}
+    gradients: dict[str, Sensitivity] = {}
+    if needs_gradients(recipe, method, chosen):
+        gradients = _gradients(walk, recipe, method, folder, Part(progress, sum(map(parameters_of, chosen))))
     measured = Measured(
         gradients=gradients if left else {},
         modality_ratios=modality_ratios(blocks, gradients) if weighs else {},
@@ -87,6 +90,19 @@ def measure(
         return measured
     offers = _offers(walk, Problems(recipe, method, walk.device, measured), folder, progress, workers)
     return replace(measured, choices=allocate(offers, left))
+
+
+def needs_gradients(recipe: Recipe, method: Method[Any], blocks: Sequence[Block]) -> bool:
+    """Whether gradients are measured, for the budget or the method.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> recipe = make_recipe(method="gptq")
+        >>> needs_gradients(recipe, recipe.build_method(), [])
+        False
+    """
+    language = any(block.group == "language" for block in blocks)
+    return bool(recipe.budget) or method.weighs_tokens or (method.needs_gradients and language)
 
 
 def _affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
@@ -104,14 +120,18 @@ def _affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
 
 
 def _gradients(
-    walk: BlockWalk, recipe: Recipe, method: Method[Any], folder: WorkFolder | None
+    walk: BlockWalk, recipe: Recipe, method: Method[Any], folder: WorkFolder | None, progress: Progress
 ) -> dict[str, Sensitivity]:
     """Gradients at the outputs of every layer."""
     if folder and folder.holds(GRADIENTS):
+        with track(progress, "Gradients", 1) as tracked:
+            tracked.advance(1, "gradients")
         return load_sensitivities(folder.path / GRADIENTS)
     names = [name for group in _groups(walk) for name in group.names]
     loss: LossKind = "answers" if method.needs_gradients else "predictions"
-    found = output_gradients(walk.loaded, walk.batches, names, loss=loss, seed=recipe.seed, device=walk.device)
+    found = output_gradients(
+        walk.loaded, walk.batches, names, progress, loss=loss, seed=recipe.seed, device=walk.device
+    )
     if folder:
         folder.expect(GRADIENTS)
         with atomic_file(folder.path / GRADIENTS) as part:

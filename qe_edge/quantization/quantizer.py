@@ -29,7 +29,7 @@ from qe_edge.quantization.embedding import embedding_of, quantize_embedding
 from qe_edge.quantization.executors import LOCAL, FarBlocks, Solved, Workers, check_executor, open_workers
 from qe_edge.quantization.head import head_of, quantize_head
 from qe_edge.quantization.job import Job, encoded_batches, make_job
-from qe_edge.quantization.measure import measure
+from qe_edge.quantization.measure import measure, needs_gradients
 from qe_edge.quantization.preflight import (
     check_modules,
     check_shapes,
@@ -130,8 +130,9 @@ def run_job(
     chosen_device = choose_device(device)
     loaded = load_outside_blocks(job.model) if isinstance(job.model, str) else job.model
     chosen = _checked_blocks(loaded, job)
-    total = sum(parameters_of(block) for block in chosen)
-    total *= 2 if job.recipe.budget else 1  # measured first, then quantized
+    gradients = needs_gradients(job.recipe, job.recipe.build_method(), chosen)
+    passes = 1 + bool(job.recipe.budget) + gradients  # measured first, then quantized
+    total = passes * sum(parameters_of(block) for block in chosen)
     with ExitStack() as held:
         folder = None
         if work:

@@ -38,6 +38,36 @@ class Silent:
         """Nothing to do."""
 
 
+class Part(Silent):
+    """A piece of work inside another one, of which it is so many units.
+
+    Args:
+        whole: Progress of the other one.
+        units: Its units that this piece is.
+
+    Example:
+        >>> class Printed(Silent):
+        ...     def advance(self, amount: float, note: str) -> None:
+        ...         print(amount, note)
+        >>> with track(Part(Printed(), 10), "gradients", total=2) as progress:
+        ...     progress.advance(1, "batch 1")
+        5.0 batch 1
+    """
+
+    def __init__(self, whole: Progress, units: float) -> None:
+        self._whole = whole
+        self._units = units
+        self._total = 1.0
+
+    def start(self, _title: str, total: float) -> None:
+        """The units are shared among `total` of its own."""
+        self._total = total
+
+    def advance(self, amount: float, note: str) -> None:
+        """Tell the whole."""
+        self._whole.advance(self._units * amount / self._total, note)
+
+
 @contextmanager
 def track(progress: Progress, title: str, total: float) -> Iterator[Progress]:
     """Start a piece of work and finish it whatever happens.

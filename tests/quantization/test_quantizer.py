@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from qe_edge.system.errors import (
     RecipeError,
     UnknownNameError,
 )
+from qe_edge.system.progress import Silent
 from tests.sealing import seal
 from tests.stopping import KilledError, StopAfter
 
@@ -47,6 +49,42 @@ def prompt_logits(loaded: LoadedModel, samples: list[Sample]) -> torch.Tensor:
     inputs = loaded.family.torch_inputs(loaded.family.encode(loaded.processor, samples))
     with torch.no_grad():
         return loaded.model.float()(**inputs).logits
+
+
+class Units(Silent):
+    """What is told of a run, part by part."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.parts: dict[str, float] = {}
+
+    def start(self, _title: str, total: float) -> None:
+        self.total = total
+
+    def advance(self, amount: float, note: str) -> None:
+        part = note.rpartition(": ")[2] if ": " in note else "gradients" if note == "gradients" else "quantizing"
+        self.parts[part] = self.parts.get(part, 0.0) + amount
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({}, ["quantizing"]),
+        ({"budget": {"bits": 4.5}}, ["gradients", "measuring", "quantizing"]),
+        ({"options": {**QUICK, "token_power": 1.0}}, ["gradients", "quantizing"]),
+        ({"method": "mbq", "options": {}}, ["gradients", "quantizing"]),
+    ],
+)
+def test_every_pass_over_the_model_is_told(
+    small: str, tmp_path: Path, values: dict[str, Any], parts: list[str]
+) -> None:
+    """Each is as long as the others, and a resumed run tells those that it has."""
+    whole, again = Units(), Units()
+    quantize(small, quick_recipe(**values), work=tmp_path / "work", progress=whole)
+    quantize(small, quick_recipe(**values), work=tmp_path / "work", resume=True, progress=again)
+    for told in (whole, again):
+        assert list(told.parts) == parts
+        assert list(told.parts.values()) == pytest.approx([told.total / len(parts)] * len(parts))
 
 
 @pytest.fixture(scope="module")
