@@ -8,6 +8,9 @@ table beside `fps`:
 - `{"image": ..., "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", ...}]}`, as
   LLaVA writes it, or `messages` with `role` and `content`, as chat models read it;
 - `{"text": ...}` alone: running text for a language model.
+
+For a model that acts, `question` is the task. Beside it stand the robot's `state`, a list of numbers, and perhaps the
+`actions` that followed, a list of such lists.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from qe_edge.models.videos import Video
 from qe_edge.system.errors import CalibrationError, InputError
 from qe_edge.system.json_files import parse_json
 
+ROBOT_KEYS = ("state", "actions")
 PICTURE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
 VIDEO_MARK = "<video>"
@@ -34,7 +39,8 @@ IMAGE_MARKS = re.compile(re.escape(IMAGE_MARK))
 ALL_MARKS = re.compile(f"{re.escape(IMAGE_MARK)}|{VIDEO_MARK}")
 MARK = "<{}> mark"
 CONVERSATION_KEYS = ("conversations", "messages")
-KEYS = (*PICTURE_KEYS, *VIDEO_KEYS, "question", "answer", "answers", *CONVERSATION_KEYS, "text", "kind", "topic")
+LABELS = ("kind", "topic")
+KEYS = (*PICTURE_KEYS, *VIDEO_KEYS, "question", "answer", "answers", *CONVERSATION_KEYS, "text", *LABELS, *ROBOT_KEYS)
 IGNORED = ("id", "question_id", "image_id", "dataset", "source", "split", "metadata")  # they say nothing to a model
 FILM = 'Name a folder, a file or a list of frames, or write {"frames": ..., "fps": 2}.'
 FORM = 'Each line is JSON: {"image": ..., "question": ..., "answer": ...}, or {"text": ...} alone.'
@@ -60,7 +66,7 @@ def read_line(line: str, path: Path, number: int) -> Sample:
             ...
         qe_edge.system.errors.CalibrationError: Line 2 of 'data.jsonl' has the unknown key 'quesion'. Did you mean
         'question'? Known: image, images, video, videos, question, answer, answers, conversations, messages, text,
-        kind, topic; ignored: id, question_id, image_id, dataset, source, split, metadata.
+        kind, topic, state, actions; ignored: id, question_id, image_id, dataset, source, split, metadata.
     """
     where = f"Line {number} of '{path}'"
     entry = parse_json(line, f"Line {number} of {path}", CalibrationError, FORM, strict=True)
@@ -86,13 +92,13 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
     for one, other in (PICTURE_KEYS, VIDEO_KEYS, CONVERSATION_KEYS, *((key, "question") for key in CONVERSATION_KEYS)):
         if {one, other} <= used:
             raise CalibrationError(f"{where} has both '{one}' and '{other}'.", "Keep one of them.")
-    beside = sorted(used - {"text", "kind", "topic"})
+    beside = sorted(used - {"text", *LABELS})
     if "text" in used and beside:
         raise CalibrationError(f"{where} has 'text' beside '{beside[0]}'.", "Running text stands alone in its line.")
 
 
 def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
-    labels = {key: _label(entry.get(key), key) for key in ("kind", "topic")}
+    labels = {key: _label(entry.get(key), key) for key in LABELS}
     if entry.get("text") is not None:
         text = as_text(entry["text"], "text")
         if not text.strip():
@@ -124,7 +130,9 @@ def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
         if answers:
             raise InputError(f"'{form}' ends with an answer, and there is another beside it.", "Keep one of them.")
         answers = [reply]
-    return _assembled(turns, media, answers, labels, where)
+    found = _assembled(turns, media, answers, labels, where)
+    robot = {key: entry[key] for key in ROBOT_KEYS if entry.get(key) is not None}
+    return replace(found, **robot) if robot else found
 
 
 def _placed(

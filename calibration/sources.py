@@ -67,7 +67,7 @@ def load_samples(source: str, count: int | None = None, seed: int = 0, *, asked:
 
 
 def load_evaluation(source: str) -> list[Sample]:
-    """Held-out samples with answers.
+    """Held-out samples with answers, or with the states of a robot.
 
     Raises:
         CalibrationError: If the source is missing, empty, malformed, or has no answers.
@@ -80,7 +80,7 @@ def load_evaluation(source: str) -> list[Sample]:
     if source == DEMO:
         return read_jsonl(evaluation_path())
     samples = load_samples(source)
-    if any(sample.answer is None for sample in samples):
+    if any(sample.answer is None and sample.state is None for sample in samples):
         raise CalibrationError(
             f"'{source}' has samples without an answer.", "Every evaluation line needs image, question and answer."
         )
@@ -178,7 +178,8 @@ def hash_samples(samples: Sequence[Sample]) -> str:
             digest.update(picture.tobytes())
         # running text and a question of the same words become different tokens
         kind = [TEXT] if sample.kind == TEXT else []
-        digest.update(json.dumps([sample.question, sample.answer, *kind, *_further(sample)]).encode())
+        robot = [] if sample.state is None else [{"state": sample.state, "actions": sample.actions}]
+        digest.update(json.dumps([sample.question, sample.answer, *kind, *_further(sample), *robot]).encode())
     return digest.hexdigest()
 
 

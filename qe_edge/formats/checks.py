@@ -72,7 +72,8 @@ def code_problem(form: Format, layer: CarriedLayer) -> str | None:
 def _of_model(conversion: Conversion, *, drop_rounding: bool) -> Iterable[Reason]:
     layers = conversion.layers
     if not conversion.source.family.writes_text:
-        yield "it is a vision encoder alone, which readers of this format do not take", "Export it: qe-edge export."
+        kind = "makes actions" if conversion.source.family.acts else "is a vision encoder alone"
+        yield f"it {kind}, which readers of this format do not take", "Export it: qe-edge export."
     routed = [name for name, layer in layers.items() if layer.geometry.num_experts > 1]
     if routed:
         remedy = "Quantize again with --set experts=0, whose correction is the same for every token."

@@ -184,6 +184,7 @@ def encode_row(
         >>> row.ids.count(image), tokenizer.decode(row.ids[row.prompt_length :])
         (4, 'yes<|im_end|>')
     """
+    check_no_robot(sample)
     spoken: list[int] = []
     if sample.kind == TEXT and sample.image is None:
         ids = encode_text(tokenizer, sample.question)
@@ -207,6 +208,21 @@ def encode_row(
         starts.append(len(filled))
         filled += next(waiting[number]) if number in waiting else [number]
     return Row([*filled, *reply], len(filled), tuple(starts[index] for index in spoken))
+
+
+def check_no_robot(sample: Sample) -> None:
+    """Refuse a robot's state, of a model that would not read it.
+
+    Raises:
+        InputError: If there is one.
+
+    Example:
+        >>> check_no_robot(Sample(None, "What is a robot?"))  # fine
+    """
+    if sample.state is not None or sample.actions is not None:
+        raise InputError(
+            "This model makes no actions, and there is a robot's state.", "Leave 'state' and 'actions' out."
+        )
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - tokenizers share no typed base

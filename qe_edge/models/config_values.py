@@ -169,6 +169,19 @@ class ConfigFile(Section):
         return self
 
 
+class ActionFile(ConfigFile):
+    """config.json of a model that acts: a vision-language model, and an expert that makes actions."""
+
+    vlm_config: ConfigFile | None = None
+    dit_config: Section | None = None
+    chunk_size: Annotated[int, Field(strict=True, ge=1, le=4096)] | None = None
+    max_state_dim: Width | None = None
+    max_action_dim: Width | None = None
+    num_inference_steps: Annotated[int, Field(strict=True, ge=1, le=1000)] | None = None
+    min_period: Positive | None = None
+    max_period: Positive | None = None
+
+
 class _SizesSection(Sizes):
     hidden_size: Width
     num_attention_heads: Heads

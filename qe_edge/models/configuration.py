@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.models import FAMILIES
-from qe_edge.models.config_values import ConfigFile, SizesFile
+from qe_edge.models.config_values import ActionFile, SizesFile
 from qe_edge.models.export_limits import layer_config
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
@@ -115,7 +115,7 @@ def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[s
             f"Supported: {', '.join(FAMILIES)}. If it is one of them under another name: qe-edge convert "
             f"{shlex.quote(source)} --as FAMILY -o CONVERTED.",
         )
-    check_values(ConfigFile, values, path, REMEDY, error)
+    check_values(ActionFile, values, path, REMEDY, error)
     return values
 
 
@@ -173,6 +173,10 @@ class _Facts:
 def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[QEError]) -> None:  # noqa: ANN401
     """Check what belongs together: heads and widths, token ids and vocabulary, tiles and patches."""
     facts = _Facts(source, error)
+    acts = config.model_type == "pi0"
+    if acts:
+        _check_expert(config, facts)
+        config, values = config.vlm_config, values.get("vlm_config") or {}
     if config.model_type in ENCODERS:
         vision: Any = config
     else:
@@ -200,7 +204,7 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         _check_joining(config, facts)
     if config.model_type == "gemma4":
         _check_layers(config, facts)
-    if config.model_type in ("llava_onevision", "paligemma"):
+    if config.model_type in ("llava_onevision", "paligemma") and not acts:  # pi0 never looks its image token up
         facts.known_tokens(config, ("image_token_index",))
     if config.model_type == "paligemma":
         width, wanted = config.projection_dim, config.text_config.hidden_size
@@ -208,6 +212,36 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
     if hasattr(config, "scale_factor"):
         merged = vision.patch_size * config.scale_factor
         facts.divides(("a merged patch's size", merged), ("vision_config.image_size", vision.image_size))
+
+
+def _check_expert(config: Any, facts: _Facts) -> None:  # noqa: ANN401
+    """pi0: two Gemmas with layers that fit each other, since the expert reads the other one's keys and values."""
+    vlm, expert = config.vlm_config, config.dit_config
+    facts.require(
+        vlm.model_type == "paligemma" and expert.model_type == "gemma" and vlm.text_config.model_type == "gemma",
+        "vlm_config is no 'paligemma' with a 'gemma', or dit_config no 'gemma'",
+    )
+    for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
+        sizes = [getattr(one, key) for one in (vlm.text_config, expert)]
+        facts.require(
+            sizes[0] == sizes[1], f"{key} is {sizes[0]} in vlm_config.text_config and {sizes[1]} in dit_config"
+        )
+    facts.divides(
+        ("dit_config.num_key_value_heads", expert.num_key_value_heads), ("its heads", expert.num_attention_heads)
+    )
+    for one in (vlm.text_config, expert):
+        rope = (one.rope_parameters or {}).get("rope_type", "default")
+        facts.require(rope == "default", f"rope_type is '{rope}', and graphs of pi0 know 'default' alone")
+    facts.divides(("", 2), ("dit_config.hidden_size", expert.hidden_size))
+    facts.divides(
+        ("vision_config.patch_size", vlm.vision_config.patch_size),
+        ("vision_config.image_size", vlm.vision_config.image_size),
+    )
+    facts.require(
+        config.max_state_dim > 0 and config.max_action_dim > 0 and config.chunk_size > 0,
+        "max_state_dim, max_action_dim or chunk_size is below 1",
+    )
+    facts.require(0 < config.num_inference_steps <= 1000, f"num_inference_steps is {config.num_inference_steps}")
 
 
 def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # noqa: ANN401

@@ -96,7 +96,7 @@ def window_of(text: Any) -> int | None:  # noqa: ANN401
 
 
 def check_deployable(family: ModelFamily) -> None:
-    """Refuse a model whose answers cannot be compared, because it writes none: a vision encoder alone.
+    """Refuse a model whose answers cannot be compared, because it writes none: a vision encoder, one that acts.
 
     Raises:
         ModelError: If it is one.
@@ -109,7 +109,8 @@ def check_deployable(family: ModelFamily) -> None:
     if not family.writes_text:
         raise ModelError(
             f"A '{family.model_type}' model writes no text, so 'deploy' has no answers to compare.",
-            "Run 'qe-edge quantize', 'qe-edge export' and 'qe-edge build' one after the other.",
+            "Run 'qe-edge quantize', 'qe-edge export' and 'qe-edge build' one after the other"
+            f"{', then qe-edge validate' * family.acts}.",
         )
     check_exportable(family.config)
 

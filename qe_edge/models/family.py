@@ -1,4 +1,4 @@
-"""The interface of a family of models: vision-language, language only, or vision only."""
+"""The interface of a family of models: vision-language, language only, vision only, or vision-language-action."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Block:
     Attributes:
         name: Dotted path from the model's root.
         module: The module itself.
-        group: "visual", "merger" or "language".
+        group: "visual", "merger", "language" or "action".
         ends_chain: Whether its output is not just the next block's input, so that the two cannot be run one after the
             other without the rest of the model.
     """
@@ -74,7 +74,7 @@ class GraphSpec:
     """A part of the model as it is exported to ONNX.
 
     Attributes:
-        name: "visual", "merger" or "language"; the file is `<name>.onnx`.
+        name: "visual", "merger", "language", "prefix" or "action"; the file is `<name>.onnx`.
         module: Wrapper whose forward takes the example inputs in order; it holds the model's own submodules. Linear
             layers must see rank 3: on other ranks ONNX Runtime loses its INT4 kernel.
         inputs: Example inputs (tensors, or nested lists of tensors).
@@ -102,6 +102,7 @@ class ModelFamily(ABC):
         writes_text: Whether the models answer; others are compared by their features only.
         class_token: Whether an encoder's first feature stands for the picture as a whole, where it writes no text.
         picture_unit: What the size of pictures is counted in: "patches", "tiles", or "" where there are no pictures.
+        acts: Whether the models make actions of a robot; they are compared by these.
         pictures_stand_alone: Whether a picture becomes the same features whatever other pictures a prompt has.
         siblings: Names of linear layers of one parent module that read the same input.
 
@@ -123,6 +124,7 @@ class ModelFamily(ABC):
     model_type: ClassVar[str]
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     writes_text: ClassVar[bool] = True
+    acts: ClassVar[bool] = False
     class_token: ClassVar[bool] = True
     picture_unit: ClassVar[Literal["patches", "tiles", ""]] = ""
     pictures_stand_alone: ClassVar[bool] = True
@@ -162,6 +164,21 @@ class ModelFamily(ABC):
 
         The model computes what it did. Nothing is changed where transformers calls a block once.
         """
+
+    def run_blocks(self, model: PreTrainedModel, encoded: Encoded, kept: dict[str, Any]) -> None:  # noqa: ARG002
+        """One forward pass in which every block is called once, for calibration.
+
+        Args:
+            model: The model.
+            encoded: A batch with its answers.
+            kept: What blocks leave for later ones besides hidden states. It belongs to the batch: empty before the
+                first pass, and the same in every further one.
+        """
+        model(**self.torch_inputs(encoded), use_cache=False)
+
+    def kept_bytes(self, tokens: int) -> int:  # noqa: ARG002 - most families keep nothing
+        """Bytes of what the blocks leave of so many tokens, as `run_blocks` says."""
+        return 0
 
     def torch_inputs(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         """`model_inputs` as tensors."""

@@ -15,7 +15,10 @@ from qe_edge.system.json_files import read_json_table
 REMEDY = "Copy preprocessor_config.json from the original model."
 MAX_PIXELS = 2**25  # of a picture after scaling; Qwen2-VL's largest has 2**23.6
 MAX_TILES = 64
-OWN = {"lfm2_vl": "qe_edge.models.lfm2_vl_processor"}  # where transformers has one for torchvision alone
+OWN = {  # where transformers has one for torchvision alone
+    "lfm2_vl": "qe_edge.models.lfm2_vl_processor",
+    "pi0": "qe_edge.models.pi0_processor",
+}
 Number = Annotated[float, Field(strict=True, ge=-1024, le=1024, allow_inf_nan=False)]
 Deviation = Annotated[float, Field(strict=True, ge=1e-4, le=1024, allow_inf_nan=False)]
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
@@ -84,6 +87,29 @@ class SquareValues(PictureValues):
     """Settings of a processor that scales every picture to one size."""
 
     size: Tile
+
+
+class _Room(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+    max_height: Side
+    max_width: Side
+
+
+class PaddedValues(PictureValues):
+    """Settings of a processor that scales a picture into a frame and fills the rest of it."""
+
+    size: _Room
+    pad_size: Tile
+    do_resize: Literal[True]
+    do_rescale: Literal[True]
+    do_normalize: Literal[True]
+    do_pad: Literal[True]
+
+    @model_validator(mode="after")
+    def _whole(self) -> PaddedValues:
+        if (self.size.max_height, self.size.max_width) != (self.pad_size.height, self.pad_size.width):
+            raise ValueError("size and pad_size differ")
+        return self
 
 
 class ResolutionValues(SquareValues):

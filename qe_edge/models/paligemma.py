@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qe_edge.models.batching import Row, check_length, left_pad, naming, prepare_pictures
+from qe_edge.models.batching import Row, check_length, check_no_robot, left_pad, naming, prepare_pictures
 from qe_edge.models.chat import answer_ids, text_ids
 from qe_edge.models.export_limits import window_of
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
@@ -131,6 +131,7 @@ class PaliGemma(ModelFamily):
                 "A 'paligemma' model reads questions, no running text: tokens of its prompts see what follows.",
                 "Give lines with a picture and a question.",
             )
+        check_no_robot(sample)
         if sample.earlier:
             raise InputError("A 'paligemma' model knows no conversation of several turns.", "Give one question.")
         vision = self.config.vision_config

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qe_edge.models.images import Picture
+from qe_edge.models.robot import as_actions, as_state
 from qe_edge.models.texts import check_text
 from qe_edge.models.videos import Video
 from qe_edge.system.errors import InputError
@@ -66,6 +67,8 @@ class Sample:
         marks: Where in `question` pictures and videos stand, as in `Turn`. Those that neither `earlier` nor `marks`
             place stand before the question.
         origin: Where the sample came from, for messages; equality does not look at it.
+        state: The robot's state in its own numbers, for models that act; None for others.
+        actions: What the robot did next, an action after the other, in its own numbers; None where that is not known.
 
     Raises:
         InputError: If one of these has a wrong type, or places more pictures than there are.
@@ -84,6 +87,8 @@ class Sample:
     earlier: tuple[Turn, ...] = ()
     marks: tuple[int, ...] = ()
     origin: str = field(default="", compare=False)
+    state: Sequence[float] | None = None
+    actions: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         media = _media(self.image)
@@ -108,6 +113,8 @@ class Sample:
         if placed != len(media):
             raise InputError(f"A sample places {placed} pictures and has {len(media)}.", "Correct its marks.")
         self._set("marks", tuple(mark for mark in self.marks if mark))  # the others stand before the question anyway
+        self._set("state", None if self.state is None else as_state(self.state))
+        self._set("actions", None if self.actions is None else as_actions(self.actions))
 
     @property
     def media(self) -> tuple[Shown, ...]:

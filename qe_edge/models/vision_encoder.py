@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from qe_edge.models.batching import naming, prepare_pictures
+from qe_edge.models.batching import check_no_robot, naming, prepare_pictures
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.system.errors import InputError, ModelError
 from qe_edge.system.lazy import lazy_module
@@ -67,6 +67,7 @@ class VisionEncoder(ModelFamily):
         kind = f"A '{self.model_type}' model"
         for sample in samples:
             with naming(sample):
+                check_no_robot(sample)
                 if not sample.pictures or sample.videos:
                     raise InputError(f"{kind} reads pictures only.", "Leave samples without a picture out.")
                 if len(sample.pictures) > 1:

@@ -31,7 +31,7 @@ from qe_edge.numerics.schemes import Scheme
 from qe_edge.quantization.embedding import embedding_of
 from qe_edge.quantization.head import head_of
 from qe_edge.quantization.job import BATCH
-from qe_edge.quantization.preflight import check_modules, check_shapes, note_groups
+from qe_edge.quantization.preflight import check_modules, check_predictions, check_shapes, note_groups
 from qe_edge.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     model = shapes_only(family)
     blocks = family.blocks(model)
     check_modules(blocks, recipe.modules)
+    check_predictions(family, recipe)
     blocks = [block for block in blocks if block.group in recipe.modules]
     note_groups(blocks, recipe.grids)
     method = recipe.build_method()
@@ -257,14 +258,14 @@ def _memory(
     pixels = sum(array.nbytes for array in encoded.pixels.values()) * batches
     grids = [encoded.pixels[name] for name in ("image_grid_thw", "video_grid_thw") if name in encoded.pixels]
     patches = sum(int(grid.prod(1).sum()) for grid in grids) * batches if grids else text
-    if not family.writes_text:
+    if not family.writes_text and not family.acts:
         patches = pixels // (4 * 3 * SMALLEST_PATCH**2)
     peak, method = 0, recipe.build_method()
     for block in blocks:
-        tokens, beside = (text, masks) if block.group == "language" else (patches, 0)
+        tokens, beside = (text, masks) if block.group in ("language", "action") else (patches, 0)
         width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
         peak = max(peak, beside + 8 * tokens * width + _statistics(block, family, method, tokens))
-    return LIBRARIES + weights + pixels + peak
+    return LIBRARIES + weights + pixels + peak + family.kept_bytes(text)
 
 
 def _characters(sample: Sample) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from qe_edge.layers.magnitudes import check_weight
 from qe_edge.methods import Method
-from qe_edge.models.family import Block, Sample
+from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.groups import linear_groups
 from qe_edge.models.loading import LoadedModel
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
@@ -44,6 +44,32 @@ def check_modules(blocks: Sequence[Block], modules: Sequence[str]) -> None:
         raise RecipeError(
             f"The model has no {missing[0]} module.", f"Choose among those that it has: --modules {','.join(present)}."
         )
+
+
+def check_predictions(family: ModelFamily, recipe: Recipe) -> None:
+    """Refuse what rests on a text model's predictions or its head, of a model that makes actions.
+
+    Raises:
+        RecipeError: Naming it.
+
+    Example:
+        >>> from qe_edge.demo import model_path
+        >>> from qe_edge.models.configuration import load_family
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> check_predictions(load_family(str(model_path())), make_recipe(budget={"bits": 4.25}))  # it writes text
+    """
+    if not family.acts:
+        return
+    method = recipe.build_method()
+    named = f"The method '{recipe.method}' as it is set"
+    whole = method.needs_gradients or method.weighs_tokens or method.trains_model
+    for used, what, remedy in (
+        (bool(recipe.budget), "A budget", "Leave --bits and --read-bits out: the method's options give the size."),
+        (recipe.head != "none", "The option --head", "Leave it out."),
+        (whole or method.sees_both_models or recipe.rotates, named, "Choose a method such as qe, gptq, awq or rtn."),
+    ):
+        if used:
+            raise RecipeError(f"{what} needs a model that writes text, and a '{family.model_type}' model acts.", remedy)
 
 
 def check_shapes(blocks: Sequence[Block], method: Method[Any]) -> None:

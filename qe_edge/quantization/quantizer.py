@@ -32,6 +32,7 @@ from qe_edge.quantization.job import Job, encoded_batches, make_job
 from qe_edge.quantization.measure import measure, needs_gradients
 from qe_edge.quantization.preflight import (
     check_modules,
+    check_predictions,
     check_shapes,
     check_weights,
     note_calibration,
@@ -155,6 +156,7 @@ def _checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
     """The blocks that are quantized. All checks that need no long work are made here."""
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, job.recipe.modules)
+    check_predictions(loaded.family, job.recipe)
     check_reached(job.samples, job.recipe.modules)
     check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in job.recipe.modules]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ class BlockWalk:
         self.batches = batches
         self.device = device
         self.modules = modules
+        self._kept: list[dict[str, Any]] = [{} for _ in batches]
         self.blocks = loaded.family.blocks(loaded.model)
         walked = chains_of(self.blocks)
         self._beyond: list[list[Block]] = []
@@ -186,8 +188,8 @@ class BlockWalk:
             if isinstance(module, nn.Linear) and self._dtypes.get(f"{block.name}.{name}.weight") == torch.bfloat16
         }
 
-    def _forward(self, batch: int) -> object:
-        return self.loaded.model(**self.loaded.family.torch_inputs(self.batches[batch]), use_cache=False)
+    def _forward(self, batch: int) -> None:
+        self.loaded.family.run_blocks(self.loaded.model, self.batches[batch], self._kept[batch])
 
 
 def parameters_of(block: Block) -> int:

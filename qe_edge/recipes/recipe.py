@@ -14,7 +14,7 @@ from qe_edge.numerics.grids import WeightGrid
 from qe_edge.numerics.schemes import Scheme, get_scheme
 from qe_edge.system.errors import QEError, QENotice, RecipeError, UnknownNameError, shown, shown_name
 
-MODULES = ("language", "visual", "merger")
+MODULES = ("language", "visual", "merger", "action")
 HEADS = {"int4": WeightGrid(4, 32)}  # grids of a language model's head
 EMBEDDINGS = ("int8",)  # codes of a row of the token embedding, with one scale
 

@@ -63,7 +63,7 @@ class TorchSubject:
         if not loaded.family.writes_text:
             raise ModelError(
                 f"A '{loaded.family.model_type}' model writes no text, so it has no answers to compare.",
-                "Compare its features: qe_edge.validate.features.",
+                f"Compare its {'actions: qe-edge validate' if loaded.family.acts else 'features: qe_edge.validate.features'}.",
             )
         self._loaded = loaded
         config, tokenizer = loaded.family.config, loaded.processor.tokenizer
