@@ -23,7 +23,7 @@ from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import SIZED, EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
 from qe_edge.runtime.limits import EngineLimits, limits_of, with_capacity, with_limits
-from qe_edge.runtime.manifest import EncoderManifest, FolderManifest, GraphEntry, Manifest, read_any_manifest
+from qe_edge.runtime.manifest import AnyManifest, EncoderManifest, FolderManifest, GraphEntry, Manifest, read_any_manifest
 from qe_edge.runtime.plugin_library import digest
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.atomic import atomic_folder
@@ -94,7 +94,7 @@ def build_engines(
 
 def _checked_manifest(
     onnx: Path, target: Target, plugin_library: Path | None, limits: EngineLimits | None
-) -> Manifest | EncoderManifest:
+) -> AnyManifest:
     """The manifest of graphs that can be built for a target, with the limits that their engines get."""
     if plugin_library is not None:
         check_plugin_target(target)
@@ -105,10 +105,10 @@ def _checked_manifest(
         check_states([target.name], [spec.name for spec in manifest.cache])
         manifest = manifest if limits is None else with_limits(manifest, limits)
     elif limits not in (None, EngineLimits()):
-        raise InputError(
-            f"Engines of a vision encoder have no limits to choose: they take {MAX_PICTURES} pictures at a time.",
-            "Leave the --max options out.",
-        )
+        encoder = isinstance(manifest, EncoderManifest)
+        what = f"a vision encoder have no limits to choose: they take {MAX_PICTURES} pictures at a time"
+        what = what if encoder else "a model that makes actions have no limits to choose"
+        raise InputError(f"Engines of {what}.", "Leave the --max options out.")
     for entry in manifest.graphs.values():
         if not entry.file.endswith(".onnx") or manifest.onnx is not None:
             raise ArtifactError(
@@ -123,7 +123,7 @@ def _checked_manifest(
     return manifest
 
 
-def _with_cache(manifest: Manifest | EncoderManifest, target: Target) -> tuple[Manifest | EncoderManifest, int | None]:
+def _with_cache(manifest: AnyManifest, target: Target) -> tuple[AnyManifest, int | None]:
     """The manifest with a KV cache as a target's engines have it, and its capacity where that is a constant.
 
     TensorRT writes into the cache in place if it knows TensorScatter and the model's masks allow the node. Otherwise it

@@ -43,7 +43,14 @@ from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.runtime.chat_segments import CHAT
 from qe_edge.runtime.embedding import EMBEDDING, SCALES, TENSOR
 from qe_edge.runtime.generation import GENERATION_CONFIG, GenerationSettings, settings_of
-from qe_edge.runtime.manifest import FORMAT_VERSION, EncoderManifest, GraphEntry, KVLayout, Manifest
+from qe_edge.runtime.manifest import (
+    FORMAT_VERSION,
+    ActionManifest,
+    EncoderManifest,
+    GraphEntry,
+    KVLayout,
+    Manifest,
+)
 from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ModelError
 from qe_edge.system.progress import Progress, Silent, track
@@ -59,7 +66,8 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     It holds `visual.onnx`, `merger.onnx` and `language.onnx` with their `.onnx.data`, `preprocess.onnx` if the family
     has one, `embedding.safetensors`, `manifest.json`, config.json, generation_config.json, tokenizer, image processor,
     `chat.json`, and recipe.json of a quantized model. A language model has `language.onnx` alone. A vision encoder has
-    `visual.onnx` alone, without embedding and tokenizer.
+    `visual.onnx` alone, without embedding and tokenizer. A model that makes actions has `prefix.onnx`, the keys and
+    values of a prompt, and `action.onnx`, a step of denoising, in place of `language.onnx`.
 
     Args:
         checkpoint: Folder that `qe-edge quantize` wrote, or a model in memory (an unquantized one gives the same
@@ -81,9 +89,9 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     source = None if isinstance(checkpoint, LoadedModel) else read_checkpoint_files(checkpoint).digest
     recipe = None if isinstance(checkpoint, LoadedModel) else load_checkpoint_recipe(checkpoint)
     check_layers(quantized_linears(loaded.model))
-    writes_text = loaded.family.writes_text
+    writes_text, embeds = loaded.family.writes_text, loaded.family.writes_text or loaded.family.acts
     tables = _layered_tables(loaded.model)
-    embedding = _embedding_table(loaded.model.get_input_embeddings()) if writes_text and not tables else None
+    embedding = _embedding_table(loaded.model.get_input_embeddings()) if embeds and not tables else None
     with atomic_folder(out) as part, exportable(loaded.model):
         specs = _graphs(loaded)
         generation = _generation(loaded) if writes_text else None
@@ -100,7 +108,8 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
         if recipe is not None and not isinstance(checkpoint, LoadedModel):
             shutil.copyfile(checkpoint / RECIPE, part / RECIPE)
         if generation is None:
-            _encoder_manifest(loaded, recipe, entries).model_copy(update={"checkpoint": source}).write(part)
+            textless = _action_manifest if loaded.family.acts else _encoder_manifest
+            textless(loaded, recipe, entries).model_copy(update={"checkpoint": source}).write(part)
             return
         in_place = all(spec.module.in_place for spec in specs if isinstance(spec.module, Decoder))
         manifest = _manifest(loaded, recipe, entries, generation, in_place=in_place)
@@ -201,6 +210,18 @@ def _encoder_manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[
         model_type=loaded.family.config.model_type,
         quantization=_named(recipe),
         graphs=entries,
+    )
+
+
+def _action_manifest(loaded: LoadedModel, recipe: Recipe | None, entries: dict[str, GraphEntry]) -> ActionManifest:
+    text = loaded.family.config.vlm_config.text_config
+    return ActionManifest(
+        format_version=FORMAT_VERSION,
+        model_type=loaded.family.config.model_type,
+        quantization=_named(recipe),
+        graphs=entries,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
     )
 
 

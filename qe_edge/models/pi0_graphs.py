@@ -128,7 +128,7 @@ class ActionStep(nn.Module):
         own = torch.zeros(tokens, tokens, device=embeds.device)
         own[0, 1:] = HIDDEN  # the state sees no action
         prompt = _hiding(attention_mask)[:, None].expand(-1, tokens, -1)
-        mask = torch.cat([prompt, own[None].expand(len(prompt), -1, -1)], 2)[:, None]
+        mask = torch.cat([prompt, own[None].expand(prompt.shape[0], -1, -1)], 2)[:, None]
         places = attention_mask.sum(1, keepdim=True) + torch.arange(tokens, device=embeds.device)
         hidden = self.expert(
             inputs_embeds=embeds, position_ids=places, attention_mask=mask, past_key_values=kept, use_cache=False
@@ -164,13 +164,14 @@ def _prefix_graph(model: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own 
     text = model.model.vlm.language_model
     batch, prompt = 2, 5  # sizes of the example differ, and none is 0 or 1, which torch would take for constants
     rows, tokens = (Dim(name, min=1, max=LARGEST) for name in ("batch", "prompt"))
-    whole = torch.ones(batch, prompt, dtype=torch.int64)
+    # one tensor for each input: torch takes the same one for the same input
+    positions, mask = (torch.ones(batch, prompt, dtype=torch.int64) for _ in range(2))
     shape = {0: rows, 1: tokens}
     profile = _profile({"inputs_embeds": (text.config.hidden_size,), "position_ids": (), "attention_mask": ()}, {})
     return GraphSpec(
         name="prefix",
         module=Prefix(text),
-        inputs=(torch.zeros(batch, prompt, text.config.hidden_size), whole, whole),
+        inputs=(torch.zeros(batch, prompt, text.config.hidden_size), positions, mask),
         input_names=["inputs_embeds", "position_ids", "attention_mask"],
         output_names=[f"present.{name}" for name in _kept_names(text.config)],
         dynamic_shapes=(shape, shape, shape),
@@ -184,7 +185,7 @@ def _action_graph(model: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own 
     batch, prompt = 2, 5
     rows, tokens = (Dim(name, min=1, max=LARGEST) for name in ("batch", "prompt"))
     names = [f"past_key_values.{name}" for name in _kept_names(expert)]
-    past = torch.zeros(batch, expert.num_key_value_heads, prompt, expert.head_dim)
+    past = [torch.zeros(batch, expert.num_key_value_heads, prompt, expert.head_dim) for _ in names]
     own = {"state": (config.max_state_dim,), "actions": (config.chunk_size, config.max_action_dim), "time": ()}
     kept = {name: (expert.num_key_value_heads, expert.head_dim) for name in names}
     return GraphSpec(
@@ -193,7 +194,7 @@ def _action_graph(model: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own 
         inputs=(
             *(torch.zeros(batch, *sizes) for sizes in own.values()),
             torch.ones(batch, prompt, dtype=torch.int64),
-            [past] * len(names),
+            past,
         ),
         input_names=[*own, "attention_mask", *names],
         output_names=["velocity"],

@@ -11,6 +11,8 @@ from qe_edge.runtime.ort_cuda_session import OrtDeviceSession, open_device
 from qe_edge.runtime.sessions import OrtSession, Session
 from qe_edge.runtime.tensorrt_session import Device, TensorRTSession, check_device
 
+OFTEN = ("language", "action")  # graphs that run many times for a prompt
+
 
 def open_sessions(
     folder: Path,
@@ -45,7 +47,7 @@ def open_sessions(
     """
     if info is None or info.backend == "onnxruntime":
         return {
-            name: OrtSession(folder, entry, accuracy_level, threads, frugal=name != "language")
+            name: OrtSession(folder, entry, accuracy_level, threads, frugal=name not in OFTEN)
             for name, entry in graphs.items()
         }
     if info.backend == "onnxruntime_cuda":

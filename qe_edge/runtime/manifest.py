@@ -21,6 +21,7 @@ REMEDY = "Export or build the model again."
 GRAPHS = ("visual", "merger", "language")
 TEXT_ONLY = ("language",)
 PICTURES_ONLY = ("visual",)
+ACTING = ("visual", "merger", "prefix", "action")
 
 DType = Literal["float32", "float16", "int64", "uint8"]
 Dimension = int | str
@@ -163,6 +164,29 @@ class EncoderManifest(FolderManifest):
         return self
 
 
+class ActionManifest(FolderManifest):
+    """The manifest of a model that makes actions.
+
+    Attributes:
+        graphs: "visual", "merger", "prefix" and "action".
+        hidden_size: Width of the language model.
+        vocab_size: Rows of the token embedding.
+    """
+
+    hidden_size: int = Field(ge=1, le=1 << 20)
+    vocab_size: int = Field(ge=1, le=1 << 24)
+
+    @model_validator(mode="after")
+    def _complete(self) -> ActionManifest:
+        if set(self.graphs) != set(ACTING):
+            raise ValueError(f"it must list the graphs {', '.join(ACTING)}")
+        return self
+
+    def further_files(self) -> tuple[str, ...]:
+        """Files besides the graphs that have to be there."""
+        return (EMBEDDING, "config.json")
+
+
 class Manifest(FolderManifest):
     """The manifest of a model that writes text.
 
@@ -226,6 +250,14 @@ class Manifest(FolderManifest):
         return (*([] if self.picture is None else [self.picture.file]), EMBEDDING, "config.json")
 
 
+AnyManifest = Manifest | EncoderManifest | ActionManifest
+OPENERS: dict[type[AnyManifest], tuple[str, str]] = {
+    Manifest: ("a model that writes text", "engine.VisionLanguage"),
+    EncoderManifest: ("a vision encoder that writes no text", "encoder.Encoder"),
+    ActionManifest: ("a model that makes actions and writes no text", "actions.Action"),
+}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder and compare all files with it; costs about half a second for a gigabyte.
 
@@ -240,7 +272,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_any_manifest(folder: Path) -> Manifest | EncoderManifest:
+def read_any_manifest(folder: Path) -> AnyManifest:
     """The manifest of a folder of any model, compared with all files.
 
     Raises:
@@ -254,7 +286,10 @@ def read_any_manifest(folder: Path) -> Manifest | EncoderManifest:
         qe_edge.system.errors.ArtifactError: 'photos' is not an ONNX or engine folder: manifest.json is missing.
         Give the output folder of 'qe-edge export' or 'qe-edge build'.
     """
-    return read_encoder_manifest(folder) if _is_encoder(_table(folder)) else read_manifest(folder)
+    kind = _kind(_table(folder))
+    manifest: AnyManifest = _described(folder, kind)
+    check_files(folder, manifest.files, REMEDY)
+    return manifest
 
 
 def read_encoder_manifest(folder: Path) -> EncoderManifest:
@@ -269,6 +304,33 @@ def read_encoder_manifest(folder: Path) -> EncoderManifest:
     manifest = _described(folder, EncoderManifest)
     check_files(folder, manifest.files, REMEDY)
     return manifest
+
+
+def read_action_manifest(folder: Path) -> ActionManifest:
+    """As `read_manifest`, of a model that makes actions.
+
+    Raises:
+        ArtifactError: As `read_manifest`, or if the folder holds a model of another kind.
+
+    Example:
+        >>> read_action_manifest(Path("out/pi0/onnx")).graphs["action"].outputs  # doctest: +SKIP
+    """
+    manifest = _described(folder, ActionManifest)
+    check_files(folder, manifest.files, REMEDY)
+    return manifest
+
+
+def makes_actions(folder: Path) -> bool:
+    """Whether a folder of graphs or engines is of a model that makes actions; the rest of it is not looked at.
+
+    Raises:
+        ArtifactError: If it is no such folder.
+
+    Example:
+        >>> makes_actions(Path("out/demo/onnx"))  # doctest: +SKIP
+        False
+    """
+    return _kind(_table(folder)) is ActionManifest
 
 
 def read_description(folder: Path) -> Manifest:
@@ -301,22 +363,20 @@ def _table(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _is_encoder(values: dict[str, Any]) -> bool:
-    """Whether a manifest, which may be damaged, is of a vision encoder alone."""
+def _kind(values: dict[str, Any]) -> type[AnyManifest]:
+    """The kind of a manifest, which may be damaged."""
     graphs = values.get("graphs")
-    return isinstance(graphs, dict) and set(graphs) == set(PICTURES_ONLY)
+    names = set(graphs) if isinstance(graphs, dict) else set()
+    return EncoderManifest if names == set(PICTURES_ONLY) else ActionManifest if "action" in names else Manifest
 
 
 def _described(folder: Path, kind: type[Written]) -> Written:
     """A manifest of one kind, its files there with their sizes."""
     path, values = folder / MANIFEST, _table(folder)
-    encoder = _is_encoder(values)
-    if encoder != issubclass(kind, EncoderManifest):
-        found, opener = ("a vision encoder", "encoder.Encoder") if encoder else ("a model", "engine.VisionLanguage")
-        raise ArtifactError(
-            f"'{folder}' holds {found} that writes {'no ' * encoder}text.",
-            f"Open it with qe_edge.runtime.{opener}Engine.",
-        )
+    found = _kind(values)
+    if found is not kind:
+        what, opener = OPENERS[found]
+        raise ArtifactError(f"'{folder}' holds {what}.", f"Open it with qe_edge.runtime.{opener}Engine.")
     try:
         manifest = kind.model_validate(values)
     except ValidationError as error:
