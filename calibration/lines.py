@@ -131,8 +131,7 @@ def _sample(entry: dict[str, Any], folder: Path, where: str) -> Sample:
             raise InputError(f"'{form}' ends with an answer, and there is another beside it.", "Keep one of them.")
         answers = [reply]
     found = _assembled(turns, media, answers, labels, where)
-    robot = {key: entry[key] for key in ROBOT_KEYS if entry.get(key) is not None}
-    return replace(found, **robot) if robot else found
+    return replace(found, state=entry.get("state"), actions=entry.get("actions"))
 
 
 def _placed(
@@ -162,7 +161,7 @@ def _assembled(
     turns: list[Spoken],
     media: list[Shown],
     answers: list[str],
-    labels: dict[str, str],
+    labels: dict[str, Any],
     where: str,
 ) -> Sample:
     """The sample of a conversation that ends with the question."""

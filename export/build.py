@@ -23,7 +23,14 @@ from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import SIZED, EngineInfo, GraphBuild, PluginBuild
 from qe_edge.runtime.graph_files import DATA
 from qe_edge.runtime.limits import EngineLimits, limits_of, with_capacity, with_limits
-from qe_edge.runtime.manifest import AnyManifest, EncoderManifest, FolderManifest, GraphEntry, Manifest, read_any_manifest
+from qe_edge.runtime.manifest import (
+    AnyManifest,
+    EncoderManifest,
+    FolderManifest,
+    GraphEntry,
+    Manifest,
+    read_any_manifest,
+)
 from qe_edge.runtime.plugin_library import digest
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.atomic import atomic_folder

@@ -45,6 +45,14 @@ else:
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Longest answer."
 )
+@click.option("--state", metavar="NUMBERS", help="The state of a robot, for a model that acts: 0.1,-0.5,2.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Steps of denoising of such a model; its own by default.",
+)
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of such a model's noise; 0 by default.")
 @click.option(
     "--max-context",
     type=click.IntRange(min=2),
@@ -59,7 +67,9 @@ def command(**choices: Any) -> None:  # noqa: ANN401 - the options above
 
     The answer goes to standard output, the timings to standard error. ENGINES is a folder of engines, of ONNX
     graphs, a quantized checkpoint (run in PyTorch), or the output of 'deploy'. Decoding is greedy: the rules of
-    generation_config.json hold, its sampling has no effect.
+    generation_config.json hold, its sampling has no effect. A model that makes actions prints them in the robot's own
+    numbers, one a line.
     """
     paths, fps, every = (choices.pop(name) for name in ("videos", "video_fps", "every_frame"))
-    run_work.run(videos=run_work.named_videos(paths, fps, every_frame=every), **choices)
+    robot = run_work.read_robot(**{name: choices.pop(name) for name in ("state", "steps", "seed")})
+    run_work.run(videos=run_work.named_videos(paths, fps, every_frame=every), robot=robot, **choices)

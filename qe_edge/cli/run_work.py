@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qe_edge.checkpoint.detection import is_checkpoint
+from qe_edge.cli import run_actions
 from qe_edge.cli.inputs import find_runnable
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
@@ -33,14 +34,19 @@ def run(
     videos: Sequence[Video],
     prompt: str,
     max_tokens: int,
+    robot: run_actions.Robot,
     target: str | None,
     accuracy_level: str,
     **opening: Any,  # noqa: ANN401 - plugin_library, threads and max_context, as the engine takes them
 ) -> None:
     """Answer, and say how long it took; arguments as the command's."""
-    sample = Sample([*(open_image(image) for image in images), *videos], prompt)
+    sample = Sample([*(open_image(image) for image in images), *videos], prompt, state=robot.state)
     found = find_runnable(folder, target)
     check_deployment(folder, found)
+    if run_actions.acts(found):
+        run_actions.run(found, sample, robot, accuracy_level=int(accuracy_level), **opening)
+        return
+    robot.check_absent()
     if is_checkpoint(found):
         if accuracy_level != "0":
             raise InputError("PyTorch has no accuracy levels.", "Leave --accuracy-level out, or run exported graphs.")
@@ -62,6 +68,15 @@ def run(
     if timings is not None:
         cache = f"KV cache for {pipeline.slot_tokens} tokens {pipeline.slot_bytes / 2**20:.1f} MiB"
         click.echo(f"{found}: {', '.join([*_spent(timings, len(sample.pictures), len(videos)), cache])}", err=True)
+
+
+def read_robot(state: str | None, steps: int | None, seed: int | None) -> run_actions.Robot:
+    """What the command line says about a robot.
+
+    Raises:
+        InputError: If its state is no list of finite numbers.
+    """
+    return run_actions.Robot(run_actions.read_state(state), steps, seed)
 
 
 def named_videos(paths: Sequence[str], fps: float | None, *, every_frame: bool) -> list[Video]:

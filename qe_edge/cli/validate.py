@@ -42,8 +42,8 @@ def command(  # noqa: PLR0913 - an argument for every option
     """Compare quantized and original model.
 
     MODEL is the original; DIR is the quantized checkpoint, or the output of 'deploy', whose graphs and engines are then
-    taken too.
+    taken too. Of a model that makes actions the error of its actions is reported; there is no page of it.
     """
     folders = validate_work.choose_folders(checkpoint, engines, onnx, output, overwrite=overwrite)
     page = validate_work.run(model, folders, output, evaluation, plugin_library=plugin_library, limit=limit)
-    click.echo(f"Wrote '{output}' and '{page}'.")
+    click.echo(f"Wrote '{output}'." if page is None else f"Wrote '{output}' and '{page}'.")

@@ -20,7 +20,10 @@ from qe_edge.cli.inputs import (
     runs_here,
 )
 from qe_edge.cli.outputs import check_output_file
+from qe_edge.cli.tables import print_table
+from qe_edge.models import configuration
 from qe_edge.runtime.backends import check_runnable
+from qe_edge.system.atomic import atomic_file
 from qe_edge.system.errors import InputError
 
 
@@ -73,11 +76,14 @@ def choose_folders(
 
 def run(
     model: str, folders: Folders, output: Path, evaluation: str, *, plugin_library: Path | None, limit: int | None
-) -> Path:
-    """Compare, and write the report as data and as a page; returns the page."""
+) -> Path | None:
+    """Compare, and write the report as data and as a page; returns the page, which actions do not have."""
     source, page = open_model(model), output.with_suffix(".html")
     if folders.engines is not None:
         check_runnable(folders.engines, plugin_library)
+    if configuration.load_family(source).acts:
+        _compare_actions(source, folders, output, evaluation, plugin_library, limit)
+        return None
     report = validation.validate(
         source,
         folders.checkpoint,
@@ -91,3 +97,38 @@ def run(
     )
     reports.write_report(report, output, page)
     return page
+
+
+def _compare_actions(
+    source: str, folders: Folders, output: Path, evaluation: str, plugin_library: Path | None, limit: int | None
+) -> None:
+    """Compare the actions of a model that makes them; write the report and print its table."""
+    report = validation.validate_actions(
+        source,
+        folders.checkpoint,
+        folders.engines,
+        evaluation,
+        onnx=folders.onnx,
+        plugin_library=plugin_library,
+        limit=limit,
+        progress=ConsoleProgress(),
+    )
+    with atomic_file(output) as part:
+        part.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    measured = [("quantized", report.quantized), ("engine", report.engine)]
+    measured += [("engine, from the quantized one", report.engine_to_quantized)]
+    print_table(
+        ("question", "cameras", "quantized", "engine"),
+        [
+            (one.task, str(one.cameras), f"{one.quantized:.2e}", "" if one.engine is None else f"{one.engine:.2e}")
+            for one in report.questions
+        ],
+    )
+    print_table(
+        ("error of actions", "mean", "median", "worst"),
+        [
+            (name, *(f"{value:.2e}" for value in (found.mean, found.median, found.worst)))
+            for name, found in measured
+            if found is not None
+        ],
+    )

@@ -30,8 +30,8 @@ else:
 
 MAX_CAMERAS = 8
 UNKNOWN = (
-    "Some samples have no 'actions': random numbers of mean 0 and deviation 1 stand for them, as actions are normalized "
-    "to. Give the recorded actions, so that the action expert is measured on what it will see."
+    "Some samples have no 'actions': random numbers of mean 0 and deviation 1 stand for them, which is what normalized "
+    "ones have. Give the recorded actions, so that the action expert is calibrated on what it will see."
 )
 
 
@@ -119,7 +119,7 @@ class Pi0(ModelFamily):
     def kept_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens in float32."""
         text = self.config.vlm_config.text_config
-        return 8 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens
+        return 8 * int(text.num_hidden_layers * text.num_key_value_heads * text.head_dim) * tokens
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
         """`pixel_values` float32 `[pictures, 3, side, side]`."""

@@ -187,7 +187,7 @@ def _action_graph(model: Any) -> GraphSpec:  # noqa: ANN401 - transformers' own 
     names = [f"past_key_values.{name}" for name in _kept_names(expert)]
     past = [torch.zeros(batch, expert.num_key_value_heads, prompt, expert.head_dim) for _ in names]
     own = {"state": (config.max_state_dim,), "actions": (config.chunk_size, config.max_action_dim), "time": ()}
-    kept = {name: (expert.num_key_value_heads, expert.head_dim) for name in names}
+    kept = dict.fromkeys(names, (expert.num_key_value_heads, expert.head_dim))
     return GraphSpec(
         name="action",
         module=ActionStep(model),

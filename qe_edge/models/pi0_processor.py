@@ -50,7 +50,9 @@ class PI0ImageProcessorPil(PilBackend):
             raise ValueError("it is too narrow to be scaled")
         values = scale_frames(pixels, height, width, int(self.resample))[0].astype(np.float32)
         factor = 1.0 / self.rescale_factor
-        mean, deviation = (np.float32(part) * np.float32(factor) for part in (self.image_mean, self.image_std))
+        mean, deviation = (
+            np.asarray(part, np.float32) * np.float32(factor) for part in (self.image_mean, self.image_std)
+        )
         room = (self.pad_size["height"] - height, self.pad_size["width"] - width)
         padded = np.pad((values - mean) / deviation, ((0, room[0]), (0, room[1]), (0, 0)))
         return np.ascontiguousarray(padded.transpose(2, 0, 1))

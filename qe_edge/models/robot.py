@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from math import isfinite
-from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,18 +64,19 @@ class Statistics:
 
     def normalized(self, values: np.ndarray, width: int) -> np.ndarray:
         """Robot's numbers `[..., n]` as a model reads them, float32 `[..., width]`: zeros follow them."""
-        numbers = (values.astype(np.float32) - np.float32(self.mean)) / self._scale
+        numbers = (values.astype(np.float32) - np.asarray(self.mean, np.float32)) / self._scale
         room = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
         return np.pad(numbers, room).astype(np.float32)
 
     def restored(self, values: np.ndarray) -> np.ndarray:
         """A model's numbers `[..., width]` as the robot's, float32 `[..., n]`."""
-        restored: np.ndarray = values[..., : len(self.mean)] * self._scale + np.float32(self.mean)
+        restored: np.ndarray = values[..., : len(self.mean)] * self._scale + np.asarray(self.mean, np.float32)
         return restored
 
     @property
     def _scale(self) -> np.ndarray:
-        return np.float32(self.std) + np.float32(SMALLEST)
+        scale: np.ndarray = np.asarray(self.std, np.float32) + np.float32(SMALLEST)
+        return scale
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _numbers(values: object, what: str) -> Numbers:
     if not isinstance(given, list | tuple) or not 0 < len(given) <= MOST:
         raise InputError(f"{what} is {shown(given)}, no list of numbers.", "Give a list of finite numbers.")
     for value in given:
-        if not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not isfinite(value):
             raise InputError(f"{what} holds {shown(value)}.", "Give a list of finite numbers.")
     return tuple(float(value) for value in given)
 

@@ -68,6 +68,8 @@ def load_report(path: Path) -> Report:
     values = read_json_table(path, remedy="Validate again.", limit=MAX_REPORT_BYTES)
     if not is_unicode(json.dumps(values, ensure_ascii=False)):
         raise ArtifactError(f"'{path}' holds half a surrogate pair, which is no character.", "Validate again.")
+    if values.get("kind") == "actions":
+        raise ArtifactError(f"'{path}' is a report of actions, which has no page.", "Read the file as it is.")
     if values.get("version") != REPORT_VERSION:
         raise ArtifactError(
             f"'{path}' is no report that this version reads: its version is {shown(values.get('version'))}, "

@@ -220,7 +220,8 @@ class ActionEngine:
         rows, prompt = self.manifest.graphs["prefix"].profiles["default"]["attention_mask"][2]
         found = encoded.input_ids.shape
         if found[0] > rows or found[1] > prompt:
+            asked = f"{found[0]} samples of {found[1]} tokens"
             raise InputError(
-                f"This engine does not take {found[0]} samples of {found[1]} tokens: it was built for {rows} of {prompt}.",
+                f"This engine does not take {asked}: it was built for {rows} of {prompt}.",
                 "Use fewer samples at a time, fewer cameras or a shorter task.",
             )

@@ -61,9 +61,10 @@ class TorchSubject:
         self, loaded: LoadedModel, settings: GenerationSettings | None = None, name: str = "the model"
     ) -> None:
         if not loaded.family.writes_text:
+            compared = "actions: qe-edge validate" if loaded.family.acts else "features: qe_edge.validate.features"
             raise ModelError(
                 f"A '{loaded.family.model_type}' model writes no text, so it has no answers to compare.",
-                f"Compare its {'actions: qe-edge validate' if loaded.family.acts else 'features: qe_edge.validate.features'}.",
+                f"Compare its {compared}.",
             )
         self._loaded = loaded
         config, tokenizer = loaded.family.config, loaded.processor.tokenizer
