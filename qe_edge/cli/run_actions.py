@@ -16,7 +16,7 @@ from qe_edge.models.configuration import load_family
 from qe_edge.models.family import Sample
 from qe_edge.models.robot import as_state
 from qe_edge.runtime.actions import ActionEngine, check_steps
-from qe_edge.runtime.manifest import makes_actions
+from qe_edge.runtime.manifest import ActionManifest, read_any_description
 from qe_edge.system.errors import ArtifactError, InputError
 from qe_edge.system.lazy import lazy_module
 
@@ -30,7 +30,9 @@ DIGITS = 7  # of a printed number
 
 def acts(folder: Path) -> bool:
     """Whether a folder that can be run is of a model that makes actions."""
-    return load_family(str(folder), ArtifactError).acts if is_checkpoint(folder) else makes_actions(folder)
+    if is_checkpoint(folder):
+        return load_family(str(folder), ArtifactError).acts
+    return isinstance(read_any_description(folder), ActionManifest)
 
 
 @dataclass(frozen=True)

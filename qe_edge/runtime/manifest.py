@@ -286,8 +286,7 @@ def read_any_manifest(folder: Path) -> AnyManifest:
         qe_edge.system.errors.ArtifactError: 'photos' is not an ONNX or engine folder: manifest.json is missing.
         Give the output folder of 'qe-edge export' or 'qe-edge build'.
     """
-    kind = _kind(_table(folder))
-    manifest: AnyManifest = _described(folder, kind)
+    manifest = read_any_description(folder)
     check_files(folder, manifest.files, REMEDY)
     return manifest
 
@@ -320,17 +319,18 @@ def read_action_manifest(folder: Path) -> ActionManifest:
     return manifest
 
 
-def makes_actions(folder: Path) -> bool:
-    """Whether a folder of graphs or engines is of a model that makes actions; the rest of it is not looked at.
+def read_any_description(folder: Path) -> AnyManifest:
+    """As `read_description`, of a model of any kind.
 
     Raises:
-        ArtifactError: If it is no such folder.
+        ArtifactError: As `read_description`.
 
     Example:
-        >>> makes_actions(Path("out/demo/onnx"))  # doctest: +SKIP
+        >>> isinstance(read_any_description(Path("out/demo/onnx")), ActionManifest)  # doctest: +SKIP
         False
     """
-    return _kind(_table(folder)) is ActionManifest
+    manifest: AnyManifest = _described(folder, _kind(_table(folder)))
+    return manifest
 
 
 def read_description(folder: Path) -> Manifest:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qe_edge.checkpoint.files import FILES, difference, read_checkpoint_files
 from qe_edge.runtime.engine_info import read_engine_info
-from qe_edge.runtime.manifest import Manifest, read_description
+from qe_edge.runtime.manifest import AnyManifest, read_any_description
 from qe_edge.system.errors import ArtifactError
 
 SHOWN = 12  # digits of a digest in a message
@@ -17,7 +17,7 @@ NO_ORIGIN = "The checkpoint does not say which model it was made from, so it cou
 NO_REVISION = "The original is not on the side (folder or hub) that the checkpoint names, so the two were not compared."
 
 
-def describe_engines(folder: Path) -> Manifest:
+def describe_engines(folder: Path) -> AnyManifest:
     """The manifest of an ONNX or engine folder, which is that of its engines.
 
     Raises:
@@ -26,7 +26,7 @@ def describe_engines(folder: Path) -> Manifest:
     Example:
         >>> describe_engines(Path("out/demo/engines/cpu")).quantization  # doctest: +SKIP
     """
-    manifest, info = read_description(folder), read_engine_info(folder)
+    manifest, info = read_any_description(folder), read_engine_info(folder)
     if info is not None:
         info.check_belongs(manifest, folder)
     return manifest

@@ -19,7 +19,7 @@ from tests.models.conversations import ODD, SQUARE, TALL, WIDE
 SIDE, PATCH, TOKENS = 16, 8, 4
 STATE, ACTION, CHUNK, STEPS = 5, 4, 6, 4  # a robot's numbers, and actions of a chunk
 WIDTH = 8  # numbers that the model has room for
-LAYERS, PIECES = 2, 1152  # that transformers' processor adds to a tokenizer: places and shapes of objects
+LAYERS = 2
 GEMMA = {"model_type": "gemma", "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 1}
 STATISTICS = {
     "state_mean": [0.1 * number for number in range(STATE)],
@@ -37,7 +37,7 @@ def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a c
     image = tokenizer.convert_tokens_to_ids("<image>")
     text = {
         **GEMMA,
-        "vocab_size": 528 + PIECES,
+        "vocab_size": image,  # which the picture's token lies behind, as the real one's does
         "hidden_size": 64,
         "intermediate_size": 96,
         "head_dim": 16,
@@ -50,7 +50,7 @@ def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a c
         "model_type": "siglip_vision_model",
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "image_size": SIDE,
         "patch_size": PATCH,
