@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,14 @@ from qe_edge.models import FAMILIES, Sample
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.quantized import load_quantized, save_quantized
 from qe_edge.quantization.quantizer import quantize
-from qe_edge.recipes.recipe import make_recipe
+from qe_edge.recipes.recipe import MODULES, make_recipe
+from qe_edge.runtime.actions import ActionEngine, noise_of
 from qe_edge.runtime.encoder import EncoderEngine
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.validate.actions import TorchActor
 from qe_edge.validate.features import extract_features
 from tests.models import (
+    pi0_models,
     test_decoders,
     test_gemma3,
     test_gemma4,
@@ -60,7 +63,8 @@ REAL = {  # trained weights that other scripts of ours measured; docs/results.md
     "dinov2": "DINOv2 ViT-S/14",
 }
 HEADER = (
-    "| family | model | quantized layers: visual, merger, language | cases | error | same tokens | trained weights |\n"
+    "| family | model | quantized layers: visual, merger, language, action | cases | error | same tokens | trained "
+    "weights |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
 )
 PROMPT_ALONE = ("paligemma", "paligemma 2")  # which know no conversation
@@ -73,16 +77,17 @@ class Row:
     Attributes:
         family: Its `model_type`.
         model: Which architecture of the family.
-        layers: Quantized linear layers: of the visual encoder, the merger, the language model.
+        layers: Quantized linear layers: of the visual encoder, the merger, the language model; then perhaps of the
+            action expert.
         cases: Number of cases.
         error: Largest relative error.
-        same: Cases with the same greedy tokens; None of an encoder.
+        same: Cases with the same greedy tokens; None of what writes no text.
         real: Trained weights that were measured too, or nothing.
     """
 
     family: str
     model: str
-    layers: tuple[int, int, int]
+    layers: tuple[int, ...]
     cases: int
     error: float
     same: int | None
@@ -126,6 +131,7 @@ def measurements() -> list[tuple[str, Callable[[Path], Row]]]:
         (family, partial(text_row, family, name, changes)) for name, (family, changes) in test_decoders.MODELS.items()
     ]
     found += [(family, partial(encoder_row, family)) for family in test_vision_encoders.MODELS]
+    found.append(("pi0", action_row))
     order = list(FAMILIES)
     return sorted(found, key=lambda one: order.index(one[0]))
 
@@ -158,7 +164,7 @@ def text_row(family: str, name: str, changes: dict[str, Any], scratch: Path) -> 
     """A language model alone."""
     folder = test_decoders.write(scratch / "model", family, **changes)
     texts, long = test_decoders.TEXTS, test_decoders.LONG
-    loaded = _quantized(folder, "language", texts, scratch)
+    loaded = _quantized(folder, ["language"], texts, scratch)
     build_engines(scratch / "onnx", scratch / "cpu", "cpu")
     engine, built = (VisionLanguageEngine.load(scratch / name, threads=1) for name in ("onnx", "cpu"))
     made = Made(loaded, engine, built, scratch / "checkpoint", scratch / "onnx")
@@ -169,7 +175,7 @@ def encoder_row(family: str, scratch: Path) -> Row:
     """A vision encoder alone."""
     folder = test_vision_encoders.write(scratch / "model", family)
     pictures = [Sample(noise(width, 60), "") for width in (40, 64, 200)]
-    loaded = _quantized(folder, "visual", pictures, scratch)
+    loaded = _quantized(folder, ["visual"], pictures, scratch)
     engine = EncoderEngine.load(scratch / "onnx", threads=1)
     wanted, found = (extract_features(one, pictures).patches.numpy() for one in (loaded, engine))
     error = float(np.abs(found - wanted).max() / np.abs(wanted).max())
@@ -177,9 +183,21 @@ def encoder_row(family: str, scratch: Path) -> Row:
     return Row(family, family, layers, len(pictures), error, None, REAL.get(family, ""))
 
 
-def _quantized(folder: Path, module: str, samples: list[Sample], scratch: Path) -> LoadedModel:
+def action_row(scratch: Path) -> Row:
+    """A model that makes actions; its error is that of the actions, relative to the largest number of one."""
+    folder = pi0_models.write(scratch / "model")
+    loaded = _quantized(folder, MODULES, pi0_models.CALIBRATION, scratch)
+    engine, error = ActionEngine.load(scratch / "onnx", threads=1), 0.0
+    for samples in pi0_models.CASES.values():
+        encoded, noises = engine.encode(samples), noise_of(engine.chunk, range(len(samples)))
+        wanted, found = (one.actions(encoded, noises) for one in (TorchActor(loaded), engine))
+        error = max(error, float(np.abs(found - wanted).max() / np.abs(wanted).max()))
+    return Row("pi0", "pi0", _counts(loaded, (*GROUPS, "action")), len(pi0_models.CASES), error, None, "")
+
+
+def _quantized(folder: Path, modules: Sequence[str], samples: list[Sample], scratch: Path) -> LoadedModel:
     """A model in W4A16, in float32, with its checkpoint and its graphs in `scratch`."""
-    recipe = make_recipe(method="rtn", scheme="w4a16", modules=(module,))
+    recipe = make_recipe(method="rtn", scheme="w4a16", modules=tuple(modules))
     save_quantized(*quantize(str(folder), recipe, samples), scratch / "checkpoint")
     loaded = load_quantized(scratch / "checkpoint")
     loaded.model.float()
@@ -193,12 +211,16 @@ def _answered(family: str, name: str, made: Made, cases: dict[str, list[Sample]]
         made.engine.generate_ids(made.engine.encode(samples), TOKENS) == greedy(made.loaded, samples, TOKENS)
         for samples in cases.values()
     )
-    counts = dict.fromkeys(GROUPS, 0)
-    blocks = made.loaded.family.blocks(made.loaded.model)
-    for layer in quantized_linears(made.loaded.model):
+    return Row(family, name, _counts(made.loaded, GROUPS), len(cases), error, same, REAL.get(family, ""))
+
+
+def _counts(loaded: LoadedModel, groups: Sequence[str]) -> tuple[int, ...]:
+    """Quantized layers of each group."""
+    counts = dict.fromkeys(groups, 0)
+    blocks = loaded.family.blocks(loaded.model)
+    for layer in quantized_linears(loaded.model):
         counts[next(block.group for block in blocks if layer.startswith(f"{block.name}."))] += 1
-    layers = (counts["visual"], counts["merger"], counts["language"])
-    return Row(family, name, layers, len(cases), error, same, REAL.get(family, ""))
+    return tuple(counts.values())
 
 
 def _qwen(model_type: str, folder: Path) -> Path:

@@ -29,10 +29,10 @@ from qe_edge.export.exporter import export_model
 from qe_edge.models import Sample
 from qe_edge.models.quantized import save_quantized
 from qe_edge.quantization.quantizer import quantize
-from qe_edge.recipes.recipe import make_recipe
+from qe_edge.recipes.recipe import MODULES, make_recipe
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.system.errors import TargetError
-from tests.models import test_decoders, test_vision_encoders
+from tests.models import pi0_models, test_decoders, test_vision_encoders
 from tests.models.conversations import noise
 from tests.models.families import GROUPS, SAMPLES
 
@@ -80,7 +80,8 @@ def line(row: Row) -> str:
     """A line of the table."""
     if row.refused:
         return f"| {row.model} | refused: {row.refused} |"
-    counts = ", ".join(str(row.layers.get(group) or "-") for group in GROUPS)
+    graphs = ("visual", "merger", "prefix", "action") if "action" in row.layers else GROUPS
+    counts = ", ".join(str(row.layers.get(graph) or "-") for graph in graphs)
     return f"| {row.model} | {counts}{'' if row.whole else ', others beside'} |"
 
 
@@ -95,6 +96,7 @@ def all_models() -> dict[str, tuple[Write, tuple[str, ...], list[Sample]]]:
     for family in test_vision_encoders.MODELS:
         pictures = [Sample(noise(width, 60), "") for width in (40, 64)]
         found[family] = (partial(_encoder, family), ("visual",), pictures)
+    found["pi0"] = (pi0_models.write, MODULES, pi0_models.CALIBRATION)
     return found
 
 

@@ -18,7 +18,7 @@ from qe_edge.export.targets import CUDA, check_targets, get_target, has_limits
 from qe_edge.runtime.cache_tensors import is_state, sizes_of
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.limits import with_limits
-from qe_edge.runtime.manifest import Manifest, read_any_manifest
+from qe_edge.runtime.manifest import ActionManifest, EncoderManifest, Manifest, read_any_manifest
 from qe_edge.runtime.picture_limits import tell_limits
 from qe_edge.runtime.provenance import check_deployment
 
@@ -56,7 +56,9 @@ def run(
     where = shlex.quote(str(output))
     run_it = f'qe-edge run {where} --image FILE --prompt "What is this?"'
     open_it = f"qe_edge.runtime.encoder.EncoderEngine.load({str(output)!r}) in Python"
-    click.echo(f"Wrote '{built}'. Next: {run_it if isinstance(manifest, Manifest) else open_it}")
+    if isinstance(manifest, ActionManifest):
+        run_it += " --state NUMBERS"
+    click.echo(f"Wrote '{built}'. Next: {open_it if isinstance(manifest, EncoderManifest) else run_it}")
 
 
 def _gpu_memory(folder: Path) -> str:

@@ -28,8 +28,8 @@ def command(checkpoint: Path, output: Path, overwrite: bool) -> None:
     """Export a checkpoint to ONNX graphs.
 
     DIR is a quantized checkpoint, or holds one as DIR/checkpoint. The output folder holds visual.onnx, merger.onnx
-    and language.onnx with their weights, tokenizer and image processor. It depends on no device and runs in ONNX
-    Runtime as it is.
+    and language.onnx (of a model that makes actions prefix.onnx and action.onnx) with their weights, tokenizer and
+    image processor. It depends on no device and runs in ONNX Runtime as it is.
     """
     source = find_checkpoint(checkpoint)
     check_apart(output, {"the checkpoint": source})

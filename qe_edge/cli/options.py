@@ -223,7 +223,9 @@ def recipe_options(function: Function) -> Function:
             help="Bits of weights and activations: w4a8 (default), w4a6, w4a16, w3a8, w3a16, w2a16.",
         ),
         click.option(
-            "--modules", metavar="NAMES", help="Parts of the model, with commas: language (default), visual, merger."
+            "--modules",
+            metavar="NAMES",
+            help="Parts of the model, with commas: language (default), visual, merger, action.",
         ),
         click.option("--head", metavar="GRID", help="Grid of the language model's head: int4, or none (default)."),
         click.option("--embedding", metavar="GRID", help="Codes of the token embedding: int8, or none (default)."),

@@ -149,7 +149,10 @@ class Section(Sizes):
 
 
 class ConfigFile(Section):
-    """config.json of any family: flat, or with a section for each transformer."""
+    """config.json of any family: flat, or with a section for each transformer.
+
+    A model that acts has a vision-language model in one section, and an expert that makes actions in another.
+    """
 
     text_config: Section | None = None
     vision_config: Section | None = None
@@ -159,19 +162,6 @@ class ConfigFile(Section):
     downsample_ratio: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
     scale_factor: Factor | None = None
     image_grid_pinpoints: Annotated[list[Pair], Field(min_length=1, max_length=256)] | None = None
-    vision_aspect_ratio: Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]?$")] | None = None
-
-    @model_validator(mode="after")
-    def _layers_differ_in_gemma4_alone(self) -> ConfigFile:
-        sections = (self, self.text_config, self.vision_config)
-        if (self.model_extra or {}).get("model_type") != "gemma4" and any(s and s.per_layer_config for s in sections):
-            raise ValueError("'per_layer_config' gives layers other sizes, which only Gemma 4 has")
-        return self
-
-
-class ActionFile(ConfigFile):
-    """config.json of a model that acts: a vision-language model, and an expert that makes actions."""
-
     vlm_config: ConfigFile | None = None
     dit_config: Section | None = None
     chunk_size: Annotated[int, Field(strict=True, ge=1, le=4096)] | None = None
@@ -180,6 +170,14 @@ class ActionFile(ConfigFile):
     num_inference_steps: Annotated[int, Field(strict=True, ge=1, le=1000)] | None = None
     min_period: Positive | None = None
     max_period: Positive | None = None
+    vision_aspect_ratio: Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]?$")] | None = None
+
+    @model_validator(mode="after")
+    def _layers_differ_in_gemma4_alone(self) -> ConfigFile:
+        sections = (self, self.text_config, self.vision_config)
+        if (self.model_extra or {}).get("model_type") != "gemma4" and any(s and s.per_layer_config for s in sections):
+            raise ValueError("'per_layer_config' gives layers other sizes, which only Gemma 4 has")
+        return self
 
 
 class _SizesSection(Sizes):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.models import FAMILIES
-from qe_edge.models.config_values import ActionFile, SizesFile
+from qe_edge.models.config_values import ConfigFile, SizesFile
 from qe_edge.models.export_limits import layer_config
 from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
@@ -115,7 +115,7 @@ def read_config_values(source: str, error: type[QEError] = ModelError) -> dict[s
             f"Supported: {', '.join(FAMILIES)}. If it is one of them under another name: qe-edge convert "
             f"{shlex.quote(source)} --as FAMILY -o CONVERTED.",
         )
-    check_values(ActionFile, values, path, REMEDY, error)
+    check_values(ConfigFile, values, path, REMEDY, error)
     return values
 
 

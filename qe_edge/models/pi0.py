@@ -23,9 +23,8 @@ from qe_edge.system.lazy import lazy_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qe_edge.models import pi0_calibration, pi0_graphs
+    from qe_edge.models import pi0_graphs
 else:
-    pi0_calibration = lazy_module("qe_edge.models.pi0_calibration")
     pi0_graphs = lazy_module("qe_edge.models.pi0_graphs")
 
 MAX_CAMERAS = 8
@@ -114,7 +113,7 @@ class Pi0(ModelFamily):
 
     def run_blocks(self, model: PreTrainedModel, encoded: Encoded, kept: dict[str, Any]) -> None:
         """The prompt once, and the action expert at every step of denoising."""
-        pi0_calibration.run_blocks(self, model, encoded, kept)
+        pi0_graphs.run_blocks(self, model, encoded, kept)
 
     def kept_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens in float32."""

@@ -1,4 +1,4 @@
-"""pi0's exported graphs: SigLIP, the projection, what Gemma keeps of a prompt, and a step of the action expert.
+"""pi0's graphs: SigLIP, the projection, what Gemma keeps of a prompt, a step of the action expert; and its calibration.
 
 The expert is a second Gemma with layers as many as the first one's. A layer of it attends to the keys and values that
 the first one's layer has of the prompt, and to its own.
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from qe_edge.models.family import GraphSpec, Profile
+from qe_edge.models.family import Encoded, GraphSpec, ModelFamily, Profile
 from qe_edge.models.gemma3_graphs import merger_graph, visual_graph
+from qe_edge.models.robot import times
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
 TYPICAL_PROMPT, MAX_PROMPT = 816, 2304  # three and eight cameras of 256 tokens, with a task
 LARGEST = 1 << 20  # of any dynamic size at export time
+KEPT = "prompt"  # what calibration keeps of a batch
 HIDDEN = torch.finfo(torch.float32).min  # in a mask, of a token that is not seen; rows of padding stay finite
 
 
@@ -146,6 +148,35 @@ class ActionStep(nn.Module):
         return torch.cat([embed.state_proj(state[:, None]), acting], 1)
 
 
+def run_blocks(family: ModelFamily, model: Any, encoded: Encoded, kept: dict[str, Any]) -> None:  # noqa: ANN401
+    """One forward pass in which every block runs once, on a batch that was encoded with its actions.
+
+    The action expert sees every sample at all steps of denoising: at time t it reads t * noise + (1 - t) * actions, as
+    it was trained to (Black et al. 2024, section IV). The steps are rows of one batch, so that the prompt is read once.
+
+    Args:
+        family: The model's family.
+        model: A `PI0ForConditionalGeneration`.
+        encoded: The batch.
+        kept: The keys and values of its prompts: the blocks of the language model write them, and those of the action
+            expert read them, perhaps in another pass.
+    """
+    written: Written = kept.setdefault(KEPT, Written())
+    inputs = family.torch_inputs(encoded)
+    mask = inputs["attention_mask"]
+    embeds = model.model.embed_prefix(inputs["input_ids"], inputs["pixel_values"], inputs["pixel_attention_mask"])
+    positions = torch.from_numpy(family.position_ids(encoded))
+    Prefix(model.model.vlm.language_model).write(embeds, positions, mask, written)
+    steps = times(model.config.num_inference_steps)
+    noise, actions = (torch.from_numpy(encoded.pixels[name]) for name in ("noise", "actions"))
+    moments = torch.from_numpy(steps).repeat(len(noise))
+    at = moments[:, None, None]
+    repeated = [_rows(part, len(steps)) for part in (inputs["state"], noise, actions, mask)]
+    state, noise, actions, mask = repeated
+    noisy = at * noise + (1 - at) * actions
+    ActionStep(model).velocity(state, noisy, moments, mask, Read(written.layers, len(steps)))
+
+
 def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class
     """All graphs of a model."""
     by_class = {type(module).__name__: module for module in model.modules()}
@@ -224,3 +255,8 @@ def _fixed(own: dict[str, tuple[int, ...]]) -> Profile:
 def _hiding(attention_mask: Tensor) -> Tensor:
     """0 on tokens and the lowest number on padding, float32."""
     return (attention_mask == 0).to(torch.float32) * HIDDEN
+
+
+def _rows(part: Tensor, count: int) -> Tensor:
+    """Every row `count` times, one after the other."""
+    return part.repeat_interleave(count, 0)

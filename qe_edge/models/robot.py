@@ -117,7 +117,8 @@ def read_statistics(source: str, state_width: int, action_width: int) -> tuple[S
         ModelError: If the file is missing, lacks them, or has more numbers than the model reads.
 
     Example:
-        >>> read_statistics("no-such-folder/at-all", 32, 32)  # doctest: +SKIP
+        >>> state, actions = read_statistics("my-pi0", 32, 32)  # doctest: +SKIP
+        >>> len(state.mean), len(actions.mean)  # doctest: +SKIP
     """
     path = find_file(source, PROCESSOR)
     if path is None:

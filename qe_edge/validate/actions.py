@@ -193,9 +193,8 @@ def validate_actions(
         >>> report = validate_actions("my-pi0", Path("checkpoint"), None, "held_out.jsonl")  # doctest: +SKIP
         >>> report.quantized.worst  # doctest: +SKIP
     """
-    artifacts, notes = trace_artifacts(
-        original, model_name(original), checkpoint, onnx, [] if engines is None else [engines]
-    )
+    built = [] if engines is None else [engines]
+    artifacts, notes = trace_artifacts(original, model_name(original), checkpoint, onnx, built)
     every = load_evaluation(evaluation)
     samples = every[:limit]
     if not samples:
@@ -203,12 +202,6 @@ def validate_actions(
     notes += [LIMITED.format(count=len(samples))] if len(samples) < len(every) else []
     engine = None if engines is None else ActionEngine.load(engines, plugin_library=plugin_library)
     found = _measure(original, checkpoint, engine, samples, progress or Silent())
-    errors = {
-        name: action_errors(found.actions["original"], made)
-        for name, made in found.actions.items()
-        if name != "original"
-    }
-    apart = action_errors(found.actions["quantized"], found.actions["engine"]) if engine else None
     return ActionReport(
         qe_edge=VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -220,20 +213,31 @@ def validate_actions(
         source=evaluation,
         sha256=hash_samples(samples),
         steps=found.steps,
-        quantized=_summed(errors["quantized"]),
-        engine=_summed(errors["engine"]) if engine else None,
-        engine_to_quantized=None if apart is None else _summed(apart),
-        questions=[
-            ActionQuestion(
-                task=sample.question,
-                cameras=len(sample.pictures),
-                quantized=float(errors["quantized"][number]),
-                engine=float(errors["engine"][number]) if engine else None,
-            )
-            for number, sample in enumerate(samples)
-        ],
         notes=notes,
+        **_compared(found.actions, samples),
     )
+
+
+def _compared(actions: dict[str, np.ndarray], samples: Sequence[Sample]) -> dict[str, Any]:
+    """The errors of a report: of all questions, and one by one."""
+    quantized = action_errors(actions["original"], actions["quantized"])
+    engine = action_errors(actions["original"], actions["engine"]) if "engine" in actions else None
+    questions = [
+        ActionQuestion(
+            task=sample.question,
+            cameras=len(sample.pictures),
+            quantized=float(quantized[number]),
+            engine=None if engine is None else float(engine[number]),
+        )
+        for number, sample in enumerate(samples)
+    ]
+    apart = None if engine is None else _summed(action_errors(actions["quantized"], actions["engine"]))
+    return {
+        "quantized": _summed(quantized),
+        "engine": None if engine is None else _summed(engine),
+        "engine_to_quantized": apart,
+        "questions": questions,
+    }
 
 
 def action_errors(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:

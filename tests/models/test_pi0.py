@@ -160,7 +160,7 @@ def test_inputs_are_those_of_transformers(original: LoadedModel, folder: Path) -
 def test_pictures_of_all_shapes_to_the_last_bit() -> None:
     size = {"height": SIDE, "width": SIDE}
     ours = PI0ImageProcessorPil(pad_size=size, size={"max_height": SIDE, "max_width": SIDE})
-    for width, height in ((16, 16), (7, 5), (33, 100), (199, 40), (17, 16), (250, 16)):
+    for width, height in ((16, 16), (7, 5), (33, 100), (199, 40), (17, 16), (250, 16), (100, 37), (37, 100)):
         picture = noise(width, height)
         wanted = TorchPictures()([picture])["pixel_values"].numpy()
         assert np.array_equal(ours(images=[picture])["pixel_values"], wanted), (width, height)
