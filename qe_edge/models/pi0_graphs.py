@@ -16,6 +16,7 @@ from torch.export import Dim
 from qe_edge.models.family import Encoded, GraphSpec, ModelFamily, Profile
 from qe_edge.models.gemma3_graphs import merger_graph, visual_graph
 from qe_edge.models.robot import times
+from qe_edge.system.device import CPU
 
 MAX_BATCH = 4  # of engines; ONNX Runtime takes any
 TYPICAL_PROMPT, MAX_PROMPT = 816, 2304  # three and eight cameras of 256 tokens, with a task
@@ -36,7 +37,7 @@ class Written:
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """As a layer of transformers calls it."""
-        self.layers[layer] = (key, value)
+        self.layers[layer] = (key.to(CPU), value.to(CPU))  # of all batches they would fill a GPU
         return key, value
 
 
