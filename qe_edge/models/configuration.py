@@ -174,9 +174,7 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
     """Check what belongs together: heads and widths, token ids and vocabulary, tiles and patches."""
     facts = _Facts(source, error)
     acts = config.model_type == "pi0"
-    if acts:
-        _check_expert(config, facts)
-        config, values = config.vlm_config, values.get("vlm_config") or {}
+    config, values = _check_expert(config, values, facts) if acts else (config, values)
     if config.model_type in ENCODERS:
         vision: Any = config
     else:
@@ -214,8 +212,16 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         facts.divides(("a merged patch's size", merged), ("vision_config.image_size", vision.image_size))
 
 
-def _check_expert(config: Any, facts: _Facts) -> None:  # noqa: ANN401
-    """pi0: two Gemmas with layers that fit each other, since the expert reads the other one's keys and values."""
+def _check_expert(
+    config: Any,  # noqa: ANN401 - transformers' classes
+    values: dict[str, Any],
+    facts: _Facts,
+) -> tuple[Any, dict[str, Any]]:
+    """pi0: two Gemmas with layers that fit each other, since the expert reads the other one's keys and values.
+
+    Returns:
+        Configuration and table of its vision-language model.
+    """
     vlm, expert = config.vlm_config, config.dit_config
     facts.require(
         vlm.model_type == "paligemma" and expert.model_type == "gemma" and vlm.text_config.model_type == "gemma",
@@ -242,6 +248,7 @@ def _check_expert(config: Any, facts: _Facts) -> None:  # noqa: ANN401
         "max_state_dim, max_action_dim or chunk_size is below 1",
     )
     facts.require(0 < config.num_inference_steps <= 1000, f"num_inference_steps is {config.num_inference_steps}")
+    return vlm, values.get("vlm_config") or {}
 
 
 def _check_text(text: Any, values: dict[str, Any], facts: _Facts) -> None:  # noqa: ANN401
