@@ -108,3 +108,5 @@ CALIBRATION = [
     Sample((SQUARE, TALL), "pick the red shape", state=state(20), actions=recorded(20)),
     Sample(ODD, "open the box", state=state(21), actions=recorded(21)),
 ]
+TASK = Sample(SQUARE, "pick it", state=state(0))
+LINEARS = {"language": LAYERS * 7, "visual": 6, "merger": 1, "action": LAYERS * 7}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,25 @@ from transformers.models.pi0.processing_pi0 import PI0Processor
 
 import qe_edge
 from qe_edge.calibration.lines import read_line
-from qe_edge.calibration.sources import hash_samples
 from qe_edge.cli import main
-from qe_edge.cli.run_actions import read_state
-from qe_edge.demo import model_path
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.opening import open_graph
 from qe_edge.layers.linear import quantized_linears
-from qe_edge.models.configuration import load_family
 from qe_edge.models.export_limits import check_deployable
-from qe_edge.models.family import TEXT, Sample
+from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.models.pi0 import MAX_CAMERAS
 from qe_edge.models.pi0_processor import PI0ImageProcessorPil
 from qe_edge.models.quantized import load_quantized, save_quantized
-from qe_edge.models.samples import Turn
 from qe_edge.models.streaming import Streamer, chains_of, run_block
-from qe_edge.quantization.plan import make_plan
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import MODULES, make_recipe
 from qe_edge.runtime.actions import ActionEngine, noise_of
 from qe_edge.runtime.encoder import EncoderEngine
 from qe_edge.runtime.limits import EngineLimits
-from qe_edge.system.errors import ArtifactError, CalibrationError, CommonNotice, InputError, ModelError, RecipeError
+from qe_edge.system.errors import ArtifactError, CommonNotice, InputError, ModelError
 from qe_edge.validate import validate_actions
 from qe_edge.validate.actions import TorchActor, action_errors
 from tests.cli.running import Outcome, Run
@@ -55,19 +47,17 @@ from tests.models.pi0_models import (
     CALIBRATION,
     CASES,
     CHUNK,
-    LAYERS,
+    LINEARS,
     SIDE,
     STATISTICS,
     STEPS,
+    TASK,
     TOKENS,
     WIDTH,
     recorded,
     state,
     write,
 )
-
-LINEARS = {"language": LAYERS * 7, "visual": 6, "merger": 1, "action": LAYERS * 7}
-TASK = Sample(SQUARE, "pick it", state=state(0))
 
 
 @dataclass(frozen=True)
@@ -333,74 +323,6 @@ def test_run_prints_actions(made: Made, tmp_path: Path, cli: Run) -> None:
         assert problem in done.err
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"state": None}, "no state of the robot"),
-        ({"state": state(0)[:2]}, "state has 2 numbers; the model was trained on 5"),
-        ({"image": None}, "there is no picture"),
-        ({"image": (SQUARE,) * (MAX_CAMERAS + 1)}, f"There are {MAX_CAMERAS + 1} cameras"),
-        ({"marks": (3,)}, "Pictures stand before a task"),
-        ({"kind": TEXT}, "no running text"),
-        ({"earlier": (Turn("user", "go"), Turn("assistant", "no"))}, "no conversation"),
-        ({"actions": recorded(0)[:2]}, f"There are 2 actions of {ACTION} numbers; the model makes {CHUNK}"),
-        ({"question": "go " * 600}, "the model reads 505"),
-    ],
-)
-def test_samples_that_are_refused(original: LoadedModel, changes: dict[str, Any], problem: str) -> None:
-    with pytest.raises(InputError, match=problem):
-        original.family.encode(original.processor, [replace(TASK, origin="line 3", **changes)])
-
-
-@pytest.mark.parametrize("numbers", [[0.1, float("nan")], [float("inf")], ["1"], [True], [], "1,2", 3.0])
-def test_states_that_are_no_numbers(numbers: Any, tmp_path: Path) -> None:  # noqa: ANN401 - any value
-    with pytest.raises(InputError, match="list of finite numbers") as error:
-        Sample(SQUARE, "go", state=numbers)
-    line = json.dumps({"question": "go", "state": numbers})
-    with pytest.raises(CalibrationError, match=r"Line 4 of|JSON"):
-        read_line(line, tmp_path / "data.jsonl", 4)
-    assert error.value.remedy
-
-
-def test_other_models_refuse_a_state(tmp_path: Path) -> None:
-    demo = load_family(str(model_path()))
-    with pytest.raises(InputError, match="makes no actions"):
-        demo.encode(demo.load_processor(str(model_path())), [TASK])
-    with pytest.raises(InputError, match="different numbers of values"):
-        Sample(SQUARE, "go", state=[1], actions=[[1, 2], [3]])
-    line = '{"question": "go", "state": [1, 2.5], "actions": [[1], [2]]}'
-    sample = read_line(line, tmp_path / "data.jsonl", 1)
-    assert (sample.state, sample.actions) == ((1.0, 2.5), ((1.0,), (2.0,)))
-    others = (replace(sample, state=[1, 2]), replace(sample, actions=None), replace(sample, state=None))
-    assert len({hash_samples([one]) for one in (sample, *others)}) == 4
-    assert read_state("[1, -2]") == (1.0, -2.0)
-
-
-@pytest.mark.parametrize(
-    ("choices", "problem"),
-    [
-        ({"budget": {"bits": 4.25}}, "A budget needs a model that writes text"),
-        ({"method": "mbq"}, "'mbq' as it is set needs"),
-        ({"method": "quarot"}, "'quarot' as it is set needs"),
-        ({"method": "loaq"}, "'loaq' as it is set needs"),
-        ({"method": "dlqat"}, "'dlqat' as it is set needs"),
-        ({"head": "int4"}, "--head needs"),
-    ],
-)
-def test_what_rests_on_text_is_refused(folder: Path, choices: dict[str, Any], problem: str) -> None:
-    recipe = make_recipe(**{"method": "qe", "modules": ("language", "action"), **choices})
-    for work in (quantize, make_plan):
-        with pytest.raises(RecipeError, match=problem):
-            work(str(folder), recipe, CALIBRATION)
-
-
-def test_plan_counts_layers_and_what_is_kept(folder: Path) -> None:
-    recipe = make_recipe(method="rtn", modules=MODULES)
-    few, many = (make_plan(str(folder), recipe, CALIBRATION * count) for count in (8, 800))
-    assert len(few.layers) == sum(LINEARS.values())
-    assert many.memory_bytes - few.memory_bytes > 8 * LAYERS * 16 * 12 * 2 * (800 - 8)
-
-
 def test_other_doors_are_shut(made: Made, original: LoadedModel) -> None:
     with pytest.raises(ModelError, match="'deploy' has no answers"):
         check_deployable(original.family)
@@ -414,32 +336,6 @@ def test_other_doors_are_shut(made: Made, original: LoadedModel) -> None:
         made.engine.actions(encoded, np.zeros((1, CHUNK, ACTION), np.float32))
     with pytest.raises(InputError, match="1001 steps"):
         made.engine.act([TASK], steps=1001)
-
-
-@pytest.mark.parametrize(
-    ("file", "changes", "problem"),
-    [
-        ("processor_config.json", {"state_mean": None}, "state_mean"),
-        ("processor_config.json", {"state_std": [1.0, 0.0, 1.0, 1.0, 1.0]}, "state_std"),
-        ("processor_config.json", {"actions_std": [1.0]}, "actions_mean has 4 numbers and actions_std 1"),
-        ("processor_config.json", {"actions_mean": [0.0] * 9, "actions_std": [1.0] * 9}, "the model reads 8"),
-        ("preprocessor_config.json", {"do_pad": False}, "do_pad"),
-        ("preprocessor_config.json", {"pad_size": {"height": 32, "width": 16}}, "size and pad_size differ"),
-        ("config.json", {"chunk_size": 0}, "chunk_size"),
-        ("config.json", {"dit_config": {"head_dim": 32}}, "head_dim is 16 in vlm_config.text_config and 32"),
-        ("config.json", {"dit_config": {"num_hidden_layers": 3}}, "num_hidden_layers is 2"),
-    ],
-)
-def test_settings_that_do_not_fit(
-    folder: Path, file: str, changes: dict[str, Any], problem: str, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(folder, tmp_path / "model")
-    values = json.loads((copy / file).read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        values[key] = {**values[key], **value} if file == "config.json" and isinstance(value, dict) else value
-    (copy / file).write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ModelError, match=problem):
-        load_family(str(copy)).load_processor(str(copy))
 
 
 def test_graphs_for_gpus_compute_the_time_in_float32(made: Made) -> None:
