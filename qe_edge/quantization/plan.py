@@ -33,6 +33,7 @@ from qe_edge.quantization.head import head_of
 from qe_edge.quantization.job import BATCH
 from qe_edge.quantization.preflight import check_modules, check_predictions, check_shapes, note_groups
 from qe_edge.recipes.recipe import Recipe
+from qe_edge.system.parallel import gains_by_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only the read bits
 LIBRARIES = 480 * 2**20  # bytes that Python, torch and transformers take with the smallest model
 MASK_BYTES = 5  # of an attention mask per pair of tokens: kept as one byte, and as a float while a block computes
+SOLVER_WEIGHTS, SOLVER_GRAMS = 4, 2  # float32 matrices of a weight's shape, and of its Gram matrix's, at the peak
 SMALLEST_PATCH = 14  # pixels per side, of vision encoders without text
 
 
@@ -264,7 +266,8 @@ def _memory(
     for block in blocks:
         tokens, beside = (text, masks) if block.group in ("language", "action") else (patches, 0)
         width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
-        peak = max(peak, beside + 8 * tokens * width + _statistics(block, family, method, tokens))
+        work = _statistics(block, family, method, tokens) + _solving(block, family, method)
+        peak = max(peak, beside + 8 * tokens * width + work)
     return LIBRARIES + weights + pixels + peak + family.kept_bytes(text)
 
 
@@ -310,6 +313,25 @@ def _statistics(block: Block, family: ModelFamily, method: Method[Any], tokens: 
             total += 4 * width * min(tokens, max(request.tokens for request in requests))
             total += sum(4 * min(tokens, request.tokens) * request.important for request in requests)
     return total
+
+
+def _solving(block: Block, family: ModelFamily, method: Method[Any]) -> int:
+    """Bytes that solving the problems of a block takes beside their weights and statistics, if they need a Gram matrix.
+
+    A problem holds a few matrices of its weight's shape, and its damped Gram matrix and that one's factor.
+    """
+    alone = [0]
+    beside: list[int] = []
+    for group in linear_groups(block, family.siblings):
+        width = group.linears[0].in_features
+        outputs = [linear.out_features for linear in group.linears]
+        for members in group.problems(stacked=method.stack_siblings):
+            size = sum(outputs[member] for member in members)
+            request = method.request(size, width)
+            if request is not None and request.gram:
+                bytes_ = 4 * (SOLVER_WEIGHTS * size * width + SOLVER_GRAMS * width**2)
+                (beside if gains_by_one_thread(sum(outputs) * width) else alone).append(bytes_)
+    return max(*alone, sum(sorted(beside)[-torch.get_num_threads() :]))
 
 
 def _itemsize(family: ModelFamily) -> int:
