@@ -158,9 +158,9 @@ class FarBlocks(Generic[Result]):
             members.append(replace(member, weight=torch.empty(0)))
             own.append(problem)
         work = partial(solve_problems, self._method, own, self._solve)
-        self._sent.append(Sent(block, members, self._workers.submit(work)))
-        while len(self._sent) > self._workers.ahead + 1:
+        while len(self._sent) > self._workers.ahead:
             self._take()
+        self._sent.append(Sent(block, members, self._workers.submit(work)))
 
     def finish(self) -> None:
         """Wait for all blocks."""

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from qe_edge.layers.linear import quantized_linears
-from qe_edge.quantization.executors import open_workers
+from qe_edge.methods.checked import quantize_problem
+from qe_edge.models.family import Block
+from qe_edge.quantization.executors import FarBlocks, open_workers
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.quantization.ray_workers import RayWorkers, answer
 from qe_edge.quantization.run_record import current_environment
@@ -179,3 +181,36 @@ def test_where_no_cluster_is_the_address_is_said() -> None:
             open_workers(f"ray:{address}", make_recipe(method="rtn"), CPU),
         ):
             pass
+
+
+class Counting:
+    """Workers that note how many pieces of work are on their way."""
+
+    ahead = 2
+
+    def __init__(self) -> None:
+        self.waiting = self.most = 0
+
+    def submit(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+
+        def result() -> Any:  # noqa: ANN401 - as the work returns it
+            self.waiting -= 1
+            return work()
+
+        return result
+
+
+def test_blocks_on_their_way_are_few_and_come_back_in_order() -> None:
+    """Their weights and statistics are in memory until then."""
+    workers, method, seen = Counting(), make_recipe(method="rtn").build_method(), list[str]()
+    blocks = FarBlocks(workers, method, quantize_problem, lambda block, _solved: seen.append(block.name))
+    names = [f"layers.{number}" for number in range(7)]
+    for name in names:
+        blocks.send(Block(name, torch.nn.Identity(), group="language"), [])
+    assert workers.most == workers.ahead + 1
+    assert seen == names[:4]
+    blocks.finish()
+    assert seen == names
+    assert workers.waiting == 0
