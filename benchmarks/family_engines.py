@@ -36,7 +36,7 @@ from tests.models import pi0_models, test_decoders, test_vision_encoders
 from tests.models.conversations import noise
 from tests.models.families import GROUPS, SAMPLES
 
-HEADER = "| model | layers on the plugin: visual, merger, language |\n| --- | --- |"
+HEADER = "| model | layers on the plugin: visual, merger, language, action |\n| --- | --- |"
 
 
 @dataclass(frozen=True)
