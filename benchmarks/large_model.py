@@ -1,7 +1,7 @@
 """Time and memory of quantizing, exporting and building models in real shapes, and what whole models would take.
 
-    python benchmarks/large_model.py --sizes 2b 7b --layers 1 2
-    python benchmarks/large_model.py --sizes 2b --layers 1 2 28 --work FOLDER
+    python benchmarks/large_model.py --sizes 2b 7b --layers 2 4
+    python benchmarks/large_model.py --sizes 2b --layers 2 4 28 --work FOLDER
 
 The models are Qwen2-VL in the shapes of 2B, 7B and 72B, with random bfloat16 weights and only some of the language
 layers. Every stage is the command of a user, in a process of its own. Memory is the process's largest resident set,
@@ -221,7 +221,7 @@ def main() -> None:
     """Print the tables and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["2b", "7b"])
-    parser.add_argument("--layers", nargs="+", type=int, default=[1, 2], help="language layers, at least two numbers")
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 4], help="language layers, at least two numbers")
     parser.add_argument("--method", default="qe")
     parser.add_argument("--bits", type=float, help="budget of stored bits")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples (default: %(default)s)")
