@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from qe_edge.calibration.sources import load_evaluation
@@ -21,6 +22,9 @@ from qe_edge.models.quantized import save_quantized
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from tests.small_vlm import write_small_vlm
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine makes no test fail
+hypothesis.settings.load_profile("untimed")
 
 
 @dataclass(frozen=True)

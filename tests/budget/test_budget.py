@@ -69,7 +69,7 @@ OFFERS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(offers=OFFERS, bits=st.one_of(st.none(), st.floats(0.5, 16)), read=st.one_of(st.none(), st.floats(0.5, 16)))
 def test_the_allocation_is_the_best_of_all(offers: list[Offer], bits: float | None, read: float | None) -> None:
     named = {f"layer{index}": offer for index, offer in enumerate(offers)}

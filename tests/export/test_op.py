@@ -29,7 +29,7 @@ VARIANTS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     variants=st.lists(VARIANTS, min_size=1, max_size=3), act_bits=st.sampled_from([0, 6, 8]), seed=st.integers(0, 99)
 )

@@ -29,7 +29,7 @@ WEIGHTS = hnp.arrays(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weight=WEIGHTS, bits=st.sampled_from([2, 3, 4]), group=st.sampled_from([None, 16, 32]), symmetric=st.booleans())
 def test_weight_grid_equals_scalar_reference(weight: np.ndarray, bits: int, group: int | None, symmetric: bool) -> None:
     grid = WeightGrid(bits, group or PER_CHANNEL, symmetric)
@@ -42,7 +42,7 @@ def test_weight_grid_equals_scalar_reference(weight: np.ndarray, bits: int, grou
     assert np.abs(decoded - expected).max() <= 1.01 * scale
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weight=WEIGHTS, bits=st.sampled_from([2, 3, 4]), group=st.sampled_from([PER_CHANNEL, 16]), symmetric=st.booleans()
 )
@@ -53,7 +53,7 @@ def test_zero_entries_decode_to_exactly_zero(weight: np.ndarray, bits: int, grou
     assert (decoded[:, ::3] == 0).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weight=WEIGHTS, bits=st.sampled_from([3, 4]))
 def test_codes_fit_their_width(weight: np.ndarray, bits: int) -> None:
     for symmetric in (True, False):
@@ -88,7 +88,7 @@ def test_low_nibble_comes_first() -> None:
     assert pack_int4(torch.tensor([[1, -1]], dtype=torch.int8)).item() == 0xF1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=hnp.arrays(np.float32, (4, 32), elements=st.floats(-50, 50, width=32, allow_subnormal=False)),
     bits=st.sampled_from([6, 8]),

@@ -20,7 +20,7 @@ from qe_edge.system.errors import NumericalError
 from tests.layers import correlated_layer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bits=st.integers(2, 4),
     group=st.sampled_from([PER_CHANNEL, 16, 32]),

@@ -57,7 +57,7 @@ def pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pieces_are_the_whole(kind: str, data: st.DataObject) -> None:
     """Of any tokens: special ones, and parts of characters."""
     tokenizer = TOKENIZERS[kind]
@@ -68,7 +68,7 @@ def test_pieces_are_the_whole(kind: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_piece_has_half_a_character(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]
     found = pieces(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -107,7 +107,7 @@ def test_few_tokens_are_decoded_again() -> None:
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_text_ends_where_the_first_stop_string_begins(text: str, stops: list[str], size: int) -> None:
     """Whatever the pieces: a stop string that begins earlier wins only if it is whole first."""
     stopping = StopStrings(stops)

@@ -24,7 +24,7 @@ from qe_edge.system.errors import InputError
     st.integers(0, 40),
 )
 @example(0, 0.05, 0, 1.0, 0.0, 0)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_tokens_are_those_of_transformers(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float, suppressed: int
 ) -> None:
