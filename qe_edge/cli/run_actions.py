@@ -16,8 +16,9 @@ from qe_edge.models.configuration import load_family
 from qe_edge.models.family import Sample
 from qe_edge.models.robot import as_state
 from qe_edge.runtime.actions import ActionEngine, check_steps
-from qe_edge.runtime.manifest import ActionManifest, read_any_description
-from qe_edge.system.errors import ArtifactError, InputError
+from qe_edge.runtime.manifest import MANIFEST
+from qe_edge.system.errors import ArtifactError, InputError, QEError
+from qe_edge.system.json_files import read_json_table
 from qe_edge.system.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 else:
     run_in_torch = lazy_module("qe_edge.cli.run_in_torch")
 
+ACTION = "action"  # the graph that only they have
 DIGITS = 7  # of a printed number
 
 
@@ -32,7 +34,11 @@ def acts(folder: Path) -> bool:
     """Whether a folder that can be run is of a model that makes actions."""
     if is_checkpoint(folder):
         return load_family(str(folder), ArtifactError).acts
-    return isinstance(read_any_description(folder), ActionManifest)
+    try:
+        graphs = read_json_table(folder / MANIFEST).get("graphs")
+    except QEError:  # whoever opens it says what is wrong with it
+        return False
+    return isinstance(graphs, dict) and ACTION in graphs
 
 
 @dataclass(frozen=True)
