@@ -12,6 +12,7 @@ from qe_edge.cli.inputs import open_model
 from qe_edge.cli.outputs import check_disk, check_memory, check_output_folder
 from qe_edge.cli.plan_table import print_plan
 from qe_edge.models.quantized import RUN
+from qe_edge.quantization.executors import check_way
 from qe_edge.quantization.folder import quantize_to_folder
 from qe_edge.quantization.job import Job, make_job
 from qe_edge.quantization.plan import make_plan
@@ -36,6 +37,7 @@ def write_checkpoint(
     model: str, recipe: Recipe, output: Path, *, device: str, executor: str, resume: bool, overwrite: bool
 ) -> bool:
     """Quantize with progress on stderr; `overwrite` throws an unfinished run away. False if nothing was left to do."""
+    check_way(executor, recipe, device)
     with hold(output):
         check_checkpoint_output(output, overwrite=overwrite, resume=resume)
         job = make_job(open_model(model), recipe)

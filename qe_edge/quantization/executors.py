@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,9 +15,9 @@ import torch
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.models.family import Block
 from qe_edge.quantization.problems import Member, Solve
-from qe_edge.quantization.ray_workers import ray_workers
+from qe_edge.quantization.ray_workers import import_ray, ray_workers
 from qe_edge.recipes.recipe import Recipe
-from qe_edge.system.device import CPU
+from qe_edge.system.device import CPU, choose_device
 from qe_edge.system.errors import RecipeError, TargetError, UnknownNameError
 from qe_edge.system.parallel import map_layers
 
@@ -54,32 +55,29 @@ def check_executor(name: str) -> None:
             ...
         qe_edge.system.errors.UnknownNameError: There is no executor 'dask'. Known: local, ray, ray:ADDRESS.
     """
-    if name not in (LOCAL, RAY) and not name.startswith(f"{RAY}:"):
+    if not re.fullmatch(rf"{LOCAL}|{RAY}(:.+)?", str(name)):
         raise UnknownNameError("executor", name, [LOCAL, RAY, f"{RAY}:ADDRESS"])
 
 
-@contextmanager
-def open_workers(name: str, recipe: Recipe, device: torch.device) -> Iterator[Workers | None]:
-    """The workers of an executor; None where the work is done here.
+def check_way(name: str, recipe: Recipe, device: str) -> None:
+    """Refuse an executor that cannot do a recipe. No cluster is asked.
 
     Args:
         name: As `check_executor` takes it.
         recipe: The recipe, whose blocks must not depend on each other.
-        device: Where blocks are computed.
+        device: As of `qe_edge.quantize`.
 
     Raises:
+        UnknownNameError: If there is no such executor.
         RecipeError: If a block of the recipe needs the ones before it.
-        TargetError: If Ray is not installed or does not answer, or if blocks are computed on a GPU.
+        TargetError: If Ray is not installed, or if blocks are computed on a GPU.
 
     Example:
         >>> from qe_edge.recipes.recipe import make_recipe
-        >>> with open_workers("local", make_recipe(method="rtn"), CPU) as workers:
-        ...     print(workers)
-        None
+        >>> check_way("local", make_recipe(method="loaq"), "cpu")
     """
     check_executor(name)
     if name == LOCAL:
-        yield None
         return
     method = recipe.build_method()
     if recipe.flow == "sequential" or method.sees_both_models or method.trains_model:
@@ -88,13 +86,26 @@ def open_workers(name: str, recipe: Recipe, device: torch.device) -> Iterator[Wo
             "workers would wait for each other.",
             "Leave out --executor, or choose a method with flow: parallel.",
         )
-    if device != CPU:
+    chosen = choose_device(device)
+    if chosen != CPU:
         raise TargetError(
-            f"Workers compute on CPUs, and --device is {device}.", "Choose --device cpu, or leave out --executor."
+            f"Workers compute on CPUs, and the device is {chosen}.", "Choose --device cpu, or leave out --executor."
         )
-    opened: AbstractContextManager[Workers] = ray_workers(name.removeprefix(RAY).removeprefix(":"))
-    with opened as workers:
-        yield workers
+    import_ray()
+
+
+def open_workers(name: str) -> AbstractContextManager[Workers | None]:
+    """The workers of an executor that was checked; None where the work is done here.
+
+    Raises:
+        TargetError: If no cluster answers.
+
+    Example:
+        >>> with open_workers("local") as workers:
+        ...     print(workers)
+        None
+    """
+    return nullcontext() if name == LOCAL else ray_workers(name.removeprefix(RAY).removeprefix(":"))
 
 
 @dataclass(frozen=True)
@@ -151,13 +162,14 @@ class FarBlocks(Generic[Result]):
         self._done = done
         self._sent: deque[Sent[Result]] = deque()
 
-    def send(self, block: Block, problems: Iterable[tuple[Member, LinearProblem]]) -> None:
-        """Send the problems of a block. As many blocks are on their way as keep the workers busy, and one more."""
-        members, own = [], []
-        for member, problem in problems:
-            members.append(replace(member, weight=torch.empty(0)))
-            own.append(problem)
-        work = partial(solve_problems, self._method, own, self._solve)
+    def send(self, block: Block, groups: Iterable[Sequence[tuple[Member, LinearProblem]]]) -> None:
+        """Send the problems of a block's groups. As many blocks are on their way as there are workers, and one more."""
+        members: list[Member] = []
+        problems: list[list[LinearProblem]] = []
+        for group in groups:
+            members += [replace(member, weight=torch.empty(0)) for member, _ in group]
+            problems.append([problem for _, problem in group])
+        work = partial(solve_groups, self._method, problems, self._solve)
         while len(self._sent) > self._workers.ahead:
             self._take()
         self._sent.append(Sent(block, members, self._workers.submit(work)))
@@ -172,8 +184,8 @@ class FarBlocks(Generic[Result]):
         self._done(sent.block, list(zip(sent.members, sent.solved(), strict=True)))
 
 
-def solve_problems(method: Method[Any], problems: Sequence[LinearProblem], solve: Solve[Result]) -> list[Result]:
-    """Solve problems as `Problems.each` does: large ones in turn, the others side by side.
+def solve_groups(method: Method[Any], groups: Sequence[Sequence[LinearProblem]], solve: Solve[Result]) -> list[Result]:
+    """Solve problems with as many threads as `Problems.each` would: large groups in turn, the others side by side.
 
     Example:
         >>> import torch
@@ -181,9 +193,12 @@ def solve_problems(method: Method[Any], problems: Sequence[LinearProblem], solve
         >>> from qe_edge.methods.rtn import RoundToNearest
         >>> from qe_edge.numerics.schemes import get_scheme
         >>> problem = LinearProblem("mlp", torch.ones(4, 8), get_scheme("w4a8"), statistics=None, seed=0)
-        >>> solve_problems(RoundToNearest(MethodOptions()), [problem], lambda method, one: one.name)
+        >>> solve_groups(RoundToNearest(MethodOptions()), [[problem]], lambda method, one: one.name)
         ['mlp']
     """
-    sizes = [(number, one.weight.numel(), one.weight.shape[1]) for number, one in enumerate(problems)]
-    found = dict(map_layers(lambda number: solve(method, problems[number]), sizes))
-    return [found[number] for number in range(len(problems))]
+    sizes = [
+        (number, sum(one.weight.numel() for one in group), group[0].weight.shape[1])
+        for number, group in enumerate(groups)
+    ]
+    found = dict(map_layers(lambda number: [solve(method, one) for one in groups[number]], sizes))
+    return [result for number in range(len(groups)) for result in found[number]]

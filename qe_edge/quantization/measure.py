@@ -171,7 +171,7 @@ def _offers(
             if before:
                 known(block, before)
             elif far:
-                far.send(block, problems.of_groups(groups, collectors))
+                far.send(block, (list(problems.of_group(group, collectors)) for group in groups))
             else:
                 done(block, list(problems.each(groups, collectors, candidates_of)))
     if far:

@@ -155,18 +155,11 @@ class Problems:
     def of_group(
         self, group: LinearGroup, collectors: dict[nn.Module, StatisticsCollector]
     ) -> Iterator[tuple[Member, LinearProblem]]:
-        """The problems of a group, whose collector is taken out of `collectors`."""
+        """The problems of a group, one at a time; its collector is taken out of `collectors`."""
         collector = collectors.pop(group.linears[0], None)
         measured = collector.finish() if collector else None
         for number, member in enumerate(self.members(group)):
             yield member, self.problem(member, measured[number] if measured else None)
-
-    def of_groups(
-        self, groups: list[LinearGroup], collectors: dict[nn.Module, StatisticsCollector]
-    ) -> Iterator[tuple[Member, LinearProblem]]:
-        """The problems of groups, in their order."""
-        for group in groups:
-            yield from self.of_group(group, collectors)
 
     def problem(self, member: Member, statistics: InputStatistics | None) -> LinearProblem:
         """The linear problem of a member, with all its statistics."""

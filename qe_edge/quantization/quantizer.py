@@ -26,7 +26,7 @@ from qe_edge.models.precision import make_float32
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.streaming import Chain
 from qe_edge.quantization.embedding import embedding_of, quantize_embedding
-from qe_edge.quantization.executors import LOCAL, FarBlocks, Solved, Workers, check_executor, open_workers
+from qe_edge.quantization.executors import LOCAL, FarBlocks, Solved, Workers, check_way, open_workers
 from qe_edge.quantization.head import head_of, quantize_head
 from qe_edge.quantization.job import Job, encoded_batches, make_job
 from qe_edge.quantization.measure import measure, needs_gradients
@@ -100,7 +100,7 @@ def quantize(  # noqa: PLR0913 - an argument for every choice
         rank_shared=0, experts=0x0)
     """
     choose_device(device)  # a wrong name is refused before samples are drawn
-    check_executor(executor)
+    check_way(executor, recipe, device)
     job = make_job(model, recipe, calibration)
     keywords: dict[str, Any] = {"device": device, "executor": executor, "progress": progress}
     loaded = run_job(job, work=work, resume=resume, on_disk=on_disk, **keywords)
@@ -129,6 +129,7 @@ def run_job(
     """
     on_disk = on_disk and work is not None
     chosen_device = choose_device(device)
+    check_way(executor, job.recipe, device)
     loaded = load_outside_blocks(job.model) if isinstance(job.model, str) else job.model
     chosen = _checked_blocks(loaded, job)
     gradients = needs_gradients(job.recipe, job.recipe.build_method(), chosen)
@@ -142,7 +143,7 @@ def run_job(
             folder = held.enter_context(WorkFolder.open(work, run, resume=resume).removed_if_useless())
         if job.recipe.rotates:
             rotate_language_model(loaded, job.recipe.seed)
-        workers = held.enter_context(open_workers(executor, job.recipe, chosen_device))
+        workers = held.enter_context(open_workers(executor))
         with track(progress or Silent(), "Quantizing", total) as tracked, fitting(chosen_device, LAYER, SMALLER):
             _quantize_blocks(loaded, job, folder, tracked, chosen_device, workers, on_disk=on_disk)
     if job.recipe.embedding != "none":
@@ -307,7 +308,7 @@ def _send_block(
         _set_layers(walk, block, finished)
         done(block)
     else:
-        far.send(block, problems.of_groups(groups, collectors))
+        far.send(block, (list(problems.of_group(group, collectors)) for group in groups))
         walk.restore_block(block)
 
 

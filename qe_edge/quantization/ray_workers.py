@@ -8,7 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,7 +71,7 @@ class RayWorkers:
         """Begin a piece of work.
 
         Raises:
-            TargetError: When its result is asked for, if the worker computes otherwise.
+            TargetError: When its result is asked for, if the worker lacks QE-Edge or computes otherwise.
             ResourceError: Likewise, if the worker was lost, and those that tried again too.
             QEError: As the work raises.
         """
@@ -78,8 +81,14 @@ class RayWorkers:
     def _result(self, waiting: object) -> Any:  # noqa: ANN401 - as the work returns it
         try:
             found = self._ray.get(waiting)
-        except self._ray.exceptions.RayTaskError:
-            raise  # a fault of ours: with its traceback
+        except self._ray.exceptions.RayTaskError as error:
+            lacking = re.search(r"No module named '[\w.]+'|failed to import", str(error))
+            if lacking is None:
+                raise  # a fault of ours: with its traceback
+            raise TargetError(
+                f"A worker of Ray cannot load QE-Edge: {lacking[0]}.",
+                f"Install QE-Edge {VERSION} with the extra 'quantize' on every machine of the cluster.",
+            ) from error
         except self._ray.exceptions.RayError as error:
             raise ResourceError(
                 f"A worker of Ray was lost {TRIES + 1} times: {reason(error)}.",
@@ -129,6 +138,24 @@ def answer(work: bytes, environment: dict[str, object]) -> Answer:
     return Answer(result, error, notices)
 
 
+def import_ray() -> Any:  # noqa: ANN401 - an optional package
+    """The module.
+
+    Raises:
+        TargetError: If it is not installed.
+
+    Example:
+        >>> import_ray().__name__  # doctest: +SKIP
+        'ray'
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    try:
+        import ray  # noqa: PLC0415 - an optional package
+    except ImportError as error:
+        raise TargetError("Ray is not installed.", INSTALL) from error
+    return ray
+
+
 @contextmanager
 def ray_workers(address: str) -> Iterator[RayWorkers]:
     """Workers of the cluster at an address, or of one that is started here and stopped at the end if it is empty.
@@ -141,19 +168,16 @@ def ray_workers(address: str) -> Iterator[RayWorkers]:
         ...     workers.submit(list)()
         []
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    try:
-        import ray  # noqa: PLC0415 - an optional package
-    except ImportError as error:
-        raise TargetError("Ray is not installed.", INSTALL) from error
+    ray = import_ray()
     try:
         _reach(address)
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if not address else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _own_signals():
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if not address else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except Exception as error:  # Ray raises a dozen kinds
         raise TargetError(
             f"No cluster of Ray answers at '{address or 'this machine'}': {reason(error)}.",
@@ -164,6 +188,18 @@ def ray_workers(address: str) -> Iterator[RayWorkers]:
         yield RayWorkers(ray)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what this process does when it is asked to stop: Ray would abort on SIGTERM."""
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for sign, handler in before.items():
+                signal.signal(sign, handler or signal.SIG_DFL)
 
 
 def _reach(address: str) -> None:
