@@ -102,16 +102,23 @@ sys.exit(code)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_predicted_memory_is_that_of_a_streamed_model(tmp_path: Path) -> None:
-    """The blocks of this model are 400 MB; in memory as a whole they would exceed the prediction."""
-    model = write_small_llama(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12)
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        ("rtn", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}),
+        ("gptq", {"hidden_size": 256, "intermediate_size": 6144, "num_hidden_layers": 1}),
+    ],
+)
+def test_predicted_memory_is_that_of_a_run(method: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    """The first model's blocks are 400 MB together, and its run holds one; solving takes half of the second's."""
+    model = write_small_llama(tmp_path / "model", **sizes)
     data = tmp_path / "text.jsonl"
     data.write_text('{"text": "A few words."}\n', encoding="utf-8")
-    words = [str(model), "--method", "rtn", "--calibration", str(data), "-o", str(tmp_path / "checkpoint")]
+    words = [str(model), "--method", method, "--calibration", str(data), "-o", str(tmp_path / "checkpoint")]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, "quantize", *words], capture_output=True, text=True, check=True
     )
-    recipe = make_recipe(method="rtn", calibration={"source": str(data)})
+    recipe = make_recipe(method=method, calibration={"source": str(data)})
     plan = make_plan(str(model), recipe, load_samples(str(data)))
     assert 1024 * int(done.stdout.splitlines()[-1]) == pytest.approx(plan.memory_bytes, rel=0.25)
 
