@@ -26,7 +26,8 @@ from qe_edge.models.family import ModelFamily
 from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard
 from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files
-from qe_edge.models.stored import Source, StoredWeights, placeholder, read_tensors
+from qe_edge.models.stored import Source, StoredWeights, placeholder, read_tensors, same_tensor
+from qe_edge.models.tables import tables_of
 from qe_edge.models.weight_files import check_links, folder_weights, weight_headers
 from qe_edge.system.errors import CommonNotice, ModelError, QENotice, ResourceError
 from qe_edge.system.json_files import read_json_table
@@ -150,7 +151,9 @@ def check_exact(source: str, family: ModelFamily) -> dict[str, Stored]:
 
 
 def load_outside_blocks(reference: str) -> LoadedModel:
-    """Load a model exactly, without the weights of its blocks, which are read from their files when needed.
+    """Load a model exactly, without the weights of its blocks, its embedding and its head.
+
+    They are read from their files when they are needed.
 
     If transformers changes the tensors of a checkpoint, beyond renaming them, the whole model is loaded.
 
@@ -173,10 +176,11 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     _note_narrowed(source, sources)
     key_at = {tensor.data_ptr(): key for key, tensor in given.items()}
     blocks = family.blocks(model)
+    streamed = {block.name: block.module for block in blocks} | tables_of(model)
     inside = {
-        f"{block.name}.{name}": key_at.get(tensor.data_ptr())
-        for block in blocks
-        for name, tensor in block.module.state_dict().items()
+        f"{path}.{name}": key_at.get(tensor.data_ptr())
+        for path, module in streamed.items()
+        for name, tensor in module.state_dict().items()
     }
     if None in inside.values():
         changed = next(name for name, key in inside.items() if key is None)
@@ -189,17 +193,42 @@ def load_outside_blocks(reference: str) -> LoadedModel:
         )
         check_memory(source, "auto")
         return _load_whole(source, family, "auto")
-    _check_memory_outside(model, [block.module for block in blocks])
-    del model, blocks
+    _check_memory_outside(model, list(streamed.values()))
     keys = {name: key for name, key in inside.items() if key is not None}
-    streamed = set(keys.values())
-    outside = read_tensors({key: stored.place for key, stored in sources.items() if key not in streamed})
+    if _ties(family.config):
+        _share_equal_head(tables_of(model), keys, sources, given)
+    del model, blocks, streamed
+    later = set(keys.values())
+    outside = read_tensors({key: stored.place for key, stored in sources.items() if key not in later})
     model = _from_pretrained(source, family, "auto", {key: outside.pop(key, given[key]) for key in given})
     note_own_head(model, family)
     stored = StoredWeights(
         {name: sources[key].place for name, key in keys.items()}, {name: given[key] for name, key in keys.items()}
     )
     return LoadedModel(model, family, family.load_processor(source), source, stored)
+
+
+def _ties(config: Any) -> bool:  # noqa: ANN401 - transformers' configuration classes
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+
+
+def _share_equal_head(
+    tables: Mapping[str, nn.Module],
+    keys: dict[str, str],
+    sources: Mapping[str, Stored],
+    given: dict[str, torch.Tensor],
+) -> None:
+    """Let a head be its embedding where the files hold the same numbers twice.
+
+    transformers ties the two if config.json says so and they are equal, and placeholders never are.
+    """
+    names = [f"{name}.weight" for name in tables]
+    for embedding, head in zip(names[:-1], names[-1:], strict=False):
+        one, other = sources[keys[embedding]], sources[keys[head]]
+        if one != other and one.shape == other.shape and same_tensor(one.place, other.place):
+            del given[keys[head]]
+            keys[head] = keys[embedding]
+            return
 
 
 def _load_placeholders(
@@ -340,15 +369,15 @@ def check_memory(source: str, dtype: torch.dtype | str) -> None:
     check_free(size * (2 if dtype == torch.float32 else 1))
 
 
-def _check_memory_outside(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Refuse a model whose parts outside the blocks, with the largest block, exceed the free memory in float32.
+def _check_memory_outside(model: nn.Module, streamed: Sequence[nn.Module]) -> None:
+    """Refuse a model whose parts that are not streamed, with the largest streamed one, exceed the free memory.
 
     Raises:
-        ResourceError: If it does.
+        ResourceError: If they do, in float32.
     """
-    inside = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
+    inside = {id(parameter): parameter.numel() for module in streamed for parameter in module.parameters()}
     outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
-    largest = max((sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=0)
+    largest = max((sum(parameter.numel() for parameter in module.parameters()) for module in streamed), default=0)
     check_free(4 * (outside + largest))
 
 

@@ -65,6 +65,20 @@ def read_tensors(sources: Mapping[str, Source]) -> dict[str, Tensor]:
     return found
 
 
+def same_tensor(one: Source, other: Source) -> bool:
+    """Whether two places hold the same numbers. Neither tensor is in memory as a whole.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> save_file({"a": torch.ones(2), "b": torch.ones(2), "c": torch.zeros(2)}, "model.safetensors")
+        >>> a, b, c = (Source(Path("model.safetensors"), key) for key in "abc")
+        >>> same_tensor(a, b), same_tensor(a, c)
+        (True, False)
+    """
+    with safe_open(one.path, framework="pt") as file, safe_open(other.path, framework="pt") as beside:
+        return torch.equal(file.get_tensor(one.key), beside.get_tensor(other.key))
+
+
 class StoredWeights:
     """The files that a model's tensors lie in, and the tensors that are not in memory now.
 
@@ -94,7 +108,7 @@ class StoredWeights:
         # kept, so that no other tensor gets the address of one
         self._placeholders = {(name, tensor.dtype): tensor.detach() for name, tensor in (placeholders or {}).items()}
         self._addresses = {tensor.data_ptr() for tensor in self._placeholders.values()}
-        self._changes: dict[str, list[Change]] = {}
+        self._changes: dict[Source, list[Change]] = {}  # a tensor may have several names in the model
 
     def is_absent(self, tensor: Tensor) -> bool:
         """Whether a tensor of the model is a placeholder."""
@@ -106,10 +120,34 @@ class StoredWeights:
             return tensor.detach()
         return self._read([name])[name].to(tensor.dtype)
 
+    def rows(self, name: str, tensor: Tensor, numbers: Tensor) -> Tensor:
+        """Some rows of a tensor, without reading the others. Its changes, if any, have to change each row alone.
+
+        Args:
+            name: Full name of the tensor.
+            tensor: The tensor `[rows, ...]`, or its placeholder.
+            numbers: `[n]` int64.
+
+        Example:
+            >>> from safetensors.torch import save_file
+            >>> save_file({"weight": torch.eye(3)}, "model.safetensors")
+            >>> layer = nn.Embedding(3, 3)
+            >>> stored = StoredWeights({"layer.weight": Source(Path("model.safetensors"), "weight")})
+            >>> stored.release("layer", layer)
+            >>> stored.rows("layer.weight", layer.weight, torch.tensor([2, 0])).tolist()
+            [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+        """
+        if not self.is_absent(tensor):
+            return tensor.detach()[numbers]
+        source = self._sources[name]
+        with safe_open(source.path, framework="pt") as file:
+            found: Tensor = file.get_tensor(source.key)[numbers]
+        return self._changed(source, found).to(tensor.dtype)
+
     def change(self, name: str, tensor: Tensor, change: Change) -> None:
         """Change a tensor of the model, now or whenever it is read from its file from now on."""
         if name in self._sources:
-            self._changes.setdefault(name, []).append(change)
+            self._changes.setdefault(self._sources[name], []).append(change)
         if not self.is_absent(tensor):
             tensor.data = change(tensor.detach())
 
@@ -123,7 +161,8 @@ class StoredWeights:
         Returns:
             Those that were not there, by full name.
         """
-        absent = {full: tensor for full, tensor in _tensors(name, module).items() if self.is_absent(tensor)}
+        tensors = {id(tensor): (full, tensor) for full, tensor in _tensors(name, module).items()}  # each once
+        absent = {full: tensor for full, tensor in tensors.values() if self.is_absent(tensor)}
         found = self._read(absent)
         for full, tensor in absent.items():
             tensor.data = found.pop(full).to(tensor.dtype)
@@ -145,16 +184,16 @@ class StoredWeights:
     def wrote(self, sources: Mapping[str, Source]) -> None:
         """Note the files that now hold tensors of the model in their final form, so that they can be released."""
         self._sources |= sources
-        for name in sources:
-            self._changes.pop(name, None)
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors from their files, changed as they are to be."""
         found = read_tensors({name: self._sources[name] for name in names})
-        for name in found:
-            for change in self._changes.get(name, ()):
-                found[name] = change(found[name])
-        return found
+        return {name: self._changed(self._sources[name], tensor) for name, tensor in found.items()}
+
+    def _changed(self, source: Source, tensor: Tensor) -> Tensor:
+        for change in self._changes.get(source, ()):
+            tensor = change(tensor)
+        return tensor
 
     def _release(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():

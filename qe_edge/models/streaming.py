@@ -153,7 +153,8 @@ def fast_products(block: nn.Module, narrow: Collection[nn.Module] = ()) -> Itera
 
     Those of layers in `narrow`, whose weights are bfloat16 in the model's files, are computed from bfloat16 inputs, as
     the model itself does, where the processor multiplies them (twice as fast); the others by numpy's BLAS (torch's is
-    half as fast on some processors). There are no gradients.
+    half as fast on some processors). A weight of another type than the inputs stays as it is: a product makes a copy of
+    its own. There are no gradients.
 
     Example:
         >>> layer = nn.Linear(256, 256, dtype=torch.bfloat16)
@@ -170,18 +171,18 @@ def fast_products(block: nn.Module, narrow: Collection[nn.Module] = ()) -> Itera
 
 def _fast_linear(linear: nn.Linear, *, narrow: bool) -> Callable[[Tensor], Tensor]:
     weight = linear.weight.detach()
-    in_bfloat16 = weight.bfloat16() if narrow and weight.device == CPU else None
 
     def forward(x: Tensor) -> Tensor:
-        float_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device == weight.device == CPU
+        float_on_cpu = x.dtype == torch.float32 and x.device == weight.device == CPU
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
         if not float_on_cpu or x.numel() * len(weight) < LARGE_PRODUCT:
-            return nn.functional.linear(x, weight, linear.bias)
-        if in_bfloat16 is not None:
-            y = nn.functional.linear(x.reshape(-1, x.shape[-1]).bfloat16(), in_bfloat16).float()
+            return nn.functional.linear(x, weight.to(x.dtype), bias)
+        if narrow:
+            y = nn.functional.linear(x.reshape(-1, x.shape[-1]).bfloat16(), weight.bfloat16()).float()
         else:
-            y = torch.from_numpy(x.detach().reshape(-1, x.shape[-1]).numpy() @ weight.numpy().T)
-        if linear.bias is not None:
-            y += linear.bias
+            y = torch.from_numpy(x.detach().reshape(-1, x.shape[-1]).numpy() @ weight.float().numpy().T)
+        if bias is not None:
+            y += bias
         return y.reshape(*x.shape[:-1], -1)
 
     return forward

@@ -122,10 +122,10 @@ def decode_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor
         tensor([[ 0.5000, -1.0000,  4.0000,  6.0000]])
     """
     out_features, in_features = codes.shape
-    grouped = codes.float().reshape(out_features, scales.shape[1], -1)
+    grouped = codes.to(torch.float32, copy=True).reshape(out_features, scales.shape[1], -1)
     if zeros is not None:
-        grouped = grouped - zeros.float().unsqueeze(-1)
-    return (grouped * scales.float().unsqueeze(-1)).reshape(out_features, in_features)
+        grouped -= zeros.float().unsqueeze(-1)
+    return grouped.mul_(scales.float().unsqueeze(-1)).reshape(out_features, in_features)
 
 
 def quantize_weight(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:

@@ -59,7 +59,7 @@ def quantize_embedding(loaded: LoadedModel, recipe: Recipe) -> None:
     """Replace the token embedding by rows of INT8 codes, in place. The head is replaced before, if at all.
 
     Args:
-        loaded: The model; its embedding is in memory.
+        loaded: The model.
         recipe: The recipe.
 
     Raises:
@@ -74,5 +74,7 @@ def quantize_embedding(loaded: LoadedModel, recipe: Recipe) -> None:
         QuantizedEmbedding(512, 256, bits=8)
     """
     name, embedding = embedding_of(loaded.model, recipe)
-    set_module(loaded.model, name, QuantizedEmbedding.of(embedding))
+    with loaded.stored.held(name, embedding):
+        rounded = QuantizedEmbedding.of(embedding)
+    set_module(loaded.model, name, rounded)
     note_own_head(loaded.model, loaded.family)

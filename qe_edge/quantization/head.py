@@ -52,7 +52,7 @@ def quantize_head(loaded: LoadedModel, grid: WeightGrid, hidden: Sequence[Tensor
     other layers.
 
     Args:
-        loaded: The model; its head is in memory.
+        loaded: The model.
         grid: Grid of the weight.
         hidden: Output of the last decoder layer for every batch of samples, `[batch, sequence, hidden]`.
         valid: Mask of every batch, `[batch, sequence]`, 0 on padding.
@@ -70,7 +70,7 @@ def quantize_head(loaded: LoadedModel, grid: WeightGrid, hidden: Sequence[Tensor
     """
     name, head = head_of(loaded.model)
     hessian = Hessian(_gram(loaded.model, hidden, valid))
-    weight = head.weight.detach()
+    weight = loaded.stored.value(f"{name}.weight", head.weight)
     parts = [
         gptq_round(weight[start : start + ROWS].float(), hessian, grid, DAMPING, clip=True)
         for start in range(0, len(weight), ROWS)

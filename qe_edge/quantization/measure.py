@@ -88,7 +88,8 @@ def measure(
     )
     if left is None:
         return measured
-    offers = _offers(walk, Problems(recipe, method, walk.device, measured), folder, progress, workers)
+    problems = Problems(recipe, method, walk.device, measured, walk.loaded.stored)
+    offers = _offers(walk, problems, folder, progress, workers)
     return replace(measured, choices=allocate(offers, left))
 
 

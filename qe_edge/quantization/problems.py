@@ -17,6 +17,7 @@ from qe_edge.calibration.sensitivity import Sensitivity
 from qe_edge.calibration.statistics import InputStatistics, StatisticsCollector, StatisticsRequest
 from qe_edge.methods import LinearProblem, Method
 from qe_edge.models.groups import LinearGroup
+from qe_edge.models.stored import StoredWeights
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.system.device import CPU
 from qe_edge.system.parallel import map_layers
@@ -84,6 +85,7 @@ class Problems:
         method: Its method.
         device: Device that computes blocks.
         measured: Measurements of the original model.
+        stored: Weights that are in files, and are read when their problem's turn comes.
 
     Example:
         >>> from qe_edge.models.groups import linear_groups
@@ -98,12 +100,20 @@ class Problems:
         (3, (384, 256))
     """
 
-    def __init__(self, recipe: Recipe, method: Method[Any], device: torch.device, measured: Measured) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method[Any],
+        device: torch.device,
+        measured: Measured,
+        stored: StoredWeights | None = None,
+    ) -> None:
         self.recipe = recipe
         self.method = method
         self.device = device
         self.at_work = device if method.on_device else CPU  # where problems are solved
         self.measured = measured
+        self.stored = stored or StoredWeights()
 
     def collectors(self, groups: list[LinearGroup]) -> dict[nn.Module, StatisticsCollector]:
         """One collector per shared input, by the layer at which it listens; none if the method wants no statistics."""
@@ -131,11 +141,16 @@ class Problems:
 
     def members(self, group: LinearGroup) -> list[Member]:
         """Every linear problem of a group: one of all layers stacked, or one per layer."""
-        weights = [linear.weight.detach().float() for linear in group.linears]
         found = []
         for numbers in group.problems(stacked=self.method.stack_siblings):
-            weight, factors = torch.cat([weights[number] for number in numbers]), self._factors(group, numbers)
-            found.append(Member(group, numbers, weight if factors is None else weight * factors.unsqueeze(1), factors))
+            outputs = [group.linears[number].out_features for number in numbers]
+            weight, factors = torch.empty(sum(outputs), group.linears[0].in_features), self._factors(group, numbers)
+            for number, part in zip(numbers, weight.split(outputs), strict=True):
+                name = f"{group.names[number]}.weight"
+                part.copy_(self.stored.value(name, group.linears[number].weight))
+            if factors is not None:
+                weight *= factors.unsqueeze(1)
+            found.append(Member(group, numbers, weight, factors))
         return found
 
     def each(

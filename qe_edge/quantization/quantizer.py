@@ -24,6 +24,7 @@ from qe_edge.models.groups import linear_groups, set_module
 from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.precision import make_float32
 from qe_edge.models.rotation import rotate_language_model
+from qe_edge.models.stored import StoredWeights
 from qe_edge.models.streaming import Chain
 from qe_edge.quantization.embedding import embedding_of, quantize_embedding
 from qe_edge.quantization.executors import LOCAL, FarBlocks, Solved, Workers, check_way, open_workers
@@ -192,7 +193,7 @@ def _quantize_blocks(
     rotation = rotation_bits(loaded.model)  # in its own precision, before the walk makes it float32
     walk = BlockWalk(loaded, recipe.modules, batches, device, to_the_end=recipe.head_grid is not None)
     measured = measure(walk, recipe, method, rotation, folder, progress, workers)
-    problems = Problems(recipe, method, device, measured)
+    problems = Problems(recipe, method, device, measured, loaded.stored)
     both = SideBySide(walk, problems) if method.sees_both_models else None
 
     def done(block: Block) -> None:
@@ -246,15 +247,15 @@ def _quantize_block(
 ) -> None:
     """Put quantized layers into one block, from the work folder if it has them, and hand its outputs on."""
     loaded = walk.loaded
-    loaded.stored.read(block.name, block.module)
-    make_float32(block.module.modules())
+    walk.make_ready(block)
     groups = linear_groups(block, loaded.family.siblings)
     finished = folder.load(block.name) if folder else None
 
     if both:
+        make_float32(block.module.modules())
 
         def work(member: Member, problem: LinearProblem) -> dict[str, QELinear]:
-            return _layers(member, quantize_problem(problems.method, problem))
+            return _layers(loaded.stored, member, quantize_problem(problems.method, problem))
 
         layers = both.quantize(chain, position, block, groups, finished, work)
         if folder and not finished:
@@ -265,8 +266,11 @@ def _quantize_block(
     outputs = walk.run(chain, position, block, collectors)
     layers = finished or {}
     if not finished:
+        for group in groups:
+            for name, linear in zip(group.names, group.linears, strict=True):
+                loaded.stored.release(name, linear)  # each problem reads its own
         for member, result in problems.each(groups, collectors, quantize_problem):
-            layers.update(_layers(member, result))
+            layers.update(_layers(loaded.stored, member, result))
         if folder:
             folder.save(block.name, layers)
     _put(walk, chain, position, block, layers, None if problems.recipe.flow == "sequential" else outputs)
@@ -298,8 +302,7 @@ def _send_block(
     done: Callable[[Block], None],
 ) -> None:
     """Send a block's problems to workers, unless the work folder has their results, and hand its outputs on."""
-    walk.loaded.stored.read(block.name, block.module)
-    make_float32(block.module.modules())
+    walk.make_ready(block)
     groups = linear_groups(block, walk.loaded.family.siblings)
     finished = folder.load(block.name) if folder else None
     collectors = {} if finished else problems.collectors(groups)
@@ -322,7 +325,7 @@ def _receive(
     """Put what workers sent back into a block."""
     layers: dict[str, QELinear] = {}
     for member, result in solved:
-        layers |= _layers(member, result)
+        layers |= _layers(walk.loaded.stored, member, result)
     if folder:
         folder.save(block.name, layers)
     _set_layers(walk, block, layers)
@@ -335,14 +338,14 @@ def _set_layers(walk: BlockWalk, block: Block, layers: dict[str, QELinear]) -> N
     walk.restore_block(block)
 
 
-def _layers(member: Member, result: QuantizedLinear) -> dict[str, QELinear]:
+def _layers(stored: StoredWeights, member: Member, result: QuantizedLinear) -> dict[str, QELinear]:
     """The quantized layers of one problem."""
     result = result.to(CPU)
     if member.factors is not None:
         result = scaled_back(result, member.factors)
         check_result(member.name, result)
-    parts = result.split(member.outputs)
-    return {
-        member.group.names[number]: QELinear(part, member.group.linears[number].bias)
-        for number, part in zip(member.numbers, parts, strict=True)
-    }
+    layers = {}
+    for number, part in zip(member.numbers, result.split(member.outputs), strict=True):
+        name, bias = member.group.names[number], member.group.linears[number].bias
+        layers[name] = QELinear(part, None if bias is None else stored.value(f"{name}.bias", bias).float())
+    return layers

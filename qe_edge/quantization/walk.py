@@ -15,6 +15,7 @@ from qe_edge.models.family import Block, Encoded
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.precision import make_float32, restore_dtypes
 from qe_edge.models.streaming import Chain, Streamer, chains_of, fast_products, run_block
+from qe_edge.models.tables import read_by_rows, tables_of
 from qe_edge.system.device import moved
 from qe_edge.system.errors import NumericalError
 from qe_edge.system.heap import reused_memory
@@ -67,6 +68,7 @@ class BlockWalk:
         self._dtypes = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
         # what is not streamed computes in float32 from now on; streamed blocks follow one by one
         streamed = {module for block in self.blocks for module in block.module.modules()}
+        streamed.update(tables_of(loaded.model).values())
         make_float32(module for module in loaded.model.modules() if module not in streamed)
 
     def __iter__(self) -> Iterator[tuple[Chain, int, Block]]:
@@ -92,11 +94,19 @@ class BlockWalk:
 
     @contextmanager
     def original(self, block: Block) -> Iterator[None]:
-        """A block is in memory and in float32 while the context is open; afterwards it is as it was before."""
+        """A block is ready to run while the context is open; afterwards it is as it was before."""
         with self.loaded.stored.held(block.name, block.module):
-            make_float32(block.module.modules())
+            self.make_ready(block)
             yield
             self.restore_block(block)
+
+    def make_ready(self, block: Block) -> None:
+        """Bring a block into memory, to run in float32.
+
+        Its linear layers, nearly all of it, keep the types of their files: `run` computes with them as they are.
+        """
+        self.loaded.stored.read(block.name, block.module)
+        make_float32(module for module in block.module.modules() if type(module) is not nn.Linear)
 
     def restore_block(self, block: Block) -> None:
         """Bring the tensors of a block that were not quantized back to their original precision."""
@@ -189,7 +199,8 @@ class BlockWalk:
         }
 
     def _forward(self, batch: int) -> None:
-        self.loaded.family.run_blocks(self.loaded.model, self.batches[batch], self._kept[batch])
+        with read_by_rows(self.loaded.model, self.loaded.stored):
+            self.loaded.family.run_blocks(self.loaded.model, self.batches[batch], self._kept[batch])
 
 
 def parameters_of(block: Block) -> int:

@@ -69,23 +69,22 @@ def leave_out_channels(
         [[0.0, 9.0, -0.0], [0.0, -8.0, 0.0]]
     """
     left_out = torch.from_numpy(channels.copy()).to(weight.device)
-    kept = weight.clone()
-    kept[:, left_out] = 0.0
+    kept = weight
+    if len(channels):
+        kept = weight.clone()
+        kept[:, left_out] = 0.0
     if hessian is not None and len(channels):
         # a channel that the main branch does not carry can make up for no other one
-        gram = hessian.gram.clone() if isinstance(hessian.gram, Tensor) else hessian.gram.copy()
-        numbers = left_out if isinstance(gram, Tensor) else channels
-        gram[numbers, :] = 0.0
-        gram[:, numbers] = 0.0
-        hessian = Hessian(gram)
+        hessian = Hessian(hessian.gram, channels)
     quantized, inv_omega = rounding(kept, grid, hessian, abs_mean)
+    del kept
     dtype = torch.float64 if working_dtype(weight.numel()) is np.float64 else torch.float32
     error = quantized.decode().to(dtype)
     if inv_omega is not None:
         error *= inv_omega.to(dtype)
     torch.sub(weight.to(dtype), error, out=error)
     if len(channels):
-        factor = np.ones(kept.shape[1]) if inv_omega is None else inv_omega.double().cpu().numpy()
+        factor = np.ones(weight.shape[1]) if inv_omega is None else inv_omega.double().cpu().numpy()
         mean = np.maximum(abs_mean[channels], 1e-8)
         factor[channels] = 0.0 if mode == "drop" else mean.min() / mean
         inv_omega = torch.from_numpy(factor).to(weight.device, torch.float16)

@@ -6,18 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qe_edge.numerics.grids import PER_CHANNEL, QuantizedWeight, WeightGrid, scales_of_range
 from qe_edge.numerics.matrices import Matrix, to_tensor
 from qe_edge.reconstruction.range_search import search_range
+from qe_edge.system.device import CPU
 from qe_edge.system.errors import NumericalError
 from qe_edge.system.parallel import map_rows
 
 BLOCK = 128  # columns whose updates GPTQ applies to the rest at once
 SMALL_BLOCK = 32  # columns whose updates it applies to the rest of the block at once
-ROWS = 4096  # output channels that GPTQ rounds at a time
+ROWS, WEIGHTS = 4096, 1 << 24  # output channels and weights that GPTQ rounds at a time, at most
+REVERSED = 1 << 20  # numbers of a matrix that trade places at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +29,33 @@ class Hessian:
 
     Attributes:
         gram: `[in, in]` float32 or float64, `X^T X` up to a factor. It must not be changed later.
+        left_out: Channels that count as inputs that are always zero.
 
     Example:
         >>> hessian = Hessian(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
         >>> round(float(hessian.coupling(0.0)[0, 1]), 4)  # column 1 makes up for half of an error in column 0
         0.5
+        >>> float(Hessian(hessian.gram, left_out=np.array([1])).coupling(0.0)[0, 1])
+        0.0
     """
 
     gram: Matrix
+    left_out: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     _couplings: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def matrix(self) -> Matrix:
+        """The Gram matrix with zeros for the channels that are left out; a copy if there are any."""
+        if not len(self.left_out):
+            return self.gram
+        matrix = self.gram.clone() if isinstance(self.gram, Tensor) else self.gram.copy()
+        _clear(to_tensor(matrix), self.left_out)
+        return matrix
+
+    def diagonal(self) -> Tensor:
+        """Its diagonal `[in]`, the mean square of every input."""
+        diagonal = to_tensor(self.gram).diagonal().clone()
+        diagonal[torch.from_numpy(self.left_out)] = 0.0
+        return diagonal
 
     def coupling(self, damping: float) -> Tensor:
         """`R_ij / R_jj` `[in, in]` float32 of the damped matrix `R R^T` (see `gptq_round`).
@@ -43,7 +64,7 @@ class Hessian:
             NumericalError: If the damped matrix is not positive definite.
         """
         if damping not in self._couplings:
-            self._couplings[damping] = _coupling(self.gram, damping)
+            self._couplings[damping] = _coupling(to_tensor(self.gram), self.left_out, damping)
         return self._couplings[damping]
 
 
@@ -85,17 +106,26 @@ def gptq_round(
     """
     hessian = gram if isinstance(gram, Hessian) else Hessian(gram)
     there = isinstance(hessian.gram, Tensor)
-    diagonal = to_tensor(hessian.gram).diagonal().clone()
+    diagonal = hessian.diagonal()
     dead = (diagonal == 0) & diagonal.any()  # inputs that are all zero say nothing of any channel
     coupling = hessian.coupling(damping)
     importance = diagonal.float() if clip else None
-    kept = weight.float().masked_fill(dead, 0.0)
+    kept = weight.float().masked_fill(dead, 0.0) if dead.any() else weight.float()
     columns = _round_at_once if there else _round_in_turn
-    piece = len(kept) if there else ROWS  # a device has all rows in one go, and no threads
+    piece = len(kept) if there else _piece(*kept.shape)  # a device has all rows in one go, and no threads
     parts = map_rows(lambda rows: _round_rows(kept[rows], coupling, grid, importance, columns), len(kept), piece)
     codes, scales, zeros = zip(*parts, strict=True)
     joined = None if grid.symmetric else torch.cat(zeros)
     return QuantizedWeight(torch.cat(codes), torch.cat(scales), joined, grid.bits, grid.resolve_group(weight.shape[1]))
+
+
+def _piece(rows: int, columns: int) -> int:
+    """Rows that are rounded at a time: an even number of parts where not all can be at once, since threads share them.
+
+    Three float32 matrices of the part are in memory.
+    """
+    most = max(1, min(ROWS, WEIGHTS // columns))
+    return rows if rows <= most else -(-rows // (2 * -(-rows // (2 * most))))
 
 
 def _round_rows(
@@ -234,29 +264,48 @@ def _group_range(columns: Tensor, grid: WeightGrid, importance: Tensor | None) -
     return scales_of_range(columns.amin(1, keepdim=True), columns.amax(1, keepdim=True), whole)
 
 
-def _coupling(gram: Matrix, damping: float) -> Tensor:
+def _coupling(gram: Tensor, left_out: np.ndarray, damping: float) -> Tensor:
     """`R_ij / R_jj` `[in, in]` float32 of the damped Gram matrix `R R^T`; what is below the diagonal means nothing.
 
-    The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards. A Gram matrix in
-    float32 is factored in float32, unless that fails: its own rounding is as large. torch's LAPACK lets other threads
-    work meanwhile; scipy's does not.
+    The lower Cholesky factor of the matrix with its channels in reverse order is R, read backwards. It takes the place
+    of that matrix, since wide layers have matrices of gigabytes. A Gram matrix in float32 is factored in float32,
+    unless that fails: its own rounding is as large. torch's LAPACK lets other threads work meanwhile; scipy's does not.
     """
-    matrix = to_tensor(gram)
-    for precision in (torch.float32, torch.float64)[matrix.dtype != torch.float32 :]:
-        hessian = matrix.to(precision).flip((0, 1))
-        diagonal = hessian.diagonal()
+    for precision in (torch.float32, torch.float64)[gram.dtype != torch.float32 :]:
+        matrix = gram.to(precision).flip((0, 1))
+        _clear(matrix, len(matrix) - 1 - left_out)
+        diagonal = matrix.diagonal()
         diagonal[diagonal == 0] = 1.0
         diagonal += damping * float(diagonal.mean(dtype=torch.float64))
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        columns = matrix.mT  # in the order of LAPACK, which then needs no other memory
+        if matrix.device == CPU:
+            failed = torch.linalg.cholesky_ex(columns, out=(columns, torch.zeros((), dtype=torch.int32)))[1]
+        else:
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            matrix = factor.mT.contiguous()
         if not failed:
             break
     else:
         raise NumericalError("The Gram matrix is not positive definite.", "Raise the option 'damping'.")
-    size, pivots = len(lower), lower.diagonal()
-    # a Hessian in float32 is done with, and its memory is free
-    transposed = hessian if hessian.dtype == torch.float32 else torch.zeros(size, size, device=matrix.device)
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        columns = lower.T[start:stop, start:] / pivots[start:stop, None]
-        transposed[size - stop : size - start, : size - start] = columns.flip((0, 1))
-    return transposed.T
+    matrix /= matrix.diagonal().clone().unsqueeze(1)
+    _reverse(matrix.view(-1))
+    return matrix.float().mT
+
+
+def _clear(matrix: Tensor, channels: np.ndarray) -> None:
+    """Set rows and columns of a matrix `[in, in]` to zero."""
+    if len(channels):
+        numbers = torch.from_numpy(channels).to(matrix.device)
+        matrix[numbers, :] = 0.0
+        matrix[:, numbers] = 0.0
+
+
+def _reverse(numbers: Tensor) -> None:
+    """Reverse the order of `numbers` `[n]`, in place."""
+    count = len(numbers)
+    for start in range(0, count // 2, REVERSED):
+        stop = min(start + REVERSED, count // 2)
+        front, back = numbers[start:stop], numbers[count - stop : count - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)

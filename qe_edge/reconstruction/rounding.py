@@ -70,10 +70,10 @@ class Rounding:
         if self.kind == "gptq":
             codes = gptq_round(weight, gram, grid, self.damping, clip=self.clip)
             if self.polish:
-                matrix = gram.gram if isinstance(gram, Hessian) else gram
+                matrix = gram.matrix() if isinstance(gram, Hessian) else gram
                 codes = polished(codes, weight, matrix, grid, self.damping, self.polish)
             return codes, None
-        matrix = to_tensor(gram.gram if isinstance(gram, Hessian) else gram)
+        matrix = to_tensor(gram.matrix() if isinstance(gram, Hessian) else gram)
         if self.kind == "awq":
             return search_scale(weight, abs_mean, matrix.float(), grid, AWQ_STEPS)
         return clipped_round(weight, grid, matrix.diagonal().float()), None

@@ -56,6 +56,8 @@ def map_layers(
 ) -> Iterator[tuple[Item, Result]]:
     """Call `work` for layers: large ones in turn, with all threads, and then the others side by side.
 
+    Of the large ones, those with most inputs come first: their statistics are the largest.
+
     Args:
         work: What to do.
         layers: What stands for a layer, its number of weights, and its number of inputs.
@@ -66,7 +68,7 @@ def map_layers(
         [('down', 'DOWN'), ('up', 'UP')]
     """
     apart = [layer for layer in layers if threads and gains_by_one_thread(layer[1])]
-    for layer in layers:
+    for layer in sorted(layers, key=lambda layer: -layer[2]):
         if layer not in apart:
             yield layer[0], work(layer[0])
     apart.sort(key=lambda layer: -layer[1] * layer[2])  # the longest first

@@ -91,7 +91,7 @@ def test_a_head_of_its_own_stays(tmp_path: Path) -> None:
     for load in (load_model, load_outside_blocks):
         loaded = load(str(folder))
         loaded.model.tie_weights()
-        assert torch.equal(loaded.model.state_dict()[HEAD], head)
+        assert torch.equal(loaded.stored.value(HEAD, loaded.model.state_dict()[HEAD]), head)
     save_quantized(*quantized(str(folder)), tmp_path / "checkpoint")
     config = tmp_path / "checkpoint" / "config.json"
     values = json.loads(config.read_text())

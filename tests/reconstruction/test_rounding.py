@@ -131,7 +131,7 @@ def test_gptq_goes_on_in_float64_where_float32_ends() -> None:
 def test_a_hessian_is_factored_once_for_every_damping(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     factor = gptq._coupling
-    monkeypatch.setattr(gptq, "_coupling", lambda gram, damping: calls.append(damping) or factor(gram, damping))
+    monkeypatch.setattr(gptq, "_coupling", lambda *given: calls.append(given[-1]) or factor(*given))
     weight, x = correlated_layer(16, 32, 200)
     gram = (x.T @ x / len(x)).double().numpy()
     hessian = Hessian(gram)
@@ -139,3 +139,31 @@ def test_a_hessian_is_factored_once_for_every_damping(monkeypatch: pytest.Monkey
         found = gptq_round(weight, hessian, WeightGrid(4), damping).codes
         assert torch.equal(found, gptq_round(weight, gram, WeightGrid(4), damping).codes)
     assert calls == [0.01, 0.01, 0.5, 0.5, 0.01]
+
+
+@pytest.mark.parametrize("precision", [np.float32, np.float64])
+def test_channels_that_are_left_out_count_as_zero_inputs(precision: type) -> None:
+    weight, x = correlated_layer(16, 32, 200)
+    gram, channels = (x.T @ x / len(x)).double().numpy().astype(precision), np.array([0, 7, 31])
+    before, cleared = gram.copy(), gram.copy()
+    cleared[channels, :] = 0.0
+    cleared[:, channels] = 0.0
+    hessian = Hessian(gram, channels)
+    assert np.array_equal(hessian.matrix(), cleared)
+    found, wanted = (one.coupling(0.01).triu() for one in (hessian, Hessian(cleared)))
+    assert torch.equal(found, wanted)
+    codes, exact = (gptq_round(weight, one, WeightGrid(4), 0.01, clip=True) for one in (hessian, cleared))
+    assert torch.equal(codes.codes, exact.codes)
+    assert torch.equal(codes.scales, exact.scales)
+    assert np.array_equal(gram, before)
+
+
+def test_rows_in_parts_have_the_codes_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = correlated_layer(100, 32, 200)
+    gram = (x.T @ x / len(x)).double().numpy()
+    whole = gptq_round(weight, gram, WeightGrid(4), 0.01)
+    monkeypatch.setattr(gptq, "WEIGHTS", 32 * 12)  # 12 rows at a time
+    assert [gptq._piece(rows, 32) for rows in (5, 12, 13, 100)] == [5, 12, 7, 10]
+    parts = gptq_round(weight, gram, WeightGrid(4), 0.01)
+    assert (parts.codes != whole.codes).float().mean() < 0.001  # sums of other lengths round otherwise
+    assert torch.equal(parts.scales, whole.scales)
