@@ -25,7 +25,7 @@ from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.precision import in_float32
 from qe_edge.models.streaming import patched
-from qe_edge.models.tables import embeddings_of, read_by_rows, tables_of
+from qe_edge.models.tables import head_in_parts, read_by_rows, tables_of
 from qe_edge.system.device import CPU, to_device
 from qe_edge.system.errors import ArtifactError, CalibrationError, ModelError, NumericalError
 from qe_edge.system.progress import Progress, Silent, track
@@ -377,12 +377,9 @@ def _measuring(loaded: LoadedModel, meters: dict[str, _Meter], device: torch.dev
         for parameter in parameters:
             parameter.requires_grad_(False)
         streamed = {id(module) for block in blocks for module in block.module.modules()}
-        embeddings = embeddings_of(loaded.model)
-        streamed.update(id(module) for module in embeddings.values())
-        for name, module in tables_of(loaded.model).items():
-            if name not in embeddings:
-                stack.enter_context(loaded.stored.held(name, module))  # the head
+        streamed.update(id(module) for module in tables_of(loaded.model).values())
         stack.enter_context(read_by_rows(loaded.model, loaded.stored))
+        stack.enter_context(head_in_parts(loaded.model, loaded.stored))
         stack.enter_context(in_float32([m for m in loaded.model.modules() if id(m) not in streamed], device))
         modules = dict(loaded.model.named_modules())
         for name, meter in meters.items():

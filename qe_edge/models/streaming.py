@@ -174,7 +174,8 @@ def _fast_linear(linear: nn.Linear, *, narrow: bool) -> Callable[[Tensor], Tenso
 
     def forward(x: Tensor) -> Tensor:
         float_on_cpu = x.dtype == torch.float32 and x.device == weight.device == CPU
-        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        own: Tensor | None = linear.bias
+        bias = None if own is None else own.to(x.dtype)
         if not float_on_cpu or x.numel() * len(weight) < LARGE_PRODUCT:
             return nn.functional.linear(x, weight.to(x.dtype), bias)
         if narrow:

@@ -6,13 +6,16 @@ A forward pass reads the rows of its tokens only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qe_edge.models.stored import StoredWeights
 from qe_edge.models.streaming import patched
+
+ROWS = 1 << 14  # of a head that are in float32 at a time
 
 
 def embeddings_of(model: nn.Module) -> dict[str, nn.Embedding]:
@@ -39,8 +42,8 @@ def tables_of(model: nn.Module) -> dict[str, nn.Module]:
         ['model.language_model.embed_tokens', 'lm_head']
     """
     head = _part(model, "get_output_embeddings")
-    heads = {name: module for name, module in model.named_modules() if module is head and isinstance(head, nn.Linear)}
-    return {**embeddings_of(model), **heads}
+    found: dict[str, nn.Module] = dict(embeddings_of(model))
+    return found | {name: part for name, part in model.named_modules() if part is head and isinstance(part, nn.Linear)}
 
 
 @contextmanager
@@ -60,6 +63,64 @@ def read_by_rows(model: nn.Module, stored: StoredWeights) -> Iterator[None]:
     """
     with patched([(module, _by_rows(name, module, stored)) for name, module in embeddings_of(model).items()]):
         yield
+
+
+@contextmanager
+def head_in_parts(model: nn.Module, stored: StoredWeights) -> Iterator[None]:
+    """The head computes in float32 from the weight of its file, some rows at a time, while the context is open.
+
+    Its output has a gradient for its input, and none for its weight.
+
+    Example:
+        >>> from qe_edge.models.loading import load_outside_blocks
+        >>> loaded, hidden = load_outside_blocks("demo"), torch.ones(1, 256, requires_grad=True)
+        >>> with head_in_parts(loaded.model, loaded.stored):
+        ...     loaded.model.lm_head(hidden).sum().backward()
+        >>> bool(hidden.grad.isfinite().all())
+        True
+    """
+    embeddings = embeddings_of(model)
+    with ExitStack() as stack:
+        for name, head in tables_of(model).items():
+            if name not in embeddings:
+                stack.enter_context(stored.held(name, head))
+                stack.enter_context(patched([(head, _in_parts(head))]))
+        yield
+
+
+def _in_parts(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    weight, bias = head.get_parameter("weight").detach(), getattr(head, "bias", None)
+
+    def forward(hidden: Tensor) -> Tensor:
+        logits: Tensor = _HeadInParts.apply(hidden, weight)  # type: ignore[no-untyped-call] # torch has no types here
+        return logits if bias is None else logits + bias.detach().float()
+
+    return forward
+
+
+class _HeadInParts(torch.autograd.Function):
+    """`hidden @ weight^T`, where no more than `ROWS` rows of the weight are in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401 - torch's own
+        """Compute the logits `[..., rows]` of hidden states `[..., in]`."""
+        ctx.weight = weight
+        logits = hidden.new_empty(*hidden.shape[:-1], len(weight))
+        for start in range(0, len(weight), ROWS):
+            logits[..., start : start + ROWS] = hidden @ weight[start : start + ROWS].to(hidden).T
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        """Return the gradient of the hidden states."""
+        parts = (
+            gradient[..., start : start + ROWS] @ ctx.weight[start : start + ROWS].to(gradient)
+            for start in range(0, len(ctx.weight), ROWS)
+        )
+        total = next(parts)
+        for part in parts:
+            total += part
+        return total, None
 
 
 def _by_rows(name: str, module: nn.Embedding, stored: StoredWeights) -> Callable[[Tensor], Tensor]:

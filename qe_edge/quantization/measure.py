@@ -174,6 +174,7 @@ def _offers(
             elif far:
                 far.send(block, (list(problems.of_group(group, collectors)) for group in groups))
             else:
+                walk.release_linears(groups)
                 done(block, list(problems.each(groups, collectors, candidates_of)))
     if far:
         far.finish()

@@ -11,38 +11,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from qe_edge.budget.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget.model import AdapterSize, check_affordable
 from qe_edge.budget.sizes import empty_linear
-from qe_edge.calibration.statistics import DOUBLE_WIDTH
 from qe_edge.export.plugin_check import LayerForm
 from qe_edge.layers.linear import QELinear
 from qe_edge.methods import Method
 from qe_edge.models.configuration import load_family
 from qe_edge.models.export_limits import check_exportable
-from qe_edge.models.family import Block, ModelFamily, Sample
+from qe_edge.models.family import ModelFamily, Sample
 from qe_edge.models.groups import LinearGroup, linear_groups
 from qe_edge.models.loading import shapes_only
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.numerics.schemes import Scheme
 from qe_edge.quantization.embedding import embedding_of
 from qe_edge.quantization.head import head_of
-from qe_edge.quantization.job import BATCH
+from qe_edge.quantization.memory import mixing_numbers, peak_memory, stored_itemsize
 from qe_edge.quantization.preflight import check_modules, check_predictions, check_shapes, note_groups
 from qe_edge.recipes.recipe import Recipe
-from qe_edge.system.parallel import gains_by_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LARGEST_BITS = 8.0  # stored per weight where a budget limits only the read bits
-LIBRARIES = 480 * 2**20  # bytes that Python, torch and transformers take with the smallest model
-MASK_BYTES = 5  # of an attention mask per pair of tokens: kept as one byte, and as a float while a block computes
-SOLVER_WEIGHTS, SOLVER_GRAMS = 4, 2  # float32 matrices of a weight's shape, and of its Gram matrix's, at the peak
-SMALLEST_PATCH = 14  # pixels per side, of vision encoders without text
 
 
 @dataclass(frozen=True)
@@ -139,13 +130,13 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
         )
         for name, layer in linears.items()
     ]
-    mixing = 8 * _itemsize(family) * _mixing(model, recipe)
+    mixing = 8 * stored_itemsize(family) * mixing_numbers(model, recipe)
     total = add_counts((*counts.values(), BitCount(scales=mixing, read=mixing)))
     stored = _stored_bytes(total, recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     own = parameters - total.weights + (_shared_head(model) if recipe.head_grid else 0)  # an embedding stays
-    checkpoint = stored + own * _itemsize(family) - _saved_by_embedding(model, family, recipe)
-    memory = _memory(source, family, model, blocks, recipe, samples)
+    checkpoint = stored + own * stored_itemsize(family) - _saved_by_embedding(model, family, recipe)
+    memory = peak_memory(source, family, model, blocks, recipe, samples)
     return Plan(layers, total, checkpoint, checkpoint + stored, memory)
 
 
@@ -237,58 +228,12 @@ def _planned_group(
     return layers
 
 
-def _memory(
-    source: str,
-    family: ModelFamily,
-    model: PreTrainedModel,
-    blocks: Sequence[Block],
-    recipe: Recipe,
-    samples: Sequence[Sample],
-) -> int:
-    """Libraries, the model as far as it is in memory (outside the blocks, and one block), hidden states, statistics."""
-    parameters = sum(parameter.numel() for parameter in model.parameters()) + _mixing(model, recipe)
-    sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in family.blocks(model)]
-    weights = 4 * (parameters - sum(sizes)) + 12 * max(sizes)  # of a block: its own, a problem's, and what rounds it
-    processor, rows = family.load_processor(source), min(BATCH, len(samples))
-    encoded = family.encode(processor, samples[:BATCH], answers=True)
-    batches = -(-len(samples) // BATCH)
-    # a single long text makes its whole batch long
-    usual = encoded.input_ids.shape[1]
-    longest = family.encode(processor, [max(samples, key=_characters)], answers=True).input_ids.shape[1]
-    text = encoded.input_ids.size * batches + rows * max(0, longest - usual)
-    masks = rows * (batches * usual**2 + MASK_BYTES * max(longest, usual) ** 2)
-    pixels = sum(array.nbytes for array in encoded.pixels.values()) * batches
-    grids = [encoded.pixels[name] for name in ("image_grid_thw", "video_grid_thw") if name in encoded.pixels]
-    patches = sum(int(grid.prod(1).sum()) for grid in grids) * batches if grids else text
-    if not family.writes_text and not family.acts:
-        patches = pixels // (4 * 3 * SMALLEST_PATCH**2)
-    peak, method = 0, recipe.build_method()
-    for block in blocks:
-        tokens, beside = (text, masks) if block.group in ("language", "action") else (patches, 0)
-        width = max(linear.in_features for group in linear_groups(block, family.siblings) for linear in group.linears)
-        work = _statistics(block, family, method, tokens) + _solving(block, family, method)
-        peak = max(peak, beside + 8 * tokens * width + work)
-    return LIBRARIES + weights + pixels + peak + family.kept_bytes(text)
-
-
-def _characters(sample: Sample) -> int:
-    return sum(len(turn.text) for turn in sample.conversation) + len(sample.answer or "")
-
-
-def _mixing(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Numbers of the matrix that a rotated model needs before a head that shares the embedding."""
-    head: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
-    shared = isinstance(head, nn.Module) and head.weight is embedding.weight
-    return int(embedding.weight.shape[1]) ** 2 if shared and recipe.rotates else 0
-
-
 def _saved_by_embedding(model: PreTrainedModel, family: ModelFamily, recipe: Recipe) -> int:
     """Bytes that an embedding in INT8, with a scale for every row, takes less than one as it is."""
     if recipe.embedding == "none":
         return 0
     rows, width = embedding_of(model, recipe)[1].weight.shape
-    return rows * width * (_itemsize(family) - 1) - rows * _itemsize(family)
+    return rows * width * (stored_itemsize(family) - 1) - rows * stored_itemsize(family)
 
 
 def _shared_head(model: PreTrainedModel) -> int:
@@ -296,45 +241,3 @@ def _shared_head(model: PreTrainedModel) -> int:
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     return int(head.weight.numel()) if head.weight is embedding.weight else 0
-
-
-def _statistics(block: Block, family: ModelFamily, method: Method[Any], tokens: int) -> int:
-    """Bytes of the Gram matrices, token samples and top-k lists of one block."""
-    total = 0
-    for group in linear_groups(block, family.siblings):
-        width = group.linears[0].in_features
-        outputs = [linear.out_features for linear in group.linears]
-        problems = group.problems(stacked=method.stack_siblings)
-        shapes = [sum(outputs[member] for member in members) for members in problems]
-        requests = [request for size in shapes if (request := method.request(size, width))]
-        if requests:
-            size = 8 if width <= DOUBLE_WIDTH else 4
-            total += size * width**2 if any(request.gram for request in requests) else 0
-            total += 4 * width * min(tokens, max(request.tokens for request in requests))
-            total += sum(4 * min(tokens, request.tokens) * request.important for request in requests)
-    return total
-
-
-def _solving(block: Block, family: ModelFamily, method: Method[Any]) -> int:
-    """Bytes that solving the problems of a block takes beside their weights and statistics, if they need a Gram matrix.
-
-    A problem holds a few matrices of its weight's shape, and its damped Gram matrix and that one's factor.
-    """
-    alone = [0]
-    beside: list[int] = []
-    for group in linear_groups(block, family.siblings):
-        width = group.linears[0].in_features
-        outputs = [linear.out_features for linear in group.linears]
-        for members in group.problems(stacked=method.stack_siblings):
-            size = sum(outputs[member] for member in members)
-            request = method.request(size, width)
-            if request is not None and request.gram:
-                bytes_ = 4 * (SOLVER_WEIGHTS * size * width + SOLVER_GRAMS * width**2)
-                (beside if gains_by_one_thread(sum(outputs) * width) else alone).append(bytes_)
-    return max(*alone, sum(sorted(beside)[-torch.get_num_threads() :]))
-
-
-def _itemsize(family: ModelFamily) -> int:
-    """Bytes of one weight in the original checkpoint."""
-    dtype = getattr(family.config, "dtype", None)
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4

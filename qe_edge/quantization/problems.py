@@ -145,7 +145,7 @@ class Problems:
         for numbers in group.problems(stacked=self.method.stack_siblings):
             outputs = [group.linears[number].out_features for number in numbers]
             weight, factors = torch.empty(sum(outputs), group.linears[0].in_features), self._factors(group, numbers)
-            for number, part in zip(numbers, weight.split(outputs), strict=True):
+            for number, part in zip(numbers, torch.split(weight, outputs), strict=True):
                 name = f"{group.names[number]}.weight"
                 part.copy_(self.stored.value(name, group.linears[number].weight))
             if factors is not None:

@@ -266,9 +266,7 @@ def _quantize_block(
     outputs = walk.run(chain, position, block, collectors)
     layers = finished or {}
     if not finished:
-        for group in groups:
-            for name, linear in zip(group.names, group.linears, strict=True):
-                loaded.stored.release(name, linear)  # each problem reads its own
+        walk.release_linears(groups)
         for member, result in problems.each(groups, collectors, quantize_problem):
             layers.update(_layers(loaded.stored, member, result))
         if folder:
@@ -346,6 +344,7 @@ def _layers(stored: StoredWeights, member: Member, result: QuantizedLinear) -> d
         check_result(member.name, result)
     layers = {}
     for number, part in zip(member.numbers, result.split(member.outputs), strict=True):
-        name, bias = member.group.names[number], member.group.linears[number].bias
+        name = member.group.names[number]
+        bias: Tensor | None = member.group.linears[number].bias
         layers[name] = QELinear(part, None if bias is None else stored.value(f"{name}.bias", bias).float())
     return layers

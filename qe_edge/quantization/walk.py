@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qe_edge.calibration.sensitivity import IMAGE, token_kinds
 from qe_edge.calibration.statistics import StatisticsCollector
 from qe_edge.models.family import Block, Encoded
+from qe_edge.models.groups import LinearGroup
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.precision import make_float32, restore_dtypes
 from qe_edge.models.streaming import Chain, Streamer, chains_of, fast_products, run_block
@@ -107,6 +108,12 @@ class BlockWalk:
         """
         self.loaded.stored.read(block.name, block.module)
         make_float32(module for module in block.module.modules() if type(module) is not nn.Linear)
+
+    def release_linears(self, groups: Sequence[LinearGroup]) -> None:
+        """Let the weights of layers go that lie in files. Each problem reads its own, if `Problems` knows the files."""
+        for group in groups:
+            for name, linear in zip(group.names, group.linears, strict=True):
+                self.loaded.stored.release(name, linear)
 
     def restore_block(self, block: Block) -> None:
         """Bring the tensors of a block that were not quantized back to their original precision."""

@@ -73,9 +73,8 @@ def leave_out_channels(
     if len(channels):
         kept = weight.clone()
         kept[:, left_out] = 0.0
-    if hessian is not None and len(channels):
-        # a channel that the main branch does not carry can make up for no other one
-        hessian = Hessian(hessian.gram, channels)
+    if hessian is not None:  # a channel that the main branch does not carry can make up for no other one
+        hessian = hessian.without(channels)
     quantized, inv_omega = rounding(kept, grid, hessian, abs_mean)
     del kept
     dtype = torch.float64 if working_dtype(weight.numel()) is np.float64 else torch.float32

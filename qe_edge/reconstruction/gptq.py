@@ -19,6 +19,7 @@ from qe_edge.system.parallel import map_rows
 
 BLOCK = 128  # columns whose updates GPTQ applies to the rest at once
 SMALL_BLOCK = 32  # columns whose updates it applies to the rest of the block at once
+WIDE = 12288  # inputs from which a factored Gram matrix takes more than 600 MB: only one of a layer is kept
 ROWS, WEIGHTS = 4096, 1 << 24  # output channels and weights that GPTQ rounds at a time, at most
 REVERSED = 1 << 20  # numbers of a matrix that trade places at a time
 
@@ -42,6 +43,14 @@ class Hessian:
     gram: Matrix
     left_out: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     _couplings: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def without(self, channels: np.ndarray) -> Hessian:
+        """The same with more channels left out. A wide one forgets its own factors: there is memory for one."""
+        if not len(channels):
+            return self
+        if len(self.gram) > WIDE:
+            self._couplings.clear()
+        return Hessian(self.gram, np.union1d(self.left_out, channels))
 
     def matrix(self) -> Matrix:
         """The Gram matrix with zeros for the channels that are left out; a copy if there are any."""

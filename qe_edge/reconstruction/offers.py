@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,25 +30,29 @@ TYPICAL_RANK = 16  # at which main branches are compared for the trials of routi
 
 @dataclass(frozen=True)
 class _Variant:
-    """One main branch.
+    """What is known of one main branch; its error, as large as the weight, is not kept.
 
     Attributes:
         scheme: Its number grids.
         left_out: Channels left to the correction.
-        branch: The branch.
+        scaled: Whether its input has channel scales.
         noise: Energy per token that rounding its activations costs.
-        spectrum: Spectrum of its error.
+        total: Energy per token of its error.
+        left: Energy per token that static corrections of rank 0, 1, 2 ... leave.
+        excess: By storage of the factors, the share that rounding them loses of what they capture.
     """
 
     scheme: Scheme
     left_out: int
-    branch: MainBranch
+    scaled: bool
     noise: float
-    spectrum: ErrorSpectrum
+    total: float
+    left: list[float]
+    excess: dict[AdapterDtype, float]
 
     def typical(self) -> float:
         """Energy per token left by a static correction of the typical rank."""
-        return self.noise + self.spectrum.left(min(TYPICAL_RANK, self.spectrum.largest_rank))
+        return self.noise + self.left[min(TYPICAL_RANK, len(self.left) - 1)]
 
 
 def offer_candidates(
@@ -89,22 +93,18 @@ def offer_candidates(
         >>> cheapest.stored < best.stored and cheapest.loss > best.loss
         True
     """
-    variants = _variants(problem, make_branch)
-    best = min(variants, key=_Variant.typical)
+    variants, best, spectrum = _variants(problem, hessian, make_branch, tuple(dtypes))
     found = []
     for variant in variants:
-        spectrum = variant.spectrum
-        ranks = range(0, spectrum.largest_rank + 1, RANK_STEP)
-        losses = [(RoutedDesign(rank, 0, 0), spectrum.left(rank)) for rank in ranks]
+        losses = [(RoutedDesign(rank, 0, 0), variant.left[rank]) for rank in range(0, len(variant.left), RANK_STEP)]
         if routed and variant is best:
             weight = to_numpy(problem.weight.abs().mean(0).double())
             trials = routed_losses(spectrum, problem.measured(), weight, important, DESIGNS, problem.seed)
             losses += zip(DESIGNS, trials, strict=True)
-        for dtype in dtypes:
-            excess = packing_loss(variant.branch.error, hessian, spectrum) if dtype == "int4" else 0.0
+        for dtype, excess in variant.excess.items():
             for design, loss in losses:
                 size = AdapterSize(design.shared, design.routed, design.experts, FACTOR_BITS[dtype])
-                left = loss + excess * (spectrum.total - loss) + variant.noise
+                left = loss + excess * (variant.total - loss) + variant.noise
                 found.append(_candidate(problem, variant, size, left))
     return undominated(found)
 
@@ -125,29 +125,55 @@ def undominated(candidates: list[Candidate]) -> list[Candidate]:
     return kept
 
 
-def _variants(problem: LinearProblem, make_branch: Callable[[WeightGrid, int], MainBranch]) -> list[_Variant]:
-    """The scheme's own grid with every number of channels left out, and the other grids with the best one."""
+def _variants(
+    problem: LinearProblem,
+    hessian: Hessian,
+    make_branch: Callable[[WeightGrid, int], MainBranch],
+    dtypes: Sequence[AdapterDtype],
+) -> tuple[list[_Variant], _Variant, ErrorSpectrum]:
+    """The scheme's own grid with every number of channels left out, and the other grids with the best one.
+
+    Returns:
+        All of them, the best with a correction of the typical rank, and the spectrum of its error.
+    """
     out_features, in_features = problem.weight.shape
     largest = min(LARGEST_RANK, min(out_features, in_features) // 2 // RANK_STEP * RANK_STEP)
     tokens, bits = some_tokens(problem.measured()), problem.scheme.activation_bits
 
-    def variant(grid: WeightGrid, count: int) -> _Variant:
+    def variant(grid: WeightGrid, count: int) -> tuple[_Variant, ErrorSpectrum]:
         branch = make_branch(grid, count)
         rounding = activation_rounding(tokens, branch, bits)
         noise = float(rounding.square().sum(dtype=torch.float64)) / max(len(tokens), 1)
         spectrum = ErrorSpectrum.of(branch.error, problem.gram(), largest)
-        return _Variant(problem.scheme.with_grid(grid), count, branch, noise, spectrum)
+        excess = {name: packing_loss(branch.error, hessian, spectrum) if name == "int4" else 0.0 for name in dtypes}
+        left = [spectrum.left(rank) for rank in range(spectrum.largest_rank + 1)]
+        scaled = branch.inv_omega is not None
+        scheme = problem.scheme.with_grid(grid)
+        return _Variant(scheme, count, scaled, noise, spectrum.total, left, excess), spectrum
 
     counts = LEFT_OUT if rounds_activations(bits) else LEFT_OUT[:1]
-    own = [variant(problem.scheme.weight, count) for count in counts if count <= in_features // 8]
-    best = min(own, key=_Variant.typical).left_out
-    others = [grid for grid in problem.scheme.budget_grids() if grid != problem.scheme.weight]
-    return own + [variant(grid, best) for grid in others]
+    best, spectrum = variant(problem.scheme.weight, counts[0])
+    found = [best]
+
+    def try_also(grid: WeightGrid, count: int) -> None:
+        nonlocal best, spectrum
+        other, its_spectrum = variant(grid, count)
+        found.append(other)
+        if other.typical() < best.typical():
+            best, spectrum = other, its_spectrum
+
+    for count in counts[1:]:
+        if count <= in_features // 8:
+            try_also(problem.scheme.weight, count)
+    left_out = best.left_out
+    for grid in problem.scheme.budget_grids():
+        if grid != problem.scheme.weight:
+            try_also(grid, left_out)
+    return found, best, spectrum
 
 
 def _candidate(problem: LinearProblem, variant: _Variant, size: AdapterSize, loss: float) -> Candidate:
     out_features, in_features = problem.weight.shape
-    scaled = variant.branch.inv_omega is not None
-    bits = predicted_bits(out_features, in_features, variant.scheme, size, scaled=scaled)
+    bits = predicted_bits(out_features, in_features, variant.scheme, size, scaled=variant.scaled)
     choice = Choice(size, variant.left_out, variant.scheme.weight)
     return Candidate(choice, loss, bits.stored_bits * bits.weights, bits.read)

@@ -132,7 +132,7 @@ def test_one_long_text_counts_with_its_whole_batch(cli: Run, tmp_path: Path, mon
     assert more - usual > 8 * 5 * 2000**2  # the mask of eight rows as long as that one
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.jsonl").write_text('{"text": "a red circle"}\n', encoding="utf-8")
-    monkeypatch.setattr("qe_edge.quantization.plan._memory", lambda *_arguments: 2**50)
+    monkeypatch.setattr("qe_edge.quantization.plan.peak_memory", lambda *_arguments: 2**50)
     outcome = cli("quantize", "model", "-o", "out", "--method", "rtn", "--calibration", "texts.jsonl")
     assert_two_lines(outcome, "Quantizing needs about 1048576.0 GiB of memory", "fewer --samples")
     assert not (tmp_path / "out").exists()

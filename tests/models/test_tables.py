@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qe_edge.models import tables
 from qe_edge.models.loading import load_model, load_outside_blocks
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.stored import Source, StoredWeights
-from qe_edge.models.tables import embeddings_of, read_by_rows, tables_of
+from qe_edge.models.tables import embeddings_of, head_in_parts, read_by_rows, tables_of
 from tests.small_models import write_small_dinov2, write_small_llama
 
 IDS = torch.tensor([[5, 6, 5], [0, 511, 7]])
@@ -85,6 +86,29 @@ def test_an_embeddings_own_forward_gets_the_rows(on_disk: bool, tmp_path: Path) 
     assert torch.equal(other, tensors["per_layer.weight"][ids].float())
     assert model.own.padding_idx == 39
     assert model.own.weight.shape == (40, 8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_parts_has_the_gradient_of_a_whole_one(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "ROWS", 100)  # of 512: the last part is shorter
+    folder = str(write_small_llama(tmp_path, tie_word_embeddings=tied))
+    loaded, whole = load_outside_blocks(folder), load_model(folder, torch.float32)
+    torch.manual_seed(0)
+    given = torch.randn(2, 3, 64)
+    hidden, other = (given.clone().requires_grad_() for _ in range(2))
+    with head_in_parts(loaded.model, loaded.stored):
+        logits = loaded.model.get_output_embeddings()(hidden)
+        logits.square().sum().backward()
+    wanted = whole.model.get_output_embeddings()(other)
+    wanted.square().sum().backward()
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, wanted, atol=1e-5)
+    assert hidden.grad is not None
+    assert other.grad is not None
+    assert torch.allclose(hidden.grad, other.grad, rtol=1e-4, atol=1e-3)
+    assert loaded.stored.is_absent(loaded.model.get_output_embeddings().weight)
 
 
 def test_a_vision_encoder_has_no_tables(tmp_path: Path) -> None:

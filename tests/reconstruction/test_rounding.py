@@ -167,3 +167,14 @@ def test_rows_in_parts_have_the_codes_of_all_at_once(monkeypatch: pytest.MonkeyP
     parts = gptq_round(weight, gram, WeightGrid(4), 0.01)
     assert (parts.codes != whole.codes).float().mean() < 0.001  # sums of other lengths round otherwise
     assert torch.equal(parts.scales, whole.scales)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_wide_layer_keeps_one_factored_matrix(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "WIDE", 31 if wide else 32)
+    hessian = Hessian(np.eye(32))
+    hessian.coupling(0.01)
+    assert hessian.without(np.zeros(0, np.int64)) is hessian
+    assert list(hessian._couplings) == [0.01]
+    assert hessian.without(np.array([3])).left_out.tolist() == [3]
+    assert list(hessian._couplings) == ([] if wide else [0.01])
