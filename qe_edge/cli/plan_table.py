@@ -48,7 +48,11 @@ def print_plan(recipe: Recipe, plan: Plan, samples: int) -> None:
         f"Disk:        about {human_bytes(plan.checkpoint_bytes)} for the checkpoint, "
         f"{human_bytes(plan.disk_bytes)} while quantizing"
     )
-    click.echo("Nothing was done (--dry-run).")
+
+
+def print_time(text: str) -> None:
+    """Print how long the run takes."""
+    click.echo(f"Time:        {text}")
 
 
 def _experts(size: AdapterSize) -> str:

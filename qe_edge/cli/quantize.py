@@ -35,7 +35,11 @@ else:
 @recipe_options
 @device_option
 @executor_option
-@click.option("--dry-run", is_flag=True, help="Show recipe, layers, bits, memory and disk; do nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show recipe, layers, bits, memory, disk and time, which is measured on one block of every kind.",
+)
 @resume_option("Continue a run that was stopped, from the blocks that it had finished.")
 @overwrite_option()
 def command(
@@ -60,7 +64,7 @@ def command(
     recipe = recipes.read_recipe(**choices)
     check_apart_from_sources(output, model, recipe.calibration.source)
     if dry_run:
-        quantize_work.show_plan(model, recipe)
+        quantize_work.show_plan(model, recipe, device)
     elif quantize_work.write_checkpoint(
         model, recipe, output, device=device, executor=executor, resume=resume, overwrite=overwrite
     ):

@@ -5,32 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
+
 from qe_edge.checkpoint.detection import is_checkpoint
 from qe_edge.checkpoint.known_files import work_folder
 from qe_edge.cli.console import ConsoleProgress
 from qe_edge.cli.inputs import open_model
-from qe_edge.cli.outputs import check_disk, check_memory, check_output_folder
-from qe_edge.cli.plan_table import print_plan
+from qe_edge.cli.outputs import check_disk, check_memory, check_output_folder, human_time
+from qe_edge.cli.plan_table import print_plan, print_time
 from qe_edge.models.quantized import RUN
 from qe_edge.quantization.executors import check_way
 from qe_edge.quantization.folder import quantize_to_folder
 from qe_edge.quantization.job import Job, make_job
-from qe_edge.quantization.plan import make_plan
+from qe_edge.quantization.plan import Plan, make_plan
 from qe_edge.quantization.run_record import changes, in_one_line, make_record
+from qe_edge.quantization.timing import predicted_seconds
 from qe_edge.quantization.workfolder import MANIFEST, WorkFolder
 from qe_edge.recipes.recipe import Recipe
 from qe_edge.recipes.stored import load_checkpoint_recipe
 from qe_edge.system.atomic import restore
-from qe_edge.system.errors import ArtifactError
+from qe_edge.system.errors import ArtifactError, ResourceError
 from qe_edge.system.json_files import read_json_table
 from qe_edge.system.locks import hold
 from qe_edge.system.ownership import refuse_strangers
 
 
-def show_plan(model: str, recipe: Recipe) -> None:
-    """What a dry run prints."""
+def show_plan(model: str, recipe: Recipe, device: str) -> None:
+    """What a dry run prints. The time comes last, since it has to be measured."""
     job = make_job(open_model(model), recipe)
-    print_plan(recipe, make_plan(str(job.model), job.recipe, job.samples), len(job.samples))
+    plan = make_plan(str(job.model), job.recipe, job.samples)
+    print_plan(recipe, plan, len(job.samples))
+    print_time(_time(job, plan, device))
+    click.echo("Nothing was written (--dry-run).")
+
+
+def _time(job: Job, plan: Plan, device: str) -> str:
+    """What a dry run says of the time."""
+    if job.recipe.build_method().trains_model:
+        return f"not known: '{job.recipe.method}' trains the whole model"
+    try:
+        check_memory(plan.memory_bytes)
+    except ResourceError as error:
+        return f"not measured: {error.problem}"
+    seconds = predicted_seconds(job, device=device, progress=ConsoleProgress())
+    return f"about {human_time(seconds)} on this machine, without reading and writing files"
 
 
 def write_checkpoint(

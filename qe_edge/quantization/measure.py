@@ -22,8 +22,9 @@ from qe_edge.calibration.sensitivity import (
 )
 from qe_edge.methods import Method
 from qe_edge.methods.checked import candidates_of
-from qe_edge.models.family import Block
+from qe_edge.models.family import Block, Encoded
 from qe_edge.models.groups import LinearGroup, linear_groups
+from qe_edge.models.streaming import Chain
 from qe_edge.quantization.executors import FarBlocks, Solved, Workers
 from qe_edge.quantization.problems import Measured, Member, Problems
 from qe_edge.quantization.walk import BlockWalk, parameters_of
@@ -73,7 +74,7 @@ def measure(
         >>> measured.choices, measured.gradients  # gptq has no budget and needs no gradients
         ({}, {})
     """
-    left = _affordable(walk, recipe, rotation) if recipe.budget else None
+    left = affordable(walk, recipe, rotation) if recipe.budget else None
     chosen = [block for chain in walk.chains for block in chain]
     blocks = [block for block in chosen if block.group == "language"]
     weighs = method.needs_gradients and bool(blocks)
@@ -106,8 +107,17 @@ def needs_gradients(recipe: Recipe, method: Method[Any], blocks: Sequence[Block]
     return bool(recipe.budget) or method.weighs_tokens or (method.needs_gradients and language)
 
 
-def _affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
-    """The budget that is left for the layers. A budget that cannot be met is refused before anything is measured."""
+def affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
+    """The budget that is left for the layers. A budget that cannot be met is refused before anything is measured.
+
+    Args:
+        walk: The model's blocks.
+        recipe: The resolved recipe, with a budget.
+        rotation: Bits that a rotation puts beside the layers.
+
+    Raises:
+        RecipeError: If the budget cannot be met.
+    """
     scheme = recipe.get_scheme()
     cheapest = scheme.with_grid(scheme.budget_grids()[0])
     least = add_counts(
@@ -128,17 +138,30 @@ def _gradients(
         with track(progress, "Gradients", 1) as tracked:
             tracked.advance(1, "gradients")
         return load_sensitivities(folder.path / GRADIENTS)
-    names = [name for group in _groups(walk) for name in group.names]
-    loss: LossKind = "answers" if method.needs_gradients else "predictions"
-    found = output_gradients(
-        walk.loaded, walk.batches, names, progress, loss=loss, seed=recipe.seed, device=walk.device
-    )
+    found = measure_gradients(walk, recipe, method, walk.batches, progress)
     if folder:
         folder.expect(GRADIENTS)
         with atomic_file(folder.path / GRADIENTS) as part:
             save_sensitivities(part, found)
         folder.wrote(GRADIENTS)
     return found
+
+
+def measure_gradients(
+    walk: BlockWalk, recipe: Recipe, method: Method[Any], batches: Sequence[Encoded], progress: Progress
+) -> dict[str, Sensitivity]:
+    """Gradients at the outputs of every layer, on some of the samples.
+
+    Args:
+        walk: The model's blocks.
+        recipe: The resolved recipe.
+        method: Its method.
+        batches: Encoded calibration samples.
+        progress: Where to report progress.
+    """
+    names = [name for group in _groups(walk) for name in group.names]
+    loss: LossKind = "answers" if method.needs_gradients else "predictions"
+    return output_gradients(walk.loaded, batches, names, progress, loss=loss, seed=recipe.seed, device=walk.device)
 
 
 def _offers(
@@ -149,10 +172,7 @@ def _offers(
     offers: dict[str, Offer] = {}
 
     def done(block: Block, solved: Solved[list[Candidate]]) -> None:
-        found = {
-            member.name: Offer(sum(member.weights), _sensitivity(gradients, member), candidates)
-            for member, candidates in solved
-        }
+        found = _offers_of(gradients, solved)
         if folder:
             folder.save_offers(block.name, found)
         known(block, found)
@@ -164,21 +184,52 @@ def _offers(
 
     far = FarBlocks(workers, problems.method, candidates_of, done) if workers else None
     for chain, position, block in walk:
-        groups = linear_groups(block, walk.loaded.family.siblings)
         before = folder.load_offers(block.name) if folder else None
+        if not before and not far:
+            done(block, _candidates(walk, problems, chain, position, block))
+            continue
+        groups = linear_groups(block, walk.loaded.family.siblings)
         with walk.original(block):
             collectors = {} if before else problems.collectors(groups)
             walk.hand_on(chain, position, walk.run(chain, position, block, collectors))
-            if before:
-                known(block, before)
-            elif far:
+            if far and not before:
                 far.send(block, (list(problems.of_group(group, collectors)) for group in groups))
-            else:
-                walk.release_linears(groups)
-                done(block, list(problems.each(groups, collectors, candidates_of)))
+        if before:
+            known(block, before)
     if far:
         far.finish()
     return offers
+
+
+def measure_block(walk: BlockWalk, problems: Problems, chain: Chain, position: int, block: Block) -> dict[str, Offer]:
+    """The candidates of one block's layers, by name; its outputs are handed on.
+
+    Args:
+        walk: The walk that has come to the block.
+        problems: Makes the layers' problems; it knows their gradients.
+        chain: The block's chain.
+        position: The block's place in it.
+        block: The block.
+    """
+    return _offers_of(problems.measured.gradients, _candidates(walk, problems, chain, position, block))
+
+
+def _candidates(
+    walk: BlockWalk, problems: Problems, chain: Chain, position: int, block: Block
+) -> Solved[list[Candidate]]:
+    groups = linear_groups(block, walk.loaded.family.siblings)
+    with walk.original(block):
+        collectors = problems.collectors(groups)
+        walk.hand_on(chain, position, walk.run(chain, position, block, collectors))
+        walk.release_linears(groups)
+        return list(problems.each(groups, collectors, candidates_of))
+
+
+def _offers_of(gradients: Mapping[str, Sensitivity], solved: Solved[list[Candidate]]) -> dict[str, Offer]:
+    return {
+        member.name: Offer(sum(member.weights), _sensitivity(gradients, member), candidates)
+        for member, candidates in solved
+    }
 
 
 def _sensitivity(gradients: Mapping[str, Sensitivity], member: Member) -> float:

@@ -132,7 +132,7 @@ def run_job(
     chosen_device = choose_device(device)
     check_way(executor, job.recipe, device)
     loaded = load_outside_blocks(job.model) if isinstance(job.model, str) else job.model
-    chosen = _checked_blocks(loaded, job)
+    chosen = checked_blocks(loaded, job)
     gradients = needs_gradients(job.recipe, job.recipe.build_method(), chosen)
     passes = 1 + bool(job.recipe.budget) + gradients  # measured first, then quantized
     total = passes * sum(parameters_of(block) for block in chosen)
@@ -154,8 +154,18 @@ def run_job(
     return loaded
 
 
-def _checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
-    """The blocks that are quantized. All checks that need no long work are made here."""
+def checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
+    """The blocks that are quantized. All checks that need no long work are made here.
+
+    Raises:
+        QEError: If the model, the recipe and the samples do not go together.
+
+    Example:
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> job = make_job("demo", make_recipe(method="rtn", calibration={"samples": 1}))
+        >>> len(checked_blocks(load_outside_blocks("demo"), job))
+        4
+    """
     blocks = loaded.family.blocks(loaded.model)
     check_modules(blocks, job.recipe.modules)
     check_predictions(loaded.family, job.recipe)
@@ -208,7 +218,7 @@ def _quantize_blocks(
         if far:
             _send_block(walk, problems, far, folder, chain, position, block, done)
         else:
-            _quantize_block(walk, problems, both, folder, chain, position, block)
+            quantize_block(walk, problems, both, folder, chain, position, block)
             done(block)
     if far:
         far.finish()
@@ -236,7 +246,7 @@ def _train_blocks(
         progress.advance(parameters_of(block), block.name)
 
 
-def _quantize_block(
+def quantize_block(
     walk: BlockWalk,
     problems: Problems,
     both: SideBySide | None,
@@ -245,7 +255,17 @@ def _quantize_block(
     position: int,
     block: Block,
 ) -> None:
-    """Put quantized layers into one block, from the work folder if it has them, and hand its outputs on."""
+    """Put quantized layers into one block, from the work folder if it has them, and hand its outputs on.
+
+    Args:
+        walk: The walk that has come to the block.
+        problems: Makes the layers' problems.
+        both: Walks the original beside the quantized model, for methods that see both.
+        folder: Keeps finished blocks; None keeps nothing.
+        chain: The block's chain.
+        position: The block's place in it.
+        block: The block.
+    """
     loaded = walk.loaded
     walk.make_ready(block)
     groups = linear_groups(block, loaded.family.siblings)

@@ -19,6 +19,7 @@ from qe_edge.quantization.job import make_job
 from qe_edge.quantization.plan import collapse, make_plan
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
+from qe_edge.system.errors import ResourceError
 from tests.cli.running import Run, assert_two_lines
 from tests.small_models import write_small_llama
 
@@ -80,7 +81,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(cli: Run, tmp_path: Path)
     assert outcome.code == 0, outcome.err
     for part in (
         "scheme: w4a8", "layers.*.self_attn.q_proj", "model.visual.merger.mlp.0", "768 x 256", "8 + 8 x 8",
-        "Stored bits", "Read bits", "Memory:", "Disk:",
+        "Stored bits", "Read bits", "Memory:", "Disk:", "Time:        about ",
     ):  # fmt: skip
         assert part in outcome.out
     assert list(tmp_path.iterdir()) == []
@@ -89,6 +90,21 @@ def test_a_dry_run_shows_everything_and_writes_nothing(cli: Run, tmp_path: Path)
 def test_a_dry_run_may_name_a_folder_in_use(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     assert cli("quantize", "demo", "-o", tmp_path, "--dry-run", "--samples", "1").code == 0
+
+
+def test_a_dry_run_says_why_it_does_not_know_the_time(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("quantize", "demo", "-o", tmp_path / "checkpoint", "--dry-run", "--samples", "1")
+    assert "Time:        not known: 'dlqat' trains the whole model\n" in cli(*given, "--method", "dlqat").out
+
+    def refuse(_needed: int) -> None:
+        raise ResourceError("Quantizing needs 9 GiB and 1 GiB is free.", "Use a larger machine.")
+
+    monkeypatch.setattr("qe_edge.cli.quantize_work.check_memory", refuse)
+    outcome = cli(*given)
+    assert outcome.code == 0
+    assert "Time:        not measured: Quantizing needs 9 GiB and 1 GiB is free.\n" in outcome.out
 
 
 MEASURED = """
