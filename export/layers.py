@@ -32,6 +32,7 @@ NEUTRAL: dict[str, Callable[[QELinear], Tensor]] = {
     "router": lambda layer: torch.zeros(layer.in_features, 1),
     "bias": lambda layer: torch.zeros(layer.out_features),
 }
+LARGE = ("qweight", "down", "up")
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,27 @@ def layer_operands(name: str, x: ir.Value, layer: QELinear, form: GraphForm, own
         if key in SHARED and id(stored) in owners:
             values[key] = owners[id(stored)]
             continue
-        values[key] = _initializer(f"{name}.{key}", _tensor(key, layer, form))
+        values[key] = _initializer(f"{name}.{key}", _when_written(key, layer, form))
         if stored is not None:
             owners[id(stored)] = values[key]
     return Operands(x, **values)
+
+
+def _when_written(key: str, layer: QELinear, form: GraphForm) -> ir.TensorProtocol:
+    """One operand. A large one is converted when it is written, so that only one of them is in memory."""
+    stored = getattr(layer, key)
+    if key not in LARGE or stored is None:
+        return _tensor(key, layer, form)
+    rank = layer.rank_shared + layer.num_experts * layer.rank_routed
+    shape = {
+        "qweight": (layer.in_features, layer.out_features),
+        "down": (layer.in_features, rank),
+        "up": (rank, layer.out_features),
+    }[key]
+    dtype = ir.DataType.INT4
+    if key != "qweight" and not (form.coded and layer.packed_factors):
+        dtype = ir.DataType.INT8 if form.coded else ir.DataType.FLOAT
+    return ir.LazyTensor(lambda: _tensor(key, layer, form), dtype=dtype, shape=ir.Shape(shape))
 
 
 def _tensor(key: str, layer: QELinear, form: GraphForm) -> ir.TensorProtocol:

@@ -18,6 +18,7 @@ from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.precision import in_float32
+from qe_edge.models.tables import embeddings_of
 from qe_edge.system.errors import ModelError
 
 LAYER = "layer"  # attribute of a bare node: the dotted name of the layer it stands for
@@ -35,9 +36,10 @@ def exportable(model: nn.Module) -> Iterator[None]:
         eager torch.float32
     """
     with ExitStack() as stack:
-        # tensors of quantized layers and embeddings are converted when they are written, a second embedding never
-        kept, second = (QELinear, QuantizedEmbedding), second_embedding(model)
-        others = (one for one in model.modules() if not isinstance(one, kept) and one is not second)
+        # tensors of quantized layers are converted when they are written, those of token embeddings never
+        tables = [id(table) for table in (*embeddings_of(model).values(), second_embedding(model))]
+        kept = (QELinear, QuantizedEmbedding)
+        others = (one for one in model.modules() if not isinstance(one, kept) and id(one) not in tables)
         stack.enter_context(in_float32(others))
         stack.enter_context(_eager_attention(model))
         stack.enter_context(_fixed_rotary(model))

@@ -159,7 +159,10 @@ def build_layer(name: str, geometry: LayerGeometry, tensors: dict[str, Tensor]) 
         if problem:
             raise _wrong(name, problem)
     quantized = QuantizedLinear(weight, geometry.activation_bits, tensors.get("inv_omega"), adapters, parts)
-    return QELinear(quantized, tensors.get("bias"))
+    layer = QELinear(quantized, tensors.get("bias"))
+    if torch.equal(layer.qweight, tensors["qweight"]):
+        layer.qweight = tensors["qweight"]  # which may lie in a file that is mapped
+    return layer
 
 
 def check_layer(name: str, geometry: LayerGeometry, header: dict[str, tuple[str, tuple[int, ...]]]) -> None:

@@ -47,6 +47,7 @@ from qe_edge.reconstruction.token_weights import gradient_weights
 from qe_edge.system.errors import NumericalError
 
 DAMPING = 0.01  # of the Gram matrix where a weight is moved to the original's output
+COLUMNS = 2048  # input channels that a copy of a matrix has at a time
 EVENNESS = 0.1  # share of the weight that all tokens have alike
 
 
@@ -174,6 +175,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
         if self.options.guard_independent_channels and len(left_out) and not choice:
             plain, tokens = self._shared_expert(problem, left_out[:0], size), some_tokens(statistics)
             shared = min(plain, shared, key=lambda one: one.objective(tokens, bits))
+            del plain  # as large as the layer
         adapters = self._adapters(problem, statistics, shared, split.dependent, size)
         branch, refinement = shared.branch, self.options.refinement()
         if adapters and refinement:
@@ -230,7 +232,7 @@ class QuantExperts(Method[QuantExpertsOptions]):
     def _shared_expert(self, problem: LinearProblem, left_out: np.ndarray, size: LayerSize) -> SharedExpert:
         """Quantize with the channels `left_out` given to the shared expert (5.1, 5.2, 5.5), and fit it (5.3)."""
         grid = problem.choice.grid if problem.choice else problem.scheme.weight
-        branch = self._branch(problem, grid, left_out, Hessian(problem.gram()), self.options.polish)
+        branch = self._branch(problem, grid, left_out, Hessian(problem.gram(), kept=False), self.options.polish)
         space = ErrorSpace.of(branch.error)
         covariance = space.covariance(problem.gram())
         return SharedExpert(
@@ -309,11 +311,11 @@ class QuantExperts(Method[QuantExpertsOptions]):
         own = shared.vectors[:, : size.shared_rank]
         occurrence = occurrence_matrix(statistics.importance, dependent, reduced.shape[1])
         fit = ExpertProblem(
-            error=reduced - cast(own @ (own.T @ double(reduced)), reduced),
+            error=_without_directions(reduced, own),
             statistics=statistics,
             channels=dependent,
             labels=spectral_clusters(npmi(occurrence), size.experts, problem.seed),
-            channel_weight=to_numpy(problem.weight.abs().mean(0).double()),
+            channel_weight=_channel_weight(problem.weight),
             experts=size.experts,
             rank=size.routed_rank,
             rho=self.options.rho,
@@ -342,6 +344,21 @@ class QuantExperts(Method[QuantExpertsOptions]):
             scores = ridge_router(statistics.tokens, routed_residuals(space, statistics.tokens, outputs, ups, downs))
         router = torch.from_numpy(normalise_router(scores, statistics.tokens))
         return router.to(to_tensor(statistics.tokens).device, torch.float16)
+
+
+def _without_directions(error: Matrix, own: Matrix) -> Matrix:
+    """An error `[side, in]` without its part along orthonormal directions `[side, rank]`; few columns at a time."""
+    left = error.clone() if isinstance(error, Tensor) else error.copy()
+    for start in range(0, error.shape[1], COLUMNS):
+        part = left[:, start : start + COLUMNS]
+        part -= cast(own @ (own.T @ double(part)), error)
+    return left
+
+
+def _channel_weight(weight: Tensor) -> np.ndarray:
+    """Mean magnitude of a weight's columns `[in]` float64."""
+    parts = [weight[:, start : start + COLUMNS].abs().mean(0) for start in range(0, weight.shape[1], COLUMNS)]
+    return to_numpy(torch.cat(parts).double())
 
 
 def frequent_channels(statistics: InputStatistics) -> np.ndarray:

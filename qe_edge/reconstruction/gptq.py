@@ -31,6 +31,7 @@ class Hessian:
     Attributes:
         gram: `[in, in]` float32 or float64, `X^T X` up to a factor. It must not be changed later.
         left_out: Channels that count as inputs that are always zero.
+        kept: Whether its factors stay in memory for the next weight.
 
     Example:
         >>> hessian = Hessian(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
@@ -42,6 +43,7 @@ class Hessian:
 
     gram: Matrix
     left_out: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    kept: bool = True
     _couplings: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def without(self, channels: np.ndarray) -> Hessian:
@@ -50,7 +52,7 @@ class Hessian:
             return self
         if len(self.gram) > WIDE:
             self._couplings.clear()
-        return Hessian(self.gram, np.union1d(self.left_out, channels))
+        return Hessian(self.gram, np.union1d(self.left_out, channels), kept=False)
 
     def matrix(self) -> Matrix:
         """The Gram matrix with zeros for the channels that are left out; a copy if there are any."""
@@ -72,9 +74,12 @@ class Hessian:
         Raises:
             NumericalError: If the damped matrix is not positive definite.
         """
-        if damping not in self._couplings:
-            self._couplings[damping] = _coupling(to_tensor(self.gram), self.left_out, damping)
-        return self._couplings[damping]
+        found = self._couplings.get(damping)
+        if found is None:
+            found = _coupling(to_tensor(self.gram), self.left_out, damping)
+            if self.kept:
+                self._couplings[damping] = found
+        return found
 
 
 def gptq_round(

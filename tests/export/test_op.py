@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qe_edge.export import layers as layers_of_export
 from qe_edge.export.layers import layers_graph
 from qe_edge.export.op import DOMAIN, INPUTS, NAME
 from qe_edge.system.errors import ModelError
@@ -43,6 +44,33 @@ def test_the_function_is_the_layer(variants: list[Variant], act_bits: int, seed:
     outputs = run(model, {f"{name}.x": x.numpy() for name, x in inputs.items()})
     for name, layer in layers.items():
         assert relative_error(outputs[f"{name}.output"], layer(inputs[name]).numpy()) < 1e-5
+
+
+@settings(max_examples=60)
+@given(variants=st.lists(VARIANTS, min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_operands_have_the_size_and_type_that_they_announce(variants: list[Variant], seed: int) -> None:
+    """Large ones are made when they are written."""
+    layers = {f"layer{index}": make_layer(variant, seed) for index, variant in enumerate(variants)}
+    late = 0
+    for value in layers_graph(layers).graph.initializers.values():
+        announced = value.const_value
+        assert announced is not None
+        if isinstance(announced, ir.LazyTensor):
+            late += 1
+            made = announced.raw()
+            assert (made.dtype, made.shape) == (announced.dtype, announced.shape), value.name
+            assert made.tobytes() == announced.tobytes()
+    assert late >= len(layers)
+
+
+def test_a_layers_weight_is_not_there_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    convert = layers_of_export._tensor
+    monkeypatch.setattr(layers_of_export, "_tensor", lambda key, *given: made.append(key) or convert(key, *given))
+    model = layers_graph({"a": make_layer(Variant())})
+    assert not set(made) & {"qweight", "down", "up"}
+    ir.to_proto(model)
+    assert set(made) >= {"qweight", "down", "up"}
 
 
 def test_the_graph_is_valid_onnx() -> None:
