@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ from tests.modes import (
 )
 
 
+SHARES = 8  # of a long list of cases, which workers of pytest take one by one
+
+
 def check(mode: Mode, tokens: int, planner: Planner, machine: PtxMachine, tactic: Tactic | None = None) -> None:
     k, n = shape_for(mode, tokens)
     layer, x = random_layer(mode, k, n, seed=tokens), random_tokens(mode, tokens, k)
@@ -45,6 +49,7 @@ def launched(planner: Planner, mode: Mode, tokens: int, tactic: Tactic | None = 
     return [launch.name for launch in planner.launches(problem, Buffers(counters=256), tactic or tactic_for(tokens))]
 
 
+@cache
 def first_of_every_kernel() -> list[tuple[Mode, int]]:
     """Of the combinations, those that launch what none before them did."""
     planner, seen, cases = Planner.load(source_emulator()), set[str](), []
@@ -103,10 +108,14 @@ def test_every_kernel_of_clusters_runs(planner: Planner, machine_90: PtxMachine)
     assert found == {name: 2 for name in machine_90.file.names if name.startswith(CLUSTER_KERNELS)}
 
 
-def test_every_kernel_where_launches_overlap(planner: Planner, machine_90: PtxMachine) -> None:
+def test_the_text_lets_launches_overlap() -> None:
     text = ptx().read_text()
     assert all(each in text for each in ("// sm_90: griddepcontrol.wait", "// sm_90: griddepcontrol.launch_dependents"))
-    for mode, tokens in first_of_every_kernel():
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_kernel_where_launches_overlap(share: int, planner: Planner, machine_90: PtxMachine) -> None:
+    for mode, tokens in first_of_every_kernel()[share::SHARES]:
         check(mode, tokens, planner, machine_90)
 
 
