@@ -31,7 +31,6 @@ from tests.modes import (
     tactic_for,
 )
 
-
 SHARES = 8  # of a long list of cases, which workers of pytest take one by one
 
 
