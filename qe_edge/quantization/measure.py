@@ -117,6 +117,18 @@ def affordable(walk: BlockWalk, recipe: Recipe, rotation: BitCount) -> Budget:
 
     Raises:
         RecipeError: If the budget cannot be met.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> from qe_edge.quantization.job import encoded_batches, make_job
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> from qe_edge.system.device import CPU
+        >>> recipe = make_recipe(method="qe", budget={"bits": 5})
+        >>> loaded = load_model("demo")
+        >>> batches = encoded_batches(loaded, make_job("demo", recipe).samples[:1])
+        >>> walk = BlockWalk(loaded, recipe.modules, batches, CPU)
+        >>> affordable(walk, recipe, BitCount()).bits
+        5.0
     """
     scheme = recipe.get_scheme()
     cheapest = scheme.with_grid(scheme.budget_grids()[0])
@@ -158,6 +170,20 @@ def measure_gradients(
         method: Its method.
         batches: Encoded calibration samples.
         progress: Where to report progress.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> from qe_edge.quantization.job import encoded_batches, make_job
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> from qe_edge.system.device import CPU
+        >>> from qe_edge.system.progress import Silent
+        >>> recipe = make_recipe(method="qe", budget={"bits": 5})
+        >>> loaded = load_model("demo")
+        >>> batches = encoded_batches(loaded, make_job("demo", recipe).samples[:1])
+        >>> walk = BlockWalk(loaded, recipe.modules, batches, CPU)
+        >>> found = measure_gradients(walk, recipe, recipe.build_method(), batches, Silent())
+        >>> len(found), min(one.energy for one in found.values()) > 0
+        (28, True)
     """
     names = [name for group in _groups(walk) for name in group.names]
     loss: LossKind = "answers" if method.needs_gradients else "predictions"
@@ -210,6 +236,22 @@ def measure_block(walk: BlockWalk, problems: Problems, chain: Chain, position: i
         chain: The block's chain.
         position: The block's place in it.
         block: The block.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> from qe_edge.quantization.job import encoded_batches, make_job
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> from qe_edge.system.device import CPU
+        >>> from qe_edge.system.progress import Silent
+        >>> recipe = make_recipe(method="qe", budget={"bits": 5})
+        >>> loaded = load_model("demo")
+        >>> batches = encoded_batches(loaded, make_job("demo", recipe).samples[:1])
+        >>> walk = BlockWalk(loaded, recipe.modules, batches, CPU)
+        >>> gradients = measure_gradients(walk, recipe, recipe.build_method(), batches, Silent())
+        >>> problems = Problems(recipe, recipe.build_method(), CPU, Measured(gradients=gradients))
+        >>> offers = measure_block(walk, problems, *next(iter(walk)))
+        >>> len(offers), all(len(offer.candidates) > 1 for offer in offers.values())
+        (4, True)
     """
     return _offers_of(problems.measured.gradients, _candidates(walk, problems, chain, position, block))
 

@@ -88,12 +88,7 @@ def peak_memory(
     for block in blocks:
         language = block.group in ("language", "action")
         tokens, beside = (text, masks) if language else (patches, 0)
-        groups = linear_groups(block, family.siblings)
-        hidden, widest = groups[0].linears[0].in_features, max(_width(group) for group in groups)
-        beside += 2 * FLOAT * tokens * hidden + 2 * FLOAT * -(-tokens // batches) * widest
-        copies = 2 * FLOAT * parameters_of(block) if method.sees_both_models else 0  # else a problem reads its own
-        solving = _solving(groups, method, trial=bool(recipe.budget))
-        most = max(most, beside + _statistics(groups, method, tokens) + max(_running(block, family), copies + solving))
+        most = max(most, beside + _block(block, family, method, tokens, batches, trial=bool(recipe.budget)))
     return LIBRARIES + FLOAT * outside + pixels + most + family.kept_bytes(text)
 
 
@@ -136,6 +131,16 @@ def _patches(family: ModelFamily, encoded: Encoded, batches: int, text: int, pix
 
 def _characters(sample: Sample) -> int:
     return sum(len(turn.text) for turn in sample.conversation) + len(sample.answer or "")
+
+
+def _block(block: Block, family: ModelFamily, method: Method[Any], tokens: int, batches: int, *, trial: bool) -> int:
+    """Bytes of a block that is quantized, with its inputs and outputs, the statistics and what solving takes."""
+    groups = linear_groups(block, family.siblings)
+    states = 2 * FLOAT * tokens * groups[0].linears[0].in_features
+    states += 2 * FLOAT * -(-tokens // batches) * max(_width(group) for group in groups)
+    copies = 2 * FLOAT * parameters_of(block) if method.sees_both_models else 0  # else a problem reads its own
+    work = max(_running(block, family), copies + _solving(groups, method, trial=trial))
+    return states + _statistics(groups, method, tokens) + work
 
 
 def _running(block: Block, family: ModelFamily) -> int:

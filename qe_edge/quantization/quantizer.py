@@ -265,6 +265,17 @@ def quantize_block(
         chain: The block's chain.
         position: The block's place in it.
         block: The block.
+
+    Example:
+        >>> from qe_edge.quantization.problems import Measured
+        >>> from qe_edge.recipes.recipe import make_recipe
+        >>> recipe, loaded = make_recipe(method="rtn"), load_outside_blocks("demo")
+        >>> walk = BlockWalk(loaded, recipe.modules, encoded_batches(loaded, make_job("demo", recipe).samples[:1]), CPU)
+        >>> problems = Problems(recipe, recipe.build_method(), CPU, Measured(), loaded.stored)
+        >>> chain, position, block = next(iter(walk))
+        >>> quantize_block(walk, problems, None, None, chain, position, block)
+        >>> type(block.module.mlp.up_proj).__name__
+        'QELinear'
     """
     loaded = walk.loaded
     walk.make_ready(block)

@@ -12,8 +12,9 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from qe_edge.budget.accounting import rotation_bits
+from qe_edge.budget.accounting import BitCount, rotation_bits
 from qe_edge.budget.allocation import allocate
+from qe_edge.budget.model import Offer
 from qe_edge.models.family import Block
 from qe_edge.models.loading import load_outside_blocks
 from qe_edge.models.rotation import rotate_language_model
@@ -61,7 +62,7 @@ def predicted_seconds(job: Job, *, device: str = "auto", progress: Progress | No
     blocks = checked_blocks(loaded, job)
     if recipe.rotates:
         rotate_language_model(loaded, recipe.seed)
-    rotation = rotation_bits(loaded.model)
+    rotation = rotation_bits(loaded.model)  # in its own precision, before the walk makes it float32
     batches = encoded_batches(loaded, job.samples)
     walk = BlockWalk(loaded, recipe.modules, batches, chosen_device, to_the_end=recipe.head_grid is not None)
     seconds = time.perf_counter() - begun
@@ -72,23 +73,8 @@ def predicted_seconds(job: Job, *, device: str = "auto", progress: Progress | No
         tracked = stack.enter_context(
             track(progress or Silent(), "Measuring the time", kinds * (1 + bool(recipe.budget)) + gradients)
         )
-        measured, among = Measured(), None
-        if gradients:
-            begun = time.perf_counter()
-            found = measure_gradients(walk, recipe, method, batches[:1], Silent())
-            seconds += len(batches) * (time.perf_counter() - begun)
-            tracked.advance(1, "gradients")
-            # what one batch tells of tokens is of no use for all
-            measured = Measured(gradients=found if recipe.budget else {})
-        if recipe.budget:
-            problems, offers = Problems(recipe, method, walk.device, measured, loaded.stored), {}
-
-            def offer(chain: Chain, position: int, block: Block) -> None:
-                offers.update(measure_block(walk, problems, chain, position, block))
-
-            spent, among = _walked(walk, offer, tracked)
-            seconds += spent
-            measured = Measured(measured.gradients, choices=allocate(offers, affordable(walk, recipe, rotation)))
+        measured, among, spent = _measured(walk, job, rotation, tracked, gradients=gradients)
+        seconds += spent
         problems = Problems(recipe, method, walk.device, measured, loaded.stored)
         both = SideBySide(walk, problems) if method.sees_both_models else None
 
@@ -106,6 +92,32 @@ def predicted_seconds(job: Job, *, device: str = "auto", progress: Progress | No
             quantize_head(loaded, recipe.head_grid, last.hidden, [batches[i].attention_mask for i in last.batches])
             seconds += time.perf_counter() - begun
     return seconds
+
+
+def _measured(
+    walk: BlockWalk, job: Job, rotation: BitCount, progress: Progress, *, gradients: bool
+) -> tuple[Measured, set[str] | None, float]:
+    """What is measured before the first layer is quantized, the blocks that have it (None: all), and the seconds."""
+    recipe, method = job.recipe, job.recipe.build_method()
+    measured, seconds = Measured(), 0.0
+    if gradients:
+        begun = time.perf_counter()
+        found = measure_gradients(walk, recipe, method, walk.batches[:1], Silent())
+        seconds += len(walk.batches) * (time.perf_counter() - begun)
+        progress.advance(1, "gradients")
+        # what one batch tells of tokens is of no use for all
+        measured = Measured(gradients=found if recipe.budget else {})
+    if not recipe.budget:
+        return measured, None, seconds
+    problems = Problems(recipe, method, walk.device, measured, walk.loaded.stored)
+    offers: dict[str, Offer] = {}
+
+    def offer(chain: Chain, position: int, block: Block) -> None:
+        offers.update(measure_block(walk, problems, chain, position, block))
+
+    spent, among = _walked(walk, offer, progress)
+    left = affordable(walk, recipe, rotation)
+    return Measured(measured.gradients, choices=allocate(offers, left)), among, seconds + spent
 
 
 def _walked(
