@@ -17,7 +17,7 @@ from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.opening import explained, open_graph
 from qe_edge.export.plugin_check import check_forms, check_plugin_given, check_plugin_target
 from qe_edge.export.signature import tensor_spec
-from qe_edge.export.targets import CUDA, Target, check_states, get_target
+from qe_edge.export.targets import CUDA, Target, get_target
 from qe_edge.models.vision_encoder import MAX_PICTURES
 from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import SIZED, EngineInfo, GraphBuild, PluginBuild
@@ -109,7 +109,6 @@ def _checked_manifest(
         check_plugin_given([target.name])
     manifest = read_any_manifest(onnx)
     if isinstance(manifest, Manifest):
-        check_states([target.name], [spec.name for spec in manifest.cache])
         manifest = manifest if limits is None else with_limits(manifest, limits)
     elif limits not in (None, EngineLimits()):
         encoder = isinstance(manifest, EncoderManifest)

@@ -44,6 +44,7 @@ def build(request: EngineRequest) -> EngineFacts:
         errors = [str(parser.get_error(index)) for index in range(parser.num_errors)]
         return EngineFacts(version=trt.__version__, errors=[*errors, *logger.errors])
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # what runs in float32 does so because it must be exact
     if request.plugin_library is not None:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the layer list gets names
     for shapes in request.profiles.values():

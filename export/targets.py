@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from qe_edge.runtime.cache_tensors import is_state
 from qe_edge.runtime.cuda import compute_capability
 from qe_edge.runtime.cuda_provider import INSTALL, LOWEST, provider_problem
 from qe_edge.runtime.engine_info import SIZED, Backend
@@ -133,36 +132,6 @@ def has_limits(name: str) -> bool:
         (False, True)
     """
     return get_target(name).backend in SIZED
-
-
-def check_states(names: Sequence[str], states: Sequence[str]) -> None:
-    """Refuse targets whose engines cannot keep what a model's layers keep instead of keys and values.
-
-    Args:
-        names: Targets.
-        states: Names of the tensors of a cache, as "0.key" or "1.conv".
-
-    Raises:
-        TargetError: If there is such a state, and a target does not keep it.
-
-    Example:
-        >>> check_states(["cpu"], ["0.conv"])  # fine
-        >>> check_states(["jetson-orin"], ["0.conv", "1.key", "1.value"])
-        Traceback (most recent call last):
-            ...
-        qe_edge.system.errors.TargetError: Engines of the target 'jetson-orin' keep keys and values alone, and this
-        model's layer 0 keeps a state 'conv'. Build for the target 'cpu'.
-    """
-    kept = next((state for state in states if is_state(state)), None)
-    refused = next((name for name in names if get_target(name).backend != "onnxruntime"), None)
-    if kept is None or refused is None:
-        return
-    layer, part = kept.split(".")[-2:]
-    raise TargetError(
-        f"Engines of the target '{refused}' keep keys and values alone, and this model's layer {layer} keeps a state "
-        f"'{part}'.",
-        "Build for the target 'cpu'.",
-    )
 
 
 def get_target(name: str) -> Target:

@@ -11,14 +11,12 @@ from qe_edge.export.cached_attention import cached_attention_nodes, expand_cache
 from qe_edge.export.lowering.half import finish_in_half
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
-from qe_edge.models import cached_attention, picture_attention
+from qe_edge.models import cached_attention, linear_attention, picture_attention
 from qe_edge.runtime.engine_info import Precision
 from qe_edge.system.errors import TargetError
 
 FLOATS = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
-ATTENTION = (
-    (cached_attention.DOMAIN, cached_attention.NAME), (picture_attention.DOMAIN, picture_attention.NAME),
-)  # fmt: skip
+ATTENTION = tuple((kind.DOMAIN, kind.NAME) for kind in (cached_attention, linear_attention, picture_attention))
 # Standard operators whose kernels of the CUDA provider take float16 and float32, of those that graphs may have:
 # docs/OperatorKernels.md of ONNX Runtime. Range has no float16.
 KERNELS = frozenset((
@@ -28,7 +26,7 @@ KERNELS = frozenset((
     "Greater", "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual",
     "Log", "MatMul", "Max", "MaxPool", "Min", "Mod", "Mul", "Neg", "Pad", "Pow", "Reciprocal", "ReduceMax",
     "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Resize", "Round",
-    "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Sin", "Slice", "Softmax", "Split", "Sqrt",
+    "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt",
     "Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
 ))  # fmt: skip
 
@@ -36,9 +34,10 @@ KERNELS = frozenset((
 def lower_for_cuda(model: ir.Model, *, plugin: bool = True) -> Precision:
     """Lower a canonical graph in place; returns what computes in which precision.
 
-    `GroupQueryAttention` and `MultiHeadAttention` stay: the provider has kernels for them, and those of the former
-    write the cache in place. Nodes that read the keys and values of an earlier layer become standard operators: whether
-    the kernel takes no new ones has not been tried on a GPU.
+    `GroupQueryAttention`, `MultiHeadAttention` and `LinearAttention` stay: the provider has kernels for them. Those of
+    the first write the cache in place, and the last computes in float32, with its states. Nodes that read the keys and
+    values of an earlier layer become standard operators: whether the kernel takes no new ones has not been tried on a
+    GPU.
 
     Args:
         model: A canonical graph.

@@ -2,8 +2,8 @@
 
 Products with weights run in float16. Nodes that add or multiply two activations run in float32, so that the residual
 stream and the gates of MLPs cannot overflow: real models exceed float16 there. So do the statistics of norms, rotary
-angles, the router's scores and the rounding of activations. The KV cache is float16; all other inputs and outputs are
-float32.
+angles, the router's scores and the rounding of activations, and what layers keep as states. Keys and values are
+float16; all other inputs and outputs are float32.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import onnx_ir as ir
 from qe_edge.export.lowering.inline import FLOAT32, add_initializer, array_of
 from qe_edge.export.lowering.passes import InPlacePass, PassResult, ensure, remove_unused, require, untyped_values
 from qe_edge.export.lowering.plugin import is_packed
+from qe_edge.export.lowering.states import WEIGHTED, is_state_tensor, state_nodes
+from qe_edge.runtime.cache_tensors import PAST, PRESENT
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 FLOATS = (HALF, SINGLE)
-PRODUCTS = (
-    "MatMul", "Gemm", "Conv", "DequantizeLinear", "QELinear", "GroupQueryAttention", "MultiHeadAttention",
-)  # fmt: skip
+PRODUCTS = ("Conv", *WEIGHTED)
 STATISTICS = (
     "Cos", "Exp", "Erf", "LayerNormalization", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Sin", "Sqrt", "Tanh",
 )  # fmt: skip
 COMBINING = ("Add", "Sub", "Mul", "Div")
 MASKED = -3e4  # a masked score in float16: far below any other, and its sum with one is finite
-CACHE = ("past_key_values.", "present.")
 
 
 class ScaleQueries(InPlacePass):
@@ -56,7 +55,8 @@ class ScaleQueries(InPlacePass):
 class ToHalf(InPlacePass):
     """Chooses float16 or float32 for every node.
 
-    Requires that results have types. Ensures that inputs and outputs are float32, except the cache, which is float16.
+    Requires that results have types. Ensures that inputs and outputs are float32, except keys and values, which are
+    float16.
 
     Attributes:
         precision: Precision of every node that computes with floats, by name.
@@ -92,7 +92,7 @@ class ToHalf(InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """Inputs and outputs have their types."""
         for value in (*model.graph.inputs, *model.graph.outputs):
-            wanted = HALF if (value.name or "").startswith(CACHE) else SINGLE
+            wanted = _outer(value)
             ensure(value.dtype not in FLOATS or value.dtype == wanted, f"'{value.name}' is {wanted.name}.")
 
 
@@ -159,9 +159,9 @@ class _Conversion:
         self.graph = graph
         self.precision: dict[str, str] = {}
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self._angles = _angle_nodes(graph)
+        self._exact = _angle_nodes(graph) | state_nodes(graph)
         for value in graph.inputs:
-            if value.dtype == SINGLE and (value.name or "").startswith(CACHE):
+            if value.dtype == SINGLE and _outer(value) == HALF:
                 value.type = ir.TensorType(HALF)
 
     def convert(self, node: ir.Node) -> None:
@@ -186,7 +186,7 @@ class _Conversion:
         for index, value in enumerate(self.graph.outputs):
             if value.dtype not in FLOATS:
                 continue
-            wanted = HALF if (value.name or "").startswith(CACHE) else SINGLE
+            wanted = _outer(value)
             if value.dtype != wanted:
                 name = value.name
                 value.name = f"{name}.uncast"
@@ -196,7 +196,7 @@ class _Conversion:
                 self.graph.outputs[index] = cast.outputs[0]
 
     def _choose(self, node: ir.Node) -> ir.DataType:
-        if node in self._angles or node.op_type in STATISTICS or FLOAT32 in node.meta:
+        if node in self._exact or node.op_type in STATISTICS or FLOAT32 in node.meta:
             return SINGLE
         if node.op_type in PRODUCTS:
             return HALF
@@ -268,6 +268,11 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     node.outputs[0].name = f"{name}.output"
     node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), value.shape
     return node
+
+
+def _outer(value: ir.Value) -> ir.DataType:
+    """Type of an input or output that holds floats."""
+    return HALF if (value.name or "").startswith((PAST, PRESENT)) and not is_state_tensor(value.name) else SINGLE
 
 
 def _is_float(value: ir.Value) -> bool:

@@ -6,10 +6,11 @@ import onnx_ir as ir
 
 from qe_edge.export.attention import expand_attention
 from qe_edge.export.cached_attention import expand_cached_attention
+from qe_edge.export.lowering.delta_rule import expand_delta_rule
 from qe_edge.export.lowering.half import finish_in_half
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.plugin import pack_layers
-from qe_edge.export.lowering.precision import CACHE
+from qe_edge.runtime.cache_tensors import PAST, PRESENT, is_state
 from qe_edge.runtime.engine_info import Precision
 
 
@@ -38,6 +39,7 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False, capacity: int |
     if capacity is not None:
         _fix_capacity(model, capacity)
     expand_cached_attention(model, write="ScatterND" if capacity is None else "TensorScatter")
+    expand_delta_rule(model)
     if plugin:
         pack_layers(model)
     else:
@@ -48,6 +50,7 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False, capacity: int |
 def _fix_capacity(model: ir.Model, capacity: int) -> None:
     """TensorRT writes in place into caches of a constant size alone."""
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if (value.name or "").startswith(CACHE) and value.shape is not None:
+        name = value.name or ""
+        if name.startswith((PAST, PRESENT)) and not is_state(name) and value.shape is not None:
             batch, heads, _, width = value.shape
             value.shape = ir.Shape([batch, heads, capacity, width])

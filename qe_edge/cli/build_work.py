@@ -70,4 +70,6 @@ def _gpu_memory(folder: Path) -> str:
         return f"{line}."
     token = 2 * sum(math.prod(sizes_of(spec, 1, 1)) for spec in manifest.cache if not is_state(spec.name))  # float16
     token *= 1 if manifest.kv.in_place else 2
-    return f"{line}, and a KV cache {human_bytes(1000 * token)} for 1000 tokens."
+    states = 2 * 4 * sum(math.prod(sizes_of(spec, 1, 1)) for spec in manifest.cache if is_state(spec.name))  # float32
+    kept = f" and the states of its layers {human_bytes(states)}" if states else ""
+    return f"{line}, and a KV cache {human_bytes(1000 * token)} for 1000 tokens{kept}."

@@ -11,11 +11,9 @@ from qe_edge.calibration.sources import hash_samples, load_evaluation
 from qe_edge.deploy.layout import DEFAULT_TARGETS
 from qe_edge.export import plugin_check
 from qe_edge.export.decoding import check_decoding
-from qe_edge.export.targets import check_states, check_targets, get_target, has_limits
+from qe_edge.export.targets import check_targets, get_target, has_limits
 from qe_edge.models.configuration import load_family
 from qe_edge.models.decoder import default_lengths
-from qe_edge.models.export_limits import layer_config
-from qe_edge.models.layer_states import layer_states
 from qe_edge.models.loading import resolve_model
 from qe_edge.quantization.job import Job, make_job
 from qe_edge.quantization.plan import Plan, make_plan, planned_forms
@@ -118,7 +116,6 @@ def make_order(
     plugins = {} if plugin_library is None else _plugins(targets, plugin_library)
     source = resolve_model(model)
     check_decoding(source)
-    check_states(targets, _cached(source))
     if limits is not None:
         _check_limits(limits, source)
     job = make_job(model, recipe)
@@ -134,16 +131,6 @@ def _plugins(targets: Sequence[str], library: Path) -> dict[str, Path]:
     """The plugin library for every target that takes one, checked."""
     found = plugin_check.choose_plugin(targets, library)
     return {name: found for name in targets if plugin_check.takes_plugin(get_target(name))}
-
-
-def _cached(source: str) -> list[str]:
-    """Names of the tensors that a model's layers keep; none of a vision encoder's."""
-    text = load_family(source).config.get_text_config()
-    return (
-        [state.name for state in layer_states(text)]
-        if getattr(layer_config(text, 0), "num_key_value_heads", None)
-        else []
-    )
 
 
 def _check_limits(limits: EngineLimits, source: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from qe_edge.runtime.cache_tensors import PAST, PRESENT, is_state, output_of
-from qe_edge.runtime.sessions import Array
+from qe_edge.runtime.sessions import Array, DeviceArray
 from qe_edge.system.errors import InputError
 
 
@@ -66,7 +66,7 @@ class KVCache:
             )
         if length == 0:
             for name in self.states:
-                np.asarray(self.past[name])[...] = 0
+                _clear(self.past[name])
         self.lengths = np.minimum(self.lengths, length)
         self.mask[:, length:] = 0
 
@@ -94,37 +94,53 @@ class KVCache:
         """
         if kept is not None:
             for name in self.states:
-                np.asarray(outputs[output_of(name)])[~kept] = np.asarray(self.past[name])[~kept]
+                for row in np.flatnonzero(~kept).tolist():
+                    _take_row(outputs[output_of(name)], self.past[name], row)
         spare = self.past
         self.past = {name.replace(PRESENT, PAST, 1): array for name, array in outputs.items()}
         self.present = {output_of(name): array for name, array in spare.items()}
 
 
 def new_cache(
-    batch: int, capacity: int, zeros: Callable[[tuple[int, ...]], Array], shapes: dict[str, tuple[int, ...]], *,
-    in_place: bool,
+    batch: int, capacity: int, zeros: Callable[[tuple[int, ...], np.dtype[np.generic]], Array],
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]], *, in_place: bool,
 ) -> KVCache:  # fmt: skip
     """An empty cache.
 
     Args:
         batch: Rows.
         capacity: Tokens that fit into a row.
-        zeros: Makes a buffer of a shape.
-        shapes: Of the language graph's inputs that are the cache.
+        zeros: Makes a buffer of a shape and type.
+        tensors: Shapes and types of the language graph's inputs that are the cache.
         in_place: Whether a call may write keys and values where it reads them.
 
     Example:
-        >>> shapes = {"past_key_values.0.key": (1, 2, 8, 4), "past_key_values.1.conv": (1, 16, 2)}
-        >>> cache = new_cache(1, 8, np.zeros, shapes, in_place=True)
+        >>> half, single = np.dtype(np.float16), np.dtype(np.float32)
+        >>> tensors = {"past_key_values.0.key": ((1, 2, 8, 4), half), "past_key_values.1.conv": ((1, 16, 2), single)}
+        >>> cache = new_cache(1, 8, np.zeros, tensors, in_place=True)
         >>> cache.nbytes, cache.states  # a state has two buffers
-        (1024, ('past_key_values.1.conv',))
+        (384, ('past_key_values.1.conv',))
     """
-    past = {name: zeros(shape) for name, shape in shapes.items()}
+    past = {name: zeros(*kind) for name, kind in tensors.items()}
     present = {
-        output_of(name): past[name] if in_place and not is_state(name) else zeros(shape)
-        for name, shape in shapes.items()
+        output_of(name): past[name] if in_place and not is_state(name) else zeros(*kind)
+        for name, kind in tensors.items()
     }
     return KVCache(batch, capacity, past, present)
+
+
+def _clear(array: Array) -> None:
+    if isinstance(array, DeviceArray):
+        array.clear()
+    else:
+        array[...] = 0
+
+
+def _take_row(array: Array, other: Array, row: int) -> None:
+    if isinstance(array, DeviceArray) and isinstance(other, DeviceArray):
+        array.take_row(other, row)
+    else:
+        np.asarray(array)[row] = np.asarray(other)[row]
 
 
 def right_places(attention_mask: np.ndarray) -> np.ndarray:

@@ -84,6 +84,12 @@ class Driver:
             count = ctypes.c_size_t(size)
             self._call("cuMemsetD8Async", ctypes.c_uint64(pointer), ctypes.c_ubyte(0), count, ctypes.c_void_p(stream))
 
+    def copy(self, pointer: int, source: int, size: int, stream: int) -> None:
+        """Copy `size` bytes on the device when the stream comes to it."""
+        if size:
+            count, places = ctypes.c_size_t(size), (ctypes.c_uint64(pointer), ctypes.c_uint64(source))
+            self._call("cuMemcpyDtoDAsync_v2", *places, count, ctypes.c_void_p(stream))
+
     def upload(self, pointer: int, array: np.ndarray, stream: int) -> None:
         """Copy a C-contiguous array to the device; it must live until the stream is synchronized."""
         if array.nbytes:

@@ -108,12 +108,11 @@ class LanguageEngine:
                 "Choose fewer, or build or load with a larger --max-context.",
             )
         kv, specs, session = self.manifest.kv, self.manifest.cache, self._sessions["language"]
-        shapes = {spec.name: sizes_of(spec, batch, capacity) for spec in specs}
-        dtype = np.dtype(specs[0].dtype)
+        tensors = {spec.name: (sizes_of(spec, batch, capacity), np.dtype(spec.dtype)) for spec in specs}
         try:
-            return new_cache(batch, capacity, lambda shape: session.zeros(shape, dtype), shapes, in_place=kv.in_place)
+            return new_cache(batch, capacity, session.zeros, tensors, in_place=kv.in_place)
         except (MemoryError, OSError) as error:  # the latter where pages are asked for
-            size = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
+            size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in tensors.values())
             raise ResourceError(
                 f"A cache of {batch} x {capacity} tokens needs {size >> 20} MiB of memory.", "Choose a smaller context."
             ) from error

@@ -176,7 +176,7 @@ def check_limits(limits: EngineLimits, encoded: Encoded, max_new_tokens: int) ->
     for name, size, most in (
         ("batch", rows, limits.batch),
         ("patches", _largest_picture(encoded), limits.patches),
-        ("tiles", len(encoded.pixels.get("pixel_values", ())), limits.tiles),
+        ("tiles", _tiles(encoded), limits.tiles),
         ("prompt", prompt, limits.prompt),
         ("context", prompt + max_new_tokens, limits.context),
     ):
@@ -214,6 +214,12 @@ def _has_patches(manifest: Manifest) -> bool:
     return any(spec.name == "position_ids" for spec in manifest.graphs["visual"].inputs)
 
 
+def _tiles(encoded: Encoded) -> int:
+    """Tiles of all pictures. Where they differ in size, their patches stand in one row, beside a list of sizes."""
+    counted = next((name for name in ("grids", "target_sizes") if name in encoded.pixels), "pixel_values")
+    return len(encoded.pixels.get(counted, ()))
+
+
 def _largest_picture(encoded: Encoded) -> int:
     """Patches of the largest picture, or of the largest pair of frames."""
     places = encoded.pixels.get("image_position_ids")
@@ -235,6 +241,8 @@ def _language(name: str, triple: Triple, batch: int, sequence: int, total: int, 
         shape = (batch, total)
     elif name == "logit_positions":
         shape = (batch, asked)
+    elif is_state(name):
+        shape = (batch, *largest[1:])
     else:
         shape = (batch, largest[1], capacity, largest[3])
     return _capped(triple, shape)

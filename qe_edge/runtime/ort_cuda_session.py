@@ -89,6 +89,17 @@ class OrtBuffer(DeviceArray):
 
     value: Any = field(repr=False)
 
+    def clear(self) -> None:
+        """Fill it with zeros."""
+        self.value.update_inplace(np.zeros(self.shape, self.dtype))
+
+    def take_row(self, other: DeviceArray, row: int) -> None:
+        """Copy a row of the first axis from a tensor of the same shape, by way of the host."""
+        if isinstance(other, OrtBuffer):
+            content = np.array(self.value.numpy())
+            content[row] = other.value.numpy()[row]
+            self.value.update_inplace(content)
+
 
 def open_device(info: EngineInfo, plugin_library: Path | None = None) -> OrtDevice:
     """The GPU, for engines that were built for it.
@@ -239,7 +250,7 @@ class OrtDeviceSession:
         """
         try:
             buffer = self._buffer(shape, dtype)
-            buffer.value.update_inplace(np.zeros(shape, dtype))
+            buffer.clear()
         except ort_errors() as error:
             size = int(np.prod(shape)) * dtype.itemsize
             raise ResourceError(

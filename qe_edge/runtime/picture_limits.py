@@ -98,9 +98,12 @@ def _most_patches(image_processor: Any) -> int:  # noqa: ANN401 - transformers' 
 
 def _most_tiles(image_processor: Any) -> int:  # noqa: ANN401 - transformers' own classes
     """Tiles that an image processor cuts the largest picture into, without its overview."""
-    most = getattr(image_processor, "max_patches", None)
+    slices = getattr(image_processor, "max_slice_nums", None)
+    if slices is not None:
+        return int(slices)
+    most = getattr(image_processor, "max_patches", getattr(image_processor, "max_tiles", None))
     if most is not None:
-        return int(most)
+        return int(most) if getattr(image_processor, "do_image_splitting", True) else 1
     resolutions = getattr(image_processor, "image_grid_pinpoints", None)
     if resolutions is not None:
         return int(max(height * width for height, width in resolutions)) // int(image_processor.size["height"]) ** 2

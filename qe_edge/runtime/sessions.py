@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ ACCURACY_LEVELS = (0, 4)  # of ONNX Runtime's INT4 products: exact, or activatio
 
 
 @dataclass
-class DeviceArray:
+class DeviceArray(ABC):
     """A tensor that a backend keeps where it computes.
 
     Attributes:
@@ -37,6 +38,14 @@ class DeviceArray:
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Fill it with zeros, before the next call of a graph."""
+
+    @abstractmethod
+    def take_row(self, other: DeviceArray, row: int) -> None:
+        """Copy a row of the first axis from a tensor of the same shape, before the next call of a graph."""
 
 
 Array = np.ndarray | DeviceArray

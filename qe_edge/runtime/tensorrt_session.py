@@ -16,10 +16,10 @@ import numpy as np
 
 from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine_info import EngineInfo
-from qe_edge.runtime.manifest import GraphEntry
+from qe_edge.runtime.manifest import GraphEntry, TensorSpec
 from qe_edge.runtime.plugin_library import find_plugin_library, load_plugin_library
 from qe_edge.runtime.sessions import Array, DeviceArray
-from qe_edge.system.errors import InputError, ResourceError, TargetError
+from qe_edge.system.errors import ArtifactError, InputError, ResourceError, TargetError
 
 PIECE = 1 << 16  # bytes that rooms of inputs and outputs are multiples of
 
@@ -83,14 +83,31 @@ class Buffer(DeviceArray):
 
     Attributes:
         driver: Driver that gave the memory.
+        stream: Where its content is written.
         pointer: Device address.
     """
 
     driver: Driver = field(repr=False)
+    stream: int
     pointer: int = 0
 
     def __post_init__(self) -> None:
-        self.pointer = self.driver.allocate(int(np.prod(self.shape)) * self.dtype.itemsize)
+        self.pointer = self.driver.allocate(self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def clear(self) -> None:
+        """Fill it with zeros."""
+        self.driver.clear(self.pointer, self.nbytes, self.stream)
+
+    def take_row(self, other: DeviceArray, row: int) -> None:
+        """Copy a row of the first axis from a tensor of the same shape."""
+        if isinstance(other, Buffer):
+            size = self.nbytes // self.shape[0]
+            self.driver.copy(self.pointer + row * size, other.pointer + row * size, size, self.stream)
 
     def __del__(self) -> None:
         if self.pointer:
@@ -107,6 +124,7 @@ class TensorRTSession:
 
     Raises:
         TargetError: If the engine does not fit this GPU or library version.
+        ArtifactError: If its tensors have other sizes than the manifest says.
 
     Example:
         >>> from qe_edge.runtime.engine_info import read_engine_info  # doctest: +SKIP
@@ -128,6 +146,8 @@ class TensorRTSession:
                 f"{device.trt.__version__} on this GPU.",
                 f"Build the target '{info.target}' again on this machine.",
             )
+        for spec in (*entry.inputs, *entry.outputs):
+            _check_tensor(self._engine, spec, folder / entry.file)
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise ResourceError(f"'{entry.file}' does not fit into the GPU's memory.", "Close other programs.")
@@ -174,8 +194,8 @@ class TensorRTSession:
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
         """Device memory of zeros: a number that is masked and not finite would spoil a sum."""
-        buffer = Buffer(shape, dtype, self._device.driver)
-        self._device.driver.clear(buffer.pointer, int(np.prod(shape)) * dtype.itemsize, self._device.stream)
+        buffer = Buffer(shape, dtype, self._device.driver, self._device.stream)
+        buffer.clear()
         return buffer
 
     def _select_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -212,8 +232,21 @@ class TensorRTSession:
         if found is None or found.shape[0] < size:
             self._rooms.pop(name, None)
             whole = -(-max(size, 1) // PIECE) * PIECE  # the mask grows with every token
-            found = self._rooms[name] = Buffer((whole,), np.dtype(np.uint8), self._device.driver)
+            found = self._rooms[name] = Buffer((whole,), np.dtype(np.uint8), self._device.driver, self._device.stream)
         return found.pointer
+
+
+def _check_tensor(engine: Any, spec: TensorSpec, file: Path) -> None:  # noqa: ANN401 - an untyped extension module
+    """Refuse a tensor of another size than the manifest says: the engine would write beyond its buffer."""
+    found = tuple(engine.get_tensor_shape(spec.name))  # -1 where a size is dynamic
+    fits = len(found) == len(spec.shape) and all(
+        size in (-1, wanted) or not isinstance(wanted, int) for size, wanted in zip(found, spec.shape, strict=True)
+    )
+    if not fits:
+        raise ArtifactError(
+            f"The tensor '{spec.name}' of '{file}' is {list(found)}, the manifest says {list(spec.shape)}.",
+            "Build the model again.",
+        )
 
 
 def _fits(shape: tuple[int, ...], smallest: tuple[int, ...], largest: tuple[int, ...]) -> bool:

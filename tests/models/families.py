@@ -35,6 +35,7 @@ from qe_edge.validate.latency import Measurement
 from qe_edge.validate.latency_child import measure
 from qe_edge.validate.schema import Latency
 from tests.models.conversations import CASES, ODD, SQUARE, greedy, noise, torch_logits
+from tests.runtime.host_tensorrt import install, lowered_engines
 
 GROUPS = ("visual", "merger", "language")
 SAMPLES = [*CASES["batch"], *CASES["several turns"]]
@@ -77,6 +78,21 @@ def opened(out: Path) -> Made:
     build_engines(out / "onnx", out / "cpu", "cpu")
     engine, built = (VisionLanguageEngine.load(out / name, threads=1) for name in ("onnx", "cpu"))
     return Made(loaded, engine, built, out / "checkpoint", out / "onnx")
+
+
+def check_device_engines(
+    made: Made, folder: Path, patch: pytest.MonkeyPatch, cases: tuple[str, ...] = ("square", "batch", "text only")
+) -> None:
+    """Engines for GPUs, in float16 and with states in float32, answer as the graphs do; ONNX Runtime computes them."""
+    install(patch)
+    engine = VisionLanguageEngine.load(lowered_engines(made.onnx, folder / "engines", in_place=False))
+    for case in cases:
+        encoded = made.engine.encode(CASES[case], answers=True)
+        valid = encoded.attention_mask == 1
+        found, wanted = engine.logits(encoded)[valid], made.engine.logits(encoded)[valid]
+        assert np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max(), case
+        asked = made.engine.encode(CASES[case])
+        assert engine.generate_ids(asked, TOKENS) == made.engine.generate_ids(asked, TOKENS), case
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from qe_edge.models.lfm2_vl import END, OVERVIEW, START, stretched
 from qe_edge.models.lfm2_vl_processor import Lfm2VlImageProcessorPil
 from qe_edge.models.loading import LoadedModel
 from tests.models.conversations import CASES, noise
-from tests.models.families import FamilyChecks
+from tests.models.families import FamilyChecks, Made, check_device_engines
 from tests.models.random_models import save_random_model
 from tests.models.real_processors import torch_alone
 
@@ -85,6 +85,10 @@ class TestLfm2VL(FamilyChecks):
     @classmethod
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write(tmp_path_factory.mktemp("model") / "lfm2_vl")
+
+    def test_engines_for_gpus_answer_alike(self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # the others have images of more patches than a real model's processor makes for its positions
+        check_device_engines(made, tmp_path, monkeypatch, ("square", "two pictures", "text only"))
 
     def test_the_projector_is_called_once_and_computes_what_it_did(self, folder: Path, original: LoadedModel) -> None:
         plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)

@@ -11,7 +11,7 @@ import pytest
 from transformers import Qwen3VLProcessor
 
 from qe_edge.export.linear_attention import attach_linear_attention
-from tests.models.families import FamilyChecks
+from tests.models.families import FamilyChecks, Made, check_device_engines
 from tests.models.qwen_models import write_qwen
 from tests.models.video_checks import VideoChecks
 
@@ -36,6 +36,9 @@ class TestQwen35(VideoChecks, FamilyChecks):
     @classmethod
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write_qwen(tmp_path_factory.mktemp("model") / "qwen3_5", "qwen3_5")
+
+    def test_engines_for_gpus_answer_alike(self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        check_device_engines(made, tmp_path, monkeypatch)
 
 
 def test_the_body_computes_what_onnx_runtimes_own_node_does() -> None:

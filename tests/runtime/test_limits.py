@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,6 +81,42 @@ def test_a_batch_that_is_too_large(limits: EngineLimits, words: str, remedy: str
     with pytest.raises(InputError, match=words) as caught:
         check_limits(limits, encoded, 3)
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("sizes", ["grids", "target_sizes"])
+def test_tiles_of_different_sizes_are_counted_by_their_sizes(sizes: str) -> None:
+    """LFM2-VL and MiniCPM-V 4.6 have the patches of all tiles in one row."""
+    ids = np.zeros((1, 5), np.int64)
+    pixels = {"pixel_values": np.zeros((90, 3)), sizes: np.full((3, 2), 4)}
+    encoded = Encoded(ids, ids, ids.astype(bool), ids.astype(bool), pixels)
+    check_limits(EngineLimits(tiles=3), encoded, 1)
+    with pytest.raises(InputError, match="pictures of 3 tiles: it was built for 2"):
+        check_limits(EngineLimits(tiles=2), encoded, 1)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "most"),
+    [
+        (SimpleNamespace(max_tiles=12, do_image_splitting=True, size={"longest_edge": None}), 12 + 1),
+        (SimpleNamespace(max_tiles=12, do_image_splitting=False), 1),
+        (SimpleNamespace(max_slice_nums=9), 9 + 1),
+        (SimpleNamespace(max_patches=6), 6 + 1),
+    ],
+)
+def test_tiles_that_an_image_processor_makes(manifest: Manifest, pictures: SimpleNamespace, most: int) -> None:
+    """Of LFM2-VL, MiniCPM-V 4.6 and InternVL, and their smaller copy of the whole picture."""
+    visual = manifest.graphs["visual"]
+    inputs = tuple(spec for spec in visual.inputs if spec.name != "position_ids")
+    profiles = {"default": {"pixel_values": ((1, 3), (1, 3), (most - 1, 3))}}
+    tiled = visual.model_copy(update={"inputs": inputs, "profiles": profiles})
+    small = manifest.model_copy(update={"graphs": {**manifest.graphs, "visual": tiled}})
+    if most > 1:
+        with pytest.warns(QENotice, match=f"up to {most} tiles, these engines take {most - 1}"):
+            warn_of_pictures(small, pictures)
+    profiles["default"]["pixel_values"] = ((1, 3), (1, 3), (most, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_pictures(small, pictures)
 
 
 def test_pictures_that_the_model_makes_and_the_engine_refuses(manifest: Manifest) -> None:

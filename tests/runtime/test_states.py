@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qe_edge.deploy.order import make_order
 from qe_edge.export.build import build_engines
+from qe_edge.export.cached_attention import expand_cached_attention
+from qe_edge.export.lowering.delta_rule import expand_delta_rule
+from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.samples import Turn
 from qe_edge.recipes.recipe import make_recipe
@@ -19,8 +24,8 @@ from qe_edge.runtime.cache import right_places, take_tokens
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.manifest import read_manifest
 from qe_edge.runtime.pipeline import Pipeline
-from qe_edge.system.errors import ArtifactError, InputError, TargetError
-from tests.models.test_decoders import export_of
+from qe_edge.system.errors import ArtifactError, InputError
+from tests.runtime.conftest import StateExports
 
 NEW = 6
 ASKED = [
@@ -34,13 +39,32 @@ PROMPTS = [Sample(None, "is there a red shape in the image? " * 2, kind=TEXT), S
 
 
 @pytest.fixture(scope="module", params=["lfm2", "qwen3.5"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_of(request.param, tmp_path_factory.mktemp("states"))
+def folder(request: pytest.FixtureRequest, state_exports: StateExports) -> Path:
+    return state_exports(request.param)
 
 
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> VisionLanguageEngine:
-    return VisionLanguageEngine.load(build_engines(folder / "onnx", folder / "cpu", "cpu"), threads=1)
+@pytest.fixture(scope="module", params=["cpu", "standard operators"])
+def engine(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> VisionLanguageEngine:
+    out = tmp_path_factory.mktemp("engines") / "engine"
+    if request.param == "cpu":
+        return VisionLanguageEngine.load(build_engines(folder / "onnx", out, "cpu"), threads=1)
+    return VisionLanguageEngine.load(standard(folder / "onnx", out), threads=1)
+
+
+def standard(onnx: Path, out: Path) -> Path:
+    """An ONNX folder whose language graph is what TensorRT computes, in float32."""
+    model = ir.load(shutil.copytree(onnx, out) / "language.onnx")
+    expand_cached_attention(model)
+    expand_delta_rule(model)
+    inline_layers(model)
+    ir.external_data.load_to_model(model)
+    ir.save(model, out / "language.onnx", external_data="language.onnx.data")
+    manifest = read_manifest(onnx)
+    kv = manifest.kv.model_copy(update={"in_place": False})
+    manifest.model_copy(update={"kv": kv}).write(out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +172,19 @@ def test_a_call_that_fails_leaves_no_trace(
         assert list(pipeline(ASKED[index], max_new_tokens=NEW).token_ids) == alone[index]
 
 
+def test_logits_are_those_of_the_exported_graph(engine: VisionLanguageEngine, folder: Path) -> None:
+    exported = VisionLanguageEngine.load(folder / "onnx", threads=1)
+    samples = [*PROMPTS, Sample(None, "is there a red shape? " * 40, kind=TEXT)]
+    for batch in (samples[:1], samples):
+        encoded = exported.encode(batch)
+        valid = encoded.attention_mask == 1
+        assert close(engine.logits(encoded)[valid], exported.logits(encoded)[valid])
+
+
 @pytest.mark.parametrize("target", ["cuda", "rtx", "jetson-orin"])
-def test_targets_without_states_are_refused_before_any_work(
-    folder: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qe_edge.export.build.check_plugin_given", lambda _: None)
+def test_no_target_refuses_states(folder: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qe_edge.deploy.order.check_targets", list)
-    with pytest.raises(TargetError, match=f"'{target}' keep keys and values alone.*layer 0 keeps a state 'conv'"):
-        build_engines(folder / "onnx", tmp_path / "engine", target)
-    with pytest.raises(TargetError, match="layer 0 keeps a state 'conv'"):
-        make_order(str(folder / "model"), make_recipe(method="rtn"), ["cpu", target])
+    assert make_order(str(folder / "model"), make_recipe(method="rtn"), ["cpu", target]).targets == ("cpu", target)
 
 
 @pytest.mark.parametrize(

@@ -5,153 +5,33 @@ What cannot be checked here is the library itself; what is checked is everything
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
-from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
-from qe_edge.export.signature import tensor_spec
 from qe_edge.models.family import Sample
 from qe_edge.runtime import tensorrt_session
 from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine import VisionLanguageEngine
-from qe_edge.runtime.engine_info import EngineInfo, GraphBuild
-from qe_edge.runtime.limits import limits_of, with_capacity
-from qe_edge.runtime.manifest import GRAPHS, read_manifest
 from qe_edge.system.errors import InputError, TargetError
 from tests.conftest import Exported
+from tests.runtime.host_tensorrt import HostDriver, install, lowered_engines
 from tests.sealing import seal
-
-
-class HostDriver:
-    """Device memory that is host memory."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, ctypes.Array[ctypes.c_char]] = {}
-
-    def open_context(self) -> None:
-        pass
-
-    def create_stream(self) -> int:
-        return 1
-
-    def synchronize(self, stream: int) -> None:
-        assert stream == 1
-
-    def allocate(self, size: int) -> int:
-        block = ctypes.create_string_buffer(max(size, 1))
-        self.blocks[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
-
-    def free(self, pointer: int) -> None:
-        del self.blocks[pointer]
-
-    def clear(self, pointer: int, size: int, stream: int) -> None:
-        ctypes.memset(pointer, 0, size)
-
-    def upload(self, pointer: int, array: np.ndarray, stream: int) -> None:
-        assert len(self.blocks[pointer]) >= array.nbytes
-        ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
-
-    def download(self, array: np.ndarray, pointer: int, stream: int) -> None:
-        ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
-
-
-class HostContext:
-    """An execution context that computes in ONNX Runtime once all inputs are known."""
-
-    def __init__(self, graph: bytes) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # it warns that it copies a cache that is not bound
-        self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-        self.types = {value.name: types[value.type] for value in self.session.get_inputs()}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-        self.results: dict[str, np.ndarray] = {}
-        self.profiles: list[int] = []
-
-    def set_optimization_profile_async(self, index: int, stream: int) -> None:
-        self.profiles.append(index)
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self.shapes[name] = shape
-        self.results = {}
-
-    def set_tensor_address(self, name: str, pointer: int) -> None:
-        self.addresses[name] = pointer
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        if not self.results:
-            feeds = {value.name: self._read(value.name) for value in self.session.get_inputs()}
-            names = [value.name for value in self.session.get_outputs()]
-            self.results = dict(zip(names, self.session.run(names, feeds), strict=True))
-        return self.results[name].shape
-
-    def execute_async_v3(self, stream: int) -> bool:
-        for name, array in self.results.items():
-            contiguous = np.ascontiguousarray(array)
-            ctypes.memmove(self.addresses[name], contiguous.ctypes.data, contiguous.nbytes)
-        return True
-
-    def _read(self, name: str) -> np.ndarray:
-        array = np.empty(self.shapes[name], self.types[name])
-        ctypes.memmove(array.ctypes.data, self.addresses[name], array.nbytes)
-        return array
 
 
 @pytest.fixture(scope="module", params=["two caches", "in place"])
 def engines(exported: Exported, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine folder whose engines are lowered graphs in one piece."""
-    folder = Path(shutil.copytree(exported.onnx, tmp_path_factory.mktemp("engines") / "tensorrt"))
-    manifest, entries = read_manifest(folder), {}
-    capacity = limits_of(manifest).context if request.param == "in place" else None
-    if capacity is not None:
-        manifest = with_capacity(manifest, capacity)
-    kv = manifest.kv.model_copy(update={"in_place": capacity is not None})
-    for name, entry in manifest.graphs.items():
-        model = ir.load(folder / entry.file)
-        lower_for_tensorrt(model, capacity=capacity)
-        ir.external_data.load_to_model(model)
-        (folder / f"{name}.engine").write_bytes(ir.to_proto(model).SerializeToString())
-        specs = {key: tuple(map(tensor_spec, getattr(model.graph, key))) for key in ("inputs", "outputs")}
-        entries[name] = entry.model_copy(update={"file": f"{name}.engine", **specs})
-    digest = manifest.model_copy(update={"graphs": entries, "kv": kv}).write(folder).digest
-    graphs = {name: GraphBuild(size=1, seconds=1) for name in GRAPHS}
-    EngineInfo(target="tensorrt", backend="tensorrt", version="10.3", graphs=graphs, manifest=digest).write(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("engines") / "tensorrt"
+    return lowered_engines(exported.onnx, folder, in_place=request.param == "in place")
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
     """A machine that seems to have a GPU and TensorRT."""
-    host = HostDriver()
-
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, level: int) -> None:
-            pass
-
-    class Runtime:
-        def __init__(self, logger: Logger) -> None:
-            pass
-
-        def deserialize_cuda_engine(self, data: bytes) -> object:
-            context = HostContext(data) if data else None
-            return context and SimpleNamespace(create_execution_context=lambda: context)
-
-    library = SimpleNamespace(Logger=Logger, Runtime=Runtime, __version__="10.7")
-    monkeypatch.setattr(tensorrt_session, "Driver", lambda: host)
-    monkeypatch.setattr(tensorrt_session, "_library_of", lambda _info: library)
-    return host
+    return install(monkeypatch)
 
 
 def test_answers_come_through_device_memory(
