@@ -32,7 +32,7 @@ from qe_edge.export.tracing import exportable, second_embedding, trace_graph
 from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.decoder import Decoder
-from qe_edge.models.export_limits import layer_config
+from qe_edge.models.export_limits import context_of, layer_config
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.layer_states import head_width, layer_states
 from qe_edge.models.loading import LoadedModel
@@ -243,7 +243,7 @@ def _manifest(
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         image_token_id=getattr(config, "image_token_id", None),
-        max_context=text.max_position_embeddings,
+        max_context=context_of(text),
         generation=generation,
         kv=KVLayout(
             layers=sum(state.part == "key" for state in layer_states(text)),

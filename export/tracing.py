@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qe_edge.export.op import DOMAIN, NAME, OPSET, VERSION
 from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import QELinear, quantized_linears
+from qe_edge.models.export_limits import OF_LENGTH
 from qe_edge.models.family import GraphSpec
 from qe_edge.models.precision import in_float32
 from qe_edge.models.tables import embeddings_of
@@ -132,21 +133,21 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _fixed_rotary(model: nn.Module) -> Iterator[None]:
-    """Dynamic NTK rotary positions as they are up to the model's own length, beyond which nothing is encoded.
+    """Dynamic NTK and longrope as they are up to the length of `context_of`, beyond which nothing is encoded.
 
     A module that has seen a longer text holds other frequencies until it sees a short one; meanwhile it has the first.
     """
-    changed: list[tuple[Any, Tensor]] = []
+    changed: list[tuple[Any, str, Tensor]] = []
     for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic":
+        if getattr(module, "rope_type", None) in OF_LENGTH:
             rotary: Any = module
-            changed.append((rotary, rotary.inv_freq))
+            changed.append((rotary, rotary.rope_type, rotary.inv_freq))
             rotary.rope_type, rotary.inv_freq = "default", rotary.original_inv_freq
     try:
         yield
     finally:
-        for rotary, frequencies in changed:
-            rotary.rope_type, rotary.inv_freq = "dynamic", frequencies
+        for rotary, kind, frequencies in changed:
+            rotary.rope_type, rotary.inv_freq = kind, frequencies
 
 
 @contextmanager

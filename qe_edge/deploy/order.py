@@ -14,6 +14,7 @@ from qe_edge.export.decoding import check_decoding
 from qe_edge.export.targets import check_targets, get_target, has_limits
 from qe_edge.models.configuration import load_family
 from qe_edge.models.decoder import default_lengths
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.loading import resolve_model
 from qe_edge.quantization.job import Job, make_job
 from qe_edge.quantization.plan import Plan, make_plan, planned_forms
@@ -139,4 +140,4 @@ def _check_limits(limits: EngineLimits, source: str) -> None:
     context, prompt = default_lengths(family.config.get_text_config())
     pictures = {family.picture_unit: 1} if family.picture_unit else {}
     present = EngineLimits(context=context, prompt=prompt, **pictures)
-    resolve_limits(limits, present, family.model_type, family.config.get_text_config().max_position_embeddings)
+    resolve_limits(limits, present, family.model_type, context_of(family.config))

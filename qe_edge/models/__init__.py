@@ -27,6 +27,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "minicpmv4_6": "qe_edge.models.minicpmv4_6:MiniCPMV46",
         "mistral": "qe_edge.models.causal_lm:CausalLM",
         "paligemma": "qe_edge.models.paligemma:PaliGemma",
+        "phi3": "qe_edge.models.causal_lm:CausalLM",
         "pi0": "qe_edge.models.pi0:Pi0",
         "qwen2": "qe_edge.models.causal_lm:CausalLM",
         "qwen2_5_vl": "qe_edge.models.qwen2_5_vl:Qwen25VL",

@@ -12,6 +12,7 @@ import numpy as np
 from qe_edge.models.batching import Row, check_length, encode_text, left_pad, naming
 from qe_edge.models.chat import answer_ids, chat_ids, earlier_answers, render_turns
 from qe_edge.models.chat_templates import check_template, take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.samples import Turn
 from qe_edge.models.tokenizers import load_tokenizer
@@ -80,7 +81,7 @@ class CausalLM(ModelFamily):
         for sample in samples:
             with naming(sample):
                 row = self._row(processor.tokenizer, sample, answers=answers)
-                check_length(row, self.config.max_position_embeddings, "A text")
+                check_length(row, context_of(self.config), "A text")
             rows.append(row)
         return left_pad(rows, processor.tokenizer, NO_IMAGE_TOKEN, {})
 

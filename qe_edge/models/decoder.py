@@ -11,7 +11,7 @@ from torch.export import Dim
 
 from qe_edge.models.cached_attention import MULTIPLE, CachedAttention, attending
 from qe_edge.models.cached_states import NewTokens
-from qe_edge.models.export_limits import MAX_LOGITS, check_exportable, layer_config
+from qe_edge.models.export_limits import MAX_LOGITS, check_exportable, context_of, layer_config
 from qe_edge.models.family import GraphSpec, Profile
 from qe_edge.models.layer_states import CAPACITY, head_width, layer_states
 from qe_edge.models.linear_attention import remembering
@@ -166,7 +166,7 @@ def default_lengths(config: Any) -> tuple[int, int]:  # noqa: ANN401 - transform
         >>> default_lengths(LlamaConfig(max_position_embeddings=131_072))
         (8192, 4096)
     """
-    context = min(config.max_position_embeddings, MAX_CONTEXT)
+    context = min(context_of(config), MAX_CONTEXT)
     return context, min(context, MAX_PREFILL)
 
 

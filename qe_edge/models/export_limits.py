@@ -7,9 +7,10 @@ from typing import Any
 from qe_edge.models.family import ModelFamily
 from qe_edge.system.errors import ModelError
 
-# frequencies that do not depend on the length of the text; longrope chooses among several at run time, and dynamic only
-# beyond max_position_embeddings, which no prompt may exceed
-FIXED_ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "proportional")
+# frequencies that do not depend on the length of the text, up to the length that `context_of` gives: beyond it, dynamic
+# computes others, and longrope has a second set
+FIXED_ROPES = ("default", "linear", "dynamic", "longrope", "yarn", "llama3", "proportional")
+OF_LENGTH = ("dynamic", "longrope")  # fixed in models whose layers all have the same frequencies
 MAX_LOGITS = 256  # positions of a row whose logits an engine computes at a time: 622 MB for four rows of Qwen2-VL-2B
 FULL, SLIDING = "full_attention", "sliding_attention"
 CONV, LINEAR = "conv", "linear_attention"  # a short convolution; the gated delta rule behind one
@@ -43,6 +44,9 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in FIXED_ROPES:
             raise ModelError(f"The language model's rope_type '{kind}' cannot be exported.", ANOTHER)
+        if kind in OF_LENGTH and rope is not text.rope_parameters:
+            problem = f"The language model's rope_type '{kind}' of one kind of layers cannot be exported."
+            raise ModelError(problem, ANOTHER)
     stateful = {kind for kind, setting in SIZES.items() if hasattr(text, setting)}
     kinds = sorted(layer_kinds(text) - {FULL, SLIDING} - stateful)
     if kinds:
@@ -50,6 +54,28 @@ def check_exportable(config: Any) -> None:  # noqa: ANN401 - transformers' confi
             f"The language model has layers of the kind '{kinds[0]}', which cannot be exported.",
             "Choose a model of full or sliding-window attention, short convolutions or gated delta rules.",
         )
+
+
+def context_of(config: Any) -> int:  # noqa: ANN401 - transformers' configuration classes
+    """Longest text of a language model, in tokens.
+
+    It is `max_position_embeddings`; for longrope the length up to which transformers has the short set of factors.
+
+    Args:
+        config: Configuration of a model, or of its language model.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> rope = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [4.0] * 32, "rope_theta": 1e4}
+        >>> sizes = {"hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 131_072}
+        >>> context_of(LlamaConfig(**sizes))
+        131072
+        >>> context_of(LlamaConfig(**sizes, rope_parameters={**rope, "original_max_position_embeddings": 4096}))
+        4096
+    """
+    text = config.get_text_config()
+    lengths = [rope["original_max_position_embeddings"] for rope in _ropes(text) if rope.get("rope_type") == "longrope"]
+    return min(text.max_position_embeddings, *lengths) if lengths else int(text.max_position_embeddings)
 
 
 def layer_config(config: Any, layer: int) -> Any:  # noqa: ANN401 - transformers' configuration classes

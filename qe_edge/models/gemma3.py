@@ -18,6 +18,7 @@ from qe_edge.models.batching import (
 )
 from qe_edge.models.chat import Rewrite
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SquareValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
@@ -87,7 +88,7 @@ class Gemma3(ModelFamily):
                     answer=answers,
                     rewrite=self._with_blank_lines(processor),
                 )
-                check_length(row, config.get_text_config().max_position_embeddings, "A prompt")
+                check_length(row, context_of(config), "A prompt")
             rows.append(row)
         return left_pad(rows, tokenizer, config.image_token_id, pixels)
 

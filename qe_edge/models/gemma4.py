@@ -17,6 +17,7 @@ from qe_edge.models.batching import (
     prepare_pictures,
 )
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.gemma3 import numbered_pictures
 from qe_edge.models.image_processors import SoftTokenValues, check_equal, load_image_processor
@@ -106,7 +107,7 @@ class Gemma4(ModelFamily):
             pictures = [self._picture_ids(next(counts)) for _ in sample.pictures]
             with naming(sample):
                 row = encode_row(processor.tokenizer, sample, self.config.image_token_id, pictures, answer=answers)
-                check_length(row, self.config.text_config.max_position_embeddings, "A prompt")
+                check_length(row, context_of(self.config), "A prompt")
             rows.append(row)
         return left_pad(rows, processor.tokenizer, self.config.image_token_id, pixels)
 

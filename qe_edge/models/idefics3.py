@@ -20,6 +20,7 @@ from qe_edge.models.batching import (
 )
 from qe_edge.models.chat import filled_places
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SplitValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
@@ -100,7 +101,7 @@ class Idefics3(ModelFamily):
         grids, frames, times = iter(pixels.pop("grid", ())), iter(pixels.pop("frames", ())), take_times(pixels)
         seconds, durations = iter(times["frame_seconds"].tolist()), iter(times["duration"].tolist())
         rows, counts = [], []
-        context = self.config.get_text_config().max_position_embeddings
+        context = context_of(self.config)
         image = self.config.image_token_id
         word = processor.tokenizer.convert_ids_to_tokens(image)
         for sample in samples:

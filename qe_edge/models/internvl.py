@@ -17,6 +17,7 @@ from qe_edge.models.batching import (
 )
 from qe_edge.models.chat import Rewrite, as_it_is, filled_places
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import TileValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
@@ -90,7 +91,7 @@ class InternVL(ModelFamily):
         if values is None or tile != list(self.config.vision_config.image_size) or not _video_token(tokenizer):
             return None
         frame = len(_between_marks(tokenizer, [self.config.image_token_id] * self.config.image_seq_length))
-        return TileVideos(values, frame, self.config.get_text_config().max_position_embeddings)
+        return TileVideos(values, frame, context_of(self.config))
 
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
@@ -102,7 +103,7 @@ class InternVL(ModelFamily):
         take_times(pixels)
         image, length = self.config.image_token_id, self.config.image_seq_length
         rows = []
-        context = self.config.get_text_config().max_position_embeddings
+        context = context_of(self.config)
         for sample in samples:
             counts, frames = [], []
             for shown in sample.media:

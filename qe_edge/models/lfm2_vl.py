@@ -16,6 +16,7 @@ from qe_edge.models.batching import (
     prepare_pictures,
 )
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import GridValues, check_equal, load_image_processor
 from qe_edge.models.lfm2 import SIBLINGS
@@ -74,7 +75,7 @@ class Lfm2VL(ModelFamily):
         grids, cut = pixels.get("grids", np.zeros((0, 2), np.int64)), iter(pixels.pop("tiles", ()))
         counts = iter((grids // self.config.downsample_factor).prod(1).tolist())
         image, rows = self.config.image_token_id, []
-        context = self.config.get_text_config().max_position_embeddings
+        context = context_of(self.config)
         for sample in samples:
             pictures = []
             for _ in sample.pictures:

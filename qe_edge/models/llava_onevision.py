@@ -19,6 +19,7 @@ from qe_edge.models.batching import (
     prepare_pictures,
 )
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import ResolutionValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
@@ -113,7 +114,7 @@ class LlavaOnevision(ModelFamily):
             pixels["batch_num_images"] = np.array([len(sample.pictures) for sample in samples], np.int64)
         lengths = iter([len(tokens.places) for tokens in self._tokens(pixels)])
         image = self.config.image_token_id
-        context = self.config.get_text_config().max_position_embeddings
+        context = context_of(self.config)
         rows = []
         for sample in samples:
             pictures = [[image] * next(lengths) for _ in sample.pictures]

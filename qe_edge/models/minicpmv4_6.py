@@ -17,6 +17,7 @@ from qe_edge.models.batching import (
     prepare_pictures,
 )
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SliceValues, check_equal, load_image_processor
 from qe_edge.models.minicpmv4_6_slices import Slices
@@ -97,7 +98,7 @@ class MiniCPMV46(ModelFamily):
         sizes, cut = pixels.get("target_sizes", np.zeros((0, 2), np.int64)), iter(pixels.pop("slices", ()))
         counts = iter((sizes.prod(1) // math.prod(self.joined)).tolist())
         image, rows = self.config.image_token_id, []
-        context = self.config.get_text_config().max_position_embeddings
+        context = context_of(self.config)
         for sample in samples:
             pictures = []
             for number in range(len(sample.pictures)):

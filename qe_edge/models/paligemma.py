@@ -9,7 +9,7 @@ import numpy as np
 
 from qe_edge.models.batching import Row, check_length, check_no_robot, left_pad, naming, prepare_pictures
 from qe_edge.models.chat import answer_ids, text_ids
-from qe_edge.models.export_limits import window_of
+from qe_edge.models.export_limits import context_of, window_of
 from qe_edge.models.family import TEXT, Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SquareValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
@@ -74,7 +74,7 @@ class PaliGemma(ModelFamily):
         for sample in samples:
             with naming(sample):
                 row = self._row(processor.tokenizer, sample, answers=answers)
-                check_length(row, self.config.text_config.max_position_embeddings, "A prompt")
+                check_length(row, context_of(self.config), "A prompt")
                 self._check_window(row)
             rows.append(row)
         return left_pad(rows, processor.tokenizer, self.config.image_token_id, pixels)

@@ -19,6 +19,7 @@ from qe_edge.models.batching import (
 )
 from qe_edge.models.chat import Rewrite, as_it_is
 from qe_edge.models.chat_templates import take_processor_template
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, ModelFamily, Sample
 from qe_edge.models.image_processors import PatchValues, check_equal, load_image_processor
 from qe_edge.models.processors import VisionLanguageProcessor
@@ -82,7 +83,7 @@ class QwenVL(ModelFamily):
             check_equal(folder, "patch_size", values.patch_size, vision.patch_size, FILE)
             check_equal(folder, "merge_size", values.merge_size, vision.spatial_merge_size, FILE)
             check_equal(folder, "temporal_patch_size", values.temporal_patch_size, vision.temporal_patch_size, FILE)
-        context = self.config.get_text_config().max_position_embeddings
+        context = context_of(self.config)
         videos = None if values is None else self.videos(values, max_tokens=context)
         return VisionLanguageProcessor(tokenizer, image_processor, videos)
 
@@ -102,7 +103,7 @@ class QwenVL(ModelFamily):
         merge = self.config.vision_config.spatial_merge_size**2
         image, video = self.config.image_token_id, self.config.video_token_id
         rows = []
-        context = self.config.get_text_config().max_position_embeddings
+        context = context_of(self.config)
         for sample in samples:
             pictures = [[image] * (math.prod(next(grids[GRIDS[0]])) // merge) for _ in sample.pictures]
             shown = [next(grids[GRIDS[1]]) for _ in sample.videos]

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import model_validator
 
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.image_processors import Longest
 from qe_edge.models.torch_resize import scale_frames
 from qe_edge.models.video_values import SamplingValues, load_video_values, value_table
@@ -186,7 +187,7 @@ def load_smol_videos(folder: str, config: Any, tokens_of_frame: int) -> SmolVide
     values = load_video_values(folder, SmolVideoValues, SmolVideos.defaults)
     if values is None or values.max_image_size.longest_edge != config.vision_config.image_size:
         return None
-    return SmolVideos(values, tokens_of_frame, config.get_text_config().max_position_embeddings)
+    return SmolVideos(values, tokens_of_frame, context_of(config))
 
 
 def with_video_template(tokenizer: Any) -> Any:  # noqa: ANN401 - tokenizers share no typed base

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qe_edge.layers.linear import QELinear, quantized_linears
+from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel, check_free, load_outside_blocks
 from qe_edge.models.stored import StoredWeights
@@ -69,7 +70,7 @@ class TorchSubject:
         self._loaded = loaded
         config, tokenizer = loaded.family.config, loaded.processor.tokenizer
         self.settings = settings_of(loaded.model, config, tokenizer) if settings is None else settings
-        self._context: int = config.get_text_config().max_position_embeddings
+        self._context: int = context_of(config)
         self._name = name
 
     def logits(self, encoded: Encoded) -> np.ndarray:

@@ -40,6 +40,14 @@ SIZES: dict[str, Any] = {
 }
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}  # so low that they change most numbers
+LONGROPE = {  # of three quarters of a head, 12 of 16 numbers
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 1024,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
@@ -51,6 +59,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma 2": ("gemma2", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32, **CAPS}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
     "qwen3.5": ("qwen3_5_text", CONFIGS["qwen3_5"]["text"]),
+    "phi 3": ("phi3", {"sliding_window": WINDOW}),
+    "phi 4 mini": ("phi3", {"rope_parameters": LONGROPE}),
     "gemma 3": ("gemma3_text", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 32}),
 }
 TEXTS = [
@@ -101,9 +111,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_the_graph_equals_transformers(made: tuple[LoadedModel, Any], texts: list[Sample]) -> None:
     loaded, engine = made
     kinds = getattr(loaded.family.config, "layer_types", None) or []
-    assert len(quantized_linears(loaded.model)) == LAYERS * 7 - 2 * kinds.count("conv") + kinds.count(
-        "linear_attention"
-    )
+    layers = LAYERS * (4 if loaded.family.model_type == "phi3" else 7)
+    assert len(quantized_linears(loaded.model)) == layers - 2 * kinds.count("conv") + kinds.count("linear_attention")
     encoded = engine.encode(texts, answers=True)
     valid = encoded.attention_mask.astype(bool)
     wanted = torch_logits(loaded, texts)[valid]

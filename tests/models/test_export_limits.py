@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Dinov2Config, InternVLConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import Dinov2Config, Gemma3TextConfig, InternVLConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from qe_edge.export.exporter import export_model
 from qe_edge.export.tracing import trace_graph
@@ -23,7 +23,12 @@ from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.system.errors import InputError, ModelError
 from tests.small_models import CONTEXT, write_small_dinov2, write_small_llama
 
-LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0],
+}
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 
 
@@ -31,8 +36,19 @@ SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
     ("config", "problem", "remedy"),
     [
         (
-            LlamaConfig(**SMALL, rope_parameters={**LONG, "rope_theta": 1e4}),
-            "rope_type 'longrope'",
+            LlamaConfig(**SMALL, rope_parameters={"rope_type": "axial", "rope_theta": 1e4}),
+            "rope_type 'axial'",
+            "Choose a model whose",
+        ),
+        (
+            Gemma3TextConfig(
+                **SMALL,
+                rope_parameters={
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
+                },
+            ),
+            "rope_type 'dynamic' of one kind of layers",
             "Choose a model whose",
         ),
         (
@@ -42,9 +58,9 @@ SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
         ),
         (
             InternVLConfig(
-                text_config={"model_type": "llama", **SMALL, "rope_parameters": {**LONG, "rope_theta": 1e4}}
+                text_config={"model_type": "llama", **SMALL, "rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}
             ),
-            "rope_type 'longrope'",
+            "rope_type 'su'",
             "Choose a model whose",
         ),
     ],
@@ -62,6 +78,7 @@ def test_refused(config: Any, problem: str, remedy: str) -> None:  # noqa: ANN40
         LlamaConfig(**SMALL),
         LlamaConfig(**SMALL, rope_scaling={"type": "dynamic", "factor": 2.0}),
         LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        LlamaConfig(**SMALL, rope_parameters=LONG),
         LlamaConfig(**SMALL, sliding_window=16),  # which Llama ignores
         MistralConfig(**SMALL, sliding_window=None),
         MistralConfig(**SMALL, sliding_window=32),
@@ -74,27 +91,40 @@ def test_taken(config: Any) -> None:  # noqa: ANN401 - transformers' configurati
 
 
 def test_before_quantizing(tmp_path: Path) -> None:
-    rope: Any = {**LONG, "rope_theta": 10000.0}
-    folder = write_small_llama(tmp_path / "model", rope_parameters=rope)
+    kinds: Any = ["chunked_attention"] * 2
+    folder = write_small_llama(tmp_path / "model", layer_types=kinds)
     recipe, samples = make_recipe(method="rtn"), [Sample(None, "one two", kind=TEXT)]
-    with pytest.raises(ModelError, match="'longrope' cannot be exported"):
+    with pytest.raises(ModelError, match="'chunked_attention', which cannot be exported"):
         make_plan(str(folder), recipe, samples)
-    with pytest.raises(ModelError, match="'longrope' cannot be exported"):
+    with pytest.raises(ModelError, match="'chunked_attention', which cannot be exported"):
         quantize(str(folder), recipe, samples, work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 
-def test_dynamic_rope_is_exact_up_to_the_models_own_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("longest", "rope"),
+    [
+        (CONTEXT, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
+        (4 * CONTEXT, {**LONG, "original_max_position_embeddings": CONTEXT}),
+        (CONTEXT, {**LONG, "original_max_position_embeddings": 2 * CONTEXT, "attention_factor": 1.3}),
+    ],
+    ids=["dynamic", "longrope", "longrope of a shorter model"],
+)
+def test_frequencies_are_exact_up_to_a_length(tmp_path: Path, longest: int, rope: Any) -> None:  # noqa: ANN401
     """Also of a module whose frequencies follow a longer text that it has seen; longer prompts are refused."""
-    rope: Any = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    loaded = load_model(str(write_small_llama(tmp_path / "model", rope_parameters=rope)), torch.float32)
+    source = write_small_llama(tmp_path / "model", rope_parameters=rope, max_position_embeddings=longest)
+    loaded = load_model(str(source), torch.float32)
     longer = torch.ones(1, 2 * CONTEXT, dtype=torch.int64)
     with torch.no_grad():
         loaded.model(longer)
-    kept = loaded.model.model.rotary_emb.inv_freq.clone()  # type: ignore[union-attr,operator]
+    rotary: Any = loaded.model.model.rotary_emb  # type: ignore[union-attr]
+    kept = rotary.inv_freq.clone()
+    assert torch.equal(kept, rotary.original_inv_freq) == (rope.get("attention_factor") is not None)
     export_model(loaded, tmp_path / "onnx")
-    assert torch.equal(loaded.model.model.rotary_emb.inv_freq, kept)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(rotary.inv_freq, kept)
+    assert rotary.rope_type == rope["rope_type"]
     engine = VisionLanguageEngine.load(tmp_path / "onnx", threads=1)
+    assert engine.manifest.max_context == CONTEXT
     samples = [Sample(None, "is there a red shape? " * count, kind=TEXT) for count in (1, 16)]
     encoded = engine.encode(samples)
     assert CONTEXT - 40 < encoded.input_ids.shape[1] <= CONTEXT
