@@ -26,7 +26,7 @@ from qe_edge.reconstruction.shares import GLOBAL_SHARE
 GRID = WeightGrid(4, PER_CHANNEL, symmetric=True)
 DOWN_DAMPING, UP_DAMPING = 0.01, 1e-4
 ROUNDING = 1e-5  # of the largest energy, what a Gram matrix that was added up in float32 does not know
-ROWS = 1024  # of a Gram matrix that a device has in float64 at a time
+ROWS = 1024  # of a large matrix that are in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ def pack_correction(
 
 
 def _spread(gram: Matrix, down: Matrix) -> Matrix:
-    """`gram @ down^T` `[in, rank]` float64; a device makes float64 of some rows of the Gram matrix at a time."""
-    if isinstance(gram, Tensor):
-        return torch.cat([gram[start : start + ROWS].double() @ down.T for start in range(0, len(gram), ROWS)])
-    return gram @ down.T
+    """`gram @ down^T` `[in, rank]` float64, from some rows of the Gram matrix at a time, which become float64."""
+    return joined([double(gram[start : start + ROWS]) @ down.T for start in range(0, len(gram), ROWS)], 0)
 
 
 def _times(error: Matrix, spread: Matrix) -> Matrix:
     """`error @ spread` `[out, rank]` float64, as precise as the error is."""
-    return (error @ cast(spread, error)).double() if isinstance(error, Tensor) else error @ spread
+    if isinstance(error, Tensor):
+        return (error @ cast(spread, error)).double()
+    return np.concatenate([double(error[start : start + ROWS]) @ spread for start in range(0, len(error), ROWS)])
 
 
 def packing_loss(error: Matrix, hessian: Hessian, spectrum: ErrorSpectrum) -> float:
