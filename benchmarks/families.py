@@ -48,6 +48,7 @@ from tests.models import (
     test_llava_onevision,
     test_minicpmv4_6,
     test_paligemma,
+    test_phi4_multimodal,
     test_vision_encoders,
 )
 from tests.models.conftest import write_tiny_internvl
@@ -147,6 +148,7 @@ def seeing_models() -> list[tuple[str, str, Write]]:
         ("lfm2_vl", "lfm2_vl", test_lfm2_vl.write),
         ("llava_onevision", "llava_onevision", test_llava_onevision.write),
         ("minicpmv4_6", "minicpmv4_6", test_minicpmv4_6.write),
+        ("phi4_multimodal", "phi4_multimodal", test_phi4_multimodal.write),
         ("paligemma", PROMPT_ALONE[0], partial(_paligemma, "gemma")),
         ("paligemma", PROMPT_ALONE[1], partial(_paligemma, "gemma2")),
     ]

@@ -242,7 +242,7 @@ def _manifest(
         quantization=_named(recipe),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        image_token_id=getattr(config, "image_token_id", None),
+        image_token_id=loaded.family.image_token_id,
         max_context=context_of(text),
         generation=generation,
         kv=KVLayout(

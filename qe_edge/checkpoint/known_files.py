@@ -14,6 +14,7 @@ CONFIGURATION = frozenset({
     "vocab.json", "vocab.txt",
 })  # fmt: skip
 TEMPLATES = "additional_chat_templates"
+ADAPTER = "vision-lora"  # a folder: transformers' documentation loads it beside Phi-4-multimodal, for pictures
 
 
 def model_files(folder: Path) -> list[str]:
@@ -32,7 +33,8 @@ def model_files(folder: Path) -> list[str]:
         if path.is_file() and (path.name in CONFIGURATION or path.suffix == ".safetensors")
     ]
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
-    return [path.relative_to(folder).as_posix() for path in (*files, *templates)]
+    adapter = sorted(path for path in (folder / ADAPTER).glob("adapter_*") if path.suffix in (".json", ".safetensors"))
+    return [path.relative_to(folder).as_posix() for path in (*files, *templates, *adapter)]
 
 
 def part_in_words(name: str) -> str:

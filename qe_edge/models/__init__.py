@@ -28,6 +28,7 @@ FAMILIES: Registry[type[ModelFamily]] = Registry(
         "mistral": "qe_edge.models.causal_lm:CausalLM",
         "paligemma": "qe_edge.models.paligemma:PaliGemma",
         "phi3": "qe_edge.models.causal_lm:CausalLM",
+        "phi4_multimodal": "qe_edge.models.phi4_multimodal:Phi4Multimodal",
         "pi0": "qe_edge.models.pi0:Pi0",
         "qwen2": "qe_edge.models.causal_lm:CausalLM",
         "qwen2_5_vl": "qe_edge.models.qwen2_5_vl:Qwen25VL",

@@ -69,6 +69,10 @@ class Sizes(BaseModel):
     image_size: Side | Pair | None = None
     spatial_merge_size: Factor | None = None
     out_hidden_size: Width | None = None
+    crop_size: Side | None = None
+    feature_layer: Annotated[int, Field(strict=True, ge=-512, le=512)] | None = None
+    image_token_id: Annotated[int, Field(strict=True, ge=0, le=2**21)] | None = None
+    num_blocks: Layers | None = None  # of an audio encoder
     window_size: Side | None = None
     num_position_embeddings: Context | None = None
     temporal_patch_size: Factor | Annotated[list[Factor], Field(max_length=2)] | None = None
@@ -116,6 +120,7 @@ class Section(Sizes):
     rope_theta: Annotated[float, Field(strict=True, ge=1, le=1e12, allow_inf_nan=False)] | None = None
     rope_parameters: Rope | None = None
     rope_scaling: Rope | None = None
+    original_max_position_embeddings: Context | None = None
     dtype: DType | None = None
     torch_dtype: DType | None = None
     num_labels: Annotated[int, Field(strict=True, ge=0, le=2**17)] | None = None
@@ -156,7 +161,6 @@ class ConfigFile(Section):
 
     text_config: Section | None = None
     vision_config: Section | None = None
-    image_token_id: Annotated[int, Field(strict=True, ge=0, le=2**21)] | None = None
     video_token_id: Token | None = None
     image_seq_length: Annotated[int, Field(strict=True, ge=1, le=2**16)] | None = None
     downsample_ratio: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
@@ -170,6 +174,7 @@ class ConfigFile(Section):
     num_inference_steps: Annotated[int, Field(strict=True, ge=1, le=1000)] | None = None
     min_period: Positive | None = None
     max_period: Positive | None = None
+    audio_config: Section | None = None
     vision_aspect_ratio: Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]?$")] | None = None
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,20 +188,15 @@ def _check_sizes(config: Any, values: dict[str, Any], source: str, error: type[Q
         facts.divides(("", multiple), ("the vision encoder's width per head", width // heads))
     if config.model_type in FEATURE_WIDTHS:
         _check_patches(config, facts)
-    if config.model_type == "internvl":
-        _check_tiles(config, facts)
-    if config.model_type == "gemma3":
-        _check_pooling(config, facts)
     if config.model_type == "lfm2_vl":
         points = getattr(vision, "num_patches", 0)
         facts.require(
             vision.model_type == "siglip2_vision_model" and points == isqrt(points) ** 2 > 0,
             f"vision_config is a '{vision.model_type}' of {points} learnt positions, no square of SigLIP 2's",
         )
-    if config.model_type == "minicpmv4_6":
-        _check_joining(config, facts)
-    if config.model_type == "gemma4":
-        _check_layers(config, facts)
+    of_family = CHECKS.get(config.model_type)
+    if of_family is not None:
+        of_family(config, facts)
     if config.model_type in ("llava_onevision", "paligemma") and not acts:  # pi0 never looks its image token up
         facts.known_tokens(config, ("image_token_index",))
     if config.model_type == "paligemma":
@@ -351,6 +346,22 @@ def _check_joining(config: Any, facts: _Facts) -> None:  # noqa: ANN401
     facts.known_tokens(config, ("image_token_id",))
 
 
+def _check_crops(config: Any, facts: _Facts) -> None:  # noqa: ANN401
+    """Phi-4-multimodal's crops: whole pairs of patches, the layer whose output is used, the image token."""
+    vision = config.vision_config
+    crop, size, patch = vision.crop_size, vision.image_size, vision.patch_size
+    facts.require(crop == size, f"vision_config.crop_size is {crop}, and positions are learnt for crops of {size}")
+    facts.require(isinstance(patch, int), f"vision_config.patch_size {patch} is no one number")
+    facts.divides(("pixels of a pair of patches,", 2 * patch), ("vision_config.image_size", size))
+    layers, used = vision.num_hidden_layers, vision.feature_layer
+    facts.require(
+        -layers <= used <= layers and used != 0,
+        f"vision_config.feature_layer {used} names none of the vision encoder's {layers} layers",
+    )
+    image, known = vision.image_token_id, config.vocab_size
+    facts.require(0 <= image < known, f"vision_config.image_token_id {image} is outside the vocabulary of {known}")
+
+
 def _check_pooling(config: Any, facts: _Facts) -> None:  # noqa: ANN401
     """Gemma 3's pictures: patches per side, tokens per side, token ids of pictures."""
     vision, tokens = config.vision_config, config.mm_tokens_per_image
@@ -378,3 +389,12 @@ def _check_tiles(config: Any, facts: _Facts) -> None:  # noqa: ANN401
         tokens == config.image_seq_length,
         f"image_seq_length is {config.image_seq_length}; a tile of the vision encoder becomes {tokens} tokens",
     )
+
+
+CHECKS: dict[str, Callable[[Any, _Facts], None]] = {
+    "gemma3": _check_pooling,
+    "gemma4": _check_layers,
+    "internvl": _check_tiles,
+    "minicpmv4_6": _check_joining,
+    "phi4_multimodal": _check_crops,
+}

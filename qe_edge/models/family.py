@@ -103,6 +103,7 @@ class ModelFamily(ABC):
         class_token: Whether an encoder's first feature stands for the picture as a whole, where it writes no text.
         picture_unit: What the size of pictures is counted in: "patches", "tiles", or "" where there are no pictures.
         acts: Whether the models make actions of a robot; they are compared by these.
+        has_vision_adapter: Whether the model needs a LoRA for pictures, which may lie in a subfolder of its own.
         pictures_stand_alone: Whether a picture becomes the same features whatever other pictures a prompt has.
         siblings: Names of linear layers of one parent module that read the same input.
 
@@ -127,11 +128,17 @@ class ModelFamily(ABC):
     acts: ClassVar[bool] = False
     class_token: ClassVar[bool] = True
     picture_unit: ClassVar[Literal["patches", "tiles", ""]] = ""
+    has_vision_adapter: ClassVar[bool] = False
     pictures_stand_alone: ClassVar[bool] = True
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Token at whose places features of pictures stand; None of a model without pictures."""
+        return getattr(self.config, "image_token_id", None)
 
     @abstractmethod
     def blocks(self, model: PreTrainedModel) -> list[Block]:

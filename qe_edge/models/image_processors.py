@@ -17,6 +17,7 @@ MAX_PIXELS = 2**25  # of a picture after scaling; Qwen2-VL's largest has 2**23.6
 MAX_TILES = 64
 OWN = {  # where transformers has one for torchvision alone
     "lfm2_vl": "qe_edge.models.lfm2_vl_processor",
+    "phi4_multimodal": "qe_edge.models.phi4_multimodal_processor",
     "pi0": "qe_edge.models.pi0_processor",
 }
 Number = Annotated[float, Field(strict=True, ge=-1024, le=1024, allow_inf_nan=False)]
@@ -159,6 +160,24 @@ class SliceValues(PictureValues):
     max_slice_nums: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
     slice_mode: Annotated[bool, Field(strict=True)] = True
     use_image_id: Annotated[bool, Field(strict=True)] = True
+
+
+class HDValues(PictureValues):
+    """Settings of a processor that fits a picture into a grid of square crops and fills the rest of it."""
+
+    size: Tile
+    patch_size: Factor
+    dynamic_hd: Annotated[int, Field(strict=True, ge=1, le=MAX_TILES)]
+    do_resize: Literal[True] = True
+    do_rescale: Literal[True] = True
+    do_normalize: Literal[True] = True
+    resample: Literal[3] = 3  # of the copy in one crop
+
+    @model_validator(mode="after")
+    def _whole(self) -> HDValues:
+        if self.size.height != self.size.width or self.size.height % (2 * self.patch_size):
+            raise ValueError(f"{self.size.height} x {self.size.width} is no square of pairs of patches")
+        return self
 
 
 class Longest(BaseModel):

@@ -28,6 +28,7 @@ from qe_edge.models.guard import Guard
 from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files
 from qe_edge.models.stored import Source, StoredWeights, placeholder, read_tensors, same_tensor
 from qe_edge.models.tables import tables_of
+from qe_edge.models.vision_adapter import merge_vision_adapter
 from qe_edge.models.weight_files import check_links, folder_weights, weight_headers
 from qe_edge.system.errors import CommonNotice, ModelError, QENotice, ResourceError
 from qe_edge.system.json_files import read_json_table
@@ -205,7 +206,7 @@ def load_outside_blocks(reference: str) -> LoadedModel:
     stored = StoredWeights(
         {name: sources[key].place for name, key in keys.items()}, {name: given[key] for name, key in keys.items()}
     )
-    return LoadedModel(model, family, family.load_processor(source), source, stored)
+    return merge_vision_adapter(LoadedModel(model, family, family.load_processor(source), source, stored))
 
 
 def _ties(config: Any) -> bool:  # noqa: ANN401 - transformers' configuration classes
@@ -251,7 +252,7 @@ def _load_placeholders(
 def _load_whole(source: str, family: ModelFamily, dtype: torch.dtype | str) -> LoadedModel:
     model = _from_pretrained(source, family, dtype)
     note_own_head(model, family)
-    return LoadedModel(model, family, family.load_processor(source), source)
+    return merge_vision_adapter(LoadedModel(model, family, family.load_processor(source), source))
 
 
 def _from_pretrained(

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import softmax
 
 DOMAIN, NAME, VERSION = "com.microsoft", "MultiHeadAttention", 1
+MULTIPLE = 8  # of numbers in a head
+NOTHING = -3e4  # which float16 holds; times a scale it leaves no weight to a key
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -45,6 +47,39 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
         version=VERSION,
     )
     return mixed
+
+
+def attend_counted(query: Tensor, key: Tensor, value: Tensor, scale: float, counted: Tensor) -> Tensor:
+    """`attend_all`, where some keys do not count.
+
+    Scores get no mask, which would need memory for all of them: heads get one more number, 1 in every query, and so
+    small in a key that does not count that its weight is 0.
+
+    Args:
+        query: As for `attend_all`.
+        key: As for `attend_all`.
+        value: As for `attend_all`.
+        scale: As for `attend_all`.
+        counted: `[batch, tokens]`, 1 on keys that count and 0 on others; each row has some that do.
+
+    Example:
+        >>> import torch
+        >>> class Attention(torch.nn.Module):
+        ...     def forward(self, tokens: Tensor, counted: Tensor) -> Tensor:
+        ...         return attend_counted(tokens, tokens, tokens, 0.125, counted)
+        >>> inputs = (torch.zeros(1, 16, 2, 64), torch.ones(1, 16))
+        >>> traced = torch.onnx.export(Attention().eval(), inputs, dynamo=True, verbose=False)
+        >>> [str(node.inputs[0].shape) for node in traced.model.graph if node.op_type == "MultiHeadAttention"]
+        ['[1,16,144]']
+    """
+    batch, tokens, heads, width = query.shape
+    more = MULTIPLE - width % MULTIPLE  # kernels want multiples
+    first = (1 - counted)[..., None, None].expand(batch, tokens, heads, 1) * NOTHING
+    ones, zeros = torch.ones_like(first), first.new_zeros(batch, tokens, heads, more - 1)
+    query, key = torch.cat([query, ones, zeros], dim=-1), torch.cat([key, first, zeros], dim=-1)
+    value = torch.cat([value, value.new_zeros(batch, tokens, heads, more)], dim=-1)
+    mixed = attend_all(query, key, value, scale).reshape(batch, tokens, heads, width + more)
+    return mixed[..., :width].flatten(2)
 
 
 def attend_masked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:

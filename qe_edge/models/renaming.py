@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING
 
+from qe_edge.checkpoint.known_files import ADAPTER
 from qe_edge.models import FAMILIES
 from qe_edge.models.configuration import CONFIG, REMEDY
 from qe_edge.models.conversion import check_converted
@@ -48,9 +49,11 @@ def rename_model(source: Path, family: str, out: Path) -> None:
     check_links(source)
     folder_weights(source)
     with atomic_folder(out) as part:
-        for file in sorted(source.iterdir()):
+        for file in sorted((*source.iterdir(), *(source / ADAPTER).glob("*"))):
             if file.is_file() and file.suffix in READ and file.name != CONFIG:
-                shutil.copyfile(file, part / file.name)
+                copied = part / file.relative_to(source)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
         renamed = {key: value for key, value in values.items() if key not in ("auto_map", "architectures")}
         renamed["model_type"] = family
         for section in SECTIONS:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qe_edge.models.family import GraphSpec
-from qe_edge.models.picture_attention import attend_all
+from qe_edge.models.picture_attention import attend_all, attend_counted
 
 LARGEST = 1 << 16  # tiles at export time
 TYPICAL_TILES = 1
@@ -49,8 +49,8 @@ class SiglipEncoder(nn.Module):
         return features
 
 
-def run_layer(layer: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401 - of many classes of transformers
-    """A layer on `[tiles, patches, width]`; patches attend to all of their tile.
+def run_layer(layer: Any, hidden: Tensor, counted: Tensor | None = None) -> Tensor:  # noqa: ANN401 - of many classes
+    """A layer on `[tiles, patches, width]`; patches attend to all of their tile, or to those that are `counted`.
 
     Example:
         >>> from transformers import SiglipVisionConfig
@@ -60,13 +60,18 @@ def run_layer(layer: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401 - of many c
         >>> tuple(run_layer(layer, torch.zeros(1, 4, 32)).shape)
         (1, 4, 32)
     """
-    hidden = hidden + attended(layer.self_attn, layer.layer_norm1(hidden))
+    hidden = hidden + attended(layer.self_attn, layer.layer_norm1(hidden), counted)
     output: Tensor = hidden + layer.mlp(layer.layer_norm2(hidden))
     return output
 
 
-def attended(attention: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - of many classes of transformers
+def attended(attention: Any, x: Tensor, counted: Tensor | None = None) -> Tensor:  # noqa: ANN401 - of many classes
     """An attention of a layer on `[tiles, patches, width]`, with its projections.
+
+    Args:
+        attention: The layer.
+        x: Its input.
+        counted: `[tiles, patches]`, 0 on patches that nothing attends to and 1 on others; None where there are none.
 
     Example:
         >>> from transformers import SiglipVisionConfig
@@ -77,7 +82,12 @@ def attended(attention: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - of many cla
     """
     heads = (*x.shape[:2], -1, attention.head_dim)
     query, key, value = (getattr(attention, f"{name}_proj")(x).reshape(heads) for name in "qkv")
-    projected: Tensor = attention.out_proj(attend_all(query, key, value, attention.head_dim**-0.5))
+    scale = attention.head_dim**-0.5
+    if counted is None:
+        mixed = attend_all(query, key, value, scale)
+    else:
+        mixed = attend_counted(query, key, value, scale, counted)
+    projected: Tensor = attention.out_proj(mixed)
     return projected
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PureWindowsPath
 import huggingface_hub
 from transformers.utils import hub
 
+from qe_edge.checkpoint.known_files import ADAPTER
 from qe_edge.checkpoint.safetensors_check import check_safetensors
 from qe_edge.models.origin import ADAPTER_FILES, adapter_beside, check_tensors
 from qe_edge.system.errors import ModelError, QENotice, printable
@@ -44,8 +45,8 @@ def check_links(folder: Path) -> None:
     roots = [root]
     if root.parent.name == "snapshots":
         roots.append((root.parent.parent / "blobs").resolve())
-    for path in sorted(folder.iterdir()):
-        if not path.is_symlink() or path.suffix not in READ:
+    for path in sorted((*folder.iterdir(), *(folder / ADAPTER).glob("*"))):
+        if not path.is_symlink() or (path.suffix not in READ and path.name != ADAPTER):
             continue
         try:
             target = path.resolve(strict=True)

@@ -98,7 +98,7 @@ def _most_patches(image_processor: Any) -> int:  # noqa: ANN401 - transformers' 
 
 def _most_tiles(image_processor: Any) -> int:  # noqa: ANN401 - transformers' own classes
     """Tiles that an image processor cuts the largest picture into, without its overview."""
-    slices = getattr(image_processor, "max_slice_nums", None)
+    slices = getattr(image_processor, "max_slice_nums", getattr(image_processor, "dynamic_hd", None))
     if slices is not None:
         return int(slices)
     most = getattr(image_processor, "max_patches", getattr(image_processor, "max_tiles", None))

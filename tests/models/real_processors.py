@@ -35,13 +35,27 @@ class InterpolationMode(enum.Enum):
     LANCZOS = "lanczos"
 
 
-def resize(image: Tensor, size: tuple[int, int], interpolation: InterpolationMode, antialias: bool) -> Tensor:
-    """Scale pictures of 8 bits, which torch does itself on a CPU."""
-    assert image.dtype == torch.uint8
+def resize(
+    image: Tensor,
+    size: tuple[int, int],
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+    antialias: bool = True,
+) -> Tensor:
+    """Scale pictures: those of 8 bits with antialiasing, which torch does itself on a CPU, and floats without."""
+    assert antialias == (image.dtype == torch.uint8)
     flat = image.reshape(-1, *image.shape[-3:])
     if tuple(flat.shape[-2:]) != tuple(size):
         flat = interpolate(flat, size, mode=interpolation.value, antialias=antialias)
     return flat.reshape(*image.shape[:-2], *size)
+
+
+def pad(image: Tensor, padding: list[int], fill: list[int]) -> Tensor:
+    """Fill a picture `[channels, height, width]` up at the left, top, right and bottom."""
+    left, top, right, bottom = padding
+    sizes = image.shape[0], top + image.shape[1] + bottom, left + image.shape[2] + right
+    filled = torch.tensor(fill, dtype=image.dtype)[:, None, None].expand(sizes).clone()
+    filled[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    return filled
 
 
 def normalize(image: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tensor:  # noqa: ANN401
@@ -61,7 +75,7 @@ def torch_alone() -> Iterator[None]:
         for outer, inner, name in zip(modules, modules[1:], NAMES[1:], strict=False):
             setattr(outer, name.rpartition(".")[2], inner)
         functional: Any = modules[-1]
-        functional.resize, functional.normalize = resize, normalize
+        functional.resize, functional.normalize, functional.pad = resize, normalize, pad
         functional.grayscale_to_rgb, functional.InterpolationMode = (lambda image: image), InterpolationMode
         mapping = {1: InterpolationMode.LANCZOS, 3: InterpolationMode.BICUBIC, 2: InterpolationMode.BILINEAR}
         for module in (image_processing_backends, video_processing_utils):
@@ -72,6 +86,12 @@ def torch_alone() -> Iterator[None]:
             patch.setattr(processing_smolvlm, "num2words", in_words)
         patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
         yield
+
+
+def image_class(model_type: str) -> Any:  # noqa: ANN401 - a class of transformers
+    """The image processor of an architecture that transformers has for torchvision alone."""
+    module = importlib.import_module(f"transformers.models.{model_type}.image_processing_{model_type}")
+    return getattr(module, module.__all__[0])
 
 
 def video_class(model_type: str) -> Any:  # noqa: ANN401 - a class of transformers
