@@ -7,8 +7,9 @@ The models are Qwen2-VL in the shapes of 2B, 7B and 72B, with random bfloat16 we
 layers. Every stage is the command of a user, in a process of its own. Memory is the process's largest resident set,
 with the pages of files that it maps. Straight lines through two numbers of layers give the whole model's time and
 memory; where the whole model is run too, the table shows the ratio of the prediction to it. `planned` is what
-`--dry-run` promises for the memory of quantizing. A size that was not run gets its time from a power law through the
-others' time per layer, and its memory from the plan: both are predicted.
+`--dry-run` promises for the time and memory of quantizing; its time leaves out reading and writing files. A size that
+was not run gets its time from a power law through the others' time per layer, and its memory from the plan: both are
+predicted.
 """
 
 from __future__ import annotations
@@ -155,26 +156,36 @@ def measure(size: str, layers: int, work: Path, arguments: argparse.Namespace) -
         "build": ["build", str(folder / "onnx"), "-o", str(folder / "cpu"), "--target", "cpu", "--overwrite"],
     }
     found = {}
-    for stage in STAGES:
+    for stage in arguments.stages:
         found[stage] = run(commands[stage])
         print(f"{size}, {layers} layers, {stage}: {found[stage].seconds:.0f} s, {found[stage].gib:.2f} GiB", flush=True)
     return found
 
 
-def planned_gib(size: str, layers: int, work: Path, arguments: argparse.Namespace) -> float:
-    """Memory that `--dry-run` promises; it reads no weights."""
-    from qe_edge.calibration.sources import load_samples
-    from qe_edge.quantization.plan import make_plan
+def job_of(size: str, layers: int, work: Path, arguments: argparse.Namespace) -> Any:  # noqa: ANN401 - imported late
+    """What `quantize` does with a model."""
+    from qe_edge.quantization.job import make_job
     from qe_edge.recipes.recipe import make_recipe
 
-    budget = {"bits": arguments.bits} if arguments.bits else None
-    recipe = make_recipe(method=arguments.method, **({"budget": budget} if budget else {}))
-    return (
-        make_plan(
-            str(work / f"{size}-{layers}" / "model"), recipe, load_samples("demo", arguments.samples)
-        ).memory_bytes
-        / GIB
-    )
+    budget = {"budget": {"bits": arguments.bits}} if arguments.bits else {}
+    recipe = make_recipe(method=arguments.method, calibration={"samples": arguments.samples}, **budget)
+    return make_job(str(work / f"{size}-{layers}" / "model"), recipe)
+
+
+def planned_gib(size: str, layers: int, work: Path, arguments: argparse.Namespace) -> float:
+    """Memory that `--dry-run` promises; it reads no weights."""
+    from qe_edge.quantization.plan import make_plan
+
+    job = job_of(size, layers, work, arguments)
+    return make_plan(job.model, job.recipe, job.samples).memory_bytes / GIB
+
+
+def planned(size: str, layers: int, work: Path, arguments: argparse.Namespace) -> Cost:
+    """Time and memory that `--dry-run` promises."""
+    from qe_edge.quantization.timing import predicted_seconds
+
+    seconds = predicted_seconds(job_of(size, layers, work, arguments))
+    return Cost(seconds, planned_gib(size, layers, work, arguments))
 
 
 def at(layers: int, costs: dict[int, Cost]) -> Cost:
@@ -226,6 +237,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, help="budget of stored bits")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples (default: %(default)s)")
     parser.add_argument("--vision-blocks", type=int, default=VISION["depth"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--work", type=Path, help="folder that keeps the models")
     arguments = parser.parse_args()
     if len(set(arguments.layers)) < 2:
@@ -237,18 +249,19 @@ def main() -> None:
 def report(work: Path, arguments: argparse.Namespace) -> None:
     """Measure all, and print."""
     found: dict[str, dict[int, dict[str, Cost]]] = {}
-    plans: dict[str, dict[int, float]] = {}
+    plans: dict[str, dict[int, Cost]] = {}
     for size in arguments.sizes:
         found[size] = {layers: measure(size, layers, work, arguments) for layers in sorted(set(arguments.layers))}
-        plans[size] = {layers: planned_gib(size, layers, work, arguments) for layers in found[size]}
-    print("\n| size, layers | stage | seconds | GiB | planned GiB | predicted seconds, GiB | ratio |")
+        plans[size] = {layers: planned(size, layers, work, arguments) for layers in found[size]}
+    print("\n| size, layers | stage | seconds | GiB | planned seconds, GiB | predicted seconds, GiB | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for size, runs in found.items():
         whole = SIZES[size]["num_hidden_layers"]
-        for stage in STAGES:
+        for stage in arguments.stages:
             costs = {layers: run[stage] for layers, run in runs.items()}
             for number, (layers, cost) in enumerate(costs.items()):
-                plan = f"{plans[size][layers]:.2f}" if stage == "quantize" else "-"
+                own = plans[size][layers]
+                plan = f"{own.seconds:.0f}, {own.gib:.2f}" if stage == "quantize" else "-"
                 line = at(layers, costs)
                 told = f"{line.seconds:.0f}, {line.gib:.2f}" if number > 1 else "-"
                 ratio = f"{line.seconds / cost.seconds:.2f}, {line.gib / cost.gib:.2f}" if number > 1 else "-"
@@ -258,13 +271,14 @@ def report(work: Path, arguments: argparse.Namespace) -> None:
             if whole not in costs:
                 line = at(whole, costs)
                 print(f"| {size}, {whole} | {stage} | - | - | - | {line.seconds:.0f}, {line.gib:.2f} | - |")
-    if len(found) > 1:
+    if len(found) > 1 and "quantize" in arguments.stages:
         predict_others(found, work, arguments)
     costs_found = {
         size: {str(n): {s: asdict(c) for s, c in run.items()} for n, run in runs.items()}
         for size, runs in found.items()
     }
-    print(json.dumps({"script": "large_model", "costs": costs_found, "planned_gib": plans}))
+    plans_found = {size: {str(n): asdict(plan) for n, plan in own.items()} for size, own in plans.items()}
+    print(json.dumps({"script": "large_model", "costs": costs_found, "planned": plans_found}))
 
 
 if __name__ == "__main__":
