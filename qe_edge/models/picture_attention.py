@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softmax
+from torch.nn.functional import one_hot, pad, softmax
 
 DOMAIN, NAME, VERSION = "com.microsoft", "MultiHeadAttention", 1
 MULTIPLE = 8  # of numbers in a head
@@ -74,11 +74,10 @@ def attend_counted(query: Tensor, key: Tensor, value: Tensor, scale: float, coun
     """
     batch, tokens, heads, width = query.shape
     more = MULTIPLE - width % MULTIPLE  # kernels want multiples
-    first = (1 - counted)[..., None, None].expand(batch, tokens, heads, 1) * NOTHING
-    ones, zeros = torch.ones_like(first), first.new_zeros(batch, tokens, heads, more - 1)
-    query, key = torch.cat([query, ones, zeros], dim=-1), torch.cat([key, first, zeros], dim=-1)
-    value = torch.cat([value, value.new_zeros(batch, tokens, heads, more)], dim=-1)
-    mixed = attend_all(query, key, value, scale).reshape(batch, tokens, heads, width + more)
+    query, key, value = (pad(part, (0, more)) for part in (query, key, value))
+    added = one_hot(torch.tensor(width), width + more).to(query.dtype)
+    key = key + ((1 - counted) * NOTHING)[..., None, None] * added
+    mixed = attend_all(query + added, key, value, scale).reshape(batch, tokens, heads, width + more)
     return mixed[..., :width].flatten(2)
 
 

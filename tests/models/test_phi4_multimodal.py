@@ -21,6 +21,7 @@ from transformers.models.phi4_multimodal.processing_phi4_multimodal import Phi4M
 from qe_edge.demo import model_path
 from qe_edge.export.attention import attach_attention
 from qe_edge.export.build import build_engines
+from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import ModelFamily, Sample
@@ -31,6 +32,7 @@ from qe_edge.models.phi4_multimodal_projector import ATTENTION, projector_of
 from qe_edge.models.videos import Video
 from qe_edge.runtime.limits import EngineLimits
 from qe_edge.runtime.picture_limits import warn_of_pictures
+from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import InputError, ModelError, QENotice
 from tests.models.conversations import CASES, SQUARE, noise
 from tests.models.families import PICTURE_SIZES, TOKENS, FamilyChecks, Made
@@ -228,6 +230,17 @@ class TestPhi4Multimodal(FamilyChecks):
             feed = {"hidden_states": found}
         assert found.shape == wanted.shape
         assert np.abs(found - wanted.numpy()).max() < 1e-5 * wanted.abs().max()
+
+    def test_the_visual_graph_of_engines_for_gpus(self, made: Made) -> None:
+        """In float16, whose types fit together; filling counts for nothing there too."""
+        model = ir.external_data.load_to_model(ir.load(made.onnx / "visual.onnx"))
+        lower_for_tensorrt(model)
+        (feed,) = made.loaded.family.visual_feeds(made.engine.encode(CASES["odd sizes"]))
+        assert 0 < feed["patch_mask"].mean() < 1
+        lowered = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+        canonical = OrtSession(made.onnx, made.engine.manifest.graphs["visual"], accuracy_level=0, threads=1)
+        found, (wanted,) = np.asarray(lowered.run(None, feed)[0]), canonical.run(feed).values()
+        assert np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max()
 
     def test_no_text_is_longer_than_the_short_factors_hold(self, made: Made, tmp_path: Path) -> None:
         assert made.engine.manifest.max_context == 2048
