@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
 import torch
 import transformers
 from torch import nn
@@ -23,6 +22,7 @@ from qe_edge.demo import model_path
 from qe_edge.models.configuration import CONFIG, REMEDY, load_family, read_config_values
 from qe_edge.models.exactness import COMPUTED, check_all_used, check_amount, check_loading, note_own_head
 from qe_edge.models.family import ModelFamily
+from qe_edge.models.free_memory import check_memory, check_memory_outside
 from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.guard import Guard
 from qe_edge.models.origin import check_adapter, check_configuration, check_quantizer_files
@@ -30,7 +30,7 @@ from qe_edge.models.stored import Source, StoredWeights, placeholder, read_tenso
 from qe_edge.models.tables import tables_of
 from qe_edge.models.vision_adapter import merge_vision_adapter
 from qe_edge.models.weight_files import check_links, folder_weights, weight_headers
-from qe_edge.system.errors import CommonNotice, ModelError, QENotice, ResourceError
+from qe_edge.system.errors import CommonNotice, ModelError, QENotice
 from qe_edge.system.json_files import read_json_table
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def load_outside_blocks(reference: str) -> LoadedModel:
         )
         check_memory(source, "auto")
         return _load_whole(source, family, "auto")
-    _check_memory_outside(model, list(streamed.values()))
+    check_memory_outside(model, list(streamed.values()))
     keys = {name: key for name, key in inside.items() if key is not None}
     if _ties(family.config):
         _share_equal_head(tables_of(model), keys, sources, given)
@@ -352,56 +352,6 @@ def shapes_only(family: ModelFamily) -> PreTrainedModel:
     with Guard("config.json describes no model that can be built", REMEDY), torch.device("meta"):
         model: PreTrainedModel = auto_class(family).from_config(copy.deepcopy(family.config))
     return model
-
-
-def check_memory(source: str, dtype: torch.dtype | str) -> None:
-    """Refuse a local model whose weights alone exceed the free memory.
-
-    Raises:
-        ResourceError: If they do.
-
-    Example:
-        >>> check_memory(resolve_model("demo"), "auto")  # fine: 11 MB
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        return
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    check_free(size * (2 if dtype == torch.float32 else 1))
-
-
-def _check_memory_outside(model: nn.Module, streamed: Sequence[nn.Module]) -> None:
-    """Refuse a model whose parts that are not streamed, with the largest streamed one, exceed the free memory.
-
-    Raises:
-        ResourceError: If they do, in float32.
-    """
-    inside = {id(parameter): parameter.numel() for module in streamed for parameter in module.parameters()}
-    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
-    largest = max((sum(parameter.numel() for parameter in module.parameters()) for module in streamed), default=0)
-    check_free(4 * (outside + largest))
-
-
-def check_free(needed: int) -> None:
-    """Refuse a model that needs more bytes than are free.
-
-    Raises:
-        ResourceError: If it does.
-
-    Example:
-        >>> check_free(1 << 20)  # fine: 1 MiB
-        >>> check_free(1 << 60)
-        Traceback (most recent call last):
-            ...
-        qe_edge.system.errors.ResourceError: The model needs 1073741824.0 GiB of memory and ... GiB are free. Use
-        a machine with more memory; engines can be copied to the device afterwards.
-    """
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise ResourceError(
-            f"The model needs {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free.",
-            "Use a machine with more memory; engines can be copied to the device afterwards.",
-        )
 
 
 def _check_folder(folder: Path) -> None:

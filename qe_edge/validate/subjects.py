@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Encoded
-from qe_edge.models.loading import LoadedModel, check_free, load_outside_blocks
+from qe_edge.models.free_memory import check_free
+from qe_edge.models.loading import LoadedModel, load_outside_blocks
 from qe_edge.models.stored import StoredWeights
 from qe_edge.runtime.generation import GenerationSettings, adjust_logits, check_context, check_finite, settings_of
 from qe_edge.system.errors import ModelError

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -15,12 +18,14 @@ from transformers import PreTrainedModel
 
 from qe_edge.calibration.sources import load_evaluation, load_samples
 from qe_edge.checkpoint.safetensors_write import write_tensors
+from qe_edge.methods import LinearProblem
 from qe_edge.models import loading, weight_files
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import TEXT, Encoded, ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks, resolve_model
 from qe_edge.models.quantized import save_quantized
 from qe_edge.models.streaming import Streamer, chains_of, fast_products, run_block
+from qe_edge.models.tables import tables_of
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.quantization.walk import BlockWalk
 from qe_edge.recipes.recipe import make_recipe
@@ -277,6 +282,35 @@ def test_no_more_than_one_block_is_in_memory(tmp_path: Path) -> None:
     save_quantized(*quantize(load_model("demo"), recipe), tmp_path / "whole")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_only_a_problems_own_weight_is_in_memory_when_it_is_solved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the block's other layers nor embedding and head, whatever a budget does with the block."""
+    opened, looks = load_outside_blocks("demo"), Counter[str]()
+    names = [*(block.name for block in opened.family.blocks(opened.model)), *tables_of(opened.model)]
+    linears = {
+        name: part
+        for name, part in opened.model.named_modules()
+        if isinstance(part, (nn.Linear, nn.Embedding)) and any(f"{name}.".startswith(f"{one}.") for one in names)
+    }
+    for module, function in (("quantizer", "quantize_problem"), ("measure", "candidates_of")):
+        work = getattr(importlib.import_module(f"qe_edge.quantization.{module}"), function)
+
+        def look(
+            method: object, problem: LinearProblem, function: str = function, work: Callable[..., object] = work
+        ) -> object:
+            looks[function] += 1
+            assert [name for name, part in linears.items() if not opened.stored.is_absent(part.weight)] == []
+            return work(method, problem)
+
+        monkeypatch.setattr(f"qe_edge.quantization.{module}.{function}", look)
+    recipe = make_recipe(
+        method="qe", budget={"bits": 4.6}, options={"tokens": 64, "em_steps": 0}, calibration={"samples": 2}
+    )
+    quantize(opened, recipe, work=tmp_path / "work", on_disk=True)
+    assert looks == {"quantize_problem": 16, "candidates_of": 16}
 
 
 @pytest.mark.parametrize("method", ["quarot", "mbq", "rtn"])
