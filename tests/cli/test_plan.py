@@ -122,11 +122,11 @@ sys.exit(code)
     ("method", "sizes"),
     [
         ("rtn", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}),
-        ("gptq", {"hidden_size": 256, "intermediate_size": 6144, "num_hidden_layers": 1}),
+        ("gptq", {"hidden_size": 256, "intermediate_size": 10240, "num_hidden_layers": 1}),
     ],
 )
 def test_predicted_memory_is_that_of_a_run(method: str, sizes: dict[str, int], tmp_path: Path) -> None:
-    """The first model's blocks are 400 MB together, and its run holds one; solving takes half of the second's."""
+    """The first model's blocks are 400 MB together, and its run holds one. Solving takes two thirds of the second's."""
     model = write_small_llama(tmp_path / "model", **sizes)
     data = tmp_path / "text.jsonl"
     data.write_text('{"text": "A few words."}\n', encoding="utf-8")
@@ -136,7 +136,7 @@ def test_predicted_memory_is_that_of_a_run(method: str, sizes: dict[str, int], t
     )
     recipe = make_recipe(method=method, calibration={"source": str(data)})
     plan = make_plan(str(model), recipe, load_samples(str(data)))
-    assert 1024 * int(done.stdout.splitlines()[-1]) == pytest.approx(plan.memory_bytes, rel=0.25)
+    assert 1024 * int(done.stdout.splitlines()[-1]) == pytest.approx(plan.memory_bytes, rel=0.2)
 
 
 def test_one_long_text_counts_with_its_whole_batch(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,17 @@ import pytest
 
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.loading import load_model
+from qe_edge.models.streaming import Chain
 from qe_edge.quantization import timing
 from qe_edge.quantization.job import make_job
+from qe_edge.quantization.side_by_side import SideBySide
 from qe_edge.quantization.timing import predicted_seconds
+from qe_edge.quantization.walk import BlockWalk
 from qe_edge.recipes.recipe import make_recipe
 from tests.small_models import write_small_llama
 
 SMALL = {"tokens": 64, "em_steps": 0}
+TEXTS = [Sample(None, "A text.", kind=TEXT), Sample(None, "Is it?", "No.")]
 
 
 class Clock:
@@ -72,6 +76,33 @@ def test_gradients_of_one_batch_and_candidates_of_one_block(clock: Clock) -> Non
     assert clock.calls["quantize_block"] == clock.calls["measure_block"]
 
 
+def test_a_head_after_the_only_block_has_its_inputs(clock: Clock, tmp_path: Path) -> None:
+    clock.costs("quantize_block", lambda _name: 4.0)
+    clock.costs("quantize_head", lambda _name: 30.0)
+    folder = write_small_llama(tmp_path, num_hidden_layers=1)
+    job = make_job(str(folder), make_recipe(method="rtn", head="int4"), TEXTS)
+    assert predicted_seconds(job, device="cpu") == 4.0 + 30.0
+
+
+def test_a_rotation_and_both_models_are_part_of_the_work(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock.costs("rotate_language_model", lambda _name: 5.0)
+    folder, given = str(write_small_llama(tmp_path)), []
+    monkeypatch.setattr(timing, "quantize_block", lambda *words: given.append(words[2]) or pass_on(*words))
+    assert predicted_seconds(make_job(folder, make_recipe(method="quarot"), TEXTS), device="cpu") == 5.0
+    assert given.pop() is None
+    assert predicted_seconds(make_job(folder, make_recipe(method="loaq"), TEXTS), device="cpu") == 0.0
+    assert isinstance(given.pop(), SideBySide)
+
+
+def pass_on(
+    walk: BlockWalk, _problems: object, _both: object, _folder: object, chain: Chain, position: int, _block: object
+) -> None:
+    """A block that takes no time."""
+    walk.hand_on(chain, position, chain.hidden)
+
+
 def test_the_head_counts_once(clock: Clock) -> None:
     clock.costs("quantize_block", lambda _name: 4.0)
     clock.costs("quantize_head", lambda _name: 30.0)
@@ -83,7 +114,6 @@ def test_the_head_counts_once(clock: Clock) -> None:
 def test_every_way_of_quantizing_has_a_time(method: str, tmp_path: Path) -> None:
     folder = write_small_llama(tmp_path)
     before = sorted(tmp_path.iterdir())
-    samples = [Sample(None, "A text.", kind=TEXT), Sample(None, "Is it?", "No.")]
-    job = make_job(str(folder), make_recipe(method=method), samples)
+    job = make_job(str(folder), make_recipe(method=method), TEXTS)
     assert predicted_seconds(job, device="cpu") > 0
     assert sorted(tmp_path.iterdir()) == before
