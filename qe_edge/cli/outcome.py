@@ -162,7 +162,7 @@ def _write_traceback(error: Exception, words: Sequence[str]) -> str | None:
 
 
 def _how_to_resume(words: Sequence[str]) -> str:
-    if not words or words[0] not in RESUMABLE:
+    if not words or words[0] not in RESUMABLE or "--dry-run" in words:
         return "Stopped; nothing half-written is left. Run the same command again."
     # --overwrite would throw the finished part away
     kept = [word for word in words if word not in ("--resume", "--overwrite")]

@@ -70,6 +70,19 @@ def test_a_stop_says_how_to_resume_and_resuming_gives_the_identical_checkpoint(
     assert "complete already" in again.out
 
 
+def test_a_dry_run_that_is_stopped_has_nothing_to_resume(tmp_path: Path) -> None:
+    words = [*CHILD, "quantize", "demo", "-o", str(tmp_path / "checkpoint"), "--dry-run", "--bits", "4.25"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # it begins to measure
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "Memory:" in out  # what was known before
+    assert err.splitlines()[-1] == "Stopped; nothing half-written is left. Run the same command again."
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_run_resumes_to_the_identical_checkpoint_and_with_no_other_recipe(
     child: Run, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
