@@ -48,6 +48,19 @@ def tokens_of_tile(side: int) -> Tokens:
     return Tokens(places, weights)
 
 
+def tokens_of_frame(side: int) -> Tokens:
+    """Tokens of a frame of a video: its `side` x `side` patches, scaled down to half as many lines and columns.
+
+    Example:
+        >>> tokens = tokens_of_frame(3)  # four, each mixed from four patches around it
+        >>> tokens.places[0].tolist(), tokens.weights[0].tolist()
+        ([0, 1, 3, 4], [0.5625, 0.1875, 0.1875, 0.0625])
+    """
+    half = -(-side // 2)
+    places, weights = _scaled_down(np.arange(side**2).reshape(side, side), half, half)
+    return Tokens(places.reshape(-1, NEIGHBOURS), weights.reshape(-1, NEIGHBOURS))
+
+
 def tokens_of_picture(
     size: tuple[int, int], resolutions: Sequence[tuple[int, int]], tile: int, side: int, most: int
 ) -> Tokens:
@@ -93,14 +106,22 @@ def joined(parts: Sequence[Tokens], first: Sequence[int]) -> Tokens:
         ([0, 0, 1, 1], [1.0, 0.0, 1.0, 0.0])
     """
     taps = max(part.places.shape[1] for part in parts)
-
-    def widened(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, ((0, 0), (0, taps - array.shape[1])))
-
+    wide = [widened(part, taps) for part in parts]
     return Tokens(
-        np.concatenate([widened(part.places) + start for part, start in zip(parts, first, strict=True)]),
-        np.concatenate([widened(part.weights) for part in parts]),
+        np.concatenate([part.places + start for part, start in zip(wide, first, strict=True)]),
+        np.concatenate([part.weights for part in wide]),
     )
+
+
+def widened(tokens: Tokens, taps: int) -> Tokens:
+    """The same tokens with more taps, those of no weight.
+
+    Example:
+        >>> widened(tokens_of_tile(1), 2).weights.tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+    more = ((0, 0), (0, taps - tokens.places.shape[1]))
+    return Tokens(np.pad(tokens.places, more), np.pad(tokens.weights, more))
 
 
 def _without_padding(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from qe_edge.models.anyres import Tokens, joined, tokens_of_picture, tokens_of_tile
+from qe_edge.models.anyres import Tokens, tokens_of_frame, tokens_of_picture, tokens_of_tile
 from qe_edge.models.batching import (
     check_chat_template,
     check_length,
@@ -22,8 +22,10 @@ from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import ResolutionValues, check_equal, load_image_processor
+from qe_edge.models.llava_onevision_videos import Seen, in_order, load_frame_videos, seen_frames
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
+from qe_edge.models.video_plans import take_times
 from qe_edge.system.errors import ModelError
 from qe_edge.system.lazy import lazy_module
 
@@ -58,10 +60,10 @@ class Tiles:
 
 
 class LlavaOnevision(ModelFamily):
-    """Any `LlavaOnevisionForConditionalGeneration` with a SigLIP encoder, whatever its text model. Pictures, no videos.
+    """Any `LlavaOnevisionForConditionalGeneration` with a SigLIP encoder, whatever its text model.
 
     The picture of a question that has one is scaled to one of several resolutions, cut into tiles, and an overview
-    stands before them. Each of several pictures is one tile.
+    stands before them. Each of several pictures is one tile. So is each frame of a video, with a quarter of the tokens.
 
     Raises:
         ModelError: If the projector reads anything but the patches of the vision encoder's last layer.
@@ -92,6 +94,10 @@ class LlavaOnevision(ModelFamily):
             if type(module).__name__ in groups or type(module).__name__.endswith("DecoderLayer")
         ]
 
+    def adapt(self, model: PreTrainedModel) -> None:
+        """One call of the vision encoder for pictures and videos; transformers has one for each."""
+        llava_onevision_graphs.see_at_once(model)
+
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
         tokenizer = load_tokenizer(folder, self.config.text_config.vocab_size)
@@ -102,44 +108,64 @@ class LlavaOnevision(ModelFamily):
         resolutions = [list(found) for found in image_processor.image_grid_pinpoints]
         check_equal(folder, "image_grid_pinpoints", resolutions, [list(r) for r in self.config.image_grid_pinpoints])
         check_chat_template(tokenizer, folder, self.config.image_token_id)
-        return VisionLanguageProcessor(tokenizer, image_processor)
+        videos = load_frame_videos(folder, self.config, len(tokens_of_frame(self._side).places))
+        return VisionLanguageProcessor(tokenizer, image_processor, videos)
 
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
-        """One left-padded batch; each picture's image token is repeated as often as it has tokens."""
+        """One left-padded batch; the token of each picture and video is repeated as often as it has tokens."""
         alone = [len(sample.pictures) == 1 for sample in samples for _ in sample.pictures]
-        pixels = prepare_pictures(Tiles(processor.image_processor, iter(alone)), samples)
-        if pixels:
+        pixels = prepare_pictures(Tiles(processor.image_processor, iter(alone)), samples, processor.video_processor)
+        take_times(pixels)
+        if "pixel_values" in pixels:
             pixels["batch_num_images"] = np.array([len(sample.pictures) for sample in samples], np.int64)
         lengths = iter([len(tokens.places) for tokens in self._tokens(pixels)])
-        image = self.config.image_token_id
+        frame = len(tokens_of_frame(self._side).places)
+        films = iter([count * frame + 1 for count in pixels.get("frames", np.zeros(0, np.int64)).tolist()])
+        image, video = self.config.image_token_id, self.config.video_token_id
         context = context_of(self.config)
         rows = []
         for sample in samples:
             pictures = [[image] * next(lengths) for _ in sample.pictures]
+            videos = [[video] * next(films) for _ in sample.videos]
             with naming(sample):
-                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                row = encode_row(
+                    processor.tokenizer, sample, image, pictures, answer=answers, video_token=video, videos=videos
+                )
                 check_length(row, context, "A prompt")
             rows.append(row)
-        return left_pad(rows, processor.tokenizer, image, pixels)
+        return left_pad(rows, processor.tokenizer, image, pixels, video)
 
     def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
-        """Arguments of `LlavaOnevisionForConditionalGeneration.forward`."""
-        return {
+        """Arguments of the model's forward; short videos are filled up with frames of NaN, which are left out again."""
+        arrays = {
             "input_ids": encoded.input_ids,
             "attention_mask": encoded.attention_mask,
             "position_ids": self.position_ids(encoded),
-            **{name: array for name, array in encoded.pixels.items() if name != "tiles"},
+            **{name: array for name, array in encoded.pixels.items() if name not in ("tiles", "frames")},
         }
+        if "frames" in encoded.pixels:
+            frames, counts = encoded.pixels["pixel_values_videos"], encoded.pixels["frames"]
+            padded = np.full((len(counts), counts.max(), *frames.shape[1:]), np.nan, frames.dtype)
+            padded[np.arange(counts.max()) < counts[:, None]] = frames
+            arrays["pixel_values_videos"] = padded
+        return arrays
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
-        """Tiles of all pictures, and the patches of their tokens (see `qe_edge.models.anyres`)."""
-        counts = encoded.pixels["tiles"]
-        first = (np.cumsum(counts) - counts) * self._side**2
-        tokens = joined(self._tokens(encoded.pixels), first.tolist())
-        pixels = encoded.pixels["pixel_values"].astype(np.float32, copy=False)
-        return [{"pixel_values": pixels, "token_places": tokens.places, "token_weights": tokens.weights}]
+        """Tiles of pictures and, one by one, frames, with the patches of their tokens (`qe_edge.models.anyres`)."""
+        pixels, found = encoded.pixels, dict[str, list[np.ndarray]]()
+        for name, counts in (("pixel_values", "tiles"), ("pixel_values_videos", "frames")):
+            if name in pixels:
+                values = pixels[name].astype(np.float32, copy=False)
+                found[name] = np.split(values, np.cumsum(pixels[counts])[:-1])
+        pictures = map(Seen, found.get("pixel_values", []), self._tokens(pixels))
+        videos = [seen_frames(frames, self._side) for frames in found.get("pixel_values_videos", [])]
+        films = encoded.input_ids[encoded.image_mask] == self.config.video_token_id
+        return [
+            {"pixel_values": run.tiles, "token_places": run.tokens.places, "token_weights": run.tokens.weights}
+            for run in in_order(films, list(pictures), videos, self._side**2)
+        ]
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, projector over tokens, decoder with positions `[batch, sequence]`."""
@@ -147,7 +173,7 @@ class LlavaOnevision(ModelFamily):
 
     def _tokens(self, pixels: dict[str, np.ndarray]) -> list[Tokens]:
         """What the tokens of every picture are made of."""
-        if not pixels:
+        if "pixel_values" not in pixels:
             return []
         resolutions = [tuple(found) for found in self.config.image_grid_pinpoints]
         tile = self.config.vision_config.image_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,6 +55,88 @@ class Projector(nn.Module):
         weights = hidden_states[..., -1:]
         projected: Tensor = self.projector(hidden_states[..., :-1])
         return (projected * weights).sum(1) + (1 - weights.sum(1)) * self.line_end
+
+
+def see_at_once(model: Any) -> None:  # noqa: ANN401 - transformers' own class
+    """Let a model encode pictures and videos in one call, and videos of several lengths; it computes the same."""
+    inner = next(module for module in model.modules() if type(module).__name__ == "LlavaOnevisionModel")
+    inner.__dict__["forward"] = MethodType(_forward, inner)  # a copied model calls its own parts
+    inner.__dict__["get_video_features"] = MethodType(_video_features, inner)
+
+
+def _forward(
+    self: Any,  # noqa: ANN401 - transformers' own class
+    *,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    pixel_values_videos: Tensor | None = None,
+    image_sizes: Tensor | None = None,
+    batch_num_images: Tensor | None = None,
+    **options: Any,  # noqa: ANN401 - transformers' own
+) -> Any:  # noqa: ANN401
+    """`LlavaOnevisionModel.forward`; the features of videos, and of pictures beside them, are put in here."""
+    shown = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+    if pixel_values_videos is None or input_ids is None:
+        shown |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values_videos": pixel_values_videos}
+        return type(self).forward(self, **shown, **options)
+    if pixel_values is None or image_sizes is None:
+        videos = self.get_video_features(pixel_values_videos, return_dict=True).pooler_output[0]
+        features = {self.config.video_token_id: videos}
+    else:
+        pictures, videos = _together(self, pixel_values_videos, pixel_values, image_sizes, batch_num_images)
+        features = {self.config.image_token_id: pictures, self.config.video_token_id: videos}
+    embeds = self.get_input_embeddings()(input_ids)
+    for token, values in features.items():
+        embeds = embeds.masked_scatter((input_ids == token)[..., None], values.to(embeds))
+    return type(self).forward(self, inputs_embeds=embeds, **options)
+
+
+def _together(
+    self: Any,  # noqa: ANN401 - transformers' own class
+    videos: Tensor,
+    pixel_values: Tensor,
+    image_sizes: Tensor,
+    batch_num_images: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Features `[tokens, hidden]` of pictures and of videos; a frame is encoded as one of several pictures."""
+    counts, frames = _frames_of(videos)
+    several = torch.cat([frames, frames[:1]])  # a single picture would be cut into tiles
+    if batch_num_images is None:
+        batch_num_images = torch.ones(len(image_sizes), dtype=torch.int64)
+    tiles = several if pixel_values.ndim == 4 else several[:, None].expand(-1, pixel_values.shape[1], -1, -1, -1)
+    found = self.get_image_features(
+        torch.cat([pixel_values, tiles.to(pixel_values)]),
+        torch.cat([image_sizes, image_sizes.new_ones(len(several), 2)]),
+        batch_num_images=torch.cat([batch_num_images, batch_num_images.new_tensor([len(several)])]),
+        return_dict=True,
+    ).pooler_output
+    pictures, seen = found[: len(image_sizes)], torch.stack(list(found[len(image_sizes) : -1]))
+    pooled = self.apply_pooling(seen[:, :-1])  # without the ends of lines
+    return torch.cat(pictures), _with_ends(self, pooled.flatten(0, 1), [count * pooled.shape[1] for count in counts])
+
+
+def _video_features(self: Any, pixel_values_videos: Tensor, **options: Any) -> Any:  # noqa: ANN401 - as above
+    """`LlavaOnevisionModel.get_video_features` of videos `[videos, frames, ...]`; frames of NaN are none."""
+    counts, frames = _frames_of(pixel_values_videos)
+    found = type(self).get_video_features(self, frames[None], **options)  # as one long video
+    side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+    tokens = (-(-side // 2)) ** 2  # of a frame
+    features = found.pooler_output[0, : tokens * len(frames)]
+    found.pooler_output = _with_ends(self, features, [tokens * count for count in counts])[None]
+    return found
+
+
+def _frames_of(videos: Tensor) -> tuple[list[int], Tensor]:
+    """How many frames each of `[videos, frames, ...]` has, and all of them; those of NaN fill up shorter ones."""
+    there = ~videos[:, :, 0, 0, 0].isnan()
+    return there.sum(1).tolist(), videos[there]
+
+
+def _with_ends(self: Any, features: Tensor, counts: list[int]) -> Tensor:  # noqa: ANN401 - as above
+    """Features `[tokens, hidden]` of videos with so many tokens each, and the end of a line behind every one."""
+    end = self.image_newline[None].to(features)
+    return torch.cat([part for video in features.split(counts) for part in (video, end)])
 
 
 def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class

@@ -92,7 +92,7 @@ class TileVideoValues(SamplingValues):
 
     size: Tile
     initial_shift: bool | Annotated[float, Field(ge=0, le=MAX_FRAMES, allow_inf_nan=False)] = True
-    do_center_crop: bool = False
+    do_center_crop: bool | None = False  # files of older versions say null
 
     @model_validator(mode="after")
     def _one_rule(self) -> TileVideoValues:

@@ -215,9 +215,9 @@ def _has_patches(manifest: Manifest) -> bool:
 
 
 def _tiles(encoded: Encoded) -> int:
-    """Tiles of all pictures. Where they differ in size, their patches stand in one row, beside a list of sizes."""
+    """Tiles of all pictures and frames. Where they differ in size, patches stand in one row, beside a list of sizes."""
     counted = next((name for name in ("grids", "target_sizes") if name in encoded.pixels), "pixel_values")
-    return len(encoded.pixels.get(counted, ()))
+    return sum(len(encoded.pixels.get(name, ())) for name in (counted, "pixel_values_videos"))
 
 
 def _largest_picture(encoded: Encoded) -> int:

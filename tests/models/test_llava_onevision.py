@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
@@ -19,19 +21,21 @@ from qe_edge.models.anyres import tokens_of_picture
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
-from qe_edge.runtime.limits import EngineLimits, with_limits
+from qe_edge.runtime.limits import EngineLimits, check_limits, with_limits
 from qe_edge.runtime.manifest import read_manifest
 from qe_edge.runtime.picture_limits import warn_of_pictures
-from qe_edge.system.errors import ModelError, QENotice
+from qe_edge.system.errors import InputError, ModelError, QENotice
 from tests.models.conversations import ODD, SQUARE, TALL, WIDE, noise
-from tests.models.families import FamilyChecks, Made
+from tests.models.families import SAMPLES, FamilyChecks, Made, token_errors
 from tests.models.random_models import save_random_model
+from tests.models.video_checks import EVEN, UNEVEN, VideoChecks, film, video_cases
 
 TILE, PATCH = 44, 8  # a tile is 5.5 patches wide, as SigLIP's of 384 pixels is 27.4
 SIDE = TILE // PATCH
 RESOLUTIONS = [[rows * TILE, columns * TILE] for rows in range(1, 4) for columns in range(1, 4)]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m.content if c.type == 'video' %}<video>\n{% endfor %}"
     "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -80,7 +84,26 @@ def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a c
     return folder
 
 
-class TestLlavaOnevision(FamilyChecks):
+def plain(loaded: LoadedModel) -> Any:  # noqa: ANN401 - transformers' own class
+    """The same weights in a model that is all transformers' own."""
+    model: Any = copy.deepcopy(loaded.model)
+    for name in ("forward", "get_video_features"):
+        assert model.model.__dict__.pop(name) is not None
+    return model
+
+
+class TestLlavaOnevision(VideoChecks, FamilyChecks):
+    """transformers prepares videos of one length together, and no others."""
+
+    processor_class = LlavaOnevisionProcessor
+    video_processor = "llava_onevision"
+    processor_options = {  # noqa: RUF012
+        "num_image_tokens": SIDE**2,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_2",
+    }
+    video_cases = video_cases(film(5, 84, 64, 2.0), film(5, 117, 90, 3.0), film(5, 150, 60, 1.5))
+    samples = (*SAMPLES, Sample((SQUARE, EVEN, ODD), "is it in the video?", "no"), Sample(UNEVEN, "what?", "red"))
     linears = {"visual": 2 * 6, "merger": 2, "language": 2 * 7}  # noqa: RUF012
     prepares = False  # how a picture is cut depends on how many the prompt has
     test_validation = None  # type: ignore[assignment] # as of the other families of tiles, which it would repeat
@@ -89,6 +112,13 @@ class TestLlavaOnevision(FamilyChecks):
     @classmethod
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write(tmp_path_factory.mktemp("model") / "llava_onevision")
+
+    def nested(self, pictures: list[Image.Image]) -> list[list[Image.Image]]:
+        """A sample's pictures, which are cut into tiles if there is one alone."""
+        return [pictures]
+
+    def real_model(self, made: Made) -> Any:  # noqa: ANN401 - transformers' own class
+        return plain(made.loaded)
 
     def test_prompts_are_those_of_transformers(self, original: LoadedModel) -> None:
         tokenizer, image_processor = original.processor.tokenizer, original.processor.image_processor
@@ -111,6 +141,36 @@ class TestLlavaOnevision(FamilyChecks):
             assert np.array_equal(encoded.pixels["pixel_values"], pixels.reshape(-1, *pixels.shape[-3:]))
             assert np.array_equal(encoded.pixels["image_sizes"], np.asarray(wanted["image_sizes"]))
             assert len(encoded.pixels["pixel_values"]) == tiles
+
+    def test_videos_of_any_lengths_beside_pictures(self, made: Made) -> None:
+        """transformers' own model takes those of one length; ours fills shorter ones up."""
+        samples = [Sample((EVEN, UNEVEN), "what differs?", "red"), Sample((SQUARE, film(1, 40, 44, 2.0)), "is it?", "no")]
+        assert token_errors(made, samples).max() < 1e-5
+        single = [Sample(film(1, 40, 44, 2.0), "is it?", "no"), Sample((ODD, SQUARE), "what?", "red")]
+        assert token_errors(made, single).max() < 1e-5
+        encoded = made.engine.encode(samples)
+        inputs, model = made.loaded.family.torch_inputs(encoded), plain(made.loaded).model
+        videos = inputs["pixel_values_videos"]
+        assert videos.shape[:2] == (3, 6)
+        assert videos.isnan().flatten(2).all(2).sum(1).tolist() == [0, 1, 5]
+        with torch.no_grad():
+            found = made.loaded.model.model.get_video_features(videos).pooler_output[0]
+            counts = encoded.pixels["frames"].tolist()
+            wanted = [
+                model.get_video_features(video[None, :count]).pooler_output[0]
+                for video, count in zip(videos, counts, strict=True)
+            ]
+        assert [len(video) for video in wanted] == [6 * 9 + 1, 5 * 9 + 1, 9 + 1]
+        assert (found - torch.cat(wanted)).abs().max() < 1e-5
+
+    def test_frames_are_encoded_one_by_one(self, made: Made) -> None:
+        encoded = made.engine.encode(self.video_cases["video and picture"])
+        feeds = made.loaded.family.visual_feeds(encoded)
+        assert [len(feed["pixel_values"]) for feed in feeds] == [2, 1, 1, 1, 1, 1]
+        assert sum(len(feed["token_places"]) for feed in feeds) == encoded.image_mask.sum()
+        check_limits(EngineLimits(tiles=7), encoded, 1)
+        with pytest.raises(InputError, match="7 tiles: it was built for 6"):
+            check_limits(EngineLimits(tiles=6), encoded, 1)
 
     def test_limits_count_tiles_and_their_tokens(self, made: Made) -> None:
         manifest = read_manifest(made.onnx)

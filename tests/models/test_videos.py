@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from qe_edge.calibration.sources import hash_samples
 from qe_edge.models.family import Sample
 from qe_edge.models.films import FILM_ENDINGS
+from qe_edge.models.llava_onevision_videos import FrameVideos
 from qe_edge.models.qwen_vl_videos import Qwen3Videos, QwenVideos
 from qe_edge.models.samples import Turn
 from qe_edge.models.smolvlm_videos import SmolVideos, SmolVideoValues
@@ -100,6 +101,9 @@ SAMPLING = {"fps": 1.0, "max_frames": 8, "video_size": {"longest_edge": 96}}
         ("internvl", {**TILE, "num_frames": 4}),
         ("internvl", {**TILE, "fps": 1.5, "initial_shift": 0}),
         ("internvl", {**TILE, "fps": 1.5, "initial_shift": 1.5, "do_sample_frames": False}),
+        ("llava_onevision", {**TILE, "num_frames": 4, "do_center_crop": None}),
+        ("llava_onevision", {**TILE, "fps": 1.7, "resample": 2}),
+        ("llava_onevision", {**TILE, "do_normalize": False, "image_mean": [0.5, 0.5, 0.5]}),
         ("smolvlm", {**SMOL, "num_frames": 3, "fps": 0.5, "size": {"longest_edge": 192}}),
         ("smolvlm", {**SMOL, "video_sampling": SAMPLING, "do_sample_frames": False}),
         ("smolvlm", {**SMOL, "video_sampling": SAMPLING, "size": {"longest_edge": 128}, "do_normalize": False}),
@@ -110,10 +114,11 @@ def test_frames_as_tiles_are_those_of_transformers(model_type: str, changes: dic
     with torch_alone():
         real = video_class(model_type).from_pretrained(tmp_path)
         ours: TileVideos | SmolVideos
-        if model_type == "internvl":
-            tiles = load_video_values(str(tmp_path), TileVideoValues, TileVideos.defaults)
+        if model_type != "smolvlm":
+            kind = TileVideos if model_type == "internvl" else FrameVideos
+            tiles = load_video_values(str(tmp_path), TileVideoValues, kind.defaults)
             assert tiles is not None
-            ours = TileVideos(tiles, tokens_of_frame=6)
+            ours = kind(tiles, tokens_of_frame=6)
         else:
             smol = load_video_values(str(tmp_path), SmolVideoValues, SmolVideos.defaults)
             assert smol is not None
@@ -126,9 +131,10 @@ def test_frames_as_tiles_are_those_of_transformers(model_type: str, changes: dic
             [plan] = plan_videos(ours, [Video(frames, fps)])
             found = prepare_video(ours, plan)
             assert plan.numbers == list(wanted["video_metadata"][0].frames_indices)
-            assert plan.tokens == 6 * len(plan.numbers)
-            name = "pixel_values_videos" if model_type == "internvl" else "pixel_values"
-            assert np.array_equal(found["pixel_values"], np.asarray(wanted[name])[0])
+            assert plan.tokens == 6 * len(plan.numbers) + (model_type == "llava_onevision")
+            pixels = found.get("pixel_values_videos", found.get("pixel_values"))
+            name = "pixel_values" if model_type == "smolvlm" else "pixel_values_videos"
+            assert np.array_equal(pixels, np.asarray(wanted[name])[0])
             assert np.allclose(found["frame_seconds"], np.array(plan.numbers) / fps)
 
 

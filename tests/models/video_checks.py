@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 from qe_edge.models.family import Sample
@@ -68,6 +69,14 @@ class VideoChecks:
     mixes: bool = True  # whether its combined processor takes pictures and videos at once
     video_cases: ClassVar[dict[str, list[Sample]]] = VIDEO_CASES
 
+    def nested(self, pictures: list[Image.Image]) -> Any:  # noqa: ANN401 - lists of lists
+        """The pictures of a sample as transformers' combined processor takes them."""
+        return pictures
+
+    def real_model(self, made: Made) -> Any:  # noqa: ANN401 - transformers' own class
+        """The quantized model as transformers runs it."""
+        return made.loaded.model
+
     def real_inputs(self, made: Made, sample: Sample) -> dict[str, torch.Tensor]:
         """What transformers' own combined processor makes of a sample."""
         tokenizer = AutoTokenizer.from_pretrained(made.checkpoint)
@@ -101,7 +110,7 @@ class VideoChecks:
             processor = self.processor_class(image_processor, tokenizer, real, **self.processor_options)
             found = processor(
                 text=[prompt],
-                images=[open_image(picture) for picture in sample.pictures] or None,
+                images=self.nested([open_image(picture) for picture in sample.pictures]) if sample.pictures else None,
                 videos=videos or None,
                 video_metadata=known or None,
                 return_tensors="pt",
@@ -113,7 +122,7 @@ class VideoChecks:
         """Inputs to the last bit, logits to 1e-5, greedy tokens."""
         samples = self.video_cases[case]
         assert token_errors(made, samples).max() < 1e-5
-        expected = []
+        expected, model = [], self.real_model(made)
         for sample in samples:
             encoded = made.engine.encode([sample])
             ours = made.loaded.family.torch_inputs(encoded)
@@ -123,10 +132,10 @@ class VideoChecks:
                     assert torch.equal(_flat(ours[name]), _flat(value)), name
             assert set(ours) - set(inputs) <= {"position_ids"}
             with torch.no_grad():
-                logits = made.loaded.model(**inputs).logits.float().numpy()
+                logits = model(**inputs).logits.float().numpy()
             for engine in (made.engine, made.built):
                 assert np.abs(engine.logits(encoded) - logits).max() < 1e-5 * np.abs(logits).max()
-            ids = made.loaded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)  # type: ignore[operator]
+            ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
             answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
             end = made.loaded.processor.tokenizer.eos_token_id
             expected.append(answer[: answer.index(end)] if end in answer else answer)
