@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from qe_edge.models.llava_onevision_videos import FrameVideos
 from qe_edge.models.qwen_vl_videos import Qwen3Videos, QwenVideos
 from qe_edge.models.smolvlm_videos import SmolVideos, SmolVideoValues
 from qe_edge.models.tile_videos import TileVideos
@@ -35,6 +36,7 @@ def processors() -> dict[str, tuple[dict[str, Any], Ours]]:
         "qwen2_vl": (PIXELS, QwenVideos(VideoValues.model_validate({**QwenVideos.defaults, **PIXELS}))),
         "qwen3_vl": (PIXELS, Qwen3Videos(VideoValues.model_validate({**Qwen3Videos.defaults, **PIXELS}))),
         "internvl": (TILE, TileVideos(TileVideoValues.model_validate({**TileVideos.defaults, **TILE}), 1)),
+        "llava_onevision": (TILE, FrameVideos(TileVideoValues.model_validate({**FrameVideos.defaults, **TILE}), 1)),
         "smolvlm": (SMOL, SmolVideos(SmolVideoValues.model_validate({**SmolVideos.defaults, **SMOL}), 1)),
     }
 

@@ -146,10 +146,10 @@ def _scaled_down(grid: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray,
 def _between(size: int, points: int) -> tuple[np.ndarray, np.ndarray]:
     """For `points` points over `size` patches the two neighbours and their weights float32, both `[points, 2]`.
 
-    As torch's bilinear interpolation without aligned corners, which computes in float32.
+    As torch's bilinear interpolation without aligned corners, which computes in float32, product and sum in one step.
     """
-    scale = np.float32(size) / np.float32(points)
-    place = np.maximum((np.arange(points, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0)
+    scale = np.float64(np.float32(size) / np.float32(points))
+    place = np.maximum(((np.arange(points) + 0.5) * scale - 0.5).astype(np.float32), 0)
     below = np.floor(place).astype(np.int64)
     share = place - below.astype(np.float32)
     return np.stack([below, np.minimum(below + 1, size - 1)], 1), np.stack([np.float32(1) - share, share], 1)

@@ -136,7 +136,7 @@ def _frames_of(videos: Tensor) -> tuple[list[int], Tensor]:
 def _with_ends(self: Any, features: Tensor, counts: list[int]) -> Tensor:  # noqa: ANN401 - as above
     """Features `[tokens, hidden]` of videos with so many tokens each, and the end of a line behind every one."""
     end = self.image_newline[None].to(features)
-    return torch.cat([part for video in features.split(counts) for part in (video, end)])
+    return torch.cat([part for video in torch.split(features, counts) for part in (video, end)])
 
 
 def graphs(model: Any) -> list[GraphSpec]:  # noqa: ANN401 - transformers' own class

@@ -99,9 +99,7 @@ def seen_frames(frames: np.ndarray, side: int) -> list[Seen]:
     return [Seen(frames[n : n + 1], ended if n == len(frames) - 1 else own) for n in range(len(frames))]
 
 
-def in_order(
-    films: np.ndarray, pictures: Sequence[Seen], videos: Sequence[Sequence[Seen]], patches: int
-) -> list[Seen]:
+def in_order(films: np.ndarray, pictures: Sequence[Seen], videos: Sequence[Sequence[Seen]], patches: int) -> list[Seen]:
     """What is encoded, run by run, in the order of the tokens; pictures that follow each other are one run.
 
     Args:

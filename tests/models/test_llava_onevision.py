@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+)
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from qe_edge.demo import model_path
-from qe_edge.models.anyres import tokens_of_picture
+from qe_edge.models.anyres import tokens_of_frame, tokens_of_picture
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
@@ -143,8 +149,11 @@ class TestLlavaOnevision(VideoChecks, FamilyChecks):
             assert len(encoded.pixels["pixel_values"]) == tiles
 
     def test_videos_of_any_lengths_beside_pictures(self, made: Made) -> None:
-        """transformers' own model takes those of one length; ours fills shorter ones up."""
-        samples = [Sample((EVEN, UNEVEN), "what differs?", "red"), Sample((SQUARE, film(1, 40, 44, 2.0)), "is it?", "no")]
+        """A model of transformers takes those of one length alone; here shorter ones are filled up."""
+        samples = [
+            Sample((EVEN, UNEVEN), "what differs?", "red"),
+            Sample((SQUARE, film(1, 40, 44, 2.0)), "is it?", "no"),
+        ]
         assert token_errors(made, samples).max() < 1e-5
         single = [Sample(film(1, 40, 44, 2.0), "is it?", "no"), Sample((ODD, SQUARE), "what?", "red")]
         assert token_errors(made, single).max() < 1e-5
@@ -215,6 +224,18 @@ def test_tokens_are_packed_as_transformers_packs_features(most: int) -> None:
         ends = 1 - tokens.weights.sum(1)
         found = (values.numpy()[tokens.places] * tokens.weights).sum(1) - ends
         np.testing.assert_allclose(found, wanted[0][:, 0].numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 27])
+def test_a_frame_is_scaled_down_as_transformers_pools_it(side: int) -> None:
+    values = torch.randn(side**2, 7, generator=torch.Generator().manual_seed(side))
+    vision = SimpleNamespace(image_size=14 * side + 6, patch_size=14)
+    model: Any = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
+    wanted = LlavaOnevisionModel.apply_pooling(model, values[None])[0].numpy()
+    tokens = tokens_of_frame(side)
+    np.testing.assert_allclose(
+        (values.numpy()[tokens.places] * tokens.weights[..., None]).sum(1), wanted, atol=1e-5
+    )  # exact with FMA
 
 
 def _tiles(height: int, width: int) -> int:
