@@ -22,7 +22,7 @@ from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import ResolutionValues, check_equal, load_image_processor
-from qe_edge.models.llava_onevision_videos import Seen, in_order, load_frame_videos, seen_frames
+from qe_edge.models.llava_onevision_videos import Seen, load_frame_videos, seen_frames, seen_in_order
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.tokenizers import load_tokenizer
 from qe_edge.models.video_plans import take_times
@@ -164,7 +164,7 @@ class LlavaOnevision(ModelFamily):
         films = encoded.input_ids[encoded.image_mask] == self.config.video_token_id
         return [
             {"pixel_values": run.tiles, "token_places": run.tokens.places, "token_weights": run.tokens.weights}
-            for run in in_order(films, list(pictures), videos, self._side**2)
+            for run in seen_in_order(films, list(pictures), videos, self._side**2)
         ]
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:

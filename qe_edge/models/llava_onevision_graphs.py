@@ -12,6 +12,7 @@ from torch.export import Dim
 from qe_edge.models.anyres import NEIGHBOURS
 from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
+from qe_edge.models.placed_features import embeds_with
 from qe_edge.models.siglip_graphs import LARGEST, TYPICAL_TILES, SiglipEncoder
 
 MAX_TILES = 16  # of engines: a picture of 1920 x 1080 in three by five tiles, and its overview
@@ -86,10 +87,7 @@ def _forward(
     else:
         pictures, videos = _together(self, pixel_values_videos, pixel_values, image_sizes, batch_num_images)
         features = {self.config.image_token_id: pictures, self.config.video_token_id: videos}
-    embeds = self.get_input_embeddings()(input_ids)
-    for token, values in features.items():
-        embeds = embeds.masked_scatter((input_ids == token)[..., None], values.to(embeds))
-    return type(self).forward(self, inputs_embeds=embeds, **options)
+    return type(self).forward(self, inputs_embeds=embeds_with(self, input_ids, features), **options)
 
 
 def _together(

@@ -13,6 +13,7 @@ from PIL import Image
 from qe_edge.models.anyres import Tokens, joined, tokens_of_frame, widened
 from qe_edge.models.export_limits import context_of
 from qe_edge.models.tile_videos import TileVideos
+from qe_edge.models.token_order import in_token_order
 from qe_edge.models.video_values import TileVideoValues, load_video_values
 from qe_edge.system.errors import InputError
 
@@ -99,31 +100,30 @@ def seen_frames(frames: np.ndarray, side: int) -> list[Seen]:
     return [Seen(frames[n : n + 1], ended if n == len(frames) - 1 else own) for n in range(len(frames))]
 
 
-def in_order(films: np.ndarray, pictures: Sequence[Seen], videos: Sequence[Sequence[Seen]], patches: int) -> list[Seen]:
+def seen_in_order(
+    films: np.ndarray, pictures: Sequence[Seen], videos: Sequence[Sequence[Seen]], patches: int
+) -> list[Seen]:
     """What is encoded, run by run, in the order of the tokens; pictures that follow each other are one run.
 
     Args:
-        films: Bool `[tokens]`, for every token of a picture or video whether it is a video's.
+        films: As for `qe_edge.models.token_order.in_token_order`.
         pictures: In order.
         videos: In order, with the frames of each.
         patches: Of a tile.
 
     Example:
         >>> frame = seen_frames(np.zeros((1, 3, 48, 48), np.float32), side=3)
-        >>> runs = in_order(np.repeat([False, True], [10, 5]), [frame[0], frame[0]], [frame], patches=9)
+        >>> runs = seen_in_order(np.repeat([False, True], [10, 5]), [frame[0], frame[0]], [frame], patches=9)
         >>> [len(run.tokens.places) for run in runs]
         [10, 5]
     """
-    waiting, rolling = iter(pictures), iter(videos)
+    frames = itertools.chain.from_iterable(videos)
     runs: list[Seen] = []
-    for film, group in itertools.groupby(films.tolist()):
-        count, seen = len(list(group)), list[Seen]()
-        while sum(len(one.tokens.places) for one in seen) < count:
-            seen += next(rolling) if film else [next(waiting)]
+    for film, run in in_token_order(films, pictures, frames, lambda seen: len(seen.tokens.places)):
         if not film:
-            tiles = np.cumsum([0, *(len(one.tiles) for one in seen)])[:-1]
-            tokens = joined([one.tokens for one in seen], (tiles * patches).tolist())
-            seen = [Seen(np.concatenate([one.tiles for one in seen]), tokens)]
-        runs += seen
+            tiles = np.cumsum([0, *(len(one.tiles) for one in run)])[:-1]
+            tokens = joined([one.tokens for one in run], (tiles * patches).tolist())
+            run = [Seen(np.concatenate([one.tiles for one in run]), tokens)]  # noqa: PLW2901 - as one
+        runs += run
     taps = max((run.tokens.places.shape[1] for run in runs), default=0)
     return [Seen(run.tiles, widened(run.tokens, taps)) for run in runs]

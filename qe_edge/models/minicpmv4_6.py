@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,10 +21,13 @@ from qe_edge.models.chat_templates import take_processor_template
 from qe_edge.models.export_limits import context_of
 from qe_edge.models.family import Block, Encoded, GraphSpec, ModelFamily, Sample
 from qe_edge.models.image_processors import SliceValues, check_equal, load_image_processor
-from qe_edge.models.minicpmv4_6_slices import Slices
+from qe_edge.models.minicpmv4_6_slices import MARKS, NAMES, Slices, image_feeds, slices_text
+from qe_edge.models.minicpmv4_6_videos import SliceVideos, SliceVideoValues
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.qwen3_5 import SIBLINGS
 from qe_edge.models.tokenizers import REMEDY, load_tokenizer
+from qe_edge.models.video_plans import take_times
+from qe_edge.models.video_values import FILE, load_video_values
 from qe_edge.system.errors import ModelError
 from qe_edge.system.lazy import lazy_module
 
@@ -37,7 +41,6 @@ else:
 LAYER, WINDOWS, MERGER = (
     f"MiniCPMV4_6{name}" for name in ("VisionEncoderLayer", "ViTWindowAttentionMerger", "DownsampleMLP")
 )
-MARKS = ("image_id_start", "image_id_end", "image_start", "image_end", "slice_start", "slice_end")
 
 
 class MiniCPMV46(ModelFamily):
@@ -73,8 +76,8 @@ class MiniCPMV46(ModelFamily):
         return [*visual, *merger, *language]
 
     def adapt(self, model: PreTrainedModel) -> None:
-        """One call of the merger's layers for all images; transformers calls them for each."""
-        minicpmv4_6_graphs.merge_once(model)
+        """One call of every layer for all images; transformers calls some for each, or for videos once more."""
+        minicpmv4_6_graphs.see_at_once(model)
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer and the PIL image processor of `folder`."""
@@ -88,29 +91,44 @@ class MiniCPMV46(ModelFamily):
             mark = getattr(tokenizer, f"{name}_token", None)
             if mark not in tokenizer.get_added_vocab():
                 raise ModelError(f"The tokenizer of '{folder}' has no {name}_token, which stands at a picture.", REMEDY)
-        return VisionLanguageProcessor(tokenizer, image_processor)
+        return VisionLanguageProcessor(tokenizer, image_processor, self._videos(folder, tokenizer, image_processor))
+
+    def _videos(self, folder: str, tokenizer: Any, image_processor: Any) -> SliceVideos | None:  # noqa: ANN401
+        """What prepares videos, if the folder has settings and the tokenizer the model's token for them."""
+        values = load_video_values(folder, SliceVideoValues, SliceVideos.defaults)
+        video = self.config.video_token_id
+        if values is None or video is None or getattr(tokenizer, "video_token_id", None) != video:
+            return None
+        check_equal(folder, "patch_size", values.patch_size, self.config.vision_config.patch_size, FILE)
+        check_equal(folder, "downsample_mode", values.downsample_mode, self.config.downsample_mode, FILE)
+        return SliceVideos(values, image_processor, context_of(self.config))
 
     def encode(
         self, processor: VisionLanguageProcessor, samples: Sequence[Sample], *, answers: bool = False
     ) -> Encoded:
         """One left-padded batch; before a picture stands its number, and its slices follow, as transformers writes."""
-        pixels = prepare_pictures(Slices(processor.image_processor), samples)
-        sizes, cut = pixels.get("target_sizes", np.zeros((0, 2), np.int64)), iter(pixels.pop("slices", ()))
-        counts = iter((sizes.prod(1) // math.prod(self.joined)).tolist())
-        image, rows = self.config.image_token_id, []
-        context = context_of(self.config)
+        pixels = prepare_pictures(Slices(processor.image_processor), samples, processor.video_processor)
+        take_times(pixels)
+        cut, frames = iter(pixels.pop("slices", ())), iter(pixels.pop("unit_grids", ()))
+        units, counts, film_counts = iter(pixels.pop("units", ())), *map(iter, self._counts(pixels))
+        image, video, rows = self.config.image_token_id, self.config.video_token_id, []
+        numbered, context = processor.image_processor.use_image_id, context_of(self.config)
         for sample in samples:
-            pictures = []
-            for number in range(len(sample.pictures)):
-                across = int((slices := next(cut))[1])
-                own = [next(counts) for _ in range(1 + int(slices.prod()))]
-                shown = number if processor.image_processor.use_image_id else None
-                pictures.append(self._picture_ids(processor.tokenizer, shown, own, across))
+            pictures = [[next(cut)] for _ in sample.pictures]
+            films = [[next(frames) for _ in range(int(next(units)))] for _ in sample.videos]
             with naming(sample):
-                row = encode_row(processor.tokenizer, sample, image, pictures, answer=answers)
+                row = encode_row(
+                    processor.tokenizer,
+                    sample,
+                    image,
+                    self._ids(processor.tokenizer, image, pictures, counts, numbered=numbered),
+                    answer=answers,
+                    video_token=video,
+                    videos=self._ids(processor.tokenizer, video, films, film_counts, numbered=numbered),
+                )
                 check_length(row, context, "A prompt")
             rows.append(row)
-        return left_pad(rows, processor.tokenizer, image, pixels)
+        return left_pad(rows, processor.tokenizer, image, pixels, video)
 
     def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of the model's forward; `pixel_values` is one row of patches, `[1, 3, side, patches * side]`."""
@@ -119,11 +137,12 @@ class MiniCPMV46(ModelFamily):
             "attention_mask": encoded.attention_mask,
             "position_ids": self.position_ids(encoded),
         }
-        if encoded.pixels:
-            side = self.config.vision_config.patch_size
-            patches = encoded.pixels["pixel_values"].reshape(-1, 3, side, side)
-            arrays["pixel_values"] = patches.transpose(1, 2, 0, 3).reshape(1, 3, side, -1)
-            arrays["target_sizes"] = encoded.pixels["target_sizes"]
+        side = self.config.vision_config.patch_size
+        for name, sizes in NAMES:
+            if name in encoded.pixels:
+                patches = encoded.pixels[name].reshape(-1, 3, side, side)
+                arrays[name] = patches.transpose(1, 2, 0, 3).reshape(1, 3, side, -1)
+                arrays[sizes] = encoded.pixels[sizes]
         return arrays
 
     def visual_feeds(self, encoded: Encoded) -> list[dict[str, np.ndarray]]:
@@ -132,46 +151,34 @@ class MiniCPMV46(ModelFamily):
         `pixel_values` float32 `[images, patches, values]`, patches of a token together, and of them those of a window;
         `places` float32 `[1, patches, 2]`: where a patch begins, as shares of the image's height and width.
         """
-        sizes, pixels = encoded.pixels["target_sizes"], encoded.pixels["pixel_values"]
-        feeds: list[dict[str, np.ndarray]] = []
-        first = start = 0
-        while first < len(sizes):
-            rows, columns = map(int, sizes[first])
-            count = int((np.cumsum((sizes[first:] != sizes[first]).any(1)) == 0).sum())
-            order = together(rows, columns, len(self.joined))
-            end = start + count * rows * columns
-            images = pixels[start:end].reshape(count, rows * columns, -1)[:, order]
-            shares = [np.arange(size, dtype=np.float32) / np.float32(size) for size in (rows, columns)]
-            places = np.stack(np.meshgrid(*shares, indexing="ij"), -1).reshape(1, -1, 2)[:, order]
-            feeds.append({"pixel_values": images, "places": places})
-            first, start = first + count, end
-        return feeds
+        films = encoded.input_ids[encoded.image_mask] == self.config.video_token_id
+        return image_feeds(encoded.pixels, films, self.joined)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over images of one size, merger over tokens, decoder with positions `[batch, sequence]`."""
         return minicpmv4_6_graphs.graphs(model, windows=len(self.joined) > 1)
 
-    def _picture_ids(self, tokenizer: Any, number: int | None, counts: list[int], across: int) -> list[int]:  # noqa: ANN401
-        """Tokens of a picture: its number, the whole of it, and its slices, `across` a line; `counts` are features."""
-        image = tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-        id_start, id_end, start, end, slice_start, slice_end = (getattr(tokenizer, f"{name}_token") for name in MARKS)
-        slices = [f"{slice_start}{image * count}{slice_end}" for count in counts[1:]]
-        lines = ["".join(slices[place : place + across]) for place in range(0, len(slices), across or 1)]
-        shown = "" if number is None else f"{id_start}{number}{id_end}"
-        text = f"{shown}{start}{image * counts[0]}{end}" + "\n".join(lines)
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _counts(self, pixels: dict[str, np.ndarray]) -> list[list[int]]:
+        """Features of every image of pictures, and of videos."""
+        none = np.zeros((0, 2), np.int64)
+        return [(pixels.get(sizes, none).prod(1) // math.prod(self.joined)).tolist() for _, sizes in NAMES]
 
-
-def together(rows: int, columns: int, steps: int) -> np.ndarray:
-    """Numbers of the patches of an image, those together that become one: first four, then four of these, and so on.
-
-    Example:
-        >>> together(2, 4, steps=1).tolist()
-        [0, 1, 4, 5, 2, 3, 6, 7]
-    """
-    order = np.arange(rows * columns).reshape(rows, columns, 1)
-    for _ in range(steps):
-        down, across = order.shape[0] // 2, order.shape[1] // 2
-        order = order.reshape(down, 2, across, 2, -1).swapaxes(1, 2).reshape(down, across, -1)
-    return order.ravel()
+    def _ids(
+        self,
+        tokenizer: Any,  # noqa: ANN401 - tokenizers share no typed base
+        token: int,
+        shown: Sequence[Sequence[np.ndarray]],
+        counts: Iterator[int],
+        *,
+        numbered: bool,
+    ) -> list[list[int]]:
+        """Tokens of pictures or videos, given by rows and columns of slices of all that they show."""
+        word, found = tokenizer.convert_ids_to_tokens(token), []
+        id_start, id_end = (getattr(tokenizer, f"{name}_token") for name in MARKS[:2])
+        for number, grids in enumerate(shown):
+            text = f"{id_start}{number}{id_end}" if numbered else ""
+            for grid in grids:
+                own = list(itertools.islice(counts, 1 + int(grid.prod())))
+                text += slices_text(tokenizer, word, own, int(grid[1]))
+            found.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return found

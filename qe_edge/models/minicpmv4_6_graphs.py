@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from qe_edge.models.decoder import Decoder, decoder_graph
 from qe_edge.models.family import GraphSpec
+from qe_edge.models.placed_features import embeds_with
 from qe_edge.models.siglip_graphs import attended, run_layer
 
 MAX_IMAGES, LARGEST = 10, 1 << 16  # slices and the whole picture, of engines; of any dynamic size at export time
@@ -96,10 +97,37 @@ class Merger(nn.Module):
         return features.squeeze(0)
 
 
-def merge_once(model: Any) -> None:  # noqa: ANN401 - transformers' own class
-    """Let a model merge the tokens of all images in one call of the merger's layers; it computes the same."""
-    merger = next(module for module in model.modules() if type(module).__name__ == "MiniCPMV4_6Merger")
-    merger.__dict__["forward"] = MethodType(_merged, merger)  # a copied model calls its own parts
+def see_at_once(model: Any) -> None:  # noqa: ANN401 - transformers' own class
+    """Let a model call its layers once for pictures, videos and all of their images; it computes the same."""
+    by_class = {type(module).__name__: module for module in model.modules()}
+    inner, merger = by_class["MiniCPMV4_6Model"], by_class["MiniCPMV4_6Merger"]
+    inner.__dict__["forward"] = MethodType(_forward, inner)  # a copied model calls its own parts
+    merger.__dict__["forward"] = MethodType(_merged, merger)
+
+
+def _forward(
+    self: Any,  # noqa: ANN401 - transformers' own class
+    *,
+    input_ids: Any = None,  # noqa: ANN401 - a tensor
+    pixel_values: Tensor | None = None,
+    target_sizes: Any = None,  # noqa: ANN401 - as above
+    pixel_values_videos: Tensor | None = None,
+    target_sizes_videos: Any = None,  # noqa: ANN401 - as above
+    **options: Any,  # noqa: ANN401 - transformers' own
+) -> Any:  # noqa: ANN401
+    """`MiniCPMV4_6Model.forward`; where there are pictures and videos, their features are put in here."""
+    if pixel_values is None or pixel_values_videos is None:
+        shown = {"pixel_values": pixel_values, "target_sizes": target_sizes, "input_ids": input_ids}
+        shown |= {"pixel_values_videos": pixel_values_videos, "target_sizes_videos": target_sizes_videos}
+        return type(self).forward(self, **shown, **options)
+    pixels, sizes = torch.cat([pixel_values, pixel_values_videos], -1), torch.cat([target_sizes, target_sizes_videos])
+    found = self.get_image_features(pixels, sizes, downsample_mode=options.pop("downsample_mode", None)).pooler_output
+    parts = {
+        self.config.image_token_id: found[: len(target_sizes)],
+        self.config.video_token_id: found[len(target_sizes) :],
+    }
+    features = {token: torch.cat(list(images)) for token, images in parts.items()}
+    return type(self).forward(self, **{**options, "inputs_embeds": embeds_with(self, input_ids, features)})
 
 
 def _merged(self: Any, hidden_states: Tensor, target_sizes: Tensor) -> list[Tensor]:  # noqa: ANN401

@@ -28,6 +28,7 @@ class Planned:
         tokens: Number of tokens of their features.
         fps: Frames per second.
         seen_fps: Frames per second of the seen frames.
+        together: How many of them stand in each picture that the model sees; None where each is one.
     """
 
     frames: Frames
@@ -35,13 +36,14 @@ class Planned:
     tokens: int
     fps: float
     seen_fps: float
+    together: list[int] | None = None
 
 
 def plan_videos(processor: Any, videos: Sequence[Video]) -> list[Planned]:  # noqa: ANN401 - it may be remembered
     """Open the videos of a prompt, and count their tokens before any work.
 
     Args:
-        processor: A `QwenVideos`, or what stands for it.
+        processor: A `QwenVideos`, a `SliceVideos`, or what stands for it.
         videos: The videos.
 
     Raises:
@@ -73,10 +75,17 @@ def _planned(processor: Any, video: Video) -> Planned:  # noqa: ANN401 - as abov
     if frames.fps is None and (processor.times or sampled):
         warnings.warn(FPS_NOTICE, CommonNotice, stacklevel=2)
     fps = frames.fps or DEFAULT_FPS
-    numbers = processor.chosen(frames.count, fps) if sampled else list(range(frames.count))
     width, height = frames.size
+    together = None
+    if hasattr(processor, "units"):
+        units = processor.units(frames.count, fps) if sampled else [[number] for number in range(frames.count)]
+        numbers, together = [number for unit in units for number in unit], [len(unit) for unit in units]
+        tokens = processor.unit_tokens(together, height, width)
+    else:
+        numbers = processor.chosen(frames.count, fps) if sampled else list(range(frames.count))
+        tokens = processor.tokens(len(numbers), height, width)
     seen = DEFAULT_FPS if frames.fps is None else len(numbers) / frames.count * fps
-    return Planned(frames, numbers, processor.tokens(len(numbers), height, width), fps, seen)
+    return Planned(frames, numbers, tokens, fps, seen, together)
 
 
 def prepare_video(processor: Any, plan: Planned) -> dict[str, np.ndarray]:  # noqa: ANN401 - as above
@@ -100,8 +109,11 @@ def prepare_video(processor: Any, plan: Planned) -> dict[str, np.ndarray]:  # no
     step = processor.step
     numbers = [*plan.numbers, *[plan.numbers[-1]] * (-len(plan.numbers) % step)]
     seconds = np.array(numbers, np.float64).reshape(-1, step) / plan.fps
+    images = plan.frames.read(plan.numbers)
+    if plan.together is not None:
+        images = processor.joined(images, plan.together)
     return {
-        **processor(images=plan.frames.read(plan.numbers)),
+        **processor(images=images),
         "second_per_grid_ts": np.array([step / plan.seen_fps], np.float32),
         "frame_seconds": (seconds[:, 0] + seconds[:, -1]) / 2,
         "duration": np.array([plan.frames.count / plan.fps if plan.frames.fps else plan.numbers[-1] / plan.fps]),

@@ -216,8 +216,9 @@ def _has_patches(manifest: Manifest) -> bool:
 
 def _tiles(encoded: Encoded) -> int:
     """Tiles of all pictures and frames. Where they differ in size, patches stand in one row, beside a list of sizes."""
-    counted = next((name for name in ("grids", "target_sizes") if name in encoded.pixels), "pixel_values")
-    return sum(len(encoded.pixels.get(name, ())) for name in (counted, "pixel_values_videos"))
+    counted = ("grids", "target_sizes", "pixel_values"), ("target_sizes_videos", "pixel_values_videos")
+    found = [next((encoded.pixels[name] for name in names if name in encoded.pixels), ()) for names in counted]
+    return sum(map(len, found))
 
 
 def _largest_picture(encoded: Encoded) -> int:

@@ -159,7 +159,7 @@ def joint_key(keys: tuple[bytes, ...]) -> bytes:
 
 
 def _hollow(value: Any) -> Any:  # noqa: ANN401 - arrays and lists of numbers
-    """An array of the same shape that takes no memory; small ones and other values stay as they are."""
-    if not isinstance(value, np.ndarray) or value.nbytes <= SMALL:
+    """An array of the same shape that takes no memory; small ones, those of sizes and other values stay as they are."""
+    if not isinstance(value, np.ndarray) or value.nbytes <= SMALL or value.dtype.kind == "i":
         return value
     return np.broadcast_to(np.zeros((), value.dtype), value.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,14 @@ from qe_edge.models.family import GraphSpec, ModelFamily, Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.videos import Video
+from qe_edge.runtime.limits import EngineLimits, check_limits
 from qe_edge.system.errors import InputError, ModelError
 from tests.models.conversations import CASES, SQUARE, noise
-from tests.models.families import TOKENS, FamilyChecks, Made, check_device_engines, opened, token_errors
+from tests.models.families import SAMPLES, TOKENS, FamilyChecks, Made, check_device_engines, opened, token_errors
 from tests.models.model_files import copy_files, edit
 from tests.models.random_models import save_random_model
 from tests.models.real_processors import torch_alone, video_class
+from tests.models.video_checks import VideoChecks, film, video_cases
 
 PATCH = 14
 SETTINGS: dict[str, Any] = {"patch_size": PATCH, "scale_resolution": 112, "max_slice_nums": 6}
@@ -45,7 +48,7 @@ MARKS = {
 }
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if not loop.first %}\n{% endif %}"
-    "{% if c.type == 'text' %}{{ c.text }}{% else %}<|image_pad|>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if c.type == 'text' %}{{ c.text }}{% else %}<|{{ c.type }}_pad|>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
 
@@ -118,11 +121,16 @@ def check_inputs(family: ModelFamily, processor: Any, samples: list[Sample]) -> 
 def plain(loaded: LoadedModel) -> Any:  # noqa: ANN401 - transformers' own class
     """The same weights in a model that is all transformers' own."""
     model: Any = copy.deepcopy(loaded.model)
-    assert model.model.merger.__dict__.pop("forward") is not None
+    for module in (model.model, model.model.merger):
+        assert module.__dict__.pop("forward") is not None
     return model
 
 
-class TestMiniCPMV46(FamilyChecks):
+class TestMiniCPMV46(VideoChecks, FamilyChecks):
+    processor_class = MiniCPMV4_6Processor
+    video_processor = "minicpmv4_6"
+    video_cases = video_cases(film(6, 150, 120, 2.0), film(5, 117, 90, 3.0), film(4, 300, 60, 1.5))
+    samples = (*SAMPLES, Sample((SQUARE, film(5, 150, 120, 3.0)), "is it in the video?", "no"))
     linears = {"visual": 3 * 6, "merger": 2, "language": 8 + 7}  # noqa: RUF012
     prepares = False
     unrotated = 1  # a quarter of a head is rotated
@@ -149,6 +157,9 @@ class TestMiniCPMV46(FamilyChecks):
     @classmethod
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write(tmp_path_factory.mktemp("model") / "minicpmv4_6")
+
+    def real_model(self, made: Made) -> Any:  # noqa: ANN401 - transformers' own class
+        return plain(made.loaded)
 
     @pytest.mark.slow
     def test_graphs_round_activations_alike(self, experts: tuple[LoadedModel, Path]) -> None:
@@ -211,9 +222,62 @@ class TestMiniCPMV46(FamilyChecks):
         with pytest.raises(InputError, match=r"line 3: .* it has \d+ pixels, and up to 33554432 fit .*Crop or scale"):
             original.family.encode(original.processor, [narrow])
 
-    def test_videos_are_refused(self, original: LoadedModel) -> None:
+    def test_a_long_video_goes_ten_images_at_a_time(self, original: LoadedModel) -> None:
+        frames = [noise(60 + number, 56).crop((0, 0, 56, 56)) for number in range(12)]
+        sample = Sample((Video(frames, 1.0), SQUARE, Video(frames[:2], 1.0)), "what moves?", marks=(0, 4, 11))
+        encoded = original.family.encode(original.processor, [sample])
+        feeds = original.family.visual_feeds(encoded)
+        assert [len(feed["pixel_values"]) for feed in feeds] == [10, 2, 1, 2]
+        check_limits(EngineLimits(tiles=15), encoded, 1)
+        with pytest.raises(InputError, match="15 tiles: it was built for 14"):
+            check_limits(EngineLimits(tiles=14), encoded, 1)
+
+    @pytest.mark.parametrize(
+        ("changes", "complaint"),
+        [
+            ({"do_resize": False}, "settings do not scale frames"),
+            ({"do_sample_frames": False, "stack_frames": 3}, "put frames together that were not chosen"),
+            ({"resample": 4}, "scale frames with filter 4"),
+            ({"max_slice_nums": 1}, "Frames of 2 x 400000 have .* pixels where they are scaled"),
+        ],
+        ids=str,
+    )
+    def test_videos_that_are_refused(
+        self, folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+    ) -> None:
+        copied = copy_files(folder, tmp_path / "model")
+        table = {**SETTINGS, "scale_resolution": 4096, **changes}
+        (copied / "video_preprocessor_config.json").write_text(json.dumps(table), encoding="utf-8")
+        family = load_family(str(copied))
+        video = Video(np.zeros((2, 400_000, 2, 3), np.uint8), 1.0)
+        with pytest.raises(InputError, match=complaint):
+            family.encode(family.load_processor(str(copied)), [Sample(video, "what?")])
+
+    @pytest.mark.parametrize(
+        ("changes", "complaint"),
+        [
+            ({"patch_size": 16}, "video_preprocessor_config.json of .* patch_size is 16"),
+            ({"downsample_mode": "4x"}, "video_preprocessor_config.json of .* downsample_mode is 4x"),
+            ({"max_slice_nums": 10**6}, "Key 'max_slice_nums' of"),
+            ({"stack_frames": 10**6}, "Key 'stack_frames' of"),
+        ],
+        ids=str,
+    )
+    def test_settings_of_another_models_videos(
+        self, folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+    ) -> None:
+        copied = copy_files(folder, tmp_path / "model")
+        table = {**SETTINGS, **changes}
+        (copied / "video_preprocessor_config.json").write_text(json.dumps(table), encoding="utf-8")
+        with pytest.raises(ModelError, match=complaint):
+            load_family(str(copied)).load_processor(str(copied))
+
+    def test_a_tokenizer_without_a_token_for_videos(self, folder: Path, tmp_path: Path) -> None:
+        copied = copy_files(folder, tmp_path / "model")
+        edit(copied / "config.json", lambda table: merge(table, {"video_token_id": 3}))
+        family = load_family(str(copied))
         with pytest.raises(InputError, match="This model reads no videos here"):
-            original.family.encode(original.processor, [Sample(Video([SQUARE] * 2, 2.0), "what moves?")])
+            family.encode(family.load_processor(str(copied)), [Sample(Video([SQUARE] * 2, 2.0), "what moves?")])
 
     def test_engines_for_gpus_answer_alike(self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_device_engines(made, tmp_path, monkeypatch)

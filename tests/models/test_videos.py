@@ -17,7 +17,9 @@ from torch.nn.functional import interpolate
 from qe_edge.calibration.sources import hash_samples
 from qe_edge.models.family import Sample
 from qe_edge.models.films import FILM_ENDINGS
+from qe_edge.models.image_processors import pil_image_processor
 from qe_edge.models.llava_onevision_videos import FrameVideos
+from qe_edge.models.minicpmv4_6_videos import SliceVideos, SliceVideoValues
 from qe_edge.models.qwen_vl_videos import Qwen3Videos, QwenVideos
 from qe_edge.models.samples import Turn
 from qe_edge.models.smolvlm_videos import SmolVideos, SmolVideoValues
@@ -136,6 +138,54 @@ def test_frames_as_tiles_are_those_of_transformers(model_type: str, changes: dic
             name = "pixel_values" if model_type == "smolvlm" else "pixel_values_videos"
             assert np.array_equal(pixels, np.asarray(wanted[name])[0])
             assert np.allclose(found["frame_seconds"], np.array(plan.numbers) / fps)
+
+
+SLICES: dict[str, Any] = {"scale_resolution": 112, "max_slice_nums": 6}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_num_frames": 7, "slice_mode": False, "do_normalize": False},
+        {"downsample_mode": "4x", "do_sample_frames": False, "max_slice_nums": 9, "resample": 2},
+        *({"stack_frames": shares} for shares in (2, 3, 4, 5, 6)),
+        {"stack_frames": 3, "max_num_frames": 7, "scale_resolution": 56},
+    ],
+    ids=str,
+)
+def test_frames_in_slices_are_those_of_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({**SLICES, **changes}))
+    values = load_video_values(str(tmp_path), SliceVideoValues, SliceVideos.defaults)
+    assert values is not None
+    ours = SliceVideos(values, pil_image_processor("minicpmv4_6")())
+    with torch_alone():
+        real = video_class("minicpmv4_6").from_pretrained(tmp_path)
+        for count, height, width, fps in ((1, 64, 64, 24.0), (5, 117, 203, 2.0), (17, 150, 40, 6.4), (61, 20, 51, 5.0)):
+            frames = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
+            known = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
+            known["duration"] = count / fps
+            wanted = real(videos=[frames], video_metadata=[known], return_tensors="np", return_metadata=True)
+            [plan] = plan_videos(ours, [Video(frames, fps)])
+            found = prepare_video(ours, plan)
+            seen = sorted(wanted["video_metadata"][0].frames_indices)
+            assert sorted(plan.numbers) == seen or "stack_frames" in changes
+            joined = 4 if changes.get("downsample_mode") == "4x" else 16
+            assert plan.tokens == wanted["target_sizes_videos"].prod(1).sum() // joined
+            patches = np.asarray(wanted["pixel_values_videos"])[0].reshape(3, 14, -1, 14).transpose(2, 0, 1, 3)
+            assert np.array_equal(found["pixel_values_videos"], patches.reshape(len(patches), -1))
+            assert np.array_equal(found["target_sizes_videos"], wanted["target_sizes_videos"])
+            assert np.array_equal(found["unit_grids"], wanted["grids_videos"])
+            assert found["units"].tolist() == list(wanted["num_frames_per_video"])
+
+
+def test_every_frame_stands_alone() -> None:
+    values = SliceVideoValues.model_validate({**SliceVideos.defaults, "stack_frames": 3})
+    ours = SliceVideos(values, pil_image_processor("minicpmv4_6")())
+    film = Video([FRAMES[0]] * 12, fps=6)
+    [stacked], [all_of_them] = plan_videos(ours, [film]), plan_videos(ours, [replace(film, every_frame=True)])
+    assert (stacked.numbers, stacked.together) == ([0, 2, 4, 6, 8, 10], [1, 2, 1, 2])
+    assert (all_of_them.numbers, all_of_them.together) == (list(range(12)), [1] * 12)
 
 
 def saved(folder: Path, name: str, **options: Any) -> Path:  # noqa: ANN401 - Pillow's own

@@ -107,7 +107,9 @@ class VideoChecks:
         with torch_alone():
             real = video_class(self.video_processor).from_pretrained(made.checkpoint)
             image_processor = made.loaded.processor.image_processor
-            processor = self.processor_class(image_processor, tokenizer, real, **self.processor_options)
+            processor = self.processor_class(
+                image_processor=image_processor, tokenizer=tokenizer, video_processor=real, **self.processor_options
+            )
             found = processor(
                 text=[prompt],
                 images=self.nested([open_image(picture) for picture in sample.pictures]) if sample.pictures else None,

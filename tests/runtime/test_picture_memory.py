@@ -10,6 +10,7 @@ from PIL import Image
 from qe_edge.runtime.picture_memory import PictureMemory, joint_key
 
 PIXELS = 10_000  # float32 numbers of a prepared picture
+IMAGES = 200  # that it is cut into, as a long video is
 
 
 class Processor:
@@ -23,7 +24,7 @@ class Processor:
     def __call__(self, *, images: list[Any], scale: float = 1.0) -> dict[str, np.ndarray]:
         self.calls += 1
         value = float(np.asarray(images[0] if isinstance(images[0], Image.Image) else images[0][0]).mean()) * scale
-        return {"pixel_values": np.full(PIXELS, value, np.float32), "grid": np.array([[1, 2, 3]])}
+        return {"pixel_values": np.full(PIXELS, value, np.float32), "grid": np.array([[1, 2, 3]] * IMAGES)}
 
 
 def picture(value: int, width: int = 2) -> Image.Image:
@@ -59,10 +60,10 @@ def test_features_take_the_place_of_pixels() -> None:
     features = np.ones((5, 8), np.float32)
     memory.remember(key, features, instead_of_pixels=True)
     assert memory.features(key) is features
-    assert memory.nbytes < 1000
+    assert memory.nbytes < 1000 + 24 * IMAGES
     again = memory(images=[picture(3)])
     assert again["pixel_values"].shape == (PIXELS,)  # all that a prompt asks of it
-    assert again["grid"].tolist() == [[1, 2, 3]]
+    assert again["grid"].tolist() == [[1, 2, 3]] * IMAGES
 
 
 def test_pixels_that_are_needed_again_stay() -> None:
@@ -77,10 +78,10 @@ def test_pixels_that_are_needed_again_stay() -> None:
 
 
 def test_the_oldest_go_first() -> None:
-    memory = PictureMemory(processor := Processor(), 3 * (4 * PIXELS + 24))
+    memory = PictureMemory(processor := Processor(), 3 * (4 * PIXELS + 24 * IMAGES))
     for value in (1, 2, 3, 1, 4):
         memory(images=[picture(value)])
-        assert memory.nbytes <= 3 * (4 * PIXELS + 24)
+        assert memory.nbytes <= 3 * (4 * PIXELS + 24 * IMAGES)
     assert processor.calls == 4
     memory(images=[picture(1)])  # was asked for since
     assert processor.calls == 4
