@@ -52,7 +52,7 @@ def cut(sizes: Any, values: Any, size: tuple[int, int]) -> Cut:  # noqa: ANN401 
         >>> from qe_edge.models.image_processors import pil_image_processor
         >>> processor = pil_image_processor("minicpmv4_6")()
         >>> cut(processor, processor, (480, 640))
-        Cut(whole=(392, 504), rows=1, columns=2, finer=(504, 784))
+        Cut(whole=(392, 504), rows=1, columns=2, finer=(560, 784))
     """
     options = (values.scale_resolution, values.patch_size, values.downsample_mode)
     grid = None

@@ -67,7 +67,7 @@ class SliceVideos:
         >>> values = SliceVideoValues.model_validate(SliceVideos.defaults)
         >>> videos = SliceVideos(values, pil_image_processor("minicpmv4_6")())
         >>> videos.units(10, fps=4.0), videos.unit_tokens([1, 1, 1], 240, 320)
-        ([[0], [4], [8]], 192)
+        ([[0], [4], [8]], 189)
         >>> prepared = videos(images=[Image.new("RGB", (320, 240))] * 3)
         >>> prepared["target_sizes_videos"].tolist(), prepared["unit_grids"].tolist()
         ([[28, 36], [28, 36], [28, 36]], [[0, 0], [0, 0], [0, 0]])
