@@ -161,7 +161,9 @@ def test_frames_in_slices_are_those_of_transformers(changes: dict[str, Any], tmp
     ours = SliceVideos(values, pil_image_processor("minicpmv4_6")())
     with torch_alone():
         real = video_class("minicpmv4_6").from_pretrained(tmp_path)
-        for count, height, width, fps in ((1, 64, 64, 24.0), (5, 117, 203, 2.0), (17, 150, 40, 6.4), (61, 20, 51, 5.0)):
+        shapes = (1, 64, 64, 24.0), (5, 117, 203, 2.0), (17, 150, 40, 6.4), (64, 20, 51, 5.0)
+        even = 9, 30, 22, 3.0  # of which two are as far from a square beside each other as below
+        for count, height, width, fps in (*shapes, even):
             frames = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
             known = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
             known["duration"] = count / fps
