@@ -47,7 +47,7 @@ def chat_segments(family: ModelFamily, processor: Any) -> ChatSegments:  # noqa:
         >>> chat.text([Turn("user", "Is it red?")])
         '<|im_start|>user\nIs it red?<|im_end|>\n<|im_start|>assistant\n'
     """
-    template = _source(processor.tokenizer)
+    template = "" if family.writes_prompts else _source(processor.tokenizer)
     if template is None:
         return ChatSegments(problem="The model has no chat template.")
     if "strftime_now" in template:
@@ -81,20 +81,24 @@ def _taken_apart(render: Render, pictures: bool) -> ChatSegments:
     for roles in (("user", "assistant", "user"), ("system", "user"), ("user", "user")):
         with suppress(InputError):  # no place for such a turn, which the parts say too
             _learn(joints, render, *roles)
-    picture, pictures_first = "", False
+    picture, pictures_first, last = "", False, ""
     if pictures:
         first, second = _word(), _word()
         prompt = render([Turn("user", first + second, (len(first),))])
         opening, picture, _ = _split(prompt, (first, second))
+        start = joints[START]["user"]
         if not picture:
-            pictures_first, picture = True, opening.removeprefix(joints[START]["user"])
+            pictures_first, picture = True, opening.removeprefix(start)
+        elif start != opening and start.startswith(opening):  # a part of it follows the last picture
+            last = start.removeprefix(opening)
+            picture, joints[START]["user"] = picture.removesuffix(last), opening
         for before in [before for before, after in joints.items() if "user" in after]:
-            joint = _before_picture(render, before)
+            joint = _before_picture(render, before).removesuffix(last)
             if not joint.endswith(picture):
                 raise _OtherFormError("writes pictures in several ways")
             joints[before][f"user{WITH_PICTURE}"] = joint.removesuffix(picture)
     strip = {role: _stripped(render, role) for role in ("user", "assistant", "system") if role in joints}
-    return ChatSegments(joints=joints, picture=picture, pictures_first=pictures_first, strip=strip)
+    return ChatSegments(joints=joints, picture=picture, pictures_first=pictures_first, last=last, strip=strip)
 
 
 def _learn(joints: Joints, render: Render, *roles: Role) -> None:

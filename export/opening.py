@@ -13,7 +13,7 @@ from google.protobuf.message import Error as ProtobufError  # type: ignore[impor
 from qe_edge.export.contract import check_layers
 from qe_edge.export.signature import tensor_spec
 from qe_edge.runtime.graph_files import REMEDY, check_graph_file
-from qe_edge.runtime.manifest import GraphFile, TensorSpec
+from qe_edge.runtime.graph_specs import GraphFile, TensorSpec
 from qe_edge.system.errors import ArtifactError, ModelError, QEError, ResourceError
 
 # What onnx, onnx-ir, numpy and our own passes raise when a graph is not what it should be; they share no base.

@@ -1,6 +1,7 @@
 """`preprocess.onnx`: the preparation of one picture as a graph, for programs that have no image processor of Python's.
 
-Input `image`, uint8 `[height, width, 3]`, RGB. Outputs: every input of `visual.onnx` under its name, then
+Input `image`, uint8 `[height, width, 3]`, RGB. Outputs: every input of `visual.onnx` under its name, where a picture's
+images have several sizes once more with ".2" at the end of the name, for a second run of `visual.onnx`; then
 `placeholder_ids` int64 `[tokens]`, which replace the picture's one token in a prompt, and `placeholder_positions` int64
 `[axes, tokens]`, their positions counted from the first of them. It runs in ONNX Runtime on the CPU.
 """
@@ -8,6 +9,7 @@ Input `image`, uint8 `[height, width, 3]`, RGB. Outputs: every input of `visual.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from qe_edge.models.family import Encoded, ModelFamily, Sample
 from qe_edge.models.images import MAX_PIXELS
 from qe_edge.models.loading import LoadedModel
 from qe_edge.models.picture_graphs import IMAGE, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS, PictureGraph
-from qe_edge.runtime.manifest import PictureEntry
+from qe_edge.runtime.folder_prompts import PIXELS, visual_runs
+from qe_edge.runtime.graph_specs import PictureEntry, PictureLabel
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import ModelError, QENotice
 from qe_edge.system.version import VERSION
@@ -29,6 +32,7 @@ PREPROCESS = "preprocess.onnx"
 MAX_SIDE = 1 << 16  # of a picture; JPEG's own limit
 PROOFS = ((5, 9), (64, 48), (90, 300), (301, 77))  # heights and widths that every exported graph is tried with
 QUESTION = "?"
+LABEL = ("before", "digits", "after")
 
 
 def write_preprocessing(loaded: LoadedModel, folder: Path, ir_version: int) -> PictureEntry | None:
@@ -101,12 +105,15 @@ def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encod
         >>> first_difference(computed, loaded.family, encoded) is None
         True
     """
-    (feeds,) = family.visual_feeds(encoded)
-    for name, wanted in feeds.items():
-        if computed[name].dtype != wanted.dtype or not np.array_equal(computed[name], wanted):
-            return name
+    runs, wanted = joined_runs(visual_runs(computed)), family.visual_feeds(encoded)
+    if len(runs) != len(wanted):
+        return "pixel_values"
+    for one, other in zip(runs, wanted, strict=True):
+        for name, array in other.items():
+            if one[name].dtype != array.dtype or not np.array_equal(one[name], array):
+                return name
     ids, places = computed[PLACEHOLDER_IDS], computed[PLACEHOLDER_POSITIONS]
-    features = ids == family.config.image_token_id
+    features = ids == family.image_token_id
     if features.sum() != encoded.image_mask.sum():
         return PLACEHOLDER_IDS
     start = int(encoded.image_mask[0].argmax()) - int(features.argmax())
@@ -144,4 +151,31 @@ def write_picture_graph(found: PictureGraph, folder: Path, ir_version: int) -> P
         max_side=MAX_SIDE,
         max_aspect=found.max_aspect,
         numbered=found.numbered,
+        label=None if found.label is None else PictureLabel(**dict(zip(LABEL, found.label, strict=True))),
+        whole=found.whole,
+        first_position=found.first_position,
+        max_prompt=found.max_prompt,
     )
+
+
+def joined_runs(runs: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Runs of the visual encoder, images of one size that follow each other in one run, as families have them.
+
+    Example:
+        >>> run = {"pixel_values": np.zeros((1, 4, 3)), "point_weights": np.ones((1, 4, 2))}
+        >>> [found["pixel_values"].shape for found in joined_runs([run, run])]
+        [(2, 4, 3)]
+    """
+    found: list[dict[str, np.ndarray]] = []
+    for run in runs:
+        last = found[-1] if found else {}
+        others = [name for name in run if name != PIXELS]
+        if (
+            last
+            and last[PIXELS].shape[1:] == run[PIXELS].shape[1:]
+            and all(np.array_equal(last[name], run[name]) for name in others)
+        ):
+            found[-1] = {**run, PIXELS: np.concatenate([last[PIXELS], run[PIXELS]])}
+        else:
+            found.append(dict(run))
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qe_edge.runtime.manifest import TensorSpec
+from qe_edge.runtime.graph_specs import TensorSpec
 from qe_edge.system.errors import ModelError
 
 DTYPES = {

@@ -29,8 +29,8 @@ SHOWN = ("system", "numerics", "checkpoint", "layers", "calibration", "reconstru
          "recipes", "quantization", "deploy", "demo", "qe_edge", "export", "prepack", "runtime", "validate",
          "report", "predict", "server", "models", "formats")  # fmt: skip
 RECORDS = ("dataclass", "NamedTuple", "TypedDict", "BaseModel", "Protocol", "Enum", "Options", "Error",
-           "StrictTable", "_Strict", "_Time", "Sealed", "Part", "FolderManifest", "GraphFile", "Values", "Sizes",
-           "Section", "ModelFamily", "QwenVL", "VisionEncoder")  # fmt: skip
+           "StrictTable", "Strict", "_Strict", "_Time", "Sealed", "Part", "FolderManifest", "GraphFile", "Values",
+           "Sizes", "Section", "ModelFamily", "QwenVL", "VisionEncoder")  # fmt: skip
 OPTIONAL = ("fastapi", "prometheus_client", "uvicorn")  # of extras that not every machine has
 LINKED = {"export": "../export", "calibration": "../calibration", "prepack": "../plugins/prepack"}
 

@@ -105,6 +105,7 @@ class ModelFamily(ABC):
         acts: Whether the models make actions of a robot; they are compared by these.
         has_vision_adapter: Whether the model needs a LoRA for pictures, which may lie in a subfolder of its own.
         pictures_stand_alone: Whether a picture becomes the same features whatever other pictures a prompt has.
+        writes_prompts: Whether `chat_text` needs no chat template.
         siblings: Names of linear layers of one parent module that read the same input.
 
     Args:
@@ -130,6 +131,7 @@ class ModelFamily(ABC):
     picture_unit: ClassVar[Literal["patches", "tiles", ""]] = ""
     has_vision_adapter: ClassVar[bool] = False
     pictures_stand_alone: ClassVar[bool] = True
+    writes_prompts: ClassVar[bool] = False
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     def __init__(self, config: PretrainedConfig) -> None:

@@ -28,9 +28,11 @@ from qe_edge.system.lazy import lazy_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qe_edge.models import lfm2_vl_graphs
+    from qe_edge.models import lfm2_vl_graphs, lfm2_vl_pictures
+    from qe_edge.models.picture_graphs import PictureGraph
 else:
     lfm2_vl_graphs = lazy_module("qe_edge.models.lfm2_vl_graphs")
+    lfm2_vl_pictures = lazy_module("qe_edge.models.lfm2_vl_pictures")
 
 START, END, OVERVIEW = "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"  # what transformers' processor writes
 
@@ -130,6 +132,18 @@ class Lfm2VL(ModelFamily):
             first, start = first + count, end
         return feeds
 
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """Tiles, the whole picture, and their tokens with their places."""
+        image_processor, image = processor.image_processor, self.config.image_token_id
+        count = (image_processor.tile_size // image_processor.encoder_patch_size // self.config.downsample_factor) ** 2
+
+        def tile_ids(rows: int, columns: int) -> list[int]:
+            tiles = (max(rows, 1), max(columns, 1))
+            return self._picture_ids(processor.tokenizer, tiles, [count] * self._images(image_processor, tiles))
+
+        side = round(self.config.vision_config.num_patches**0.5)
+        return lfm2_vl_pictures.picture_graph(image_processor, tile_ids, image, side)
+
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over images of one size, projector over tokens, decoder with positions `[batch, sequence]`."""
         return lfm2_vl_graphs.graphs(model)
@@ -168,5 +182,6 @@ def stretched(size: int, side: int) -> np.ndarray:
     place = np.arange(side)
     weights = np.maximum(1 - np.abs((place - center[:, None] + 0.5) / reach), 0)
     weights = np.where((place >= first[:, None]) & (place < end[:, None]), weights, 0)
-    shares: np.ndarray = weights / weights.sum(1, keepdims=True)
+    # one after the other, so that `preprocess.onnx` adds them in the same order
+    shares: np.ndarray = weights / weights.cumsum(1)[:, -1:]
     return shares

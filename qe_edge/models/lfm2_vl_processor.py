@@ -119,14 +119,18 @@ class Lfm2VlImageProcessorPil(PilBackend):
             sides = [math.ceil(side * grow / factor) * factor for side in (height, width)]
         return Layout(rows, columns, *sides)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Columns and rows of tiles whose shape is nearest; of equally near ones the last that is not too large."""
+    def grids(self) -> list[tuple[int, int]]:
+        """Columns and rows of tiles that a large picture may have, in the order in which they are tried."""
         sides = range(1, self.max_tiles + 1)
         # a set, as transformers has it, whose order decides between equal grids
         found = {(c, r) for n in sides for c in range(1, n + 1) for r in range(1, n + 1)}
         fitting = [grid for grid in found if self.min_tiles <= math.prod(grid) <= self.max_tiles]
+        return sorted(fitting, key=math.prod)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Columns and rows of tiles whose shape is nearest; of equally near ones the last that is not too large."""
         best, distance = (1, 1), math.inf
-        for grid in sorted(fitting, key=math.prod):
+        for grid in self.grids():
             away = abs(width / height - grid[0] / grid[1])
             if away < distance or (
                 away == distance and height * width > 0.5 * self.tile_size * self.tile_size * math.prod(grid)
@@ -137,8 +141,8 @@ class Lfm2VlImageProcessorPil(PilBackend):
     def _scaled(self, pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         return scale_frames(pixels, height, width, int(self.resample))
 
-    def _patches(self, image: np.ndarray) -> np.ndarray:
-        """float32 `[patches, values]` of uint8 `[height, width, 3]`, rescaled and normalized in one step."""
+    def normalized(self, image: np.ndarray) -> np.ndarray:
+        """float32 of uint8 `[height, width, 3]`, rescaled and normalized in one step."""
         scale = 1.0 / self.rescale_factor if self.do_rescale else 1.0
         values = image.astype(np.float32)
         if self.do_normalize:
@@ -148,7 +152,11 @@ class Lfm2VlImageProcessorPil(PilBackend):
             values = (values - mean) / deviation
         elif self.do_rescale:
             values *= np.float32(self.rescale_factor)
+        return values
+
+    def _patches(self, image: np.ndarray) -> np.ndarray:
+        """float32 `[patches, values]` of uint8 `[height, width, 3]`."""
         side = self.encoder_patch_size
         rows, columns = image.shape[0] // side, image.shape[1] // side
-        parted = values.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+        parted = self.normalized(image).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
         return np.ascontiguousarray(parted.reshape(rows * columns, -1))

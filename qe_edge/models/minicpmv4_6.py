@@ -34,9 +34,12 @@ from qe_edge.system.lazy import lazy_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qe_edge.models import minicpmv4_6_graphs
+    from qe_edge.models import minicpmv4_6_graphs, minicpmv4_6_pictures, minicpmv4_6_tokens
+    from qe_edge.models.picture_graphs import PictureGraph
 else:
     minicpmv4_6_graphs = lazy_module("qe_edge.models.minicpmv4_6_graphs")
+    minicpmv4_6_pictures = lazy_module("qe_edge.models.minicpmv4_6_pictures")
+    minicpmv4_6_tokens = lazy_module("qe_edge.models.minicpmv4_6_tokens")
 
 LAYER, WINDOWS, MERGER = (
     f"MiniCPMV4_6{name}" for name in ("VisionEncoderLayer", "ViTWindowAttentionMerger", "DownsampleMLP")
@@ -153,6 +156,17 @@ class MiniCPMV46(ModelFamily):
         """
         films = encoded.input_ids[encoded.image_mask] == self.config.video_token_id
         return image_feeds(encoded.pixels, films, self.joined)
+
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """The whole picture, its slices, and their tokens; a picture's number stands before them."""
+        settings, most = processor.image_processor, processor.image_processor.max_slice_nums
+
+        def picture_ids(number: int | None, counts: list[int], across: int) -> list[int]:
+            return self._picture_ids(processor.tokenizer, number, counts, across)
+
+        read = minicpmv4_6_tokens.SliceTokens.read
+        tokens = read(picture_ids, self.config.image_token_id, most, numbered=settings.use_image_id)
+        return minicpmv4_6_pictures.picture_graph(settings, tokens, len(self.joined))
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over images of one size, merger over tokens, decoder with positions `[batch, sequence]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from qe_edge.system.lazy import lazy_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qe_edge.models import paligemma_graphs
+    from qe_edge.models import paligemma_graphs, tile_pictures
+    from qe_edge.models.picture_graphs import PictureGraph
 else:
     paligemma_graphs = lazy_module("qe_edge.models.paligemma_graphs")
+    tile_pictures = lazy_module("qe_edge.models.tile_pictures")
 
 ANSWER, PROMPT = 1, 2  # in the mask; 0 is padding, and tokens of an equal number above 1 see each other
 
@@ -37,6 +40,7 @@ class PaliGemma(ModelFamily):
 
     model_type = "paligemma"
     picture_unit = "tiles"
+    writes_prompts = True
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Vision layers, the projector, decoder layers; found by class."""
@@ -79,13 +83,20 @@ class PaliGemma(ModelFamily):
             rows.append(row)
         return left_pad(rows, processor.tokenizer, self.config.image_token_id, pixels)
 
-    def chat_text(self, processor: VisionLanguageProcessor, turns: Sequence[Turn]) -> str:  # noqa: ARG002
-        """There are no conversations: the tokens of a prompt stand before and after its picture's.
+    def chat_text(self, processor: VisionLanguageProcessor, turns: Sequence[Turn]) -> str:
+        """What `encode` tokenizes for one question, with one placeholder for each picture.
 
         Raises:
-            InputError: Always.
+            InputError: If there are several turns.
         """
-        raise InputError("A 'paligemma' model knows no conversation.", "Give one question to Python.")
+        if [turn.role for turn in turns] != ["user"]:
+            raise InputError("A 'paligemma' model knows no conversation of several turns.", "Give one question.")
+        tokenizer, (turn,) = processor.tokenizer, turns
+        text, start = "", 0
+        for mark in turn.marks:
+            text += turn.text[start:mark] + tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+            start = mark
+        return f"{text}{tokenizer.bos_token}{turn.text[start:]}\n"
 
     def model_inputs(self, encoded: Encoded) -> dict[str, np.ndarray]:
         """Arguments of `PaliGemmaForConditionalGeneration.forward`."""
@@ -111,9 +122,20 @@ class PaliGemma(ModelFamily):
         """`pixel_values` float32 `[pictures, 3, side, side]`."""
         return [{"pixel_values": encoded.pixels["pixel_values"].astype(np.float32, copy=False)}]
 
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """One tile and its tokens, in a prompt whose tokens all see each other."""
+        image = self.config.image_token_id
+        found = tile_pictures.single_tile(processor.image_processor, self._picture_ids(), image)
+        window = window_of(self.config.text_config)
+        return None if found is None else replace(found, whole=True, first_position=1, max_prompt=window)
+
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over pictures, projection, decoder with positions `[batch, sequence]`."""
         return paligemma_graphs.graphs(model)
+
+    def _picture_ids(self) -> list[int]:
+        vision = self.config.vision_config
+        return [self.config.image_token_id] * (vision.image_size // vision.patch_size) ** 2
 
     def _check_window(self, row: Row) -> None:
         """Refuse a prompt beyond the window of Gemma 2, which graphs apply to prompts and transformers does not."""
@@ -134,8 +156,7 @@ class PaliGemma(ModelFamily):
         check_no_robot(sample)
         if sample.earlier:
             raise InputError("A 'paligemma' model knows no conversation of several turns.", "Give one question.")
-        vision = self.config.vision_config
-        picture = [self.config.image_token_id] * (vision.image_size // vision.patch_size) ** 2
+        picture = self._picture_ids()
         turn = sample.conversation[-1]
         ids: list[int] = []
         start = 0

@@ -28,9 +28,11 @@ from qe_edge.system.lazy import lazy_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qe_edge.models import phi4_multimodal_graphs, phi4_multimodal_projector
+    from qe_edge.models import phi4_multimodal_graphs, phi4_multimodal_pictures, phi4_multimodal_projector
+    from qe_edge.models.picture_graphs import PictureGraph
 else:
     phi4_multimodal_graphs = lazy_module("qe_edge.models.phi4_multimodal_graphs")
+    phi4_multimodal_pictures = lazy_module("qe_edge.models.phi4_multimodal_pictures")
     phi4_multimodal_projector = lazy_module("qe_edge.models.phi4_multimodal_projector")
 
 LINE_END, SEPARATOR, FIRST = 0, 1, 2  # places of two learnt tokens, and of the first token of a crop
@@ -134,6 +136,10 @@ class Phi4Multimodal(ModelFamily):
             return []
         feed = {name: encoded.pixels[name] for name in ("pixel_values", "patch_mask")}
         return [{**feed, "token_places": np.concatenate(list(self._token_places(encoded.pixels)))}]
+
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph:
+        """The crops of one picture, and the places of its tokens."""
+        return phi4_multimodal_pictures.picture_graph(processor.image_processor, self.image_token_id, self.side)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over crops, projections over tokens, decoder with positions `[batch, sequence]`."""

@@ -88,7 +88,7 @@ class Phi4MultimodalImageProcessorPil(PilBackend):
         scaled = scale_frames(pixels[None], layout.height, layout.width, BILINEAR)[0]
         filled = np.full((layout.rows * side, layout.columns * side, 3), WHITE, np.uint8)
         filled[: layout.height, : layout.width] = scaled
-        values = self._normalized(filled).transpose(2, 0, 1)
+        values = self.normalized(filled).transpose(2, 0, 1)
         whole = _thinned(_thinned(values, side).swapaxes(1, 2), side).swapaxes(1, 2)
         mask = self._mask(layout)
         return {
@@ -114,14 +114,19 @@ class Phi4MultimodalImageProcessorPil(PilBackend):
             return Layout(rows, columns, int(height * across), columns * side)
         return Layout(rows, columns, rows * side, int(width * down))
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Columns and rows of crops whose shape is nearest; of equally near ones the last that is not too large."""
-        most, area = self.dynamic_hd, int(self.size["height"]) ** 2
+    def grids(self) -> list[tuple[int, int]]:
+        """Columns and rows of crops that a large picture may have, in the order in which they are tried."""
+        most = self.dynamic_hd
         # a set, as transformers has it, whose order decides between equal grids
         sides = range(1, most + 1)
         fitting = {(c, r) for n in sides for c in range(1, n + 1) for r in range(1, n + 1) if c * r <= most}
+        return sorted(fitting, key=math.prod)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Columns and rows of crops whose shape is nearest; of equally near ones the last that is not too large."""
+        area = int(self.size["height"]) ** 2
         best, distance = (1, 1), math.inf
-        for grid in sorted(fitting, key=math.prod):
+        for grid in self.grids():
             away = abs(width / height - grid[0] / grid[1])
             if away < distance or (away == distance and height * width > 0.5 * area * math.prod(grid)):
                 best, distance = grid, away
@@ -137,7 +142,7 @@ class Phi4MultimodalImageProcessorPil(PilBackend):
         mask[:, mask.shape[1] - empty :] = 0
         return mask
 
-    def _normalized(self, pixels: np.ndarray) -> np.ndarray:
+    def normalized(self, pixels: np.ndarray) -> np.ndarray:
         """float32 of uint8 `[height, width, 3]`, rescaled and normalized in one step."""
         scale = np.float32(1.0 / self.rescale_factor)
         mean, deviation = (np.asarray(value, np.float32) * scale for value in (self.image_mean, self.image_std))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from qe_edge.models.graph_nodes import Nodes
 IMAGE = "image"
 PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS = "placeholder_ids", "placeholder_positions"
 Size = int | str
+EVERY = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 1, 3))  # every value of every channel
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class PictureGraph:
         placeholder: Token of the prompt that the picture's tokens replace.
         max_aspect: Longest side over shortest, beyond which the family's image processor refuses a picture.
         numbered: Whether the family's `graph_mask` numbers pictures.
+        label: Tokens before a picture's own that say its number in the prompt: those before the number, of the ten
+            digits, and after the number. None without.
+        whole: Whether the family's `graph_mask` is 2 on a whole prompt.
+        first_position: Position of a prompt's first token.
+        max_prompt: Most tokens of a prompt that the graphs take.
     """
 
     nodes: list[ir.Node]
@@ -35,6 +41,10 @@ class PictureGraph:
     placeholder: int
     max_aspect: int | None = None
     numbered: bool = False
+    label: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+    whole: bool = False
+    first_position: int = 0
+    max_prompt: int | None = None
 
 
 def picture_input() -> ir.Value:
@@ -91,6 +101,19 @@ def counted(write: Nodes, ids: ir.Value) -> dict[str, ir.Value]:
     return placeholders(write, ids, write.spread(write.count(write.size(ids, 0)), 0), 1)
 
 
+def none_if(write: Nodes, refused: ir.Value, ids: ir.Value) -> ir.Value:
+    """The tokens of a picture, int64 `[tokens]`; none of them where the model refuses it, as a manifest says.
+
+    Example:
+        >>> write = Nodes()
+        >>> _ = none_if(write, write.constant(np.array(True)), write.constant(np.zeros(4, np.int64)))
+        >>> write.nodes[-1].op_type
+        'Slice'
+    """
+    count = write("Where", refused, 0, write.size(ids, 0))
+    return write("Slice", ids, write.joined(0), write.joined(count))
+
+
 def value_table(image_processor: Any) -> np.ndarray:  # noqa: ANN401 - image processors share no typed base
     """Table of an image processor's result for every value of every channel: float32 `[3 * 256]`.
 
@@ -100,12 +123,23 @@ def value_table(image_processor: Any) -> np.ndarray:  # noqa: ANN401 - image pro
         >>> table.shape, float(table[0]), float(table[255])  # black and white
         ((768,), -1.0, 1.0)
     """
-    values = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[:, :, None]
+    values = EVERY.transpose(2, 0, 1)
     if image_processor.do_rescale:
         values = image_processor.rescale(values, image_processor.rescale_factor)
     if image_processor.do_normalize:
         values = image_processor.normalize(values, image_processor.image_mean, image_processor.image_std)
     return np.ascontiguousarray(values[:, :, 0], np.float32).ravel()
+
+
+def table_of(normalize: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """As `value_table`, of a function that makes float32 `[height, width, 3]` of uint8.
+
+    Example:
+        >>> table = table_of(lambda pixels: pixels.astype(np.float32) / 255)
+        >>> table.shape, float(table[255]), float(table[256])  # red: white, green: black
+        ((768,), 1.0, 0.0)
+    """
+    return np.ascontiguousarray(normalize(EVERY)[:, 0].T, np.float32).ravel()
 
 
 def normalized(write: Nodes, pixels: ir.Value, table: np.ndarray, channel: int) -> ir.Value:
@@ -152,7 +186,7 @@ def finished(
         >>> list(finished(write, image, feeds, tokens, placeholder=9).outputs)
         ['pixel_values', 'placeholder_ids', 'placeholder_positions']
     """
-    outputs = {**feeds, **tokens}
+    outputs = {**feeds, **tokens}  # feeds of a second run are named with ".2" at the end
     for name, value in outputs.items():
         value.name = name
     return PictureGraph(write.nodes, image, outputs, placeholder, max_aspect)

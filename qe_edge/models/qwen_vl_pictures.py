@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,13 +95,35 @@ def _places(write: Nodes, rows: ir.Value, columns: ir.Value) -> ir.Value:
 
 def _target_size(write: Nodes, image: ir.Value, processor: Any) -> tuple[ir.Value, ir.Value]:  # noqa: ANN401
     """Height and width after scaling, in float64 as transformers' `smart_resize`."""
-    factor = float(processor.patch_size * processor.merge_size)
-    fewest, most = float(processor.size["shortest_edge"]), float(processor.size["longest_edge"])
+    factor = processor.patch_size * processor.merge_size
     sides = [write.cast(write.size(image, axis), ir.DataType.DOUBLE) for axis in (0, 1)]
+    near = [write("Mul", write("Round", write("Div", side, float(factor))), float(factor)) for side in sides]
+    return bounded(write, sides, near, factor, (processor.size["shortest_edge"], processor.size["longest_edge"]))
+
+
+def bounded(
+    write: Nodes, sides: Sequence[ir.Value], near: Sequence[ir.Value], step: int, areas: tuple[int, int]
+) -> tuple[ir.Value, ir.Value]:
+    """Height and width of about a picture's shape, int64, whose pixels are within bounds.
+
+    Args:
+        write: Receives the nodes.
+        sides: Height and width of the picture, float64.
+        near: Those that are taken if they are within the bounds, float64.
+        step: Of what other heights and widths are multiples.
+        areas: Fewest and most pixels.
+
+    Example:
+        >>> write = Nodes()
+        >>> sides, near = ([write.constant(size) for size in sizes] for sizes in ((480.0, 640.0), (476.0, 644.0)))
+        >>> _ = bounded(write, sides, near, step=28, areas=(3136, 12845056))
+        >>> [node.op_type for node in write.nodes].count("Sqrt")
+        2
+    """
+    factor, (fewest, most) = float(step), map(float, areas)
     area = write("Mul", *sides)
     shrink = write("Sqrt", write("Div", area, most))
     grow = write("Sqrt", write("Div", fewest, area))
-    near = [write("Mul", write("Round", write("Div", side, factor)), factor) for side in sides]
     reached = write("Mul", *near)
     too_large, too_small = write("Greater", reached, most), write("Less", reached, fewest)
     found = []

@@ -113,7 +113,10 @@ def best_grid(
         return single_tile(image_processor, ids, placeholder)
     write, image = Nodes(), picture_input()
     tile = image_processor.size["height"], image_processor.size["width"]
-    columns, rows = _nearest_grid(write, image, image_processor, tile)
+    most, fewest = image_processor.max_patches, image_processor.min_patches
+    found = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if fewest <= c * r <= most]
+    grids = sorted(found, key=lambda grid: grid[0] * grid[1])
+    columns, rows = nearest_grid(write, image, grids, tile[0] * tile[1])
     large = resize(write, image, write("Mul", rows, tile[0]), write("Mul", columns, tile[1]), image_processor.resample)
     overview = cut(write, resize(write, image, *tile, image_processor.resample), 1, 1, tile)
     count = write("Mul", rows, columns)
@@ -127,26 +130,33 @@ def best_grid(
     return finished(write, image, pixel_values(write, tiles, image_processor, tile), tokens, placeholder)
 
 
-def _nearest_grid(
-    write: Nodes,
-    image: ir.Value,
-    image_processor: Any,  # noqa: ANN401 - image processors share no typed base
-    tile: tuple[int, int],
+def nearest_grid(
+    write: Nodes, image: ir.Value, grids: Sequence[tuple[int, int]], area: int
 ) -> tuple[ir.Value, ir.Value]:
     """Columns and rows of tiles, as transformers' `get_optimal_tiled_canvas`: of equally near grids the last large one.
 
     A grid is large enough to be preferred if the picture has more than half of its pixels.
+
+    Args:
+        write: Receives the nodes.
+        image: uint8 `[height, width, 3]`.
+        grids: Columns and rows that a picture may have, in the order in which they are tried.
+        area: Pixels of a tile.
+
+    Example:
+        >>> write = Nodes()
+        >>> _ = nearest_grid(write, picture_input(), grids=[(1, 1), (1, 2), (2, 1)], area=448 * 448)
+        >>> [node.op_type for node in write.nodes].count("ArgMin")
+        1
     """
-    most, fewest = image_processor.max_patches, image_processor.min_patches
-    found = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if fewest <= c * r <= most]
-    grids = np.array(sorted(found, key=lambda grid: grid[0] * grid[1]), np.int64)
+    table = np.array(grids, np.int64)
     height, width = (write.cast(write.size(image, axis), ir.DataType.DOUBLE) for axis in (0, 1))
-    distance = write("Abs", write("Sub", write("Div", width, height), grids[:, 0] / grids[:, 1]))
+    distance = write("Abs", write("Sub", write("Div", width, height), table[:, 0] / table[:, 1]))
     nearest = write("Equal", distance, write("ReduceMin", distance, keepdims=0))
-    halves = 0.5 * tile[0] * tile[1] * grids[:, 0] * grids[:, 1]
+    halves = 0.5 * area * table[:, 0] * table[:, 1]
     preferred = write("And", nearest, write("Greater", write("Mul", width, height), halves))
-    number = np.arange(len(grids), dtype=np.int64)
+    number = np.arange(len(table), dtype=np.int64)
     last = write("ReduceMax", write("Where", preferred, number, -1), keepdims=0)
     chosen = write("Max", last, write("ArgMin", distance, axis=0, keepdims=0))
-    column, row = (write("Gather", np.ascontiguousarray(grids[:, axis]), chosen) for axis in (0, 1))
+    column, row = (write("Gather", np.ascontiguousarray(table[:, axis]), chosen) for axis in (0, 1))
     return column, row

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qe_edge.runtime.manifest import TensorSpec
+    from qe_edge.runtime.graph_specs import TensorSpec
 
 PAST, PRESENT = "past_key_values.", "present."  # how the language graph's inputs and outputs of the cache begin
 GROWING = (".key", ".value")
@@ -35,7 +35,7 @@ def cache_inputs(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """The inputs of a graph that are tensors of its cache.
 
     Example:
-        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> from qe_edge.runtime.graph_specs import TensorSpec
         >>> names = ("inputs_embeds", "past_key_values.0.conv")
         >>> [spec.name for spec in cache_inputs([TensorSpec(name=name, dtype="float32", shape=(1,)) for name in names])]
         ['past_key_values.0.conv']
@@ -62,7 +62,7 @@ def sizes_of(spec: TensorSpec, batch: int, capacity: int) -> tuple[int, ...]:
         capacity: Tokens that fit into a row.
 
     Example:
-        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> from qe_edge.runtime.graph_specs import TensorSpec
         >>> key = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=("batch", 2, "capacity", 8))
         >>> conv = TensorSpec(name="past_key_values.1.conv", dtype="float32", shape=("batch", 64, 2))
         >>> sizes_of(key, 1, 512), sizes_of(conv, 1, 512)
@@ -85,7 +85,7 @@ def check_cache(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], lay
         ValueError: If a tensor has another shape than its name says, or an output is missing.
 
     Example:
-        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> from qe_edge.runtime.graph_specs import TensorSpec
         >>> key = TensorSpec(name="past_key_values.0.key", dtype="float32", shape=("batch", 2, "capacity", 8))
         >>> check_cache([key], [], layers=1)
         Traceback (most recent call last):

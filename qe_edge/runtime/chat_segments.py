@@ -44,6 +44,7 @@ class ChatSegments(BaseModel):
             role, a role with "+picture" for a turn that begins with a picture, or "answer".
         picture: The text of a picture; it holds the placeholder token once. Empty without pictures.
         pictures_first: Whether the pictures of a turn stand before all its text, wherever the user put them.
+        last: The text before what a turn says after its last picture; before all of it, where there are no pictures.
         strip: By role, the characters that are taken from both ends of each text, before and after pictures too.
         refused: Texts that the template treats in a way of its own; no turn may hold one.
 
@@ -59,6 +60,7 @@ class ChatSegments(BaseModel):
     joints: Mapping[str, Mapping[str, str]] = Field(default_factory=dict)
     picture: str = ""
     pictures_first: bool = False
+    last: str = ""
     strip: Mapping[str, str] = Field(default_factory=dict)
     refused: tuple[str, ...] = ()
 
@@ -101,6 +103,8 @@ class ChatSegments(BaseModel):
         for number, (start, end) in enumerate(zip((0, *turn.marks), ends, strict=True)):
             if number and not self.pictures_first:
                 parts.append(Piece(self.picture, trusted=True))
+            if number == len(turn.marks):
+                parts.append(Piece(self.last, trusted=True))
             parts.append(Piece(turn.text[start:end].strip(self.strip.get(turn.role) or "\0"), trusted=False))
         return parts
 

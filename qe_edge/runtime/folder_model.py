@@ -14,7 +14,7 @@ from qe_edge.models.family import Encoded, Sample, following_positions
 from qe_edge.models.images import open_image
 from qe_edge.models.processors import VisionLanguageProcessor
 from qe_edge.models.samples import TEXT
-from qe_edge.runtime.folder_prompts import TOKENIZER, TOKENS, FolderPrompts, Prompt, open_tokenizer
+from qe_edge.runtime.folder_prompts import PIXELS, TOKENIZER, TOKENS, FolderPrompts, Prompt, open_tokenizer
 from qe_edge.runtime.manifest import Manifest
 from qe_edge.system.errors import InputError
 
@@ -28,7 +28,7 @@ class FolderEncoded(Encoded):
     Attributes:
         positions: int64 `[axes, batch, sequence]`, or `[batch, sequence]`.
         numbers: The language graph's `attention_mask` for the prompt, int64 `[batch, sequence]`.
-        feeds: Inputs of the visual encoder, for each picture.
+        feeds: Inputs of the visual encoder's runs, picture by picture.
     """
 
     positions: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
@@ -149,12 +149,12 @@ class FolderModel:
 
 
 def _pixels(feeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays for the check of engine limits: tiles, or groups and patches of each picture as rows and columns."""
-    values = [feed["pixel_values"] for feed in feeds]
-    if not values:
+    """What the check of engine limits counts: tiles, and groups and patches of each picture as rows and columns."""
+    shapes = [feed[PIXELS].shape for feed in feeds]
+    if not shapes:
         return {}
-    grids = [(1, *value.shape[:2]) for value in values]
-    return {"pixel_values": np.concatenate(values), "image_grid_thw": np.array(grids, np.int64)}
+    grids = [(1, *shape[:2]) for shape in shapes]
+    return {"image_grid_thw": np.array(grids, np.int64), "grids": np.zeros((sum(shape[0] for shape in shapes), 2))}
 
 
 def _own(encoded: Encoded) -> FolderEncoded:

@@ -18,7 +18,8 @@ from qe_edge.models.images import check_size
 from qe_edge.models.samples import Turn
 from qe_edge.models.texts import shortened
 from qe_edge.runtime.chat_segments import Piece, read_chat
-from qe_edge.runtime.manifest import Manifest, PictureEntry
+from qe_edge.runtime.graph_specs import PictureEntry, PictureLabel
+from qe_edge.runtime.manifest import Manifest
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import ArtifactError, InputError
 
@@ -26,6 +27,7 @@ TOKENIZER = "tokenizer.json"
 REMEDY = "Export or build the model again."
 FIRST_PICTURE = 2  # number of the first picture's tokens in the mask; 0 is padding, 1 text
 TOKENS = ("placeholder_ids", "placeholder_positions")
+PIXELS = "pixel_values"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Prompt:
         positions: int64 `[axes, 1, tokens]`, or `[1, tokens]` where the language graph takes one axis.
         image_mask: `[1, tokens]` bool, True where a picture's feature stands.
         numbers: int64 `[1, tokens]`, the language graph's `attention_mask` on the prompt.
-        feeds: Inputs of the visual encoder, for each picture.
+        feeds: Inputs of the visual encoder's runs, picture by picture.
     """
 
     ids: np.ndarray
@@ -97,7 +99,11 @@ class FolderPrompts:
                 "No graph prepares pictures for this model.", "Use Python with the model's own image processor."
             )
         _check_picture(picture, self._picture)
-        return {name: np.asarray(value) for name, value in self._session.run({"image": picture}).items()}
+        prepared = {name: np.asarray(value) for name, value in self._session.run({"image": picture}).items()}
+        if not len(prepared[TOKENS[0]]):
+            height, width = picture.shape[:2]
+            raise InputError(f"A picture of {width} x {height} is too narrow for the model.", "Crop the picture.")
+        return prepared
 
     def filled(self, turns: Sequence[Turn], prepared: Sequence[Mapping[str, np.ndarray]]) -> Prompt:
         """As `read`, of pictures that are prepared."""
@@ -118,14 +124,13 @@ class FolderPrompts:
         parts: list[np.ndarray] = []
         places: list[np.ndarray] = []
         numbers: list[np.ndarray] = []
-        start, picture = 0, FIRST_PICTURE
+        start, picture = 0 if self._picture is None else self._picture.first_position, 0
         for number in ids:
             tokens, relative = np.array([number]), np.zeros((axes, 1), np.int64)
             mask = np.ones(1, np.int64)
             if self._picture is not None and number == self._picture.placeholder_id:
-                shown = next(waiting)
-                tokens, relative = (np.asarray(shown[name]) for name in TOKENS)
-                mask = np.where(tokens == self._manifest.image_token_id, picture, 1)
+                tokens, relative = _labelled(next(waiting), self._picture.label, picture)
+                mask = np.where(tokens == self._manifest.image_token_id, FIRST_PICTURE + picture, 1)
                 picture += 1
             parts.append(tokens)
             places.append(relative + start)
@@ -133,14 +138,25 @@ class FolderPrompts:
             start += int(relative.max()) + 1
         joined, positions = np.concatenate(parts)[None], np.concatenate(places, axis=1)
         mask = np.concatenate(numbers)[None]
-        numbered = self._picture is not None and self._picture.numbered
         return Prompt(
             ids=joined.astype(np.int64),
             positions=positions if axes == 1 else positions[:, None],
             image_mask=mask >= FIRST_PICTURE,
-            numbers=mask if numbered else np.ones_like(mask),
-            feeds=tuple({name: one[name] for name in one if name not in TOKENS} for one in prepared),
+            numbers=self._numbers(mask),
+            feeds=tuple(run for one in prepared for run in visual_runs(one)),
         )
+
+    def _numbers(self, mask: np.ndarray) -> np.ndarray:
+        """The language graph's `attention_mask`, of one that numbers the features of pictures."""
+        entry = self._picture
+        if entry is not None and entry.max_prompt is not None and mask.shape[1] > entry.max_prompt:
+            raise InputError(
+                f"A prompt has {mask.shape[1]} tokens; exported graphs of this model take {entry.max_prompt}.",
+                "Shorten the question, or use a model for smaller pictures.",
+            )
+        if entry is not None and entry.numbered:
+            return mask
+        return np.full_like(mask, FIRST_PICTURE if entry is not None and entry.whole else 1)
 
     def _ids(self, pieces: Sequence[Piece]) -> list[int]:
         """Ids of a prompt; special tokens that a user's text spells are text, as `qe_edge.models.chat` reads them."""
@@ -205,6 +221,34 @@ def open_tokenizer(file: Path) -> Tokenizer:
     except Exception as error:
         reason = shortened(" ".join(str(error).split()))
         raise ArtifactError(f"'{file}' is damaged: {reason}.", REMEDY) from error
+
+
+def visual_runs(prepared: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Inputs of the visual encoder's runs for a picture, of the outputs of `preprocess.onnx`.
+
+    Example:
+        >>> outputs = {"pixel_values": np.zeros((0, 4, 3)), "pixel_values.2": np.zeros((1, 6, 3))}
+        >>> [run["pixel_values"].shape for run in visual_runs(outputs)]  # the first one has nothing to see
+        [(1, 6, 3)]
+    """
+    runs: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in prepared.items():
+        own, _, number = name.partition(".")
+        if name not in TOKENS:
+            runs.setdefault(number, {})[own] = array
+    return [run for run in runs.values() if len(run[PIXELS])]
+
+
+def _labelled(
+    prepared: Mapping[str, np.ndarray], label: PictureLabel | None, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a picture with those that say its number, and their positions from the first one on."""
+    tokens, relative = (np.asarray(prepared[name]) for name in TOKENS)
+    if label is None:
+        return tokens, relative
+    said = np.array(label.ids(number))
+    counted = np.broadcast_to(np.arange(len(said)), (len(relative), len(said)))
+    return np.concatenate([said, tokens]), np.concatenate([counted, relative + len(said)], axis=1)
 
 
 def _check_picture(picture: np.ndarray, entry: PictureEntry) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from qe_edge.checkpoint.integrity import Digest, FileTable, Sealed, check_files, check_sizes, describe
 from qe_edge.runtime.cache_tensors import cache_inputs, check_cache
 from qe_edge.runtime.embedding import EMBEDDING
 from qe_edge.runtime.generation import GenerationSettings
+from qe_edge.runtime.graph_specs import GraphFile, PictureEntry, Strict, TensorSpec
 from qe_edge.system.errors import ArtifactError, shown
 from qe_edge.system.json_files import read_json_table
 
@@ -23,41 +24,7 @@ TEXT_ONLY = ("language",)
 PICTURES_ONLY = ("visual",)
 ACTING = ("visual", "merger", "prefix", "action")
 
-DType = Literal["float32", "float16", "int64", "uint8"]
-Dimension = int | str
 Size = tuple[int, ...]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorSpec(_Strict):
-    """An input or output of a graph.
-
-    Attributes:
-        name: Its name in the graph.
-        dtype: Element type.
-        shape: Sizes; dynamic ones are names such as "sequence".
-    """
-
-    name: str = Field(min_length=1, max_length=256)
-    dtype: DType
-    shape: tuple[Dimension, ...] = Field(max_length=8)
-
-
-class GraphFile(_Strict):
-    """A graph with its inputs and outputs.
-
-    Attributes:
-        file: Its file in the folder; a plain file name.
-        inputs: Inputs in order.
-        outputs: Outputs in order.
-    """
-
-    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,100}$")
-    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
 
 
 class GraphEntry(GraphFile):
@@ -81,26 +48,7 @@ class GraphEntry(GraphFile):
         return self
 
 
-class PictureEntry(GraphFile):
-    """The graph that prepares one picture; it runs in ONNX Runtime on the CPU, whatever the target.
-
-    Attributes:
-        placeholder_id: Token of a prompt that stands for a picture; the graph's `placeholder_ids` replace it.
-        max_pixels: Most pixels of a picture.
-        max_side: Most pixels of a side.
-        max_aspect: Largest ratio of the longest to the shortest side; None for any.
-        numbered: Whether the language graph's `attention_mask` numbers the features of every picture of a prompt: 2 on
-            those of the first, 3 of the second, 1 on all other tokens. Without it, it is 1 on all.
-    """
-
-    placeholder_id: int = Field(ge=0)
-    max_pixels: int = Field(ge=1, le=1 << 26)
-    max_side: int = Field(ge=1, le=1 << 16)
-    max_aspect: int | None = Field(None, ge=1)
-    numbered: bool = False
-
-
-class KVLayout(_Strict):
+class KVLayout(Strict):
     """Keys and values: inputs `past_key_values.{layer}.key|value`, outputs `present.{layer}.key|value`.
 
     Every tensor is `[batch, heads, capacity, head_dim]`. A layer of another kind has inputs and outputs with other last

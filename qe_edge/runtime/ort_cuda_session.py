@@ -19,7 +19,7 @@ import numpy as np
 from qe_edge.runtime.cuda_provider import INSTALL, PROVIDER, check_provider
 from qe_edge.runtime.engine_info import EngineInfo
 from qe_edge.runtime.graph_files import check_graph_file
-from qe_edge.runtime.manifest import GraphFile
+from qe_edge.runtime.graph_specs import GraphFile
 from qe_edge.runtime.plugin_library import find_operator_library
 from qe_edge.runtime.sessions import Array, DeviceArray, check_signature, first_line, ort_errors
 from qe_edge.system.c_output import held_stderr
@@ -145,7 +145,7 @@ class OrtDeviceSession:
 
     Example:
         >>> import onnx
-        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> from qe_edge.runtime.graph_specs import TensorSpec
         >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
         >>> onnx.save(onnx.parser.parse_model(text), "abs.onnx")
         >>> x, y = (TensorSpec(name=name, dtype="float32", shape=(2,)) for name in ("x", "y"))

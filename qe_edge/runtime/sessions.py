@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from qe_edge.runtime.graph_files import check_graph_file
-from qe_edge.runtime.manifest import GraphFile
+from qe_edge.runtime.graph_specs import GraphFile
 from qe_edge.system.errors import ArtifactError, ResourceError
 from qe_edge.system.lazy import lazy_module
 
@@ -88,7 +88,7 @@ class OrtSession:
 
     Example:
         >>> import onnx
-        >>> from qe_edge.runtime.manifest import TensorSpec
+        >>> from qe_edge.runtime.graph_specs import TensorSpec
         >>> text = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
         >>> onnx.save(onnx.parser.parse_model(text), "abs.onnx")
         >>> x, y = (TensorSpec(name=name, dtype="float32", shape=(2,)) for name in ("x", "y"))

@@ -16,7 +16,8 @@ import numpy as np
 
 from qe_edge.runtime.cuda import Driver
 from qe_edge.runtime.engine_info import EngineInfo
-from qe_edge.runtime.manifest import GraphEntry, TensorSpec
+from qe_edge.runtime.graph_specs import TensorSpec
+from qe_edge.runtime.manifest import GraphEntry
 from qe_edge.runtime.plugin_library import find_plugin_library, load_plugin_library
 from qe_edge.runtime.sessions import Array, DeviceArray
 from qe_edge.system.errors import ArtifactError, InputError, ResourceError, TargetError

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
-from qe_edge.export.preprocessing import first_difference
+from qe_edge.export.preprocessing import first_difference, joined_runs
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Block, Sample
 from qe_edge.models.images import open_image
@@ -26,6 +28,7 @@ from qe_edge.quantization.quantizer import quantize
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.chat_segments import read_chat
 from qe_edge.runtime.engine import VisionLanguageEngine
+from qe_edge.runtime.folder_model import FolderModel
 from qe_edge.runtime.folder_prompts import FolderPrompts
 from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.runtime.sessions import OrtSession
@@ -254,6 +257,10 @@ class FamilyChecks:
                     encode(made.engine.processor, [sample])
                 continue
             computed = {name: np.asarray(value) for name, value in session.run({"image": image}).items()}
+            if not len(computed["placeholder_ids"]):
+                with pytest.raises(InputError, match="cannot be prepared"):
+                    encode(made.engine.processor, [sample])
+                continue
             differing = first_difference(computed, made.engine.family, encode(made.engine.processor, [sample]))
             assert differing is None, (height, width, differing)
 
@@ -276,11 +283,32 @@ class FamilyChecks:
             assert np.array_equal(found.image_mask, encoded.image_mask)
             assert np.array_equal(found.positions, engine.family.position_ids(encoded))
             assert np.array_equal(found.numbers, engine.family.graph_mask(encoded))
-            wanted = engine.family.visual_feeds(encoded) if pictures else []
-            for name in wanted[0] if wanted else ():
-                # families of tiles run the pictures of a prompt together
-                one, other = (np.concatenate([feeds[name] for feeds in every]) for every in (found.feeds, wanted))
-                assert np.array_equal(one, other), name
+            alone = [engine.encode([Sample(picture, "?")]) for picture in sample.pictures]
+            wanted = joined_runs([run for one in alone for run in engine.family.visual_feeds(one)])
+            # families run the images of one size together
+            for one, other in zip(joined_runs(found.feeds), wanted, strict=True):
+                assert set(one) == set(other)
+                assert all(np.array_equal(one[name], other[name]) for name in one)
+
+    def test_answers_without_transformers(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From the files of a built folder, with pictures prepared by their graph."""
+        if made.engine.manifest.picture is None or not self.chats:
+            pytest.skip("no such files")
+
+        def find(name: str) -> ModuleSpec | None:
+            return None if name == "transformers" else importlib.util.find_spec(name)
+
+        monkeypatch.setattr("qe_edge.runtime.engine.find_spec", find)
+        bare = VisionLanguageEngine.load(made.onnx.parent / "cpu", threads=1)
+        assert isinstance(bare.family, FolderModel)
+        for case in ("odd sizes", "batch"):
+            if case in self.cases:
+                wanted = made.built.generate_ids(made.built.encode(CASES[case]), TOKENS)
+                assert bare.generate_ids(bare.encode(CASES[case]), TOKENS) == wanted, case
+        pipelines, asked = (Pipeline(bare), Pipeline(made.built)), CASES["two pictures"][0]
+        for _ in range(2):  # at last its pictures are remembered
+            found, expected = (pipeline(asked, max_new_tokens=TOKENS) for pipeline in pipelines)
+            assert found.token_ids == expected.token_ids
 
     @pytest.mark.slow
     def test_graphs_round_activations_alike(self, experts: tuple[LoadedModel, Path]) -> None:

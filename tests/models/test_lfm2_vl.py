@@ -79,7 +79,6 @@ def write(folder: Path) -> Path:
 
 class TestLfm2VL(FamilyChecks):
     linears = {"visual": 2 * 6, "merger": 2, "language": 2 * 5 + 7}  # noqa: RUF012
-    prepares = False
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -132,7 +132,6 @@ class TestMiniCPMV46(VideoChecks, FamilyChecks):
     video_cases = video_cases(film(6, 150, 120, 2.0), film(5, 117, 90, 3.0), film(4, 300, 60, 1.5))
     samples = (*SAMPLES, Sample((SQUARE, film(5, 150, 120, 3.0)), "is it in the video?", "no"))
     linears = {"visual": 3 * 6, "merger": 2, "language": 8 + 7}  # noqa: RUF012
-    prepares = False
     unrotated = 1  # a quarter of a head is rotated
 
     @pytest.fixture(scope="class", autouse=True)

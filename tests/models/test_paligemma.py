@@ -79,7 +79,6 @@ def write(folder: Path, text_model: str, **changes: Any) -> Path:  # noqa: ANN40
 class PaliGemmaChecks(FamilyChecks):
     linears = {"visual": 2 * 6, "merger": 1, "language": 2 * 7}  # noqa: RUF012
     cases = tuple(case for case in CASES if case != "several turns")
-    prepares = chats = False
     samples = (*CASES["batch"], *CASES["two pictures"])
     test_validation = None  # type: ignore[assignment] # as of Gemma 3, which it would repeat
 

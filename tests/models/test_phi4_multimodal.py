@@ -148,7 +148,6 @@ def plain(loaded: LoadedModel) -> Any:  # noqa: ANN401 - transformers' own class
 
 class TestPhi4Multimodal(FamilyChecks):
     linears = {"visual": 2 * 6, "merger": 2, "language": 2 * 4}  # noqa: RUF012
-    prepares = False
     unrotated = 2  # three quarters of a head are rotated
 
     @pytest.fixture(scope="class")

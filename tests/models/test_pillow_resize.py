@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -8,17 +10,18 @@ from PIL import Image
 
 from qe_edge.models.graph_nodes import OPSET, Nodes
 from qe_edge.models.picture_graphs import output, picture_input
-from qe_edge.models.pillow_resize import BICUBIC, BILINEAR, LANCZOS, resize
+from qe_edge.models.pillow_resize import BICUBIC, BILINEAR, LANCZOS, resize, resize_as_torch
+from qe_edge.models.torch_resize import scale_frames
 
 SIZES = (1, 2, 3, 15, 16, 17, 31, 64, 100, 257, 640)
 
 
-def session(resample: int) -> ort.InferenceSession:
+def session(resample: int, scale: Callable[..., ir.Value] = resize) -> ort.InferenceSession:
     write, image = Nodes(), picture_input()
     height, width = (
         ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])) for name in ("down", "across")
     )
-    scaled = output(resize(write, image, height, width, resample), ir.DataType.UINT8, "new_height", "new_width", 3)
+    scaled = output(scale(write, image, height, width, resample), ir.DataType.UINT8, "new_height", "new_width", 3)
     graph = ir.Graph([image, height, width], [scaled], nodes=write.nodes, opset_imports={"": OPSET}, name="resize")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -36,6 +39,19 @@ def test_every_pixel_is_pillows(resample: int) -> None:
         image = generator.integers(0, 256, (height, width, 3), np.uint8)
         (found,) = run(None, {"image": image, "down": np.array(down), "across": np.array(across)})
         wanted = np.asarray(Image.fromarray(image).resize((across, down), resample=resample))
+        assert np.array_equal(found, wanted), (height, width, down, across)
+
+
+@pytest.mark.parametrize("resample", [LANCZOS, BILINEAR, BICUBIC])
+def test_every_pixel_is_torchs(resample: int) -> None:
+    """Its weights have as many bits as the largest of them leaves room for, and columns are always scaled first."""
+    run = session(resample, resize_as_torch).run
+    generator = np.random.default_rng(resample)
+    for _ in range(60):
+        height, width, down, across = (int(size) for size in generator.choice(SIZES, 4))
+        image = generator.integers(0, 256, (height, width, 3), np.uint8)
+        (found,) = run(None, {"image": image, "down": np.array(down), "across": np.array(across)})
+        wanted = scale_frames(image[None], down, across, resample)[0]
         assert np.array_equal(found, wanted), (height, width, down, across)
 
 

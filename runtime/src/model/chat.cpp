@@ -108,6 +108,7 @@ Chat::Chat(const std::string& json, const std::string& where) {
     joints_ = table.at("joints").get<decltype(joints_)>();
     picture_ = table.at("picture").get<std::string>();
     pictures_first_ = table.at("pictures_first").get<bool>();
+    last_ = table.value("last", "");
     strip_ = table.at("strip").get<decltype(strip_)>();
     refused_ = table.at("refused").get<std::vector<std::string>>();
   } catch (const Json::exception&) {
@@ -142,6 +143,7 @@ void Chat::AddContent(const Turn& turn, std::vector<ChatPiece>& pieces) const {
   for (size_t number = 0; number <= turn.marks.size(); ++number) {
     const size_t end = number < turn.marks.size() ? turn.marks[number] : turn.text.size();
     if (number > 0 && !pictures_first_) pieces.push_back({picture_, true});
+    if (number == turn.marks.size()) pieces.push_back({last_, true});
     pieces.push_back({Stripped(turn.text.substr(start, end - start), taken == strip_.end() ? "" : taken->second), false});
     start = end;
   }

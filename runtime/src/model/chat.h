@@ -33,7 +33,7 @@ class Chat {
   const std::string& Joint(const std::string& before, const std::string& after) const;
   void AddContent(const Turn& turn, std::vector<ChatPiece>& pieces) const;
 
-  std::string problem_, picture_;
+  std::string problem_, picture_, last_;
   bool pictures_first_ = false;
   std::map<std::string, std::map<std::string, std::string>> joints_;
   std::map<std::string, std::string> strip_;

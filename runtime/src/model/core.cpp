@@ -51,6 +51,35 @@ const Tensor& Named(const Tensors& tensors, const std::string& name, const std::
   return found->second;
 }
 
+// Inputs of every run of the visual encoder: those of a further run have names that end in a point and its number.
+std::map<std::string, Tensors> VisualRuns(const Tensors& prepared) {
+  std::map<std::string, Tensors> runs;
+  for (const auto& [name, tensor] : prepared) {
+    const size_t point = name.find('.');
+    runs[point == std::string::npos ? "" : name.substr(point + 1)].emplace(name.substr(0, point), tensor);
+  }
+  return runs;
+}
+
+// Tensors one behind the other along their first axis.
+Tensor Joined(const std::vector<Tensor>& parts) {
+  if (parts.empty()) throw ArtifactError("A picture has no images.", kAgain);
+  if (parts.size() == 1) return parts[0];
+  std::vector<int64_t> shape = parts[0].shape;
+  for (size_t number = 1; number < parts.size(); ++number) {
+    const Tensor& part = parts[number];
+    const bool fits = part.dtype == "float32" && part.dtype == parts[0].dtype && !shape.empty() &&
+                      part.shape.size() == shape.size() &&
+                      std::equal(shape.begin() + 1, shape.end(), part.shape.begin() + 1);
+    if (!fits) throw ArtifactError("The visual encoder's runs for a picture do not fit together.", kAgain);
+    shape[0] += part.shape[0];
+  }
+  const Tensor joined = Zeros("float32", shape);
+  float* end = joined.As<float>();
+  for (const Tensor& part : parts) end = std::copy_n(part.As<float>(), part.Count(), end);
+  return joined;
+}
+
 }  // namespace
 
 Core::Core(const fs::path& folder, const LoadOptions& options)
@@ -78,9 +107,15 @@ PictureTokens Core::Encode(const Picture& picture) const {
   const Tensor& ids = Named(prepared, "placeholder_ids", "int64", 1);
   PictureTokens tokens{picture.key, {ids.As<int64_t>(), ids.As<int64_t>() + ids.Count()},
                        Named(prepared, "placeholder_positions", "int64", 2), {}};
-  const Tensors hidden = visual_->Run(prepared, {});
+  if (tokens.ids.empty()) throw InputError("A picture is too narrow for the model.", "Crop it.");
+  std::vector<Tensor> hidden;
+  for (const auto& [number, run] : VisualRuns(prepared)) {
+    const auto pixels = run.find("pixel_values");
+    if (pixels != run.end() && pixels->second.Count() == 0) continue;  // a run without images
+    hidden.push_back(visual_->Run(run, {}).begin()->second);
+  }
   const GraphFile& merger = manifest.graphs.at("merger");
-  const Tensors merged = merger_->Run({{merger.inputs.at(0).name, hidden.begin()->second}}, {});
+  const Tensors merged = merger_->Run({{merger.inputs.at(0).name, Joined(hidden)}}, {});
   tokens.features = Named(merged, merger.outputs.at(0).name, "float32", 2);
   const auto features = std::count(tokens.ids.begin(), tokens.ids.end(), manifest.image_token_id.value_or(-1));
   if (tokens.positions.shape[0] != manifest.PositionAxes() || tokens.positions.shape[1] != ids.Count() ||

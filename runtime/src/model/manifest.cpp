@@ -68,6 +68,12 @@ std::vector<int64_t> Ids(const Json& table, const char* key, int64_t vocabulary)
   return ids;
 }
 
+PictureLabel Label(const Json& table, int64_t vocabulary) {
+  PictureLabel label{Ids(table, "before", vocabulary), Ids(table, "digits", vocabulary), Ids(table, "after", vocabulary)};
+  if (label.digits.size() != 10) throw ArtifactError("A manifest's pictures are numbered without ten digits.", kAgain);
+  return label;
+}
+
 GenerationSettings Settings(const Json& table, int64_t vocabulary) {
   GenerationSettings found;
   found.eos_token_ids = Ids(table, "eos_token_ids", vocabulary);
@@ -140,6 +146,8 @@ Manifest Read(const Json& table) {
     manifest.picture->placeholder_id = Within(picture, "placeholder_id", 0, manifest.vocab_size - 1);
     manifest.picture->max_pixels = Within(picture, "max_pixels", 1, 1 << 26);
     manifest.picture->max_side = Within(picture, "max_side", 1, 1 << 16);
+    if (const auto label = picture.find("label"); label != picture.end() && !label->is_null())
+      manifest.picture->label = Label(*label, manifest.vocab_size);
     if (!picture.at("max_aspect").is_null()) manifest.picture->max_aspect = Within(picture, "max_aspect", 1, 1 << 16);
   }
   return manifest;
@@ -181,6 +189,13 @@ void CheckBackend(const fs::path& folder) {
 }  // namespace
 
 bool IsState(const std::string& name) { return !EndsWith(name, ".key") && !EndsWith(name, ".value"); }
+
+std::vector<int64_t> PictureLabel::Ids(size_t number) const {
+  std::vector<int64_t> ids = before;
+  for (const char digit : std::to_string(number)) ids.push_back(digits[static_cast<size_t>(digit - '0')]);
+  ids.insert(ids.end(), after.begin(), after.end());
+  return ids;
+}
 
 int64_t Manifest::EmbedsWidth() const {
   for (const TensorSpec& spec : graphs.at("language").inputs) {

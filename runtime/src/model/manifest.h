@@ -25,10 +25,18 @@ struct GraphFile {
   std::vector<TensorSpec> inputs, outputs;
 };
 
+// Tokens that say the number of a picture in its prompt.
+struct PictureLabel {
+  std::vector<int64_t> before, digits, after;
+
+  std::vector<int64_t> Ids(size_t number) const;
+};
+
 // The graph that prepares one picture.
 struct PictureFile : GraphFile {
   int64_t placeholder_id = 0, max_pixels = 0, max_side = 0;
   std::optional<int64_t> max_aspect;
+  std::optional<PictureLabel> label;
 };
 
 constexpr double kMinPenalty = 0.01, kMaxPenalty = 100;  // beyond them logits in float32 overflow

@@ -48,8 +48,14 @@ Prompt MakePrompt(const Core& core, const std::vector<TokenId>& ids, const std::
   Prompt prompt;
   size_t next = 0;
   for (const TokenId id : ids) {
-    if (id == placeholder) AddPicture(core, pictures[next++], prompt);
-    else prompt.push_back(NextToken(prompt, id));
+    if (id != placeholder) {
+      prompt.push_back(NextToken(prompt, id));
+      continue;
+    }
+    if (const auto& label = core.manifest.picture->label) {
+      for (const int64_t said : label->Ids(next)) prompt.push_back(NextToken(prompt, said));
+    }
+    AddPicture(core, pictures[next++], prompt);
   }
   return prompt;
 }
