@@ -55,6 +55,7 @@ def taken_apart(template: str | None, *, pictures: bool = True) -> ChatSegments:
     tokenizer.chat_template = template
     family: Any = SimpleNamespace(
         picture_unit="patches" if pictures else "",
+        writes_prompts=False,
         chat_text=lambda processor, turns: render_turns(processor.tokenizer, turns, as_parts=pictures),
     )
     return chat_segments(family, SimpleNamespace(tokenizer=tokenizer))

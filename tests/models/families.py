@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from qe_edge.export.build import build_engines
-from qe_edge.export.exporter import export_model
-from qe_edge.export.preprocessing import first_difference, joined_runs
+from qe_edge.export.exporter import IR_VERSION, export_model
+from qe_edge.export.preprocessing import first_difference, joined_runs, write_picture_graph
 from qe_edge.layers.linear import quantized_linears
-from qe_edge.models.family import Block, Sample
+from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.quantized import load_quantized, save_quantized
@@ -30,6 +31,7 @@ from qe_edge.runtime.chat_segments import read_chat
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.folder_model import FolderModel
 from qe_edge.runtime.folder_prompts import FolderPrompts
+from qe_edge.runtime.graph_specs import PictureEntry
 from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import InputError
@@ -52,6 +54,8 @@ PICTURE_SIZES = (
     *((448, 448), (480, 640), (640, 480), (333, 500), (41, 27), (900, 30), (30, 900), (512, 31), (720, 1280), (5, 5)),
     *((1080, 1920), (1200, 16)),
 )
+SOME_SIZES = ((1, 1), (5, 9), (200, 1), (60, 300), (168, 56), (203, 117), (333, 500), (97, 1000))
+LARGE_SIZES = ((1, 2), (97, 57), (448, 448), (480, 640), (1080, 1920), (1500, 100), (1000, 1000))  # for real settings
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,47 @@ def opened(out: Path) -> Made:
     build_engines(out / "onnx", out / "cpu", "cpu")
     engine, built = (VisionLanguageEngine.load(out / name, threads=1) for name in ("onnx", "cpu"))
     return Made(loaded, engine, built, out / "checkpoint", out / "onnx")
+
+
+def check_picture_graph(
+    folder: Path,
+    entry: PictureEntry,
+    family: ModelFamily,
+    processor: Any,  # noqa: ANN401 - each family has its own
+    sizes: Sequence[tuple[int, int]],
+) -> int:
+    """Compare a folder's graph with the family for pictures of noise, to the last bit; count those that both refuse."""
+    session = OrtSession(folder, entry, accuracy_level=0, threads=1)
+    refused = 0
+    for height, width in sizes:
+        image = np.asarray(noise(width, height))
+        sample = Sample(image, "what?")
+        if entry.max_aspect and max(height, width) > entry.max_aspect * min(height, width):
+            with pytest.raises(InputError, match="aspect ratio"):
+                family.encode(processor, [sample])
+            refused += 1
+            continue
+        computed = {name: np.asarray(value) for name, value in session.run({"image": image}).items()}
+        if not len(computed["placeholder_ids"]):
+            with pytest.raises(InputError, match="cannot be prepared"):
+                family.encode(processor, [sample])
+            refused += 1
+            continue
+        differing = first_difference(computed, family, family.encode(processor, [sample]))
+        assert differing is None, (height, width, differing)
+    return refused
+
+
+def check_settings(
+    family: ModelFamily,
+    processor: Any,  # noqa: ANN401 - as above
+    folder: Path,
+    sizes: Sequence[tuple[int, int]] = SOME_SIZES,
+) -> int:
+    """As `check_picture_graph`, of a family without a model."""
+    graph = family.picture_graph(processor)
+    assert graph is not None
+    return check_picture_graph(folder, write_picture_graph(graph, folder, IR_VERSION), family, processor, sizes)
 
 
 def check_device_engines(
@@ -247,22 +292,7 @@ class FamilyChecks:
         assert (entry is not None) == self.prepares
         if entry is None:
             return
-        session = OrtSession(made.onnx, entry, accuracy_level=0, threads=1)
-        encode = made.engine.family.encode
-        for height, width in PICTURE_SIZES:
-            image = np.asarray(noise(width, height))
-            sample = Sample(image, "what?")
-            if entry.max_aspect and max(height, width) > entry.max_aspect * min(height, width):
-                with pytest.raises(InputError, match="aspect ratio"):
-                    encode(made.engine.processor, [sample])
-                continue
-            computed = {name: np.asarray(value) for name, value in session.run({"image": image}).items()}
-            if not len(computed["placeholder_ids"]):
-                with pytest.raises(InputError, match="cannot be prepared"):
-                    encode(made.engine.processor, [sample])
-                continue
-            differing = first_difference(computed, made.engine.family, encode(made.engine.processor, [sample]))
-            assert differing is None, (height, width, differing)
+        check_picture_graph(made.onnx, entry, made.engine.family, made.engine.processor, PICTURE_SIZES)
 
     def test_the_chat_template_in_parts_writes_the_same_prompts(self, made: Made) -> None:
         chat = read_chat(made.onnx)

@@ -14,11 +14,12 @@ from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from qe_edge.demo import model_path
-from qe_edge.models.lfm2_vl import END, OVERVIEW, START, stretched
+from qe_edge.models.lfm2_vl import END, OVERVIEW, START, Lfm2VL, stretched
 from qe_edge.models.lfm2_vl_processor import Lfm2VlImageProcessorPil
 from qe_edge.models.loading import LoadedModel
+from qe_edge.models.processors import VisionLanguageProcessor
 from tests.models.conversations import CASES, noise
-from tests.models.families import FamilyChecks, Made, check_device_engines
+from tests.models.families import LARGE_SIZES, FamilyChecks, Made, check_device_engines, check_settings
 from tests.models.random_models import save_random_model
 from tests.models.real_processors import torch_alone
 
@@ -37,11 +38,17 @@ TEMPLATE = (
 )
 
 
-def write(folder: Path) -> Path:
+def tokenizer_of(most: int) -> Any:  # noqa: ANN401 - tokenizers share no typed base
+    """The demo's, with the names of `most` x `most` tiles."""
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    places = [f"<|img_row_{row}_col_{column}|>" for row in range(1, 7) for column in range(1, 7)]
+    places = [f"<|img_row_{row}_col_{column}|>" for row in range(1, most + 1) for column in range(1, most + 1)]
     tokenizer.add_special_tokens({"additional_special_tokens": [START, END, OVERVIEW, "<image>", *places]})
     tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def write(folder: Path) -> Path:
+    tokenizer = tokenizer_of(6)
     config = AutoConfig.for_model(
         "lfm2_vl",
         vision_config={
@@ -129,6 +136,28 @@ def test_images_are_those_of_transformers(changes: dict[str, int]) -> None:
             assert np.array_equal(found["grids"], wanted["spatial_shapes"])
             assert found["tiles"].tolist() == [[wanted["image_rows"][0], wanted["image_cols"][0]]]
     sys.modules.pop("transformers.models.lfm2_vl.image_processing_lfm2_vl")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"use_thumbnail": False}, {"do_image_splitting": False}, {"max_tiles": 4, "min_tiles": 1}, {"resample": 3}],
+    ids=str,
+)
+def test_the_picture_graph_of_other_settings(changes: dict[str, int], tmp_path: Path) -> None:
+    settings = {**SETTINGS, **changes}
+    processor = VisionLanguageProcessor(tokenizer_of(6), Lfm2VlImageProcessorPil(**settings))
+    check_settings(family_of(processor, num_patches=16), processor, tmp_path)
+
+
+def test_the_picture_graph_of_released_models(tmp_path: Path) -> None:
+    processor = VisionLanguageProcessor(tokenizer_of(10), Lfm2VlImageProcessorPil())
+    check_settings(family_of(processor, num_patches=256), processor, tmp_path, LARGE_SIZES)
+
+
+def family_of(processor: VisionLanguageProcessor, num_patches: int) -> Lfm2VL:
+    config = AutoConfig.for_model("lfm2_vl", vision_config={"num_patches": num_patches})
+    config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    return Lfm2VL(config)
 
 
 @pytest.mark.parametrize("sizes", [(16, 22), (7, 16), (1, 32), (3, 13)], ids=str)

@@ -22,13 +22,26 @@ from qe_edge.export.attention import attach_attention
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import GraphSpec, ModelFamily, Sample
+from qe_edge.models.graph_nodes import OPSET, Nodes
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
+from qe_edge.models.minicpmv4_6_grids import slice_grid
+from qe_edge.models.picture_graphs import output
 from qe_edge.models.videos import Video
 from qe_edge.runtime.limits import EngineLimits, check_limits
 from qe_edge.system.errors import InputError, ModelError
 from tests.models.conversations import CASES, SQUARE, noise
-from tests.models.families import SAMPLES, TOKENS, FamilyChecks, Made, check_device_engines, opened, token_errors
+from tests.models.families import (
+    LARGE_SIZES,
+    SAMPLES,
+    TOKENS,
+    FamilyChecks,
+    Made,
+    check_device_engines,
+    check_settings,
+    opened,
+    token_errors,
+)
 from tests.models.model_files import copy_files, edit
 from tests.models.random_models import save_random_model
 from tests.models.real_processors import torch_alone, video_class
@@ -216,6 +229,36 @@ class TestMiniCPMV46(VideoChecks, FamilyChecks):
         for width, height in [(300, 60), (56, 168), (9, 5), (1, 200), (336, 330), (240, 161)]:
             check_inputs(original.family, processor, [Sample((SQUARE, noise(width, height)), "what?")])
 
+    @pytest.mark.parametrize(
+        "changes",
+        [{"slice_mode": False}, {"use_image_id": False}, {"max_slice_nums": 2}, {"downsample_mode": "4x"}],
+        ids=str,
+    )
+    def test_the_picture_graph_of_other_settings(
+        self, original: LoadedModel, changes: dict[str, Any], tmp_path: Path
+    ) -> None:
+        family = load_family(original.source)
+        family.config.downsample_mode = changes.get("downsample_mode", "16x")
+        image_processor = MiniCPMV4_6ImageProcessorPil(**{**SETTINGS, **changes})
+        check_settings(family, replace(original.processor, image_processor=image_processor), tmp_path)
+
+    def test_the_picture_graph_of_released_models(self, original: LoadedModel, tmp_path: Path) -> None:
+        """Grids of logarithms that are equally near, too, where a picture is three times as wide as high."""
+        processor = replace(original.processor, image_processor=MiniCPMV4_6ImageProcessorPil())
+        sizes = (*LARGE_SIZES, (450, 1350), (448, 897))
+        assert check_settings(load_family(original.source), processor, tmp_path, sizes) == 0
+
+    def test_a_graph_refuses_what_grows_too_large(self, original: LoadedModel, tmp_path: Path) -> None:
+        processor = replace(
+            original.processor, image_processor=MiniCPMV4_6ImageProcessorPil(**{**SETTINGS, "scale_resolution": 4096})
+        )
+        assert check_settings(load_family(original.source), processor, tmp_path, [(60000, 1)]) == 1
+
+    def test_numbers_of_pictures_that_are_no_digits_have_no_graph(self, original: LoadedModel) -> None:
+        tokenizer = copy.deepcopy(original.processor.tokenizer)
+        tokenizer.add_tokens(["12"])
+        assert load_family(original.source).picture_graph(replace(original.processor, tokenizer=tokenizer)) is None
+
     def test_a_picture_that_grows_too_large_is_refused(self, original: LoadedModel) -> None:
         narrow = Sample(np.zeros((3_000_000, 1, 3), np.uint8), "what?", origin="line 3")
         with pytest.raises(InputError, match=r"line 3: .* it has \d+ pixels, and up to 33554432 fit .*Crop or scale"):
@@ -328,6 +371,28 @@ class TestMiniCPMV46(VideoChecks, FamilyChecks):
         edit(copied / file, lambda table: merge(table, changes))
         with pytest.raises(ModelError, match=complaint):
             load_family(str(copied)).load_processor(str(copied))
+
+
+@pytest.mark.parametrize(("most", "resolution"), [(9, 448), (6, 112), (64, 100)])
+def test_slices_are_as_transformers_cuts_them(most: int, resolution: int) -> None:
+    """Pictures of any size, and of shapes that are equally near to two grids."""
+    processor = MiniCPMV4_6ImageProcessorPil(max_slice_nums=most, scale_resolution=resolution)
+    write = Nodes()
+    sides = [ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])) for name in "hw"]
+    cut, grid = slice_grid(write, sides, processor)
+    found = output(
+        write("Concat", *(write.spread(value, 0) for value in (write.cast(cut, ir.DataType.INT64), *grid)), axis=0),
+        ir.DataType.INT64,
+        3,
+    )
+    graph = ir.Graph(sides, [found], nodes=write.nodes, opset_imports={"": OPSET}, name="grid")
+    run = ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()).run
+    sizes = np.random.default_rng(0).integers(1, 4000, (300, 2)).tolist()
+    sizes += [(a * scale, b * scale) for a in range(1, 13) for b in range(1, 13) for scale in (100, 137, 333)]
+    for height, width in sizes:
+        (computed,) = run(None, {"h": np.array(height), "w": np.array(width)})
+        wanted = processor.get_sliced_grid((height, width), most, resolution)
+        assert computed.tolist() == [int(wanted is not None), *(wanted or (1, 1))], (height, width)
 
 
 def counted_positions(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from transformers.models.paligemma.processing_paligemma import PaliGemmaProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from qe_edge.demo import model_path
+from qe_edge.models.configuration import load_family
 from qe_edge.models.family import TEXT, Sample
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.models.samples import Turn
+from qe_edge.runtime.folder_prompts import FolderPrompts
 from qe_edge.system.errors import InputError, ModelError
 from tests.models.conversations import CASES, ODD, SQUARE
-from tests.models.families import FamilyChecks, opened, token_errors
+from tests.models.families import LARGE_SIZES, FamilyChecks, Made, check_settings, opened, token_errors
 from tests.models.random_models import save_random_model
 
 SIDE, PATCH, TOKENS = 32, 8, 16
@@ -119,6 +122,24 @@ class TestPaliGemma2(PaliGemmaChecks):
         ):
             with pytest.raises(InputError, match=problem):
                 original.family.encode(original.processor, [sample])
+
+    @pytest.mark.parametrize("changes", [{}, {"resample": 2}, {"do_normalize": False}], ids=str)
+    def test_the_picture_graph_of_released_models(
+        self, original: LoadedModel, changes: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """256 tokens of 224 pixels."""
+        family = load_family(original.source)
+        family.config.vision_config.image_size, family.config.vision_config.patch_size = 224, 14
+        image_processor = SiglipImageProcessorPil(size={"height": 224, "width": 224}, **changes)
+        processor = replace(original.processor, image_processor=image_processor)
+        check_settings(family, processor, tmp_path, LARGE_SIZES)
+        nearest = replace(processor, image_processor=SiglipImageProcessorPil(resample=0))
+        assert family.picture_graph(nearest) is None
+
+    def test_a_prompt_beyond_the_window_is_refused_without_transformers(self, made: Made) -> None:
+        prompts = FolderPrompts(made.onnx, made.engine.manifest)
+        with pytest.raises(InputError, match="graphs of this model take 559"):
+            prompts.read([Turn("user", "is there a red shape in the image? " * 70)], [])
 
 
 class TestPaliGemma(PaliGemmaChecks):

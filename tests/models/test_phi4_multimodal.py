@@ -35,7 +35,7 @@ from qe_edge.runtime.picture_limits import warn_of_pictures
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import InputError, ModelError, QENotice
 from tests.models.conversations import CASES, SQUARE, noise
-from tests.models.families import PICTURE_SIZES, TOKENS, FamilyChecks, Made
+from tests.models.families import LARGE_SIZES, PICTURE_SIZES, TOKENS, FamilyChecks, Made, check_settings
 from tests.models.model_files import copy_files, edit
 from tests.models.random_models import save_random_model
 from tests.models.real_processors import image_class, torch_alone
@@ -201,6 +201,23 @@ class TestPhi4Multimodal(FamilyChecks):
             assert set(ours) - set(inputs) == {"position_ids"}
             for name, value in ours.items():
                 assert name == "position_ids" or torch.equal(inputs[name].to(value.dtype), value), (case, name)
+
+    @pytest.mark.parametrize(("most", "refused"), [(1, 2), (5, 1), (36, 1)])
+    def test_the_picture_graph_of_other_grids(
+        self, original: LoadedModel, most: int, refused: int, tmp_path: Path
+    ) -> None:
+        processor = replace(
+            original.processor, image_processor=Phi4MultimodalImageProcessorPil(**{**SETTINGS, "dynamic_hd": most})
+        )
+        assert check_settings(load_family(original.source), processor, tmp_path) == refused
+
+    def test_the_picture_graph_of_released_models(self, original: LoadedModel, tmp_path: Path) -> None:
+        family = load_family(original.source)
+        for key in ("crop_size", "image_size"):
+            setattr(family.config.vision_config, key, 448)
+        family.config.rope_parameters["original_max_position_embeddings"] = 1 << 17
+        processor = replace(original.processor, image_processor=Phi4MultimodalImageProcessorPil())
+        assert check_settings(family, processor, tmp_path, (*LARGE_SIZES, (5, 3000))) == 1
 
     def test_crops_of_the_real_size(self, tmp_path: Path) -> None:
         """The features of a picture, and of a column with an odd number of patches; no tensor holds scores."""
