@@ -1,5 +1,7 @@
 """`preprocess.onnx` against the image processors that it stands for, with the settings of released models.
 
+LFM2-VL and Phi-4-multimodal have an image processor of ours, which tests compare with transformers' own.
+
     python benchmarks/picture_graphs.py
 
 For every family: how many pictures of noise come out the same to the last bit, the time for 1920 x 1080 pixels as a
@@ -31,11 +33,11 @@ IMAGE_TOKEN, MARK, TOKENS = 0, 1, 64  # of families that name their tiles; ids d
 
 @dataclass(frozen=True)
 class Family:
-    """An image processor, its graph, and the array `pixel_values` that it makes of a PIL image."""
+    """An image processor, its graph, and the `pixel_values` of every run that it makes of a PIL image."""
 
     processor: Any
     graph: Any
-    wanted: Callable[[Image.Image], np.ndarray]
+    wanted: Callable[[Image.Image], list[np.ndarray]]
 
 
 def main() -> None:
@@ -59,9 +61,9 @@ def qwen2_vl() -> Family:
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})
     graph = picture_graph(processor, IMAGE_TOKEN, lambda *_: {})
 
-    def wanted(image: Image.Image) -> np.ndarray:
+    def wanted(image: Image.Image) -> list[np.ndarray]:
         values: np.ndarray = processor(images=[image], return_tensors="np")["pixel_values"]
-        return values.reshape(-1, 4, values.shape[-1])
+        return [values.reshape(-1, 4, values.shape[-1])]
 
     return Family(processor, graph, wanted)
 
@@ -77,7 +79,7 @@ def internvl() -> Family:
     return Family(
         processor,
         graph,
-        lambda image: np.asarray(processor(images=[image], return_tensors="np", crop_to_patches=True)["pixel_values"]),
+        lambda image: [processor(images=[image], return_tensors="np", crop_to_patches=True)["pixel_values"]],
     )
 
 
@@ -94,7 +96,7 @@ def smolvlm() -> Family:
 
     graph = picture_graph(processor, tile_ids, IMAGE_TOKEN, TOKENS)
     return Family(
-        processor, graph, lambda image: np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
+        processor, graph, lambda image: [np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])]
     )
 
 
@@ -109,8 +111,80 @@ def gemma3() -> Family:
     return Family(
         processor,
         graph,
-        lambda image: np.asarray(processor(images=[image], return_tensors="np", do_pan_and_scan=False)["pixel_values"]),
+        lambda image: [processor(images=[image], return_tensors="np", do_pan_and_scan=False)["pixel_values"]],
     )
+
+
+def paligemma() -> Family:
+    """PaliGemma: one square of 224."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    from qe_edge.models.tile_pictures import single_tile
+
+    processor: Any = SiglipImageProcessorPil(size={"height": 224, "width": 224})
+    graph = single_tile(processor, [IMAGE_TOKEN] * 256, IMAGE_TOKEN)
+    return Family(processor, graph, lambda image: [processor(images=[image], return_tensors="np")["pixel_values"]])
+
+
+def lfm2_vl() -> Family:
+    """LFM2-VL: up to 10 tiles of 512, and the whole of at most 256 tokens."""
+    from transformers import AutoConfig
+
+    from qe_edge.models.lfm2_vl import Lfm2VL
+    from qe_edge.models.lfm2_vl_pictures import picture_graph
+    from qe_edge.models.lfm2_vl_processor import Lfm2VlImageProcessorPil
+
+    processor = Lfm2VlImageProcessorPil()
+
+    def tile_ids(rows: int, columns: int) -> list[int]:
+        return ([MARK] + [IMAGE_TOKEN] * 256) * (rows * columns + 1) + [MARK]
+
+    graph = picture_graph(processor, tile_ids, IMAGE_TOKEN, side=16)
+    family = Lfm2VL(AutoConfig.for_model("lfm2_vl"))
+    return Family(processor, graph, lambda image: runs_of(family, processor(images=[image])))
+
+
+def minicpmv4_6() -> Family:
+    """MiniCPM-V 4.6: up to 9 slices of about 448 x 448, and the whole."""
+    from transformers import MiniCPMV4_6Config
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+    from qe_edge.models.minicpmv4_6 import MiniCPMV46
+    from qe_edge.models.minicpmv4_6_pictures import picture_graph
+    from qe_edge.models.minicpmv4_6_slices import Slices
+    from qe_edge.models.minicpmv4_6_tokens import SliceTokens
+
+    processor = MiniCPMV4_6ImageProcessorPil()
+    tokens = SliceTokens([MARK], [[MARK]] * 3, [[MARK]] * 2, IMAGE_TOKEN, most=9)
+    family, slices = MiniCPMV46(MiniCPMV4_6Config()), Slices(processor)
+    graph = picture_graph(processor, tokens, steps=len(family.joined))
+    return Family(processor, graph, lambda image: runs_of(family, slices(images=[image])))
+
+
+def phi4_multimodal() -> Family:
+    """Phi-4-multimodal: up to 36 crops of 448, and the whole in one."""
+    from qe_edge.models.phi4_multimodal_pictures import picture_graph
+    from qe_edge.models.phi4_multimodal_processor import SMALLEST, Phi4MultimodalImageProcessorPil
+
+    processor = Phi4MultimodalImageProcessorPil()
+    graph = picture_graph(processor, IMAGE_TOKEN, side=16)
+
+    def wanted(image: Image.Image) -> list[np.ndarray]:
+        layout = processor.layout(image.height, image.width)
+        if min(layout.height, layout.width) < SMALLEST:  # refused
+            return []
+        return [processor(images=[image])["pixel_values"]]
+
+    return Family(processor, graph, wanted)
+
+
+def runs_of(family: Any, prepared: dict[str, np.ndarray]) -> list[np.ndarray]:  # noqa: ANN401 - one of several
+    """`pixel_values` of every run of the visual encoder for a prepared picture."""
+    from qe_edge.models.family import Encoded
+
+    empty = np.zeros((1, 0), np.int64)
+    encoded = Encoded(empty, empty, empty.astype(bool), empty.astype(bool), prepared)
+    return [run["pixel_values"] for run in family.visual_feeds(encoded)]
 
 
 BUILDERS: dict[str, Callable[[], Family]] = {
@@ -118,6 +192,10 @@ BUILDERS: dict[str, Callable[[], Family]] = {
     "InternVL": internvl,
     "SmolVLM": smolvlm,
     "Gemma 3": gemma3,
+    "PaliGemma": paligemma,
+    "LFM2-VL": lfm2_vl,
+    "MiniCPM-V 4.6": minicpmv4_6,
+    "Phi-4-multimodal": phi4_multimodal,
 }
 
 
@@ -129,7 +207,8 @@ def compare(name: str) -> tuple[int, float]:
     equal = 0
     for size in SIZES:
         pixels = generator.integers(0, 256, (*size, 3), np.uint8)
-        equal += np.array_equal(run(pixels), family.wanted(Image.fromarray(pixels)))
+        found, wanted = run(pixels), family.wanted(Image.fromarray(pixels))
+        equal += len(found) == len(wanted) and all(map(np.array_equal, found, wanted))
     pixels = generator.integers(0, 256, (*TIMED, 3), np.uint8)
     image = Image.fromarray(pixels)
     times: tuple[list[float], list[float]] = ([], [])
@@ -151,16 +230,24 @@ def peak_memory(name: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def opened(family: Family) -> Callable[[np.ndarray], np.ndarray]:
-    """The graph in ONNX Runtime on one thread, as engines open it: uint8 pixels to `pixel_values`."""
+def opened(family: Family) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """The graph in ONNX Runtime on one thread, as engines open it: uint8 pixels to `pixel_values` of every run."""
     from qe_edge.export.exporter import IR_VERSION
-    from qe_edge.export.preprocessing import write_picture_graph
+    from qe_edge.export.preprocessing import joined_runs, write_picture_graph
+    from qe_edge.runtime.folder_prompts import TOKENS as TOKEN_OUTPUTS
+    from qe_edge.runtime.folder_prompts import visual_runs
     from qe_edge.runtime.sessions import OrtSession
 
     with tempfile.TemporaryDirectory() as scratch:
         entry = write_picture_graph(family.graph, Path(scratch), IR_VERSION)
         session = OrtSession(Path(scratch), entry, accuracy_level=0, threads=1, frugal=True)
-    return lambda pixels: np.asarray(session.run({"image": pixels})["pixel_values"])
+
+    def run(pixels: np.ndarray) -> list[np.ndarray]:
+        outputs = {name: np.asarray(value) for name, value in session.run({"image": pixels}).items()}
+        refused = not len(outputs[TOKEN_OUTPUTS[0]])
+        return [] if refused else [found["pixel_values"] for found in joined_runs(visual_runs(outputs))]
+
+    return run
 
 
 def in_process(function: Callable[[str], Any], name: str) -> Any:  # noqa: ANN401 - the function's own

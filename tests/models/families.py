@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
@@ -85,6 +85,13 @@ def opened(out: Path) -> Made:
     build_engines(out / "onnx", out / "cpu", "cpu")
     engine, built = (VisionLanguageEngine.load(out / name, threads=1) for name in ("onnx", "cpu"))
     return Made(loaded, engine, built, out / "checkpoint", out / "onnx")
+
+
+def export_of(write: Callable[[Path], Path], folder: Path) -> None:
+    """A folder with a model, its checkpoint in W4A16 and its graphs."""
+    recipe = make_recipe(method="rtn", scheme="w4a16", calibration={"source": "demo", "samples": 2})
+    save_quantized(*quantize(str(write(folder / "model")), recipe), folder / "checkpoint")
+    export_model(folder / "checkpoint", folder / "onnx")
 
 
 def check_picture_graph(

@@ -1,0 +1,66 @@
+"""Families whose pictures become images of several sizes, are numbered, or are refused: C++ answers as Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qe_edge.models.samples import Sample, Turn
+from qe_edge.runtime.engine import VisionLanguageEngine
+from test_answers import NEW, ROOT, Runner, asked, python_ids
+
+MAKE = """
+import importlib, pathlib, sys
+from tests.models.families import export_of
+export_of(importlib.import_module("tests.models.test_" + sys.argv[1]).write, pathlib.Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module", params=["minicpmv4_6", "lfm2_vl", "phi4_multimodal"])
+def pictured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pictured")
+    subprocess.run([sys.executable, "-c", MAKE, request.param, str(out)], cwd=ROOT, check=True)
+    return out / "onnx"
+
+
+def test_questions_about_pictures_are_answered_as_in_python(
+    build: Path, pictured: Path, onnxruntime: Path, tmp_path: Path
+) -> None:
+    engine = VisionLanguageEngine.load(pictured, threads=1)
+    runner = Runner(build / "tests/answer", pictured, onnxruntime, tmp_path)
+    source = np.random.default_rng(0)
+    small, large, wide = (source.integers(0, 256, (*size, 3), np.uint8) for size in ((30, 40), (203, 117), (60, 300)))
+    samples = [
+        Sample(None, "what color is it?"),
+        Sample(small, "what is it?"),
+        Sample(large, "what is it?"),
+        Sample((large, small, wide), "what differs?"),
+        Sample((wide, large), "and here?", earlier=(Turn("user", "a shape?", (2,)), Turn("assistant", "yes"))),
+    ]
+    requests = []
+    for sample in samples:
+        shown = iter(sample.pictures)
+        messages = []
+        for turn in sample.conversation:
+            parts: list[object] = []
+            start = 0
+            for mark in turn.marks:
+                parts += [turn.text[start:mark], runner.picture(next(shown))]  # type: ignore[arg-type] # arrays alone
+                start = mark
+            messages.append(asked(*parts, turn.text[start:], role=turn.role))
+        requests.append({"turns": [messages], "options": {"max_new_tokens": NEW}})
+    found = runner(requests)
+    assert [answer["answers"][0]["ids"] for answer in found] == [python_ids(engine, sample) for sample in samples]
+
+
+def test_a_picture_that_the_graph_refuses_is_named(
+    build: Path, pictured: Path, onnxruntime: Path, tmp_path: Path
+) -> None:
+    runner = Runner(build / "tests/answer", pictured, onnxruntime, tmp_path)
+    narrow = runner.picture(np.zeros((3, 900, 3), np.uint8))
+    (found,) = runner([{"turns": [[asked(narrow, "what?")]], "options": {"max_new_tokens": 1}}])
+    refused = "too narrow for the model" in found.get("error", "")
+    assert refused == ("phi4" in (pictured / "config.json").read_text())
