@@ -178,6 +178,19 @@ def phi4_multimodal() -> Family:
     return Family(processor, graph, wanted)
 
 
+def llava_onevision() -> Family:
+    """LLaVA-OneVision: up to 36 tiles of 384 of a prompt's only picture, and an overview."""
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    from qe_edge.models.llava_onevision_pictures import picture_graph
+
+    processor: Any = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    graph = picture_graph(processor, IMAGE_TOKEN, side=27, most=9)
+    return Family(
+        processor, graph, lambda image: [np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])]
+    )
+
+
 def runs_of(family: Any, prepared: dict[str, np.ndarray]) -> list[np.ndarray]:  # noqa: ANN401 - one of several
     """`pixel_values` of every run of the visual encoder for a prepared picture."""
     from qe_edge.models.family import Encoded
@@ -193,6 +206,7 @@ BUILDERS: dict[str, Callable[[], Family]] = {
     "SmolVLM": smolvlm,
     "Gemma 3": gemma3,
     "PaliGemma": paligemma,
+    "LLaVA-OneVision": llava_onevision,
     "LFM2-VL": lfm2_vl,
     "MiniCPM-V 4.6": minicpmv4_6,
     "Phi-4-multimodal": phi4_multimodal,
@@ -233,7 +247,7 @@ def peak_memory(name: str) -> float:
 def opened(family: Family) -> Callable[[np.ndarray], list[np.ndarray]]:
     """The graph in ONNX Runtime on one thread, as engines open it: uint8 pixels to `pixel_values` of every run."""
     from qe_edge.export.exporter import IR_VERSION
-    from qe_edge.export.preprocessing import joined_runs, write_picture_graph
+    from qe_edge.export.preprocessing import joined_runs, run_picture_graph, write_picture_graph
     from qe_edge.runtime.folder_prompts import TOKENS as TOKEN_OUTPUTS
     from qe_edge.runtime.folder_prompts import visual_runs
     from qe_edge.runtime.sessions import OrtSession
@@ -243,7 +257,7 @@ def opened(family: Family) -> Callable[[np.ndarray], list[np.ndarray]]:
         session = OrtSession(Path(scratch), entry, accuracy_level=0, threads=1, frugal=True)
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
-        outputs = {name: np.asarray(value) for name, value in session.run({"image": pixels}).items()}
+        outputs = run_picture_graph(session, entry, pixels)
         refused = not len(outputs[TOKEN_OUTPUTS[0]])
         return [] if refused else [found["pixel_values"] for found in joined_runs(visual_runs(outputs))]
 

@@ -21,7 +21,7 @@ from qe_edge.export.signature import tensor_spec
 from qe_edge.models.family import Encoded, ModelFamily, Sample
 from qe_edge.models.images import MAX_PIXELS
 from qe_edge.models.loading import LoadedModel
-from qe_edge.models.picture_graphs import IMAGE, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS, PictureGraph
+from qe_edge.models.picture_graphs import IMAGE, PICTURES, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS, PictureGraph
 from qe_edge.runtime.folder_prompts import PIXELS, visual_runs
 from qe_edge.runtime.graph_specs import PictureEntry, PictureLabel
 from qe_edge.runtime.sessions import OrtSession
@@ -71,25 +71,52 @@ def write_preprocessing(loaded: LoadedModel, folder: Path, ir_version: int) -> P
     generator = np.random.default_rng(0)
     for height, width in PROOFS:
         image = generator.integers(0, 256, (height, width, 3), np.uint8)
-        computed = {name: np.asarray(value) for name, value in session.run({IMAGE: image}).items()}
-        encoded = loaded.family.encode(loaded.processor, [Sample(image, QUESTION)])
-        differing = first_difference(computed, loaded.family, encoded)
-        if differing is not None:
-            raise ModelError(
-                f"The graph that prepares pictures gives another '{differing}' than the model's image processor for a "
-                f"picture of {width} x {height}.",
-                "Use the versions of pillow, transformers and onnxruntime in constraints.txt.",
-            )
+        for count in (1, 2) if entry.counts_pictures else (1,):
+            computed = run_picture_graph(session, entry, image, count)
+            encoded = loaded.family.encode(loaded.processor, [Sample([image] * count, QUESTION)])
+            differing = first_difference(computed, loaded.family, encoded, count)
+            if differing is not None:
+                raise ModelError(
+                    f"The graph that prepares pictures gives another '{differing}' than the model's image processor "
+                    f"for a picture of {width} x {height}.",
+                    "Use the versions of pillow, transformers and onnxruntime in constraints.txt.",
+                )
     return entry
 
 
-def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encoded: Encoded) -> str | None:
+def run_picture_graph(
+    session: OrtSession, entry: PictureEntry, image: np.ndarray, count: int = 1
+) -> dict[str, np.ndarray]:
+    """Outputs of the graph by name.
+
+    Args:
+        session: The graph.
+        entry: Its entry in the manifest.
+        image: uint8 `[height, width, 3]`.
+        count: How many pictures the prompt has.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> entry = write_picture_graph(loaded.family.picture_graph(loaded.processor), Path(), ir_version=10)
+        >>> session = OrtSession(Path(), entry, accuracy_level=0, threads=1)
+        >>> run_picture_graph(session, entry, np.zeros((64, 48, 3), np.uint8))["placeholder_ids"].shape
+        (6,)
+    """
+    feeds = {IMAGE: image, **({PICTURES: np.array(count, np.int64)} if entry.counts_pictures else {})}
+    return {name: np.asarray(value) for name, value in session.run(feeds).items()}
+
+
+def first_difference(
+    computed: dict[str, np.ndarray], family: ModelFamily, encoded: Encoded, count: int = 1
+) -> str | None:
     """The first output of the graph that differs from the family's own arrays for a prompt with one picture.
 
     Args:
         computed: Outputs of the graph by name.
         family: The family.
         encoded: The prompt, a batch of 1.
+        count: How often the prompt has the picture.
 
     Returns:
         Its name; None if all are equal to the last bit.
@@ -105,7 +132,7 @@ def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encod
         >>> first_difference(computed, loaded.family, encoded) is None
         True
     """
-    runs, wanted = joined_runs(visual_runs(computed)), family.visual_feeds(encoded)
+    runs, wanted = joined_runs(visual_runs(computed)), own_runs(family, encoded, count)
     if len(runs) != len(wanted):
         return "pixel_values"
     for one, other in zip(runs, wanted, strict=True):
@@ -114,7 +141,7 @@ def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encod
                 return name
     ids, places = computed[PLACEHOLDER_IDS], computed[PLACEHOLDER_POSITIONS]
     features = ids == family.image_token_id
-    if features.sum() != encoded.image_mask.sum():
+    if count * features.sum() != encoded.image_mask.sum():
         return PLACEHOLDER_IDS
     start = int(encoded.image_mask[0].argmax()) - int(features.argmax())
     stop = start + len(ids)
@@ -125,6 +152,22 @@ def first_difference(computed: dict[str, np.ndarray], family: ModelFamily, encod
     following = relative[:, -1] == places.max() + 1
     same = places.shape[0] == len(positions) and np.array_equal(relative[:, :-1], places) and following.all()
     return None if same else PLACEHOLDER_POSITIONS
+
+
+def own_runs(family: ModelFamily, encoded: Encoded, count: int = 1) -> list[dict[str, np.ndarray]]:
+    """The family's inputs of the visual encoder for the first of `count` equal pictures, which it runs together.
+
+    Example:
+        >>> from qe_edge.models.loading import load_model
+        >>> loaded = load_model("demo")
+        >>> encoded = loaded.family.encode(loaded.processor, [Sample(np.zeros((64, 48, 3), np.uint8), QUESTION)])
+        >>> [run["pixel_values"].shape for run in own_runs(loaded.family, encoded)]
+        [(6, 4, 1176)]
+    """
+    runs = family.visual_feeds(encoded)
+    if count == 1:
+        return runs
+    return [{name: array[: len(array) // count] for name, array in run.items()} for run in runs]
 
 
 def write_picture_graph(found: PictureGraph, folder: Path, ir_version: int) -> PictureEntry:
@@ -138,13 +181,14 @@ def write_picture_graph(found: PictureGraph, folder: Path, ir_version: int) -> P
         ('image', 'uint8', ('height', 'width', 3))
     """
     outputs = list(found.outputs.values())
-    graph = ir.Graph([found.image], outputs, nodes=found.nodes, opset_imports={"": OPSET}, name="preprocess")
+    inputs = [found.image, *found.further]
+    graph = ir.Graph(inputs, outputs, nodes=found.nodes, opset_imports={"": OPSET}, name="preprocess")
     model = ir.Model(graph, ir_version=ir_version, producer_name="qe-edge", producer_version=VERSION)
     ir.save(model, folder / PREPROCESS)
     onnx.checker.check_model(str(folder / PREPROCESS), full_check=True)
     return PictureEntry(
         file=PREPROCESS,
-        inputs=(tensor_spec(found.image),),
+        inputs=tuple(tensor_spec(value) for value in inputs),
         outputs=tuple(tensor_spec(value) for value in outputs),
         placeholder_id=found.placeholder,
         max_pixels=MAX_PIXELS,

@@ -32,9 +32,11 @@ from qe_edge.system.lazy import lazy_module
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from qe_edge.models import llava_onevision_graphs
+    from qe_edge.models import llava_onevision_graphs, llava_onevision_pictures
+    from qe_edge.models.picture_graphs import PictureGraph
 else:
     llava_onevision_graphs = lazy_module("qe_edge.models.llava_onevision_graphs")
+    llava_onevision_pictures = lazy_module("qe_edge.models.llava_onevision_pictures")
 
 LIMIT = "anyres_max_"  # how the setting begins that says when a picture is scaled down
 
@@ -166,6 +168,11 @@ class LlavaOnevision(ModelFamily):
             {"pixel_values": run.tiles, "token_places": run.tokens.places, "token_weights": run.tokens.weights}
             for run in seen_in_order(films, list(pictures), videos, self._side**2)
         ]
+
+    def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
+        """The overview and tiles of the only picture, or the one tile of one of several, and their tokens."""
+        found = llava_onevision_pictures.picture_graph
+        return found(processor.image_processor, self.config.image_token_id, self._side, self._most)
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:
         """Visual encoder over tiles, projector over tokens, decoder with positions `[batch, sequence]`."""

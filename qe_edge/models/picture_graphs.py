@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qe_edge.models.graph_nodes import Nodes
 
-IMAGE = "image"
+IMAGE, PICTURES = "image", "pictures"
 PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS = "placeholder_ids", "placeholder_positions"
 Size = int | str
 EVERY = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 1, 3))  # every value of every channel
@@ -33,6 +33,7 @@ class PictureGraph:
         whole: Whether the family's `graph_mask` is 2 on a whole prompt.
         first_position: Position of a prompt's first token.
         max_prompt: Most tokens of a prompt that the graphs take.
+        further: Inputs besides the picture: none, or that of `pictures_input`.
     """
 
     nodes: list[ir.Node]
@@ -45,6 +46,7 @@ class PictureGraph:
     whole: bool = False
     first_position: int = 0
     max_prompt: int | None = None
+    further: tuple[ir.Value, ...] = ()
 
 
 def picture_input() -> ir.Value:
@@ -55,6 +57,16 @@ def picture_input() -> ir.Value:
         Value(name='image', type=Tensor(UINT8), shape=Shape([SymbolicDim('height'), SymbolicDim('width'), 3]))
     """
     return ir.Value(name=IMAGE, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(["height", "width", 3]))
+
+
+def pictures_input() -> ir.Value:
+    """A second input, of a family whose pictures depend on how many a prompt has: their number.
+
+    Example:
+        >>> pictures_input()
+        Value(name='pictures', type=Tensor(INT64), shape=Shape([]))
+    """
+    return ir.Value(name=PICTURES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
 
 
 def output(value: ir.Value, dtype: ir.DataType, *sizes: Size) -> ir.Value:

@@ -216,12 +216,20 @@ class VisionLanguageEngine(LanguageEngine):
 
     def features(self, encoded: Encoded) -> np.ndarray | None:
         """Image features `[features, hidden]` of a batch, None without pictures."""
-        return self.merger(self.visual(encoded)) if encoded.pixels else None
+        if not encoded.pixels:
+            return None
+        runs = self._seen(encoded)
+        alike = len({hidden.shape[1:] for hidden in runs}) == 1
+        return np.concatenate([self.merger(hidden) for hidden in ([np.concatenate(runs)] if alike else runs)])
 
     def visual(self, encoded: Encoded) -> np.ndarray:
-        """Output of the visual encoder for all pictures of a batch."""
+        """Output of the visual encoder for all pictures of a prompt, or of a batch whose tokens are made alike."""
+        return np.concatenate(self._seen(encoded))
+
+    def _seen(self, encoded: Encoded) -> list[np.ndarray]:
+        """Outputs of the visual encoder's runs."""
         runs = [self._sessions["visual"].run(feeds).values() for feeds in self.family.visual_feeds(encoded)]
-        return np.concatenate([np.asarray(hidden) for (hidden,) in runs])
+        return [np.asarray(hidden) for (hidden,) in runs]
 
     def merger(self, hidden: np.ndarray) -> np.ndarray:
         """Image features `[features, hidden]` of the visual encoder's output."""

@@ -80,10 +80,9 @@ class FolderModel:
         `FolderModel(folder, read_manifest(folder)).encode(processor, [Sample("a.png", "what is it?")])`
     """
 
-    pictures_stand_alone = True
-
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._prompts = FolderPrompts(folder, manifest)
+        self.pictures_stand_alone = not self._prompts.counts_pictures
         self._pad = manifest.pad_token_id
         self.processor = VisionLanguageProcessor(FolderTokenizer(folder / TOKENIZER), self._prepare)
 
@@ -139,12 +138,14 @@ class FolderModel:
         if sample.videos:
             raise InputError("Without transformers, an engine reads no videos.", REMEDY)
         opened = [open_image(picture) for picture in sample.pictures]
-        return self._prompts.filled(sample.conversation, [processor.image_processor(images=[one]) for one in opened])
+        beside = {} if self.pictures_stand_alone else {"count": len(opened)}
+        prepared = [processor.image_processor(images=[one], **beside) for one in opened]
+        return self._prompts.filled(sample.conversation, prepared)
 
-    def _prepare(self, *, images: list[Image.Image]) -> dict[str, Any]:
+    def _prepare(self, *, images: list[Image.Image], count: int = 1) -> dict[str, Any]:
         """As transformers' image processors are called; tokens come as lists, which are kept when pixels are not."""
         (picture,) = images
-        prepared = self._prompts.prepared(np.asarray(picture))
+        prepared = self._prompts.prepared(np.asarray(picture), count)
         return {name: array.tolist() if name in TOKENS else array for name, array in prepared.items()}
 
 

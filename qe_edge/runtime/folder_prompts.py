@@ -18,7 +18,7 @@ from qe_edge.models.images import check_size
 from qe_edge.models.samples import Turn
 from qe_edge.models.texts import shortened
 from qe_edge.runtime.chat_segments import Piece, read_chat
-from qe_edge.runtime.graph_specs import PictureEntry, PictureLabel
+from qe_edge.runtime.graph_specs import IMAGE, PICTURES, PictureEntry, PictureLabel
 from qe_edge.runtime.manifest import Manifest
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import ArtifactError, InputError
@@ -86,10 +86,19 @@ class FolderPrompts:
             InputError: If the folder has no graph for pictures, or they are too large or too narrow, or the template or
                 the tokenizer cannot read the turns.
         """
-        return self.filled(turns, [self.prepared(picture) for picture in pictures])
+        return self.filled(turns, [self.prepared(picture, len(pictures)) for picture in pictures])
 
-    def prepared(self, picture: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs of `preprocess.onnx` for one picture, uint8 `[height, width, 3]`.
+    @property
+    def counts_pictures(self) -> bool:
+        """Whether a picture becomes something else beside other pictures."""
+        return self._picture is not None and self._picture.counts_pictures
+
+    def prepared(self, picture: np.ndarray, count: int = 1) -> dict[str, np.ndarray]:
+        """Outputs of `preprocess.onnx` for one picture.
+
+        Args:
+            picture: uint8 `[height, width, 3]`.
+            count: How many pictures the prompt has.
 
         Raises:
             InputError: If the folder has no graph for pictures, or this one is too large or too narrow.
@@ -99,7 +108,8 @@ class FolderPrompts:
                 "No graph prepares pictures for this model.", "Use Python with the model's own image processor."
             )
         _check_picture(picture, self._picture)
-        prepared = {name: np.asarray(value) for name, value in self._session.run({"image": picture}).items()}
+        feeds = {IMAGE: picture, **({PICTURES: np.array(count, np.int64)} if self.counts_pictures else {})}
+        prepared = {name: np.asarray(value) for name, value in self._session.run(feeds).items()}
         if not len(prepared[TOKENS[0]]):
             height, width = picture.shape[:2]
             raise InputError(f"A picture of {width} x {height} is too narrow for the model.", "Crop the picture.")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["float32", "float16", "int64", "uint8"]
 Dimension = int | str
+IMAGE, PICTURES = "image", "pictures"  # inputs of the graph that prepares a picture
 
 
 class Strict(BaseModel):
@@ -69,6 +70,7 @@ class PictureLabel(Strict):
 class PictureEntry(GraphFile):
     """The graph that prepares one picture; it runs in ONNX Runtime on the CPU, whatever the target.
 
+    Its inputs are the picture and, where pictures depend on how many a prompt has, that number.
     The visual encoder runs once for the outputs with its inputs' names, once more for those that end in ".2", and so
     on. A run without any `pixel_values` is left out. A picture without `placeholder_ids` is one that the model refuses,
     because it is too narrow.
@@ -95,6 +97,11 @@ class PictureEntry(GraphFile):
     whole: bool = False
     first_position: int = Field(0, ge=0, le=1)
     max_prompt: int | None = Field(None, ge=1)
+
+    @property
+    def counts_pictures(self) -> bool:
+        """Whether a picture becomes something else beside other pictures."""
+        return any(spec.name == PICTURES for spec in self.inputs)
 
     @model_validator(mode="after")
     def _one_mask(self) -> PictureEntry:

@@ -1,4 +1,4 @@
-"""Families whose pictures become images of several sizes, are numbered, or are refused: C++ answers as Python."""
+"""Pictures of several sizes, with a number, refused ones, and ones that others change: C++ answers as Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ export_of(importlib.import_module("tests.models.test_" + sys.argv[1]).write, pat
 """
 
 
-@pytest.fixture(scope="module", params=["minicpmv4_6", "lfm2_vl", "phi4_multimodal"])
+@pytest.fixture(scope="module", params=["minicpmv4_6", "lfm2_vl", "phi4_multimodal", "llava_onevision"])
 def pictured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pictured")
     subprocess.run([sys.executable, "-c", MAKE, request.param, str(out)], cwd=ROOT, check=True)
@@ -54,6 +54,20 @@ def test_questions_about_pictures_are_answered_as_in_python(
         requests.append({"turns": [messages], "options": {"max_new_tokens": NEW}})
     found = runner(requests)
     assert [answer["answers"][0]["ids"] for answer in found] == [python_ids(engine, sample) for sample in samples]
+
+
+def test_a_second_picture_comes_in_a_later_turn(build: Path, pictured: Path, onnxruntime: Path, tmp_path: Path) -> None:
+    """It may change what the first one becomes."""
+    runner = Runner(build / "tests/answer", pictured, onnxruntime, tmp_path)
+    source = np.random.default_rng(1)
+    first, second = (runner.picture(source.integers(0, 256, (*size, 3), np.uint8)) for size in ((203, 117), (60, 300)))
+    options = {"max_new_tokens": 3}
+    told, then = [asked(first, "what is it?")], [asked(second, "and this?")]
+    (kept,) = runner([{"turns": [told, then], "options": options}])
+    history = [*told, asked(kept["answers"][0]["text"], role="assistant"), *then]
+    (whole,) = runner([{"turns": [history], "options": options}])
+    assert kept["answers"][1]["ids"] == whole["answers"][0]["ids"]
+    assert kept["answers"][1]["prompt"] == whole["answers"][0]["prompt"]
 
 
 def test_a_picture_that_the_graph_refuses_is_named(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import IR_VERSION, export_model
-from qe_edge.export.preprocessing import first_difference, joined_runs, write_picture_graph
+from qe_edge.export.preprocessing import first_difference, joined_runs, own_runs, run_picture_graph, write_picture_graph
 from qe_edge.layers.linear import quantized_linears
 from qe_edge.models.family import Block, ModelFamily, Sample
 from qe_edge.models.images import open_image
@@ -112,14 +112,17 @@ def check_picture_graph(
                 family.encode(processor, [sample])
             refused += 1
             continue
-        computed = {name: np.asarray(value) for name, value in session.run({"image": image}).items()}
+        computed = run_picture_graph(session, entry, image)
         if not len(computed["placeholder_ids"]):
             with pytest.raises(InputError, match="cannot be prepared"):
                 family.encode(processor, [sample])
             refused += 1
             continue
-        differing = first_difference(computed, family, family.encode(processor, [sample]))
-        assert differing is None, (height, width, differing)
+        for count in (1, 2) if entry.counts_pictures else (1,):
+            computed = run_picture_graph(session, entry, image, count)
+            encoded = family.encode(processor, [Sample([image] * count, "what?")])
+            differing = first_difference(computed, family, encoded, count)
+            assert differing is None, (height, width, count, differing)
     return refused
 
 
@@ -320,8 +323,9 @@ class FamilyChecks:
             assert np.array_equal(found.image_mask, encoded.image_mask)
             assert np.array_equal(found.positions, engine.family.position_ids(encoded))
             assert np.array_equal(found.numbers, engine.family.graph_mask(encoded))
-            alone = [engine.encode([Sample(picture, "?")]) for picture in sample.pictures]
-            wanted = joined_runs([run for one in alone for run in engine.family.visual_feeds(one)])
+            count = 1 if engine.family.pictures_stand_alone else len(pictures)
+            alone = [engine.encode([Sample([picture] * count, "?")]) for picture in sample.pictures]
+            wanted = joined_runs([run for one in alone for run in own_runs(engine.family, one, count)])
             # families run the images of one size together
             for one, other in zip(joined_runs(found.feeds), wanted, strict=True):
                 assert set(one) == set(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +27,14 @@ from qe_edge.demo import model_path
 from qe_edge.models.anyres import tokens_of_frame, tokens_of_picture
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
+from qe_edge.models.llava_onevision import LlavaOnevision
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.runtime.limits import EngineLimits, check_limits, with_limits
 from qe_edge.runtime.manifest import read_manifest
 from qe_edge.runtime.picture_limits import warn_of_pictures
 from qe_edge.system.errors import InputError, ModelError, QENotice
 from tests.models.conversations import ODD, SQUARE, TALL, WIDE, noise
-from tests.models.families import SAMPLES, FamilyChecks, Made, token_errors
+from tests.models.families import LARGE_SIZES, SAMPLES, FamilyChecks, Made, check_settings, token_errors
 from tests.models.random_models import save_random_model
 from tests.models.video_checks import EVEN, UNEVEN, VideoChecks, film, video_cases
 
@@ -111,7 +113,6 @@ class TestLlavaOnevision(VideoChecks, FamilyChecks):
     video_cases = video_cases(film(5, 84, 64, 2.0), film(5, 117, 90, 3.0), film(5, 150, 60, 1.5))
     samples = (*SAMPLES, Sample((SQUARE, EVEN, ODD), "is it in the video?", "no"), Sample(UNEVEN, "what?", "red"))
     linears = {"visual": 2 * 6, "merger": 2, "language": 2 * 7}  # noqa: RUF012
-    prepares = False  # how a picture is cut depends on how many the prompt has
     test_validation = None  # type: ignore[assignment] # as of the other families of tiles, which it would repeat
 
     @pytest.fixture(scope="class")
@@ -180,6 +181,23 @@ class TestLlavaOnevision(VideoChecks, FamilyChecks):
         check_limits(EngineLimits(tiles=7), encoded, 1)
         with pytest.raises(InputError, match="7 tiles: it was built for 6"):
             check_limits(EngineLimits(tiles=6), encoded, 1)
+
+    @pytest.mark.parametrize("most", [1, 9])
+    def test_the_picture_graph_of_other_limits(self, original: LoadedModel, most: int, tmp_path: Path) -> None:
+        config = copy.deepcopy(original.model.config)
+        config.vision_aspect_ratio = f"anyres_max_{most}"
+        check_settings(LlavaOnevision(config), original.processor, tmp_path)
+
+    def test_the_picture_graph_of_released_models(self, original: LoadedModel, tmp_path: Path) -> None:
+        """Tiles of 384 pixels and up to 6 x 6 of them; and with a mean whose channels differ, beside others."""
+        config = LlavaOnevisionConfig(image_token_index=original.model.config.image_token_id)
+        half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        for settings, sizes in ((half, LARGE_SIZES), ({"resample": 2}, ((480, 640), (97, 57)))):
+            image_processor = LlavaOnevisionImageProcessorPil(**settings)
+            processor = replace(original.processor, image_processor=image_processor)
+            check_settings(LlavaOnevision(config), processor, tmp_path, sizes)
+        cropping = LlavaOnevisionImageProcessorPil(do_center_crop=True)
+        assert LlavaOnevision(config).picture_graph(replace(processor, image_processor=cropping)) is None
 
     def test_limits_count_tiles_and_their_tokens(self, made: Made) -> None:
         manifest = read_manifest(made.onnx)

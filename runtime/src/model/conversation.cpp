@@ -34,9 +34,9 @@ void CheckFits(int64_t prompt, std::optional<int64_t> fresh, int64_t context) {
 
 }  // namespace
 
-PicturePointer Conversation::Encoded(const Picture& picture) {
-  PicturePointer& known = known_[picture.key];
-  if (known == nullptr) known = std::make_shared<const PictureTokens>(core_->Encode(picture));
+PicturePointer Conversation::Encoded(const Picture& picture, size_t count) {
+  PicturePointer& known = known_[core_->PictureKey(picture, count)];
+  if (known == nullptr) known = std::make_shared<const PictureTokens>(core_->Encode(picture, count));
   return known;
 }
 
@@ -67,17 +67,28 @@ Answer::Answer(std::shared_ptr<Conversation> conversation, std::vector<Message> 
 
 Answer::~Answer() { conversation_->busy_ = false; }
 
+// Encodes the messages' pictures; and those of earlier turns again where they become something else beside others.
+void Answer::See() {
+  const Stopwatch watch(timings_.pictures);
+  pictures_ = conversation_->pictures_;
+  seen_ = conversation_->seen_;
+  size_t count = pictures_.size();
+  for (const Message& message : messages_) count += message.pictures.size();
+  if (core_.counts_pictures()) pictures_.clear();
+  for (Message& message : messages_) {
+    turns_.push_back(message.turn);
+    for (const Picture& picture : message.pictures) {
+      if (core_.counts_pictures()) seen_.push_back(picture);
+      else pictures_.push_back(conversation_->Encoded(picture, count));
+    }
+    message.pictures.clear();  // else the features are kept, not the pixels
+  }
+  for (const Picture& picture : seen_) pictures_.push_back(conversation_->Encoded(picture, count));
+}
+
 void Answer::Start() {
   turns_ = conversation_->turns_;
-  pictures_ = conversation_->pictures_;
-  {
-    const Stopwatch watch(timings_.pictures);
-    for (Message& message : messages_) {
-      turns_.push_back(message.turn);
-      for (const Picture& picture : message.pictures) pictures_.push_back(conversation_->Encoded(picture));
-      message.pictures.clear();  // the features are kept, not the pixels
-    }
-  }
+  See();
   const std::vector<TokenId> ids = text_ ? core_.tokenizer->Encode(*text_, true, true)
                                          : ChatIds(*core_.tokenizer, core_.chat.Pieces(turns_));
   prompt_ = MakePrompt(core_, ids, pictures_);
@@ -159,6 +170,7 @@ void Answer::End(Finish finish, std::string& text) {
     turns_.push_back({"assistant", answer_, {}});
     conversation_->turns_ = std::move(turns_);
     conversation_->pictures_ = std::move(pictures_);
+    conversation_->seen_ = std::move(seen_);
   }
   finish_ = finish;
 }

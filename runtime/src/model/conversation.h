@@ -42,12 +42,13 @@ class Conversation {
  private:
   friend class Answer;
 
-  PicturePointer Encoded(const Picture& picture);
+  PicturePointer Encoded(const Picture& picture, size_t count);
   std::vector<float> Read(const Prompt& prompt, int64_t answer);
 
   std::shared_ptr<const Core> core_;
   std::vector<Turn> turns_;
   std::vector<PicturePointer> pictures_;  // of the turns, in order
+  std::vector<Picture> seen_;             // the same with their pixels, where further pictures change what they become
   std::unordered_map<std::string, PicturePointer> known_;
   std::optional<Language> language_;
   std::atomic<bool> busy_{false};
@@ -74,6 +75,7 @@ class Answer {
  private:
   bool Advance(std::string& text, std::vector<int64_t>& tokens);
   void Start();
+  void See();
   bool Step(std::string& text, std::vector<int64_t>& tokens);
   void End(Finish finish, std::string& text);
 
@@ -87,6 +89,7 @@ class Answer {
   StopStrings stops_;
   std::vector<Turn> turns_;  // with the question; they become the conversation's once the answer has ended
   std::vector<PicturePointer> pictures_;
+  std::vector<Picture> seen_;
   Prompt prompt_;
   std::vector<int64_t> ids_;  // of prompt and answer
   std::vector<float> logits_;

@@ -101,11 +101,21 @@ Core::Core(const fs::path& folder, const LoadOptions& options)
   preprocess_ = backend_->Open(folder, *manifest.picture, options.threads, true);
 }
 
-PictureTokens Core::Encode(const Picture& picture) const {
+std::string Core::PictureKey(const Picture& picture, size_t count) const {
+  return counts_pictures() && count > 1 ? picture.key + " beside others" : picture.key;
+}
+
+PictureTokens Core::Encode(const Picture& picture, size_t count) const {
   if (!preprocess_) throw InputError("This model's pictures cannot be prepared in C++.", "Leave the pictures out, or use Python.");
-  const Tensors prepared = preprocess_->Run({{"image", picture.rgb}}, {});
+  Tensors inputs{{"image", picture.rgb}};
+  if (counts_pictures()) {
+    const Tensor number = Zeros("int64", {});
+    *number.As<int64_t>() = static_cast<int64_t>(count);
+    inputs.emplace("pictures", number);
+  }
+  const Tensors prepared = preprocess_->Run(inputs, {});
   const Tensor& ids = Named(prepared, "placeholder_ids", "int64", 1);
-  PictureTokens tokens{picture.key, {ids.As<int64_t>(), ids.As<int64_t>() + ids.Count()},
+  PictureTokens tokens{PictureKey(picture, count), {ids.As<int64_t>(), ids.As<int64_t>() + ids.Count()},
                        Named(prepared, "placeholder_positions", "int64", 2), {}};
   if (tokens.ids.empty()) throw InputError("A picture is too narrow for the model.", "Crop it.");
   std::vector<Tensor> hidden;

@@ -34,8 +34,14 @@ class Core {
   // Checks all files and opens the graphs; throws an Error.
   Core(const std::filesystem::path& folder, const LoadOptions& options);
 
-  // Prepares and encodes a picture.
-  PictureTokens Encode(const Picture& picture) const;
+  // Prepares and encodes a picture of a prompt that has so many.
+  PictureTokens Encode(const Picture& picture, size_t count) const;
+
+  // What a picture's tokens and features depend on.
+  std::string PictureKey(const Picture& picture, size_t count) const;
+
+  // Whether a picture becomes something else beside others.
+  bool counts_pictures() const { return manifest.picture && manifest.picture->counts_pictures; }
 
   const Manifest manifest;
   const int64_t max_context;

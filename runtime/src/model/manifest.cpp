@@ -146,6 +146,8 @@ Manifest Read(const Json& table) {
     manifest.picture->placeholder_id = Within(picture, "placeholder_id", 0, manifest.vocab_size - 1);
     manifest.picture->max_pixels = Within(picture, "max_pixels", 1, 1 << 26);
     manifest.picture->max_side = Within(picture, "max_side", 1, 1 << 16);
+    for (const TensorSpec& spec : manifest.picture->inputs)
+      manifest.picture->counts_pictures = manifest.picture->counts_pictures || spec.name == "pictures";
     if (const auto label = picture.find("label"); label != picture.end() && !label->is_null())
       manifest.picture->label = Label(*label, manifest.vocab_size);
     if (!picture.at("max_aspect").is_null()) manifest.picture->max_aspect = Within(picture, "max_aspect", 1, 1 << 16);

@@ -37,6 +37,7 @@ struct PictureFile : GraphFile {
   int64_t placeholder_id = 0, max_pixels = 0, max_side = 0;
   std::optional<int64_t> max_aspect;
   std::optional<PictureLabel> label;
+  bool counts_pictures = false;  // whether a picture becomes something else beside others: the graph has their number
 };
 
 constexpr double kMinPenalty = 0.01, kMaxPenalty = 100;  // beyond them logits in float32 overflow
