@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["float32", "float16", "int64", "uint8"]
 Dimension = int | str
+TokenId = Annotated[int, Field(ge=0)]
 IMAGE, PICTURES = "image", "pictures"  # inputs of the graph that prepares a picture
 
 
@@ -58,9 +59,9 @@ class PictureLabel(Strict):
         [90, 1, 2, 91]
     """
 
-    before: tuple[int, ...] = Field(max_length=64)
-    digits: tuple[int, ...] = Field(min_length=10, max_length=10)
-    after: tuple[int, ...] = Field(max_length=64)
+    before: tuple[TokenId, ...] = Field(max_length=64)
+    digits: tuple[TokenId, ...] = Field(min_length=10, max_length=10)
+    after: tuple[TokenId, ...] = Field(max_length=64)
 
     def ids(self, number: int) -> list[int]:
         """The tokens of one number."""
@@ -102,6 +103,13 @@ class PictureEntry(GraphFile):
     def counts_pictures(self) -> bool:
         """Whether a picture becomes something else beside other pictures."""
         return any(spec.name == PICTURES for spec in self.inputs)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token that this names."""
+        label = self.label
+        said = () if label is None else (*label.before, *label.digits, *label.after)
+        return max([self.placeholder_id, *said])
 
     @model_validator(mode="after")
     def _one_mask(self) -> PictureEntry:

@@ -162,8 +162,8 @@ class Manifest(FolderManifest):
         wanted = TEXT_ONLY if self.image_token_id is None else GRAPHS
         if set(self.graphs) != set(wanted):
             raise ValueError(f"it must list the graphs {', '.join(wanted)}")
-        if self.picture is not None and self.picture.placeholder_id >= self.vocab_size:
-            raise ValueError(f"pictures stand at token {self.picture.placeholder_id} of {self.vocab_size}")
+        if self.picture is not None and self.picture.largest_id >= self.vocab_size:
+            raise ValueError(f"pictures stand at token {self.picture.largest_id} of {self.vocab_size}")
         rules = self.generation
         ids = (rules.pad_token_id, *rules.eos_token_ids, *rules.suppress_tokens, *rules.begin_suppress_tokens)
         if max(ids) >= self.vocab_size:

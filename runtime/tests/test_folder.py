@@ -35,6 +35,11 @@ def penalize(folder: Path, value: float) -> None:
     edit_and_seal(folder, lambda table: table["generation"].update(repetition_penalty=value))
 
 
+def label(folder: Path, digits: list[int]) -> None:
+    said = {"before": [], "digits": digits, "after": []}
+    edit_and_seal(folder, lambda table: table["picture"].update(label=said))
+
+
 def take_outputs(folder: Path) -> None:
     edit_and_seal(folder, lambda table: table["graphs"]["language"].update(outputs=[]))
 
@@ -67,6 +72,8 @@ CASES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "manifest.json").write_text("{"), "is not valid JSON"),
     (lambda folder: leave_out(folder, "chat.json"), "manifest.json lists no file 'chat.json'"),
     (lambda folder: penalize(folder, 1e-50), "repetition_penalty is 0.000000"),
+    (lambda folder: label(folder, [1] * 9), "numbered without ten digits"),
+    (lambda folder: label(folder, [10**6] * 10), "names token 1000000 of a vocabulary"),
     (take_outputs, "'language.onnx' has no inputs or no outputs"),
     (lambda folder: edit(folder, "hidden_size", 128), "was changed after it was written"),
     (lambda folder: edit(folder, "format_version", 99), "has another format version than 3"),

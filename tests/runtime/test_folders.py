@@ -43,6 +43,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         manifest.write_sealed(path)
 
 
+LABEL = {"before": [1], "digits": [1] * 10, "after": [1]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -65,6 +68,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(format_version=1), "format version 1"),
         (lambda m: m.update(model_type="internvl"), "'internvl' manifest"),
         (lambda m: m["graphs"]["language"]["inputs"].pop(), "profile"),
+        (lambda m: m["picture"].update(label={**LABEL, "after": [10**6]}), "pictures stand at token 1000000"),
+        (lambda m: m["picture"].update(label={**LABEL, "digits": [1] * 9}), "picture.label.digits"),
+        (lambda m: m["picture"].update(label={**LABEL, "before": [-1]}), "picture.label.before"),
+        (lambda m: m["picture"].update(numbered=True, whole=True), "either numbers pictures or is one number"),
         (lambda m: m.update(graphs=5), "graphs"),
         (lambda m: m.update(graphs=[{}]), "graphs"),
     ],
