@@ -137,7 +137,7 @@ def lfm2_vl() -> Family:
     processor = Lfm2VlImageProcessorPil()
 
     def tile_ids(rows: int, columns: int) -> list[int]:
-        return ([MARK] + [IMAGE_TOKEN] * 256) * (rows * columns + 1) + [MARK]
+        return [MARK, IMAGE_TOKEN] * (rows * columns + 1) + [MARK]
 
     graph = picture_graph(processor, tile_ids, IMAGE_TOKEN, side=16)
     family = Lfm2VL(AutoConfig.for_model("lfm2_vl"))

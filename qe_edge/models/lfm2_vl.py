@@ -135,11 +135,10 @@ class Lfm2VL(ModelFamily):
     def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
         """Tiles, the whole picture, and their tokens with their places."""
         image_processor, image = processor.image_processor, self.config.image_token_id
-        count = (image_processor.tile_size // image_processor.encoder_patch_size // self.config.downsample_factor) ** 2
 
         def tile_ids(rows: int, columns: int) -> list[int]:
             tiles = (max(rows, 1), max(columns, 1))
-            return self._picture_ids(processor.tokenizer, tiles, [count] * self._images(image_processor, tiles))
+            return self._picture_ids(processor.tokenizer, tiles, [1] * self._images(image_processor, tiles))
 
         side = round(self.config.vision_config.num_patches**0.5)
         return lfm2_vl_pictures.picture_graph(image_processor, tile_ids, image, side)

@@ -30,8 +30,8 @@ def picture_graph(processor: Any, tile_ids: TileIds, image_token: int, side: int
 
     Args:
         processor: An `Lfm2VlImageProcessorPil`.
-        tile_ids: Tokens of a picture of so many rows and columns of tiles, 0 where it is not cut; the whole picture has
-            as many features as a tile.
+        tile_ids: Tokens of a picture of so many rows and columns of tiles, 0 where it is not cut, with one feature of
+            each image.
         image_token: The token of a feature, and the one that stands for a picture.
         side: That of the vision encoder's learnt grid of positions.
 
@@ -39,7 +39,7 @@ def picture_graph(processor: Any, tile_ids: TileIds, image_token: int, side: int
         >>> from qe_edge.models.lfm2_vl_processor import Lfm2VlImageProcessorPil
         >>> def tile_ids(rows: int, columns: int) -> list[int]:
         ...     places = [(row, column) for row in range(rows) for column in range(columns)]
-        ...     return [1, *(token for r, c in places for token in (100 + 10 * r + c, *[9] * 256)), 8, *[9] * 256, 2]
+        ...     return [1, *(token for r, c in places for token in (100 + 10 * r + c, 9)), 8, 9, 2]
         >>> [*picture_graph(Lfm2VlImageProcessorPil(), tile_ids, image_token=9, side=16).outputs][:4]
         ['pixel_values', 'point_weights', 'pixel_values.2', 'point_weights.2']
     """
@@ -47,7 +47,7 @@ def picture_graph(processor: Any, tile_ids: TileIds, image_token: int, side: int
     unit = factor * processor.encoder_patch_size
     most = processor.max_tiles if processor.do_image_splitting and processor.max_tiles > 1 else 0
     overview = processor.use_thumbnail
-    names = TileNames.read(tile_ids, image_token, (tile // unit) ** 2, most, overview=overview)
+    names = TileNames.read(tile_ids, image_token, 1, most, overview=overview)
     if processor.resample not in FILTERS or names is None:
         return None
     write, image = Nodes(), picture_input()
@@ -72,7 +72,8 @@ def picture_graph(processor: Any, tile_ids: TileIds, image_token: int, side: int
         weights = _weights(write, size, factor, side)
         feeds[f"pixel_values{end}"] = output(images, FLOAT, f"images{end}", f"patches{end}", values)
         feeds[f"point_weights{end}"] = output(weights, FLOAT, 1, f"patches{end}", side**2)
-    ids = names.nodes(write, rows, columns, write("Mul", count, write("Mul", down, across)))
+    features = (tile // unit) ** 2, write("Mul", count, write("Mul", down, across))
+    ids = names.nodes(write, rows, columns, features)
     return finished(write, image, feeds, counted(write, ids), image_token)
 
 

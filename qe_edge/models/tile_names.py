@@ -69,18 +69,21 @@ class TileNames:
         found += [*self.overview[int(rows > 0)].tolist(), *shown, *self.after]
         return [number for number in found if number != NONE]
 
-    def nodes(self, write: Nodes, rows: ir.Value, columns: ir.Value, shown: Operand = None) -> ir.Value:
+    def nodes(
+        self, write: Nodes, rows: ir.Value, columns: ir.Value, counts: tuple[Operand, Operand] | None = None
+    ) -> ir.Value:
         """The same for numbers that the graph computes: int64 `[tokens]`.
 
         Args:
             write: Receives the nodes.
             rows: Of tiles, 0 where the picture is not cut.
             columns: Of tiles.
-            shown: Features of the overview, if there are others than a tile has.
+            counts: Features of a tile and of the overview, if there are others than those that were read.
         """
-        tiles = named_tiles(write, self.tiles, (rows, columns), self._token, self._count)
+        of_tile, shown = counts or (self._count, self._count)
+        tiles = named_tiles(write, self.tiles, (rows, columns), self._token, of_tile)
         overview = write("Gather", self.overview, write("Min", rows, 1))
-        features = repeated(write, self._token, self._count if shown is None else shown)
+        features = repeated(write, self._token, shown)
         return without_none(write, tiles, overview, features, np.array(self.after, np.int64))
 
 
