@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from qe_edge.models.samples import Sample, Turn
 from qe_edge.runtime.engine import VisionLanguageEngine
 from test_answers import NEW, ROOT, Runner, asked, python_ids
+from test_folder import edit_and_seal
 
+FAMILIES = ("minicpmv4_6", "llava_onevision")
 MAKE = """
 import importlib, pathlib, sys
 from tests.models.families import export_of
-export_of(importlib.import_module("tests.models.test_" + sys.argv[1]).write, pathlib.Path(sys.argv[2]))
+for name in sys.argv[2:]:
+    export_of(importlib.import_module("tests.models.test_" + name).write, pathlib.Path(sys.argv[1]) / name)
 """
 
 
-@pytest.fixture(scope="module", params=["minicpmv4_6", "lfm2_vl", "phi4_multimodal", "llava_onevision"])
-def pictured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models of all families, made in one process, because its imports take long."""
     out = tmp_path_factory.mktemp("pictured")
-    subprocess.run([sys.executable, "-c", MAKE, request.param, str(out)], cwd=ROOT, check=True)
-    return out / "onnx"
+    subprocess.run([sys.executable, "-c", MAKE, str(out), *FAMILIES], cwd=ROOT, check=True)
+    return out
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pictured(request: pytest.FixtureRequest, exported: Path) -> Path:
+    return exported / str(request.param) / "onnx"
 
 
 def test_questions_about_pictures_are_answered_as_in_python(
@@ -71,10 +83,23 @@ def test_a_second_picture_comes_in_a_later_turn(build: Path, pictured: Path, onn
 
 
 def test_a_picture_that_the_graph_refuses_is_named(
-    build: Path, pictured: Path, onnxruntime: Path, tmp_path: Path
+    build: Path, folder: Path, onnxruntime: Path, tmp_path: Path
 ) -> None:
-    runner = Runner(build / "tests/answer", pictured, onnxruntime, tmp_path)
-    narrow = runner.picture(np.zeros((3, 900, 3), np.uint8))
-    (found,) = runner([{"turns": [[asked(narrow, "what?")]], "options": {"max_new_tokens": 1}}])
-    refused = "too narrow for the model" in found.get("error", "")
-    assert refused == ("phi4" in (pictured / "config.json").read_text())
+    """As graphs do it: the picture has no tokens."""
+    copy = tmp_path / "folder"
+    shutil.copytree(folder, copy)
+    path = copy / "preprocess.onnx"
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.output[:] = ["every_id" if name == "placeholder_ids" else name for name in node.output]
+    zero = onnx.numpy_helper.from_array(np.zeros(1, np.int64), "zero")
+    model.graph.initializer.append(zero)
+    model.graph.node.append(onnx.helper.make_node("Slice", ["every_id", "zero", "zero"], ["placeholder_ids"]))
+    onnx.save(model, path)
+    data = path.read_bytes()
+    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_and_seal(copy, lambda table: table["files"]["preprocess.onnx"].update(entry))
+    runner = Runner(build / "tests/answer", copy, onnxruntime, tmp_path)
+    picture = runner.picture(np.zeros((30, 40, 3), np.uint8))
+    (found,) = runner([{"turns": [[asked(picture, "what?")]], "options": {"max_new_tokens": 1}}])
+    assert "A picture is too narrow for the model" in found["error"]

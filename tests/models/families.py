@@ -89,7 +89,7 @@ def opened(out: Path) -> Made:
 
 def export_of(write: Callable[[Path], Path], folder: Path) -> None:
     """A folder with a model, its checkpoint in W4A16 and its graphs."""
-    recipe = make_recipe(method="rtn", scheme="w4a16", calibration={"source": "demo", "samples": 2})
+    recipe = make_recipe(method="rtn", scheme="w4a16", modules=("language",))
     save_quantized(*quantize(str(write(folder / "model")), recipe), folder / "checkpoint")
     export_model(folder / "checkpoint", folder / "onnx")
 
