@@ -146,19 +146,22 @@ def lfm2_vl() -> Family:
 
 def minicpmv4_6() -> Family:
     """MiniCPM-V 4.6: up to 9 slices of about 448 x 448, and the whole."""
-    from transformers import MiniCPMV4_6Config
     from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-    from qe_edge.models.minicpmv4_6 import MiniCPMV46
     from qe_edge.models.minicpmv4_6_pictures import picture_graph
-    from qe_edge.models.minicpmv4_6_slices import Slices
+    from qe_edge.models.minicpmv4_6_slices import Slices, image_feeds
     from qe_edge.models.minicpmv4_6_tokens import SliceTokens
 
     processor = MiniCPMV4_6ImageProcessorPil()
     tokens = SliceTokens([MARK], [[MARK]] * 3, [[MARK]] * 2, IMAGE_TOKEN, most=9)
-    family, slices = MiniCPMV46(MiniCPMV4_6Config()), Slices(processor)
-    graph = picture_graph(processor, tokens, steps=len(family.joined))
-    return Family(processor, graph, lambda image: runs_of(family, slices(images=[image])))
+    slices, joined = Slices(processor), (4, 4)
+
+    def wanted(image: Image.Image) -> list[np.ndarray]:
+        prepared = slices(images=[image])
+        features = int(prepared["target_sizes"].prod(1).sum()) // 16
+        return [run["pixel_values"] for run in image_feeds(prepared, np.zeros(features, bool), joined)]
+
+    return Family(processor, picture_graph(processor, tokens, steps=len(joined)), wanted)
 
 
 def phi4_multimodal() -> Family:

@@ -132,7 +132,7 @@ def first_difference(
         >>> first_difference(computed, loaded.family, encoded) is None
         True
     """
-    runs, wanted = joined_runs(visual_runs(computed)), own_runs(family, encoded, count)
+    runs, wanted = (joined_runs(found) for found in (visual_runs(computed), own_runs(family, encoded, count)))
     if len(runs) != len(wanted):
         return "pixel_values"
     for one, other in zip(runs, wanted, strict=True):

@@ -159,13 +159,8 @@ class MiniCPMV46(ModelFamily):
 
     def picture_graph(self, processor: VisionLanguageProcessor) -> PictureGraph | None:
         """The whole picture, its slices, and their tokens; a picture's number stands before them."""
-        settings, most = processor.image_processor, processor.image_processor.max_slice_nums
-
-        def picture_ids(number: int | None, counts: list[int], across: int) -> list[int]:
-            return self._picture_ids(processor.tokenizer, number, counts, across)
-
-        read = minicpmv4_6_tokens.SliceTokens.read
-        tokens = read(picture_ids, self.config.image_token_id, most, numbered=settings.use_image_id)
+        settings = processor.image_processor
+        tokens = minicpmv4_6_tokens.tokens_of(processor.tokenizer, self.config.image_token_id, settings)
         return minicpmv4_6_pictures.picture_graph(settings, tokens, len(self.joined))
 
     def graphs(self, model: PreTrainedModel) -> list[GraphSpec]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qe_edge.models.graph_nodes import Nodes
+from qe_edge.models.minicpmv4_6_slices import MARKS, slices_text
 from qe_edge.models.tile_names import NONE, between, filled_up, named_tiles, without_none
 from qe_edge.models.tile_pictures import repeated
 
@@ -82,6 +84,29 @@ class SliceTokens:
         after = write("Gather", self._after, write("Min", grid[0], 1))
         whole = repeated(write, self.image, counts[0])
         return without_none(write, np.array(self._first, np.int64), whole, slices, after)
+
+
+def tokens_of(tokenizer: Any, image: int, settings: Any) -> SliceTokens | None:  # noqa: ANN401 - share no typed base
+    """The tokens of a model; None if its tokenizer writes pictures in another way.
+
+    Args:
+        tokenizer: Names the marks around features.
+        image: The token of a feature.
+        settings: The model's image processor.
+
+    Example:
+        `tokens_of(processor.tokenizer, family.config.image_token_id, processor.image_processor)`
+    """
+    word = tokenizer.convert_ids_to_tokens(image)
+    id_start, id_end = (getattr(tokenizer, f"{name}_token") for name in MARKS[:2])
+
+    def picture_ids(number: int | None, counts: list[int], across: int) -> list[int]:
+        said = "" if number is None else f"{id_start}{number}{id_end}"
+        text = said + slices_text(tokenizer, word, counts, across)
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return SliceTokens.read(picture_ids, image, settings.max_slice_nums, numbered=settings.use_image_id)
 
 
 def _label(picture_ids: PictureIds) -> Label | None:
