@@ -101,7 +101,7 @@ def run_picture_graph(
         >>> entry = write_picture_graph(loaded.family.picture_graph(loaded.processor), Path(), ir_version=10)
         >>> session = OrtSession(Path(), entry, accuracy_level=0, threads=1)
         >>> run_picture_graph(session, entry, np.zeros((64, 48, 3), np.uint8))["placeholder_ids"].shape
-        (6,)
+        (20,)
     """
     feeds = {IMAGE: image, **({PICTURES: np.array(count, np.int64)} if entry.counts_pictures else {})}
     return {name: np.asarray(value) for name, value in session.run(feeds).items()}
@@ -162,7 +162,7 @@ def own_runs(family: ModelFamily, encoded: Encoded, count: int = 1) -> list[dict
         >>> loaded = load_model("demo")
         >>> encoded = loaded.family.encode(loaded.processor, [Sample(np.zeros((64, 48, 3), np.uint8), QUESTION)])
         >>> [run["pixel_values"].shape for run in own_runs(loaded.family, encoded)]
-        [(6, 4, 1176)]
+        [(20, 4, 1176)]
     """
     runs = family.visual_feeds(encoded)
     if count == 1:
