@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from qe_edge.models import qwen_vl_pictures
+    from qe_edge.models import qwen_vl_at_once, qwen_vl_pictures
     from qe_edge.models.graph_nodes import Nodes
     from qe_edge.models.picture_graphs import PictureGraph
 else:
+    qwen_vl_at_once = lazy_module("qe_edge.models.qwen_vl_at_once")
     qwen_vl_pictures = lazy_module("qe_edge.models.qwen_vl_pictures")
 
 GRIDS = ("image_grid_thw", "video_grid_thw")
@@ -67,6 +68,10 @@ class QwenVL(ModelFamily):
             for name, module in model.named_modules()
             if type(module).__name__ in self.groups
         ]
+
+    def adapt(self, model: PreTrainedModel) -> None:
+        """One call of the vision encoder for pictures and videos; transformers has one for each."""
+        qwen_vl_at_once.see_at_once(model)
 
     def load_processor(self, folder: str) -> VisionLanguageProcessor:
         """Tokenizer, the PIL image processor and the settings of videos of `folder`."""

@@ -124,9 +124,6 @@ class TestLlavaOnevision(VideoChecks, FamilyChecks):
         """A sample's pictures, which are cut into tiles if there is one alone."""
         return [pictures]
 
-    def real_model(self, made: Made) -> Any:  # noqa: ANN401 - transformers' own class
-        return plain(made.loaded)
-
     def test_prompts_are_those_of_transformers(self, original: LoadedModel) -> None:
         tokenizer, image_processor = original.processor.tokenizer, original.processor.image_processor
         with pytest.MonkeyPatch.context() as patch:  # the class asks for a video processor, which needs torchvision

@@ -170,9 +170,6 @@ class TestMiniCPMV46(VideoChecks, FamilyChecks):
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write(tmp_path_factory.mktemp("model") / "minicpmv4_6")
 
-    def real_model(self, made: Made) -> Any:  # noqa: ANN401 - transformers' own class
-        return plain(made.loaded)
-
     @pytest.mark.slow
     def test_graphs_round_activations_alike(self, experts: tuple[LoadedModel, Path]) -> None:
         """A code of a picture that rounds otherwise moves every later token of this model; few of a text's do."""

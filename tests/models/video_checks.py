@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from functools import cache
 from typing import Any, ClassVar
 
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer
 
 from qe_edge.models.family import Sample
 from qe_edge.models.images import open_image
+from qe_edge.models.loading import LoadedModel
 from qe_edge.models.samples import Turn
 from qe_edge.models.videos import Video, open_video
 from qe_edge.runtime.pipeline import Pipeline
@@ -74,8 +77,12 @@ class VideoChecks:
         return pictures
 
     def real_model(self, made: Made) -> Any:  # noqa: ANN401 - transformers' own class
-        """The quantized model as transformers runs it."""
-        return made.loaded.model
+        """The quantized model in which nothing but transformers' own code runs."""
+        model: Any = copy.deepcopy(made.loaded.model)
+        for module in model.modules():
+            for name in ("forward", "get_video_features"):
+                module.__dict__.pop(name, None)
+        return model
 
     def real_inputs(self, made: Made, sample: Sample) -> dict[str, torch.Tensor]:
         """What transformers' own combined processor makes of a sample."""
@@ -143,6 +150,22 @@ class VideoChecks:
             expected.append(answer[: answer.index(end)] if end in answer else answer)
         for engine in (made.engine, made.built):
             assert engine.generate_ids(engine.encode(samples), TOKENS) == expected
+
+    def test_calibration_sees_pictures_and_videos_at_once(self, original: LoadedModel) -> None:
+        """A batch with both reaches every block once: statistics are of all tokens, and blocks run one by one."""
+        family, model = original.family, original.model
+        batch = family.encode(original.processor, self.video_cases["batch"], answers=True)
+        calls: Counter[str] = Counter()
+        blocks = family.blocks(model)
+        handles = [
+            block.module.register_forward_hook(lambda *_, name=block.name: calls.update([name])) for block in blocks
+        ]
+        with torch.no_grad():
+            family.run_blocks(model, batch, {})
+        for handle in handles:
+            handle.remove()
+        assert set(calls.values()) == {1}
+        assert set(calls) == {block.name for block in blocks}
 
     def test_a_pipeline_shows_videos(self, made: Made) -> None:
         """Whatever its cache holds of earlier prompts, and several prompts at once."""
