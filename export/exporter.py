@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qe_edge.export.layers import attach_layers, check_layers
 from qe_edge.export.linear_attention import attach_linear_attention
 from qe_edge.export.naming import name_nodes
 from qe_edge.export.norms import divide_by_roots
+from qe_edge.export.plain_linears import PlainLinear, attach_plain_linears
 from qe_edge.export.preprocessing import write_preprocessing
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, second_embedding, trace_graph
@@ -92,13 +94,13 @@ def export_model(checkpoint: Path | LoadedModel, out: Path, *, progress: Progres
     writes_text, embeds = loaded.family.writes_text, loaded.family.writes_text or loaded.family.acts
     tables = _layered_tables(loaded.model)
     embedding = _embedding_table(loaded.model.get_input_embeddings()) if embeds and not tables else None
-    with atomic_folder(out) as part, exportable(loaded.model):
+    with atomic_folder(out) as part, exportable(loaded.model) as linears:
         specs = _graphs(loaded)
         generation = _generation(loaded) if writes_text else None
         entries = {}
         with track(progress or Silent(), "Exporting", sum(_work(spec) for spec in specs)) as tracked:
             for spec in specs:
-                entries[spec.name] = _export_graph(spec, loaded, part)
+                entries[spec.name] = _export_graph(spec, loaded, linears, part)
                 tracked.advance(_work(spec), spec.name)
         if tables:
             write_rows(part / EMBEDDING, TENSOR, tables)
@@ -155,10 +157,11 @@ def _work(spec: GraphSpec) -> float:
     return sum(1 for _ in spec.module.modules())
 
 
-def _export_graph(spec: GraphSpec, loaded: LoadedModel, folder: Path) -> GraphEntry:
+def _export_graph(spec: GraphSpec, loaded: LoadedModel, linears: Mapping[str, PlainLinear], folder: Path) -> GraphEntry:
     """Trace, fill, check and save one graph."""
     model = trace_graph(spec)
     divide_by_roots(model)
+    attach_plain_linears(model, linears)
     layers = quantized_linears(loaded.model)
     attach_head(model, {name: layers.pop(name) for name in heads_of(loaded.model, layers)})
     attach_layers(model, layers)

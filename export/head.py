@@ -9,8 +9,7 @@ import onnx_ir as ir
 from torch import nn
 
 from qe_edge.export.layers import int4
-from qe_edge.export.op import DOMAIN, NAME
-from qe_edge.export.tracing import LAYER
+from qe_edge.export.op import DOMAIN, LAYER, NAME
 from qe_edge.layers.linear import QELinear
 from qe_edge.numerics.grids import PER_CHANNEL
 

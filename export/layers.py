@@ -13,8 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qe_edge.export.op import DOMAIN, INPUTS, NAME, OPSET, VERSION, Attributes, Operands, linear_function
-from qe_edge.export.tracing import LAYER
+from qe_edge.export.op import DOMAIN, INPUTS, LAYER, NAME, OPSET, VERSION, Attributes, Operands, linear_function
 from qe_edge.layers.linear import QELinear
 from qe_edge.layers.torch_parts import PART_TENSORS
 from qe_edge.numerics.grids import PER_CHANNEL, pack_int4

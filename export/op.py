@@ -40,6 +40,7 @@ from qe_edge.numerics.grids import MIN_RANGE
 DOMAIN = "qe_edge"
 NAME = "QELinear"
 VERSION = 1
+LAYER = "layer"  # attribute of a bare node, before its layer is attached: the layer's dotted name
 OPSET = 21  # the first with INT4; TensorRT 10.3 (JetPack 6.2) reads it
 
 INPUTS = (

@@ -1,4 +1,4 @@
-"""From PyTorch modules to an ONNX graph in which every quantized layer is one bare `QELinear` node."""
+"""From PyTorch modules to an ONNX graph in which every linear layer, quantized or not, is one bare `QELinear` node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from qe_edge.export.op import DOMAIN, NAME, OPSET, VERSION
+from qe_edge.export.op import DOMAIN, LAYER, NAME, OPSET, VERSION
+from qe_edge.export.plain_linears import PlainLinear, plain_linears, set_aside
 from qe_edge.layers.embedding import QuantizedEmbedding
 from qe_edge.layers.linear import QELinear, quantized_linears
 from qe_edge.models.export_limits import OF_LENGTH
@@ -22,12 +23,13 @@ from qe_edge.models.precision import in_float32
 from qe_edge.models.tables import embeddings_of
 from qe_edge.system.errors import ModelError
 
-LAYER = "layer"  # attribute of a bare node: the dotted name of the layer it stands for
-
 
 @contextmanager
-def exportable(model: nn.Module) -> Iterator[None]:
-    """Prepare a model for tracing: float32, eager attention, `QELinear` layers as bare nodes; undone afterwards.
+def exportable(model: nn.Module) -> Iterator[dict[str, PlainLinear]]:
+    """Prepare a model for tracing: float32, eager attention, linear layers as bare nodes; undone afterwards.
+
+    Yields:
+        The tensors of the layers that are not quantized, by dotted name; the layers hold placeholders meanwhile.
 
     Example:
         >>> from qe_edge.models.loading import load_model
@@ -39,15 +41,18 @@ def exportable(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         # tensors of quantized layers are converted when they are written, those of token embeddings never
         tables = [id(table) for table in (*embeddings_of(model).values(), second_embedding(model))]
+        linears = plain_linears(model)
+        tables += [id(linear) for linear in linears.values()]
         kept = (QELinear, QuantizedEmbedding)
         others = (one for one in model.modules() if not isinstance(one, kept) and id(one) not in tables)
         stack.enter_context(in_float32(others))
         stack.enter_context(_eager_attention(model))
         stack.enter_context(_fixed_rotary(model))
-        for name, layer in quantized_linears(model).items():
+        tensors = stack.enter_context(set_aside(linears))
+        for name, layer in (quantized_linears(model) | linears).items():
             layer.__dict__["forward"] = _bare_node(name, layer.out_features)
             stack.callback(layer.__dict__.pop, "forward")
-        yield
+        yield tensors
 
 
 def second_embedding(model: Any) -> Any:  # noqa: ANN401 - transformers' own classes

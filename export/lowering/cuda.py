@@ -11,6 +11,7 @@ from qe_edge.export.cached_attention import cached_attention_nodes, expand_cache
 from qe_edge.export.lowering.half import finish_in_half
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
+from qe_edge.export.lowering.stored_types import WidenWeights
 from qe_edge.models import cached_attention, linear_attention, picture_attention
 from qe_edge.runtime.engine_info import Precision
 from qe_edge.system.errors import TargetError
@@ -55,6 +56,7 @@ def lower_for_cuda(model: ir.Model, *, plugin: bool = True) -> Precision:
         >>> lower_for_cuda(model).products
         {'mlp.up': 'int4 weights, plugin'}
     """
+    WidenWeights()(model)
     expand_cached_attention(model, [node for node in cached_attention_nodes(model) if not writes(node)])
     if plugin:
         pack_layers(model, scratch=True)

@@ -16,6 +16,7 @@ from qe_edge.export.lowering.passes import InPlacePass, PassResult
 from qe_edge.export.lowering.rotary import FuseRotary
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.lowering.skip_norm import FuseSkipNorm
+from qe_edge.export.lowering.stored_types import WidenWeights
 from qe_edge.export.op import Attributes, Operands, constant, rank_table
 from qe_edge.numerics.grids import PER_CHANNEL
 
@@ -38,6 +39,7 @@ def lower_for_onnxruntime(model: ir.Model) -> None:
         >>> [node.op_type for node in model.graph][-2:]
         ['DequantizeLinear', 'MatMul']
     """
+    WidenWeights()(model)
     join_siblings(model)
     FuseRotary()(model)
     FuseSkipNorm()(model)

@@ -26,6 +26,7 @@ STATISTICS = (
     "Cos", "Exp", "Erf", "LayerNormalization", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Sin", "Sqrt", "Tanh",
 )  # fmt: skip
 COMBINING = ("Add", "Sub", "Mul", "Div")
+LARGE = 1 << 20  # numbers
 MASKED = -3e4  # a masked score in float16: far below any other, and its sum with one is finite
 
 
@@ -224,8 +225,7 @@ class _Conversion:
         if key not in self._casts:
             suffix = "half" if dtype == HALF else "single"
             if _is_constant(value):
-                converted = convert_constant(array_of_constant(value), dtype)
-                self._casts[key] = add_initializer(self.graph, f"{value.name}.{suffix}", converted)
+                self._casts[key] = _converted(self.graph, value, dtype, f"{value.name}.{suffix}")
             else:
                 cast = _cast(value, dtype, f"{value.name}/{suffix}")
                 self.graph.insert_before(node, cast)
@@ -261,6 +261,19 @@ def array_of_constant(value: ir.Value) -> np.ndarray:
         return array_of(value)
     array: np.ndarray = producer.attributes["value"].as_tensor().numpy()
     return array
+
+
+def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+    """A constant in another precision, as an initializer; a large one is converted when it is written."""
+    stored = value.const_value
+    if stored is None or stored.size < LARGE:
+        return add_initializer(graph, name, convert_constant(array_of_constant(value), dtype))
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(convert_constant(stored.numpy(), dtype)), dtype=dtype, shape=stored.shape, name=name
+    )
+    converted = ir.Value(name=name, const_value=tensor, shape=stored.shape, type=ir.TensorType(dtype))
+    graph.register_initializer(converted)
+    return converted
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:

@@ -10,6 +10,7 @@ from qe_edge.export.lowering.delta_rule import expand_delta_rule
 from qe_edge.export.lowering.half import finish_in_half
 from qe_edge.export.lowering.inline import inline_layers
 from qe_edge.export.lowering.plugin import pack_layers
+from qe_edge.export.lowering.stored_types import WidenWeights
 from qe_edge.runtime.cache_tensors import PAST, PRESENT, is_state
 from qe_edge.runtime.engine_info import Precision
 
@@ -35,6 +36,7 @@ def lower_for_tensorrt(model: ir.Model, *, plugin: bool = False, capacity: int |
         >>> lower_for_tensorrt(model).products
         {'mlp.up/MatMul_14': 'int4 weights, float16'}
     """
+    WidenWeights()(model)
     expand_attention(model)
     if capacity is not None:
         _fix_capacity(model, capacity)

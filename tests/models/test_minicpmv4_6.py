@@ -19,6 +19,7 @@ from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import Min
 
 from qe_edge.demo import model_path
 from qe_edge.export.attention import attach_attention
+from qe_edge.export.plain_linears import attach_plain_linears
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import GraphSpec, ModelFamily, Sample
@@ -413,8 +414,9 @@ def test_four_times_as_many_tokens(tmp_path: Path) -> None:
     assert sum(block.group == "visual" for block in family.blocks(loaded.model)) == 2
     inputs = check_inputs(family, loaded.processor, CASES["several turns"])
     own = plain(loaded)
-    with exportable(loaded.model):
+    with exportable(loaded.model) as linears:
         graph = trace_graph(family.graphs(loaded.model)[0])
+    attach_plain_linears(graph, linears)
     attach_attention(graph)
     session = ort.InferenceSession(ir.to_proto(graph).SerializeToString())
     feeds = family.visual_feeds(family.encode(loaded.processor, CASES["several turns"]))

@@ -22,6 +22,7 @@ from qe_edge.demo import model_path
 from qe_edge.export.attention import attach_attention
 from qe_edge.export.build import build_engines
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
+from qe_edge.export.plain_linears import attach_plain_linears
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.models.configuration import load_family
 from qe_edge.models.family import ModelFamily, Sample
@@ -233,9 +234,11 @@ class TestPhi4Multimodal(FamilyChecks):
         pictures = {name: value for name, value in inputs.items() if name.startswith("image_")}
         with torch.no_grad():
             wanted = own(ids, torch.zeros(*ids.shape, 192), **pictures)[ids == loaded.family.image_token_id]
-        with exportable(loaded.model):
+        with exportable(loaded.model) as linears:
             specs = {spec.name: spec for spec in loaded.family.graphs(loaded.model)}
             visual, merger = (trace_graph(specs[name]) for name in ("visual", "merger"))
+            for graph in (visual, merger):
+                attach_plain_linears(graph, linears)
         kinds = [node.op_type for node in visual.graph]
         assert (kinds.count("MultiHeadAttention"), kinds.count("Softmax")) == (2, 0)
         attach_attention(visual)
