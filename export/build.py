@@ -6,7 +6,6 @@ import shutil
 import time
 from pathlib import Path
 
-import onnx_ir as ir
 import onnxruntime as ort
 
 from qe_edge.export.engine import EngineRequest, build_engine, reads_operator
@@ -16,12 +15,13 @@ from qe_edge.export.lowering.plugin import is_packed, layer_forms
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.opening import explained, open_graph
 from qe_edge.export.plugin_check import check_forms, check_plugin_given, check_plugin_target
+from qe_edge.export.saving import save_graph
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.targets import CUDA, Target, get_target
 from qe_edge.models.vision_encoder import MAX_PICTURES
 from qe_edge.prepack.lower import LAYOUT_VERSION
 from qe_edge.runtime.engine_info import SIZED, EngineInfo, GraphBuild, PluginBuild
-from qe_edge.runtime.graph_files import DATA
+from qe_edge.runtime.graph_files import is_data_of
 from qe_edge.runtime.limits import EngineLimits, limits_of, with_capacity, with_limits
 from qe_edge.runtime.manifest import (
     AnyManifest,
@@ -163,7 +163,7 @@ def _build_graph(
     model = open_graph(source, entry)
     with explained(f"The graph '{source / entry.file}' cannot be lowered for {target.backend}", TargetError, REFUSED):
         precision = lower_for_tensorrt(model, plugin=plugin_library is not None, capacity=capacity)
-        ir.save(model, lowered / entry.file, external_data=f"{entry.file}{DATA}")
+        save_graph(model, lowered / entry.file)
         inputs = tuple(tensor_spec(value) for value in model.graph.inputs)
         outputs = tuple(tensor_spec(value) for value in model.graph.outputs)
     file = f"{name}.engine"
@@ -197,7 +197,7 @@ def _build_for_onnxruntime(source: Path, folder: Path, entry: GraphEntry) -> tup
     model = open_graph(source, entry)
     with explained(f"The graph '{source / entry.file}' cannot be lowered for ONNX Runtime", TargetError, AGAIN):
         lower_for_onnxruntime(model)
-        ir.save(model, folder / entry.file, external_data=f"{entry.file}{DATA}")
+        save_graph(model, folder / entry.file)
     OrtSession(folder, entry, accuracy_level=0, threads=None)
     build = GraphBuild(size=_size(folder, entry.file), seconds=time.perf_counter() - started)
     return entry, build, ort.__version__
@@ -209,7 +209,7 @@ def _build_for_cuda(source: Path, folder: Path, entry: GraphEntry) -> tuple[Grap
     model = open_graph(source, entry)
     with explained(f"The graph '{source / entry.file}' cannot be lowered for ONNX Runtime", TargetError, REFUSED):
         precision = lower_for_cuda(model)
-        ir.save(model, folder / entry.file, external_data=f"{entry.file}{DATA}")
+        save_graph(model, folder / entry.file)
     built = entry.model_copy(
         update={
             "inputs": tuple(tensor_spec(value) for value in model.graph.inputs),
@@ -239,8 +239,8 @@ def _is_listed(node: str, layers: dict[str, str]) -> bool:
 
 
 def _files(folder: Path, graph: str) -> list[str]:
-    """A graph's file and, if there is one, the file of its external data."""
-    return [file for file in (graph, f"{graph}{DATA}") if (folder / file).is_file()]
+    """A graph's file and the files of its external data."""
+    return [path.name for path in folder.iterdir() if path.name == graph or is_data_of(path.name, graph)]
 
 
 def _size(folder: Path, graph: str) -> int:
@@ -251,6 +251,6 @@ def _copy_runtime_files(source: Path, folder: Path, manifest: FolderManifest) ->
     """Everything but the model's graphs and their weights: configuration, tokenizer, embeddings, `preprocess.onnx`."""
     graphs = {entry.file for entry in manifest.graphs.values()}
     for name in manifest.files:
-        if name.removesuffix(DATA) not in graphs:
+        if not any(name == graph or is_data_of(name, graph) for graph in graphs):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)

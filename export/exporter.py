@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import torch
 from onnx.checker import ValidationError
 from safetensors.torch import save_file
@@ -29,6 +28,7 @@ from qe_edge.export.naming import name_nodes
 from qe_edge.export.norms import divide_by_roots
 from qe_edge.export.plain_linears import PlainLinear, attach_plain_linears
 from qe_edge.export.preprocessing import write_preprocessing
+from qe_edge.export.saving import save_graph
 from qe_edge.export.signature import tensor_spec
 from qe_edge.export.tracing import exportable, second_embedding, trace_graph
 from qe_edge.layers.embedding import QuantizedEmbedding
@@ -173,7 +173,7 @@ def _export_graph(spec: GraphSpec, loaded: LoadedModel, linears: Mapping[str, Pl
     model.producer_name, model.producer_version = "qe-edge", VERSION
     model.graph.name = spec.name
     file = f"{spec.name}.onnx"
-    ir.save(model, folder / file, external_data=f"{file}.data", size_threshold_bytes=KEPT_INLINE)
+    save_graph(model, folder / file, kept_inline=KEPT_INLINE)
     try:
         onnx.checker.check_model(str(folder / file), full_check=True)
     except (ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -6,6 +6,8 @@ Versions of ONNX Runtime and onnx-ir differ in which paths of external data they
 from __future__ import annotations
 
 import itertools
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -40,7 +42,7 @@ def check_graph_file(folder: Path, file: str) -> None:
 
     Args:
         folder: Folder of the graph.
-        file: Its name; external data may lie in the file of the same name with `.data` after it, and nowhere else.
+        file: Its name; external data may lie in the files of `is_data_of`, and nowhere else.
 
     Raises:
         ArtifactError: If the graph cannot be read, or a tensor does not have the bytes that it announces.
@@ -60,25 +62,40 @@ def check_graph_file(folder: Path, file: str) -> None:
         model.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
         raise ArtifactError(f"'{path}' is no ONNX graph, or was cut off: {_line(error)}", REMEDY) from error
-    data = folder / f"{file}{DATA}"
-    spans: set[tuple[int, int]] = set()
+    spans: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for tensor in _tensors(model):
         size = _announced_bytes(path, tensor)
         if tensor.data_location == EXTERNAL or tensor.external_data:
-            start, stop = _place(path, tensor, size)
+            location, start, stop = _place(path, tensor, size)
+            data = folder / location
             if not data.is_file():
                 raise _wrong(path, tensor, f"lies in '{data.name}', which is missing")
             check_inside(folder, data)
             if stop > data.stat().st_size:
                 raise _wrong(path, tensor, f"goes beyond the end of '{data.name}'")
             if start < stop:
-                spans.add((start, stop))
+                spans[location].add((start, stop))
         else:
             _check_inline(path, tensor, size)
-    ordered = sorted(spans)
-    for (_, stop), (start, _) in itertools.pairwise(ordered):
-        if start < stop:
-            raise ArtifactError(f"Tensors of '{path}' overlap in '{data.name}' at byte {start}.", REMEDY)
+    for location, places in spans.items():
+        for (_, stop), (start, _) in itertools.pairwise(sorted(places)):
+            if start < stop:
+                raise ArtifactError(f"Tensors of '{path}' overlap in '{location}' at byte {start}.", REMEDY)
+
+
+def is_data_of(file: str, graph: str) -> bool:
+    """Whether a file may hold external data of a graph; large data is cut into shards, numbered as onnx_ir does it.
+
+    Example:
+        >>> is_data_of("language.onnx.data", "language.onnx")
+        True
+        >>> is_data_of("language-00002-of-00003.onnx.data", "language.onnx")
+        True
+        >>> is_data_of("visual.onnx.data", "language.onnx")
+        False
+    """
+    stem = re.escape(graph.removesuffix(".onnx"))
+    return re.fullmatch(rf"{stem}(-[0-9]{{5}}-of-[0-9]{{5}})?\.onnx{re.escape(DATA)}", file) is not None
 
 
 def _announced_bytes(path: Path, tensor: TensorMessage) -> int | None:
@@ -92,14 +109,15 @@ def _announced_bytes(path: Path, tensor: TensorMessage) -> int | None:
     return (prod(map(int, tensor.dims)) * BITS[tensor.data_type] + 7) // 8
 
 
-def _place(path: Path, tensor: TensorMessage, size: int | None) -> tuple[int, int]:
-    """First byte and end of external data."""
+def _place(path: Path, tensor: TensorMessage, size: int | None) -> tuple[str, int, int]:
+    """File, first byte and end of external data."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    location, wanted = entries.get("location", ""), f"{path.name}{DATA}"
+    location = entries.get("location", "")
     if len(entries) != len(tensor.external_data) or tensor.data_location != EXTERNAL:
         raise _wrong(path, tensor, "has no clear place outside the graph")
-    if location != wanted:
-        raise _wrong(path, tensor, f"lies in '{shortened(location)}', and only '{wanted}' in the same folder is read")
+    if not is_data_of(location, path.name):
+        wanted = f"only '{path.name}{DATA}' in the same folder is read"
+        raise _wrong(path, tensor, f"lies in '{shortened(location)}', and {wanted}")
     numbers = {key: entries.get(key, "0") for key in ("offset", "length")}
     for key, text in numbers.items():
         if not (text.isascii() and text.isdecimal() and len(text) < 19):
@@ -107,7 +125,7 @@ def _place(path: Path, tensor: TensorMessage, size: int | None) -> tuple[int, in
     start, length = int(numbers["offset"]), int(numbers["length"])
     if size is None or length != size or tensor.raw_data:
         raise _wrong(path, tensor, f"announces {length} bytes outside the graph and has the shape {_shape(tensor)}")
-    return start, start + length
+    return location, start, start + length
 
 
 def _check_inline(path: Path, tensor: TensorMessage, size: int | None) -> None:
