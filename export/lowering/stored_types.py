@@ -30,7 +30,7 @@ class WidenWeights(InPlacePass):
             if (node.domain, node.op_type) != ("", "Cast") or node.outputs[0].dtype != ir.DataType.FLOAT:
                 continue
             value = node.inputs[0]
-            if value is None or not value.is_initializer() or value.dtype not in STORED or value.const_value is None:
+            if value is None or value.dtype not in STORED or value.const_value is None:
                 continue
             wide = _wide(node.outputs[0].name or f"{value.name}.float32", value.const_value)
             model.graph.register_initializer(wide)
