@@ -128,6 +128,27 @@ def check_reached(samples: Sequence[Sample], modules: Sequence[str]) -> None:
         )
 
 
+def check_robot(samples: Sequence[Sample], source: str, *, acts: bool) -> None:
+    """Refuse the demo's questions as calibration data of a model that makes actions; they are the default.
+
+    Raises:
+        CalibrationError: If they are that.
+
+    Example:
+        >>> check_robot(load_samples("demo", 1), "demo", acts=False)
+        >>> check_robot(load_samples("demo", 1), "demo", acts=True)
+        Traceback (most recent call last):
+            ...
+        qe_edge.system.errors.CalibrationError: The model makes actions of a robot, and the demo's questions, which
+        calibrate by default, have none. Give recordings of your robot ('--calibration FILE').
+    """
+    if acts and source == DEMO and not any(sample.state for sample in samples):
+        raise CalibrationError(
+            "The model makes actions of a robot, and the demo's questions, which calibrate by default, have none.",
+            "Give recordings of your robot ('--calibration FILE').",
+        )
+
+
 def samples_from_python(values: object) -> list[Sample]:
     """Samples that were passed from Python, as a list.
 

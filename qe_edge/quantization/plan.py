@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qe_edge.budget.accounting import BitCount, add_counts, layer_counts
 from qe_edge.budget.model import AdapterSize, check_affordable
 from qe_edge.budget.sizes import empty_linear
+from qe_edge.calibration.sources import check_robot
 from qe_edge.export.plugin_check import LayerForm
 from qe_edge.layers.linear import QELinear
 from qe_edge.methods import Method
@@ -100,6 +101,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     """
     family = load_family(source)
     check_exportable(family.config)
+    check_robot(samples, recipe.calibration.source, acts=family.acts)
     model = shapes_only(family)
     blocks = family.blocks(model)
     check_modules(blocks, recipe.modules)

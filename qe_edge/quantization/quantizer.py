@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qe_edge.budget.accounting import rotation_bits
 from qe_edge.budget.allocation import scaled_back
-from qe_edge.calibration.sources import check_reached
+from qe_edge.calibration.sources import check_reached, check_robot
 from qe_edge.layers.linear import QELinear, QuantizedLinear
 from qe_edge.layers.magnitudes import check_result
 from qe_edge.methods import LinearProblem
@@ -170,6 +170,7 @@ def checked_blocks(loaded: LoadedModel, job: Job) -> list[Block]:
     check_modules(blocks, job.recipe.modules)
     check_predictions(loaded.family, job.recipe)
     check_reached(job.samples, job.recipe.modules)
+    check_robot(job.samples, job.recipe.calibration.source, acts=loaded.family.acts)
     check_exportable(loaded.family.config)
     chosen = [block for block in blocks if block.group in job.recipe.modules]
     check_shapes(chosen, job.recipe.build_method())

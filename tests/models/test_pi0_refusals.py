@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qe_edge.calibration.lines import read_line
-from qe_edge.calibration.sources import hash_samples
+from qe_edge.calibration.sources import hash_samples, load_samples
 from qe_edge.cli.run_actions import read_state
 from qe_edge.demo import model_path
 from qe_edge.models.configuration import load_family
@@ -130,3 +130,14 @@ def test_settings_that_do_not_fit(
     (copy / file).write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ModelError, match=problem):
         load_family(str(copy)).load_processor(str(copy))
+
+
+def test_the_questions_that_calibrate_by_default(folder: Path) -> None:
+    recipe = make_recipe()
+    for run in (
+        lambda: make_plan(str(folder), recipe, load_samples("demo", 2)),
+        lambda: quantize(str(folder), recipe),
+    ):
+        with pytest.raises(CalibrationError, match="the demo's questions, which calibrate by default") as caught:
+            run()
+        assert "--calibration FILE" in caught.value.remedy
