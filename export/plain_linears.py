@@ -67,15 +67,15 @@ def set_aside(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, PlainLinea
     for name, linear in linears.items():
         for tensor in linear.parameters(recurse=False):
             tensors.setdefault(id(tensor), (tensor, tensor.data))
-        bias = None if linear.bias is None else linear.bias.detach()
-        found[name] = PlainLinear(linear.weight.detach(), bias)
-    for tensor, _ in tensors.values():
-        tensor.data = placeholder(tuple(tensor.shape), torch.float32)
+        bias: Tensor | None = linear.bias
+        found[name] = PlainLinear(linear.weight.detach(), None if bias is None else bias.detach())
+    for parameter, _ in tensors.values():
+        parameter.data = placeholder(tuple(parameter.shape), torch.float32)
     try:
         yield found
     finally:
-        for tensor, data in tensors.values():
-            tensor.data = data
+        for parameter, data in tensors.values():
+            parameter.data = data
 
 
 def attach_plain_linears(model: ir.Model, linears: Mapping[str, PlainLinear]) -> None:

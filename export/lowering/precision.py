@@ -268,10 +268,11 @@ def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str) 
     stored = value.const_value
     if stored is None or stored.size < LARGE:
         return add_initializer(graph, name, convert_constant(array_of_constant(value), dtype))
+    shape = ir.Shape(stored.shape.numpy())
     tensor = ir.LazyTensor(
-        lambda: ir.tensor(convert_constant(stored.numpy(), dtype)), dtype=dtype, shape=stored.shape, name=name
+        lambda: ir.tensor(convert_constant(stored.numpy(), dtype)), dtype=dtype, shape=shape, name=name
     )
-    converted = ir.Value(name=name, const_value=tensor, shape=stored.shape, type=ir.TensorType(dtype))
+    converted = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(dtype))
     graph.register_initializer(converted)
     return converted
 

@@ -42,7 +42,8 @@ class WidenWeights(InPlacePass):
 
 
 def _wide(name: str, stored: ir.TensorProtocol) -> ir.Value:
+    shape = ir.Shape(stored.shape.numpy())
     tensor = ir.LazyTensor(
-        lambda: ir.tensor(stored.numpy().astype(np.float32)), dtype=ir.DataType.FLOAT, shape=stored.shape, name=name
+        lambda: ir.tensor(stored.numpy().astype(np.float32)), dtype=ir.DataType.FLOAT, shape=shape, name=name
     )
-    return ir.Value(name=name, const_value=tensor, shape=stored.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    return ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
