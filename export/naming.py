@@ -15,7 +15,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # torch's exporter notes here the modules
 def name_nodes(model: ir.Model, wrapper: nn.Module, original: nn.Module) -> None:
     """Rename nodes to `<module>/<operation>` and weights to the model's own names; drops torch's metadata.
 
-    The one matrix product of a plain linear layer is called like the layer itself, as `QELinear` nodes are.
+    Linear layers have their names already: they were attached to bare nodes.
 
     Args:
         model: A traced graph; changed in place.
@@ -31,31 +31,24 @@ def name_nodes(model: ir.Model, wrapper: nn.Module, original: nn.Module) -> None
         'Abs_17'
     """
     names = {id(module): name for name, module in original.named_modules()}
-    modules = {path: (names.get(id(module), ""), module) for path, module in wrapper.named_modules()}
-    taken: set[str] = set()
+    modules = {path: names.get(id(module), "") for path, module in wrapper.named_modules()}
     for node in model.graph:
         if node.domain == DOMAIN:
-            taken.add(node.name or "")
             continue
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-        path, module = next((modules[scope] for scope in reversed(scopes[:-1]) if scope in modules), ("", None))
+        path = next((modules[scope] for scope in reversed(scopes[:-1]) if scope in modules), "")
         label = (node.name or node.op_type).removeprefix("node_")
-        is_product = isinstance(module, nn.Linear) and node.op_type in ("MatMul", "Gemm") and path not in taken
-        node.name = path if is_product else f"{path}/{label}".lstrip("/")
-        taken.add(node.name)
-        weight = node.inputs[1] if is_product else None
-        if weight is not None and weight.is_initializer():
-            weight.name = f"{path}.weight"
+        node.name = f"{path}/{label}".lstrip("/")
     _name_weights(model, modules)
     _drop_metadata(model)
 
 
-def _name_weights(model: ir.Model, modules: dict[str, tuple[str, nn.Module]]) -> None:
+def _name_weights(model: ir.Model, modules: dict[str, str]) -> None:
     """Initializers that carry a name inside the wrapper get the one inside the model."""
     for value in list(model.graph.initializers.values()):
         path, _, leaf = (value.name or "").rpartition(".")
-        if path in modules and modules[path][0]:
-            value.name = f"{modules[path][0]}.{leaf}"
+        if modules.get(path):
+            value.name = f"{modules[path]}.{leaf}"
 
 
 def _drop_metadata(model: ir.Model) -> None:
