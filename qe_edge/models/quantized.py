@@ -25,6 +25,7 @@ from qe_edge.models.generation_files import read_generation_config
 from qe_edge.models.groups import set_module
 from qe_edge.models.loading import LoadedModel, auto_class
 from qe_edge.models.rotation import last_norm, mix_last_norm
+from qe_edge.models.unset import unset_parameters
 from qe_edge.numerics.schemes import Scheme
 from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ArtifactError, shown
@@ -171,11 +172,12 @@ def read_section(folder: Path) -> dict[str, Any]:
 
 
 def _empty_model(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """The model with unset weights, in the precision that the checkpoint stores."""
+    """The model without weights, in the precision that the checkpoint stores."""
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: PreTrainedModel = auto_class(family).from_config(config)
+    with unset_parameters():
+        model: PreTrainedModel = auto_class(family).from_config(config)
     if any(name.endswith(".norm.mixing.weight") for name in tensors):
         if last_norm(model) is None:
             raise _damaged(Path(folder), "it is rotated, and the model has no last norm")

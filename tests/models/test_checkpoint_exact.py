@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qe_edge.calibration.sources import load_evaluation
 from qe_edge.layers.linear import quantized_linears
-from qe_edge.models.family import TEXT, Sample
+from qe_edge.models import quantized as quantized_models
+from qe_edge.models.family import TEXT, ModelFamily, Sample
 from qe_edge.models.loading import LoadedModel, load_model, load_outside_blocks
 from qe_edge.models.quantized import WEIGHTS, load_quantized, save_quantized
+from qe_edge.models.unset import unset_parameters
 from qe_edge.numerics.schemes import get_scheme
 from qe_edge.quantization.preflight import check_weights
 from qe_edge.quantization.quantizer import quantize
@@ -82,6 +86,31 @@ def test_every_tensor_comes_back(source: Path, tmp_path: Path) -> None:
             assert torch.equal(found[name], tensor), name
         shutil.rmtree(tmp_path / "checkpoint")
         save_quantized(again, recipe, tmp_path / "checkpoint")
+
+
+def test_no_weight_is_made_before_the_checkpoint_is_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers that no checkpoint holds are computed; parameters are shapes until the stored ones take their places."""
+    save_quantized(*quantized(str(source)), tmp_path / "checkpoint")
+    make, devices = quantized_models._empty_model, set()
+
+    def made(folder: str, family: ModelFamily, tensors: dict[str, Tensor]) -> PreTrainedModel:
+        model = make(folder, family, tensors)
+        devices.update(parameter.device.type for parameter in model.parameters())
+        return model
+
+    monkeypatch.setattr(quantized_models, "_empty_model", made)
+    model = load_quantized(tmp_path / "checkpoint").model
+    assert devices == {"meta"}
+    assert [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta] == []
+
+
+def test_other_threads_make_models_with_weights() -> None:
+    with unset_parameters(), ThreadPoolExecutor(1) as pool:
+        own, others = nn.Linear(2, 2), pool.submit(nn.Linear, 2, 2).result()
+    assert (own.weight.is_meta, others.weight.is_meta) == (True, False)
+    assert not nn.Linear(2, 2).weight.is_meta
 
 
 def test_a_head_of_its_own_stays(tmp_path: Path) -> None:
