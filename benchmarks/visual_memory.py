@@ -82,9 +82,9 @@ def export(folder: Path, blocks: int) -> float:
     config = Qwen2VLConfig(vision_config={**VISION, "depth": blocks}, text_config=text)
     model = Qwen2VLForConditionalGeneration(config).eval()
     loaded = LoadedModel(model, FAMILIES["qwen2_vl"](config), None, "")
-    with exportable(model):
+    with exportable(model) as linears:
         spec = next(spec for spec in loaded.family.graphs(model) if spec.name == "visual")
-        entry = _export_graph(spec, loaded, folder)
+        entry = _export_graph(spec, loaded, linears, folder)
     (folder / "entry.json").write_text(entry.model_dump_json(), encoding="utf-8")
     torch.save(model.model.visual, folder / "visual.pt")
     (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")

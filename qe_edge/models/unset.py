@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -25,7 +26,7 @@ def unset_parameters() -> Iterator[None]:
     """
     owner = threading.get_ident()
 
-    def unset(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def unset(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:  # noqa: ANN401 - torch says None
         if parameter is None or parameter.is_meta or threading.get_ident() != owner:
             return None  # it stays as it is
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

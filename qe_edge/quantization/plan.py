@@ -112,8 +112,7 @@ def make_plan(source: str, recipe: Recipe, samples: Sequence[Sample]) -> Plan:
     check_shapes(blocks, method)
     linears: dict[str, QELinear] = {}
     adapters: dict[str, AdapterSize] = {}
-    groups: dict[str, str] = {}
-    joint: dict[str, int] = {}
+    groups, joint = dict[str, str](), dict[str, int]()
     for block in blocks:
         for group in linear_groups(block, family.siblings):
             linears |= _planned_group(group, method, recipe, adapters)
