@@ -6,7 +6,8 @@ blocks, and zero points move out of the weight: `x @ ((q - z) s) = x @ (q s) - (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.system.errors import TargetError
 
 BLOCKS = (128, 64, 32, 16)  # what TensorRT takes, best first
+LARGE = 1 << 20  # numbers of an array that is not kept in memory
 FLOAT32 = "float32"  # key in a node's meta: it must compute in float32
 
 
@@ -270,6 +272,34 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def add_when_written(
+    graph: ir.Graph, name: str, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: Sequence[int]
+) -> ir.Value:
+    """A new initializer of the graph; a large one is made when it is written, so that a model is not in memory twice.
+
+    Args:
+        graph: Receives it.
+        name: Its name.
+        make: Makes the array; called again whenever the array is asked for.
+        dtype: The type of the array.
+        shape: Its shape.
+
+    Example:
+        >>> graph = ir.Graph([], [], nodes=[])
+        >>> shape = (2048, 512)
+        >>> value = add_when_written(graph, "weight", lambda: np.ones(shape, np.int8), ir.DataType.INT8, shape)
+        >>> type(value.const_value).__name__
+        'LazyTensor'
+    """
+    if math.prod(shape) < LARGE:
+        return add_initializer(graph, name, make())
+    known = ir.Shape(shape)
+    tensor = ir.LazyTensor(lambda: ir.tensor(make()), dtype=dtype, shape=known, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=known, type=ir.TensorType(dtype))
     graph.register_initializer(value)
     return value
 

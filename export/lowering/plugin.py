@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
@@ -25,6 +26,7 @@ from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.prepack.linear import PackError
 from qe_edge.prepack.lower import lower
 
+LARGE = 8 << 20  # bytes of a packed tensor that is not kept in memory
 LAYOUT = "layout_version"  # attribute of nodes whose weights are packed
 
 
@@ -110,9 +112,11 @@ def pack_layers(model: ir.Model, *, scratch: bool = False) -> list[str]:
 
 def _pack(graph: ir.Graph, node: ir.Node, *, scratch: bool) -> None:
     """One layer as a node of the plugin."""
-    attributes, tensors = _packed(node)
+    layer = _Layer(ir.serde.serialize_node(node), [value for value in node.inputs[1:] if value is not None])
+    attributes, tensors = layer.packed()
     inputs: list[ir.Value | None] = [node.inputs[0]]
-    for tensor in tensors:
+    for number, packed in enumerate(tensors):
+        tensor = packed if packed.nbytes < LARGE else layer.again(number, packed)
         shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
         value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind)
         graph.register_initializer(value)
@@ -176,18 +180,34 @@ def is_packed(node: ir.Node) -> bool:
     return (node.domain, node.op_type) == (DOMAIN, NAME)
 
 
-def _packed(node: ir.Node) -> tuple[list[ir.Attr], list[ir.TensorProtocol]]:
-    """The lowered node's attributes, and its tensors in the order of its inputs after x."""
-    constants = [_tensor_proto(value) for value in node.inputs[1:] if value is not None]
-    graph = helper.make_graph([ir.serde.serialize_node(node)], "layer", [], [], constants)
-    try:
-        lowered = lower(helper.make_model(graph)).graph
-    except PackError as error:
-        raise refusal(node.name or "", str(error)) from error
-    (found,) = (each for each in lowered.node if each.op_type == NAME)
-    tensors = {tensor.name: tensor for tensor in lowered.initializer}
-    attributes = [ir.serde.deserialize_attribute(attribute) for attribute in found.attribute]
-    return attributes, [ir.serde.deserialize_tensor(tensors[name]) for name in found.input[1:]]
+@dataclass(frozen=True)
+class _Layer:
+    """A canonical layer.
+
+    Attributes:
+        node: Its node.
+        constants: The node's inputs after x.
+    """
+
+    node: onnx.NodeProto
+    constants: list[ir.Value]
+
+    def packed(self) -> tuple[list[ir.Attr], list[ir.TensorProtocol]]:
+        """The lowered node's attributes, and its tensors in the order of its inputs after x."""
+        graph = helper.make_graph([self.node], "layer", [], [], [_tensor_proto(value) for value in self.constants])
+        try:
+            lowered = lower(helper.make_model(graph)).graph
+        except PackError as error:
+            raise refusal(self.node.name, str(error)) from error
+        (found,) = (each for each in lowered.node if each.op_type == NAME)
+        tensors = {tensor.name: tensor for tensor in lowered.initializer}
+        attributes = [ir.serde.deserialize_attribute(attribute) for attribute in found.attribute]
+        return attributes, [ir.serde.deserialize_tensor(tensors[name]) for name in found.input[1:]]
+
+    def again(self, number: int, packed: ir.TensorProtocol) -> ir.LazyTensor:
+        """One of the tensors, packed a second time when it is written, so that the model is not in memory twice."""
+        shape = ir.Shape(packed.shape.numpy())
+        return ir.LazyTensor(lambda: self.packed()[1][number], dtype=packed.dtype, shape=shape, name=packed.name)
 
 
 def _tensor_proto(value: ir.Value) -> onnx.TensorProto:

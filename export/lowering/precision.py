@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
-from qe_edge.export.lowering.inline import FLOAT32, add_initializer, array_of
+from qe_edge.export.lowering.inline import FLOAT32, add_initializer, add_when_written, array_of
 from qe_edge.export.lowering.passes import InPlacePass, PassResult, ensure, remove_unused, require, untyped_values
 from qe_edge.export.lowering.plugin import is_packed
 from qe_edge.export.lowering.states import WEIGHTED, is_state_tensor, state_nodes
@@ -26,7 +26,6 @@ STATISTICS = (
     "Cos", "Exp", "Erf", "LayerNormalization", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Sin", "Sqrt", "Tanh",
 )  # fmt: skip
 COMBINING = ("Add", "Sub", "Mul", "Div")
-LARGE = 1 << 20  # numbers
 MASKED = -3e4  # a masked score in float16: far below any other, and its sum with one is finite
 
 
@@ -264,17 +263,11 @@ def array_of_constant(value: ir.Value) -> np.ndarray:
 
 
 def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-    """A constant in another precision, as an initializer; a large one is converted when it is written."""
+    """A constant in another precision, as an initializer."""
     stored = value.const_value
-    if stored is None or stored.size < LARGE:
+    if stored is None:
         return add_initializer(graph, name, convert_constant(array_of_constant(value), dtype))
-    shape = ir.Shape(stored.shape.numpy())
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(convert_constant(stored.numpy(), dtype)), dtype=dtype, shape=shape, name=name
-    )
-    converted = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(dtype))
-    graph.register_initializer(converted)
-    return converted
+    return add_when_written(graph, name, lambda: convert_constant(stored.numpy(), dtype), dtype, stored.shape.numpy())
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:

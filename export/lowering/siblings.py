@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from qe_edge.export.lowering.inline import add_initializer, array_of, operands_of, shape_of
+from qe_edge.export.lowering.inline import add_initializer, add_when_written, array_of, operands_of, shape_of
 from qe_edge.export.lowering.passes import (
     InPlacePass,
     PassResult,
@@ -83,6 +83,16 @@ def _key(node: ir.Node) -> tuple[object, ...]:
     return operands.x, Attributes.of(node), operands.present(), groups, *contents
 
 
+def _concatenated(graph: ir.Graph, name: str, values: Sequence[ir.Value], axis: int) -> ir.Value:
+    """One initializer of several, along an axis."""
+    shape = list(shape_of(values[0]))
+    shape[axis] = sum(shape_of(value)[axis] for value in values)
+    kind = values[0].dtype
+    if kind is None:
+        raise ValueError(f"value '{values[0].name}' has no type")
+    return add_when_written(graph, name, lambda: np.concatenate([array_of(one) for one in values], axis), kind, shape)
+
+
 def _join(graph: ir.Graph, siblings: list[ir.Node]) -> None:
     first = siblings[0]
     name = "+".join([first.name or "", *((node.name or "").rpartition(".")[2] for node in siblings[1:])])
@@ -91,8 +101,7 @@ def _join(graph: ir.Graph, siblings: list[ir.Node]) -> None:
     for key in INPUTS[: len(first.inputs)]:
         values = [getattr(each, key) for each in operands]
         if key in JOINED and values[0] is not None:
-            array = np.concatenate([array_of(value) for value in values], axis=JOINED[key])
-            inputs.append(add_initializer(graph, f"{name}.{key}", array))
+            inputs.append(_concatenated(graph, f"{name}.{key}", values, JOINED[key]))
         else:
             inputs.append(values[0])
     joined = ir.node(NAME, inputs, Attributes.of(first).onnx(), domain=DOMAIN, version=VERSION, name=name)

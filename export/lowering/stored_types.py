@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
+from qe_edge.export.lowering.inline import add_when_written
 from qe_edge.export.lowering.passes import InPlacePass, PassResult, remove_unused
 
 STORED = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
@@ -32,8 +35,8 @@ class WidenWeights(InPlacePass):
             value = node.inputs[0]
             if value is None or value.dtype not in STORED or value.const_value is None:
                 continue
-            wide = _wide(node.outputs[0].name or f"{value.name}.float32", value.const_value)
-            model.graph.register_initializer(wide)
+            name, stored = node.outputs[0].name or f"{value.name}.float32", value.const_value
+            wide = add_when_written(model.graph, name, _widened(stored), ir.DataType.FLOAT, stored.shape.numpy())
             node.outputs[0].replace_all_uses_with(wide)
             widened += 1
         if widened:
@@ -41,9 +44,5 @@ class WidenWeights(InPlacePass):
         return PassResult(model, modified=bool(widened))
 
 
-def _wide(name: str, stored: ir.TensorProtocol) -> ir.Value:
-    shape = ir.Shape(stored.shape.numpy())
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(stored.numpy().astype(np.float32)), dtype=ir.DataType.FLOAT, shape=shape, name=name
-    )
-    return ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+def _widened(stored: ir.TensorProtocol) -> Callable[[], np.ndarray]:
+    return lambda: stored.numpy().astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 
 from qe_edge.export.build import _is_listed, build_engines
 from qe_edge.export.layers import int4, layers_graph
-from qe_edge.export.lowering import tensorrt
+from qe_edge.export.lowering import inline, plugin, tensorrt
 from qe_edge.export.lowering.half import PLUGIN_PRODUCTS
 from qe_edge.export.lowering.inline import array_of, operands_of
+from qe_edge.export.lowering.onnxruntime import lower_for_onnxruntime
 from qe_edge.export.lowering.plugin import is_packed, pack_layers
 from qe_edge.export.lowering.siblings import join_siblings
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
@@ -248,3 +250,21 @@ def test_a_target_without_tensorrt_takes_no_plugin(exported: Exported, tmp_path:
     with pytest.raises(InputError, match="'cpu' is ONNX Runtime on any CPU, which takes no TensorRT plugin"):
         build_engines(exported.onnx, tmp_path / "cpu", "cpu", plugin_library=tmp_path / "libqe_plugin.so")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lower", [pack_layers, lower_for_onnxruntime, lower_for_tensorrt])
+def test_large_weights_are_made_when_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lower: Callable[[ir.Model], object]
+) -> None:
+    """The same file as of weights that stay in memory."""
+    layers, waiting = {name: make_layer(VARIANTS[0]) for name in "qkv"}, []
+    for large in (1, 1 << 40):
+        monkeypatch.setattr(inline, "LARGE", large)
+        monkeypatch.setattr(plugin, "LARGE", large)
+        model = siblings_graph(layers)
+        lower(model)
+        values = [value.const_value for value in model.graph.initializers.values()]
+        waiting.append(sum(isinstance(value, ir.LazyTensor) for value in values))
+        ir.save(model, tmp_path / f"{large}.onnx")
+    assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / f"{1 << 40}.onnx").read_bytes()
+    assert waiting[0] > waiting[1]

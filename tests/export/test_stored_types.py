@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qe_edge.export.build import build_engines
 from qe_edge.export.exporter import export_model
-from qe_edge.export.lowering import precision
+from qe_edge.export.lowering import inline
 from qe_edge.export.lowering.stored_types import WidenWeights
 from qe_edge.export.lowering.tensorrt import lower_for_tensorrt
 from qe_edge.export.plain_linears import PlainLinear, attach_plain_linears
@@ -144,7 +144,7 @@ def test_a_large_weight_is_converted_when_it_is_written(monkeypatch: pytest.Monk
     weight[3, 5] = 7e4
     written = []
     for large in (1, 1 << 30):
-        monkeypatch.setattr(precision, "LARGE", large)
+        monkeypatch.setattr(inline, "LARGE", large)
         model = ir.from_onnx_text(text + '{ y = qe_edge.QELinear <layer: string = "proj"> (x) }')
         attach_plain_linears(model, {"proj": PlainLinear(weight, None)})
         assert lower_for_tensorrt(model).products == {"proj": "float16"}
