@@ -232,7 +232,7 @@ def main() -> None:
     """Print the tables and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["2b", "7b"])
-    parser.add_argument("--layers", nargs="+", type=int, default=[2, 4], help="language layers, at least two numbers")
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 4], help="language layers; one predicts nothing")
     parser.add_argument("--method", default="qe")
     parser.add_argument("--bits", type=float, help="budget of stored bits")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples (default: %(default)s)")
@@ -240,8 +240,6 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--work", type=Path, help="folder that keeps the models")
     arguments = parser.parse_args()
-    if len(set(arguments.layers)) < 2:
-        parser.error("--layers needs two numbers")
     with tempfile.TemporaryDirectory() as scratch:
         report(arguments.work or Path(scratch), arguments)
 
@@ -268,10 +266,10 @@ def report(work: Path, arguments: argparse.Namespace) -> None:
                 print(
                     f"| {size}, {layers} | {stage} | {cost.seconds:.0f} | {cost.gib:.2f} | {plan} | {told} | {ratio} |"
                 )
-            if whole not in costs:
+            if whole not in costs and len(costs) > 1:
                 line = at(whole, costs)
                 print(f"| {size}, {whole} | {stage} | - | - | - | {line.seconds:.0f}, {line.gib:.2f} | - |")
-    if len(found) > 1 and "quantize" in arguments.stages:
+    if len(found) > 1 and len(set(arguments.layers)) > 1 and "quantize" in arguments.stages:
         predict_others(found, work, arguments)
     costs_found = {
         size: {str(n): {s: asdict(c) for s, c in run.items()} for n, run in runs.items()}
