@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import nn
 
 from qe_edge.export.layers import int4
-from qe_edge.export.op import DOMAIN, LAYER, NAME
+from qe_edge.export.op import DOMAIN, LAYER, NAME, initializer
 from qe_edge.layers.linear import QELinear
 from qe_edge.numerics.grids import PER_CHANNEL
 
@@ -57,9 +57,7 @@ def _replace(graph: ir.Graph, node: ir.Node, name: str, layer: QELinear) -> None
         operands["bias"] = ir.tensor(layer.bias.detach().float())
     values = []
     for key, tensor in operands.items():
-        tensor.name = f"{name}.{key}"
-        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-        values.append(ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind))
+        values.append(initializer(f"{name}.{key}", tensor))
         graph.register_initializer(values[-1])
     layout = {"axis": 1} if per_channel else {"axis": 0, "block_size": layer.group_size}
     weight = ir.node("DequantizeLinear", values[:2], layout, name=f"{name}/DequantizeLinear")

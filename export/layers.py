@@ -13,7 +13,18 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qe_edge.export.op import DOMAIN, INPUTS, LAYER, NAME, OPSET, VERSION, Attributes, Operands, linear_function
+from qe_edge.export.op import (
+    DOMAIN,
+    INPUTS,
+    LAYER,
+    NAME,
+    OPSET,
+    VERSION,
+    Attributes,
+    Operands,
+    initializer,
+    linear_function,
+)
 from qe_edge.layers.linear import QELinear
 from qe_edge.layers.torch_parts import PART_TENSORS
 from qe_edge.numerics.grids import PER_CHANNEL, pack_int4
@@ -237,7 +248,7 @@ def layer_operands(name: str, x: ir.Value, layer: QELinear, form: GraphForm, own
         if key in SHARED and id(stored) in owners:
             values[key] = owners[id(stored)]
             continue
-        values[key] = _initializer(f"{name}.{key}", _when_written(key, layer, form))
+        values[key] = initializer(f"{name}.{key}", _when_written(key, layer, form))
         if stored is not None:
             owners[id(stored)] = values[key]
     return Operands(x, **values)
@@ -290,12 +301,6 @@ def int4(codes: Tensor) -> ir.TensorProtocol:
     """
     packed = pack_int4(codes.reshape(1, -1))[0]
     return ir.PackedTensor(packed, ir.DataType.INT4, shape=list(codes.shape))
-
-
-def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    shape = ir.Shape(tensor.shape.numpy())
-    return ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
 
 
 def _input(node: ir.Node) -> ir.Value:

@@ -241,6 +241,19 @@ def reference(name: str, source: str) -> ir.Attr:
     return ir.RefAttr(name, source, ir.AttributeType.INT)
 
 
+def initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A value that holds a tensor, to be registered with a graph; the tensor takes the name.
+
+    Example:
+        >>> value = initializer("bias", ir.tensor(np.ones(3, np.float32)))
+        >>> value.name, value.dtype.name, value.shape
+        ('bias', 'FLOAT', Shape([3]))
+    """
+    tensor.name = name
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
+
+
 def constant(ops: tape.Tape, array: np.ndarray) -> ir.Value:
     """A Constant node holding `array`.
 

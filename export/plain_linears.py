@@ -16,7 +16,7 @@ import torch
 from onnx_ir import tape
 from torch import Tensor, nn
 
-from qe_edge.export.op import DOMAIN, LAYER, NAME
+from qe_edge.export.op import DOMAIN, LAYER, NAME, initializer
 from qe_edge.models.stored import placeholder
 from qe_edge.system.errors import ModelError
 
@@ -120,7 +120,7 @@ def _replace(graph: ir.Graph, node: ir.Node, name: str, linear: PlainLinear, use
     """Put the product in place of a bare node. Layers that a graph runs twice have their tensors once."""
     label = f"{name}/{use}" if use else name
     key = f"{name}.weight"
-    weight = graph.initializers.get(key) or _initializer(graph, key, _transposed(linear.weight))
+    weight = graph.initializers.get(key) or _registered(graph, key, _transposed(linear.weight))
     ops = tape.Tape()
     if linear.weight.dtype != torch.float32:
         weight = ops.op("Cast", [weight], {"to": ir.DataType.FLOAT.value}, name=f"{label}/Cast")
@@ -128,7 +128,7 @@ def _replace(graph: ir.Graph, node: ir.Node, name: str, linear: PlainLinear, use
     if linear.bias is not None:
         y.name = f"{label}.product"
         key = f"{name}.bias"
-        bias = graph.initializers.get(key) or _initializer(graph, key, ir.tensor(linear.bias.float()))
+        bias = graph.initializers.get(key) or _registered(graph, key, ir.tensor(linear.bias.float()))
         y = ops.op("Add", [y, bias], name=f"{label}/Add")
     if weight.producer() is not None:
         weight.name, weight.type = f"{label}.weight.float32", ir.TensorType(ir.DataType.FLOAT)
@@ -143,9 +143,7 @@ def _transposed(weight: Tensor) -> ir.TensorProtocol:
     return ir.LazyTensor(lambda: ir.tensor(weight.T.contiguous()), dtype=dtype, shape=shape)
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    shape = ir.Shape(tensor.shape.numpy())
-    value = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
+def _registered(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = initializer(name, tensor)
     graph.register_initializer(value)
     return value

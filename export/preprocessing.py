@@ -21,7 +21,8 @@ from qe_edge.export.signature import tensor_spec
 from qe_edge.models.family import Encoded, ModelFamily, Sample
 from qe_edge.models.images import MAX_PIXELS
 from qe_edge.models.loading import LoadedModel
-from qe_edge.models.picture_graphs import IMAGE, PICTURES, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS, PictureGraph
+from qe_edge.models.picture_graphs import PictureGraph
+from qe_edge.models.picture_names import IMAGE, PICTURES, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS
 from qe_edge.runtime.folder_prompts import PIXELS, visual_runs
 from qe_edge.runtime.graph_specs import PictureEntry, PictureLabel
 from qe_edge.runtime.sessions import OrtSession

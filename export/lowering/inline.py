@@ -22,7 +22,17 @@ from qe_edge.export.lowering.passes import (
     remove_unused,
     require_canonical,
 )
-from qe_edge.export.op import DOMAIN, INPUTS, Attributes, Operands, Products, constant, linear_body, rank_table
+from qe_edge.export.op import (
+    DOMAIN,
+    INPUTS,
+    Attributes,
+    Operands,
+    Products,
+    constant,
+    initializer,
+    linear_body,
+    rank_table,
+)
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.system.errors import TargetError
 
@@ -270,8 +280,7 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
         >>> list(graph.initializers), value.dtype.name
         (['bias'], 'FLOAT')
     """
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    value = initializer(name, ir.tensor(array))
     graph.register_initializer(value)
     return value
 
@@ -297,9 +306,7 @@ def add_when_written(
     """
     if math.prod(shape) < LARGE:
         return add_initializer(graph, name, make())
-    known = ir.Shape(shape)
-    tensor = ir.LazyTensor(lambda: ir.tensor(make()), dtype=dtype, shape=known, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=known, type=ir.TensorType(dtype))
+    value = initializer(name, ir.LazyTensor(lambda: ir.tensor(make()), dtype=dtype, shape=ir.Shape(shape)))
     graph.register_initializer(value)
     return value
 

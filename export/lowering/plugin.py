@@ -20,7 +20,7 @@ from qe_edge.export.lowering.passes import (
     require_canonical,
 )
 from qe_edge.export.lowering.siblings import join_siblings
-from qe_edge.export.op import DOMAIN, NAME, Attributes
+from qe_edge.export.op import DOMAIN, NAME, Attributes, initializer
 from qe_edge.export.plugin_check import LayerForm, refusal
 from qe_edge.numerics.grids import PER_CHANNEL
 from qe_edge.prepack.linear import PackError
@@ -117,8 +117,7 @@ def _pack(graph: ir.Graph, node: ir.Node, *, scratch: bool) -> None:
     inputs: list[ir.Value | None] = [node.inputs[0]]
     for number, packed in enumerate(tensors):
         tensor = packed if packed.nbytes < LARGE else layer.again(number, packed)
-        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-        value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind)
+        value = initializer(packed.name or "", tensor)
         graph.register_initializer(value)
         inputs.append(value)
     output = node.outputs[0]

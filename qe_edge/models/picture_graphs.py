@@ -10,9 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qe_edge.models.graph_nodes import Nodes
+from qe_edge.models.picture_names import IMAGE, PICTURES, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS
 
-IMAGE, PICTURES = "image", "pictures"
-PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS = "placeholder_ids", "placeholder_positions"
 Size = int | str
 EVERY = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 1, 3))  # every value of every channel
 

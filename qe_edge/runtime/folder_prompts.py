@@ -15,10 +15,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qe_edge.models.images import check_size
+from qe_edge.models.picture_names import IMAGE, PICTURES, PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS
 from qe_edge.models.samples import Turn
 from qe_edge.models.texts import shortened
 from qe_edge.runtime.chat_segments import Piece, read_chat
-from qe_edge.runtime.graph_specs import IMAGE, PICTURES, PictureEntry, PictureLabel
+from qe_edge.runtime.graph_specs import PictureEntry, PictureLabel
 from qe_edge.runtime.manifest import Manifest
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import ArtifactError, InputError
@@ -26,7 +27,7 @@ from qe_edge.system.errors import ArtifactError, InputError
 TOKENIZER = "tokenizer.json"
 REMEDY = "Export or build the model again."
 FIRST_PICTURE = 2  # number of the first picture's tokens in the mask; 0 is padding, 1 text
-TOKENS = ("placeholder_ids", "placeholder_positions")
+TOKENS = (PLACEHOLDER_IDS, PLACEHOLDER_POSITIONS)
 PIXELS = "pixel_values"
 
 

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qe_edge.models.picture_names import PICTURES
+
 DType = Literal["float32", "float16", "int64", "uint8"]
 Dimension = int | str
 TokenId = Annotated[int, Field(ge=0)]
-IMAGE, PICTURES = "image", "pictures"  # inputs of the graph that prepares a picture
 
 
 class Strict(BaseModel):

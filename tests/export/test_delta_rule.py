@@ -26,7 +26,7 @@ from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.limits import EngineLimits, limits_of, with_capacity, with_limits
 from qe_edge.runtime.manifest import read_manifest
-from tests.models import test_lfm2_vl, test_minicpmv4_6
+from tests.models import minicpmv4_6_models, test_lfm2_vl
 from tests.models.families import SAMPLES
 from tests.models.test_decoders import SIZES, TEXTS, export_of, write
 
@@ -273,7 +273,7 @@ def test_engines_with_states_are_built(name: str, tmp_path: Path) -> None:
         source = write(tmp_path / "model", name, **{**REAL, **(LFM if name == "lfm2" else QWEN)})
         modules, samples = ("language",), TEXTS
     else:
-        source = (test_lfm2_vl if name == "lfm2_vl" else test_minicpmv4_6).write(tmp_path / "model")
+        source = (test_lfm2_vl if name == "lfm2_vl" else minicpmv4_6_models).write(tmp_path / "model")
         modules, samples = ("language", "visual", "merger"), SAMPLES[:2]
     recipe = make_recipe(method="rtn", scheme="w4a8", modules=modules)
     save_quantized(*quantize(str(source), recipe, samples), tmp_path / "checkpoint")

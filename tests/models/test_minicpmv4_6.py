@@ -14,10 +14,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, MiniCPMV4_6Processor
+from transformers import MiniCPMV4_6Processor
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-from qe_edge.demo import model_path
 from qe_edge.export.attention import attach_attention
 from qe_edge.export.plain_linears import attach_plain_linears
 from qe_edge.export.tracing import exportable, trace_graph
@@ -43,73 +42,10 @@ from tests.models.families import (
     opened,
     token_errors,
 )
+from tests.models.minicpmv4_6_models import SETTINGS, write
 from tests.models.model_files import copy_files, edit
-from tests.models.random_models import save_random_model
 from tests.models.real_processors import torch_alone, video_class
 from tests.models.video_checks import VideoChecks, film, video_cases
-
-PATCH = 14
-SETTINGS: dict[str, Any] = {"patch_size": PATCH, "scale_resolution": 112, "max_slice_nums": 6}
-MARKS = {
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-    "image_start_token": "<image>",
-    "image_end_token": "</image>",
-    "slice_start_token": "<slice>",
-    "slice_end_token": "</slice>",
-    "image_id_start_token": "<image_id>",
-    "image_id_end_token": "</image_id>",
-}
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if not loop.first %}\n{% endif %}"
-    "{% if c.type == 'text' %}{{ c.text }}{% else %}<|{{ c.type }}_pad|>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
-)
-
-
-def write(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a configuration
-    """A model with the heads, the learnt positions and the patches of the real one."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path(), extra_special_tokens=MARKS)
-    tokenizer.chat_template = TEMPLATE
-    config = AutoConfig.for_model(
-        "minicpmv4_6",
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 16,
-            "patch_size": PATCH,
-            "image_size": 980,
-        },
-        text_config={
-            "model_type": "qwen3_5_text",
-            "vocab_size": 576,
-            "hidden_size": 96,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "layer_types": ["linear_attention", "full_attention"],
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 16,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 24,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-            "tie_word_embeddings": True,
-            **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
-        },
-        insert_layer_id=0,
-        tie_word_embeddings=True,
-        image_token_id=tokenizer.image_token_id,
-        video_token_id=tokenizer.video_token_id,
-        **changes,
-    )
-    save_random_model(AutoModelForImageTextToText.from_config, config, tokenizer, folder, norms=(0.1, 0.9))
-    mode = config.downsample_mode
-    MiniCPMV4_6ImageProcessorPil(**SETTINGS, downsample_mode=mode).save_pretrained(folder)
-    return folder
 
 
 def real_inputs(family: ModelFamily, processor: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:  # noqa: ANN401

@@ -47,6 +47,14 @@ CHANGES: tuple[dict[str, Any], ...] = (
 SHAPES = ((2, 64, 64, 2.0), (5, 117, 203, 3.0), (9, 40, 150, None), (31, 20, 50, 10.0))
 
 
+def real_frames(real: Any, shape: tuple[int, int, int], fps: float) -> tuple[np.ndarray, Any]:  # noqa: ANN401
+    """Frames of noise, `shape` of them, height and width, and what a processor of transformers makes of them."""
+    count = shape[0]
+    frames = np.random.default_rng(count).integers(0, 256, (*shape, 3), np.uint8)
+    known = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count)), "duration": count / fps}
+    return frames, real(videos=[frames], video_metadata=[known], return_tensors="np", return_metadata=True)
+
+
 def pixels(frames: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in frames])
 
@@ -126,10 +134,7 @@ def test_frames_as_tiles_are_those_of_transformers(model_type: str, changes: dic
             assert smol is not None
             ours = SmolVideos(smol, tokens_of_frame=6)
         for count, height, width, fps in ((5, 117, 203, 2.0), (9, 150, 40, 3.0), (60, 20, 51, 4.0)):
-            frames = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
-            known = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
-            known["duration"] = count / fps
-            wanted = real(videos=[frames], video_metadata=[known], return_tensors="np", return_metadata=True)
+            frames, wanted = real_frames(real, (count, height, width), fps)
             [plan] = plan_videos(ours, [Video(frames, fps)])
             found = prepare_video(ours, plan)
             assert plan.numbers == list(wanted["video_metadata"][0].frames_indices)
@@ -164,10 +169,7 @@ def test_frames_in_slices_are_those_of_transformers(changes: dict[str, Any], tmp
         shapes = (1, 64, 64, 24.0), (5, 117, 203, 2.0), (17, 150, 40, 6.4), (64, 20, 51, 5.0)
         even = 9, 30, 22, 3.0  # of which two are as far from a square beside each other as below
         for count, height, width, fps in (*shapes, even):
-            frames = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
-            known = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
-            known["duration"] = count / fps
-            wanted = real(videos=[frames], video_metadata=[known], return_tensors="np", return_metadata=True)
+            frames, wanted = real_frames(real, (count, height, width), fps)
             [plan] = plan_videos(ours, [Video(frames, fps)])
             found = prepare_video(ours, plan)
             seen = sorted(wanted["video_metadata"][0].frames_indices)
