@@ -1,4 +1,4 @@
-"""`qe-edge bench`: speed and memory of engines on this machine."""
+"""`qe-edge bench`: speed, memory and energy of engines on this machine."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ else:
 @plugin_library_option()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(**choices: Any) -> None:  # noqa: ANN401 - the options above
-    """Measure speed and memory of engines.
+    """Measure speed, memory and energy of engines.
 
     Time to the first token and its parts, time from one token to the next (median, p90, p99), tokens per second and
-    peak memory, measured in a process of their own. ENGINES is a folder of engines, of ONNX graphs, or the output of
+    peak memory, measured in a process of their own. On a Jetson also the energy of an answer, from the board's power
+    rails; this has not yet run on a Jetson. ENGINES is a folder of engines, of ONNX graphs, or the output of
     'deploy'.
     """
     bench_work.run(**choices)

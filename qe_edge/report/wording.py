@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,6 +277,7 @@ def limits(report: Report) -> list[str]:
     if report.latency:
         row = report.latency[0]
         found.append(_how_speed_was_measured(report, row))
+        found += _how_energy_was_measured(report.latency)
     else:
         found.append("No engine was run, so this page says nothing about speed.")
     found += [_state(target) for target in report.targets if target.plugin_nodes or not target.validated]
@@ -302,6 +303,20 @@ def _how_speed_was_measured(report: Report, row: Latency) -> str:
         f"{row.prompt_tokens} tokens at a time. {levels}Peak memory counts the whole process; Python and its libraries "
         "are nearly all of it for a small model."
     )
+
+
+def _how_energy_was_measured(rows: Sequence[Latency]) -> list[str]:
+    """Sentences on the power rails; none for a machine without."""
+    energies = [row.measured_energy for row in rows if row.measured_energy is not None]
+    said = []
+    if energies:
+        said.append(
+            f"Energy is that of the power rails {', '.join(energies[0].rails)} while answers were made. Energy above "
+            "idle leaves out the power before the model was loaded. These readings were never checked on a Jetson."
+        )
+    said += [notice for energy in energies for notice in energy.notices]
+    said += [f"Energy was not measured. {row.energy_problem}" for row in rows if row.energy_problem]
+    return list(dict.fromkeys(said))
 
 
 def _state(target: TargetState) -> str:

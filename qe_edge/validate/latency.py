@@ -1,4 +1,4 @@
-"""Speed and memory, measured one runtime at a time in a process of its own, so that the peak belongs to it alone."""
+"""Speed, memory and energy, measured one runtime at a time in a process of its own, so that they are its alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qe_edge.runtime.engine_info import EngineInfo, read_engine_info
 from qe_edge.system import errors
 from qe_edge.system.child_process import isolated_module, safe_environment
 from qe_edge.system.errors import InputError, ResourceError
+from qe_edge.system.power import SYSTEM
 from qe_edge.system.progress import Progress, Silent, track
 from qe_edge.validate.schema import Latency
 
@@ -53,6 +54,7 @@ class Measurement:
         seconds: Stop repeating after this time, but not before three repeats.
         new_tokens: Tokens decoded after the first in every repeat.
         plugin_library: Library of engines that need the plugin, None for the one that is found.
+        system: The folder that Linux mounts as `/sys`, which has the power rails.
     """
 
     runtime: str
@@ -67,6 +69,7 @@ class Measurement:
     seconds: float = 5.0
     new_tokens: int = 8
     plugin_library: str | None = None
+    system: str = str(SYSTEM)
 
 
 def measure_latency(

@@ -17,6 +17,7 @@ from qe_edge.models.videos import Video
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.system.errors import QEError
 from qe_edge.system.lazy import lazy_module
+from qe_edge.validate.energy import Gauge
 from qe_edge.validate.latency import REFUSED, Measurement
 from qe_edge.validate.schema import Latency, Timing
 
@@ -48,12 +49,14 @@ def measure(request: Measurement) -> Latency:
     """
     videos = [Video(one.source, one.fps, one.every_frame) for one in request.videos]
     sample = Sample([*request.pictures, *videos], request.question)
+    gauge = Gauge(Path(request.system))
     once, prompt_tokens = (_pytorch if request.runtime == "pytorch" else _engine)(request, sample)
     for _ in range(WARM_UP):
         once({})
     times: Times = {}
-    for _ in _repeats(request):
-        once(times)
+    with gauge.running():
+        for _ in _repeats(request):
+            once(times)
     return Latency(
         runtime=request.runtime,
         setting=request.setting,
@@ -62,6 +65,7 @@ def measure(request: Measurement) -> Latency:
         threads=request.threads,
         peak_bytes=peak_memory(),
         tokens_per_second=1 / float(np.mean(times["decode"])),
+        energy=gauge.energy(len(times["first_token"])),
     )
 
 

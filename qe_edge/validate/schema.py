@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qe_edge.budget.accounting import Amount, Count, FileSize, ModelBits
+from qe_edge.validate.energy import NO_RAILS, Energy, Sentence
 
 REPORT_VERSION: Literal[2] = 2
 
@@ -213,7 +214,7 @@ class Timing(Part):
 
 
 class Latency(Part):
-    """Speed and memory of one runtime on one question at a time.
+    """Speed, memory and energy of one runtime on one question at a time.
 
     Attributes:
         runtime: "onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx" or "pytorch".
@@ -224,6 +225,8 @@ class Latency(Part):
         threads: Threads used.
         peak_bytes: Peak resident memory of the process that ran nothing else.
         tokens_per_second: Tokens after the first, by the mean of their times; None in earlier reports.
+        energy: Energy of an answer, or why there is none, which is "no power rails" on most machines; None in earlier
+            reports.
     """
 
     runtime: str
@@ -233,6 +236,7 @@ class Latency(Part):
     threads: Count
     peak_bytes: Count
     tokens_per_second: Amount | None = None
+    energy: Energy | Sentence | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Latency:
@@ -240,6 +244,16 @@ class Latency(Part):
         if missing:
             raise ValueError(f"the step '{missing[0]}' is missing")
         return self
+
+    @property
+    def measured_energy(self) -> Energy | None:
+        """The energy, where it was measured."""
+        return self.energy if isinstance(self.energy, Energy) else None
+
+    @property
+    def energy_problem(self) -> str:
+        """Why a board with power rails has no energy, else ""."""
+        return self.energy if isinstance(self.energy, str) and self.energy != NO_RAILS else ""
 
 
 class Answer(Part):

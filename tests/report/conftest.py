@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from qe_edge.budget.accounting import BitCount, FileSize, LayerBits, ModelBits
+from qe_edge.validate.energy import Energy
 from qe_edge.validate.schema import (
     Accuracy,
     Answer,
@@ -33,6 +34,9 @@ VISION, TEXT = "model.visual.blocks.0.mlp.fc1", "model.layers.0.mlp.down_proj"
 
 
 BITS = BitCount(weights=1000, codes=3000, scales=100, adapters=800, router=200, read=4600)
+ENERGY = Energy(
+    joules=1.25, above_idle=0.75, idle_watts=5.0, answers=4, samples=200, rails=["VDD_IN"], notices=["A rail went."]
+)
 
 
 def make_report() -> Report:
@@ -119,10 +123,16 @@ def make_latency() -> list[Latency]:
             threads=2,
             peak_bytes=400_000_000,
             tokens_per_second=78.5,
+            energy=energy,
         )
-        for runtime, setting, steps in (
-            ("onnxruntime", "accuracy level 0", ("encode", "visual", "merger", "prefill", "first_token", "decode")),
-            ("pytorch", "float32", ("first_token", "decode")),
+        for runtime, setting, steps, energy in (
+            (
+                "onnxruntime",
+                "accuracy level 0",
+                ("encode", "visual", "merger", "prefill", "first_token", "decode"),
+                ENERGY,
+            ),
+            ("pytorch", "float32", ("first_token", "decode"), "The power rails went."),
         )
     ]
 

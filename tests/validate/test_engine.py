@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from qe_edge.models.family import Sample
 from qe_edge.system.errors import ArtifactError, ResourceError
 from qe_edge.validate import validate
-from qe_edge.validate.latency import measure_latency
+from qe_edge.validate.energy import NO_RAILS
+from qe_edge.validate.latency import Measurement, _in_child, measure_latency
 from tests.conftest import Exported
+from tests.system.test_power import ORIN_NX, monitor
 
 STEPS = ["encode", "visual", "merger", "prefill"]
 
@@ -44,6 +47,21 @@ def test_the_peak_is_the_childs_own(exported: Exported, held_out: list[Sample]) 
     found = measure_latency(exported.onnx, held_out[0], seconds=0)
     assert ballast[-1] == 1
     assert all(100e6 < row.peak_bytes < 1.5e9 for row in found)
+
+
+@pytest.mark.slow
+def test_a_child_measures_the_energy_of_answers(exported: Exported, tmp_path: Path) -> None:
+    monitor(tmp_path, ORIN_NX)  # always 6 W
+    asked = Measurement("onnxruntime", "", str(exported.onnx), 0, 1, "is it?", (), system=str(tmp_path))
+    row = _in_child(asked)
+    energy = row.measured_energy
+    assert energy is not None
+    assert energy.answers == row.steps["first_token"].repeats
+    assert energy.idle_watts == pytest.approx(6.0)
+    assert energy.above_idle == pytest.approx(0.0, abs=1e-6)
+    spent = row.steps["first_token"].lower + 8 * row.steps["decode"].lower  # milliseconds of an answer, or fewer
+    assert energy.joules > 0.5 * 6.0 * spent / 1000
+    assert _in_child(replace(asked, system=str(tmp_path / "desktop"))).energy == NO_RAILS
 
 
 def test_what_a_child_refuses_is_said_as_it_said_it(tmp_path: Path) -> None:
