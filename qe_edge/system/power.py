@@ -276,7 +276,7 @@ def _number(file: Path) -> int:
         text = _read(file).strip()
     except OSError as error:
         raise ValueError(f"'{file.name}' cannot be read, {error.strerror or error}") from error
-    if not re.fullmatch(rb"[+-]?[0-9]{1,12}", text):
+    if not re.fullmatch(rb"[+-]?[0-9]+", text):
         raise ValueError(f"'{file.name}' holds no number")
     return int(text)
 

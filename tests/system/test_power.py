@@ -59,6 +59,8 @@ def test_an_agx_orin_is_a_sum_of_three_and_memory_is_counted_once(tmp_path: Path
     names, watts = power(tmp_path)
     assert names == list(AGX_ORIN)
     assert watts == pytest.approx(19.8 * 0.3 + 5 * 0.6)
+    monitor(tmp_path, {"NC": (0, 0)}, "1-0042/hwmon/hwmon5")
+    assert find_rails(tmp_path).notices == ()  # NC is no rail, however often it is there
 
 
 def test_thor_with_and_without_a_monitor_at_its_input(tmp_path: Path) -> None:
@@ -111,6 +113,11 @@ def test_garbage_beside_the_whole_is_a_notice(tmp_path: Path) -> None:
     found = find_rails(tmp_path)
     assert [rail.name for rail in found.rails] == ["VDD_IN"]
     assert found.notices == ("The power rail 'VDD_SOC' was left out: 'curr3_input' holds no number.",)
+
+
+def test_two_wrong_signs_make_no_power(tmp_path: Path) -> None:
+    monitor(tmp_path, {"VDD_IN": (-5000, -1200)})
+    assert "the voltage of 'VDD_IN' is below zero" in find_rails(tmp_path).notices[0]
 
 
 @pytest.mark.parametrize("label", [b"\x1b[31mVDD_IN", b"\xff\xff", b"", b"V" * 5000, b"VDD\nIN"])

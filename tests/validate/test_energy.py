@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +35,25 @@ def test_energy_of_an_answer_in_total_and_above_idle(tmp_path: Path) -> None:
     assert found.idle_watts == pytest.approx(6.0)
     assert (found.rails, found.notices, found.answers) == (["VDD_IN"], [], 4)
     assert found.samples > 5
+
+
+def test_the_board_settles_before_its_idle_power_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = monitor(tmp_path, {"VDD_IN": (5000, 4000)})  # still warm from the work before
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        replace(folder / "curr1_input", b"1000")
+        threading.Event().wait(0.15)
+
+    monkeypatch.setattr("qe_edge.validate.energy.time.sleep", sleep)
+    gauge = Gauge(tmp_path, settling=7, idle=3)
+    with gauge.running():
+        threading.Event().wait(0.15)
+    found = gauge.energy(1)
+    assert isinstance(found, Energy)
+    assert found.idle_watts == pytest.approx(5.0)
+    assert slept == [7, 3]
 
 
 def test_a_desktop_waits_for_nothing(tmp_path: Path) -> None:
@@ -115,6 +135,12 @@ def test_the_table_of_a_desktop_is_silent(energy: str | None, monkeypatch: pytes
     text = printed(latency(energy), monkeypatch)
     assert "nergy" not in text
     assert "idle" not in text
+    kept: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = []
+    monkeypatch.setattr(bench_work.tables, "print_table", lambda *table: kept.append(table))
+    printed(latency(energy), monkeypatch)
+    printed(latency(ENERGY), monkeypatch)
+    assert [[len(row) - len(names) for row in rows] for names, rows in kept] == [[0], [0]]
+    assert len(kept[1][0]) == len(kept[0][0]) + 3
 
 
 def test_json_says_that_there_are_no_rails(monkeypatch: pytest.MonkeyPatch) -> None:
