@@ -32,7 +32,7 @@ from qe_edge.runtime.manifest import (
     read_any_manifest,
 )
 from qe_edge.runtime.plugin_library import digest
-from qe_edge.runtime.sessions import OrtSession
+from qe_edge.runtime.sessions import check_opens
 from qe_edge.system.atomic import atomic_folder
 from qe_edge.system.errors import ArtifactError, InputError, TargetError
 from qe_edge.system.progress import Progress, Silent, track
@@ -198,7 +198,7 @@ def _build_for_onnxruntime(source: Path, folder: Path, entry: GraphEntry) -> tup
     with explained(f"The graph '{source / entry.file}' cannot be lowered for ONNX Runtime", TargetError, AGAIN):
         lower_for_onnxruntime(model)
         save_graph(model, folder / entry.file)
-    OrtSession(folder, entry, accuracy_level=0, threads=None)
+    check_opens(folder, entry)
     build = GraphBuild(size=_size(folder, entry.file), seconds=time.perf_counter() - started)
     return entry, build, ort.__version__
 

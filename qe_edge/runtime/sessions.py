@@ -101,22 +101,14 @@ class OrtSession:
         self, folder: Path, entry: GraphFile, accuracy_level: int, threads: int | None, *, frugal: bool = False
     ) -> None:
         self.steady = False
-        check_graph_file(folder, entry.file)
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         if frugal:
             options.enable_mem_reuse = options.enable_mem_pattern = options.enable_cpu_mem_arena = False
         if threads is not None:
             options.intra_op_num_threads = threads
         self._name = entry.file
-        try:
-            self._session = ort.InferenceSession(str(folder / entry.file), options, providers=["CPUExecutionProvider"])
-        except ort_errors() as error:
-            raise ArtifactError(
-                f"ONNX Runtime cannot load '{folder / entry.file}': {first_line(error)}", "Export the model again."
-            ) from error
-        check_signature(self._session, entry, folder)
+        self._session = _open(folder, entry, options)
         self._outputs = [spec.name for spec in entry.outputs]
         self._held: list[_Binding] = []
 
@@ -201,6 +193,37 @@ class _Binding:
             bound.keys() == asked.keys() and all(bound[name]() is array for name, array in asked.items())
             for bound, asked in ((self.inputs, feeds), (self.outputs, into))
         )
+
+
+def check_opens(folder: Path, entry: GraphFile) -> None:
+    """Open a graph once in ONNX Runtime, as it is: nothing of its weights is read, so that a large model takes no memory.
+
+    Raises:
+        ArtifactError: As for `OrtSession`.
+
+    Example:
+        >>> from qe_edge.runtime.manifest import read_manifest  # doctest: +SKIP
+        >>> folder = Path("out/demo/engines/cpu")  # doctest: +SKIP
+        >>> check_opens(folder, read_manifest(folder).graphs["language"])  # doctest: +SKIP
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    _open(folder, entry, options)
+
+
+def _open(folder: Path, entry: GraphFile, options: ort.SessionOptions) -> Any:  # noqa: ANN401 - an untyped extension module
+    """ONNX Runtime's session of a graph, whose file and signature are checked."""
+    check_graph_file(folder, entry.file)
+    options.log_severity_level = 3  # errors come as exceptions; warnings are for developers
+    try:
+        session = ort.InferenceSession(str(folder / entry.file), options, providers=["CPUExecutionProvider"])
+    except ort_errors() as error:
+        raise ArtifactError(
+            f"ONNX Runtime cannot load '{folder / entry.file}': {first_line(error)}", "Export the model again."
+        ) from error
+    check_signature(session, entry, folder)
+    return session
 
 
 def check_signature(session: Any, entry: GraphFile, folder: Path) -> None:  # noqa: ANN401 - an untyped extension module

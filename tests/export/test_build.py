@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -20,6 +23,7 @@ from qe_edge.models.family import Sample
 from qe_edge.runtime.engine import VisionLanguageEngine
 from qe_edge.runtime.engine_info import read_engine_info
 from qe_edge.runtime.manifest import read_manifest
+from qe_edge.system.child_process import isolated_code, safe_environment
 from qe_edge.system.errors import ArtifactError, ResourceError, TargetError, UnknownNameError
 from tests.conftest import Exported
 from tests.export.single_layers import Variant, make_layer
@@ -147,6 +151,48 @@ def test_a_failed_build_leaves_nothing(exported: Exported, tmp_path: Path, monke
     with pytest.raises(TargetError, match=re.escape("It crashed.")):
         build_engines(exported.onnx, tmp_path / "engines" / "new" / "rtx", "rtx")
     assert [path.name for path in tmp_path.rglob("*")] == ["engines"]
+
+
+OPENED = """
+import sys
+from pathlib import Path
+from qe_edge.runtime.graph_specs import GraphFile
+from qe_edge.runtime.sessions import check_opens, ort_errors
+ort_errors()  # imports ONNX Runtime
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+before = peak()
+check_opens(Path(sys.argv[1]), GraphFile.model_validate_json(sys.argv[2]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_built_graph_is_opened_without_its_weights(tmp_path: Path) -> None:
+    """128 MiB of bfloat16, which ONNX Runtime would widen, and 64 MiB of float32, which it would pack."""
+    text = """<ir_version: 10, opset_import: ["": 21]>
+        g (float[n, 4096] x) => (float[n, 1024] y) {
+            widened = Cast <to = 1> (w)
+            hidden = MatMul (x, widened)
+            y = MatMul (hidden, v)
+        }"""
+    model, offset = onnx.parser.parse_model(text), 0
+    for name, kind, shape in (("w", "BFLOAT16", (4096, 16384)), ("v", "FLOAT", (16384, 1024))):
+        data_type = onnx.TensorProto.DataType.Value(kind)
+        weight = model.graph.initializer.add(name=name, data_type=data_type, dims=shape)
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        size = shape[0] * shape[1] * (2 if kind == "BFLOAT16" else 4)
+        for key, value in {"location": "g.onnx.data", "offset": offset, "length": size}.items():
+            weight.external_data.add(key=key, value=str(value))
+        offset += size
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    with (tmp_path / "g.onnx.data").open("wb") as file:
+        file.truncate(offset)
+    x, y = ({"name": name, "dtype": "float32", "shape": ["n", width]} for name, width in (("x", 4096), ("y", 1024)))
+    entry = json.dumps({"file": "g.onnx", "inputs": [x], "outputs": [y]})
+    command = [*isolated_code(OPENED), str(tmp_path), entry]
+    ran = subprocess.run(command, capture_output=True, check=True, text=True, env=safe_environment())
+    assert int(ran.stdout) < 32 * 1024
 
 
 @pytest.mark.parametrize("engine", [False, True])
