@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for every worker: more threads would only wait for it
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,6 +46,36 @@ def _operators_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(lru_cache(maxsize=None)(ONNXRegistry.from_torchlib)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_traced_once() -> Iterator[None]:
+    """Tracing takes most of the time of an export."""
+    from qe_edge.export.tracing import trace_graph
+    from tests.traces import shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qe_edge.export.exporter.trace_graph", shared(trace_graph))
+        yield
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed is measured in this process and once, because the start of another takes longer than all else."""
+    import torch
+
+    from qe_edge.validate.latency import Measurement
+    from qe_edge.validate.latency_child import measure
+    from qe_edge.validate.schema import Latency
+
+    def once(request: Measurement) -> Latency:
+        threads = torch.get_num_threads()
+        try:
+            return measure(replace(request, repeats=1, seconds=0))
+        finally:
+            torch.set_num_threads(threads)
+
+    monkeypatch.setattr("qe_edge.validate.latency._in_child", once)
 
 
 @pytest.fixture(scope="session")

@@ -198,6 +198,7 @@ def test_what_is_passed_as_samples_and_is_none(small: str, given: Any) -> None: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_folders_that_are_links_and_names_of_every_kind(cli: Run, tmp_path: Path) -> None:  # noqa: F811
     """onnxruntime-genai, optimum: blanks, other alphabets, and a data folder that is a link to a larger disk."""
     (tmp_path / "large disk").mkdir()

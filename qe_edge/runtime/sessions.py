@@ -196,7 +196,7 @@ class _Binding:
 
 
 def check_opens(folder: Path, entry: GraphFile) -> None:
-    """Open a graph once in ONNX Runtime, as it is: nothing of its weights is read, so that a large model takes no memory.
+    """Open a graph once in ONNX Runtime, as it is. Nothing of its weights is read, so that it takes no memory.
 
     Raises:
         ArtifactError: As for `OrtSession`.

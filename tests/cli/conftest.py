@@ -10,6 +10,7 @@ import pytest
 
 from qe_edge.cli import main
 from qe_edge.demo import model_path
+from tests.cli.forked import Command
 from tests.cli.running import CHILD, Outcome, Run
 
 
@@ -28,6 +29,16 @@ def child() -> Run:
     def run(*words: object) -> Outcome:
         done = subprocess.run([*CHILD, *map(str, words)], capture_output=True, text=True, check=False, timeout=600)
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def forked() -> Run:
+    """As `child`, without the seconds of its imports."""
+
+    def run(*words: object) -> Outcome:
+        return Command(*words).outcome()
 
     return run
 

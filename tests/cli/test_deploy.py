@@ -18,7 +18,7 @@ from qe_edge.quantization import job
 from qe_edge.recipes.recipe import make_recipe
 from qe_edge.runtime.limits import EngineLimits
 from qe_edge.system.errors import ArtifactError, InputError
-from tests.cli.running import Outcome, Run
+from tests.cli.running import Run
 
 RECIPE = make_recipe(method="rtn", calibration={"samples": 2})
 
@@ -261,11 +261,12 @@ def test_a_failure_in_quantizing_keeps_the_earlier_results(stages: Stages, tmp_p
 
 
 @pytest.mark.slow
-def test_the_first_command_of_the_readme(child: Run, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("measured_here")
+def test_the_first_command_of_the_readme(cli: Run, tmp_path: Path) -> None:
     """`qe-edge deploy demo -o out`, with fewer questions and a quick recipe; CI runs it as it stands."""
     out = tmp_path / "out"
     words = ["deploy", "demo", "-o", out, "--method", "rtn", "--samples", "1", "--limit", "2"]
-    outcome: Outcome = child(*words)
+    outcome = cli(*words)
     assert outcome.code == 0, outcome.err
     assert {path.name for path in out.iterdir()} == {
         "checkpoint", "onnx", "engines", "report.json", "report.html", LEDGER,
@@ -273,9 +274,9 @@ def test_the_first_command_of_the_readme(child: Run, tmp_path: Path) -> None:
     assert "bits per weight stored" in outcome.out
     assert "Traceback" not in outcome.err
     assert "Warning" not in outcome.err
-    refused = child(*words)
+    refused = cli(*words)
     assert refused.code == 2
     assert "--resume to continue" in refused.err
-    resumed = child(*words, "--resume")
+    resumed = cli(*words, "--resume")
     assert resumed.code == 0, resumed.err
     assert resumed.err.count("complete already") == 4

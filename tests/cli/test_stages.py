@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qe_edge.calibration.sources import load_evaluation
+from qe_edge.cli import main
 from tests.cli.running import Outcome, Run, assert_two_lines
 
 QUICK = ["--method", "rtn", "--modules", "merger", "--samples", "1"]
@@ -16,15 +17,14 @@ PICTURE = load_evaluation("demo")[1].image
 
 
 @pytest.fixture(scope="module")
-def folder(child: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint and the graphs exported from it."""
     path = tmp_path_factory.mktemp("stages")
     for words in (
         ["quantize", "demo", "-o", path / "checkpoint", *QUICK],
         ["export", path, "-o", path / "onnx"],
     ):
-        outcome = child(*words)
-        assert outcome.code == 0, outcome.err
+        assert main([str(word) for word in words]) == 0
     return path
 
 
@@ -61,7 +61,7 @@ def test_build_for_the_cpu_then_bench(cli: Run, folder: Path) -> None:
     built = cli("build", folder, "-o", folder / "engines" / "cpu")
     assert built.code == 0, built.err
     assert_two_lines(cli("build", folder, "-o", folder / "engines" / "cpu"), "cpu' is not empty", "--overwrite")
-    outcome = cli("bench", folder, "--json")
+    outcome = cli("bench", folder, "--json", "--seconds", "1")
     assert outcome.code == 0, outcome.err
     assert {"prefill", "decode", "first_token"} <= set(json.loads(outcome.out)[0]["steps"])
     measured = json.loads(outcome.out)[0]
@@ -90,6 +90,7 @@ def test_bench_beyond_the_context(cli: Run, folder: Path, original: list[str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_validate_then_report(cli: Run, folder: Path) -> None:
     outcome = cli("validate", "demo", folder, "-o", folder / "report.json", "--limit", "3")
     assert outcome.code == 0, outcome.err

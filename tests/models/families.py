@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,6 @@ from qe_edge.runtime.pipeline import Pipeline
 from qe_edge.runtime.sessions import OrtSession
 from qe_edge.system.errors import InputError
 from qe_edge.validate import validate
-from qe_edge.validate.latency import Measurement
-from qe_edge.validate.latency_child import measure
-from qe_edge.validate.schema import Latency
 from tests.models.conversations import CASES, ODD, SQUARE, greedy, noise, torch_logits
 from tests.runtime.host_tensorrt import install, lowered_engines
 
@@ -185,15 +182,6 @@ def unrotated(folder: Path) -> list[str]:
     makers = {output: node.op_type for node in graph.node for output in node.output}
     nodes = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
     return [node.name for node in nodes if {makers[name] for name in node.input[:2]} != {"RotaryEmbedding"}]
-
-
-def measured_here(request: Measurement) -> Latency:
-    """Measure speed in this process, because the start of another one takes longer than all else here."""
-    threads = torch.get_num_threads()
-    try:
-        return measure(replace(request, repeats=1))
-    finally:
-        torch.set_num_threads(threads)
 
 
 class FamilyChecks:
@@ -364,8 +352,8 @@ class FamilyChecks:
         assert errors["batch"].max() < 0.1
 
     @pytest.mark.slow
-    def test_validation(self, folder: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("qe_edge.validate.latency._in_child", measured_here)
+    @pytest.mark.usefixtures("measured_here")
+    def test_validation(self, folder: Path, made: Made) -> None:
         engines = made.onnx.parent / "cpu"
         report = validate(str(folder), made.checkpoint, engines, "demo", onnx=made.onnx, limit=3)
         assert [row.role for row in report.contenders] == ["original", "quantized", "engine"]

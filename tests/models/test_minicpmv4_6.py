@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from qe_edge.export.attention import attach_attention
 from qe_edge.export.plain_linears import attach_plain_linears
 from qe_edge.export.tracing import exportable, trace_graph
 from qe_edge.models.configuration import load_family
-from qe_edge.models.family import GraphSpec, ModelFamily, Sample
+from qe_edge.models.family import ModelFamily, Sample
 from qe_edge.models.graph_nodes import OPSET, Nodes
 from qe_edge.models.images import open_image
 from qe_edge.models.loading import LoadedModel, load_model
@@ -83,24 +82,6 @@ class TestMiniCPMV46(VideoChecks, FamilyChecks):
     samples = (*SAMPLES, Sample((SQUARE, film(5, 150, 120, 3.0)), "is it in the video?", "no"))
     linears = {"visual": 3 * 6, "merger": 2, "language": 8 + 7}  # noqa: RUF012
     unrotated = 1  # a quarter of a head is rotated
-
-    @pytest.fixture(scope="class", autouse=True)
-    @classmethod
-    def traced_once(cls) -> Iterator[None]:
-        """Tracing takes most of the time, and both checkpoints differ in what is put into the traced graphs alone."""
-        found: dict[str, ir.Model] = {}
-
-        def trace_once(spec: GraphSpec) -> ir.Model:
-            if spec.name not in found:
-                found[spec.name] = trace_graph(spec)
-                for value in found[spec.name].graph.initializers.values():  # float32 while a model is exported only
-                    assert value.const_value is not None
-                    value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
-            return found[spec.name].clone()
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qe_edge.export.exporter.trace_graph", trace_once)
-            yield
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ STEPS = ["encode", "visual", "merger", "prefill"]
 
 
 @pytest.mark.slow
-def test_a_report_with_an_engine(small: Path, exported: Exported) -> None:
+def test_a_report_with_an_engine(small: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.validate.run.measure_latency", partial(measure_latency, seconds=0))
     report = validate(str(small), exported.checkpoint, exported.onnx, "demo", onnx=exported.onnx, limit=10)
     assert report.engine is not None
     assert report.engine.same_answers == 1
