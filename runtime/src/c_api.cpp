@@ -173,6 +173,17 @@ void qe_model_options_init(qe_model_options* options) {
 }
 
 qe_status qe_model_load(const char* folder, const qe_model_options* options, qe_model** model, qe_error** error) {
+  return qe_model_load_gpu(folder, options, nullptr, model, error);
+}
+
+void qe_gpu_options_init(qe_gpu_options* options) {
+  if (options == nullptr) return;
+  *options = {};
+  options->size = sizeof(*options);
+}
+
+qe_status qe_model_load_gpu(const char* folder, const qe_model_options* options, const qe_gpu_options* gpu,
+                            qe_model** model, qe_error** error) {
   return Guarded(error, [&] {
     Given(model, "model") = nullptr;
     LoadOptions chosen;
@@ -182,6 +193,13 @@ qe_status qe_model_load(const char* folder, const qe_model_options* options, qe_
       if (options->onnxruntime != nullptr) chosen.onnxruntime = options->onnxruntime;
       chosen.threads = options->threads;
       chosen.max_context = options->max_context;
+    }
+    if (gpu != nullptr) {
+      if (gpu->size != sizeof(*gpu))
+        throw InputError("The options for a GPU are of another version.", "Initialise them with qe_gpu_options_init.");
+      if (gpu->tensorrt != nullptr) chosen.gpu.tensorrt = gpu->tensorrt;
+      if (gpu->plugin != nullptr) chosen.gpu.plugin = gpu->plugin;
+      chosen.gpu.stream = gpu->stream;
     }
     *model = new qe_model{std::make_shared<const Core>(std::filesystem::path(&Given(folder, "folder")), chosen)};
     return QE_OK;

@@ -1,12 +1,15 @@
 // Answers requests, one JSON a line, as tests/test_answers.py writes them; through the C++ face alone.
 //
-//   answer FOLDER ONNXRUNTIME < REQUESTS
+//   answer FOLDER ONNXRUNTIME [TENSORRT PLUGIN STREAM MAX_CONTEXT] < REQUESTS
 //
+// "-" is a path that is not given. STREAM is "given" for one that this program makes in CUDA's driver, or "wrong" for an address that is none.
 // A request has "turns", each a list of messages {"role", "parts"} that goes to one conversation; a part is a text, or a
 // picture {"file", "width", "height", "format", "stride"} of raw bytes. "options" are those of qe::Options. With "text"
 // it continues that text. "pieces" frees every answer after so many. "stopped" is a question for `qe_answer_run`, whose
 // callback wants one piece. Writes {"answers": [{"text", "ids", "finish", "cached", "prompt"}]}, {"answers": [calls]}
 // or {"error", "status"}.
+
+#include <dlfcn.h>
 
 #include <fstream>
 #include <iostream>
@@ -92,12 +95,36 @@ Json Answers(const qe::Model& model, const Json& request) {
   return answers;
 }
 
+// The caller's own CUDA stream, as a program has one that does more on the GPU. It stays: the process ends after the model.
+void* MakeStream() {
+  void* library = dlopen("libcuda.so.1", RTLD_NOW);
+  const auto call = [&](const char* name) { return dlsym(library, name); };
+  void *context = nullptr, *stream = nullptr;
+  reinterpret_cast<int (*)(unsigned)>(call("cuInit"))(0);
+  reinterpret_cast<int (*)(void**, int)>(call("cuDevicePrimaryCtxRetain"))(&context, 0);
+  reinterpret_cast<int (*)(void*)>(call("cuCtxPushCurrent_v2"))(context);
+  reinterpret_cast<int (*)(void**, unsigned)>(call("cuStreamCreate"))(&stream, 0);
+  reinterpret_cast<int (*)(void**)>(call("cuCtxPopCurrent_v2"))(&context);
+  return stream;
+}
+
+qe::ModelOptions ReadModelOptions(int count, char** arguments) {
+  const auto given = [&](int index) { return std::string(index < count ? arguments[index] : "-"); };
+  const auto path = [&](int index) { return given(index) == "-" ? std::string() : given(index); };
+  qe::ModelOptions options{path(2), 1, given(6) == "-" ? 0 : std::stoll(given(6))};
+  options.tensorrt = path(3);
+  options.plugin = path(4);
+  if (given(5) == "given") options.stream = MakeStream();
+  if (given(5) == "wrong") options.stream = &options;
+  return options;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) return 2;
+  if (count < 3) return 2;
   try {
-    const qe::Model model = qe::Model::load(arguments[1], {arguments[2], 1, 0});
+    const qe::Model model = qe::Model::load(arguments[1], ReadModelOptions(count, arguments));
     std::string line;
     while (std::getline(std::cin, line)) {
       held.clear();

@@ -30,7 +30,7 @@ typedef enum qe_status {
   QE_END = 1,            /* an answer has no more pieces; no error */
   QE_ERROR_INPUT = 2,    /* a text, picture, option or argument that cannot be used */
   QE_ERROR_ARTIFACT = 3, /* a folder that is missing, damaged or of another version */
-  QE_ERROR_TARGET = 4,   /* this machine cannot run the folder: ONNX Runtime is missing or too old */
+  QE_ERROR_TARGET = 4,   /* this machine cannot run the folder: a library or a GPU is missing, or too old */
   QE_ERROR_RESOURCE = 5, /* too little memory */
   QE_ERROR_INTERNAL = 6  /* a mistake of this library */
 } qe_status;
@@ -58,8 +58,24 @@ typedef struct qe_model_options {
 
 QE_API void qe_model_options_init(qe_model_options* options);
 
-/* Opens the output folder of `qe-edge export`, or of `qe-edge build` for ONNX Runtime. `options` may be null. */
+/* Opens the output folder of `qe-edge export`, or of `qe-edge build` for ONNX Runtime or TensorRT. `options` may be null. */
 QE_API qe_status qe_model_load(const char* folder, const qe_model_options* options, qe_model** model, qe_error** error);
+
+/* For engines of `qe-edge build --target tensorrt` and its like, where the library was built with QE_EDGE_TENSORRT. What
+ * is null is as in qe_model_load, which opens such folders too. This has not yet run on a GPU. */
+typedef struct qe_gpu_options {
+  size_t size;
+  const char* tensorrt; /* path of libnvinfer.so.10; null for where the system finds it */
+  const char* plugin;   /* path of libqe_plugin.so, for engines that need it; null for where the system finds it */
+  void* stream;         /* a CUstream or cudaStream_t in which all work is queued, in its context, and which has to outlive
+                         * the model, its conversations and answers; null for a stream of the model's own on the first GPU */
+} qe_gpu_options;
+
+QE_API void qe_gpu_options_init(qe_gpu_options* options);
+
+/* As qe_model_load, with options for a GPU; both may be null. Answers of several threads take turns on the GPU. */
+QE_API qe_status qe_model_load_gpu(const char* folder, const qe_model_options* options, const qe_gpu_options* gpu,
+                                   qe_model** model, qe_error** error);
 QE_API void qe_model_free(qe_model* model);
 
 /* ---- Messages ---- */

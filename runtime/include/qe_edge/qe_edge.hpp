@@ -66,6 +66,9 @@ struct ModelOptions {
   std::string onnxruntime;  // path of libonnxruntime.so; empty for where the system finds it
   int threads = 0;
   std::int64_t max_context = 0;
+  std::string tensorrt;    // path of libnvinfer.so.10, for engines of a GPU; empty likewise
+  std::string plugin;      // path of libqe_plugin.so, for engines that need it; empty likewise
+  void* stream = nullptr;  // the caller's CUDA stream; null for one of the model's own. See qe_gpu_options
 };
 
 struct Piece {
@@ -215,8 +218,13 @@ class Model {
     given.onnxruntime = options.onnxruntime.empty() ? nullptr : options.onnxruntime.c_str();
     given.threads = options.threads;
     given.max_context = options.max_context;
+    qe_gpu_options gpu;
+    qe_gpu_options_init(&gpu);
+    gpu.tensorrt = options.tensorrt.empty() ? nullptr : options.tensorrt.c_str();
+    gpu.plugin = options.plugin.empty() ? nullptr : options.plugin.c_str();
+    gpu.stream = options.stream;
     qe_model* model = nullptr;
-    detail::checked([&](qe_error** error) { return qe_model_load(folder.c_str(), &given, &model, error); });
+    detail::checked([&](qe_error** error) { return qe_model_load_gpu(folder.c_str(), &given, &gpu, &model, error); });
     return Model(model);
   }
 

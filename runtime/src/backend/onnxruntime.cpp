@@ -64,11 +64,6 @@ std::string NameOf(ONNXTensorElementDataType type) {
   }
 }
 
-size_t BytesOf(const Tensor& tensor) {
-  const size_t element = tensor.dtype == "int64" ? 8 : tensor.dtype == "float32" ? 4 : tensor.dtype == "float16" ? 2 : 1;
-  return static_cast<size_t>(tensor.Count()) * element;
-}
-
 class OrtGraph : public Graph {
  public:
   OrtGraph(RuntimePointer runtime, const std::filesystem::path& folder, const GraphFile& file, int threads, bool frugal)
@@ -148,7 +143,7 @@ class OrtGraph : public Graph {
 
   Value Wrap(const Tensor& tensor) const {
     OrtValue* value = nullptr;
-    runtime_->Check(runtime_->api->CreateTensorWithDataAsOrtValue(runtime_->memory, tensor.memory.get(), BytesOf(tensor),
+    runtime_->Check(runtime_->api->CreateTensorWithDataAsOrtValue(runtime_->memory, tensor.memory.get(), tensor.Bytes(),
                                                                   tensor.shape.data(), tensor.shape.size(),
                                                                   TypeOf(tensor.dtype), &value),
                     "take a tensor");

@@ -22,13 +22,20 @@ int64_t Tensor::Count() const {
   return count;
 }
 
-Tensor Zeros(const std::string& dtype, std::vector<int64_t> shape) {
+size_t Tensor::Bytes() const { return BytesOf(dtype, shape); }
+
+size_t BytesOf(const std::string& dtype, const std::vector<int64_t>& shape) {
   size_t bytes = ElementBytes(dtype);
   for (const int64_t size : shape) {
     if (size < 0 || (size > 0 && bytes > std::numeric_limits<size_t>::max() / 2 / static_cast<size_t>(size)))
       throw InputError("A tensor has a wrong size.", "Use a smaller picture or a shorter prompt.");
     bytes *= static_cast<size_t>(size);
   }
+  return bytes;
+}
+
+Tensor Zeros(const std::string& dtype, std::vector<int64_t> shape) {
+  const size_t bytes = BytesOf(dtype, shape);
   const size_t rounded = (bytes / kAlignment + 1) * kAlignment;
   void* memory = std::aligned_alloc(kAlignment, rounded);
   if (memory == nullptr) {

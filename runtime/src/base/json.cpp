@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cmath>
 
+#include "base/sha256.h"
 #include "base/text.h"
 
 namespace qe_edge {
@@ -78,6 +79,14 @@ std::string CanonicalJson(const Json& value) {
   std::string out;
   Append(out, value);
   return out;
+}
+
+void CheckSeal(const Json& table, const std::string& where, const std::string& remedy) {
+  Json content = table;
+  const Json digest = content.at("digest");
+  content.erase("digest");
+  if (!digest.is_string() || digest.get<std::string>() != Sha256::Of(CanonicalJson(content)))
+    throw ArtifactError("'" + where + "' was changed after it was written: its digest is another one.", remedy);
 }
 
 }  // namespace qe_edge

@@ -17,4 +17,7 @@ Json ParseJsonTable(std::string_view text, const std::string& where, const std::
 // As Python's json.dumps(sort_keys=True, separators=(",", ":")) writes a value: what a seal is made of.
 std::string CanonicalJson(const Json& value);
 
+// Throws ArtifactError if a table's "digest" is not that of its other values. `where` names it in messages.
+void CheckSeal(const Json& table, const std::string& where, const std::string& remedy);
+
 }  // namespace qe_edge

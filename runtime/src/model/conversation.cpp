@@ -44,7 +44,7 @@ std::vector<float> Conversation::Read(const Prompt& prompt, int64_t answer) {
   const int64_t wanted = static_cast<int64_t>(prompt.size()) + answer;
   if (!language_ || language_->capacity() < wanted) {
     const int64_t grown = answer == 0 && language_ ? 2 * language_->capacity() : wanted;  // seldom read again
-    language_.emplace(core_, std::min((std::max(grown, wanted) + kStep - 1) / kStep * kStep, core_->max_context));
+    language_.emplace(core_, core_->Capacity((std::max(grown, wanted) + kStep - 1) / kStep * kStep));
   }
   return language_->Read(prompt);
 }

@@ -16,7 +16,7 @@ constexpr char kChat[] = "chat.json";
 
 Manifest Runnable(const fs::path& folder) {
   Manifest manifest = ReadManifest(folder);
-  if (!manifest.kv_in_place) {
+  if (!manifest.kv_in_place && !manifest.limits) {
     throw Error(QE_ERROR_TARGET, "A '" + manifest.model_type + "' model's cache is not written in place, as C++ has it.",
                 "Run it from Python.");
   }
@@ -26,11 +26,17 @@ Manifest Runnable(const fs::path& folder) {
 }
 
 int64_t Context(const Manifest& manifest, int64_t asked) {
+  if (manifest.limits && asked > manifest.limits->context && asked <= manifest.max_context) {
+    throw InputError("The engines were built for " + std::to_string(manifest.limits->context) + " tokens of prompt and answer, not " +
+                         std::to_string(asked) + ".",
+                     "Choose a smaller max_context, or build them with --max-context " + std::to_string(asked) + ".");
+  }
   if (asked < 0 || asked > manifest.max_context) {
     throw InputError("The model remembers " + std::to_string(manifest.max_context) + " tokens, not " +
                          std::to_string(asked) + ".", "Choose a smaller max_context, or 0.");
   }
-  return asked == 0 ? manifest.max_context : asked;
+  if (asked == 0) return manifest.limits ? manifest.limits->context : manifest.max_context;
+  return asked;
 }
 
 std::shared_ptr<const Tokenizer> ReadTokenizer(const fs::path& folder) {
@@ -88,17 +94,25 @@ Core::Core(const fs::path& folder, const LoadOptions& options)
       tokenizer(ReadTokenizer(folder)),
       chat(ReadChat(folder)),
       embedding(folder / "embedding.safetensors", manifest.vocab_size, manifest.hidden_size,
-                manifest.EmbedsWidth()),
-      backend_(OpenOnnxRuntime(options.onnxruntime)) {
+                manifest.EmbedsWidth()) {
   if (options.threads < 0) throw InputError("A negative number of threads cannot run anything.", "Choose at least 1, or 0.");
+  const std::shared_ptr<const Backend> engines = manifest.limits ? OpenTensorRt(*manifest.engine, options.gpu) : nullptr;
+  const bool sees = manifest.picture && manifest.graphs.count("visual") > 0 && manifest.graphs.count("merger") > 0;
+  // pictures are prepared by ONNX Runtime, whatever runs the engines
+  const std::shared_ptr<const Backend> graphs = sees || !engines ? OpenOnnxRuntime(options.onnxruntime) : nullptr;
   const auto open = [&](const char* name, bool frugal) {
-    return backend_->Open(folder, manifest.graphs.at(name), options.threads, frugal);
+    return (engines ? engines : graphs)->Open(folder, manifest.graphs.at(name), options.threads, frugal);
   };
   language_ = open("language", false);
-  if (!manifest.picture || manifest.graphs.count("visual") == 0 || manifest.graphs.count("merger") == 0) return;
+  if (!sees) return;
   visual_ = open("visual", true);
   merger_ = open("merger", true);
-  preprocess_ = backend_->Open(folder, *manifest.picture, options.threads, true);
+  preprocess_ = graphs->Open(folder, *manifest.picture, options.threads, true);
+}
+
+int64_t Core::Capacity(int64_t wanted) const {
+  if (!manifest.limits) return std::min(wanted, max_context);
+  return manifest.kv_in_place ? manifest.limits->context : max_context;
 }
 
 std::string Core::PictureKey(const Picture& picture, size_t count) const {

@@ -18,6 +18,7 @@ struct LoadOptions {
   std::string onnxruntime;  // path of its library; empty for where the system finds it
   int threads = 0;          // 0 for one per core
   int64_t max_context = 0;  // tokens of prompt and answer; 0 for what the model takes
+  GpuOptions gpu;           // for engines of a GPU
 };
 
 // What stands in a prompt for a picture.
@@ -51,8 +52,10 @@ class Core {
 
   const Graph& language() const { return *language_; }
 
+  // Tokens of a cache that is to hold so many: engines have one size.
+  int64_t Capacity(int64_t wanted) const;
+
  private:
-  std::shared_ptr<const Backend> backend_;
   std::unique_ptr<const Graph> language_, visual_, merger_, preprocess_;
 };
 

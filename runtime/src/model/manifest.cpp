@@ -5,7 +5,6 @@
 
 #include "base/files.h"
 #include "base/json.h"
-#include "base/sha256.h"
 #include "base/text.h"
 #include "model/folder.h"
 
@@ -16,7 +15,6 @@ namespace fs = std::filesystem;
 
 constexpr int64_t kVersion = 3;
 constexpr size_t kMaxManifest = 16 << 20;
-constexpr char kEngineInfo[] = "engine.json";
 
 Error Damaged(const std::string& where, const std::string& reason) {
   return ArtifactError("'" + where + "' is damaged: " + reason + ".", kAgain);
@@ -47,6 +45,13 @@ std::vector<TensorSpec> Specs(const Json& list) {
     specs.push_back(std::move(spec));
   }
   return specs;
+}
+
+void ReadProfiles(const Json& profiles, GraphFile& graph) {
+  for (const auto& profile : profiles.items()) {
+    for (const auto& input : profile.value().items())
+      graph.largest[profile.key()][input.key()] = input.value().at(2).get<std::vector<int64_t>>();
+  }
 }
 
 void ReadGraph(const Json& entry, GraphFile& graph) {
@@ -138,7 +143,11 @@ Manifest Read(const Json& table) {
   Within(kv, "head_dim", 1, 4096);
   manifest.kv_in_place = kv.at("in_place").get<bool>();
   manifest.generation = Settings(table.at("generation"), manifest.vocab_size);
-  for (const auto& item : table.at("graphs").items()) ReadGraph(item.value(), manifest.graphs[item.key()]);
+  for (const auto& item : table.at("graphs").items()) {
+    GraphFile& graph = manifest.graphs[item.key()];
+    ReadGraph(item.value(), graph);
+    ReadProfiles(item.value().at("profiles"), graph);
+  }
   CheckCache(manifest.graphs.at("language"));
   if (const Json& picture = table.at("picture"); !picture.is_null()) {
     manifest.picture.emplace();
@@ -155,14 +164,6 @@ Manifest Read(const Json& table) {
   return manifest;
 }
 
-void CheckSeal(const Json& table, const std::string& where) {
-  Json content = table;
-  const Json digest = content.at("digest");
-  content.erase("digest");
-  if (!digest.is_string() || digest.get<std::string>() != Sha256::Of(CanonicalJson(content)))
-    throw ArtifactError("'" + where + "' was changed after it was written: its digest is another one.", kAgain);
-}
-
 Json ParseTable(const std::string& text, const std::string& where) {
   Json table = ParseJsonTable(text, where, kAgain);
   const auto version = table.find("format_version");
@@ -177,15 +178,25 @@ Json ParseTable(const std::string& text, const std::string& where) {
   return table;
 }
 
-// Of an engine folder: only ONNX Runtime's can be run here.
-void CheckBackend(const fs::path& folder) {
-  const fs::path path = folder / kEngineInfo;
-  const Json info = ParseJsonTable(ReadFile(path, kMaxManifest, kAgain), path.string(), kAgain);
-  const std::string backend = info.value("backend", "");
-  if (backend != "onnxruntime") {
-    throw Error(QE_ERROR_TARGET, "'" + folder.string() + "' holds engines for '" + Shown(backend) + "'.",
-                "Give the output folder of 'qe-edge export': this library runs ONNX Runtime.");
+// The last size of a profile's attention mask, which is how many tokens it takes.
+int64_t Tokens(const GraphFile& graph, const std::string& profile, int64_t most) {
+  if (const auto shapes = graph.largest.find(profile); shapes != graph.largest.end()) {
+    const auto mask = shapes->second.find("attention_mask");
+    if (mask != shapes->second.end() && mask->second.size() == 2 && mask->second[1] >= 1 && mask->second[1] <= most)
+      return mask->second[1];
   }
+  throw ArtifactError("The engines' profile '" + profile + "' has no number of tokens.", kAgain);
+}
+
+// What engines of fixed sizes take. Throws ArtifactError if their cache is of another size than their context.
+EngineLimits Limits(const Manifest& manifest) {
+  const GraphFile& language = manifest.graphs.at("language");
+  const EngineLimits limits{Tokens(language, "decode", manifest.max_context), Tokens(language, "prefill", manifest.max_context)};
+  for (const TensorSpec& spec : language.inputs) {
+    if (spec.name.rfind(kPast, 0) == 0 && !IsState(spec.name) && spec.shape[2] != -1 && spec.shape[2] != limits.context)
+      throw ArtifactError("The engines' cache '" + spec.name + "' has another size than their context.", kAgain);
+  }
+  return limits;
 }
 
 }  // namespace
@@ -217,7 +228,7 @@ int64_t Manifest::PositionAxes() const {
 Manifest ParseManifest(const std::string& text, const std::string& where) {
   try {
     const Json table = ParseTable(text, where);
-    CheckSeal(table, where);
+    CheckSeal(table, where, kAgain);
     return Read(table);
   } catch (const Json::exception&) {
     throw Damaged(where, "a value is missing or of another kind");
@@ -246,7 +257,9 @@ Manifest ReadManifest(const fs::path& folder) {
       if (!files.contains(name)) throw Damaged(folder.string(), "manifest.json lists no file '" + name + "'");
     }
     CheckFiles(folder, files);
-    if (!table.at("onnx").is_null() || fs::exists(folder / kEngineInfo)) CheckBackend(folder);
+    if (!table.at("onnx").is_null() || fs::exists(folder / kEngineInfo))
+      manifest.engine = ReadEngineInfo(folder, table.at("digest").get<std::string>());
+    if (manifest.engine && manifest.engine->HasLimits()) manifest.limits = Limits(manifest);
   } catch (const Json::exception&) {
     throw Damaged(path.string(), "a value is missing or of another kind");
   } catch (const fs::filesystem_error& error) {

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "model/engine_info.h"
+
 namespace qe_edge {
 
 constexpr char kPast[] = "past_key_values.", kPresent[] = "present.";  // a cache's inputs and outputs begin so
@@ -23,6 +25,13 @@ struct TensorSpec {
 struct GraphFile {
   std::string file;
   std::vector<TensorSpec> inputs, outputs;
+  std::map<std::string, std::map<std::string, std::vector<int64_t>>> largest;  // of every profile's inputs
+};
+
+// The largest sizes that engines were built for.
+struct EngineLimits {
+  int64_t context = 0;  // tokens of prompt and answer
+  int64_t prompt = 0;   // tokens that are read at once
 };
 
 // Tokens that say the number of a picture in its prompt.
@@ -62,6 +71,8 @@ struct Manifest {
   GenerationSettings generation;
   std::map<std::string, GraphFile> graphs;  // "language", and "visual" and "merger" where the model reads pictures
   std::optional<PictureFile> picture;
+  std::optional<EngineInfo> engine;  // of an engine folder
+  std::optional<EngineLimits> limits;  // of engines that have some
 
   int64_t EmbedsWidth() const;   // of the language graph's `inputs_embeds`
   int64_t PositionAxes() const;  // 3 with M-RoPE, else 1
