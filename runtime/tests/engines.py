@@ -1,4 +1,4 @@
-"""Engine folders for the stand-in of TensorRT: their engines are JSON files that name the graphs, which lie beside them."""
+"""Engine folders for the stand-in of TensorRT: their engines are JSON files that name graphs beside the folder."""
 
 from __future__ import annotations
 
@@ -17,24 +17,21 @@ from test_answers import ROOT
 MAKE = """
 import pathlib, sys
 from tests.runtime.host_tensorrt import lowered_engines
-lowered_engines(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), in_place=sys.argv[3] == "in place")
+out = pathlib.Path(sys.argv[2])
+for kind in ("in_place", "two_caches"):
+    (out / kind).mkdir()
+    lowered_engines(pathlib.Path(sys.argv[1]), out / kind / "engines", in_place=kind == "in_place")
 """
 Change = Callable[[dict[str, Any]], object]
 
 
-def make_engines(folder: Path, out: Path, cache: str) -> Path:
-    """The demo's engine folder with a cache "in place" or of "two caches"."""
-    subprocess.run([sys.executable, "-c", MAKE, str(folder), str(out / "engines"), cache], cwd=ROOT, check=True)
-    engines, graphs = out / "engines", out / "graphs"
-    graphs.mkdir()
-    for name, entry in json.loads((engines / "manifest.json").read_text())["graphs"].items():
-        shutil.move(engines / entry["file"], graphs / f"{name}.onnx")
-        plan = {key: entry[key] for key in ("inputs", "outputs")} | {"profiles": list(entry["profiles"].values())}
-        (engines / entry["file"]).write_text(json.dumps(plan | {"graph": str(graphs / f"{name}.onnx")}))
-        (engines / f"{name}.onnx").unlink()
-        (engines / f"{name}.onnx.data").unlink(missing_ok=True)
-    write_again(engines)
-    return engines
+def make_engines(folder: Path, out: Path) -> dict[str, Path]:
+    """The demo's engine folders: one with a cache "in_place" and one of "two_caches"."""
+    subprocess.run([sys.executable, "-c", MAKE, str(folder), str(out)], cwd=ROOT, check=True)
+    made = {kind.name: kind / "engines" for kind in out.iterdir()}
+    for engines in made.values():
+        _name_graphs(engines)
+    return made
 
 
 def write_again(engines: Path, manifest: Change | None = None, info: Change | None = None) -> None:
@@ -71,6 +68,19 @@ def environment(build: Path, onnxruntime: Path, **further: str) -> dict[str, str
         "STANDIN_ONNXRUNTIME": str(onnxruntime),
         **further,
     }
+
+
+def _name_graphs(engines: Path) -> None:
+    """Move the graphs out of a folder; its engines name them."""
+    graphs = engines.parent / "graphs"
+    graphs.mkdir()
+    for name, entry in json.loads((engines / "manifest.json").read_text())["graphs"].items():
+        shutil.move(engines / entry["file"], graphs / f"{name}.onnx")
+        plan = {key: entry[key] for key in ("inputs", "outputs")} | {"profiles": list(entry["profiles"].values())}
+        (engines / entry["file"]).write_text(json.dumps(plan | {"graph": str(graphs / f"{name}.onnx")}))
+        (engines / f"{name}.onnx").unlink()
+        (engines / f"{name}.onnx.data").unlink(missing_ok=True)
+    write_again(engines)
 
 
 def _seal(path: Path, table: dict[str, Any]) -> str:

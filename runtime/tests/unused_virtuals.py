@@ -1,6 +1,6 @@
 """Writes a C++ header of what a stand-in of TensorRT leaves out: every pure function of the headers' classes, aborting.
 
-    python unused_virtuals.py FOLDER_OF_NVINFER_H OUTPUT
+python unused_virtuals.py FOLDER_OF_NVINFER_H OUTPUT
 """
 
 from __future__ import annotations

@@ -77,14 +77,17 @@ std::optional<std::vector<int64_t>> Sizes(const trt::Dims& dims) {
 
 // The loaded library with its runtime. The library stays loaded: it has threads and statics of its own.
 struct Library {
-  std::shared_ptr<const Gpu> gpu;
-  EngineInfo info;
-  std::string version, plugin;
-  trt::IRuntime* runtime = nullptr;
-
+  Library(std::shared_ptr<const Gpu> gpu, const EngineInfo& info) : gpu(std::move(gpu)), info(info) {}
   ~Library() {
     Quietly(*gpu, [this] { delete runtime; });
   }
+  Library(const Library&) = delete;
+  Library& operator=(const Library&) = delete;
+
+  const std::shared_ptr<const Gpu> gpu;
+  const EngineInfo info;
+  std::string version;
+  trt::IRuntime* runtime = nullptr;
 };
 
 struct Range {
@@ -349,9 +352,7 @@ void LoadPlugin(trt::IPluginRegistry* registry, const std::string& chosen, const
 }
 
 std::shared_ptr<const Backend> Open(const EngineInfo& info, const GpuOptions& options) {
-  auto opened = std::make_shared<Library>();
-  opened->gpu = std::make_shared<const Gpu>(options.stream);
-  opened->info = info;
+  const auto opened = std::make_shared<Library>(std::make_shared<const Gpu>(options.stream), info);
   void* library = OpenLibrary(options.tensorrt);
   const int32_t version = Named<int32_t (*)()>(library, "getInferLibVersion")();
   opened->version = Versioned(version);
