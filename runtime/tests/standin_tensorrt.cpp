@@ -18,7 +18,6 @@
 #include <sstream>
 
 #include "backend/backend.h"
-#include "base/error.h"
 #include "base/json.h"
 #include "standin_cuda.h"
 
@@ -68,12 +67,11 @@ struct Io {
 struct Plan {
   Json table;
   std::map<std::string, Io> tensors;
-  std::vector<std::string> names;
-  std::shared_ptr<const qe_edge::Graph> graph;
+  qe_edge::GraphFile file;
+  std::filesystem::path path;
+  mutable std::unique_ptr<const qe_edge::Graph> graph;  // loaded for its first run; streams run one at a time
 
-  explicit Plan(const std::string& text) : table(Json::parse(text)) {
-    qe_edge::GraphFile file;
-    const std::filesystem::path path = table.at("graph").get<std::string>();
+  explicit Plan(const std::string& text) : table(Json::parse(text)), path(table.at("graph").get<std::string>()) {
     file.file = path.filename().string();
     for (const char* kind : {"inputs", "outputs"}) {
       const bool input = kind[0] == 'i';
@@ -81,12 +79,15 @@ struct Plan {
         const std::string name = entry.at("name");
         const Io io{input, entry.at("dtype"), entry.at("shape")};
         (input ? file.inputs : file.outputs).push_back({name, io.dtype, io.Static()});
-        names.push_back(name);
         tensors.emplace(name, io);
       }
     }
+  }
+
+  qe_edge::Tensors Run(const qe_edge::Tensors& inputs) const {
     const char* library = std::getenv("STANDIN_ONNXRUNTIME");
-    graph = qe_edge::OpenOnnxRuntime(library == nullptr ? "" : library)->Open(path.parent_path(), file, 1, false);
+    if (graph == nullptr) graph = qe_edge::OpenOnnxRuntime(library == nullptr ? "" : library)->Open(path.parent_path(), file, 1, false);
+    return graph->Run(inputs, {});
   }
 
   bool Takes(size_t profile, const std::string& name, const Shape& shape) const {
@@ -115,7 +116,7 @@ struct Queued {
       std::memcpy(tensor.memory.get(), run->addresses.at(name), tensor.Bytes());
       inputs.emplace(name, std::move(tensor));
     }
-    for (const auto& [name, tensor] : run->plan->graph->Run(inputs, {})) {
+    for (const auto& [name, tensor] : run->plan->Run(inputs)) {
       run->check(run->addresses.at(name), tensor.Bytes());
       std::memcpy(run->addresses.at(name), tensor.memory.get(), tensor.Bytes());
     }
@@ -200,7 +201,7 @@ struct EngineWork : standin::UnusedVCudaEngine {
     return plan->table.contains("full") ? nullptr : new Context(plan);
   }
   int32_t getNbOptimizationProfiles() const noexcept override { return static_cast<int32_t>(plan->table.at("profiles").size()); }
-  int32_t getNbIOTensors() const noexcept override { return static_cast<int32_t>(plan->names.size()); }
+  int32_t getNbIOTensors() const noexcept override { return static_cast<int32_t>(plan->tensors.size()); }
   Dims getTensorShape(const char* name) const noexcept override { return Found(name) == nullptr ? NoDims() : DimsOf(Found(name)->Static()); }
   bool isShapeInferenceIO(const char*) const noexcept override { return false; }
 
@@ -244,8 +245,6 @@ struct RuntimeWork : standin::UnusedVRuntime {
       return new Engine(std::move(plan));
     } catch (const Json::exception&) {
       Say("The engine plan file is not compatible with this version.\nSecond line.");
-    } catch (const qe_edge::Error& error) {
-      Say(error.what());
     }
     return nullptr;
   }
