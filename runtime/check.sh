@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds libqe_edge and checks it: with AddressSanitizer and UndefinedBehaviorSanitizer against Python's answers, with
 # ThreadSanitizer on two threads, installed and found by CMake and pkg-config, and for aarch64 where that compiler is.
+# TensorRT's backend is checked on stand-ins of it and of CUDA's driver; its public headers come as a Python package.
 #
 #   runtime/check.sh FOLDER    FOLDER is the demo's output of `qe-edge export`
 #
@@ -20,6 +21,11 @@ install_packages() {
     local as_root=()
     [ "$(id -u)" = 0 ] || as_root=(sudo)
     "${as_root[@]}" apt-get update -qq && "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${wanted[@]}" > /dev/null
+}
+
+fetch_headers() { # TensorRT's; without the package's dependencies, which are a deep-learning framework
+    [ -e "$headers/NvInferRuntime.h" ] && return 0
+    "$python" -m pip install --no-deps --target "$build/kernel_lens" kernel-lens==2.0.1
 }
 
 compile() { # compile NAME TARGET OPTIONS...
@@ -74,9 +80,11 @@ symbols() {
 }
 
 install_packages
+headers=$build/kernel_lens/kernel_lens/include/tensorrt
+fetch_headers
 onnxruntime=$("$python" -c 'import pathlib, onnxruntime; print(*(pathlib.Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))')
 debug=(-DQE_EDGE_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1")
-compile asan all "${debug[@]}" -DQE_EDGE_SANITIZE=address,undefined
+compile asan all "${debug[@]}" -DQE_EDGE_SANITIZE=address,undefined -DQE_EDGE_TENSORRT="$headers"
 (cd runtime && "$python" -m pytest -q tests "--build=$build/asan" "--folder=$folder")
 "$build/asan/tests/fuzz" "$folder" 4000 1
 compile tsan tests/threads "${debug[@]}" -DQE_EDGE_SANITIZE=thread
@@ -85,7 +93,8 @@ compile release all
 symbols
 snippet
 if [ -e /usr/lib/aarch64-linux-gnu/libpcre2-8.so ] && command -v aarch64-linux-gnu-g++ > /dev/null; then
-    compile aarch64 all -DCMAKE_TOOLCHAIN_FILE="$PWD/runtime/cmake/aarch64.cmake" -DQE_EDGE_TESTS=ON
+    compile aarch64 all -DCMAKE_TOOLCHAIN_FILE="$PWD/runtime/cmake/aarch64.cmake" -DQE_EDGE_TESTS=ON \
+        -DQE_EDGE_TENSORRT="$headers" -DQE_EDGE_TENSORRT_RTX="$headers" # of RTX there are none in a package
     echo "Cross-built for aarch64; it has run on no such machine."
 else
     echo "Not cross-built: g++-aarch64-linux-gnu, libpcre2-dev:arm64 or libutf8proc-dev:arm64 is not installed."

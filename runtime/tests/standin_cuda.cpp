@@ -149,7 +149,7 @@ EXPORT int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   if (most != nullptr && taken + bytes > std::strtoull(most, nullptr, 10)) return kOutOfMemory;
   void* block = std::malloc(bytes);
   if (block == nullptr) return kOutOfMemory;
-  std::memset(block, 0xa5, bytes);
+  std::memset(block, 0xff, bytes);  // not numbers
   *address = reinterpret_cast<uint64_t>(block);
   memory[*address] = bytes;
   taken += bytes;

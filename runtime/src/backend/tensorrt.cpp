@@ -125,6 +125,7 @@ class TrtGraph : public Graph {
 
   Tensors Run(const Tensors& inputs, const Tensors& bound) const override {
     const Gpu::Turn turn(gpu_);  // its end waits, so that arrays of the caller are not read after this
+    (void)Log::Only().Reason();  // of earlier calls
     SelectProfile(inputs);
     for (const TensorSpec& spec : file_.inputs) Feed(spec.name, inputs.at(spec.name));
     Tensors outputs;
