@@ -2,7 +2,8 @@
 // done when the stream is waited for, so that an array that was given back too early is seen by AddressSanitizer. New
 // memory is rubbish. A copy beyond an allocation, or a call without a context, ends the program.
 //
-// STANDIN_NO_GPU: there is none. STANDIN_MEMORY: bytes that can be had. STANDIN_REPORT: a file for what is left at the end.
+// STANDIN_NO_GPU: there is none. STANDIN_MEMORY: bytes that can be had. STANDIN_FAILS: what was queued has failed.
+// STANDIN_REPORT: a file for what is left at the end.
 
 #include "standin_cuda.h"
 
@@ -18,7 +19,7 @@
 
 namespace {
 
-constexpr int kOutOfMemory = 2, kNoDevice = 100, kInvalidHandle = 400;
+constexpr int kOutOfMemory = 2, kNoDevice = 100, kInvalidHandle = 400, kIllegalAddress = 700;
 
 struct Context {
   int retained = 0;
@@ -63,13 +64,20 @@ void Finish(Stream& stream) {
   for (; !stream.queue.empty(); stream.queue.pop_front(), ++stream.done, ++done) stream.queue.front()();
 }
 
-__attribute__((destructor)) void Report() {
+// Of the process, at its end; before what is declared above it goes.
+struct Report {
+  ~Report();
+} report;
+
+Report::~Report() {
   const char* path = std::getenv("STANDIN_REPORT");
   if (path == nullptr) return;
   std::FILE* file = std::fopen(path, "w");
   if (file == nullptr) return;
-  std::fprintf(file, "{\"blocks\": %zu, \"contexts\": %d, \"streams\": %zu, \"peak\": %zu, \"done\": %ld}\n", memory.size(),
-               primary.retained, streams.size(), peak, done);
+  long left = 0;  // what streams that are left have done
+  for (const auto& stream : streams) left += stream.second->done;
+  std::fprintf(file, "{\"blocks\": %zu, \"contexts\": %d, \"streams\": %zu, \"peak\": %zu, \"done\": %ld, \"left\": %ld}\n",
+               memory.size(), primary.retained, streams.size(), peak, done, left);
   std::fclose(file);
 }
 
@@ -139,7 +147,7 @@ EXPORT int cuStreamSynchronize(void* stream) {
   const auto found = streams.find(static_cast<Stream*>(stream));
   Require(found != streams.end() && !current.empty(), "a wait for an unknown stream, or without a context");
   Finish(*found->second);
-  return 0;
+  return std::getenv("STANDIN_FAILS") == nullptr ? 0 : kIllegalAddress;
 }
 
 EXPORT int cuMemAlloc_v2(uint64_t* address, size_t bytes) {

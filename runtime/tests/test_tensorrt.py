@@ -131,7 +131,8 @@ def test_the_callers_stream_is_used_and_nothing_is_taken_for_a_token(
     assert (left["blocks"], left["contexts"], left["streams"]) == (0, 1, 1)  # the program's own
     options = requests[-1]["options"] | {"max_new_tokens": 1}
     own([requests[-1] | {"options": options}])
-    assert left["done"] > own.left()["done"] > 0
+    assert left["left"] == left["done"] > own.left()["done"] > 0
+    assert own.left()["left"] == 0
     assert left["peak"] == own.left()["peak"]
 
 
@@ -288,6 +289,11 @@ def test_a_gpu_that_is_full(in_place: Path, opened: Opened) -> None:
     ] * 2
     assert [answer["status"] for answer in found] == [RESOURCE] * 2
     assert runner.left()["blocks"] == 0
+
+
+def test_work_that_failed_on_the_gpu(in_place: Path, opened: Opened) -> None:
+    (found,) = opened(in_place, STANDIN_FAILS="1")([{"text": "red"}])
+    assert "The NVIDIA driver failed in cuStreamSynchronize with code 700. Look the code up" in found["error"]
 
 
 LIBRARIES: list[tuple[tuple[str, ...], str]] = [
