@@ -24,6 +24,7 @@ METHODS: Registry[type[Method[Any]]] = Registry(
         "gptq": "qe_edge.methods.gptq:GPTQ",
         "vlmq": "qe_edge.methods.vlmq:VLMQ",
         "loaq": "qe_edge.methods.loaq:LoaQ",
+        "aespa": "qe_edge.methods.aespa:Aespa",
         "obq": "qe_edge.methods.obq:OBQ",
         "quarot": "qe_edge.methods.quarot:QuaRot",
         "quip": "qe_edge.methods.quip:QuIP",

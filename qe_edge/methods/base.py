@@ -103,6 +103,11 @@ class Method(ABC, Generic[OptionsType]):
         return False
 
     @property
+    def sees_attention(self) -> bool:
+        """Whether problems of query, key and value layers have `heads`: what their errors do to an attention."""
+        return False
+
+    @property
     def trains_model(self) -> bool:
         """Whether all layers of a model are trained together (`methods.training`), and no block is walked."""
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,10 +20,12 @@ from qe_edge.methods import LinearProblem, Method
 from qe_edge.models.groups import LinearGroup
 from qe_edge.models.stored import StoredWeights
 from qe_edge.recipes.recipe import Recipe
+from qe_edge.reconstruction.problem import HeadGrams
 from qe_edge.system.device import CPU
 from qe_edge.system.parallel import map_layers
 
 Result = TypeVar("Result")
+NO_HEADS: Mapping[str, HeadGrams] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -154,27 +157,35 @@ class Problems:
         return found
 
     def each(
-        self, groups: list[LinearGroup], collectors: dict[nn.Module, StatisticsCollector], solve: Solve[Result]
+        self,
+        groups: list[LinearGroup],
+        collectors: dict[nn.Module, StatisticsCollector],
+        solve: Solve[Result],
+        heads: Mapping[str, HeadGrams] = NO_HEADS,
     ) -> Iterator[tuple[Member, Result]]:
         """`solve` for every linear problem of a block: large groups one by one, the others side by side."""
 
         def run(number: int) -> list[tuple[Member, Result]]:
-            return [
-                (member, solve(self.method, problem)) for member, problem in self.of_group(groups[number], collectors)
-            ]
+            found = self.of_group(groups[number], collectors, heads)
+            return [(member, solve(self.method, problem)) for member, problem in found]
 
         sizes = [(number, _weights(group), group.linears[0].in_features) for number, group in enumerate(groups)]
         for _, results in map_layers(run, sizes, threads=self.device == CPU):
             yield from results
 
     def of_group(
-        self, group: LinearGroup, collectors: dict[nn.Module, StatisticsCollector]
+        self,
+        group: LinearGroup,
+        collectors: dict[nn.Module, StatisticsCollector],
+        heads: Mapping[str, HeadGrams] = NO_HEADS,
     ) -> Iterator[tuple[Member, LinearProblem]]:
         """The problems of a group, one at a time; its collector is taken out of `collectors`."""
         collector = collectors.pop(group.linears[0], None)
         measured = collector.finish() if collector else None
         for number, member in enumerate(self.members(group)):
-            yield member, self.problem(member, measured[number] if measured else None)
+            problem = self.problem(member, measured[number] if measured else None)
+            own = heads.get(member.name)
+            yield member, replace(problem, heads=own.to(self.at_work)) if own else problem
 
     def problem(self, member: Member, statistics: InputStatistics | None) -> LinearProblem:
         """The linear problem of a member, with all its statistics."""

@@ -26,6 +26,7 @@ from qe_edge.models.precision import make_float32
 from qe_edge.models.rotation import rotate_language_model
 from qe_edge.models.stored import StoredWeights
 from qe_edge.models.streaming import Chain
+from qe_edge.quantization.attention import watch_attention
 from qe_edge.quantization.embedding import embedding_of, quantize_embedding
 from qe_edge.quantization.executors import LOCAL, FarBlocks, Solved, Workers, check_way, open_workers
 from qe_edge.quantization.head import head_of, quantize_head
@@ -294,12 +295,13 @@ def quantize_block(
             folder.save(block.name, layers)
         _put(walk, chain, position, block, layers)
         return
+    heads = {} if finished or not problems.method.sees_attention else watch_attention(walk, chain, position, block)
     collectors = {} if finished else problems.collectors(groups)
     outputs = walk.run(chain, position, block, collectors)
     layers = finished or {}
     if not finished:
         walk.release_linears(groups)
-        for member, result in problems.each(groups, collectors, quantize_problem):
+        for member, result in problems.each(groups, collectors, quantize_problem, heads):
             layers.update(_layers(loaded.stored, member, result))
         if folder:
             folder.save(block.name, layers)
@@ -335,13 +337,14 @@ def _send_block(
     walk.make_ready(block)
     groups = linear_groups(block, walk.loaded.family.siblings)
     finished = folder.load(block.name) if folder else None
+    heads = {} if finished or not problems.method.sees_attention else watch_attention(walk, chain, position, block)
     collectors = {} if finished else problems.collectors(groups)
     walk.hand_on(chain, position, walk.run(chain, position, block, collectors))
     if finished:
         _set_layers(walk, block, finished)
         done(block)
     else:
-        far.send(block, (list(problems.of_group(group, collectors)) for group in groups))
+        far.send(block, (list(problems.of_group(group, collectors, heads)) for group in groups))
         walk.restore_block(block)
 
 

@@ -163,7 +163,7 @@ class BlockWalk:
         handles = [layer.register_forward_pre_hook(feed(collector)) for layer, collector in collectors.items()]
         try:
             outputs = []
-            with moved(block.module, self.device), fast_products(block.module, self._narrow(block)), reused_memory():
+            with self.computing(block):
                 for batch, hidden in enumerate(chain.hidden):
                     number = chain.batches[batch]
                     valid[0] = self.valid_tokens(block, batch)
@@ -178,6 +178,12 @@ class BlockWalk:
             for handle in handles:
                 handle.remove()
         return outputs
+
+    @contextmanager
+    def computing(self, block: Block) -> Iterator[None]:
+        """A block that is ready lies on the device and computes fast while the context is open."""
+        with moved(block.module, self.device), fast_products(block.module, self._narrow(block)), reused_memory():
+            yield
 
     def valid_tokens(self, block: Block, batch: int) -> Tensor | None:
         """Which tokens `[samples, tokens]` of a batch are no padding; None where there is none."""

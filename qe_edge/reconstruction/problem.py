@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +37,28 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class HeadGrams:
+    """What an error of a query, key or value layer does to the attention that reads its output, head by head.
+
+    Attributes:
+        count: Number of heads that the layer's outputs are, of the same width each.
+        outputs: `[heads, width, width]` float64 of a query or key layer: the Gram matrix of what its outputs meet in
+            the scores, carried back through rotary embeddings and norms, per token. None for a value layer.
+        inputs: For every head `[in, in]`, the Gram matrix of a value layer's inputs as the attention mixes them, per
+            token; empty for others.
+    """
+
+    count: int
+    outputs: Tensor | None = None
+    inputs: Sequence[Tensor] = ()
+
+    def to(self, device: torch.device) -> HeadGrams:
+        """The same on a device."""
+        outputs = None if self.outputs is None else self.outputs.to(device)
+        return HeadGrams(self.count, outputs, [gram.to(device) for gram in self.inputs])
+
+
+@dataclass(frozen=True)
 class LinearProblem:
     """One linear layer to quantize, or several stacked siblings that read the same input.
 
@@ -51,6 +74,7 @@ class LinearProblem:
         device: Device of the weight, the Gram matrix, the tokens and the result. It differs from the CPU only for
             methods that compute `on_device`.
         drift: What the blocks and layers before have changed; None but for methods that see both models.
+        heads: What errors do to the attention; None but for query, key and value layers of methods that see it.
 
     Example:
         >>> from qe_edge.numerics.schemes import get_scheme
@@ -70,6 +94,7 @@ class LinearProblem:
     modality_ratio: float = 1.0
     device: torch.device = CPU
     drift: Drift | None = None
+    heads: HeadGrams | None = None
 
     def given(self, choice: Choice) -> LinearProblem:
         """The same problem with the sizes that a budget gives it."""
