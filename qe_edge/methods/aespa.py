@@ -3,7 +3,7 @@
 An error `E` of a query layer changes the scores of a head by `K E x`, so what it costs is `tr(B E H E^T)`: `H` is the
 Gram matrix of the layer's inputs, and `B` that of the keys. For a key layer `B` is the Gram matrix of the queries.
 An error of a value layer reaches the output through the attention's weights `A`: its Hessian is `X^T A^T A X`, one for
-every head (equations 11 to 19 of the paper).
+every head.
 
 With `B = S S^T` and `H = R R^T`, both factors upper triangular, the cost is the sum of squares of `S^T E R`. So the
 rows of a head are rounded in turn, each by GPTQ, after adding what rows before it make up for: `S_ia / S_aa` of the
