@@ -20,7 +20,7 @@ from qe_edge.methods.aespa import Aespa, round_rows
 from qe_edge.models.family import Encoded
 from qe_edge.models.loading import LoadedModel, load_model
 from qe_edge.numerics.grids import PER_CHANNEL, WeightGrid
-from qe_edge.quantization.attention import carried_gram, watch_attention
+from qe_edge.quantization.attention import _Layers, _Watched, carried_gram, watch_attention
 from qe_edge.quantization.job import encoded_batches
 from qe_edge.quantization.quantizer import quantize
 from qe_edge.quantization.walk import BlockWalk
@@ -110,6 +110,21 @@ def test_what_is_seen_equals_the_reference(small: str) -> None:
     assert (values.count, values.outputs) == (keys, None)
     for gram, wanted in zip(values.inputs, mixed / tokens, strict=True):
         assert np.linalg.norm(gram.numpy() - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+def test_padding_behind_the_tokens_mixes_no_values() -> None:
+    """It sees what is before it where there is no mask but the causal one."""
+    torch.manual_seed(0)
+    names = ("q_proj", "k_proj", "v_proj")
+    linears = (nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    x, counted = torch.randn(1, 3, 4), torch.tensor([[True, True, False]])
+    one = _Watched(nn.Module(), _Layers(names, linears))
+    one.begin(counted)
+    query, key, _ = (one.kept(name, x, layer(x)).unsqueeze(1) for name, layer in zip(names, linears, strict=True))
+    one.see(query, key, None, 0.5, causal=True)
+    read_q, read_k = (part[0, 0].detach().double().numpy() for part in (query, key))
+    rows = attention(read_q, read_k, 0.5, counted[0].numpy(), causal=True) @ x[0].double().numpy()
+    np.testing.assert_allclose(one.finish()["v_proj"].inputs[0].numpy(), rows.T @ rows / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_a_norm_between_layer_and_scores_is_differentiated() -> None:
