@@ -51,9 +51,8 @@ def write_tensors(
         header[name] = {"dtype": written[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     with path.open("wb") as file:
         file.write(_header(header))
-        for name in names:
-            data = value(name, tensors[name]).contiguous().reshape(-1).view(torch.uint8)
-            file.write(data.numpy().data)
+        for name in names:  # a tensor has no name here, so that it is gone when the next one is read
+            file.write(value(name, tensors[name]).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_rows(path: Path, name: str, parts: Sequence[Tensor]) -> None:

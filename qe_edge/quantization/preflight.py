@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qe_edge.layers.magnitudes import check_weight
 from qe_edge.methods import Method
@@ -210,11 +211,16 @@ def check_weights(loaded: LoadedModel, blocks: Sequence[Block], grid: WeightGrid
     groups = [group for block in blocks for group in linear_groups(block, ())]
     linears = {f"{name}.weight" for group in groups for name in group.names}
     for name, tensor in loaded.model.state_dict().items():
-        value = loaded.stored.value(name, tensor)
-        if name in linears:
-            check_weight(name, value, grid)
-        elif not all(bool(torch.isfinite(part).all()) for part in torch.split(value.reshape(-1), CHUNK)):
-            raise NumericalError(
-                f"The weights '{name}' hold NaN or infinity.",
-                "The checkpoint is damaged or diverged in training; get a sound one.",
-            )
+        # held by no name here: with an embedding and a head in turn, the next one would be read beside it
+        _check_tensor(name, loaded.stored.value(name, tensor), grid if name in linears else None)
+
+
+def _check_tensor(name: str, value: Tensor, grid: WeightGrid | None) -> None:
+    """Refuse what a grid cannot hold; without a grid, NaN and infinity."""
+    if grid is not None:
+        check_weight(name, value, grid)
+    elif not all(bool(torch.isfinite(part).all()) for part in torch.split(value.reshape(-1), CHUNK)):
+        raise NumericalError(
+            f"The weights '{name}' hold NaN or infinity.",
+            "The checkpoint is damaged or diverged in training; get a sound one.",
+        )
