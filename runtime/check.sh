@@ -85,7 +85,7 @@ fetch_headers
 onnxruntime=$("$python" -c 'import pathlib, onnxruntime; print(*(pathlib.Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))')
 debug=(-DQE_EDGE_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1")
 compile asan all "${debug[@]}" -DQE_EDGE_SANITIZE=address,undefined -DQE_EDGE_TENSORRT="$headers"
-(cd runtime && "$python" -m pytest -q tests "--build=$build/asan" "--folder=$folder")
+(cd runtime && OMP_NUM_THREADS=1 "$python" -m pytest -q -n 2 --dist loadfile tests "--build=$build/asan" "--folder=$folder")
 "$build/asan/tests/fuzz" "$folder" 4000 1
 compile tsan tests/threads "${debug[@]}" -DQE_EDGE_SANITIZE=thread
 TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/runtime/tests/tsan.txt" "$build/tsan/tests/threads" "$folder" "$onnxruntime"
