@@ -62,11 +62,15 @@ fetch_python_tools() {
   command -v nvcc || "$tools/bin/python" -m pip install -r requirements-cuda.txt
 }
 
+emulated_ptx() { # nvcc takes a minute for it, and a rung says that the plugin's is made in the same way
+  python -c 'from emulator.build import ptx; print(ptx())'
+}
+
 build_plugin() { # build_plugin FOLDER CMAKE_ARGUMENTS...
   local folder=$1
   shift
   cmake -S . -B "$folder" -G Ninja -DQE_NVCC="$nvcc" -DQE_TENSORRT_INCLUDE="$site/kernel_lens/include/tensorrt" \
-    -DQE_PTXAS12="$site/nvidia/cuda_nvcc/bin/ptxas" "$@" && cmake --build "$folder" -j "$jobs"
+    -DQE_PTXAS12="$site/nvidia/cuda_nvcc/bin/ptxas" -DQE_KERNELS_PTX="$(emulated_ptx)" "$@" && cmake --build "$folder" -j "$jobs"
 }
 
 test_oracle() { # Triton (188 MB) once, then its interpreter in PYTHON

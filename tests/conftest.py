@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; see qe_edge.cli
-if "PYTEST_XDIST_WORKER" in os.environ:
+IN_A_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_A_WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for every worker: more threads would only wait for it
 
 from collections.abc import Callable, Iterator
@@ -39,6 +41,14 @@ Exports = Callable[[str, str], Exported]
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _collected_seldom() -> None:
+    """What is imported stays, and looking through it for cycles takes a tenth of an export."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _operators_read_once() -> Iterator[None]:
     """An export reads torch's table of operators, for a fifth of its time. Here it is read once a session."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -49,13 +59,16 @@ def _operators_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _graphs_traced_once() -> Iterator[None]:
+def _graphs_traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tracing takes most of the time of an export."""
     from qe_edge.export.tracing import trace_graph
     from tests.traces import shared
 
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if IN_A_WORKER else base) / "traces"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qe_edge.export.exporter.trace_graph", shared(trace_graph))
+        patch.setattr("qe_edge.export.exporter.trace_graph", shared(trace_graph, folder))
         yield
 
 

@@ -6,7 +6,9 @@ Linear layers are bare nodes in it, so that models that differ in their quantize
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -21,15 +23,21 @@ PLAIN = (bool, int, float, str, type(None))
 Trace = Callable[[GraphSpec], ir.Model]
 
 
-def shared(trace: Trace) -> Trace:
-    """A trace that is made once for models that differ in their quantized layers alone."""
-    kept: dict[str, bytes] = {}
+def shared(trace: Trace, folder: Path) -> Trace:
+    """A trace that is made once for models that differ in their quantized layers alone.
+
+    Args:
+        trace: Makes one.
+        folder: Where the processes of a run keep theirs.
+    """
 
     def trace_once(spec: GraphSpec) -> ir.Model:
-        key = fingerprint(spec)
-        if key not in kept:
-            kept[key] = ir.to_proto(trace(spec)).SerializeToString()
-        return ir.from_proto(onnx.ModelProto.FromString(kept[key]))
+        kept = folder / f"{fingerprint(spec)}.onnx"
+        if not kept.exists():
+            part = folder / f"{os.getpid()}.part"
+            part.write_bytes(ir.to_proto(trace(spec)).SerializeToString())
+            part.replace(kept)
+        return ir.from_proto(onnx.ModelProto.FromString(kept.read_bytes()))
 
     return trace_once
 

@@ -27,9 +27,15 @@ find_program(QE_FATBINARY fatbinary HINTS ${QE_CUDA_BIN} REQUIRED)
 set(QE_PTX ${CMAKE_CURRENT_BINARY_DIR}/kernels.ptx)
 set(QE_PTX12 ${CMAKE_CURRENT_BINARY_DIR}/kernels12.ptx)
 file(GLOB QE_KERNEL_SOURCES CONFIGURE_DEPENDS kernels/*.cu kernels/*.cuh kernels/*.h include/qe_edge/args.h include/qe_edge/sizes.h)
-add_custom_command(OUTPUT ${QE_PTX}
-  COMMAND ${QE_NVCC} -O3 -std=c++17 -arch=compute_80 -ptx -o ${QE_PTX} ${CMAKE_CURRENT_SOURCE_DIR}/kernels/kernels.cu
-  DEPENDS ${QE_KERNEL_SOURCES} VERBATIM)
+set(QE_KERNELS_PTX "" CACHE FILEPATH "PTX that nvcc made of these very kernels before, with the options below")
+if(QE_KERNELS_PTX)
+  add_custom_command(OUTPUT ${QE_PTX}
+    COMMAND ${CMAKE_COMMAND} -E copy ${QE_KERNELS_PTX} ${QE_PTX} DEPENDS ${QE_KERNELS_PTX} VERBATIM)
+else()
+  add_custom_command(OUTPUT ${QE_PTX}
+    COMMAND ${QE_NVCC} -O3 -std=c++17 -arch=compute_80 -ptx -o ${QE_PTX} ${CMAKE_CURRENT_SOURCE_DIR}/kernels/kernels.cu
+    DEPENDS ${QE_KERNEL_SOURCES} VERBATIM)
+endif()
 add_custom_command(OUTPUT ${QE_PTX12}
   COMMAND sed "s/^\\.version .*/.version 8.3/" ${QE_PTX} > ${QE_PTX12}
   DEPENDS ${QE_PTX} VERBATIM)

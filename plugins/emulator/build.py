@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
+PTX_OPTIONS = ("-O3", "-std=c++17", "-arch=compute_80", "-ptx")
 
 
 class BuildError(RuntimeError):
@@ -107,7 +108,7 @@ def ptx(root: Path = ROOT, *, nvcc: str | None = None) -> Path:
     sources = _sources(root, "kernels", "include/qe_edge")
     return _make(
         BUILD / f"kernels_{_digest(sources, compiler)}.ptx",
-        [compiler, "-O3", "-std=c++17", "-arch=compute_80", "-ptx", str(root / "kernels/kernels.cu")],
+        [compiler, *PTX_OPTIONS, str(root / "kernels/kernels.cu")],
     )
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from emulator.build import ROOT, ptx
+from emulator.build import PTX_OPTIONS, ROOT, ptx
 from gates.costs import EDGE_LLM, chip_costs
 from gates.cubins import CHIPS, PLUGIN_BUILD, cubin, disassemble, names_for
 from gates.limits import broken, loop_of, register_limit
@@ -17,6 +17,8 @@ STORED = json.loads((ROOT.parent / "qe_edge/predict/instructions.json").read_tex
 
 def test_the_verified_ptx_is_the_one_that_ships() -> None:
     assert (PLUGIN_BUILD / "kernels.ptx").read_bytes() == ptx().read_bytes()
+    # the ladder hands the emulator's to CMake; elsewhere CMake makes it, with the same options
+    assert f"COMMAND ${{QE_NVCC}} {' '.join(PTX_OPTIONS)} -o ${{QE_PTX}}" in (ROOT / "cmake/payload.cmake").read_text()
 
 
 @pytest.mark.parametrize("chip", CHIPS)
