@@ -260,9 +260,11 @@ def report(work: Path, arguments: argparse.Namespace) -> None:
             for number, (layers, cost) in enumerate(costs.items()):
                 own = plans[size][layers]
                 plan = f"{own.seconds:.0f}, {own.gib:.2f}" if stage == "quantize" else "-"
-                line = at(layers, costs)
-                told = f"{line.seconds:.0f}, {line.gib:.2f}" if number > 1 else "-"
-                ratio = f"{line.seconds / cost.seconds:.2f}, {line.gib / cost.gib:.2f}" if number > 1 else "-"
+                told = ratio = "-"
+                if number > 1:  # the first two make the line
+                    line = at(layers, costs)
+                    told = f"{line.seconds:.0f}, {line.gib:.2f}"
+                    ratio = f"{line.seconds / cost.seconds:.2f}, {line.gib / cost.gib:.2f}"
                 print(
                     f"| {size}, {layers} | {stage} | {cost.seconds:.0f} | {cost.gib:.2f} | {plan} | {told} | {ratio} |"
                 )
