@@ -1,6 +1,17 @@
-"""A progress display that stands for a kill in the middle of a run."""
+"""Runs that are stopped in the middle."""
 
 from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from qe_edge.methods import LinearProblem, Method
+from qe_edge.models.loading import LoadedModel
+from qe_edge.quantization.quantizer import quantize
+from qe_edge.recipes.recipe import Recipe
+from qe_edge.system.errors import CommonNotice
 
 
 class KilledError(Exception):
@@ -23,3 +34,23 @@ class StopAfter:
 
     def finish(self) -> None:
         pass
+
+
+def resumed_after_a_stop(
+    method: type[Method], model: str, recipe: Recipe, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> LoadedModel:
+    """Quantize with Ctrl-C in the second decoder layer, and then to the end."""
+
+    def stop(self: Method, problem: LinearProblem) -> object:
+        if "language_model.layers.1" in problem.name:
+            raise KeyboardInterrupt
+        return solve(self, problem)
+
+    solve = method.quantize
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CommonNotice)
+        monkeypatch.setattr(method, "quantize", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, recipe, work=work)
+        monkeypatch.setattr(method, "quantize", solve)
+        return quantize(model, recipe, work=work, resume=True)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qe_edge.checkpoint.safetensors_write import write_tensors
@@ -44,3 +44,22 @@ def test_looking_for_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StoredWeights, "value", lambda _self, name, tensor: watched.value(name, tensor))
     check_weights(loaded, loaded.family.blocks(loaded.model), WeightGrid(4))
     assert len(watched.made) == len(loaded.model.state_dict())
+
+
+def test_a_file_written_tensor_by_tensor_is_the_librarys(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(1.5),
+        "Ä": torch.arange(6).reshape(2, 3),
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.randn(4).half(),
+        "c": torch.randn(4, 3).T,
+        "d": torch.ones(3, dtype=torch.bool),
+        "e": torch.zeros(0, 4, dtype=torch.uint8),
+        "f": torch.zeros(5, dtype=torch.int8),
+        "g": torch.zeros(5, dtype=torch.float64),
+        "h": torch.zeros(5, dtype=torch.int32),
+        "i": torch.zeros(5, dtype=torch.int16),
+    }
+    write_tensors(tensors, tmp_path / "ours", lambda _, tensor: tensor, {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

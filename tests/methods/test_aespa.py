@@ -34,6 +34,7 @@ from tests.models.qwen_models import write_qwen
 from tests.reference.aespa import attention, met_gram, rotation, round_head
 from tests.small_models import write_small_dinov2
 from tests.small_vlm import write_small_vlm
+from tests.stopping import resumed_after_a_stop
 
 CALIBRATION = {"samples": 3}
 LAYER = "model.language_model.layers.1.self_attn"
@@ -213,18 +214,7 @@ def test_a_resumed_run_and_every_part_of_a_model(small: str, tmp_path: Path, mon
         CommonNotice, match=r"blocks of 'visual' show no attention.*as gptq"
     ):  # query, key and value are one layer there
         whole, _ = quantize(small, recipe)
-    work = Aespa.quantize
-
-    def stop(self: Aespa, problem: LinearProblem) -> object:
-        if "language_model.layers.1" in problem.name:
-            raise KeyboardInterrupt
-        return work(self, problem)
-
-    monkeypatch.setattr(Aespa, "quantize", stop)
-    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings(action="ignore"):
-        quantize(small, recipe, work=tmp_path / "work")
-    monkeypatch.setattr(Aespa, "quantize", work)
-    resumed, _ = quantize(small, recipe, work=tmp_path / "work", resume=True)
+    resumed = resumed_after_a_stop(Aespa, small, recipe, tmp_path / "work", monkeypatch)
     after = resumed.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in whole.model.state_dict().items())
 

@@ -18,6 +18,7 @@ from qe_edge.quantization.quantizer import quantize
 from qe_edge.reconstruction.problem import Drift, LinearProblem
 from qe_edge.system.errors import RecipeError
 from tests.small_vlm import write_small_vlm
+from tests.stopping import resumed_after_a_stop
 
 CALIBRATION = {"samples": 3}
 
@@ -117,18 +118,7 @@ def test_every_part_of_a_model_and_a_resumed_run(small: str, tmp_path: Path, mon
     recipe = make_recipe(method="loaq", modules=modules, calibration=CALIBRATION)
     whole, _ = quantize(small, recipe)
     assert all(any(part in name for name in quantized_linears(whole.model)) for part in ("visual", "merger", "layers"))
-    work = LoaQ.quantize
-
-    def stop(self: LoaQ, problem: LinearProblem) -> object:
-        if "language_model.layers.1" in problem.name:
-            raise KeyboardInterrupt
-        return work(self, problem)
-
-    monkeypatch.setattr(LoaQ, "quantize", stop)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(small, recipe, work=tmp_path / "work")
-    monkeypatch.setattr(LoaQ, "quantize", work)
-    resumed, _ = quantize(small, recipe, work=tmp_path / "work", resume=True)
+    resumed = resumed_after_a_stop(LoaQ, small, recipe, tmp_path / "work", monkeypatch)
     after = resumed.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in whole.model.state_dict().items())
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qe_edge.calibration.sources import load_evaluation, load_samples
-from qe_edge.checkpoint.safetensors_write import write_tensors
 from qe_edge.methods import LinearProblem
 from qe_edge.models import loading, weight_files
 from qe_edge.models.configuration import load_family
@@ -329,25 +328,6 @@ def test_a_model_on_disk_becomes_the_checkpoint_of_one_in_memory(method: str, fo
     }
     returned, _ = quantize(folder, recipe, given)
     assert not any(returned.stored.is_absent(tensor) for tensor in returned.model.state_dict().values())
-
-
-def test_a_file_written_tensor_by_tensor_is_the_librarys(tmp_path: Path) -> None:
-    tensors = {
-        "scalar": torch.tensor(1.5),
-        "Ä": torch.arange(6).reshape(2, 3),
-        "b": torch.randn(3, 5).bfloat16(),
-        "a": torch.randn(4).half(),
-        "c": torch.randn(4, 3).T,
-        "d": torch.ones(3, dtype=torch.bool),
-        "e": torch.zeros(0, 4, dtype=torch.uint8),
-        "f": torch.zeros(5, dtype=torch.int8),
-        "g": torch.zeros(5, dtype=torch.float64),
-        "h": torch.zeros(5, dtype=torch.int32),
-        "i": torch.zeros(5, dtype=torch.int16),
-    }
-    write_tensors(tensors, tmp_path / "ours", lambda _, tensor: tensor, {"format": "pt"})
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_batches_without_pictures_stop_before_what_is_not_walked(tmp_path: Path) -> None:
